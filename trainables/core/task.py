@@ -1,0 +1,103 @@
+"""What one trial is asked to do: plain frozen data, made by the orchestrator, checked here, sent as a small dict."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which pretrained network to start from."""
+
+    name: str
+    """A timm name (`resnet18`, `vit_base_patch16_224.augreg_in21k`), `hf-hub:…`, `local-dir:…`, or one of the
+    built-in demo networks (`digits_vit`, `digits_cnn`)."""
+    pretrained: bool = True
+    """False = random weights (an explicit wish; never a fallback for weights that could not be loaded)."""
+    weights: str | None = None
+    """Local weight file (`.safetensors`, or `.pth`/`.bin` read with `weights_only=True`), or a folder in timm's
+    `local-dir` layout. None = timm's own weights of that name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all trials of one study share."""
+
+    store: str
+    """Path of the Arrow store (see `trainables.data.store.Store`)."""
+    model: ModelSpec
+    epochs: int = 20
+    """Budget of one trial, in units (calls of `Trainable.step`)."""
+    steps_per_unit: int | None = None
+    """Optimiser steps of one unit; None = one epoch over the training split."""
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    train_fraction: float = 1.0
+    """Share of each class of the training split that is used; nested (a smaller share is contained in a larger)."""
+    augment: tuple[str, ...] = ()
+    """Training augmentations, any of `trainables.data.transforms.AUGMENTATIONS`."""
+    evaluate_at: tuple[int, ...] = ()
+    """Units after which test and OOD are evaluated too (the scheduler's rungs, where a trial may be stopped); the
+    last unit always is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
+    cache: str | None = None
+    """Folder for features and pretrained demo networks; None = `$LUTHIER_CACHE` or `~/.cache/luthier`."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Task:
+        """Rebuild a task from `dataclasses.asdict` (lists become tuples again). Unknown keys raise TypeError."""
+        values = dict(fields)
+        model = values.pop("model")
+        for name in ("augment", "evaluate_at"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(model=model if isinstance(model, ModelSpec) else ModelSpec(**model), **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One trial: a strategy, its hyperparameters and a seed on a task."""
+
+    task: Task
+    strategy: str
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    label: str = ""
+    """Name of the entry of the study file (two entries may use one strategy); empty = the strategy's name."""
+    role: Literal["search", "fold", "confirm"] = "search"
+    """Why the trial runs: proposed by the search, a leave-one-domain-out fold, or a re-run on a fresh seed."""
+    held_out: str | None = None
+    """ID domain left out of training and validation (role `fold`); its accuracy is reported as `held_out/acc`."""
+
+    @property
+    def config_hash(self) -> str:
+        """Twelve hex digits that name strategy, label and hyperparameters; seeds and roles of one
+        configuration share it."""
+        text = json.dumps([self.strategy, self.label or self.strategy, dict(self.hparams)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that Tune carries as a trial's `config`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TrialSpec:
+        """Inverse of `to_dict`. Keys that the orchestrator adds for the record (`number`, …) are ignored here
+        only when they start with `_`; any other unknown key raises TypeError."""
+        values = {k: v for k, v in config.items() if not k.startswith("_")}
+        return cls(task=Task.from_dict(values.pop("task")), **values)
+
+
+def stream_seed(seed: int, *names: str | int) -> int:
+    """A 63-bit seed for one named stream of random numbers ("shuffle", "head", …).
+
+    Streams are derived by hashing names, so that a new stream never changes the draws of an old one.
+    """
+    text = json.dumps([seed, *names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
