@@ -1,0 +1,82 @@
+"""What the process that drives a study changes about itself: environment, signals, a free port; all undone after."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str | None], override: bool = False) -> Iterator[None]:
+    """Set (None = unset) environment variables for the length of a block.
+
+    Args:
+        override: False leaves variables alone that have a value already.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    changed = {name: value for name, value in values.items() if override or before[name] is None}
+    _apply(changed)
+    try:
+        yield
+    finally:
+        _apply({name: before[name] for name in changed})
+
+
+def _apply(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextlib.contextmanager
+def sigterm_restored() -> Iterator[None]:
+    """Give SIGTERM back the handler that it had before the block (`ray.init` installs one of its own)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def sigterm_as_interrupt() -> None:
+    """From now on SIGTERM does what Ctrl-C does: Tune saves its state on SIGINT only, and Python cleans up."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        # A shell starts background jobs with SIGINT ignored.
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def keep_aws_keys_private() -> None:
+    """Stop Tune from writing this process's AWS keys into each trial's public description.
+
+    Tune copies them from the environment into the runtime environment of every trial actor, which the dashboard and
+    the state API show in clear. Workers find their credentials as any process does: an instance role, or the
+    environment that the cluster was started in.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+        {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    )

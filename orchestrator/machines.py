@@ -1,0 +1,93 @@
+"""The cluster that this process is connected to, as its machines are seen from here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from orchestrator import resources
+from orchestrator.cluster_auth import ClusterError
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster that this process is connected to."""
+
+    address: str
+    """`host:port` of its head."""
+    dashboard: str | None
+    """URL of the dashboard; None when it has none."""
+    started: bool
+    """Whether `connect` started it (and stops it at the end)."""
+
+    def nodes(self) -> list[dict[str, float]]:
+        """Resources of each machine that is there, and of each kind that a `ray up` autoscaler may start."""
+        import ray
+
+        there = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        return there if self.started else there + autoscaled_nodes()
+
+    def trial_resources(self, cpus: float, gpus: float | Literal["auto"]) -> dict[str, float]:
+        """Tune's request of one trial, see `orchestrator.resources.trial_resources`.
+
+        On Kubernetes the operator may start machines that nobody can list here; the check is left to it.
+        """
+        nodes = self.nodes()
+        if os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1" and gpus != "auto":
+            nodes.append({"CPU": cpus, "GPU": float(gpus)})
+        return resources.trial_resources(cpus, gpus, nodes)
+
+    def trial_slots(self, cpus: float, gpus: float) -> int:
+        """How many trials run at once on the machines that are there now."""
+        import ray
+
+        return resources.trial_slots(cpus, gpus, [dict(n["Resources"]) for n in ray.nodes() if n["Alive"]])
+
+    def check_shared(self, *paths: str | Path) -> None:
+        """Refuse paths that some machine of the cluster does not see, before any trial needs them.
+
+        URLs (`s3://…`) are not looked at. Raises ClusterError naming each machine and path.
+        """
+        local = [str(path) for path in paths if "://" not in str(path)]
+        unseen = [] if self.started else _unseen(local)
+        if unseen:
+            raise ClusterError(
+                "Data and storage must lie where every machine of the cluster sees them, but "
+                + ", ".join(f"{node} does not see {path}" for node, path in unseen)
+                + ". Put them on a shared folder mounted at the same place everywhere, or give a URL (s3://…, gs://…)."
+            )
+
+
+def autoscaled_nodes(config: Path | None = None) -> list[dict[str, float]]:
+    """Resources of the machine kinds that `ray up` may start, read from the file it leaves on the head node."""
+    file = config or Path.home() / "ray_bootstrap_config.yaml"
+    if not file.is_file():
+        return []
+    kinds = (yaml.safe_load(file.read_text()) or {}).get("available_node_types", {}).values()
+    return [
+        {name: float(amount) for name, amount in kind.get("resources", {}).items()}
+        for kind in kinds
+        if kind.get("max_workers", 0) > 0
+    ]
+
+
+def _unseen(paths: list[str]) -> list[tuple[str, str]]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, max_retries=0)(_missing)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(paths)
+        for node in nodes
+    ]
+    answers = ray.get(asked)
+    return [(node["NodeManagerAddress"], path) for node, lost in zip(nodes, answers, strict=True) for path in lost]
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not os.path.exists(path)]
