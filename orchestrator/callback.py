@@ -1,0 +1,144 @@
+"""From Tune's events to the journal and the progress display. Nothing here may raise or block: any exception in a Tune
+callback stops the whole experiment."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.tune import Callback
+
+from orchestrator.failures import classify, error_line
+from orchestrator.folding import interruption, unfinished
+from orchestrator.journal import Journal
+from orchestrator.progress import Progress
+from orchestrator.records import INTERRUPTED, declared_metrics
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+logger = logging.getLogger("luthier")
+
+
+def _never_raises(hook: Callable[..., None]) -> Callable[..., None]:
+    """Turn any exception of a hook into an entry of `problems` and one line of the log."""
+
+    @functools.wraps(hook)
+    def guarded(self: RecordCallback, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            problem = f"{hook.__name__}: {type(error).__name__}: {error}"
+            if problem not in self.problems:
+                logger.error("The record of the study is incomplete (%s)", problem)
+            self.problems.append(problem)
+
+    return guarded
+
+
+class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
+    """Writes every event of a Tune experiment to the journal and shows it.
+
+    Each trial's `config` is a `TrialSpec.to_dict()` plus `_number`. Trials that the searcher has not announced in the
+    journal are announced when they start. A trial that ends without a result with `finished=True` was stopped by the
+    scheduler: `pruned`. At the end of the experiment every trial still open (time budget, Ctrl-C: Tune says nothing
+    about those) is closed as `interrupted`.
+
+    Args:
+        journal: the study's journal, shared with the searcher.
+        progress: where to show the events; None = nowhere.
+    """
+
+    def __init__(self, journal: Journal, progress: Progress | None = None) -> None:
+        self.journal = journal
+        if progress is not None:
+            journal.subscribe(progress.event)
+        self.problems: list[str] = []
+        """What could not be recorded; empty after a healthy run."""
+        self._finished: dict[str, bool] = {}
+        self._placed: set[str] = set()
+
+    @_never_raises
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial begins, or begins again after a failure or a pause."""
+        if not self.journal.knows(trial.trial_id):
+            self.journal.append("trial_suggested", **_announcement(trial))
+        self._placed.discard(trial.trial_id)
+        self.journal.append("trial_started", trial_id=trial.trial_id, node=None, pid=None)
+
+    @_never_raises
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        """One unit of budget is done."""
+        self._finished[trial.trial_id] = bool(result.get("finished"))
+        where: dict[str, Any] = {}
+        if trial.trial_id not in self._placed:  # Tune knows node and process only from the first result on
+            where = {"node": result.get("hostname") or result.get("node_ip"), "pid": result.get("pid")}
+            self._placed.add(trial.trial_id)
+        unit = int(result.get("unit") or result["training_iteration"])
+        self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=declared_metrics(result), **where)
+
+    @_never_raises
+    def on_checkpoint(self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Any, **info: Any) -> None:
+        """A checkpoint is in place; a resume goes on from the last one."""
+        unit = (trial.last_result or {}).get("unit") or (trial.last_result or {}).get("training_iteration", 0)
+        self.journal.append("checkpoint", trial_id=trial.trial_id, unit=unit, path=checkpoint.path)
+
+    @_never_raises
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial used its budget, or the scheduler stopped it."""
+        finished = self._finished.get(trial.trial_id, bool((trial.last_result or {}).get("finished")))
+        self.journal.append("trial_finished", trial_id=trial.trial_id, state="complete" if finished else "pruned")
+
+    @_never_raises
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial failed and will be tried again."""
+        self.journal.append("trial_retried", trial_id=trial.trial_id, **_failure(trial))
+
+    @_never_raises
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial failed for good."""
+        self.journal.append("trial_failed", trial_id=trial.trial_id, **_failure(trial))
+
+    @_never_raises
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Close what Tune left open."""
+        close_open_trials(self.journal)
+
+
+def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
+    """Mark every trial that is suggested or running as interrupted and return the events. Called at the end of an
+    experiment, and before a study is continued whose driver died without a word."""
+    open_trials = [record for record in unfinished(journal.events()) if record.reason != INTERRUPTED]
+    return [journal.append("trial_failed", **interruption(record)) for record in open_trials]
+
+
+def _announcement(trial: Trial) -> dict[str, Any]:
+    from trainables.core.task import TrialSpec
+
+    config = trial.config
+    spec = TrialSpec.from_dict(config)
+    return {
+        "trial_id": trial.trial_id,
+        "number": int(config["_number"]),
+        "strategy": spec.strategy,
+        "label": spec.label or spec.strategy,
+        "hparams": dict(spec.hparams),
+        "seed": spec.seed,
+        "role": spec.role,
+        "held_out": spec.held_out,
+        "config_hash": spec.config_hash,
+        "search_values": {},
+    }
+
+
+def _failure(trial: Trial) -> dict[str, Any]:
+    """Reason and message of a trial's last failure, from Tune's text file (its pickled twin is never opened)."""
+    text = ""
+    if trial.error_file and (path := Path(trial.error_file)).exists():
+        text = path.read_text(errors="replace").rpartition("Failure # ")[2]
+    return {"reason": classify(text), "error": error_line(text)}

@@ -1,0 +1,225 @@
+"""What a study found: leaderboard, best configuration, regret and warnings, from its records alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import selection
+from orchestrator.leaderboard import REPORTED, leaderboard
+from orchestrator.records import INTERRUPTED, TrialRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+    from orchestrator.spec import StudySpec
+
+NearEdge = Callable[[str, Mapping[str, Any]], list[str]]
+
+ENOUGH_SEEDS = 3
+"""Below this many seeds a leaderboard row is warned about: the 95 % interval of two seeds is 12.7 standard errors."""
+
+
+class Results:
+    """The outcome of a study. Reading it changes nothing and needs neither a cluster nor a tracking server.
+
+    Args:
+        records: the study's trials (`orchestrator.journal.fold`).
+        spec: the study, or its fields as a mapping; only `name` and `search.objective` are read.
+        near_edge: (strategy, hparams) → the hyperparameters that lie at the edge of their range; default
+            `search_spaces.near_edge`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[TrialRecord],
+        spec: StudySpec | Mapping[str, Any] | None = None,
+        near_edge: NearEdge | None = None,
+    ) -> None:
+        self.records = list(records)
+        self.spec = spec
+        self.name = str(_field(spec, "name") or "study")
+        objective = _field(_field(spec, "search"), "objective")
+        self.rule = objective if objective in selection.RULES else "id_val"
+        self._near_edge = near_edge
+
+    def leaderboard(self, rule: str | None = None) -> pd.DataFrame:
+        """One row per label; columns and errors: see `orchestrator.leaderboard.leaderboard`. Default rule: the
+        study's own."""
+        return leaderboard(self.records, rule or self.rule)
+
+    def best(self, rule: str = "id_val", label: str | None = None) -> selection.Choice:
+        """The configuration that a rule chooses, of all or of one label (ValueError: no complete trial)."""
+        return selection.select(self.records, rule, label)
+
+    def regret(self, rule: str | None = None) -> selection.Regret:
+        """What the rule gave away against the oracle (ValueError: no complete trial)."""
+        return selection.regret(self.records, rule or self.rule)
+
+    def warnings(self) -> list[str]:
+        """What a reader of the leaderboard should know before believing it, one sentence each."""
+        found = [*_trouble(self.records)]
+        if any(r.role == "search" and r.state == "complete" for r in self.records):
+            found += self._edges() + self._few_seeds()
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values (NaN as None). Without a complete trial the leaderboard is empty and `problem`
+        says why."""
+        out: dict[str, Any] = {"study": self.name, "rule": self.rule, "problem": None, "leaderboard": []}
+        out |= {"best": None, "regret": None, "warnings": self.warnings()}
+        out["trials"] = dict(Counter(r.state for r in self.records))
+        try:
+            best, lost, table = self.best(self.rule), self.regret(), self.leaderboard()
+        except ValueError as error:
+            return out | {"problem": str(error)}
+        out["leaderboard"] = _finite(table.to_dict("records"))
+        out["best"] = _finite(_choice(best))
+        out["regret"] = _finite(
+            {"metric": lost.metric, "value": lost.value, "chosen": _choice(lost.chosen), "oracle": _choice(lost.oracle)}
+        )
+        return out
+
+    def render(self, console: Console) -> None:
+        """Print leaderboard, regret line and warnings."""
+        try:
+            console.print(self._table())
+            console.print(self.regret_line(), markup=False, highlight=False)
+        except ValueError as error:
+            console.print(str(error), markup=False)
+        for warning in self.warnings():
+            console.print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
+
+    def regret_line(self) -> str:
+        """One sentence: what the rule chose, and what the oracle would have (ValueError: no complete trial)."""
+        lost = self.regret()
+        chosen, best = lost.chosen.record, lost.oracle.record
+        head = f"Selection by {lost.chosen.rule}: {chosen.label} (trial {chosen.number})."
+        if best.config_hash == chosen.config_hash:
+            return f"{head} Regret 0.0 points of {lost.metric}: the oracle, which looks at test data, agrees."
+        return (
+            f"{head} Regret {100 * lost.value:.1f} points of {lost.metric}: the oracle, which looks at test data, "
+            f"would choose {best.label} (trial {best.number}), {100 * lost.oracle.value:.1f} %."
+        )
+
+    def markdown(self) -> str:
+        """Leaderboard, regret and warnings as Markdown (the note of the study's run in MLflow)."""
+        lines = [f"# {self.name}", "", f"Selection by `{self.rule}`{self._oracle_mark()}.", ""]
+        try:
+            rows = [_cells(row) for row in self.leaderboard().to_dict("records")]
+            lines += [
+                "| strategy | hyperparameters | seeds | val | test | OOD mean | OOD worst | ECE |",
+                "|---" * 8 + "|",
+            ]
+            lines += [*("| " + " | ".join(row) + " |" for row in rows), "", self.regret_line()]
+        except ValueError as error:
+            lines += [str(error)]
+        return "\n".join([*lines, "", *(f"- **Warning:** {w}" for w in self.warnings())]).rstrip() + "\n"
+
+    def _table(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}", title_justify="left")
+        table.add_column("strategy", style="bold")
+        table.add_column("hyperparameters", overflow="fold")
+        for header in ("seeds", "val %", "test %", "OOD mean %", "OOD worst %", "ECE %"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for row in self.leaderboard().to_dict("records"):
+            table.add_row(*_cells(row))
+        table.caption = "mean ± 95 % interval over fresh seeds; one seed: the search trial, no interval"
+        return table
+
+    def _oracle_mark(self) -> str:
+        return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""
+
+    def _edges(self) -> list[str]:
+        near_edge = self._near_edge or _near_edge_of_the_spaces()
+        found = []
+        for label, choice in selection.per_label(self.records).items():
+            record = choice.record
+            if edges := near_edge(record.strategy, record.hparams):
+                found.append(
+                    f"{label}: the best value lies at the edge of its range ({', '.join(edges)}), a better one may lie "
+                    f"beyond. Widen the range in search_spaces/{record.strategy}.py."
+                )
+        return found
+
+    def _few_seeds(self) -> list[str]:
+        rows = leaderboard(self.records)
+        few = [f"{r['label']} {r['seeds']}" for r in rows.to_dict("records") if 0 < r["seeds"] < ENOUGH_SEEDS]
+        if not few:
+            return []
+        return [
+            f"Fewer than {ENOUGH_SEEDS} seeds stand behind {', '.join(few)}: differences between these rows may be "
+            "chance. Raise confirm.seeds, and confirm.top_k to at least the number of strategies."
+        ]
+
+
+def _near_edge_of_the_spaces() -> NearEdge:
+    import search_spaces
+
+    found: NearEdge = search_spaces.near_edge
+    return found
+
+
+def _trouble(records: Sequence[TrialRecord]) -> list[str]:
+    found = []
+    failed = [r for r in records if r.state == "failed" and r.reason != INTERRUPTED]
+    if failed:
+        reasons = ", ".join(f"{n} {why or 'unknown'}" for why, n in Counter(r.reason for r in failed).most_common())
+        found.append(f"{len(failed)} of {len(records)} trials failed ({reasons}); `luthier status` shows their errors.")
+    if unfinished := [r for r in records if r.unfinished]:
+        found.append(f"{len(unfinished)} of {len(records)} trials are unfinished. Run the study again to continue it.")
+    search = [r for r in records if r.role == "search"]
+    for label in dict.fromkeys(r.label for r in search):
+        states = Counter(r.state for r in search if r.label == label)
+        if not states["complete"]:
+            got = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+            found.append(f"{label}: no trial used its whole budget ({got}), so it cannot be ranked.")
+    return found
+
+
+def _cells(row: Mapping[Any, Any]) -> list[str]:
+    values = [_percent(row["val/acc"], math.nan)]
+    values += [_percent(row[metric], row[f"{metric}/ci95"]) for metric in REPORTED]
+    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *values]
+
+
+def describe(hparams: Mapping[str, Any]) -> str:
+    """Hyperparameters on one line, numbers with three significant digits."""
+    shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in hparams.items() if v is not None}
+    return " ".join(f"{key}={value}" for key, value in shown.items()) or "-"
+
+
+def _percent(mean: float, half: float) -> str:
+    if not math.isfinite(mean):
+        return "-"
+    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+
+
+def _choice(choice: selection.Choice) -> dict[str, Any]:
+    record = choice.record
+    shown = {name: getattr(record, name) for name in ("number", "label", "strategy", "config_hash", "seed", "trial_id")}
+    return shown | {
+        "rule": choice.rule,
+        "oracle": choice.oracle,
+        "criterion": choice.criterion,
+        "value": choice.value,
+        "hparams": dict(record.hparams),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _field(owner: Any, name: str) -> Any:
+    return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
