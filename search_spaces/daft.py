@@ -1,0 +1,34 @@
+"""DAFT: BatchNorm conversion, a head from zero, and two rates of their own for backbone and head."""
+
+from __future__ import annotations
+
+from optuna.distributions import FloatDistribution
+
+from search_spaces._law import Law, Preset
+
+SPACE: dict[str, Law] = {
+    "lr_backbone": Law(
+        default=3e-3,
+        distribution=FloatDistribution(3e-6, 0.1, log=True),
+        source="papers/002, hyperparameter details, DAFT: 0.1, 0.03 … 3e-6",
+    ),
+    # The paper sweeps absolute rates of O(1); relative to the features' mean squared norm one range serves all
+    # backbones (benchmarks/head_rate.py).
+    "lr_head": Law(
+        default=1.0,
+        distribution=FloatDistribution(1e-2, 10.0, log=True),
+        source="benchmarks/head_rate.py",
+    ),
+}
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(
+        steps=(
+            {"lr_backbone": (0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)},
+            {"lr_head": (10.0, 3.0, 0.3, 0.1)},
+        ),
+        fixed={"head_rate": "absolute", "lr_head": 1.0},
+        source="papers/002, hyperparameter details, DAFT: backbone rates at a head rate of 1.0, then head rates at "
+        "the best of them",
+    ),
+}

@@ -1,0 +1,35 @@
+"""LP-FT: full fine-tuning from the linear probe's solution, at small rates."""
+
+from __future__ import annotations
+
+from optuna.distributions import FloatDistribution
+
+from search_spaces._law import Law, Preset
+
+SPACE: dict[str, Law] = {
+    # Both sweeps of the paper together, less the two smallest values, at which nothing moves within 20 epochs.
+    "lr_backbone": Law(
+        default=3e-4,
+        distribution=FloatDistribution(1e-6, 1e-2, log=True),
+        source="papers/002, hyperparameter details, LP-FT: 1e-4 … 3e-7 (MoCo, CLIP), 0.01 … 3e-6 (SWAV)",
+    ),
+    # The head starts at its optimum and has little to learn: the range reaches lower than that of a fresh head.
+    "lr_head": Law(
+        default=1e-2,
+        distribution=FloatDistribution(1e-4, 1.0, log=True),
+        source="benchmarks/head_rate.py, two decades down",
+    ),
+}
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(
+        steps=({"lr_backbone": (1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7)},),
+        fixed={"lr_head": None},
+        source="papers/002, hyperparameter details, LP-FT with MoCo and CLIP backbones",
+    ),
+    "paper_swav": Preset(
+        steps=({"lr_backbone": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)},),
+        fixed={"lr_head": None},
+        source="papers/002, hyperparameter details, LP-FT with SWAV backbones",
+    ),
+}
