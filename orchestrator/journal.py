@@ -166,8 +166,9 @@ class Journal:
         self._end += len(line)
 
 
-def read_from(path: str | Path, offset: int) -> tuple[list[Event], int]:
-    """Complete events that begin at byte `offset` or later, and the byte after the last of them.
+def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[list[Event], int]:
+    """Complete events that begin at byte `offset` or later and lie before `end` (None = the end of the file), and the
+    byte after the last of them.
 
     A last line that is torn (no newline, or not JSON) is left out; the next call sees it once it is whole.
 
@@ -177,7 +178,7 @@ def read_from(path: str | Path, offset: int) -> tuple[list[Event], int]:
     """
     with open(path, "rb") as file:
         file.seek(offset)
-        lines = file.read().split(b"\n")[:-1]
+        lines = file.read(-1 if end is None else end - offset).split(b"\n")[:-1]
     events: list[Event] = []
     for index, line in enumerate(lines):
         try:

@@ -86,23 +86,26 @@ class Progress:
             self._records[record.trial_id] = record
         return record
 
+    def _snapshot(self) -> list[TrialRecord]:
+        return list(self._records.values())  # one step, so that the display's thread sees no half-made change
+
     @property
     def spend(self) -> float:
         """Seconds inside units of budget, over all trials."""
-        return sum(spent(record) for record in self._records.values())
+        return sum(spent(record) for record in self._snapshot())
 
     @property
     def eta(self) -> float | None:
         """Seconds until the study ends at the rate so far; None until a trial has ended or if the total is unknown."""
-        ended = sum(not r.unfinished for r in self._records.values())
+        ended = sum(not r.unfinished for r in self._snapshot())
         if not ended or self.trials is None:
             return None
-        running = sum(r.unit / self.epochs for r in self._records.values() if r.unfinished) if self.epochs else 0.0
+        running = sum(r.unit / self.epochs for r in self._snapshot() if r.unfinished) if self.epochs else 0.0
         return (time.monotonic() - self._began) * max(self.trials - ended - running, 0.0) / (ended + running)
 
     def render(self) -> RenderableType:
         """The live table: running trials, the last ended ones, and a line for the study."""
-        records = list(self._records.values())
+        records = self._snapshot()
         active = [r for r in records if r.state in ("running", "suggested")]
         ended = sorted((r for r in records if r not in active), key=lambda r: r.ended or 0.0)[-RECENT:]
         table = Table(box=None, pad_edge=False)
@@ -115,7 +118,7 @@ class Progress:
 
     def summary(self) -> str:
         """The study on one line: trials ended, best validation accuracy, spend and ETA."""
-        records = self._records.values()
+        records = self._snapshot()
         ended = sum(not r.unfinished for r in records)
         total = "?" if self.trials is None else str(self.trials)
         parts = [f"{ended}/{total} trials"]

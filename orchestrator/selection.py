@@ -83,7 +83,8 @@ def leave_one_domain_out(records: Iterable[TrialRecord]) -> list[Choice]:
     if not scored:
         raise ValueError(
             "leave_one_domain_out needs a configuration with a complete fold for each of "
-            f"{', '.join(sorted(domains))}, but none has them all. Run the study again to continue it, or select by id_val."
+            f"{', '.join(sorted(domains))}, but none has them all. Run the study again to continue it, or select by "
+            "id_val."
         )
     return _ranked("leave_one_domain_out", "held_out/acc", scored)
 

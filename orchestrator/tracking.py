@@ -1,0 +1,217 @@
+"""MLflow follows the journal: a background thread reads on from its own position and writes in batches.
+
+The journal is the truth; a tracking server that is slow, down or restarted costs the study no time and no number. What
+is not delivered stays in the journal, and `MlflowFollower` on the same journal delivers it later.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from orchestrator.journal import read_from
+from orchestrator.mlflow_writer import MlflowWriter
+from orchestrator.run_fields import RunUpdate, digest
+from orchestrator.run_updates import Projection
+
+logger = logging.getLogger("luthier")
+
+
+class MlflowFollower:
+    """Keeps one MLflow run per study (parent) and one per trial (child) up to date with a journal.
+
+    Runs are found again by the tags `luthier.study_uid` and `luthier.trial_uid`, so a study that is continued, or a
+    journal that is replayed from the start, goes on in the same runs and adds nothing twice. No method raises because
+    of the server, and none waits for it except `close`.
+
+    Args:
+        journal: path of the journal; need not exist yet.
+        uri: tracking URI.
+        experiment: name of the MLflow experiment.
+        study: name of the study's run, used if the journal does not say.
+        artifact_location: for a new experiment; None = the server decides.
+        poll: seconds between looks at the journal.
+    """
+
+    def __init__(
+        self,
+        journal: str | Path,
+        uri: str,
+        experiment: str,
+        study: str = "study",
+        artifact_location: str | None = None,
+        poll: float = 0.5,
+    ) -> None:
+        self.journal = Path(journal).absolute()
+        self.uri, self.experiment, self.artifact_location = uri, experiment, artifact_location
+        self.problem: str | None = None
+        """What the server's last failure was; None after a success."""
+        self.experiment_id: str | None = None
+        self.run_id: str | None = None
+        """MLflow's id of the study's run, once it exists."""
+        self._target = digest([uri, experiment])  # a digest: the URI may hold a password
+        self._poll = poll
+        self._study = study
+        self._projection = Projection(study)
+        self._writer: MlflowWriter | None = None
+        self._pending: dict[str, RunUpdate] = {}
+        self._read = self._delivered = 0
+        self._seq = -1
+        self._refused = 0
+        self._lock = FileLock(f"{self.position_file}.lock", timeout=0, thread_local=False)
+        self._stop = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._follow, name="luthier-mlflow", daemon=True)
+
+    @property
+    def position_file(self) -> Path:
+        """Where the follower keeps how far it has delivered, beside the journal."""
+        return self.journal.with_name(f"{self.journal.name}.mlflow.json")
+
+    @property
+    def backlog(self) -> int:
+        """Events of the journal that are not delivered."""
+        if not self.journal.exists():
+            return 0
+        return len(read_from(self.journal, self._delivered)[0])
+
+    @property
+    def refused(self) -> int:
+        """Writes that the server will never take (each was logged)."""
+        return self._refused + (self._writer.refused if self._writer else 0)
+
+    def start(self) -> MlflowFollower:
+        """Begin to follow; returns at once."""
+        self._load_position()
+        self._thread.start()
+        return self
+
+    def close(self, timeout: float = 30.0) -> int:
+        """Deliver what is left for at most `timeout` seconds, end the thread, and return how many events are not
+        delivered (0 = MLflow is complete)."""
+        self._deadline = time.monotonic() + timeout
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return self.backlog
+
+    def __enter__(self) -> MlflowFollower:
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _follow(self) -> None:
+        try:
+            self._loop()
+        finally:
+            self._lock.release()
+
+    def _loop(self) -> None:
+        failures = 0
+        while True:
+            stopping = self._stop.is_set()
+            try:
+                self._advance()
+                failures, self.problem = 0, None
+                if stopping:
+                    return
+            except Exception as error:  # whatever a tracking server does must not end the record
+                failures += 1
+                self._note(error, first=failures == 1)
+                self._refused += self._writer.refused if self._writer else 0
+                self._writer = None  # runs may have been made whose answer was lost: look them up again
+            if stopping:
+                if time.monotonic() >= self._deadline:
+                    return
+                time.sleep(min(0.5, self._poll))
+            else:
+                self._stop.wait(min(self._poll * 2**failures, 30.0))
+
+    def _advance(self) -> None:
+        """Read what is new, write it, remember it."""
+        if not self.journal.exists():
+            return
+        self._claim()
+        if self._delivered and self._writer is None and (self._pending or self.journal.stat().st_size > self._read):
+            self._find_again()
+        events, self._read = read_from(self.journal, self._read)
+        for event in events:
+            self._seq = event["seq"]
+            for update in self._projection.apply(event):
+                if update.uid in self._pending:
+                    self._pending[update.uid].absorb(update)
+                else:
+                    self._pending[update.uid] = update
+        if self._pending:
+            self._write_pending()
+        if self._delivered != self._read:
+            self._delivered = self._read
+            position = {"target": self._target, "offset": self._delivered, "seq": self._seq}
+            written = self.position_file.with_suffix(".tmp")
+            written.write_text(json.dumps(position))
+            os.replace(written, self.position_file)
+
+    def _write_pending(self) -> None:
+        assert self._projection.study_uid is not None
+        writer = self._connected(self._projection.study_uid)
+        while self._pending:
+            uid = next(iter(self._pending))
+            writer.write(self._pending[uid])
+            del self._pending[uid]
+        self.run_id = writer.run_id(self._projection.study_uid)
+
+    def _connected(self, study_uid: str) -> MlflowWriter:
+        if self._writer is None:
+            self._writer = MlflowWriter(self.uri, self.experiment, study_uid, self.artifact_location)
+            self.experiment_id = self._writer.experiment_id
+        return self._writer
+
+    def _find_again(self) -> None:
+        """Connect to a server that was told of this study before. If it knows nothing of it (another server behind the
+        same address, an emptied database), it is told everything."""
+        assert self._projection.study_uid is not None
+        if not self._connected(self._projection.study_uid).knows(self._projection.study_uid):
+            self._projection = Projection(self._study)
+            self._pending.clear()
+            self._read = self._delivered = 0
+
+    def _claim(self) -> None:
+        """One follower per journal; its lock ends with the process."""
+        if not self._lock.is_locked:
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise RuntimeError(f"another process is delivering {self.journal}") from None
+
+    def _note(self, error: Exception, first: bool) -> None:
+        self.problem = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300]
+        if first:
+            logger.warning(
+                "MLflow does not take the record (%s). The study goes on; the journal keeps what is missing.",
+                self.problem,
+            )
+
+    def _load_position(self) -> None:
+        """Go to where the last follower of this journal and server ended; anything doubtful means the start."""
+        try:
+            position = json.loads(self.position_file.read_text())
+            if position["target"] != self._target:
+                return
+            offset, seq = int(position["offset"]), int(position["seq"])
+            seen = read_from(self.journal, 0, end=offset)
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        events, end = seen
+        if not events or end != offset or events[-1]["seq"] != seq:
+            return
+        for event in events:
+            self._projection.apply(event)
+        self._read = self._delivered = offset
+        self._seq = seq
