@@ -42,15 +42,22 @@ def find_token(environ: Mapping[str, str] | None = None) -> str | None:
         return environ["RAY_AUTH_TOKEN"].strip()
     named = environ.get("RAY_AUTH_TOKEN_PATH")
     if named:
-        try:
-            return Path(named).expanduser().read_text().strip() or None
-        except OSError as error:
-            raise ClusterError(
-                f"RAY_AUTH_TOKEN_PATH must name a readable file, but got {named!r} ({error.strerror}). "
-                "Correct the path, or unset it to use ~/.ray/auth_token."
-            ) from error
+        return _token_of(named)
     file = token_file()
     return (file.read_text().strip() or None) if file.is_file() else None
+
+
+def _token_of(named: str) -> str:
+    try:
+        token, problem = Path(named).expanduser().read_text().strip(), "it is empty"
+    except OSError as error:
+        token, problem = "", str(error.strerror)
+    if token:
+        return token
+    raise ClusterError(
+        f"RAY_AUTH_TOKEN_PATH must name a file with a token, but got {named!r} ({problem}). "
+        "Correct the path, or unset it to use ~/.ray/auth_token."
+    )
 
 
 def token_file() -> Path:

@@ -67,9 +67,7 @@ def test_none_of_rays_open_or_nightly_defaults_survives(merged: dict[str, Any]) 
 
 def test_every_ray_that_is_started_asks_for_the_token(merged: dict[str, Any]) -> None:
     starts = [
-        line
-        for line in merged["head_start_ray_commands"] + merged["worker_start_ray_commands"]
-        if "ray start" in line
+        line for line in merged["head_start_ray_commands"] + merged["worker_start_ray_commands"] if "ray start" in line
     ]
     assert len(starts) == 2
     for line in starts:
