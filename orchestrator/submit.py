@@ -117,8 +117,12 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
     with environment({"RAY_API_SERVER_ADDRESS": url}, override=True):
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for module in (
+            "dashboard.modules.dashboard_sdk",
+            "dashboard.modules.job.sdk",
+            "_private.runtime_env.packaging",
+        ):
+            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
         return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 

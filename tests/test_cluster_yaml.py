@@ -51,7 +51,7 @@ def test_ray_would_notice_a_wrong_key_and_a_wrong_amount(merged: dict[str, Any])
         _validate(wrong_key)
     wrong_amount = copy.deepcopy(merged)
     wrong_amount["available_node_types"]["gpu_spot"]["resources"]["GPU"] = 0.5
-    with pytest.raises(BaseException, match="0.5"):
+    with pytest.raises(BaseException, match=r"0\.5"):
         _validate(wrong_amount)
 
 
