@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import t as student_t
 
 from orchestrator.records import TrialRecord
-from orchestrator.selection import Choice, per_label
+from orchestrator.selection import Choice, per_label, tested
 
 REPORTED = ("test/acc", "ood/mean/acc", "ood/worst/acc", "calib/ece")
 """Metrics of the leaderboard; `<metric>/ci95` is the half-width of their 95 % interval."""
@@ -50,9 +50,12 @@ def leaderboard(records: Sequence[TrialRecord], rule: str = "id_val") -> pd.Data
     (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then mean and
     `/ci95` half-width of each metric of `REPORTED`, then `trials, complete, pruned, failed` of the search.
 
+    Under `val_domain:<name>` that domain counts as validation: OOD mean and worst are those of the others.
+
     Raises:
         ValueError: no complete search trial, or the rule lacks what it needs.
     """
+    records = tested(records, rule)
     chosen = per_label(records, rule)
     labels = list(chosen) + [label for label in dict.fromkeys(r.label for r in records) if label not in chosen]
     return pd.DataFrame([_row(records, label, chosen.get(label), rule) for label in labels])

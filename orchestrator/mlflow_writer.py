@@ -31,6 +31,11 @@ def _prepare_process() -> None:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """The file behind a `sqlite:///…` URI, None for any other."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
 class MlflowWriter:
     """Finds the runs of one study by their tags, makes those that are missing, and writes updates to them.
 
@@ -47,8 +52,8 @@ class MlflowWriter:
         _prepare_process()
         from mlflow import MlflowClient
 
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if (database := sqlite_file(uri)) is not None:
+            database.parent.mkdir(parents=True, exist_ok=True)
         self.refused = 0
         """Writes that the server will never take; each was logged."""
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)

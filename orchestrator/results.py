@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import selection
-from orchestrator.leaderboard import REPORTED, leaderboard
+from orchestrator.leaderboard import REPORTED, leaderboard, measured
 from orchestrator.records import INTERRUPTED, TrialRecord
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from orchestrator.spec import StudySpec
 
-NearEdge = Callable[[str, Mapping[str, Any]], list[str]]
+NearEdge = Callable[..., list[str]]
+"""(strategy, hparams, fixed=…, preset=…) → one sentence per value at an edge, as `search_spaces.near_edge`."""
 
 ENOUGH_SEEDS = 3
 """Below this many seeds a leaderboard row is warned about: the 95 % interval of two seeds is 12.7 standard errors."""
@@ -29,9 +30,9 @@ class Results:
 
     Args:
         records: the study's trials (`orchestrator.journal.fold`).
-        spec: the study, or its fields as a mapping; only `name` and `search.objective` are read.
-        near_edge: (strategy, hparams) → the hyperparameters that lie at the edge of their range; default
-            `search_spaces.near_edge`.
+        spec: the study, or its fields as a mapping; `name`, `search.objective` and the `label`, `fixed` and `preset` of
+            its strategies are read.
+        near_edge: says which values lie at the edge of their range; default `search_spaces.near_edge`.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Results:
         self.spec = spec
         self.name = str(_field(spec, "name") or "study")
         objective = _field(_field(spec, "search"), "objective")
-        self.rule = objective if objective in selection.RULES else "id_val"
+        self.rule = str(objective or "id_val")
         self._near_edge = near_edge
 
     def leaderboard(self, rule: str | None = None) -> pd.DataFrame:
@@ -138,19 +139,25 @@ class Results:
 
     def _edges(self) -> list[str]:
         near_edge = self._near_edge or _near_edge_of_the_spaces()
+        entries = {str(_field(entry, "label")): entry for entry in _field(self.spec, "strategies") or ()}
         found = []
-        for label, choice in selection.per_label(self.records).items():
-            record = choice.record
-            if edges := near_edge(record.strategy, record.hparams):
-                found.append(
-                    f"{label}: the best value lies at the edge of its range ({', '.join(edges)}), a better one may lie "
-                    f"beyond. Widen the range in search_spaces/{record.strategy}.py."
-                )
+        for label, record in self._chosen().items():
+            fixed, preset = _field(entries.get(label), "fixed") or {}, _field(entries.get(label), "preset")
+            edges = near_edge(record.strategy, record.hparams, fixed=tuple(fixed), preset=preset)
+            found += [f"{label}: {edge}" for edge in edges]
         return found
 
+    def _chosen(self) -> dict[str, TrialRecord]:
+        """The chosen configuration per label; by ID validation where the study's own rule cannot say."""
+        try:
+            choices = selection.per_label(self.records, self.rule)
+        except ValueError:
+            choices = selection.per_label(self.records)
+        return {label: choice.record for label, choice in choices.items()}
+
     def _few_seeds(self) -> list[str]:
-        rows = leaderboard(self.records)
-        few = [f"{r['label']} {r['seeds']}" for r in rows.to_dict("records") if 0 < r["seeds"] < ENOUGH_SEEDS]
+        runs = {label: len(measured(self.records, r.config_hash)) for label, r in self._chosen().items()}
+        few = [f"{label} ({count})" for label, count in runs.items() if count < ENOUGH_SEEDS]
         if not few:
             return []
         return [

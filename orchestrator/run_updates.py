@@ -167,5 +167,5 @@ class Projection:
 
 
 def _run_name(record: TrialRecord) -> str:
-    extra = {"fold": f"-without-{record.held_out}", "confirm": f"-confirm-{record.seed}"}.get(record.role, "")
+    extra = {"fold": f"-without-{record.held_out}", "confirm": "-confirm"}.get(record.role, "")
     return f"{record.number:04d}-{record.label}{extra}"

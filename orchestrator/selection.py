@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.records import TrialRecord
+
+VAL_DOMAIN = "val_domain:"
+"""Prefix of the rule that chooses by one OOD domain."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ def oracle(records: Iterable[TrialRecord]) -> list[Choice]:
     return _ranked("oracle", metric, [(record, record.metric(metric)) for record in found])
 
 
+def val_domain(records: Iterable[TrialRecord], domain: str) -> list[Choice]:
+    """Rank by accuracy on one OOD domain that the person gave up as a test (`val_domain:<name>`)."""
+    metric = f"ood/{domain}/acc"
+    return _ranked(f"{VAL_DOMAIN}{domain}", metric, [(r, r.metric(metric)) for r in candidates(records)])
+
+
 RULES: dict[str, Rule] = {"id_val": id_val, "leave_one_domain_out": leave_one_domain_out, "oracle": oracle}
 
 
@@ -106,11 +116,22 @@ def rank(records: Iterable[TrialRecord], rule: str = "id_val") -> list[Choice]:
     Raises:
         ValueError: unknown rule, no complete trial, or what the rule itself needs is missing.
     """
+    if rule.startswith(VAL_DOMAIN):
+        return val_domain(records, rule.removeprefix(VAL_DOMAIN))
     if rule not in RULES:
         near = difflib.get_close_matches(rule, RULES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"A selection rule is one of {', '.join(RULES)}, but got {rule!r}.{hint}")
+        known = ", ".join([*RULES, f"{VAL_DOMAIN}<name>"])
+        raise ValueError(f"A selection rule is one of {known}, but got {rule!r}.{hint}")
     return RULES[rule](records)
+
+
+def tested(records: Iterable[TrialRecord], rule: str) -> list[TrialRecord]:
+    """The records with OOD mean and worst over test domains alone: a domain that `rule` uses for validation is left out
+    of both. Other rules change nothing."""
+    if not rule.startswith(VAL_DOMAIN):
+        return list(records)
+    return [_without_domain(record, rule.removeprefix(VAL_DOMAIN)) for record in records]
 
 
 def select(records: Iterable[TrialRecord], rule: str = "id_val", label: str | None = None) -> Choice:
@@ -135,7 +156,7 @@ def per_label(records: Iterable[TrialRecord], rule: str = "id_val") -> dict[str,
 
 def regret(records: Iterable[TrialRecord], rule: str = "id_val") -> Regret:
     """What the rule's choice lacks against the oracle's, both measured on their search trials (errors: see `rank`)."""
-    found = list(records)
+    found = tested(records, rule)
     best, chosen = select(found, "oracle"), select(found, rule)
     metric = best.criterion
     return Regret(metric, chosen, best, best.value - chosen.record.metrics.get(metric, math.nan))
@@ -186,6 +207,16 @@ def _ranked(rule: str, criterion: str, scored: Sequence[tuple[TrialRecord, float
 def _nll(record: TrialRecord) -> float:
     value = record.metric("val/nll")
     return math.inf if value is None else value
+
+
+def _without_domain(record: TrialRecord, domain: str) -> TrialRecord:
+    named = (re.fullmatch(r"ood/(.+)/acc", key) for key in record.metrics)
+    domains = {match[1] for match in named if match} - {"mean", "worst", domain}
+    values = [record.metrics[f"ood/{name}/acc"] for name in sorted(domains)]
+    metrics = {key: value for key, value in record.metrics.items() if key not in ("ood/mean/acc", "ood/worst/acc")}
+    if values:
+        metrics |= {"ood/mean/acc": _mean(values), "ood/worst/acc": min(values)}
+    return replace(record, metrics=metrics)
 
 
 def _oracle_metric(records: Sequence[TrialRecord]) -> str:

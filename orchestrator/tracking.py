@@ -6,21 +6,51 @@ is not delivered stays in the journal, and `MlflowFollower` on the same journal 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from orchestrator.journal import read_from
-from orchestrator.mlflow_writer import MlflowWriter
+from orchestrator.mlflow_writer import MlflowWriter, sqlite_file
 from orchestrator.run_fields import RunUpdate, digest
 from orchestrator.run_updates import Projection
 
+if TYPE_CHECKING:
+    from orchestrator.journal import Journal
+    from orchestrator.spec import StudySpec
+
 logger = logging.getLogger("luthier")
+
+CLOSING_SECONDS = 20.0
+"""How long the end of a study waits for a tracking server that is behind."""
+
+
+@contextlib.contextmanager
+def follow(spec: StudySpec, journal: Journal | Path) -> Iterator[MlflowFollower]:
+    """A follower for the block's duration, as the study says (`tracking.uri`, `tracking.experiment`). A SQLite file
+    keeps its artifacts in `mlartifacts` beside it. What could not be delivered at the end is said on the log."""
+    uri, path = spec.tracking_uri, journal if isinstance(journal, Path) else journal.path
+    database = sqlite_file(uri)
+    artifacts = None if database is None else (database.parent / "mlartifacts").as_uri()
+    follower = MlflowFollower(path, uri, spec.experiment, spec.name, artifacts).start()
+    try:
+        yield follower
+    finally:
+        left = follower.close(CLOSING_SECONDS)
+        if left:
+            logger.warning(
+                "MLflow is %d events behind (%s). Nothing is lost: the next run of this study delivers them.",
+                left,
+                follower.problem or "it is slow",
+            )
 
 
 class MlflowFollower:
