@@ -1,0 +1,137 @@
+"""The training loop and prediction, in plain torch: no ray, mlflow, optuna or pyarrow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainables.core.contract import TrainingConfig
+from trainables.core.optim import rate_factor, set_rates
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Pairs of inputs (B, …) and int64 labels (B,), both on the device."""
+
+
+class NonFiniteError(RuntimeError):
+    """Training or validation loss became NaN or infinite: the trial failed and its numbers mean nothing."""
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What one unit of training did: means over its images."""
+
+    loss: float
+    accuracy: float
+    images: int
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast type: "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to `dtype` on `device`; nothing for float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) -> None:
+    """Train mode, with two exceptions: a `frozen` part (the backbone of a head-only phase) stays in eval mode, and with
+    `bn_mode="eval"` every BatchNorm keeps its statistics (LP-FT, papers/002, Table 5)."""
+    model.train()
+    if frozen is not None:
+        frozen.eval()
+    if bn_mode == "eval":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def train_unit(
+    forward: Callable[[Tensor], Tensor],
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    *,
+    first_step: int,
+    total_steps: int,
+    dtype: torch.dtype = torch.float32,
+    extra_loss: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None,
+) -> UnitResult:
+    """One optimiser step per batch; the device is read only once, at the end.
+
+    Args:
+        forward: inputs (B, …) → logits (B, K); a model, or a head where the inputs are cached features.
+        batches: the unit's batches.
+        optimizer: see `trainables.core.optim.build_optimizer`.
+        config: label smoothing, clipping and the schedule.
+        first_step: steps of the phase that are done already.
+        total_steps: steps of the whole phase, the length of the schedule.
+        dtype: autocast type of the forward pass.
+        extra_loss: `(inputs, logits, labels)` → scalar to add, or None.
+
+    Raises:
+        NonFiniteError: a loss of the unit was NaN or infinite.
+        ValueError: `batches` is empty.
+    """
+    parameters = [p for table in optimizer.param_groups for p in table["params"]]
+    device = parameters[0].device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    images, step = 0, first_step
+    for inputs, labels in batches:
+        set_rates(optimizer, rate_factor(step, total_steps, config))
+        with autocast(device, dtype):
+            logits = forward(inputs)
+            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+            extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
+            if extra is not None:
+                loss = loss + extra
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.detach().argmax(1) == labels).sum()
+        images, step = images + len(labels), step + 1
+        if device.type == "cpu" and not bool(loss_sum.isfinite()):  # free on a CPU; a GPU would have to wait
+            break
+    if images == 0:
+        raise ValueError("A unit must have at least one batch, but got none.")
+    mean_loss = float(loss_sum) / images
+    check_finite(mean_loss, "training loss", f"by step {step - first_step} of its unit")
+    return UnitResult(mean_loss, int(correct) / images, images)
+
+
+def check_finite(value: float, what: str, where: str) -> None:
+    """Raise NonFiniteError where `value` is NaN or infinite."""
+    if not torch.isfinite(torch.tensor(value)):
+        raise NonFiniteError(
+            f"The {what} must be finite, but it was {value!r} {where}. Lower learning rates or clip_norm may help."
+        )
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[[Tensor], Tensor], batches: Batches, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) float32 and labels (N,) int64 on the CPU, in the order of `batches`.
+
+    The caller puts the model in eval mode.
+    """
+    logits, labels = [], []
+    for inputs, target in batches:
+        with autocast(inputs.device, dtype):
+            logits.append(forward(inputs).float())
+        labels.append(target)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()

@@ -1,0 +1,65 @@
+"""Scores of a trial's model on the splits of its data, under the metric names of the record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainables.core.loop import predict
+from trainables.core.snapshot import is_pristine
+from trainables.data.trial_data import HELD_OUT
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+    from trainables.data.trial_data import TrialData
+
+
+def score(model: Classifier, data: TrialData, split: str, dtype: torch.dtype, pristine: bool) -> dict[str, float]:
+    """`acc`, `nll` and `ece` of the model in eval mode on one split.
+
+    Args:
+        pristine: the backbone is bit for bit the pretrained one, so that its cached features serve.
+    """
+    from trainables.diagnostics.evaluation import classification_metrics
+
+    model.eval()
+    if pristine:
+        # `torch.tensor` copies into aligned memory: matrix products on mapped memory may round differently.
+        features = torch.tensor(data.features(split)).to(data.device)
+        with torch.no_grad():
+            logits: Tensor = model.head(features).float().cpu()
+        labels = torch.tensor(data.labels(split))
+    else:
+        logits, labels = predict(model, data.batches(split), dtype)
+    return {name: float(value) for name, value in classification_metrics(logits, labels).items()}
+
+
+def validation_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
+    """`val/acc` and `val/nll`."""
+    values = score(model, data, "val", dtype, is_pristine(model.backbone, data.backbone.module))
+    return {"val/acc": values["acc"], "val/nll": values["nll"]}
+
+
+def training_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
+    """`train/loss` and `train/acc` of a closed-form solution, which has no training loss of its own."""
+    values = score(model, data, "train", dtype, is_pristine(model.backbone, data.backbone.module))
+    return {"train/loss": values["nll"], "train/acc": values["acc"]}
+
+
+def final_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
+    """ID test, calibration, every OOD domain with mean and worst accuracy, and the held-out domain if there is one."""
+    pristine = is_pristine(model.backbone, data.backbone.module)
+    test = score(model, data, "test", dtype, pristine)
+    found = {"test/acc": test["acc"], "test/nll": test["nll"], "calib/ece": test["ece"]}
+    accuracies = []
+    for domain in data.ood_domains:
+        values = score(model, data, f"ood/{domain}", dtype, pristine)
+        found |= {f"ood/{domain}/{name}": values[name] for name in ("acc", "nll", "ece")}
+        accuracies.append(values["acc"])
+    if accuracies:
+        found |= {"ood/mean/acc": sum(accuracies) / len(accuracies), "ood/worst/acc": min(accuracies)}
+    if data.spec.held_out is not None:
+        found["held_out/acc"] = score(model, data, HELD_OUT, dtype, pristine)["acc"]
+    return found

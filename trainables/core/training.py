@@ -1,0 +1,149 @@
+"""Gradient training of one phase of a trial: optimiser, order of the samples, and what need not be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trainables.core.contract import Phase, Strategy, TrainingConfig
+from trainables.core.loop import Batches, UnitResult, predict, set_training_mode, train_unit
+from trainables.core.optim import build_optimizer, freeze_all_but, select_groups
+from trainables.core.snapshot import is_pristine
+from trainables.core.task import stream_seed
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+    from trainables.data.trial_data import TrialData
+
+
+class PhaseTraining:
+    """A new optimiser over the groups that `phase` names; everything else is frozen.
+
+    Where only the head moves, the backbone stays in eval mode, runs without gradients, and – without augmentation and
+    extra loss – only once: its features are computed for the whole phase, or taken from the shared cache if the
+    backbone is still the pretrained one.
+
+    Args:
+        model, strategy, phase, data: the trial's.
+        unit_steps: optimiser steps of one unit.
+        dtype: autocast type.
+
+    Raises:
+        ValueError: see `trainables.core.optim.select_groups`.
+        TypeError: the strategy's Config does not extend TrainingConfig.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        strategy: Strategy,
+        phase: Phase,
+        data: TrialData,
+        *,
+        unit_steps: int,
+        dtype: torch.dtype,
+    ) -> None:
+        if not isinstance(strategy.config, TrainingConfig):
+            raise TypeError(f"{strategy.name()} trains by gradient, so its Config must extend TrainingConfig.")
+        self.model, self.strategy, self.data, self.dtype = model, strategy, data, dtype
+        self.config: TrainingConfig = strategy.config
+        self.unit_steps, self.total_steps = unit_steps, unit_steps * phase.units
+        groups = select_groups(strategy.param_groups(model), phase)
+        freeze_all_but(model, groups)
+        self.optimizer = build_optimizer(groups, self.config, data.mean_square_norm)
+        self.head_only = not any(p.requires_grad for p in model.backbone.parameters())
+        plain_loss = type(strategy).extra_loss is Strategy.extra_loss
+        self._extra_loss = None if plain_loss else self._strategy_loss
+        self._features: tuple[Tensor, Tensor] | None = None
+        if self.head_only and plain_loss and not data.spec.task.augment:
+            self._features = self._whole_features()
+
+    def unit(self, seed: int, steps_before: int, unit_in_phase: int) -> UnitResult:
+        """Train one unit.
+
+        Args:
+            seed: the trial's.
+            steps_before: optimiser steps of the whole trial so far (they fix epoch and order).
+            unit_in_phase: 0-based.
+        """
+        set_training_mode(self.model, self.model.backbone if self.head_only else None, self.config.bn_mode)
+        return train_unit(
+            self._forward(),
+            self._batches(seed, steps_before),
+            self.optimizer,
+            self.config,
+            first_step=unit_in_phase * self.unit_steps,
+            total_steps=self.total_steps,
+            dtype=self.dtype,
+            extra_loss=self._extra_loss,
+        )
+
+    def _forward(self) -> Callable[[Tensor], Tensor]:
+        if self._features is not None:
+            head: nn.Module = self.model.head
+            return head
+        return self._head_on_frozen if self.head_only else self.model
+
+    def _head_on_frozen(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.model.features(images)
+        logits: Tensor = self.model.head(features)
+        return logits
+
+    def _strategy_loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
+        return self.strategy.extra_loss(self.model, images, logits, labels)
+
+    def _batches(self, seed: int, steps_before: int) -> Batches:
+        step, end = steps_before, steps_before + self.unit_steps
+        while step < end:
+            epoch, offset = divmod(step, self.data.steps_per_epoch)
+            count = min(end - step, self.data.steps_per_epoch - offset)
+            yield from islice(self._epoch(seed, epoch, offset), count)
+            step += count
+
+    def _epoch(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = stream_seed(seed, "shuffle", epoch)
+        if self._features is not None:
+            return self.data.feature_batches(*self._features, shuffle_seed=order, start=offset)
+        augment = stream_seed(seed, "augment", epoch)
+        return self.data.batches("train", shuffle_seed=order, augment_seed=augment, drop_last=True, start=offset)
+
+    def _whole_features(self) -> tuple[Tensor, Tensor] | None:
+        device = self.data.device
+        if is_pristine(self.model.backbone, self.data.backbone.module):
+            features = torch.tensor(self.data.features("train"))
+            return features.to(device), torch.tensor(self.data.labels("train")).to(device)
+        if self.total_steps < self.data.steps_per_epoch:
+            return None  # the phase does not see every image once
+        self.model.eval()
+        computed, labels = predict(self.model.features, self.data.batches("train"), self.dtype)
+        return computed.to(device), labels.to(device)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` returned, into an optimiser over the same parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = optimizer.state_dict()
+    moving = [p for table in optimizer.param_groups for p in table["params"]]
+    indices = [i for table in state["param_groups"] for i in table["params"]]
+    for index, parameter in zip(indices, moving, strict=True):
+        prefix = f"{names[id(parameter)]}/"
+        entries = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
+        if entries:
+            state["state"][index] = entries
+    optimizer.load_state_dict(state)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's tensors (momentum, second moments, step counts) as `<parameter name>/<key>`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{key}": value
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
+    }
