@@ -14,6 +14,16 @@ from orchestrator.cluster_auth import ClusterError
 
 
 @dataclass(frozen=True)
+class MachineKind:
+    """One kind of machine that an autoscaler may start."""
+
+    resources: dict[str, float]
+    """Of one machine, as Ray counts them."""
+    most: int
+    """How many of them at most."""
+
+
+@dataclass(frozen=True)
 class Cluster:
     """The cluster that this process is connected to."""
 
@@ -26,10 +36,7 @@ class Cluster:
 
     def nodes(self) -> list[dict[str, float]]:
         """Resources of each machine that is there, and of each kind that a `ray up` autoscaler may start."""
-        import ray
-
-        there = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        return there if self.started else there + autoscaled_nodes()
+        return self._there() + [kind.resources for kind in self._kinds()]
 
     def trial_resources(self, cpus: float, gpus: float | Literal["auto"]) -> dict[str, float]:
         """Tune's request of one trial, see `orchestrator.resources.trial_resources`.
@@ -37,15 +44,38 @@ class Cluster:
         On Kubernetes the operator may start machines that nobody can list here; the check is left to it.
         """
         nodes = self.nodes()
-        if os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1" and gpus != "auto":
+        if self._on_kubernetes() and gpus != "auto":
             nodes.append({"CPU": cpus, "GPU": float(gpus)})
         return resources.trial_resources(cpus, gpus, nodes)
 
+    def concurrency(self, wanted: int | None, cpus: float, gpus: float) -> int:
+        """How many trials to keep going: `wanted`, but no more than ever fit at once; at least 1.
+
+        Machines that a `ray up` autoscaler may still start count, for it starts them only when trials wait. On
+        Kubernetes their number cannot be known here: `wanted` is taken at its word, and without it only the machines
+        that are there count.
+        """
+        fitting = max(1, self.trial_slots(cpus, gpus))
+        if wanted is None:
+            return fitting
+        return wanted if self._on_kubernetes() else min(wanted, fitting)
+
     def trial_slots(self, cpus: float, gpus: float) -> int:
-        """How many trials run at once on the machines that are there now."""
+        """How many trials fit at once, on the machines that are there or on all that the autoscaler may start."""
+        there = resources.trial_slots(cpus, gpus, self._there())
+        to_come = [kind.most * resources.trial_slots(cpus, gpus, [kind.resources]) for kind in self._kinds()]
+        return max([there, *to_come])
+
+    def _there(self) -> list[dict[str, float]]:
         import ray
 
-        return resources.trial_slots(cpus, gpus, [dict(n["Resources"]) for n in ray.nodes() if n["Alive"]])
+        return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+    def _kinds(self) -> list[MachineKind]:
+        return [] if self.started else autoscaled_kinds()
+
+    def _on_kubernetes(self) -> bool:
+        return not self.started and os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1"
 
     def check_shared(self, *paths: str | Path) -> None:
         """Refuse paths that some machine of the cluster does not see, before any trial needs them.
@@ -62,17 +92,24 @@ class Cluster:
             )
 
 
-def autoscaled_nodes(config: Path | None = None) -> list[dict[str, float]]:
-    """Resources of the machine kinds that `ray up` may start, read from the file it leaves on the head node."""
+def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
+    """The kinds of machines that `ray up` may start, read from the file it leaves in the head's home folder.
+
+    Args:
+        config: that file; any cluster file will do.
+    """
     file = config or Path.home() / "ray_bootstrap_config.yaml"
     if not file.is_file():
         return []
-    kinds = (yaml.safe_load(file.read_text()) or {}).get("available_node_types", {}).values()
-    return [
-        {name: float(amount) for name, amount in kind.get("resources", {}).items()}
-        for kind in kinds
-        if kind.get("max_workers", 0) > 0
+    cluster = yaml.safe_load(file.read_text()) or {}
+    kinds = [
+        MachineKind(
+            resources={name: float(amount) for name, amount in kind.get("resources", {}).items()},
+            most=min(kind.get("max_workers", 0), cluster.get("max_workers", 0)),
+        )
+        for kind in cluster.get("available_node_types", {}).values()
     ]
+    return [kind for kind in kinds if kind.most > 0]
 
 
 def _unseen(paths: list[str]) -> list[tuple[str, str]]:

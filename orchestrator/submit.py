@@ -79,6 +79,7 @@ def submit(
     for line in cautions(fields, url):
         print(f"Warning: {line}", file=notes)
     client = _client(url, token)
+    _compare_versions(client, notes)
     job = _start(client, fields, entrypoint, notes)
     print(f"Follow it (again) with the same command; stop it with: ray job stop --address {url} {job}", file=notes)
     if not follow:
@@ -124,6 +125,14 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
         ):
             logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
         return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+def _compare_versions(client: JobSubmissionClient, notes: TextIO) -> None:
+    import ray
+
+    theirs = getattr(client, "_server_ray_version", None) or ray.__version__
+    if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
+        print(f"Warning: the cluster runs Ray {theirs}, Luthier here was tested with {ray.__version__}.", file=notes)
 
 
 def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: str, notes: TextIO) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.machines import Cluster, MachineKind, autoscaled_kinds
+from orchestrator.resources import ResourceError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -98,16 +101,36 @@ def test_head_runs_no_trials_and_workers_are_spot_machines_that_go_when_idle(mer
     assert merged["provider"]["cache_stopped_nodes"] is False
 
 
-def test_a_trial_with_a_gpu_fits_the_machines_that_the_file_may_start(tmp_path: Path) -> None:
-    from orchestrator.machines import autoscaled_nodes
-    from orchestrator.resources import ResourceError, trial_resources
-
-    nodes = autoscaled_nodes(ROOT / "cluster.yaml")
-    assert nodes == [{"CPU": 8.0, "GPU": 1.0}]
-    assert trial_resources(2, "auto", nodes) == {"cpu": 2.0, "gpu": 1.0}
+def test_trials_are_planned_for_the_machines_that_the_file_may_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the head of a fresh `ray up` cluster, where not one GPU machine is there yet."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert autoscaled_kinds() == []
+    (tmp_path / "ray_bootstrap_config.yaml").write_text((ROOT / "cluster.yaml").read_text())
+    assert autoscaled_kinds() == [MachineKind(resources={"CPU": 8.0, "GPU": 1.0}, most=8)]
+    monkeypatch.setattr(Cluster, "_there", lambda self: [{"memory": 1e9}])
+    cluster = Cluster(address="10.0.0.7:6379", dashboard=None, started=False)
+    assert cluster.trial_resources(2, "auto") == {"cpu": 2.0, "gpu": 1.0}
+    assert cluster.concurrency(None, 2, 1) == 8
+    assert cluster.concurrency(None, 2, 0.25) == 32
+    assert cluster.concurrency(3, 2, 1) == 3
+    assert cluster.concurrency(100, 2, 1) == 8
     with pytest.raises(ResourceError, match="largest machine has 8 CPUs and 1 GPU"):
-        trial_resources(16, 1, nodes)
-    assert autoscaled_nodes(tmp_path / "no-such-file.yaml") == []
+        cluster.trial_resources(16, 1)
+    # Another cluster, started here: the file says nothing about it.
+    with pytest.raises(ResourceError, match="largest machine has 0 CPUs and 0 GPUs"):
+        Cluster(address="127.0.0.1:1", dashboard=None, started=True).trial_resources(2, 1)
+
+
+def test_kubernetes_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")
+    monkeypatch.setattr(Cluster, "_there", lambda self: [{"CPU": 4.0}])
+    cluster = Cluster(address="10.0.0.7:6379", dashboard=None, started=False)
+    assert cluster.trial_resources(16, 2) == {"cpu": 16.0, "gpu": 2.0}
+    assert cluster.concurrency(6, 16, 2) == 6
+    assert cluster.concurrency(None, 16, 2) == 1
 
 
 def _blocks(language: str) -> list[str]:
