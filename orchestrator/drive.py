@@ -1,0 +1,165 @@
+"""One run of a study on a cluster: Tune runs the trials, the searcher proposes them, the journal hears everything."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from orchestrator.errors import redact
+from orchestrator.setup import entries_of, make_scheduler, metric_of, stages_of
+
+if TYPE_CHECKING:
+    from orchestrator.journal import Journal
+    from orchestrator.progress import Progress
+    from orchestrator.search import StudySearcher
+    from orchestrator.spec import StudySpec
+    from trainables.core.task import Task
+    from trainables.data.store import Store
+
+log = logging.getLogger("luthier")
+
+PACKAGES = ("luthier", "ray", "torch", "timm", "optuna", "mlflow", "pyarrow", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Drive:
+    """What one run needs: the study, its folder, its data and what all trials share."""
+
+    spec: StudySpec
+    folder: Path
+    store: Store
+    task: Task
+    progress: bool = True
+
+    def run(self) -> None:
+        """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued."""
+        from orchestrator.cluster import connect
+        from orchestrator.journal import Journal
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "study.yaml").write_text(yaml.safe_dump(self._plain_spec(), sort_keys=False))
+        with connect() as cluster, Journal(self.folder / "journal.jsonl") as journal:
+            request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
+            cluster.check_shared(self.folder, self.task.store)
+            slots = max(1, cluster.trial_slots(request["cpu"], request["gpu"]))
+            concurrent = min(self.spec.resources.concurrent or slots, slots)
+            journal.append("study_started", **self._header(request, concurrent))
+            with self._followed(journal) as progress, self._ending(journal):
+                self._tune(journal, progress, request, concurrent)
+
+    def _tune(self, journal: Journal, progress: Progress | None, request: dict[str, float], concurrent: int) -> None:
+        from ray import tune
+
+        from orchestrator.callback import RecordCallback
+        from trainables.core.trial import Trial
+
+        searcher = self._searcher(journal)
+        tuner = tune.Tuner(
+            tune.with_resources(Trial, request),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=make_scheduler(self.spec),
+                num_samples=-1,
+                max_concurrent_trials=concurrent,
+                reuse_actors=True,
+                trial_dirname_creator=_trial_folder,
+            ),
+            run_config=tune.RunConfig(
+                name="ray",
+                storage_path=str(self.folder),
+                callbacks=[RecordCallback(journal, progress)],
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                verbose=0,
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            searcher.close()
+
+    def _searcher(self, journal: Journal) -> StudySearcher:
+        from orchestrator.search import StudySearcher
+
+        spec = self.spec
+        return StudySearcher(
+            entries=entries_of(spec),
+            task=self.task,
+            url=f"sqlite:///{self.folder}/optuna.db",
+            study_name=spec.name,
+            trials=spec.search.trials,
+            sampler=spec.search.sampler,
+            seed=spec.search.seed,
+            metric=metric_of(spec),
+            stages=stages_of(spec, self.task, self.store),
+            journal=journal,
+        )
+
+    def _header(self, request: dict[str, float], concurrent: int) -> dict[str, Any]:
+        return {
+            "study": self.spec.name,
+            "spec": self._plain_spec(),
+            "backbone": self.task.model.name,
+            "dataset": self.spec.data.source,
+            "dataset_digest": self.store.digest,
+            "seed": self.spec.search.seed,
+            "epochs": self.task.epochs,
+            "resources": {**request, "concurrent": concurrent},
+            "versions": versions(),
+        }
+
+    def _plain_spec(self) -> dict[str, Any]:
+        """The study's fields as JSON values, without passwords: they end up in files that people pass on."""
+        fields: dict[str, Any] = self.spec.model_dump(mode="json")
+        if self.spec.tracking.uri:
+            fields["tracking"]["uri"] = redact(self.spec.tracking.uri)
+        return fields
+
+    @contextlib.contextmanager
+    def _followed(self, journal: Journal) -> Iterator[Progress | None]:
+        """MLflow and the progress display, as long as the study runs."""
+        from orchestrator.progress import Progress
+        from orchestrator.tracking import follow
+
+        shown = Progress(trials=expected_trials(self.spec), epochs=self.task.epochs) if self.progress else None
+        with follow(self.spec, journal), shown or contextlib.nullcontext():
+            yield shown
+
+    @contextlib.contextmanager
+    def _ending(self, journal: Journal) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            journal.append("study_finished", state="interrupted")
+            raise
+        except BaseException:
+            journal.append("study_finished", state="failed")
+            raise
+        journal.append("study_finished", state="complete")
+
+
+def expected_trials(spec: StudySpec) -> int:
+    """Search trials and confirmations of a study that goes to its end; folds are not counted."""
+    return spec.search.trials + min(spec.confirm.top_k, len(spec.strategies)) * spec.confirm.seeds
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose change could change a number."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _trial_folder(trial: Any) -> str:
+    return f"trial-{trial.config['_number']:04d}-{trial.config['label'] or trial.config['strategy']}"

@@ -1,0 +1,91 @@
+"""A whole study on one page: spec → store → search → trial → record → MLflow → selection → results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.spec import StudySpec, load_study
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
+    from orchestrator.results import Results
+    from trainables.data.store import Store
+
+
+class Study:
+    """One study: what a study file says, and the folder where everything about it is kept.
+
+    Args:
+        fields: the keys of the study file (docs/study.md) as plain Python values.
+
+    Raises:
+        StudyError: unknown keys, wrong types and impossible values, all at once.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self.spec = StudySpec.from_fields(fields)
+        self._store: Store | None = None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Study:
+        """Read a study file; relative paths in it are taken from the file's own folder."""
+        study = cls.__new__(cls)
+        study.spec = load_study(path)
+        study._store = None
+        return study
+
+    @property
+    def folder(self) -> Path:
+        """Where the study keeps its journal, Optuna database, resolved spec and report."""
+        return Path(self.spec.storage).absolute() / self.spec.name
+
+    def plan(self) -> Plan:
+        """What a run would do and cost; spends nothing.
+
+        Raises:
+            StudyError: the study could not run (unknown model, missing data, …).
+        """
+        from orchestrator.plan import make_plan
+        from orchestrator.preflight import preflight
+
+        preflight(self.spec)
+        return make_plan(self.spec)
+
+    def prepare(self) -> Store:
+        """Check everything that can be checked without a cluster and read the data into the store (once)."""
+        if self._store is None:
+            from orchestrator.ingest.pipeline import ingest
+            from orchestrator.preflight import preflight
+            from orchestrator.setup import ingest_request
+
+            preflight(self.spec)
+            self._store = ingest(ingest_request(self.spec), Path(self.spec.storage).absolute() / "data")
+        return self._store
+
+    def run(self, progress: bool = True) -> Results:
+        """Run the study and return its results.
+
+        Args:
+            progress: show a live table (on a terminal) or a line per event on stderr.
+        """
+        from orchestrator.drive import Drive
+        from orchestrator.setup import make_task
+
+        store = self.prepare()
+        Drive(self.spec, self.folder, store, make_task(self.spec, store), progress).run()
+        return self.results()
+
+    def results(self) -> Results:
+        """Leaderboard, best configuration and warnings, from the journal alone: no cluster, no tracking server.
+
+        Raises:
+            FileNotFoundError: the study has not been run.
+        """
+        from orchestrator.journal import Journal, fold
+        from orchestrator.results import Results
+
+        journal = self.folder / "journal.jsonl"
+        if not journal.exists():
+            raise FileNotFoundError(f"The study {self.spec.name!r} has no journal at {journal}. Run it first.")
+        return Results(fold(Journal.read(journal)), self.spec)
