@@ -71,6 +71,12 @@ class Run:
         assert self._model is not None
         return self._model
 
+    @property
+    def data(self) -> TrialData:
+        """What the trial sees."""
+        self._build()
+        return self._data
+
     def step(self) -> dict[str, Any]:
         """Do one unit: train (or solve), validate, and at units of `task.evaluate_at` and the last one test too.
 
