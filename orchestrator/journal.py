@@ -189,8 +189,8 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
             if index == len(lines) - 1:
                 break
             raise JournalError(
-                f"Every line of a journal is one JSON event, but line {index + 1} after byte {offset} of {path} is "
-                f"damaged ({error}). Restore the file from a copy, or cut it off before that line."
+                f"Every line of a journal is one JSON event, but the one at byte {offset} of {path} is damaged "
+                f"({error}). Restore the file from a copy, or cut it off before that line."
             ) from None
         events.append(event)
         offset += len(line) + 1
