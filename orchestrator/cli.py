@@ -1,0 +1,213 @@
+"""The `luthier` command. Imports neither torch nor ray: each command loads what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from orchestrator.console import FAILED, OK, PARTIAL, Output
+
+EVERYWHERE = ("--json", "-v", "--verbose")
+"""Options that may stand anywhere on the command line."""
+
+EXIT_CODES = (
+    "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
+    "4 preflight (the study could not run here), 130 interrupted."
+)
+
+
+class _Commands(TyperGroup):
+    """All commands: global options anywhere, and errors as one paragraph with an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        moved = [arg for arg in args[:end] if arg in EVERYWHERE]
+        rest = [arg for arg in args[:end] if arg not in EVERYWHERE]
+        return super().parse_args(ctx, [*moved, *rest, *args[end:]])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if hasattr(error, "exit_code"):  # a usage error: typer shows it
+                raise
+            output = ctx.obj if isinstance(ctx.obj, Output) else Output()
+            raise typer.Exit(output.error(error)) from None
+
+
+app = typer.Typer(
+    name="luthier",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before a study uses them.")
+app.add_typer(data_app, name="data")
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (docs/study.md).")]
+StudyPlace = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, or the folder of a study.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"luthier {version('luthier')}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Data on stdout as JSON, logs on stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks and more logs.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Find out which way of fine-tuning a pretrained vision model works best on your data.
+
+    --json and -v may stand anywhere on the command line.
+    """
+    context.obj = Output(as_json, verbose)
+    context.with_resource(context.obj.opened())
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    data: Annotated[Path | None, typer.Argument(help="Your images. Left out: the built-in digits.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("study.yaml"),
+    model: Annotated[str | None, typer.Option(help="A timm model name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The study's name. Default: that of the data.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented study file for your data."""
+    from orchestrator.init_study import write_study
+
+    written = write_study(data, output, model=model, name=name, force=force)
+    context.obj.result(
+        written,
+        lambda console: console.print(
+            f"Wrote {written['study_file']}. Look at it, then: luthier plan {written['study_file']}",
+            markup=False, highlight=False, soft_wrap=True,
+        ),
+    )  # fmt: skip
+
+
+@app.command()
+def plan(context: typer.Context, study: StudyFile = Path("study.yaml")) -> None:
+    """Check a study and show what it would do and cost. Nothing is spent."""
+    from orchestrator.study import Study
+
+    planned = Study.from_yaml(study).plan()
+    context.obj.result(planned.to_dict(), planned.render)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    study: StudyFile = Path("study.yaml"),
+    progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
+) -> None:
+    """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
+    from orchestrator.outcome import finished, outcome_code
+    from orchestrator.study import Study
+
+    it = Study.from_yaml(study)
+    results = it.run(progress=progress)
+    context.obj.result({**results.to_dict(), "folder": str(it.folder)}, lambda console: finished(console, it, results))
+    raise typer.Exit(outcome_code(results.records))
+
+
+@app.command()
+def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
+    """Show where a study stands, from its journal alone."""
+    from orchestrator.status import status as status_of
+
+    now = status_of(study)
+    context.obj.result(now.to_dict(), now.render)
+
+
+@app.command()
+def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
+    """Show the leaderboard, the regret of the selection and warnings, from the journal alone."""
+    from orchestrator.folding import fold
+    from orchestrator.results import Results
+    from orchestrator.status import find_study, read_journal
+
+    spec, folder = find_study(study)
+    found = Results(fold(read_journal(spec, folder)), spec)
+    context.obj.result({**found.to_dict(), "folder": str(folder)}, found.render)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    storage: Annotated[Path, typer.Option(help="Folder for the demo's studies.")] = Path("studies"),
+    trials: Annotated[int, typer.Option(min=4, help="Search trials of each of the two studies.")] = 12,
+    progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
+) -> None:
+    """Tune two small networks on real digits with four strategies: no data, network or GPU needed."""
+    from orchestrator.demo import run_demo
+    from orchestrator.outcome import outcome_code
+
+    outcomes = run_demo(storage, trials=trials, progress=progress)
+    if context.obj.as_json:
+        context.obj.result({"studies": [found.to_dict() for found in outcomes]}, lambda console: None)
+    codes = {outcome_code(found.records) for found in outcomes}
+    raise typer.Exit(FAILED if FAILED in codes else PARTIAL if PARTIAL in codes else OK)
+
+
+@app.command()
+def submit(
+    context: typer.Context,
+    study: StudyFile = Path("study.yaml"),
+    address: Annotated[str | None, typer.Option(help="http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")] = None,
+    follow: Annotated[bool, typer.Option(help="Print the job's output and return its exit code.")] = True,
+    stop_on_interrupt: Annotated[
+        bool | None,
+        typer.Option("--stop-on-interrupt/--leave-on-interrupt", help="What Ctrl-C does to the job. Default: ask."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Send it even to a cluster that asks no token.")] = False,
+) -> None:
+    """Send a study to a cluster as a Ray job."""
+    import sys
+
+    from orchestrator.submit import submit as send
+
+    out = sys.stderr if context.obj.as_json else sys.stdout
+    code = send(
+        study, address, follow=follow, stop_on_interrupt=stop_on_interrupt, insecure=insecure, out=out, notes=sys.stderr
+    )
+    if context.obj.as_json:
+        context.obj.result({"study": str(study), "exit_code": code}, lambda console: None)
+    raise typer.Exit(code)
+
+
+@data_app.command("check")
+def data_check(
+    context: typer.Context, path: Annotated[Path, typer.Argument(help="Folder, Parquet or .npz file.")]
+) -> None:
+    """Explain what is found: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
+    from orchestrator.ingest.check import check
+
+    report = check(path)
+    context.obj.result(report.to_dict(), report.render)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

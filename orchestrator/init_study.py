@@ -1,0 +1,122 @@
+"""A first study file for a person's own data, with every key explained where it stands."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import Problem, StudyError
+from orchestrator.reference import Row, rows, sections, written
+
+DIGITS_MODEL, MODEL = "digits_vit", "resnet18"
+"""What a new study starts from; any timm name can take its place."""
+
+_HEAD = """\
+# A Luthier study. Every key is here; those that you do not need can be left out (docs/study.md has the defaults).
+# Check it:      luthier plan {file}
+# Run it:        luthier run {file}
+# Where is it:   luthier status {file}
+"""
+
+
+def write_study(
+    data: Path | None, output: Path, *, model: str | None = None, name: str | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Write a study file for the images at `data` (None = the built-in digits).
+
+    Returns:
+        What was written, as JSON values: `study_file`, and the `fields` that were chosen.
+
+    Raises:
+        StudyError: the file exists (unless `force`), or a name that a study cannot have.
+        DataError: `data` holds no images that a study could use.
+    """
+    from orchestrator.spec import StudySpec
+
+    if output.exists() and not force:
+        rule = "there is such a file already. Give another with --output, or replace it with --force."
+        raise StudyError([Problem((), rule)], str(output))
+    fields = _digits(model) if data is None else _found(data, model)
+    fields["name"] = name or fields["name"]
+    StudySpec.from_fields(fields)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render(fields, output), encoding="utf-8")
+    return {"study_file": str(output), "fields": fields}
+
+
+def render(fields: Mapping[str, Any], file: Path) -> str:
+    """The text of a study file: every key with what it means, at the given value or its default."""
+    lines = [_HEAD.format(file=file)]
+    for row in rows("study"):
+        if row.key == "name":
+            lines += _key(row, fields, "")
+    for section in [s for s in sections() if s != "study"]:
+        lines.append("")
+        if section == "strategies":
+            lines += _strategies(fields["strategies"])
+            continue
+        lines += _comment(sections()[section].__doc__ or "", "")
+        given = fields.get(section, {})
+        lines.append(f"{section}:")
+        for row in rows(section):
+            lines += _key(row, given, "  ")
+    for row in rows("study"):
+        if row.key == "storage":
+            lines += ["", *_key(row, fields, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _key(row: Row, given: Mapping[str, Any], indent: str) -> list[str]:
+    lines = _comment(row.meaning.replace("\\|", "|"), indent)
+    return [*lines, f"{indent}{row.key}: {written(given[row.key]) if row.key in given else row.default}"]
+
+
+def _strategies(names: list[str]) -> list[str]:
+    lines = ["# Ways of fine-tuning that compete under one budget. Instead of a name, an entry may be"]
+    lines += ["#   {name: daft, label: daft_no_conversion, fixed: {bn_conversion: false}}", "strategies:"]
+    return [*lines, *(f"  - {name}" for name in names)]
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    plain = re.sub(r"\s+", " ", text).strip()
+    return textwrap.wrap(plain, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+
+
+def _digits(model: str | None) -> dict[str, Any]:
+    return {
+        "name": "digits",
+        "data": {"source": "digits"},
+        "model": {"name": model or DIGITS_MODEL},
+        "strategies": _strategy_names(),
+        "search": {"trials": 16, "epochs": 4},
+    }
+
+
+def _found(data: Path, model: str | None) -> dict[str, Any]:
+    """Fields for real data: the largest domain is ID and the others OOD, which the person is asked to look at."""
+    from orchestrator.ingest.check import check
+
+    report = check(data)
+    source = str(report.source)
+    domains = {name: sum(counts.values()) for name, counts in report.domains.items()}
+    chosen: dict[str, Any] = {"source": source, "root": str(data.resolve())}
+    if len(domains) > 1:
+        largest = max(domains, key=lambda domain: domains[domain])
+        chosen |= {"id": [largest], "ood": sorted(set(domains) - {largest})}
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", data.resolve().stem).strip("-._") or "study"
+    return {
+        "name": stem,
+        "data": chosen,
+        "model": {"name": model or MODEL},
+        "strategies": _strategy_names(),
+        "search": {"trials": 40, "epochs": 20},
+    }
+
+
+def _strategy_names() -> list[str]:
+    from trainables import strategies
+
+    return strategies()

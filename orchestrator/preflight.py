@@ -1,0 +1,133 @@
+"""What can be checked about a study before anything is spent: no cluster is started and no image is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orchestrator.errors import PreflightError, Problem, did_you_mean
+from orchestrator.spec import StudySpec
+
+
+def preflight(spec: StudySpec) -> None:
+    """Refuse a study that could not run here.
+
+    Raises:
+        PreflightError: unknown model or augmentation, weights or data that are not there, a strategy that needs layers
+            which the model lacks, a budget too small for the strategies, a storage folder that cannot be written, more
+            CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at once.
+    """
+    checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
+        _data_problems,
+        _model_problems,
+        _budget_problems,
+        _machine_problems,
+        _storage_problems,
+    )
+    problems = [problem for check in checks for problem in check(spec)]
+    if problems:
+        raise PreflightError(problems, f"The study {spec.name!r}")
+
+
+def _data_problems(spec: StudySpec) -> Iterator[Problem]:
+    data = spec.data
+    if data.augment:
+        from trainables.data.transforms import AUGMENTATIONS
+
+        for index, name in enumerate(data.augment):
+            if name not in AUGMENTATIONS:
+                rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
+                yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
+    if data.root is None:
+        return
+    root, path = Path(data.root).expanduser(), ("data", "root")
+    if not root.exists():
+        parent = next((p for p in root.parents if p.exists()), None)
+        yield Problem(path, f"there is nothing at {data.root}. The nearest folder that exists is {parent}.")
+    elif data.source == "folder" and not root.is_dir():
+        yield Problem(path, f"the source 'folder' needs a folder, but {data.root} is a file. Change data.source.")
+    elif data.source == "npz" and not (root.is_file() or any(root.glob("*.npz"))):
+        yield Problem(path, f"the source 'npz' needs a .npz file, but {data.root} holds none. Change data.source.")
+    elif not os.access(root, os.R_OK):
+        yield Problem(path, f"{data.root} cannot be read by this user.")
+
+
+def _model_problems(spec: StudySpec) -> Iterator[Problem]:
+    from orchestrator.setup import model_of
+    from trainables import strategy_class
+    from trainables.core.backbone import check_model
+
+    try:
+        check_model(model_of(spec))
+    except ValueError as error:
+        yield Problem(("model",), str(error))
+        return
+    needed = {s.name: strategy_class(s.name).needs for s in spec.strategies}
+    if not any(needed.values()):
+        return
+    kinds = layer_kinds(spec.model.name)
+    for index, entry in enumerate(spec.strategies):
+        for kind in sorted(needed[entry.name] - kinds):
+            rule = f"{entry.name} needs a network with {kind} layers, but {spec.model.name} has none. Leave it out."
+            yield Problem(("strategies", index), rule)
+
+
+def layer_kinds(model: str) -> frozenset[str]:
+    """Which of `layer_norm`, `batch_norm` and `attention` a network has; no weights are made or read.
+
+    Args:
+        model: a name that `trainables.core.backbone.check_model` accepts.
+    """
+    import timm
+    import torch
+    from timm.layers import LayerNorm2d
+    from torch import nn
+
+    from trainables.core import digits_backbones  # noqa: F401 - makes the built-in names known to timm
+
+    with torch.device("meta"):
+        network = timm.create_model(model, pretrained=False)
+    found = set()
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm | LayerNorm2d):
+            found.add("layer_norm")
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found.add("batch_norm")
+        elif "attention" in type(module).__name__.lower():
+            found.add("attention")
+    return frozenset(found)
+
+
+def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
+    from orchestrator.plan import proposals_of
+
+    try:
+        proposals_of(spec)
+    except ValueError as error:
+        yield Problem(("search", "trials"), str(error))
+
+
+def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return
+    import torch
+
+    from orchestrator.resources import check_resources
+
+    wanted = spec.resources.gpus
+    gpus = 0.0 if wanted == "auto" else float(wanted)
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    try:
+        check_resources(spec.resources.cpus, gpus, [here])
+    except ValueError as error:
+        yield Problem(("resources",), str(error))
+
+
+def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
+    folder = Path(spec.storage).expanduser().absolute()
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir():
+        yield Problem(("storage",), f"storage is a folder, but {nearest} is a file. Choose another path.")
+    elif not os.access(nearest, os.W_OK):
+        yield Problem(("storage",), f"nothing can be written to {nearest} by this user. Choose another path.")
