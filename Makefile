@@ -1,0 +1,49 @@
+# Everything a fresh machine needs: `make demo` and `make test` set up first. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.luthier-installed
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench format clean
+
+help:
+	@echo "make setup   virtual environment in $(VENV) with Luthier and its tools (once; the others call it)"
+	@echo "make demo    four strategies on two small networks and real digits"
+	@echo "make test    all tests"
+	@echo "make check   formatting, lint, types"
+	@echo "make bench   the measurements behind the README's figures"
+
+setup: $(STAMP)
+
+# The stamp is renewed when pyproject.toml changes. One pip call, so that torch and torchvision come as a pair.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	  { echo "Luthier needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=…"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/luthier demo
+
+test: setup
+	$(PYTEST)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m $$script || exit 1; done
+
+BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+format: setup
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
