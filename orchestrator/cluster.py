@@ -1,8 +1,8 @@
 """One way to a Ray cluster for every command: join the one of RAY_ADDRESS, or start a local one for as long as needed.
 
-    with connect(cpus=4) as cluster:
-        request = cluster.trial_resources(cpus=1, gpus="auto")
-        tuner.fit()
+with connect(cpus=4) as cluster:
+    request = cluster.trial_resources(cpus=1, gpus="auto")
+    tuner.fit()
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ KNOBS: Mapping[str, str] = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # The journal is the truth; Tune's own snapshot of the experiment is never restored from.
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    # On Ctrl-C Tune would save that snapshot and return as if the study were complete; let KeyboardInterrupt through.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_THRESHOLD_S": "10",
     # A GPU machine of an autoscaled cluster takes minutes to come; that is no reason for a warning each minute.
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER": "900",
@@ -79,8 +81,8 @@ def connect(
 
     The address is `address`, else RAY_ADDRESS; without either (or with "local") a cluster of this machine is started,
     with token authentication, its dashboard on 127.0.0.1, its files in a folder of its own; it is stopped at the end.
-    A connection that the process already has is used and left as it is. Within the block SIGTERM acts like Ctrl-C
-    (Tune saves its state for that one only), and Tune does not publish the AWS keys of this process.
+    A connection that the process already has is used and left as it is. Within the block Ctrl-C and SIGTERM both raise
+    KeyboardInterrupt, also out of `Tuner.fit`, and Tune does not publish the AWS keys of this process.
 
     Args:
         cpus: CPU cores that a local cluster may use; None = all. Ignored when joining.

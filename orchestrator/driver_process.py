@@ -49,7 +49,7 @@ def sigterm_restored() -> Iterator[None]:
 
 
 def sigterm_as_interrupt() -> None:
-    """From now on SIGTERM does what Ctrl-C does: Tune saves its state on SIGINT only, and Python cleans up."""
+    """From now on SIGTERM does what Ctrl-C does: whoever writes records and closes clusters in `finally` gets to it."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
 

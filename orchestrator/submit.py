@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -196,14 +195,16 @@ def _follow_with_interrupts(follower: Follower, stop: bool | None, notes: TextIO
         return follower.run()
     except KeyboardInterrupt:
         print(file=notes)
-    with contextlib.suppress(KeyboardInterrupt):
-        if stop is None:
-            stop = _ask_to_stop(follower.job, notes)
-        if stop:
+    try:
+        if _ask_to_stop(follower.job, notes) if stop is None else stop:
+            stop = True
             print(f"Stopping {follower.job}; it saves its state first (up to {STOP_SECONDS} s).", file=notes)
             follower.client.stop_job(follower.job)
             return follower.run()
-    print(f"{follower.job} goes on running on the cluster.", file=notes)
+    except KeyboardInterrupt:
+        print(file=notes)
+    ending = "has been told to stop" if stop else "goes on running on the cluster"
+    print(f"{follower.job} {ending}.", file=notes)
     return INTERRUPTED
 
 

@@ -15,20 +15,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from orchestrator import shipping
 from orchestrator import submit as submission
 from orchestrator.cluster import connect
 from orchestrator.cluster_auth import ClusterError, probe_dashboard
 from orchestrator.driver_process import free_port
-from orchestrator.job import Follower
-from orchestrator.portable_study import absolute_paths, cautions
-from orchestrator.shipping import ShippingError
+from orchestrator.portable_study import absolute_paths
 from orchestrator.submit import dashboard_url, submission_id, submit
 
 
@@ -190,8 +186,33 @@ def test_a_local_cluster_is_private_and_leaves_nothing(tmp_path: Path) -> None:
         assert probe_dashboard(cluster.dashboard, None) == "missing"
         assert probe_dashboard(cluster.dashboard, (tmp_path / ".ray" / "auth_token").read_text()) == "accepted"
         assert [node["CPU"] for node in cluster.nodes()] == [1.0]
+        with pytest.raises(KeyboardInterrupt):
+            _tuner_that_is_terminated(tmp_path).fit()
     assert not ray.is_initialized()
     assert set(Path(tempfile.gettempdir()).glob("luthier-*")) == folders
+
+
+def _tuner_that_is_terminated(storage: Path) -> Any:
+    """A Tune run that would go on for ever; at its first result this process gets SIGTERM."""
+    from ray import tune
+
+    class Endless(tune.Trainable):
+        def step(self) -> dict[str, float]:
+            return {"val/acc": 0.5}
+
+    class Terminates(tune.Callback):
+        def on_trial_result(self, *args: Any, **details: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return tune.Tuner(
+        tune.with_resources(Endless, {"cpu": 1, "gpu": 0}),
+        run_config=tune.RunConfig(
+            storage_path=str(storage),
+            callbacks=[Terminates()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
 
 
 class _InterruptsAt(io.StringIO):
@@ -210,71 +231,27 @@ class _InterruptsAt(io.StringIO):
         return written
 
 
-class _Jobs:
-    """A job client without a cluster: each entry of `tails` is one connection's output, or its failure."""
+class _Refusing:
+    """A job client that refuses with these errors, one after the other, and then accepts."""
 
-    def __init__(self, tails: list[list[str] | Exception], status: str = "SUCCEEDED", code: int | None = 0) -> None:
-        self.tails, self.status, self.code = tails, status, code
-        self.submitted: list[str] = []
-
-    async def tail_job_logs(self, job: str) -> Any:
-        tail = self.tails.pop(0)
-        for text in tail if isinstance(tail, list) else []:
-            yield text
-        if isinstance(tail, Exception):
-            raise tail
-        if self.tails:
-            raise OSError("connection lost")
-
-    def get_job_info(self, job: str) -> Any:
-        return SimpleNamespace(
-            status=SimpleNamespace(value=self.status), driver_exit_code=self.code, message="no such image"
-        )
+    def __init__(self, *refusals: Exception) -> None:
+        self.refusals, self.submitted = list(refusals), list[str]()
 
     def submit_job(self, **request: Any) -> None:
-        if self.tails:
-            failure = self.tails.pop(0)
-            assert isinstance(failure, Exception)
-            raise failure
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.submitted.append(request["submission_id"])
-
-
-class TestFollower:
-    def test_a_lost_connection_goes_on_where_it_broke(self) -> None:
-        out = io.StringIO()
-        tails = [["epoch 1\nepo"], OSError("refused"), ["epoch 1\n", "epoch 2\nep"], ["epoch 1\nepoch 2\nepoch 3\n"]]
-        assert Follower(_Jobs(tails), "job", out).run() == 0  # type: ignore[arg-type]
-        assert out.getvalue() == "epoch 1\nepoch 2\nepoch 3\n"
-
-    @pytest.mark.parametrize(
-        ("status", "code", "returned"),
-        [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("STOPPED", None, 130), ("STOPPED", 0, 130)],
-    )
-    def test_exit_codes(self, status: str, code: int | None, returned: int) -> None:
-        out = io.StringIO()
-        told = "The job did not start: no such image\n" if (status, code) == ("FAILED", None) else ""
-        assert Follower(_Jobs([[]], status, code), "job", out).run() == returned  # type: ignore[arg-type]
-        assert out.getvalue() == told
-
-    def test_contact_lost_for_good(self) -> None:
-        jobs = _Jobs([OSError("refused")] * 3)
-        with pytest.raises(ClusterError) as caught:
-            Follower(jobs, "luthier-toy-1", io.StringIO(), patience_s=0.1).run()  # type: ignore[arg-type]
-        assert str(caught.value) == (
-            "Lost contact with the cluster while following luthier-toy-1: refused. The job goes on; run the same "
-            "command again to follow it."
-        )
 
 
 class TestSubmitting:
     def test_waits_for_the_agent(self) -> None:
-        jobs = _Jobs([RuntimeError("Request failed with status code 500: No available agent to submit job.")])
+        jobs = _Refusing(RuntimeError("Request failed with status code 500: No available agent to submit job."))
         submission._submit_when_ready(jobs, "job", "true", ".", "toy")  # type: ignore[arg-type]
         assert jobs.submitted == ["job"]
 
     def test_gives_up_with_a_hint(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(submission, "AGENT_PATIENCE_S", 0.0)
-        jobs = _Jobs([RuntimeError("No available agent to submit job, please try again later.")])
+        jobs = _Refusing(RuntimeError("No available agent to submit job, please try again later."))
         with pytest.raises(ClusterError) as caught:
             submission._submit_when_ready(jobs, "job", "true", ".", "toy")  # type: ignore[arg-type]
         assert str(caught.value) == (
@@ -284,7 +261,7 @@ class TestSubmitting:
         )
 
     def test_other_refusals_are_passed_on(self) -> None:
-        jobs = _Jobs([RuntimeError("Request failed with status code 413")])
+        jobs = _Refusing(RuntimeError("Request failed with status code 413"))
         with pytest.raises(ClusterError, match="The cluster refused the job: Request failed with status code 413"):
             submission._submit_when_ready(jobs, "job", "true", ".", "toy")  # type: ignore[arg-type]
 
@@ -310,63 +287,3 @@ class TestSubmitting:
         assert re.fullmatch(r"luthier-pets-of-Ann-[0-9a-f]{8}-1", one)
         assert submission_id({"search": {"trials": 3}, "name": "pets of Ann"}, 1) == one
         assert submission_id({"name": "pets of Ann", "search": {"trials": 4}}, 1) != one
-
-
-class TestShipping:
-    def test_only_code_travels(self, tmp_path: Path) -> None:
-        size = shipping.copy_packages(tmp_path / "job")
-        names = {str(file.relative_to(tmp_path / "job")) for file in (tmp_path / "job").rglob("*") if file.is_file()}
-        assert {"orchestrator/submit.py", "trainables/__init__.py", "search_spaces/py.typed"} <= names
-        assert not [name for name in names if "__pycache__" in name or "/." in name]
-        assert size == sum(f.stat().st_size for f in (tmp_path / "job").rglob("*") if f.is_file()) < 5 * 2**20
-
-    def test_too_large(self, tmp_path: Path) -> None:
-        (tmp_path / "weights.safetensors").write_bytes(bytes(3 * 2**20))
-        (tmp_path / "model.py").write_text("x")
-        with pytest.raises(ShippingError) as caught:
-            shipping.check_size([tmp_path / "weights.safetensors", tmp_path / "model.py"], limit_bytes=2 * 2**20)
-        assert str(caught.value) == (
-            "Luthier's packages must stay below 2 MiB to be sent to a cluster, but they hold 3 MiB. The largest files: "
-            f"{tmp_path}/weights.safetensors (3 MiB), {tmp_path}/model.py (0 MiB). "
-            "Move data and weights out of the packages; studies name them by path."
-        )
-
-    def test_relative_paths_are_taken_from_the_studys_folder(self) -> None:
-        fields = {
-            "name": "pets",
-            "data": {"source": "folder", "root": "images"},
-            "model": {"name": "local-dir:models/vit", "weights": "w.safetensors"},
-            "tracking": {"uri": "sqlite:///runs.db"},
-            "storage": "../studies",
-        }
-        assert absolute_paths(fields, Path("/home/ann/pets")) == {
-            "name": "pets",
-            "data": {"source": "folder", "root": "/home/ann/pets/images"},
-            "model": {"name": "local-dir:/home/ann/pets/models/vit", "weights": "/home/ann/pets/w.safetensors"},
-            "tracking": {"uri": "sqlite:////home/ann/pets/runs.db"},
-            "storage": "/home/ann/pets/../studies",
-        }
-        assert fields["data"] == {"source": "folder", "root": "images"}
-
-    def test_absolute_paths_and_urls_stay(self) -> None:
-        fields = {
-            "data": {"source": "digits"},
-            "model": {"name": "resnet18"},
-            "tracking": {"uri": "http://mlflow:5000"},
-            "storage": "s3://bucket/luthier",
-        }
-        assert absolute_paths(fields, Path("/home/ann")) == fields
-        assert absolute_paths({"data": {"root": "/data"}}, Path("/home/ann")) == {
-            "data": {"root": "/data"},
-            "storage": "/home/ann/studies",
-        }
-
-    def test_cautions(self) -> None:
-        study = {"storage": "/home/ann/studies", "tracking": {"uri": "http://127.0.0.1:5000"}}
-        assert cautions(study, "http://127.0.0.1:8265") == []
-        assert cautions(study, "http://10.0.0.7:8265") == [
-            "the token travels to 10.0.0.7:8265 unencrypted; use an SSH tunnel or https.",
-            "tracking.uri http://127.0.0.1:5000 means the cluster's head node there, not this machine.",
-            "storage /home/ann/studies must be one folder shared by all machines of the cluster.",
-        ]
-        assert cautions({"storage": "s3://bucket"}, "https://ray.example.org") == []
