@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = ("orchestrator", "trainables", "search_spaces")
-EXCLUDES = ("__pycache__", "*.pyc", ".*")
+EXCLUDES = ("__pycache__", "*.pyc")
+"""For Ray, in .gitignore's language; no pattern for hidden files, for to Ray `.*` means the whole folder."""
 LIMIT_BYTES = 100 * 2**20
 """Ray's job server refuses larger requests (413), whatever its client says."""
 

@@ -160,8 +160,9 @@ class TestRealCluster:
             assert (cluster.started, cluster.dashboard) == (False, head.url)
             assert os.environ["RAY_AUTH_MODE"] == "token"
             sent = ray.get_runtime_context().runtime_env["py_modules"]
-            assert len(sent) == 3
+            assert len(set(sent)) == 3
             assert all(module.startswith("gcs://") for module in sent)
+            assert ray.get(ray.remote(_shipped_packages).remote()) == ["orchestrator", "search_spaces", "trainables"]
             assert cluster.trial_slots(1, 0) == 2
             cluster.check_shared(Path.cwd(), "s3://bucket/luthier")
             with pytest.raises(ClusterError, match=r"^Data and storage .*, but \S+ does not see /no/such/data\. Put"):
@@ -190,6 +191,12 @@ def test_a_local_cluster_is_private_and_leaves_nothing(tmp_path: Path) -> None:
             _tuner_that_is_terminated(tmp_path).fit()
     assert not ray.is_initialized()
     assert set(Path(tempfile.gettempdir()).glob("luthier-*")) == folders
+
+
+def _shipped_packages() -> list[str]:
+    """On a worker: the packages that it would import from what was sent, had it no copy of its own."""
+    folders = [Path(entry) for entry in sys.path if "py_modules_files" in entry]
+    return sorted({path.parent.name for folder in folders for path in folder.glob("*/__init__.py")})
 
 
 def _tuner_that_is_terminated(storage: Path) -> Any:
