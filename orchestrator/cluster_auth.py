@@ -21,6 +21,9 @@ from typing import Literal
 Access = Literal["open", "accepted", "missing", "wrong", "unreachable"]
 """`open` = no token asked; `accepted`; `missing` = a token is asked and we have none; `wrong`; `unreachable`."""
 
+INSECURE = "LUTHIER_INSECURE_CLUSTER"
+"""Set to 1: use even a network cluster that asks for no token."""
+
 _WAY_OUT = (
     "Copy ~/.ray/auth_token of the cluster's head node to this machine's ~/.ray/auth_token, or set RAY_AUTH_TOKEN "
     "or RAY_AUTH_TOKEN_PATH."
@@ -159,7 +162,7 @@ def check_access(address: str, host: str, access: Access, insecure: bool = False
     Args:
         address: as the user wrote it, for the message.
         host: its host part.
-        insecure: attach even to a cluster that everybody on the network may use.
+        insecure: use even a cluster that everybody on its network may use (so does LUTHIER_INSECURE_CLUSTER=1).
 
     Raises:
         ClusterError: unreachable, no token, wrong token, or open to everybody on a network.
@@ -173,9 +176,9 @@ def check_access(address: str, host: str, access: Access, insecure: bool = False
         raise ClusterError(f"The cluster at {address} asks for a token, but none was found here. {_WAY_OUT}")
     if access == "wrong":
         raise ClusterError(f"The cluster at {address} refuses this machine's token. {_WAY_OUT}")
-    if access == "open" and not is_loopback(host) and not insecure:
+    if access == "open" and not (insecure or is_loopback(host) or os.environ.get(INSECURE) == "1"):
         raise ClusterError(
             f"The cluster at {address} asks for no token: anybody who reaches it can run code on it and read your "
             "data. Restart it with token authentication (`ray get-auth-token --generate`, RAY_AUTH_MODE=token before "
-            "`ray start`; see docs/cluster.md), or pass --insecure-cluster if its network is yours alone."
+            f"`ray start`; see docs/cluster.md), or set {INSECURE}=1 if its network is yours alone."
         )

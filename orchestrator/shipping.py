@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.cluster_auth import ClusterError
+
 PACKAGES = ("orchestrator", "trainables", "search_spaces")
 EXCLUDES = ("__pycache__", "*.pyc")
 """For Ray, in .gitignore's language; no pattern for hidden files, for to Ray `.*` means the whole folder."""
@@ -14,7 +16,7 @@ LIMIT_BYTES = 100 * 2**20
 """Ray's job server refuses larger requests (413), whatever its client says."""
 
 
-class ShippingError(ValueError):
+class ShippingError(ClusterError):
     """The packages are too large to send."""
 
 

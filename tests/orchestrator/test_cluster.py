@@ -164,17 +164,19 @@ class TestAccess:
     def test_not_loopback(self, host: str) -> None:
         assert not is_loopback(host)
 
-    def test_an_open_cluster_of_a_network_is_refused(self) -> None:
+    def test_an_open_cluster_of_a_network_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ClusterError) as caught:
             check_access("10.0.0.7:6379", "10.0.0.7", "open")
         assert str(caught.value) == (
             "The cluster at 10.0.0.7:6379 asks for no token: anybody who reaches it can run code on it and read your "
             "data. Restart it with token authentication (`ray get-auth-token --generate`, RAY_AUTH_MODE=token before "
-            "`ray start`; see docs/cluster.md), or pass --insecure-cluster if its network is yours alone."
+            "`ray start`; see docs/cluster.md), or set LUTHIER_INSECURE_CLUSTER=1 if its network is yours alone."
         )
         check_access("10.0.0.7:6379", "10.0.0.7", "open", insecure=True)
         check_access("127.0.0.1:6379", "127.0.0.1", "open")
         check_access("10.0.0.7:6379", "10.0.0.7", "accepted")
+        monkeypatch.setenv("LUTHIER_INSECURE_CLUSTER", "1")
+        check_access("10.0.0.7:6379", "10.0.0.7", "open")
 
     @pytest.mark.parametrize(
         ("access", "message"),
