@@ -64,18 +64,22 @@ class MlflowWriter:
         self._load_runs()
 
     def write(self, update: RunUpdate) -> None:
-        """Bring one run up to date; a run that a person deleted stays deleted."""
+        """Bring one run up to date; a run that a person deleted stays deleted. What is written is taken out of the
+        update, so that after a failure the next attempt goes on from there."""
         if update.uid in self._deleted:
             return
         run_id = self._runs.get(update.uid) or self._create(update)
         self._log(run_id, update)
         if update.uid in self._deleted:
             return
+        update.points, update.params = [], {}
         if update.dataset is not None:
             inputs = [_dataset_input(*update.dataset)]
             self._attempt(lambda: self._client.log_inputs(run_id, inputs))
-        for name, text in update.texts.items():
-            self._client.log_text(run_id, text, name)
+            update.dataset = None
+        for name in list(update.texts):
+            self._client.log_text(run_id, update.texts[name], name)
+            del update.texts[name]
         if update.status == "RUNNING":
             self._attempt(lambda: self._client.update_run(run_id, status="RUNNING"))
         elif update.status is not None:

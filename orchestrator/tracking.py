@@ -124,11 +124,12 @@ class MlflowFollower:
 
     def close(self, timeout: float = 30.0) -> int:
         """Deliver what is left for at most `timeout` seconds, end the thread, and return how many events are not
-        delivered (0 = MLflow is complete)."""
-        self._deadline = time.monotonic() + timeout
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+        delivered (0 = MLflow is complete). Closing again only counts again."""
+        if not self._stop.is_set():
+            self._deadline = time.monotonic() + timeout
+            self._stop.set()
+            if self._thread.is_alive():
+                self._thread.join(timeout)
         return self.backlog
 
     def __enter__(self) -> MlflowFollower:

@@ -1,0 +1,136 @@
+"""What the events of a study mean for its tracked runs, without a server."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from orchestrator.run_fields import Header, RunUpdate, clean_key, clip, param_text, summary
+from orchestrator.run_updates import Projection
+
+
+class Study:
+    """Events with times 1000 s, 1001 s, …, and the updates that each brings."""
+
+    def __init__(self, **header: Any) -> None:
+        self.projection, self.count = Projection("unnamed"), 0
+        if header:
+            self.tell("study_started", **header)
+
+    def tell(self, kind: str, **fields: Any) -> list[RunUpdate]:
+        event = {"seq": self.count, "time": 1000.0 + self.count, "kind": kind} | fields
+        self.count += 1
+        return self.projection.apply(event)
+
+    def suggest(self, trial_id: str = "a", **fields: Any) -> None:
+        known = {"number": 3, "strategy": "daft", "label": "mine", "config_hash": "h", "seed": 1, "role": "search"}
+        self.tell("trial_suggested", trial_id=trial_id, **({"hparams": {}, "held_out": None} | known | fields))
+
+    def start(self, trial_id: str = "a") -> RunUpdate:
+        (update,) = self.tell("trial_started", trial_id=trial_id)
+        return update
+
+
+def test_a_trial_that_never_started_has_no_run() -> None:
+    study = Study(study="pets")
+    study.suggest()
+    assert study.tell("trial_failed", trial_id="a", reason="interrupted", error="") == []
+    assert study.tell("result", trial_id="unknown", unit=1, metrics={}) == []
+
+
+def test_a_journal_without_header_still_has_a_study_run() -> None:
+    study = Study()
+    (update,) = study.tell("trial_suggested", trial_id="a", number=0, strategy="full")
+    assert (update.name, update.parent, update.start) == ("unnamed", None, 1_000_000)
+
+
+def test_a_trial_run_starts_at_its_first_start_and_steps_are_units() -> None:
+    study = Study(study="pets")
+    study.suggest(hparams={"lr_backbone": 1e-3, "lr_head": 0, "bn": True})
+    update = study.start()
+    assert (update.name, update.start, update.status) == ("0003-mine", 1_002_000, None)
+    assert update.points == [("log10/lr_backbone", -3.0, 1_002_000, 0)]
+    assert update.params == {"strategy": "mine", "lr_backbone": "0.001", "lr_head": "0", "bn": "true"}
+    metrics = {"val/acc": 0.5, "train/loss": None, "ood/a b/acc": math.inf, "pid": 3.0}
+    (result,) = study.tell("result", trial_id="a", unit=4, metrics=metrics)
+    assert result.points == [("val/acc", 0.5, 1_003_000, 4)]
+    assert result.tags["metrics_not_finite"] == "2"
+    assert (result.uid, result.start) == (update.uid, update.start)
+
+
+def test_runs_of_folds_and_confirmations_say_so_in_their_names_and_tags() -> None:
+    study = Study(study="pets")
+    study.suggest("a", role="fold", held_out="photo")
+    study.suggest("b", role="confirm", seed=2)
+    fold, confirm = study.start("a"), study.start("b")
+    assert (fold.name, fold.tags["held_out"], fold.tags["role"]) == ("0003-mine-without-photo", "photo", "fold")
+    assert (confirm.name, confirm.tags["seed"]) == ("0003-mine-confirm", "2")
+    assert fold.uid != confirm.uid
+
+
+def test_a_resumed_trial_goes_on_in_its_run() -> None:
+    study = Study(study="pets")
+    study.suggest("a")
+    first = study.start("a")
+    study.tell("result", trial_id="a", unit=1, metrics={"val/acc": 0.5})
+    (end,) = study.tell("trial_failed", trial_id="a", reason="interrupted", error="The driver ended at unit 1.")
+    assert (end.status, end.tags["status"]) == ("KILLED", "interrupted")
+    study.suggest("b")
+    again = study.start("b")
+    assert (again.uid, again.start, again.status) == (first.uid, first.start, "RUNNING")
+    assert again.tags["status.attempts"] == "2"
+    (repeated,) = study.tell("result", trial_id="b", unit=1, metrics={"val/acc": 0.5})
+    (new,) = study.tell("result", trial_id="b", unit=2, metrics={"val/acc": 0.6})
+    assert (repeated.points, [point[3] for point in new.points]) == ([], [2])
+
+
+def test_the_best_value_of_a_pruned_trial_is_that_of_its_earliest_best_unit() -> None:
+    study = Study(study="pets")
+    study.suggest()
+    study.start()
+    for unit, accuracy in enumerate((0.5, 0.7, 0.7, 0.6), start=1):
+        study.tell("result", trial_id="a", unit=unit, metrics={"val/acc": accuracy})
+    (end,) = study.tell("trial_finished", trial_id="a", state="pruned")
+    assert [(key, value, step) for key, value, _, step in end.points] == [
+        ("best/val/acc", 0.7, 4),
+        ("best/epoch", 2, 4),
+    ]
+
+
+def test_updates_of_one_run_can_be_merged() -> None:
+    first = RunUpdate("u", "n", 1, tags={"status": "running"}, points=[("a", 1.0, 1, 1)], dataset=("d", "x", "s"))
+    first.absorb(
+        RunUpdate("u", "n", 1, tags={"status": "complete"}, points=[("a", 2.0, 2, 2)], status="FINISHED", end=9)
+    )
+    first.absorb(RunUpdate("u", "n", 1, params={"p": "1"}, texts={"f": "t"}))
+    assert first.tags == {"status": "complete"}
+    assert [point[1] for point in first.points] == [1.0, 2.0]
+    assert (first.status, first.end, first.params, first.texts) == ("FINISHED", 9, {"p": "1"}, {"f": "t"})
+    assert first.dataset == ("d", "x", "s")
+
+
+def test_the_header_names_data_and_backbone() -> None:
+    spec = {"data": {"source": "folder", "root": "/data/pets"}, "model": {"name": "resnet18"}}
+    header = Header("study", {"spec": spec, "dataset_digest": "abc"})
+    assert header.dataset() == ("pets", "abc", "/data/pets")
+    assert header.tags() == {"study": "study", "backbone": "resnet18", "dataset": "pets", "dataset_digest": "abc"}
+    assert Header("study", {}).dataset() is None
+    assert Header("study", {}).tags() == {"study": "study"}
+
+
+def test_a_study_without_a_complete_trial_has_a_note_that_says_so() -> None:
+    tags, texts, metrics = summary([], Header("pets", {}))
+    assert tags["mlflow.note.content"].startswith("# pets\n\nSelection needs at least one complete search trial")
+    assert texts == {}
+    assert metrics == {"trials/complete": 0.0, "trials/pruned": 0.0, "trials/failed": 0.0}
+
+
+def test_keys_and_values_are_made_fit_for_any_server() -> None:
+    assert clean_key("ood/clip art (é)/acc") == "ood/clip art ___/acc"
+    assert clean_key("../x//y/") == "./x/y"
+    assert clean_key("é") == "_"
+    assert len(clean_key("k" * 400)) == 250
+    shown = [param_text(value) for value in (3e-05, 1e-07, 0.1, 12, True, "sgd", None, [1, 2])]
+    assert shown == ["0.00003", "0.0000001", "0.1", "12", "true", "sgd", "null", "[1, 2]"]
+    assert param_text("x" * 900) == "x" * 499 + "…"
+    assert clip("short") == "short"

@@ -1,0 +1,387 @@
+"""MLflow ends up with exactly what the journal says, whatever the server does meanwhile."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import math
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import mlflow_writer
+from orchestrator.journal import Journal
+from orchestrator.tracking import MlflowFollower, follow
+
+SPEC = {
+    "name": "pets",
+    "data": {"source": "digits"},
+    "model": {"name": "digits_vit"},
+    "search": {"epochs": 3, "batch_size": 64},
+}
+
+
+def write_study(journal: Journal, trials: int = 4, finish: bool = True) -> None:
+    """Complete, pruned, failed and interrupted trials in turn; the last metric of trial 0, unit 1 is NaN."""
+    journal.append("study_started", study="pets", spec=SPEC, versions={"ray": "1"}, dataset_digest="d" * 64)
+    for number in range(trials):
+        trial_id, ending = f"t{number}", number % 4
+        suggest(journal, trial_id, number)
+        journal.append("trial_started", trial_id=trial_id, node=None, pid=None)
+        for unit in range(1, 4 if ending == 0 else 3):
+            metrics = {"val/acc": 0.5 + unit / 10, "train/loss": math.nan if (number, unit) == (0, 1) else 1 / unit}
+            if unit == 3:
+                metrics |= {"best/val/acc": 0.8, "best/epoch": 3, "test/acc": 0.7, "ood/mean/acc": 0.6, "pid": 3}
+            journal.append("result", trial_id=trial_id, unit=unit, metrics=metrics, node="n1")
+        if ending < 2:
+            journal.append("trial_finished", trial_id=trial_id, state=("complete", "pruned")[ending])
+        else:
+            journal.append("trial_failed", trial_id=trial_id, reason=("nan", "interrupted")[ending - 2], error="E: x")
+    if finish:
+        journal.append("study_finished", state="complete")
+
+
+def suggest(journal: Journal, trial_id: str, number: int) -> None:
+    journal.append(
+        "trial_suggested", trial_id=trial_id, number=number, strategy="full", label="full", seed=7, role="search",
+        hparams={"lr_backbone": 1e-4, "lr_head": 0.01, "momentum": 0.9}, held_out=None, config_hash=f"h{number}",
+        search_values={},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty tracking database; making one takes seconds."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "template", "none")
+    return path
+
+
+@pytest.fixture
+def database(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal(tmp_path / "journal.jsonl") as opened:
+        yield opened
+
+
+def follower(journal: Journal, database: Path, **options: Any) -> MlflowFollower:
+    artifacts = (database.parent / "artifacts").as_uri()
+    return MlflowFollower(
+        journal.path, f"sqlite:///{database}", "pets", "pets", artifacts, **({"poll": 0.02} | options)
+    )
+
+
+def contents(database: Path) -> dict[str, list[Any]]:
+    """Everything of the active runs that a person can see, run by run, without MLflow's random ids."""
+    with sqlite3.connect(database) as connection:
+
+        def rows(query: str) -> list[Any]:
+            return sorted(connection.execute(query).fetchall(), key=repr)
+
+        of = "join runs r using (run_uuid) where r.lifecycle_stage = 'active'"
+        return {
+            "runs": rows("select name, status, start_time, end_time from runs where lifecycle_stage = 'active'"),
+            "metrics": rows(f"select r.name, key, value, timestamp, step from metrics {of}"),
+            "params": rows(f"select r.name, key, value from params {of}"),
+            "tags": rows(f"select r.name, key, value from tags {of} and key != 'mlflow.parentRunId'"),
+            "inputs": rows("select destination_id, source_id from inputs"),
+        }
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline, tick = time.monotonic() + seconds, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        tick.wait(0.02)
+
+
+def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, database: Path) -> None:
+    write_study(journal)
+    with follower(journal, database) as following:
+        assert following.close(60) == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{database}")
+    runs = {run.info.run_name: run for run in client.search_runs([following.experiment_id])}
+    assert sorted(runs) == ["0000-full", "0001-full", "0002-full", "0003-full", "pets"]
+    parent, first, pruned = runs["pets"], runs["0000-full"], runs["0001-full"]
+    assert parent.info.run_id == following.run_id
+    assert [runs[name].info.status for name in sorted(runs)] == ["FINISHED", "KILLED", "FAILED", "KILLED", "FINISHED"]
+    assert [runs[name].data.tags["status"] for name in sorted(runs)][:4] == [
+        "complete",
+        "pruned",
+        "failed",
+        "interrupted",
+    ]
+    assert first.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    expected = {"strategy": "full", "label": "full", "backbone": "digits_vit", "dataset": "digits", "seed": "7"}
+    expected |= {
+        "study": "pets",
+        "config_hash": "h0",
+        "role": "search",
+        "dataset_digest": "d" * 64,
+        "status.reason": "ok",
+    }
+    assert expected.items() <= first.data.tags.items()
+    assert first.data.tags["metrics_not_finite"] == "1"
+    assert first.data.params == {
+        "strategy": "full", "lr_backbone": "0.0001", "lr_head": "0.01", "momentum": "0.9", "epochs": "3",
+        "batch_size": "64",
+    }  # fmt: skip
+    assert first.data.metrics == {
+        "log10/lr_backbone": -4.0, "log10/lr_head": -2.0, "val/acc": 0.8, "train/loss": 1 / 3, "best/val/acc": 0.8,
+        "best/epoch": 3.0, "test/acc": 0.7, "ood/mean/acc": 0.6,
+    }  # fmt: skip
+    points = client.get_metric_history(first.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in points] == [(2, 0.5), (3, 1 / 3)]
+    assert (pruned.data.metrics["best/val/acc"], pruned.data.metrics["best/epoch"]) == (0.7, 2.0)
+    assert runs["0002-full"].data.tags["status.reason"] == "nan"
+    (dataset,) = first.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "d" * 36)
+    assert parent.data.tags["mlflow.note.content"].startswith("# pets\n")
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "leaderboard.csv", "leaderboard.md", "study.json", "versions.json",
+    }  # fmt: skip
+    assert parent.data.metrics["test/acc"] == 0.7
+
+
+@pytest.mark.parametrize("forget", [False, True], ids=["position kept", "position lost"])
+@pytest.mark.parametrize("cut", [1, 3, 9, 20])
+def test_stopping_anywhere_and_replaying_adds_nothing(
+    cut: int, forget: bool, journal: Journal, database: Path, template: Path, tmp_path: Path
+) -> None:
+    write_study(journal)
+    straight = Path(shutil.copy(template, tmp_path / "straight.db"))
+    assert follower(journal, straight).start().close(60) == 0
+    expected = contents(straight)
+    whole = journal.path.read_bytes()
+    Path(f"{journal.path}.mlflow.json").unlink()
+
+    journal.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]))
+    assert follower(journal, database).start().close(60) == 0
+    journal.path.write_bytes(whole)
+    for _ in range(2):
+        if forget:
+            Path(f"{journal.path}.mlflow.json").unlink(missing_ok=True)
+        assert follower(journal, database).start().close(60) == 0
+    found = contents(database)
+    assert len(found.pop("inputs")) == len(expected.pop("inputs"))
+    assert found == expected
+
+
+def test_a_running_study_is_followed(journal: Journal, database: Path) -> None:
+    with follower(journal, database) as following:
+        write_study(journal, finish=False)
+        wait_until(lambda: following.backlog == 0)
+        assert len(contents(database)["runs"]) == 5
+        journal.append("study_finished", state="interrupted")
+        assert following.close(60) == 0
+    assert ("pets", "KILLED") in [(run[0], run[1]) for run in contents(database)["runs"]]
+
+
+def test_a_resumed_trial_keeps_its_run_and_repeated_units_are_not_added(journal: Journal, database: Path) -> None:
+    write_study(journal)
+    follower(journal, database).start().close(60)
+    before = contents(database)
+    journal.append("study_started", study="pets", spec=SPEC, dataset_digest="d" * 64)
+    suggest(journal, "t3-again", 3)
+    journal.append("trial_started", trial_id="t3-again", node=None, pid=None)
+    for unit in (2, 3):
+        journal.append("result", trial_id="t3-again", unit=unit, metrics={"val/acc": 0.5 + unit / 10})
+    journal.append("trial_finished", trial_id="t3-again", state="complete")
+    assert follower(journal, database).start().close(60) == 0
+    after = contents(database)
+    assert len(after["runs"]) == len(before["runs"])
+    assert ("0003-full", "FINISHED") in [(run[0], run[1]) for run in after["runs"]]
+    new = [point for point in after["metrics"] if point not in before["metrics"]]
+    assert [(name, key, step) for name, key, _, _, step in new if key == "val/acc"] == [("0003-full", "val/acc", 3)]
+
+
+def test_a_server_that_fails_now_and_then_loses_and_doubles_nothing(
+    journal: Journal, database: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    write_study(journal)
+    straight = Path(shutil.copy(template, tmp_path / "straight.db"))
+    follower(journal, straight).start().close(60)
+    Path(f"{journal.path}.mlflow.json").unlink()
+    calls = {"n": 0}
+
+    def unreliable(name: str) -> Callable[..., Any]:
+        real = getattr(MlflowClient, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls["n"] += 1
+            if calls["n"] % 5 == 1:
+                raise ConnectionError("refused before the server did anything")
+            result = real(*args, **kwargs)
+            if calls["n"] % 5 == 3:
+                raise ConnectionError("the answer was lost after the server did it")
+            return result
+
+        return call
+
+    for name in ("create_run", "log_batch", "log_inputs", "log_text", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, unreliable(name))
+    assert follower(journal, database).start().close(60) == 0
+    assert calls["n"] > 30
+    found, expected = contents(database), contents(straight)
+    del found["inputs"], expected["inputs"]
+    assert found == expected
+
+
+def test_a_run_that_a_person_deleted_stays_deleted(journal: Journal, database: Path) -> None:
+    from mlflow import MlflowClient
+
+    write_study(journal, finish=False)
+    follower(journal, database).start().close(60)
+    client = MlflowClient(f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("pets")
+    for run in client.search_runs([experiment.experiment_id], "tags.number = '1'"):
+        client.delete_run(run.info.run_id)
+    journal.append("trial_failed", trial_id="t1", reason="user", error="late")
+    journal.append("study_finished", state="complete")
+    assert follower(journal, database).start().close(60) == 0
+    assert "0001-full" not in [run[0] for run in contents(database)["runs"]]
+
+
+def test_an_emptied_server_is_told_everything_again(journal: Journal, database: Path, template: Path) -> None:
+    write_study(journal, finish=False)
+    follower(journal, database).start().close(60)
+    shutil.copy(template, database)
+    journal.append("study_finished", state="complete")
+    assert follower(journal, database).start().close(60) == 0
+    assert len(contents(database)["runs"]) == 5
+
+
+def test_what_a_server_refuses_for_ever_does_not_hold_back_the_rest(
+    journal: Journal, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_study(journal, trials=1, finish=False)
+    follower(journal, database).start().close(60)
+    changed = SPEC | {"search": {"epochs": 9, "batch_size": 64}}  # parameters of a run cannot be changed
+    journal.append("study_started", study="pets", spec=changed, dataset_digest="d" * 64)
+    suggest(journal, "t0-again", 0)
+    journal.append("trial_started", trial_id="t0-again", node=None, pid=None)
+    journal.append("result", trial_id="t0-again", unit=4, metrics={"val/acc": 0.875})
+    with follower(journal, database) as following, caplog.at_level(logging.WARNING):
+        assert following.close(60) == 0
+    assert following.refused == 1
+    assert "MLflow refuses part of the record" in caplog.text
+    assert 0.875 in [row[2] for row in contents(database)["metrics"]]
+
+
+def serve(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> http.server.ThreadingHTTPServer:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            """Keep the test's output clean."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def fail_with(status: int, body: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
+    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
+def never_answer(request: http.server.BaseHTTPRequestHandler) -> None:
+    threading.Event().wait(30)
+
+
+@pytest.fixture(params=["500", "502 html", "401", "silent", "refused"])
+def broken_server(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "refused":
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            yield f"http://127.0.0.1:{unused.getsockname()[1]}"
+        return
+    server = serve(
+        {
+            "500": fail_with(500, b'{"error_code": "INTERNAL_ERROR", "message": "no"}'),
+            "502 html": fail_with(502, b"<html>Bad Gateway</html>"),
+            "401": fail_with(401, b"You are not authenticated"),
+            "silent": never_answer,
+        }[request.param]
+    )
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_broken_server_stalls_nothing_and_the_backlog_is_delivered_later(
+    broken_server: str, journal: Journal, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with MlflowFollower(journal.path, broken_server, "pets", poll=0.02) as following:
+        began = time.monotonic()
+        write_study(journal)
+        assert time.monotonic() - began < 1.0
+        events = len(journal.events())
+        began = time.monotonic()
+        assert following.close(0.5) == events
+        assert time.monotonic() - began < 1.0
+    assert follower(journal, database).start().close(60) == 0
+    assert len(contents(database)["runs"]) == 5
+
+
+def test_the_driver_is_told_how_much_is_missing(
+    journal: Journal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spec:
+        name, experiment, tracking_uri = "pets", "pets", "http://127.0.0.1:9"
+
+    monkeypatch.setattr("orchestrator.tracking.CLOSING_SECONDS", 0.3)
+    with caplog.at_level(logging.WARNING), follow(Spec(), journal):  # type: ignore[arg-type]
+        write_study(journal)
+    count = len(journal.events())
+    assert f"MLflow is {count} events behind" in caplog.text
+    assert "Nothing is lost: the next run of this study delivers them." in caplog.text
+
+
+def test_two_followers_of_one_journal_do_not_write_at_once(journal: Journal, database: Path) -> None:
+    write_study(journal)
+    with follower(journal, database) as first:
+        wait_until(lambda: first.backlog == 0)
+        second = follower(journal, database).start()
+        wait_until(lambda: second.problem is not None)
+        assert second.problem == f"RuntimeError: another process is delivering {journal.path}"
+        assert first.close(60) == 0
+        wait_until(lambda: second.backlog == 0)
+        assert second.close(60) == 0
+    assert len(contents(database)["runs"]) == 5
+
+
+def test_importing_the_records_imports_no_heavy_package() -> None:
+    program = (
+        "import sys, orchestrator.tracking, orchestrator.journal, orchestrator.selection, orchestrator.progress\n"
+        "print(sorted({'mlflow', 'ray', 'torch', 'optuna', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
