@@ -163,92 +163,160 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("sections", "message"),
         [
-            ({"modle": {}}, "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
-                            "search, confirm, resources, tracking, storage."),
+            (
+                {"modle": {}},
+                "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
+                "search, confirm, resources, tracking, storage.",
+            ),
             ({"search": {"trials": 2.5}}, "search.trials: must be a whole number, but got the number 2.5."),
             ({"search": {"trials": True}}, "search.trials: must be a whole number, but got true."),
-            ({"search": {"reduction": "1e1"}},
-             "search.reduction: must be a number, but got the text '1e1'. Remove the quotes. (YAML 1.1 readers take "
-             "1e-3 for a text even without quotes: write 1.0e-3 there.)"),
-            ({"search": {"reduction": float("nan")}}, "search.reduction: must be a finite number, but got the number nan."),
+            (
+                {"search": {"reduction": "1e1"}},
+                "search.reduction: must be a number, but got the text '1e1'. Remove the quotes. (YAML 1.1 readers take "
+                "1e-3 for a text even without quotes: write 1.0e-3 there.)",
+            ),
+            (
+                {"search": {"reduction": float("nan")}},
+                "search.reduction: must be a finite number, but got the number nan.",
+            ),
             ({"search": {"reduction": 1}}, "search.reduction: must be greater than 1, but got 1."),
             ({"search": {"trials": None}}, "search.trials: must be a whole number, but got nothing."),
             ({"search": []}, "search: must be a mapping of keys to values, but got the list []."),
-            ({"search": {"sampler": "TPE"}},
-             "search.sampler: must be one of tpe, gp, random, paper, but got the text 'TPE'. Did you mean 'tpe'?"),
-            ({"search": {"grace": 21}}, "search.grace: 1 <= grace <= epochs must hold, but got grace 21 and epochs 20."),
-            ({"search": {"objective": "oracle"}},
-             "search.objective: oracle chooses on test data and is only reported as an upper bound. Use id_val, "
-             "leave_one_domain_out, or val_domain:<name> with a domain that you give up as a test."),
-            ({"search": {"objective": "id_vall"}},
-             "search.objective: must be one of id_val, leave_one_domain_out, val_domain:<name>, but got 'id_vall'. "
-             "Did you mean 'id_val'?"),
-            ({"search": {"objective": "val_domain:scetch"}},
-             "search.objective: val_domain names one of the OOD domains, but got 'scetch' and data.ood lists sketch, "
-             "painting. Did you mean 'sketch'?"),
-            ({"search": {"objective": "leave_one_domain_out"}},
-             "search.objective: leave_one_domain_out needs at least 2 ID domains, but data.id has 1: photo. List more "
-             "domains there, or use id_val."),
-            ({"data": {"ood": ["photo"]}},
-             "data.ood[0]: the domain 'photo' is both ID and OOD. Remove it from one of the two lists."),
+            (
+                {"search": {"sampler": "TPE"}},
+                "search.sampler: must be one of tpe, gp, random, paper, but got the text 'TPE'. Did you mean 'tpe'?",
+            ),
+            (
+                {"search": {"grace": 21}},
+                "search.grace: 1 <= grace <= epochs must hold, but got grace 21 and epochs 20.",
+            ),
+            (
+                {"search": {"objective": "oracle"}},
+                "search.objective: oracle chooses on test data and is only reported as an upper bound. Use id_val, "
+                "leave_one_domain_out, or val_domain:<name> with a domain that you give up as a test.",
+            ),
+            (
+                {"search": {"objective": "id_vall"}},
+                "search.objective: must be one of id_val, leave_one_domain_out, val_domain:<name>, but got 'id_vall'. "
+                "Did you mean 'id_val'?",
+            ),
+            (
+                {"search": {"objective": "val_domain:scetch"}},
+                "search.objective: val_domain names one of the OOD domains, but got 'scetch' and data.ood lists "
+                "sketch, "
+                "painting. Did you mean 'sketch'?",
+            ),
+            (
+                {"search": {"objective": "leave_one_domain_out"}},
+                "search.objective: leave_one_domain_out needs at least 2 ID domains, but data.id has 1: photo. List "
+                "more "
+                "domains there, or use id_val.",
+            ),
+            (
+                {"data": {"ood": ["photo"]}},
+                "data.ood[0]: the domain 'photo' is both ID and OOD. Remove it from one of the two lists.",
+            ),
             ({"data": {"id": ["photo", "photo"]}}, "data.id[1]: the domain 'photo' is listed twice."),
             ({"data": {"id": [1]}}, "data.id[0]: must be a text, but got the number 1. Put quotes around it."),
             ({"data": {"root": None}}, "data.root: the source 'folder' needs a root: the path of your images."),
-            ({"data": {"source": "digits", "id": [], "ood": []}},
-             "data.root: the source 'digits' is built in and has no root. Remove one of the two."),
-            ({"data": {"source": "digits", "root": None, "id": [], "ood": ["noise"]}},
-             "data.ood[0]: digits has the OOD domains inverted, rotated, noisy, blurred, printed, but got 'noise'. Did "
-             "you mean 'noisy'?"),
-            ({"data": {"root": "s3://bucket/pets"}},
-             "data.root: root is a path on this machine, but got the URL 's3://bucket/pets'. Copy the data to a folder "
-             "that all machines can read."),
-            ({"data": {"val_fraction": 0.6, "test_fraction": 0.5}},
-             "data.test_fraction: val_fraction + test_fraction must be less than 1, but got 0.6 + 0.5: nothing would be "
-             "left to train on."),
-            ({"name": "a/b"}, "name: a study's name has 1 to 100 letters, digits, '.', '_' or '-' and starts with a "
-                              "letter or digit, but got 'a/b'."),
+            (
+                {"data": {"source": "digits", "id": [], "ood": []}},
+                "data.root: the source 'digits' is built in and has no root. Remove one of the two.",
+            ),
+            (
+                {"data": {"source": "digits", "root": None, "id": [], "ood": ["noise"]}},
+                "data.ood[0]: digits has the OOD domains inverted, rotated, noisy, blurred, printed, but got "
+                "'noise'. Did "
+                "you mean 'noisy'?",
+            ),
+            (
+                {"data": {"root": "s3://bucket/pets"}},
+                "data.root: root is a path on this machine, but got the URL 's3://bucket/pets'. Copy the data to a "
+                "folder "
+                "that all machines can read.",
+            ),
+            (
+                {"data": {"val_fraction": 0.6, "test_fraction": 0.5}},
+                "data.test_fraction: val_fraction + test_fraction must be less than 1, but got 0.6 + 0.5: nothing "
+                "would be "
+                "left to train on.",
+            ),
+            (
+                {"name": "a/b"},
+                "name: a study's name has 1 to 100 letters, digits, '.', '_' or '-' and starts with a "
+                "letter or digit, but got 'a/b'.",
+            ),
             ({"name": "data"}, "name: 'data' is kept for a folder beside the studies. Choose another name."),
             ({"strategies": []}, "strategies: must list at least one, but got an empty list."),
             ({"strategies": "full"}, "strategies: must be a list, but got the text 'full'. Write [full]."),
             ({"strategies": [3]}, "strategies[0]: must be a mapping of keys to values, but got the number 3."),
-            ({"strategies": ["full", "full"]},
-             "strategies[1]: the label 'full' is taken by strategies[0]. Give each its own: {name: …, label: …}."),
-            ({"strategies": [{"name": "full", "label": "a.b"}]},
-             "strategies[0].label: a label has 1 to 50 letters, digits, '_' or '-' and starts with a letter or digit, "
-             "but got 'a.b'."),
-            ({"strategies": [{"name": "daft", "preset": "papr"}]},
-             "strategies[0].preset: daft has no preset 'papr'. Did you mean 'paper'? It has: paper."),
-            ({"strategies": [{"name": "daft", "preset": "paper", "fixed": {"lr_head": 1.0}}]},
-             "strategies[0].fixed.lr_head: the preset 'paper' sweeps lr_head, so that it cannot be fixed. Remove one "
-             "of the two."),
-            ({"strategies": [{"name": "full", "fixed": {"lr_backbone": "1e-3"}}]},
-             "strategies[0].fixed.lr_backbone: must be a number, but got the text '1e-3'. Remove the quotes. (YAML 1.1 "
-             "readers take 1e-3 for a text even without quotes: write 1.0e-3 there.)"),
-            ({"strategies": [{"name": "full", "fixed": {"lr_backbone": -1.0}}]},
-             "strategies[0].fixed: lr_backbone must be positive, but got -1.0."),
-            ({"strategies": [{"name": "full", "fixed": {"optimizer": "adam"}}]},
-             "strategies[0].fixed.optimizer: must be one of sgd, adamw, but got the text 'adam'."),
-            ({"resources": {"gpus": "all"}},
-             "resources.gpus: must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got 'all'."),
-            ({"resources": {"gpus": 1.5}},
-             "resources.gpus: must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got 1.5."),
+            (
+                {"strategies": ["full", "full"]},
+                "strategies[1]: the label 'full' is taken by strategies[0]. Give each its own: {name: …, label: …}.",
+            ),
+            (
+                {"strategies": [{"name": "full", "label": "a.b"}]},
+                "strategies[0].label: a label has 1 to 50 letters, digits, '_' or '-' and starts with a letter or "
+                "digit, "
+                "but got 'a.b'.",
+            ),
+            (
+                {"strategies": [{"name": "daft", "preset": "papr"}]},
+                "strategies[0].preset: daft has no preset 'papr'. Did you mean 'paper'? It has: paper.",
+            ),
+            (
+                {"strategies": [{"name": "daft", "preset": "paper", "fixed": {"lr_head": 1.0}}]},
+                "strategies[0].fixed.lr_head: the preset 'paper' sweeps lr_head, so that it cannot be fixed. Remove "
+                "one "
+                "of the two.",
+            ),
+            (
+                {"strategies": [{"name": "full", "fixed": {"lr_backbone": "1e-3"}}]},
+                "strategies[0].fixed.lr_backbone: must be a number, but got the text '1e-3'. Remove the quotes. "
+                "(YAML 1.1 "
+                "readers take 1e-3 for a text even without quotes: write 1.0e-3 there.)",
+            ),
+            (
+                {"strategies": [{"name": "full", "fixed": {"lr_backbone": -1.0}}]},
+                "strategies[0].fixed: lr_backbone must be positive, but got -1.0.",
+            ),
+            (
+                {"strategies": [{"name": "full", "fixed": {"optimizer": "adam"}}]},
+                "strategies[0].fixed.optimizer: must be one of sgd, adamw, but got the text 'adam'.",
+            ),
+            (
+                {"resources": {"gpus": "all"}},
+                "resources.gpus: must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got "
+                "'all'.",
+            ),
+            (
+                {"resources": {"gpus": 1.5}},
+                "resources.gpus: must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got 1.5.",
+            ),
             ({"resources": {"cpus": 0}}, "resources.cpus: must be greater than 0, but got 0."),
-            ({"tracking": {"uri": "mlruns"}},
-             "tracking.uri: a tracking URI is a server (http://host:5000) or a database (sqlite:///mlflow.db), but got "
-             "'mlruns'. Leave it out for a SQLite file in the storage folder."),
-            ({"storage": "s3://key:secret@bucket/luthier"},
-             "storage: storage is a folder, but got the URL 's3://***@bucket/luthier'. Give a path that all machines "
-             "share (such as an NFS or EFS mount), and copy the finished study's folder to the object store "
-             "afterwards."),
+            (
+                {"tracking": {"uri": "mlruns"}},
+                "tracking.uri: a tracking URI is a server (http://host:5000) or a database (sqlite:///mlflow.db), "
+                "but got "
+                "'mlruns'. Leave it out for a SQLite file in the storage folder.",
+            ),
+            (
+                {"storage": "s3://key:secret@bucket/luthier"},
+                "storage: storage is a folder, but got the URL 's3://***@bucket/luthier'. Give a path that all "
+                "machines "
+                "share (such as an NFS or EFS mount), and copy the finished study's folder to the object store "
+                "afterwards.",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_message(self, sections: dict[str, Any], message: str) -> None:
         assert problems(**sections) == [message]
 
     def test_a_fixed_hyperparameter_that_does_not_exist(self) -> None:
         (message,) = problems(strategies=[{"name": "full", "fixed": {"lr_backbon": 0.1}}])
         assert message.startswith(
-            "strategies[0].fixed.lr_backbon: full has no hyperparameter 'lr_backbon'. Did you mean 'lr_backbone'? It has "
+            "strategies[0].fixed.lr_backbon: full has no hyperparameter 'lr_backbon'. Did you mean 'lr_backbone'? It "
+            "has "
         )
         assert "lr_head" in message
 
