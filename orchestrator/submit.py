@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ENTRYPOINT = "python -m orchestrator.cli run study.yaml"
 STOP_SECONDS = 30
 AGENT_PATIENCE_S = 30.0
+_FOLDER = "luthier.study_folder"
 
 
 def submit(
@@ -136,22 +137,32 @@ def _compare_versions(client: JobSubmissionClient, notes: TextIO) -> None:
 
 def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: str, notes: TextIO) -> str:
     """Submit the job, or find it running; returns its submission id."""
+    jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     attempt = 1
-    while (status := _status(client, submission_id(fields, attempt))) in ENDED:
+    while (known := jobs.get(submission_id(fields, attempt))) and known.status.value in ENDED:
         attempt += 1
-    job = submission_id(fields, attempt)
-    if status is not None:
-        print(f"{job} is {status.lower()} on the cluster already; following it.", file=notes)
-        return job
-    with tempfile.TemporaryDirectory(prefix="luthier-submit-") as folder:
-        size = shipping.copy_packages(Path(folder))
-        (Path(folder) / "study.yaml").write_text(yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True))
-        _submit_when_ready(client, job, entrypoint, folder, str(fields["name"]))
-    print(f"Submitted {job} ({size / 2**20:.1f} MiB of code).", file=notes)
-    return job
+    name, folder = submission_id(fields, attempt), f"{fields['storage']}/{fields['name']}"
+    if known:
+        print(f"{name} is {known.status.value.lower()} on the cluster already; following it.", file=notes)
+        return name
+    for other in jobs.values():
+        if (other.metadata or {}).get(_FOLDER) == folder and other.status.value not in ENDED:
+            # Two drivers of one study folder would write one journal.
+            raise ClusterError(
+                f"The study {fields['name']!r} is running on the cluster as {other.submission_id}, from another "
+                "version of its file. Wait for it, stop it with `ray job stop`, or give this study another name."
+            )
+    with tempfile.TemporaryDirectory(prefix="luthier-submit-") as code:
+        size = shipping.copy_packages(Path(code))
+        (Path(code) / "study.yaml").write_text(yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True))
+        _submit_when_ready(client, name, entrypoint, code, {"study": str(fields["name"]), _FOLDER: folder})
+    print(f"Submitted {name} ({size / 2**20:.1f} MiB of code).", file=notes)
+    return name
 
 
-def _submit_when_ready(client: JobSubmissionClient, job: str, entrypoint: str, folder: str, study: str) -> None:
+def _submit_when_ready(
+    client: JobSubmissionClient, job: str, entrypoint: str, folder: str, metadata: dict[str, str]
+) -> None:
     """Submit; for the first seconds of a cluster's life its job agent is not there yet."""
     deadline = time.monotonic() + AGENT_PATIENCE_S
     while True:
@@ -159,7 +170,7 @@ def _submit_when_ready(client: JobSubmissionClient, job: str, entrypoint: str, f
             client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=job,
-                metadata={"study": study},
+                metadata=metadata,
                 runtime_env={
                     "working_dir": folder,
                     # Ray's own way to stop a job is SIGTERM and, 3 s later, SIGKILL: Tune would save nothing.
@@ -177,16 +188,6 @@ def _submit_when_ready(client: JobSubmissionClient, job: str, entrypoint: str, f
                     "`ray start --head --dashboard-agent-listen-port=<a free port>` (see docs/cluster.md)."
                 ) from error
         time.sleep(1.0)
-
-
-def _status(client: JobSubmissionClient, job: str) -> str | None:
-    """PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; None for a job that the cluster does not know."""
-    try:
-        return str(client.get_job_status(job).value)
-    except RuntimeError as error:
-        if "status code 404" in str(error):
-            return None
-        raise
 
 
 def _follow_with_interrupts(follower: Follower, stop: bool | None, notes: TextIO) -> int:

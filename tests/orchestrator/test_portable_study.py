@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.portable_study import absolute_paths, cautions
+import yaml
+
+from orchestrator.portable_study import absolute_paths, cautions, resolved_study
+from orchestrator.spec import load_study
 
 
 def test_relative_paths_are_taken_from_the_studys_folder() -> None:
@@ -48,3 +51,23 @@ def test_cautions() -> None:
         "storage /home/ann/studies must be one folder shared by all machines of the cluster.",
     ]
     assert cautions({"storage": "s3://bucket"}, "https://ray.example.org") == []
+
+
+def test_a_submitted_copy_says_the_same_as_the_file(tmp_path: Path) -> None:
+    """The cluster reads the copy from another folder, and must come to the same study."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    (here / "study.yaml").write_text(
+        "name: pets\n"
+        "data: {source: folder, root: images, ood: [sketch], seed: 3}\n"
+        "model: {name: resnet18, weights: w.safetensors}\n"
+        "strategies: [linear_probe, {name: full, label: slow, fixed: {lr_head: 1e-1}}]\n"
+        "search: {trials: 4, epochs: 2}\n"
+    )
+    (there / "study.yaml").write_text(yaml.safe_dump(resolved_study(here / "study.yaml")))
+    copy = load_study(there / "study.yaml")
+    assert copy == load_study(here / "study.yaml")
+    assert copy.data.root == str(here / "images")
+    assert copy.model.weights == str(here / "w.safetensors")
+    assert copy.storage == str(here / "studies")
+    assert copy.strategies[1].fixed == {"lr_head": 0.1}

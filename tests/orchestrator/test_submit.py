@@ -124,10 +124,16 @@ class TestRealCluster:
         first, second, out = io.StringIO(), io.StringIO(), _InterruptsAt("ready")
         same = {"token": head.token, "entrypoint": _python(code)}
         assert submit(study, head.url, follow=False, notes=first, **same) == 0
+        text = study.read_text()
+        study.write_text(text + "more: 1\n")
+        with pytest.raises(ClusterError, match=f"^The study 'toy' is running on the cluster as {name}, ") as refused:
+            submit(study, head.url, **same)
+        study.write_text(text)
         assert submit(study, head.url, stop_on_interrupt=True, out=out, notes=second, **same) == 130
         assert f"Submitted {name}" in first.getvalue()
         assert re.search(f"{name} is (pending|running) on the cluster already; following it.", second.getvalue())
         assert f"Stopping {name}; it saves its state first (up to 30 s)." in second.getvalue()
+        assert "from another version of its file. Wait for it, stop it" in str(refused.value)
         lines = out.getvalue().splitlines()
         assert lines.count("ready") == lines.count("state saved") == 1
 
@@ -253,14 +259,14 @@ class _Refusing:
 class TestSubmitting:
     def test_waits_for_the_agent(self) -> None:
         jobs = _Refusing(RuntimeError("Request failed with status code 500: No available agent to submit job."))
-        submission._submit_when_ready(jobs, "job", "true", ".", "toy")  # type: ignore[arg-type]
+        submission._submit_when_ready(jobs, "job", "true", ".", {})  # type: ignore[arg-type]
         assert jobs.submitted == ["job"]
 
     def test_gives_up_with_a_hint(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(submission, "AGENT_PATIENCE_S", 0.0)
         jobs = _Refusing(RuntimeError("No available agent to submit job, please try again later."))
         with pytest.raises(ClusterError) as caught:
-            submission._submit_when_ready(jobs, "job", "true", ".", "toy")  # type: ignore[arg-type]
+            submission._submit_when_ready(jobs, "job", "true", ".", {})  # type: ignore[arg-type]
         assert str(caught.value) == (
             "The cluster is up, but for 0 s no agent of it took the job. Usually another Ray on the head node holds "
             "the agent's port: restart the head with `ray start --head --dashboard-agent-listen-port=<a free port>` "
@@ -270,7 +276,7 @@ class TestSubmitting:
     def test_other_refusals_are_passed_on(self) -> None:
         jobs = _Refusing(RuntimeError("Request failed with status code 413"))
         with pytest.raises(ClusterError, match="The cluster refused the job: Request failed with status code 413"):
-            submission._submit_when_ready(jobs, "job", "true", ".", "toy")  # type: ignore[arg-type]
+            submission._submit_when_ready(jobs, "job", "true", ".", {})  # type: ignore[arg-type]
 
     def test_addresses(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert dashboard_url("head:8265") == dashboard_url("http://head:8265/") == "http://head:8265"
