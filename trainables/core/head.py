@@ -1,0 +1,32 @@
+"""How a head starts: as drawn, at zero, or at the linear probe's solution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+    from trainables.data.trial_data import TrialData
+
+
+@torch.no_grad()
+def initialise_head(model: Classifier, data: TrialData, how: str) -> dict[str, float]:
+    """Set the head's weight (K, D) and bias (K,) in place; returns metrics to record (of the probe, else none).
+
+    Args:
+        how: `random` (left as drawn from the trial's seed), `zeros`, or `linear_probe`.
+    """
+    if how == "random":
+        return {}
+    if how == "zeros":
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        return {}
+    from trainables.linear_probe import best_linear_probe
+
+    probe = best_linear_probe(data)
+    model.head.weight.copy_(torch.as_tensor(probe.weight))
+    model.head.bias.copy_(torch.as_tensor(probe.bias))
+    return {"linear_probe/C": probe.C, "linear_probe/val_acc": probe.val_accuracy}
