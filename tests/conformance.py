@@ -116,8 +116,7 @@ class StrategyConformance:
         _, here = self.run(spec)
         script = (
             "import json, sys, torch; torch.set_num_threads(1)\n"
-            "import search_spaces
-from tests.synthetic import shapes\n"
+            "from tests.synthetic import shapes\n"
             "from trainables.core.run import Run\n"
             "from trainables.core.task import TrialSpec\n"
             "run, history = Run(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"

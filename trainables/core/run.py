@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainables import strategy_class
+from trainables.core.backbone import Classifier, new_classifier
 from trainables.core.checkpoint import CheckpointError, RunState, differing
 from trainables.core.contract import Phase
 from trainables.core.loop import check_finite, resolve_precision
 from trainables.core.optim import current_rates
 from trainables.core.plan import Plan, Position
 from trainables.core.randomness import isolated_randomness
+from trainables.core.resident import on_device, open_store, pretrained_for
 from trainables.core.scoring import final_scores, training_scores, validation_scores
 from trainables.core.snapshot import Best, movable_names, put_back, take
 from trainables.core.task import TrialSpec, stream_seed
@@ -24,7 +25,6 @@ from trainables.core.training import PhaseTraining, load_optimizer_state, optimi
 from trainables.data.trial_data import TrialData
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
     from trainables.data.trial_data import StoreLike
 
 
@@ -61,6 +61,7 @@ class Run:
         self._seconds = 0.0
         self._once: dict[str, float] = {}
         self._model: Classifier | None = None
+        self._pristine: dict[str, Tensor] = {}
         self._training: PhaseTraining | None = None
         self._restored: RunState | None = None
 
@@ -161,19 +162,14 @@ class Run:
     def _build(self) -> None:
         if self._model is not None:
             return
-        from trainables.core.backbone import load_pretrained, new_classifier
-
         task = self.spec.task
         self._dtype = resolve_precision(task.precision, self.device)
         store = self._store if self._store is not None else open_store(task.store)
-        backbone = load_pretrained(task.model, cache=Path(task.cache) if task.cache else None)
-        self._data = TrialData(self.spec, store, backbone, self.device)
-        model = new_classifier(backbone, self._data.num_classes, self.device, seed=self._stream("head"))
-        if self.device.type == "cuda":
-            model = model.to(memory_format=torch.channels_last)
-        self._pristine: dict[str, Tensor] = {
-            f"backbone.{name}": value for name, value in backbone.module.state_dict().items()
-        }
+        backbone = pretrained_for(task.model, store.image_size, task.cache)
+        local = on_device(backbone, self.device)
+        self._data = TrialData(self.spec, store, backbone, self.device, reference=local.module)
+        model = new_classifier(local, self._data.num_classes, self.device, seed=self._stream("head"))
+        self._pristine = {f"backbone.{name}": value for name, value in local.module.state_dict().items()}
         self._model = model
         with isolated_randomness(self._stream("prepare"), self.device):
             report = self.strategy.prepare(model, self._data)
@@ -244,15 +240,3 @@ class Run:
         if at is not None and at.unit_in_phase > 0 and at.phase.solve is None:
             self._training = self._begin(at.phase)
             load_optimizer_state(self._training.optimizer, self.model, parts["optimizer"])
-
-
-_stores: dict[str, StoreLike] = {}
-
-
-def open_store(path: str) -> StoreLike:
-    """The store at `path`, opened once per process."""
-    from trainables.data.store import Store
-
-    if path not in _stores:
-        _stores[path] = Store(path)
-    return _stores[path]

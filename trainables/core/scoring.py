@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainables.core.loop import predict
 from trainables.core.snapshot import is_pristine
-from trainables.data.trial_data import HELD_OUT
+from trainables.data.samples import HELD_OUT
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
@@ -38,19 +38,19 @@ def score(model: Classifier, data: TrialData, split: str, dtype: torch.dtype, pr
 
 def validation_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
     """`val/acc` and `val/nll`."""
-    values = score(model, data, "val", dtype, is_pristine(model.backbone, data.backbone.module))
+    values = score(model, data, "val", dtype, is_pristine(model.backbone, data.reference))
     return {"val/acc": values["acc"], "val/nll": values["nll"]}
 
 
 def training_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
     """`train/loss` and `train/acc` of a closed-form solution, which has no training loss of its own."""
-    values = score(model, data, "train", dtype, is_pristine(model.backbone, data.backbone.module))
+    values = score(model, data, "train", dtype, is_pristine(model.backbone, data.reference))
     return {"train/loss": values["nll"], "train/acc": values["acc"]}
 
 
 def final_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
     """ID test, calibration, every OOD domain with mean and worst accuracy, and the held-out domain if there is one."""
-    pristine = is_pristine(model.backbone, data.backbone.module)
+    pristine = is_pristine(model.backbone, data.reference)
     test = score(model, data, "test", dtype, pristine)
     found = {"test/acc": test["acc"], "test/nll": test["nll"], "calib/ece": test["ece"]}
     accuracies = []

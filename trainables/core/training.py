@@ -114,7 +114,7 @@ class PhaseTraining:
 
     def _whole_features(self) -> tuple[Tensor, Tensor] | None:
         device = self.data.device
-        if is_pristine(self.model.backbone, self.data.backbone.module):
+        if is_pristine(self.model.backbone, self.data.reference):
             features = torch.tensor(self.data.features("train"))
             return features.to(device), torch.tensor(self.data.labels("train")).to(device)
         if self.total_steps < self.data.steps_per_epoch:

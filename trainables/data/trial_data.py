@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainables.core.task import TrialSpec, stream_seed
 from trainables.data.pixels import gather_images, to_device
+from trainables.data.samples import batch_positions, select_samples
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Backbone
 
 Indices = NDArray[np.int64]
-
-HELD_OUT = "held_out"
-"""Name of the split that a `fold` trial is judged by: the training and validation images of the domain left out."""
 
 _SCALE_SAMPLES = 1024
 """How many training images the mean squared feature norm is taken over. The training split is stored in nested
@@ -37,6 +35,7 @@ class StoreLike(Protocol):
     splits: list[str]
     digest: str
     path: Any
+    image_size: int
 
     def images(self, split: str) -> NDArray[np.uint8]: ...
 
@@ -44,7 +43,7 @@ class StoreLike(Protocol):
 
     def domain_ids(self, split: str) -> Indices: ...
 
-    def fraction(self, split: str, f: float) -> int: ...
+    def fraction(self, split: str, fraction: float, /) -> int: ...
 
 
 class TrialData:
@@ -56,21 +55,32 @@ class TrialData:
         store: the opened store.
         backbone: the pristine pretrained backbone (its normalisation and crop are used, and its features).
         device: where batches go.
+        reference: the pristine network on `device`, if it is not `backbone.module`.
 
     Raises:
         ValueError: `spec.held_out` is not an ID domain, or leaves no training image.
     """
 
-    def __init__(self, spec: TrialSpec, store: StoreLike, backbone: Backbone, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        store: StoreLike,
+        backbone: Backbone,
+        device: torch.device | str,
+        reference: nn.Module | None = None,
+    ) -> None:
+        from trainables.data.features import FeatureCache
         from trainables.data.transforms import BatchTransform
 
         self.spec, self.store, self.backbone = spec, store, backbone
         self.device = torch.device(device)
+        self.reference = backbone.module if reference is None else reference
         config = backbone.data_config
         shape = (config.mean, config.std, config.image_size)
         self._view = BatchTransform(*shape, ())
         self._augmented = BatchTransform(*shape, tuple(spec.task.augment))
-        self._parts = _select(spec, store)
+        self._parts = select_samples(spec, store)
+        self._cache = FeatureCache(spec.task.cache)
         self.first_delivery: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrialData:
@@ -181,7 +191,7 @@ class TrialData:
     @property
     def solution_folder(self) -> Path:
         """Folder for closed-form solutions on the features of this data, shared by all trials that see the same."""
-        return Path(self._cache.root) / "solutions" / self.cache_key
+        return self._cache.root / "solutions" / self.cache_key
 
     def _part(self, split: str) -> list[tuple[str, Indices]]:
         if split not in self._parts:
@@ -207,36 +217,3 @@ class TrialData:
     def _delivered(self) -> None:
         if self.first_delivery is None:
             self.first_delivery = time.perf_counter()
-
-
-def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) -> list[Indices]:
-    """Positions 0…count-1 in batches of `size`, shuffled by `seed` (None = in order).
-
-    With `drop_last` a last, smaller batch is left out unless it is the only one: BatchNorm statistics of a remainder of
-    a few images are noise, but a split smaller than a batch must still train.
-    """
-    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-    end = count - count % size if drop_last and count > size else count
-    return [order[i : i + size].astype(np.int64) for i in range(0, end, size)]
-
-
-def _select(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
-    parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
-    used = store.fraction("train", spec.task.train_fraction)
-    parts["train"] = [("train", np.arange(used, dtype=np.int64))]
-    if spec.held_out is None:
-        return parts
-    domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
-    if spec.held_out not in domains:
-        raise ValueError(f"A held-out domain is one of the ID domains {', '.join(domains)}, but got {spec.held_out!r}.")
-    wanted = store.domains.index(spec.held_out)
-    parts[HELD_OUT] = [(s, np.flatnonzero(store.domain_ids(s) == wanted)) for s in ("train", "val")]
-    for split in ("train", "val"):
-        source, indices = parts[split][0]
-        parts[split] = [(source, indices[store.domain_ids(source)[indices] != wanted])]
-        if len(parts[split][0][1]) == 0:
-            raise ValueError(
-                f"Without the held-out domain {spec.held_out!r} the {split} split must keep images, but it keeps none. "
-                f"The ID domains are {', '.join(domains)}."
-            )
-    return parts
