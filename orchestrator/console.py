@@ -100,7 +100,7 @@ def exit_code(error: BaseException) -> int:
         return INTERRUPTED
     if names & _PREFLIGHT_ERRORS:
         return PREFLIGHT
-    return USAGE if isinstance(error, StudyError) else FAILED
+    return USAGE if isinstance(error, StudyError | FileExistsError) else FAILED
 
 
 def message(error: BaseException) -> str:

@@ -33,18 +33,20 @@ class StudyError(ValueError):
     Args:
         problems: everything that is wrong, in the order of the file.
         source: what the problems are in, such as the name of the file.
+        heading: what that means for the source; None = the words of this class.
     """
 
     heading = "is not valid"
 
-    def __init__(self, problems: Iterable[Problem], source: str = "The study") -> None:
+    def __init__(self, problems: Iterable[Problem], source: str = "The study", heading: str | None = None) -> None:
         self.problems = sorted(problems, key=lambda problem: problem.line or 0)
         self.source = source
+        head = f"{source} {heading or self.heading}"
         lines = [str(problem) for problem in self.problems]
         if len(lines) == 1:
-            text = f"{source} {self.heading}: {lines[0]}"
+            text = f"{head}: {lines[0]}"
         else:
-            text = "\n".join([f"{source} {self.heading}, {len(lines)} problems:", *(f"  {line}" for line in lines)])
+            text = "\n".join([f"{head}, {len(lines)} problems:", *(f"  {line}" for line in lines)])
         super().__init__(redact(text))
 
 

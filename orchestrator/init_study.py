@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import Problem, StudyError
 from orchestrator.reference import Row, rows, sections, written
 
 DIGITS_MODEL, MODEL = "digits_vit", "resnet18"
@@ -31,14 +30,14 @@ def write_study(
         What was written, as JSON values: `study_file`, and the `fields` that were chosen.
 
     Raises:
-        StudyError: the file exists (unless `force`), or a name that a study cannot have.
+        FileExistsError: the file exists (unless `force`).
+        StudyError: a name that a study cannot have.
         DataError: `data` holds no images that a study could use.
     """
     from orchestrator.spec import StudySpec
 
     if output.exists() and not force:
-        rule = "there is such a file already. Give another with --output, or replace it with --force."
-        raise StudyError([Problem((), rule)], str(output))
+        raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
     fields = _digits(model) if data is None else _found(data, model)
     fields["name"] = name or fields["name"]
     StudySpec.from_fields(fields)

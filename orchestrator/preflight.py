@@ -84,10 +84,10 @@ def layer_kinds(model: str) -> frozenset[str]:
     from timm.layers import LayerNorm2d
     from torch import nn
 
-    from trainables.core import digits_backbones  # noqa: F401 - makes the built-in names known to timm
+    from trainables.core.digits_backbones import NETWORKS, architecture
 
     with torch.device("meta"):
-        network = timm.create_model(model, pretrained=False)
+        network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
     found = set()
     for module in network.modules():
         if isinstance(module, nn.LayerNorm | LayerNorm2d):

@@ -237,4 +237,4 @@ def _line(event: Any) -> int:
 
 
 def _error(file: Path, message: str, line: int | None = None) -> StudyError:
-    return StudyError([Problem((), message, line)], str(file))
+    return StudyError([Problem((), message, line)], str(file), "cannot be read")

@@ -137,7 +137,7 @@ class TestRefusals:
         with pytest.raises(StudyError) as caught:
             read_yaml(tmp_path / "none.yaml")
         assert str(caught.value) == (
-            f"{tmp_path}/none.yaml is not valid: there is no such file. `luthier init` writes one for your data."
+            f"{tmp_path}/none.yaml cannot be read: there is no such file. `luthier init` writes one for your data."
         )
 
     def test_a_data_file_is_not_read_to_its_end(self, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ class TestRefusals:
             read_yaml(file)
         assert time.perf_counter() - start < 1
         assert str(caught.value) == (
-            f"{file} is not valid: a study file has at most 1,000,000 bytes, but this one has more. Is it a data file?"
+            f"{file} cannot be read: a study file has at most 1,000,000 bytes, but this one has more. Is it a data file?"
         )
 
     def test_another_encoding(self, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ class TestRefusals:
         with pytest.raises(StudyError) as caught:
             read_yaml(file)
         assert str(caught.value) == (
-            f"{file} is not valid: line 2: a study file is UTF-8 text, but a byte here is not. Save it as UTF-8."
+            f"{file} cannot be read: line 2: a study file is UTF-8 text, but a byte here is not. Save it as UTF-8."
         )
 
     def test_a_byte_order_mark_is_no_problem(self, tmp_path: Path) -> None:

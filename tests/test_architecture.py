@@ -1,0 +1,200 @@
+"""The structure that everything stands on: three files per strategy, one-way imports, small files, no unsafe reads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import search_spaces
+import trainables
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("orchestrator", "trainables", "search_spaces")
+FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 250, 400, 60
+
+MAY_IMPORT_RAY = "trainables/core/trial.py"
+MAY_READ_TORCH_FILES = "trainables/core/backbone.py"
+"""The one module that reads `.pth` weight files, with `weights_only=True`."""
+
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "_pickle"}
+FORBIDDEN_CALLS = {
+    "eval", "exec", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "torch.save",
+    "pandas.read_pickle", "pd.read_pickle", "os.system",
+}  # fmt: skip
+UNFINISHED = ("TO" + "DO", "FIX" + "ME", "dum" + "my", "place" + "holder")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def parsed(*folders: str) -> Iterator[tuple[str, ast.Module]]:
+    for file in sources(*folders):
+        yield name(file), ast.parse(file.read_text(encoding="utf-8"), name(file))
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Full names of all imported modules, also of those inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+            yield node.module
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+class TestOneStrategyIsThreeFiles:
+    def test_every_strategy_has_its_search_space_and_no_space_lacks_its_strategy(self) -> None:
+        assert trainables.strategies() == search_spaces.names()
+        assert trainables.strategies(), "the folder is the registry, and it is empty"
+
+    def test_every_strategy_has_its_test(self) -> None:
+        tests = {file.stem.removeprefix("test_") for file in (ROOT / "tests/trainables").glob("test_*.py")}
+        assert set(trainables.strategies()) <= tests
+
+    @pytest.mark.parametrize("strategy", trainables.strategies())
+    def test_the_names_of_the_space_are_those_of_the_config(self, strategy: str) -> None:
+        known = set(trainables.strategy_class(strategy).Config.__dataclass_fields__)
+        assert set(search_spaces.space(strategy)) <= known
+        for preset in search_spaces.presets(strategy).values():
+            assert preset.swept | set(preset.fixed) <= known
+
+    @pytest.mark.parametrize("strategy", trainables.strategies())
+    def test_its_test_inherits_the_conformance_suite(self, strategy: str) -> None:
+        text = (ROOT / f"tests/trainables/test_{strategy}.py").read_text(encoding="utf-8")
+        assert "tests.conformance" in text
+
+
+class TestImports:
+    @pytest.mark.parametrize(
+        ("folder", "forbidden"),
+        [
+            ("search_spaces", {"orchestrator", "trainables", "ray", "mlflow", "torch", "timm", "pandas", "numpy"}),
+            ("trainables", {"orchestrator", "search_spaces", "ray", "mlflow", "optuna"}),
+        ],
+    )
+    def test_leaves_import_nothing_back(self, folder: str, forbidden: set[str]) -> None:
+        found = [
+            f"{file} imports {module}"
+            for file, tree in parsed(folder)
+            for module in imported(tree)
+            if module.partition(".")[0] in forbidden and not (file == MAY_IMPORT_RAY and module.startswith("ray"))
+        ]
+        assert found == []
+
+    def test_nothing_outside_the_tests_imports_them(self) -> None:
+        found = [file for file, tree in parsed(*PACKAGES) for module in imported(tree) if module.startswith("tests")]
+        assert found == []
+
+    def test_the_command_loads_neither_torch_nor_ray(self) -> None:
+        code = "import orchestrator, orchestrator.cli, sys; print(*sys.modules)"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        heavy = {"torch", "ray", "mlflow", "optuna", "timm", "pandas", "numpy", "sklearn", "pyarrow"}
+        assert heavy & set(loaded.stdout.split()) == set()
+
+    def test_the_training_core_needs_only_torch_and_timm(self) -> None:
+        """A bare GPU box without ray, mlflow, optuna and pyarrow can still run the loop."""
+        code = (
+            "import sys\n"
+            "for name in ('ray', 'mlflow', 'optuna', 'pyarrow', 'orchestrator', 'search_spaces'):\n"
+            "    sys.modules[name] = None\n"
+            "import trainables.core.loop, trainables.core.optim, trainables.core.contract\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert ended.returncode == 0, ended.stderr
+
+    @pytest.mark.parametrize("package", PACKAGES)
+    def test_packages_are_typed(self, package: str) -> None:
+        assert (ROOT / package / "py.typed").exists()
+
+
+class TestSizes:
+    def test_files(self) -> None:
+        long = [name(f) for f in sources(*PACKAGES, "benchmarks") if _lines(f) > FILE_LINES]
+        long += [name(f) for f in sources("tests") if _lines(f) > TEST_FILE_LINES]
+        assert long == []
+
+    def test_functions(self) -> None:
+        long = [
+            f"{file}:{node.lineno} {node.name}"
+            for file, tree in parsed(*PACKAGES, "benchmarks", "tests")
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES
+        ]
+        assert long == []
+
+    def test_every_file_has_an_owner(self) -> None:
+        assert [name(f) for f in sources(*PACKAGES) if f.stem in ("utils", "helpers", "common", "misc")] == []
+
+    def test_nothing_is_left_unfinished(self) -> None:
+        found = [
+            f"{name(file)}: {word}"
+            for file in sources(*PACKAGES, "benchmarks", "tests")
+            for word in UNFINISHED
+            if word in file.read_text(encoding="utf-8")
+        ]
+        assert found == []
+
+
+class TestSafeReads:
+    def test_no_pickle(self) -> None:
+        found = [
+            f"{file} imports {module}"
+            for file, tree in parsed(*PACKAGES)
+            for module in imported(tree)
+            if module.partition(".")[0] in FORBIDDEN_MODULES
+        ]
+        assert found == []
+
+    def test_no_code_from_data(self) -> None:
+        found = [
+            f"{file}:{node.lineno} {called}"
+            for file, tree in parsed(*PACKAGES, "benchmarks")
+            for called, node in calls(tree)
+            if called in FORBIDDEN_CALLS
+        ]
+        assert found == []
+
+    def test_torch_files_are_read_by_one_module_and_as_weights_only(self) -> None:
+        found = [
+            (file, ast.unparse(node))
+            for file, tree in parsed(*PACKAGES)
+            for c, node in calls(tree)
+            if c == "torch.load"
+        ]
+        assert {file for file, _ in found} <= {MAY_READ_TORCH_FILES}
+        assert all("weights_only=True" in call for _, call in found)
+
+    def test_numpy_files_are_read_without_pickle(self) -> None:
+        found = [
+            f"{file}:{node.lineno}"
+            for file, tree in parsed(*PACKAGES)
+            for _, node in calls(tree)
+            for keyword in node.keywords
+            if keyword.arg == "allow_pickle" and ast.unparse(keyword.value) != "False"
+        ]
+        assert found == []
+
+
+class TestTests:
+    def test_they_never_sleep(self) -> None:
+        assert [file for file, tree in parsed("tests") for called, _ in calls(tree) if called == "time.sleep"] == []
+
+
+def _lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
