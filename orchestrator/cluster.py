@@ -135,11 +135,12 @@ def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str
                 **common,
             )
             yield
+        except (ValueError, KeyboardInterrupt):
+            # A mistake in the study, or a wish of the user: nothing in Ray's logs would explain it.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         except Exception:
             logger.warning("The local cluster's own logs are kept in %s", folder)
-            raise
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
 

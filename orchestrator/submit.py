@@ -81,7 +81,9 @@ def submit(
     client = _client(url, token)
     _compare_versions(client, notes)
     job = _start(client, fields, entrypoint, notes)
-    print(f"Follow it (again) with the same command; stop it with: ray job stop --address {url} {job}", file=notes)
+    # Ray's own command sends the token only when it is told to.
+    stop = f"{'RAY_AUTH_MODE=token ' if token else ''}ray job stop --address {url} {job}"
+    print(f"Follow it (again) with the same command; stop it with: {stop}", file=notes)
     if not follow:
         return 0
     return _follow_with_interrupts(Follower(client, job, out), stop_on_interrupt, notes)
