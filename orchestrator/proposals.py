@@ -113,7 +113,8 @@ class Proposals:
         """Ask Optuna, with some parameters given, until the configuration is a new one."""
         for attempt in range(ATTEMPTS):
             study = ledger.drawn
-            number = len(study.get_trials(deepcopy=False))
+            # Interrupted trials do not count, so that a continued study draws what an uninterrupted one would have.
+            number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
             sampler = self.sampler if attempt < ATTEMPTS // 2 else "random"
             study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number), self.trials)
             if given:

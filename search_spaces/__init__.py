@@ -97,24 +97,23 @@ def near_edge(
     for key, value in hparams.items():
         if key in fixed:
             continue
+        law = space(name).get(key)
         if preset is not None:
-            sweep = presets(name)[preset]
-            side = sweep.edge(key, value)
-            searched_range = f"values of the preset {preset!r}"
+            side, searched_in = presets(name)[preset].edge(key, value), f"the preset {preset!r}"
+        elif law is not None:
+            side, searched_in = law.edge(value), f"its range{_range(law)}"
         else:
-            law = space(name).get(key)
-            side = law.edge(value) if law is not None else None
-            searched_range = _range(law) if law is not None else ""
+            continue
         if side is not None:
             found.append(
-                f"{key} = {value:.3g} lies at the {side} edge of its {searched_range}: a better value may lie outside."
+                f"{key} = {value:.3g} lies at the {side} edge of {searched_in}: a better value may lie outside."
             )
     return found
 
 
 def _range(law: Law) -> str:
-    assert isinstance(law.distribution, FloatDistribution | IntDistribution)
-    return f"range {law.distribution.low:g} to {law.distribution.high:g}"
+    bounded = isinstance(law.distribution, FloatDistribution | IntDistribution)
+    return f" {law.distribution.low:g} to {law.distribution.high:g}" if bounded else ""
 
 
 def _module(name: str) -> Any:

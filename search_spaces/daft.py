@@ -15,8 +15,8 @@ SPACE: dict[str, Law] = {
     # The paper sweeps absolute rates of O(1); relative to the features' mean squared norm one range serves all
     # backbones (benchmarks/head_rate.py).
     "lr_head": Law(
-        default=1.0,
-        distribution=FloatDistribution(1e-2, 10.0, log=True),
+        default=10.0,
+        distribution=FloatDistribution(0.1, 100.0, log=True),
         source="benchmarks/head_rate.py",
     ),
 }

@@ -14,8 +14,8 @@ SPACE: dict[str, Law] = {
     ),
     # Relative to the features' mean squared norm, so that one range serves all backbones (benchmarks/head_rate.py).
     "lr_head": Law(
-        default=0.3,
-        distribution=FloatDistribution(1e-2, 10.0, log=True),
+        default=10.0,
+        distribution=FloatDistribution(0.1, 100.0, log=True),
         source="benchmarks/head_rate.py",
     ),
 }

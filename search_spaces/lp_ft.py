@@ -15,8 +15,8 @@ SPACE: dict[str, Law] = {
     ),
     # The head starts at its optimum and has little to learn: the range reaches lower than that of a fresh head.
     "lr_head": Law(
-        default=1e-2,
-        distribution=FloatDistribution(1e-4, 1.0, log=True),
+        default=0.1,
+        distribution=FloatDistribution(0.001, 10.0, log=True),
         source="benchmarks/head_rate.py, two decades down",
     ),
 }
