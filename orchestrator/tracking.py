@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("luthier")
 
+LONGEST_WAIT = 10.0
+"""Seconds between attempts on a server that does not answer."""
 CLOSING_SECONDS = 20.0
 """How long the end of a study waits for a tracking server that is behind."""
 
@@ -163,7 +165,7 @@ class MlflowFollower:
                     return
                 time.sleep(min(0.5, self._poll))
             else:
-                self._stop.wait(min(self._poll * 2**failures, 30.0))
+                self._stop.wait(min(self._poll * 2**failures, LONGEST_WAIT))
 
     def _advance(self) -> None:
         """Read what is new, write it, remember it."""
