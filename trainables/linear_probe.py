@@ -72,8 +72,10 @@ def _fit_path(features: Floats, labels: NDArray[np.integer], path: Sequence[floa
         raise ValueError("Features of a linear probe must be finite, but some are NaN or infinite.")
     classes = int(labels.max()) + 1
     if len(np.unique(labels)) != classes or classes < 2:
-        raise ValueError(f"A linear probe needs every class 0 … K-1 (K ≥ 2) in its labels, but {classes} are implied "
-                         f"and {len(np.unique(labels))} are present.")
+        raise ValueError(
+            f"A linear probe needs every class 0 … K-1 (K ≥ 2) in its labels, but {classes} are implied "
+            f"and {len(np.unique(labels))} are present."
+        )
     model = LogisticRegression(solver="lbfgs", max_iter=MAX_ITERATIONS, tol=1e-4, warm_start=True)
     solutions = []
     with warnings.catch_warnings():

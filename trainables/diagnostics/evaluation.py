@@ -26,8 +26,10 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     if len(labels) == 0 or len(logits) != len(labels):
-        raise ValueError(f"Metrics need one row of logits per label and at least one, but got {len(logits)} rows and "
-                         f"{len(labels)} labels.")
+        raise ValueError(
+            f"Metrics need one row of logits per label and at least one, but got {len(logits)} rows and "
+            f"{len(labels)} labels."
+        )
     finite = bool(torch.isfinite(logits).all())
     ece = multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=ECE_BINS, norm="l1")
     return {
