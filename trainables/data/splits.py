@@ -1,68 +1,117 @@
-"""Deterministic, stratified splits: pure functions on labels."""
+"""Which sample goes where: seeded splits, stratified by class, and the nested order behind `train_fraction`.
+
+Pure functions on integer labels; no file is read here.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-Labels = NDArray[np.int64]
+from trainables.core.task import stream_seed
 
+Integers = NDArray[np.int64]
 
-class SplitError(ValueError):
-    """A class is too small to be split."""
+TRAIN, VAL, TEST = 0, 1, 2
+"""Codes that `stratified_split` returns."""
 
 
 def stratified_split(
-    labels: Labels, val_fraction: float, test_fraction: float, seed: int, classes: list[str]
-) -> dict[str, NDArray[np.int64]]:
-    """Indices of `train`, `val` and `test`, per class, drawn from the seed.
+    labels: Integers, domains: Integers, val_fraction: float, test_fraction: float, seed: int
+) -> NDArray[np.int8]:
+    """Give every sample to train, val or test; each class is split by the same shares.
 
-    Every class gives at least one sample to each part whose fraction is above zero.
+    Of a class with n samples, max(1, round(n · fraction)) go to test and as many to val by its own fraction; the rest,
+    at least one, is for training. Within a class the domains are spread evenly over the three parts. A class is split
+    by random numbers of its own, so that another class never changes where its samples go.
+
+    Args:
+        labels: (n,) class of each sample.
+        domains: (n,) domain of each sample.
+        val_fraction: share for validation, in [0, 1); 0 = no such part.
+        test_fraction: share for testing, in [0, 1); 0 = no such part.
+        seed: decides which samples; the sizes depend on the fractions alone.
+
+    Returns:
+        (n,) codes `TRAIN`, `VAL`, `TEST`.
 
     Raises:
-        SplitError: a class has fewer samples than parts.
+        ValueError: the fractions leave nothing to train on, or a class has fewer samples than parts.
     """
-    parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
-    needed = 1 + (val_fraction > 0) + (test_fraction > 0)
+    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise ValueError(
+            "The fractions for validation and test must lie in [0, 1) and their sum must be below 1, but got "
+            f"{val_fraction} and {test_fraction}."
+        )
+    codes = np.full(len(labels), TRAIN, dtype=np.int8)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        if len(members) < needed:
-            raise SplitError(
-                f"Each class needs at least {needed} ID images (train, val and test), but class "
-                f"{classes[label]!r} has {len(members)}. Add images, or remove the class."
-            )
-        members = np.random.default_rng([seed, int(label)]).permutation(members)
-        val = max(1, round(val_fraction * len(members))) if val_fraction > 0 else 0
-        test = max(1, round(test_fraction * len(members))) if test_fraction > 0 else 0
-        while val + test >= len(members):
-            val, test = (val - 1, test) if val >= test else (val, test - 1)
-        parts["val"].append(members[:val])
-        parts["test"].append(members[val : val + test])
-        parts["train"].append(members[val + test :])
-    return {name: np.sort(np.concatenate(found)) for name, found in parts.items()}
+        sizes = _part_sizes(len(members), val_fraction, test_fraction, int(label))
+        order = members[_spread(domains[members], stream_seed(seed, "split", int(label)))]
+        codes[order[: sizes[1]]] = TEST
+        codes[order[sizes[1] : sum(sizes)]] = VAL
+    return codes
 
 
-def nested_order(labels: Labels, seed: int) -> NDArray[np.int64]:
-    """An order in which every prefix is stratified: shuffled within each class, then sorted by rank / class size.
+def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:
+    """An order in which every `train_fraction` is a prefix, and every prefix a stratified sample.
 
-    The samples with rank / size < f, the fraction f of every class (rounded up), are a prefix of it, so that a smaller
-    fraction is contained in a larger one.
+    Each class is shuffled (its domains spread evenly); its sample of rank r out of n_c gets the key r / n_c, and
+    samples are sorted by key, ties by class. Sample i is in fraction f if and only if its key is below f, so that a
+    smaller fraction is contained in a larger one.
+
+    Args:
+        labels: (n,) class of each sample.
+        domains: (n,) domain of each sample.
+        seed: decides the shuffles.
+
+    Returns:
+        (n,) positions, to be applied as `labels[order]`.
     """
-    rank = np.zeros(len(labels))
-    size = np.bincount(labels) if len(labels) else np.zeros(0, int)
+    keys = np.empty(len(labels))
+    ranks = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
-        members = np.random.default_rng([seed, 1, int(label)]).permutation(np.flatnonzero(labels == label))
-        rank[members] = np.arange(len(members)) / size[label]
-    return np.lexsort((labels, rank)).astype(np.int64)
+        members = np.flatnonzero(labels == label)
+        order = members[_spread(domains[members], stream_seed(seed, "order", int(label)))]
+        ranks[order] = np.arange(len(members))
+        keys[order] = np.arange(len(members)) / len(members)
+    return np.lexsort((ranks, labels, keys)).astype(np.int64)
 
 
-def fraction_count(labels: Labels, fraction: float) -> int:
-    """Length of the prefix of a nested order that holds `fraction` of every class (rounded up).
+def fraction_size(labels: Integers, fraction: float) -> int:
+    """Length of the prefix that a fraction takes of samples in nested order: Σ_c |{r : r / n_c < fraction}|.
+
+    At least one sample per class.
+
+    Args:
+        labels: (n,) class of each sample, in any order.
+        fraction: share of each class, in (0, 1].
 
     Raises:
-        ValueError: a fraction outside (0, 1].
+        ValueError: the fraction lies outside (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"0 < fraction <= 1 must hold, but got {fraction!r}.")
-    # The product is rounded first: 0.07 * 100 is 7.000000000000001, which is 7 images and not 8.
-    return int(sum(np.ceil(round(fraction * int(n), 9)) for n in np.bincount(labels)))
+        raise ValueError(f"A fraction of the training data must lie in (0, 1], but got {fraction}.")
+    _, counts = np.unique(labels, return_counts=True)
+    # The same division as in `nested_order`, so that both round alike: ceil(0.07 · 100) would be 8.
+    return sum(int(np.count_nonzero(np.arange(n) / n < fraction)) for n in counts)
+
+
+def _part_sizes(count: int, val_fraction: float, test_fraction: float, label: int) -> tuple[int, int]:
+    wanted = [max(1, round(count * f)) if f > 0 else 0 for f in (val_fraction, test_fraction)]
+    parts = 1 + sum(size > 0 for size in wanted)
+    if count < parts:
+        raise ValueError(f"A class to be split into {parts} parts needs {parts} samples, but class {label} has {count}.")
+    while sum(wanted) >= count:
+        wanted[int(np.argmax(wanted))] -= 1
+    return wanted[0], wanted[1]
+
+
+def _spread(domains: Integers, seed: int) -> Integers:
+    """A random order of one class in which any stretch holds each domain in its share, give or take one sample."""
+    generator = np.random.default_rng(seed)
+    keys = np.empty(len(domains))
+    for domain in np.unique(domains):
+        members = np.flatnonzero(domains == domain)
+        keys[generator.permutation(members)] = (np.arange(len(members)) + generator.random()) / len(members)
+    return np.argsort(keys, kind="stable").astype(np.int64)

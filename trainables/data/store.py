@@ -1,144 +1,147 @@
-"""The Arrow store: pixels of all samples at the training resize, memory-mapped, shared by all trials of a machine.
+"""The data store: uint8 pixels in one Arrow file that every trial of a machine maps into memory, and its manifest.
 
-A store is a folder with `data.arrow` (an Arrow IPC file: one record batch per split, so that each split is one
-contiguous block) and `manifest.json` (what was read, counts, SHA-256). It is written by `orchestrator.ingest`.
+A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`) and
+`manifest.json`. The folder is renamed into place when both are complete, so a store that exists is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainables.data.splits import fraction_count
+from trainables.data.splits import fraction_size
 
 DATA, MANIFEST = "data.arrow", "manifest.json"
+FORMAT = 1
+"""Version of the layout; a store of another version is refused."""
 
 
 class StoreError(ValueError):
-    """The folder is not a complete store."""
+    """A folder that is no data store, or one that is damaged."""
 
 
 class Store:
-    """An opened store. Opens its file on first use and pickles as its path.
+    """An ingested data set, opened when something of it is asked for.
 
-    Raises:
-        StoreError: no complete store lies at `path`.
+    It pickles as its path: each process maps the file itself, and the pages are shared by all processes of a machine.
+
+    Args:
+        path: folder of the store.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        manifest = self.path / MANIFEST
-        if not manifest.is_file() or not (self.path / DATA).is_file():
-            raise StoreError(
-                f"A store is a folder with {DATA} and {MANIFEST}, but {self.path} is none. Run the study "
-                "again to make it from the source."
-            )
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text())
-        size = (self.path / DATA).stat().st_size
-        if size != self.manifest["bytes"]:
-            raise StoreError(
-                f"{self.path / DATA} must have {self.manifest['bytes']} bytes, but has {size}. Delete the "
-                "folder; the next run makes it again."
-            )
-        self.classes: list[str] = list(self.manifest["classes"])
-        self.domains: list[str] = list(self.manifest["domains"])
-        self.splits: list[str] = list(self.manifest["splits"])
-        self.digest: str = self.manifest["sha256"]
-        self.image_size: int = int(self.manifest["image_size"])
-        self._batches: dict[str, pa.RecordBatch] | None = None
+        self.path = Path(path).absolute()
+        self._images: dict[str, NDArray[np.uint8]] = {}
 
-    def images(self, split: str) -> NDArray[np.uint8]:
-        """Pixels (n, H, W, 3) as a read-only view of the mapped file: nothing is copied."""
-        flat = self._batch(split).column("image").flatten().to_numpy(zero_copy_only=True)
-        return flat.reshape(-1, self.image_size, self.image_size, 3)
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (str(self.path),)
 
-    def labels(self, split: str) -> NDArray[np.int64]:
-        """Labels (n,), positions in `classes`."""
-        return self._batch(split).column("label").to_numpy(zero_copy_only=True)
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
 
-    def domain_ids(self, split: str) -> NDArray[np.int64]:
-        """Domains (n,), positions in `domains`."""
-        return self._batch(split).column("domain").to_numpy(zero_copy_only=True)
-
-    def fraction(self, split: str, fraction: float) -> int:
-        """How many of the first samples of a split are the fraction `fraction` of each class (for `train`, which lies
-        in nested stratified order)."""
-        return fraction_count(self.labels(split), fraction)
-
-    def verify(self) -> None:
-        """Compare the file with its digest (reads all of it).
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What was read, from where, what was left out and why.
 
         Raises:
-            StoreError: the file was changed.
+            StoreError: there is no complete store at the path, or one of another version.
+        """
+        try:
+            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            size = (self.path / DATA).stat().st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(
+                f"A data store is a folder with {DATA} and {MANIFEST}, but {self.path} is none. Run the ingest again."
+            ) from error
+        if manifest.get("format") != FORMAT:
+            raise StoreError(
+                f"A data store of format {FORMAT} is needed, but {self.path} has format {manifest.get('format')!r}. "
+                "Delete the folder and run the ingest again."
+            )
+        if size != manifest["bytes"]:
+            raise StoreError(
+                f"{self.path / DATA} must have {manifest['bytes']} bytes, but it has {size}. "
+                "Delete the folder and run the ingest again."
+            )
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `data.arrow`, in hex: pixels, labels, domains, names, order and splits."""
+        return str(self.manifest["sha256"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, by label."""
+        return list(self.manifest["classes"])
+
+    @property
+    def domains(self) -> list[str]:
+        """Domain names, by domain id: the ID domains, then the OOD domains."""
+        return list(self.manifest["domains"])
+
+    @property
+    def splits(self) -> list[str]:
+        """`train`, `val`, `test`, then `ood/<domain>` for every OOD domain."""
+        return list(self.manifest["splits"])
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the stored images, in pixels."""
+        return int(self.manifest["image_size"])
+
+    def images(self, split: str) -> NDArray[np.uint8]:
+        """Pixels (n, H, W, 3), a read-only view of the mapped file."""
+        if split not in self._images:
+            pixels = self._column(split, "image").flatten().to_numpy(zero_copy_only=True)
+            self._images[split] = pixels.reshape(-1, self.image_size, self.image_size, 3)
+        return self._images[split]
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """Labels (n,), indices into `classes`; read-only."""
+        return np.asarray(self._column(split, "label").to_numpy(zero_copy_only=True))
+
+    def domain_ids(self, split: str) -> NDArray[np.int64]:
+        """Domains (n,), indices into `domains`; read-only."""
+        return np.asarray(self._column(split, "domain").to_numpy(zero_copy_only=True))
+
+    def names(self, split: str) -> list[str]:
+        """Where each sample came from: its path or row within the source, control characters escaped."""
+        return list(self._column(split, "name").to_pylist())
+
+    def fraction(self, split: str, f: float) -> int:
+        """How many leading samples make up the share `f` of every class (see `splits.nested_order`)."""
+        return fraction_size(self.labels(split), f)
+
+    def verify(self) -> None:
+        """Read the whole file and compare its SHA-256 with the manifest's.
+
+        Raises:
+            StoreError: the file has changed since it was written.
         """
         with open(self.path / DATA, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.digest:
             raise StoreError(
-                f"{self.path / DATA} must have the SHA-256 {self.digest}, but has {found}. Delete the "
-                "folder; the next run makes it again."
+                f"{self.path / DATA} must have the SHA-256 {self.digest}, but it has {found}: the file is damaged. "
+                "Delete the folder and run the ingest again."
             )
 
-    def _batch(self, split: str) -> pa.RecordBatch:
-        if self._batches is None:
-            reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
-            self._batches = {name: reader.get_batch(i) for i, name in enumerate(self.splits)}
+    @cached_property
+    def _batches(self) -> dict[str, Any]:
+        import pyarrow as pa
+
+        names = self.splits
+        reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
+        return {name: reader.get_batch(index) for index, name in enumerate(names)}
+
+    def _column(self, split: str, name: str) -> Any:
         if split not in self._batches:
             raise ValueError(f"A split is one of {', '.join(self.splits)}, but got {split!r}.")
-        return self._batches[split]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
-
-
-def write_store(
-    folder: Path,
-    parts: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]],
-    classes: list[str],
-    domains: list[str],
-    notes: Mapping[str, Any],
-) -> Store:
-    """Write a store into an existing folder, the manifest last.
-
-    Args:
-        parts: split → pixels (n, S, S, 3), labels (n,), domains (n,); pixels may be memory-mapped.
-        notes: more fields of the manifest.
-    """
-    side = next(iter(parts.values()))[0].shape[1]
-    schema = pa.schema(
-        [("image", pa.list_(pa.uint8(), side * side * 3)), ("label", pa.int64()), ("domain", pa.int64())]
-    )
-    with pa.OSFile(str(folder / DATA), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for images, labels, domain_ids in parts.values():
-            pixels = pa.FixedSizeListArray.from_arrays(pa.array(images.reshape(-1)), side * side * 3)
-            writer.write_batch(pa.record_batch([pixels, pa.array(labels), pa.array(domain_ids)], schema=schema))
-    with open(folder / DATA, "rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    manifest = {
-        "version": 1,
-        "image_size": side,
-        "classes": classes,
-        "domains": domains,
-        "splits": list(parts),
-        "counts": {name: len(labels) for name, (_, labels, _) in parts.items()},
-        "bytes": (folder / DATA).stat().st_size,
-        "sha256": digest,
-        **notes,
-    }
-    with open(folder / MANIFEST, "w", encoding="utf-8") as text:
-        json.dump(manifest, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
-    return Store(folder)
+        return self._batches[split].column(name)

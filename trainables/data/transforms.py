@@ -1,74 +1,110 @@
-"""Transforms of whole batches, on the device, after the uint8 → float cast."""
+"""From stored uint8 pixels to what a network takes, a whole batch at a time, on the batch's own device."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-AUGMENTATIONS = ("flip", "crop")
-"""flip: left-right, half of the images. crop: a random window of the image side, from the stored side where that is
-larger, else from the image padded by an eighth of its side (reflected)."""
+AUGMENTATIONS = {
+    "flip": "mirror left-right with probability 1/2",
+    "crop": "a random square of the network's side out of the stored image, padded by reflection where both are equal",
+}
+"""Names that `data.augment` takes, and what they do to each image of its own."""
+
+PAD_SHARE = 8
+"""A stored image that is no larger than the network's input is padded by side / 8 on every edge before a crop."""
 
 
 class BatchTransform:
-    """uint8 (B, H, W, 3) → float32 (B, 3, S, S), normalised; augmented where a generator is given.
+    """Crop, augment and normalise a batch.
 
     Args:
-        mean: per channel, for values in [0, 1].
-        std: per channel.
-        image_size: S; not larger than the stored side.
-        augment: any of `AUGMENTATIONS`.
+        mean: per channel, of pixel values in 0…1.
+        std: per channel, of pixel values in 0…1.
+        image_size: side of the result, in pixels; stored images are at least as large.
+        augment: any of `AUGMENTATIONS`; used only where a call brings a generator.
 
     Raises:
         ValueError: an unknown augmentation.
     """
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], image_size: int, augment: Sequence[str] = ()
-    ) -> None:
-        unknown = sorted(set(augment) - set(AUGMENTATIONS))
-        if unknown:
-            raise ValueError(f"An augmentation is one of {', '.join(AUGMENTATIONS)}, but got {', '.join(unknown)}.")
+    def __init__(self, mean: Sequence[float], std: Sequence[float], image_size: int, augment: Sequence[str]) -> None:
+        for name in augment:
+            if name not in AUGMENTATIONS:
+                near = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"An augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}.{hint}")
         self.mean, self.std = tuple(mean), tuple(std)
-        self.image_size, self.augment = image_size, tuple(augment)
+        self.image_size = image_size
+        self.augment = tuple(augment)
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Transform one batch; with a generator (on the images' device) augmented, else centre-cropped."""
-        if images.shape[1] < self.image_size:
+        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std; the input is not written to.
+
+        Args:
+            images: stored pixels, on any device.
+            generator: draws the augmentation, each image's own, on the device of the images; None = centre crop.
+
+        Raises:
+            ValueError: wrong shape or type, or images smaller than the network's input.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(
-                f"Stored images must be at least {self.image_size} pixels wide, but are {images.shape[1]}."
+                f"A batch must be uint8 of shape (B, H, W, 3), but got {images.dtype} of shape {tuple(images.shape)}."
             )
-        values = images.permute(0, 3, 1, 2).float().div_(255.0)
-        mean = torch.tensor(self.mean, device=values.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=values.device).view(1, -1, 1, 1)
-        values = values.sub_(mean).div_(std)
-        if generator is not None and "crop" in self.augment:
-            values = self._random_crop(values, generator)
+        if min(images.shape[1:3]) < self.image_size:
+            raise ValueError(
+                f"Stored images must be at least {self.image_size} pixels wide and high, but they are "
+                f"{images.shape[2]} x {images.shape[1]}. Ingest them at {self.image_size} pixels or more."
+            )
+        if generator is not None and self.augment:
+            pixels = self._augmented(images, generator)
         else:
-            values = self._centre_crop(values)
-        if generator is not None and "flip" in self.augment:
-            flipped = torch.rand(len(values), 1, 1, 1, generator=generator, device=values.device) < 0.5
-            values = torch.where(flipped, values.flip(3), values)
-        return values.contiguous()
+            pixels = self._centre(images).permute(0, 3, 1, 2).contiguous()
+        scale, offset = self._on(images.device)
+        return pixels.to(torch.float32).mul_(scale).add_(offset)
 
-    def _centre_crop(self, values: Tensor) -> Tensor:
-        spare = values.shape[-1] - self.image_size
-        if spare == 0:
-            return values
-        start = spare // 2
-        return values[:, :, start : start + self.image_size, start : start + self.image_size]
+    def _centre(self, images: Tensor) -> Tensor:
+        side = self.image_size
+        # Rounded as torchvision's `CenterCrop` rounds, so that a pixel is where timm's evaluation has it.
+        top, left = (round((length - side) / 2.0) for length in images.shape[1:3])
+        return images[:, top : top + side, left : left + side]
 
-    def _random_crop(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        size = self.image_size
-        if values.shape[-1] == size:
-            values = functional.pad(values, [max(1, size // 8)] * 4, mode="reflect")
-        spare = values.shape[-1] - size
-        start = torch.randint(spare + 1, (2, len(values)), generator=generator, device=values.device)
-        window = torch.arange(size, device=values.device)
-        rows, columns = start[0][:, None] + window, start[1][:, None] + window
-        index = torch.arange(len(values), device=values.device)[:, None, None]
-        cropped: Tensor = values.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]
-        return cropped.permute(0, 3, 1, 2)
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Crop, reflection and flip are one look-up of pixels by index, uint8 to uint8: (B, 3, S, S)."""
+        count, height, width, channels = images.shape
+        side = self.image_size
+        rows = self._window(count, height, generator)
+        columns = self._window(count, width, generator)
+        if "flip" in self.augment:
+            flipped = torch.rand(count, 1, device=images.device, generator=generator) < 0.5
+            columns = torch.where(flipped, columns.flip(1), columns)
+        index = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, side * side)
+        planes = images.reshape(count, height * width, channels).transpose(1, 2).contiguous()
+        return torch.gather(planes, 2, index.expand(-1, channels, -1)).view(count, channels, side, side)
+
+    def _window(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """Indices (B, S) of the rows (or columns) that each image keeps."""
+        side = self.image_size
+        steps = torch.arange(side, device=generator.device)
+        if "crop" not in self.augment:
+            return (steps + round((length - side) / 2.0)).expand(count, side)
+        pad = side // PAD_SHARE if length == side else 0
+        room = length - side + 2 * pad
+        start = torch.randint(0, room + 1, (count, 1), device=generator.device, generator=generator) - pad
+        last = length - 1
+        return last - (last - (start + steps).abs()).abs()  # reflected at both edges, which are not repeated
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Factor and summand of the normalisation, (1, 3, 1, 1) each; made once per device."""
+        if device not in self._constants:
+            mean = torch.tensor(self.mean, dtype=torch.float64).view(1, -1, 1, 1)
+            std = torch.tensor(self.std, dtype=torch.float64).view(1, -1, 1, 1)
+            self._constants[device] = tuple(  # type: ignore[assignment]
+                values.to(torch.float32).to(device) for values in (1 / (255 * std), -mean / std)
+            )
+        return self._constants[device]
