@@ -50,10 +50,10 @@ class Plan:
     fold_trials: int | None
     """Trials of leave-one-domain-out; None = the number of domains is known only when the data are read."""
     confirm_trials: int
-    disk_bytes: int | None
-    """Estimated size of the data store plus records; None = the source cannot be counted without reading it."""
-    images: int | None
-    """Image files found; None = not counted."""
+    images: int
+    """Images of the source, of all its domains."""
+    disk_bytes: int
+    """Estimated size of the data store plus records, without checkpoints."""
     resources: str
 
     @property
@@ -87,16 +87,15 @@ class Plan:
         """The plan's figures, one sentence each."""
         folds = "" if self.fold_trials == 0 else f", {_or_unknown(self.fold_trials)} leave-one-domain-out"
         stop = f"; the scheduler may stop a trial after {_units(self.rungs)}" if self.rungs else "; no trial is stopped"
-        found = [
-            f"Network: {self.backbone}. Data: {self.data}.",
+        return [
+            f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images.",
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation.",
             f"Budget of a trial: {self.epochs} units of {self.unit}{stop}.",
             f"At most {self.max_units} units in all. Each trial gets {self.resources}.",
             f"Chosen by {self.objective}.",
+            f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
+            f"Study folder: {self.folder}",
         ]
-        if self.disk_bytes is not None:
-            found.append(f"Disk: about {_bytes(self.disk_bytes)} under {self.folder} and its neighbours.")
-        return [*found, f"Study folder: {self.folder}"]
 
 
 def make_plan(spec: StudySpec) -> Plan:
@@ -104,13 +103,17 @@ def make_plan(spec: StudySpec) -> Plan:
     from pathlib import Path
 
     from orchestrator.setup import rungs_of
-    from orchestrator.volume import count_images, store_bytes
+    from orchestrator.volume import examine, store_bytes
 
     proposals = proposals_of(spec)
     search, data = spec.search, spec.data
     given = sum(sweep.preset.size for sweep in proposals.sweeps.values()) + len(proposals.searched)
-    images = count_images(data)
-    gpus = "a GPU if there is one" if spec.resources.gpus == "auto" else f"{spec.resources.gpus:g} GPUs"
+    images = len(examine(data).samples)
+    gpus = (
+        "a GPU if there is one"
+        if spec.resources.gpus == "auto"
+        else f"{spec.resources.gpus:g} GPU{_s(spec.resources.gpus)}"
+    )
     return Plan(
         study=spec.name,
         folder=str(Path(spec.storage).absolute() / spec.name),
@@ -125,9 +128,9 @@ def make_plan(spec: StudySpec) -> Plan:
         rungs=rungs_of(spec),
         fold_trials=_folds(spec),
         confirm_trials=spec.confirm.top_k * spec.confirm.seeds,
-        disk_bytes=None if images is None else store_bytes(spec, images),
         images=images,
-        resources=f"{spec.resources.cpus:g} CPUs and {gpus}",
+        disk_bytes=store_bytes(spec, images),
+        resources=f"{spec.resources.cpus:g} CPU{_s(spec.resources.cpus)} and {gpus}",
     )
 
 
@@ -159,11 +162,12 @@ def _planned(label: str, strategy: str, fixed: Mapping[str, Any], proposals: Pro
         name = sweep.entry.preset or ("paper" if swept else None)
         return PlannedEntry(label, strategy, sweep.preset.size, name, held, shown)
     laws = search_spaces.space(strategy)
-    searched = {key: _law(laws[key]) for key in search_spaces.searched(strategy, fixed)}
+    searched = {key: law_in_words(laws[key]) for key in search_spaces.searched(strategy, fixed)}
     return PlannedEntry(label, strategy, 1, None, dict(fixed), searched)
 
 
-def _law(law: Law) -> str:
+def law_in_words(law: Law) -> str:
+    """A hyperparameter's default and range: `0.003; 0.0001 to 0.3, log`."""
     from optuna.distributions import CategoricalDistribution
 
     distribution: Any = law.distribution
@@ -183,6 +187,10 @@ def _folds(spec: StudySpec) -> int | None:
     if spec.search.objective != "leave_one_domain_out":
         return 0
     return min(FOLDED, spec.search.trials) * len(spec.data.id) if spec.data.id else None
+
+
+def _s(count: float) -> str:
+    return "" if count == 1 else "s"
 
 
 def _or_unknown(count: int | None) -> str:

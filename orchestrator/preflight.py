@@ -1,4 +1,4 @@
-"""What can be checked about a study before anything is spent: no cluster is started and no image is read."""
+"""What can be checked about a study before anything is spent: no cluster is started and no image is decoded."""
 
 from __future__ import annotations
 
@@ -39,18 +39,14 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
             if name not in AUGMENTATIONS:
                 rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
                 yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
-    if data.root is None:
+    if data.source == "digits":
         return
-    root, path = Path(data.root).expanduser(), ("data", "root")
-    if not root.exists():
-        parent = next((p for p in root.parents if p.exists()), None)
-        yield Problem(path, f"there is nothing at {data.root}. The nearest folder that exists is {parent}.")
-    elif data.source == "folder" and not root.is_dir():
-        yield Problem(path, f"the source 'folder' needs a folder, but {data.root} is a file. Change data.source.")
-    elif data.source == "npz" and not (root.is_file() or any(root.glob("*.npz"))):
-        yield Problem(path, f"the source 'npz' needs a .npz file, but {data.root} holds none. Change data.source.")
-    elif not os.access(root, os.R_OK):
-        yield Problem(path, f"{data.root} cannot be read by this user.")
+    from orchestrator.volume import examine
+
+    try:
+        examine(data)
+    except ValueError as error:
+        yield Problem(("data",), str(error))
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:

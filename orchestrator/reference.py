@@ -1,6 +1,6 @@
-"""Every field of the study file in words, from the models themselves: for docs/study.md and `luthier init`.
+"""Every field of the study file and every strategy in words, from the code itself: for documents and `luthier init`.
 
-`python -m orchestrator.reference` writes the tables of docs/study.md anew.
+`python -m orchestrator.reference` writes the tables of README.md and docs/study.md anew (the tests compare them).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pydantic.fields import FieldInfo
 from orchestrator.spec import StrategyEntry, StudySpec
 
 _SIGNS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
-_TABLE = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_FIELDS = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_STRATEGIES = re.compile(r"(<!-- strategies -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "docs/study.md")
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,30 @@ def table(section: str) -> str:
     return "\n".join(lines)
 
 
+def strategy_table() -> str:
+    """All strategies as a Markdown table: what each is (the first line of its module), searched ranges, sweeps."""
+    import ast
+
+    import search_spaces
+    import trainables
+    from orchestrator.plan import law_in_words
+
+    folder = Path(trainables.__file__).parent
+    lines = ["| strategy | what it does | searched: default; range | published sweeps |", "|---|---|---|---|"]
+    for name in trainables.strategies():
+        text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or ""
+        # The papers' texts are not part of the repository; their authors' names stay.
+        summary = re.sub(r" \(papers/\d+[^)]*\)|, papers/\d+", "", re.sub(r"\s+", " ", text.split("\n\n")[0]))
+        laws = [f"`{key}` {law_in_words(law)}" for key, law in search_spaces.space(name).items()]
+        presets = [f"`{key}` ({_trials(preset.size)})" for key, preset in search_spaces.presets(name).items()]
+        lines.append(f"| `{name}` | {summary} | {'<br>'.join(laws) or '–'} | {'<br>'.join(presets) or '–'} |")
+    return "\n".join(lines)
+
+
 def filled(document: str) -> str:
-    """A Markdown document with the tables between its `<!-- fields: … -->` marks made anew."""
-    return _TABLE.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", document)
+    """A Markdown document with the tables between its `<!-- fields: … -->` and `<!-- strategies -->` marks anew."""
+    document = _FIELDS.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", document)
+    return _STRATEGIES.sub(lambda found: f"{found[1]}{strategy_table()}\n{found[2]}", document)
 
 
 def _row(key: str, info: FieldInfo) -> Row:
@@ -119,9 +142,15 @@ def _text(value: str) -> str:
     return value if same else "'" + value.replace("'", "''") + "'"
 
 
-def main(path: Path = Path("docs/study.md")) -> None:
-    """Write the tables of the study file's documentation anew."""
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+def _trials(count: int) -> str:
+    return f"{count} trial{'' if count == 1 else 's'}"
+
+
+def main(root: Path = Path()) -> None:
+    """Write the generated tables of the documents anew; run it in the root of the repository."""
+    for name in DOCUMENTS:
+        file = root / name
+        file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from orchestrator.ingest.samples import Listing
     from orchestrator.spec import DataSpec, StudySpec
 
 OVERHEAD = 1.05
@@ -14,21 +14,15 @@ TRIAL_BYTES = 200_000
 """Journal lines, Optuna rows and MLflow rows of one trial, without its checkpoints."""
 
 
-def count_images(data: DataSpec) -> int | None:
-    """Images of a source by names and headers alone; None where neither tells (`digits`, an odd layout)."""
-    if data.root is None:
-        return None
-    root = Path(data.root).expanduser()
-    if data.source == "folder":
-        from orchestrator.ingest.folder import EXTENSIONS
+def examine(data: DataSpec) -> Listing:
+    """What a source offers to a study, by names and headers alone: no image is decoded.
 
-        return sum(1 for file in root.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    if data.source == "parquet":
-        import pyarrow.parquet as pq
+    Raises:
+        DataError: the source is missing or has no images, a domain is missing or empty, or a class is never ID.
+    """
+    from orchestrator.ingest.pipeline import IngestRequest, survey
 
-        files = [root] if root.is_file() else sorted(root.rglob("*.parquet"))
-        return sum(int(pq.read_metadata(file).num_rows) for file in files)
-    return None
+    return survey(IngestRequest(source=data.source, root=data.root, id=tuple(data.id), ood=tuple(data.ood)))
 
 
 def store_bytes(spec: StudySpec, images: int) -> int:

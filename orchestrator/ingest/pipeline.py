@@ -81,6 +81,15 @@ def list_source(source: str, root: str | None) -> Listing:
     return listers[source](Path(root))
 
 
+def survey(request: IngestRequest) -> Listing:
+    """What a request would read, without decoding an image: missing or empty domains and classes that are never ID
+    are found out at once (errors: see `ingest`)."""
+    listing = list_source(request.source, request.root)
+    ids, ood = _resolve_domains(request, listing)
+    _classes([sample for sample in listing.samples if sample.domain in {*ids, *ood}], ids)
+    return listing
+
+
 def _resolve_domains(request: IngestRequest, listing: Listing) -> tuple[list[str], list[str]]:
     """ID and OOD domains, each with at least one image."""
     present = sorted({sample.domain for sample in listing.samples})

@@ -149,7 +149,8 @@ class TestRefusals:
             read_yaml(file)
         assert time.perf_counter() - start < 1
         assert str(caught.value) == (
-            f"{file} cannot be read: a study file has at most 1,000,000 bytes, but this one has more. Is it a data file?"
+            f"{file} cannot be read: a study file has at most 1,000,000 bytes, but this one has more. Is it a data "
+            "file?"
         )
 
     def test_another_encoding(self, tmp_path: Path) -> None:

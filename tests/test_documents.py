@@ -1,0 +1,134 @@
+"""The documents say what the code does: tables made from it, commands and links that exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+import trainables
+from orchestrator import cli, console
+from orchestrator.reference import DOCUMENTS, filled, rows, sections, written
+from orchestrator.spec import StudySpec
+from orchestrator.yaml_loader import parse_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WRITTEN = ("README.md", "CONTRIBUTING.md", "docs/study.md", "docs/cluster.md", "docs/decisions.md")
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands() -> set[str]:
+    group = get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    return set(group.commands)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tables_are_those_of_the_code(document: str) -> None:
+    assert text(document) == filled(text(document)), "run: python -m orchestrator.reference"
+
+
+def test_every_part_of_a_study_has_its_table() -> None:
+    assert set(re.findall(r"<!-- fields: (\w+) -->", text("docs/study.md"))) == set(sections())
+    assert all(row.meaning for section in sections() for row in rows(section))
+
+
+def test_every_strategy_is_in_the_readme() -> None:
+    table = text("README.md").partition("<!-- strategies -->")[2].partition("<!-- end -->")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == trainables.strategies()
+
+
+@pytest.mark.parametrize("document", WRITTEN)
+def test_links_lead_somewhere(document: str) -> None:
+    folder = (ROOT / document).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text(document)) if "://" not in link]
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
+def test_study_files_in_the_documents_are_valid(document: str) -> None:
+    blocks = re.findall(r"```yaml\n(name: .*?)```", text(document), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        StudySpec.from_fields(parse_yaml(block).data)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/study.md", "docs/cluster.md"])
+def test_commands_in_the_documents_exist(document: str) -> None:
+    known = commands()
+    named = set(re.findall(r"(?:`|^\.venv/bin/)luthier ([a-z]+)", text(document), re.MULTILINE))
+    assert named <= known
+
+
+def test_every_command_and_exit_code_is_documented() -> None:
+    page = text("docs/study.md")
+    for command in commands():
+        assert f"`luthier {command}" in page
+    codes = (console.OK, console.FAILED, console.USAGE, console.PARTIAL, console.PREFLIGHT, console.INTERRUPTED)
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [str(code) for code in codes]
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    makefile = text("Makefile")
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"(?:^|`)make (\w+)", text(document), re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_ci_runs_the_tests_of_the_readme() -> None:
+    script = text(".ci/run")
+    assert "set -euo pipefail" in script
+    assert "\nmake test\n" in script
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_make_needs_no_second_set_up() -> None:
+    """What `make setup` makes is a file that is newer than its input, so that the second call does nothing."""
+    rule = re.search(r"^\$\(STAMP\): (.*)$", text("Makefile"), re.MULTILINE)
+    assert rule is not None
+    assert rule[1] == "pyproject.toml"
+
+
+def test_the_example_of_contributing_is_a_strategy(tmp_path: Path) -> None:
+    """Its three blocks, put where it says, are found by the registries and keep the contract."""
+    blocks = re.findall(r"```python\n(\"\"\".*?)```", text("CONTRIBUTING.md"), re.DOTALL)
+    places = ("trainables", "search_spaces", "tests/trainables")
+    assert len(blocks) == len(places)
+    for name in ("trainables", "search_spaces"):
+        _copy(ROOT / name, tmp_path / name)
+    for block, place in zip(blocks[:2], places[:2], strict=True):
+        (tmp_path / place / "bitfit.py").write_text(block, encoding="utf-8")
+    code = (
+        "import search_spaces, trainables, torch\n"
+        "from torch import nn\n"
+        "assert 'bitfit' in trainables.strategies() and 'bitfit' in search_spaces.names()\n"
+        "strategy = trainables.strategy_class('bitfit').from_hparams(search_spaces.default_point('bitfit'))\n"
+        "model = nn.Module(); model.backbone = nn.Linear(3, 2); model.head = nn.Linear(2, 2)\n"
+        "print([(g.name, len(g.parameters), g.lr) for g in strategy.param_groups(model)])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout == "[('backbone', 1, 0.01), ('head', 2, 10.0)]\n", ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("photo", "photo"), ("no", "'no'"), ("12", "'12'"), ("a b", "'a b'"), ("it's", "'it''s'"), ([1, 0.5], "[1, 0.5]")],
+)
+def test_values_are_written_as_they_are_read(value: object, expected: str) -> None:
+    assert written(value) == expected
+    assert parse_yaml(f"a: {expected}").data == {"a": value}
+
+
+def _copy(source: Path, target: Path) -> None:
+    for file in source.rglob("*.py"):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
