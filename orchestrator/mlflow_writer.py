@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import redact
 from orchestrator.run_fields import RunUpdate
 
 UID_TAG = "luthier.trial_uid"
@@ -175,7 +176,7 @@ class MlflowWriter:
                 raise
             if count:
                 self.refused += 1
-                logger.warning("MLflow refuses part of the record: %s", str(error).splitlines()[0][:300])
+                logger.warning("MLflow refuses part of the record: %s", redact(str(error).partition("\n")[0])[:300])
             return False
         return True
 

@@ -14,7 +14,6 @@ from orchestrator.records import INTERRUPTED, TrialRecord
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
-    from rich.table import Table
 
     from orchestrator.spec import StudySpec
 
@@ -88,7 +87,7 @@ class Results:
     def render(self, console: Console) -> None:
         """Print leaderboard, regret line and warnings."""
         try:
-            console.print(self._table())
+            self._print_leaderboard(console)
             console.print(self.regret_line(), markup=False, highlight=False)
         except ValueError as error:
             console.print(str(error), markup=False)
@@ -100,8 +99,10 @@ class Results:
         lost = self.regret()
         chosen, best = lost.chosen.record, lost.oracle.record
         head = f"Selection by {lost.chosen.rule}: {chosen.label} (trial {chosen.number})."
-        if best.config_hash == chosen.config_hash:
-            return f"{head} Regret 0.0 points of {lost.metric}: the oracle, which looks at test data, agrees."
+        if lost.value == 0:
+            return (
+                f"{head} Regret 0.0 points of {lost.metric}: the oracle, which looks at test data, finds none better."
+            )
         return (
             f"{head} Regret {100 * lost.value:.1f} points of {lost.metric}: the oracle, which looks at test data, "
             f"would choose {best.label} (trial {best.number}), {100 * lost.oracle.value:.1f} %."
@@ -121,18 +122,25 @@ class Results:
             lines += [str(error)]
         return "\n".join([*lines, "", *(f"- **Warning:** {w}" for w in self.warnings())]).rstrip() + "\n"
 
-    def _table(self) -> Table:
+    def _print_leaderboard(self, console: Console) -> None:
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}", title_justify="left")
-        table.add_column("strategy", style="bold")
-        table.add_column("hyperparameters", overflow="fold")
-        for header in ("seeds", "val %", "test %", "OOD mean %", "OOD worst %", "ECE %"):
+        title = f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}"
+        console.print(title, markup=False, highlight=False, style="bold", soft_wrap=True)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("strategy", style="bold", overflow="fold")
+        for header in ("seeds", "val", "test", "OOD mean", "OOD worst", "ECE"):
             table.add_column(header, justify="right", no_wrap=True)
-        for row in self.leaderboard().to_dict("records"):
-            table.add_row(*_cells(row))
-        table.caption = "mean ± 95 % interval over fresh seeds; one seed: the search trial, no interval"
-        return table
+        rows = self.leaderboard().to_dict("records")
+        for label, _, *numbers in map(_cells, rows):
+            table.add_row(label, *numbers)
+        table.caption = "per cent; mean ± 95 % interval over fresh seeds, or the search trial where there is one seed"
+        console.print(table)
+        for row in rows:
+            if row["seeds"]:
+                line = f"{row['label']}: trial {row['number']}, {describe(row['hparams'])}"
+                console.print(line, markup=False, highlight=False)
 
     def _oracle_mark(self) -> str:
         return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""

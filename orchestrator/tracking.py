@@ -7,9 +7,7 @@ is not delivered stays in the journal, and `MlflowFollower` on the same journal 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from orchestrator.journal import read_from
+from orchestrator.errors import redact
+from orchestrator.journal import Event, read_from
 from orchestrator.mlflow_writer import MlflowWriter, sqlite_file
+from orchestrator.position import PositionFile
 from orchestrator.run_fields import RunUpdate, digest
 from orchestrator.run_updates import Projection
 
@@ -87,7 +87,10 @@ class MlflowFollower:
         self.experiment_id: str | None = None
         self.run_id: str | None = None
         """MLflow's id of the study's run, once it exists."""
-        self._target = digest([uri, experiment])  # a digest: the URI may hold a password
+        name = f"{self.journal.name}.mlflow.json"
+        self.position = PositionFile(
+            self.journal.with_name(name), digest([uri, experiment])
+        )  # a URI may hold a password
         self._poll = poll
         self._study = study
         self._projection = Projection(study)
@@ -96,15 +99,10 @@ class MlflowFollower:
         self._read = self._delivered = 0
         self._seq = -1
         self._refused = 0
-        self._lock = FileLock(f"{self.position_file}.lock", timeout=0, thread_local=False)
+        self._lock = FileLock(f"{self.position.path}.lock", timeout=0, thread_local=False)
         self._stop = threading.Event()
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._follow, name="luthier-mlflow", daemon=True)
-
-    @property
-    def position_file(self) -> Path:
-        """Where the follower keeps how far it has delivered, beside the journal."""
-        return self.journal.with_name(f"{self.journal.name}.mlflow.json")
 
     @property
     def backlog(self) -> int:
@@ -120,7 +118,6 @@ class MlflowFollower:
 
     def start(self) -> MlflowFollower:
         """Begin to follow; returns at once."""
-        self._load_position()
         self._thread.start()
         return self
 
@@ -148,6 +145,10 @@ class MlflowFollower:
 
     def _loop(self) -> None:
         failures = 0
+        events, self._delivered = self.position.load(self.journal)
+        self._read = self._delivered
+        for event in events:
+            self._updates(event)
         while True:
             stopping = self._stop.is_set()
             try:
@@ -177,7 +178,7 @@ class MlflowFollower:
         events, self._read = read_from(self.journal, self._read)
         for event in events:
             self._seq = event["seq"]
-            for update in self._projection.apply(event):
+            for update in self._updates(event):
                 if update.uid in self._pending:
                     self._pending[update.uid].absorb(update)
                 else:
@@ -186,10 +187,14 @@ class MlflowFollower:
             self._write_pending()
         if self._delivered != self._read:
             self._delivered = self._read
-            position = {"target": self._target, "offset": self._delivered, "seq": self._seq}
-            written = self.position_file.with_suffix(".tmp")
-            written.write_text(json.dumps(position))
-            os.replace(written, self.position_file)
+            self.position.save(self._delivered, self._seq)
+
+    def _updates(self, event: Event) -> list[RunUpdate]:
+        try:
+            return self._projection.apply(event)
+        except Exception:  # one event that makes no sense must not hold back all others
+            logger.exception("MLflow is not told of event %s of %s", event["seq"], self.journal)
+            return []
 
     def _write_pending(self) -> None:
         assert self._projection.study_uid is not None
@@ -224,27 +229,9 @@ class MlflowFollower:
                 raise RuntimeError(f"another process is delivering {self.journal}") from None
 
     def _note(self, error: Exception, first: bool) -> None:
-        self.problem = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300]
+        self.problem = redact(f"{type(error).__name__}: {error}".partition("\n")[0])[:300]
         if first:
             logger.warning(
                 "MLflow does not take the record (%s). The study goes on; the journal keeps what is missing.",
                 self.problem,
             )
-
-    def _load_position(self) -> None:
-        """Go to where the last follower of this journal and server ended; anything doubtful means the start."""
-        try:
-            position = json.loads(self.position_file.read_text())
-            if position["target"] != self._target:
-                return
-            offset, seq = int(position["offset"]), int(position["seq"])
-            seen = read_from(self.journal, 0, end=offset)
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        events, end = seen
-        if not events or end != offset or events[-1]["seq"] != seq:
-            return
-        for event in events:
-            self._projection.apply(event)
-        self._read = self._delivered = offset
-        self._seq = seq

@@ -92,7 +92,7 @@ def test_the_regret_line() -> None:
     alone = Results([trial(0, "full", 0.9, 0.7)], {"name": "pets"}, silent)
     assert alone.regret_line() == (
         "Selection by id_val: full (trial 0). Regret 0.0 points of ood/mean/acc: the oracle, which looks at test data, "
-        "agrees."
+        "finds none better."
     )
 
 
@@ -144,6 +144,7 @@ def test_rendering_shows_numbers_regret_and_warnings() -> None:
     text = rendered(Results(STUDY, {"name": "pets"}, silent))
     assert "pets: leaderboard by id_val" in text
     assert "70.0 ± 24.8" in text
+    assert "full: trial 1, lr_head=0.01\ndaft: trial 2, lr_head=0.01\nSelection" in text
     assert "Regret 30.0 points" in text
     assert "Warning: 1 of 8 trials failed (1 nan)" in text
 

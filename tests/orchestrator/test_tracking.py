@@ -32,7 +32,7 @@ SPEC = {
 
 
 def write_study(journal: Journal, trials: int = 4, finish: bool = True) -> None:
-    """Complete, pruned, failed and interrupted trials in turn; the last metric of trial 0, unit 1 is NaN."""
+    """Complete, pruned, failed and interrupted trials in turn; trial 0 has a NaN in unit 1."""
     journal.append("study_started", study="pets", spec=SPEC, versions={"ray": "1"}, dataset_digest="d" * 64)
     for number in range(trials):
         trial_id, ending = f"t{number}", number % 4
@@ -286,7 +286,7 @@ def test_what_a_server_refuses_for_ever_does_not_hold_back_the_rest(
     assert 0.875 in [row[2] for row in contents(database)["metrics"]]
 
 
-def serve(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> http.server.ThreadingHTTPServer:
+def serve(answer: Callable[[http.server.BaseHTTPRequestHandler], object]) -> http.server.ThreadingHTTPServer:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer(self)
@@ -311,10 +311,6 @@ def fail_with(status: int, body: bytes) -> Callable[[http.server.BaseHTTPRequest
     return answer
 
 
-def never_answer(request: http.server.BaseHTTPRequestHandler) -> None:
-    threading.Event().wait(30)
-
-
 @pytest.fixture(params=["500", "502 html", "401", "silent", "refused"])
 def broken_server(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "refused":
@@ -327,7 +323,7 @@ def broken_server(request: pytest.FixtureRequest) -> Iterator[str]:
             "500": fail_with(500, b'{"error_code": "INTERNAL_ERROR", "message": "no"}'),
             "502 html": fail_with(502, b"<html>Bad Gateway</html>"),
             "401": fail_with(401, b"You are not authenticated"),
-            "silent": never_answer,
+            "silent": lambda request: threading.Event().wait(30),
         }[request.param]
     )
     yield f"http://127.0.0.1:{server.server_port}"
@@ -364,6 +360,19 @@ def test_the_driver_is_told_how_much_is_missing(
     count = len(journal.events())
     assert f"MLflow is {count} events behind" in caplog.text
     assert "Nothing is lost: the next run of this study delivers them." in caplog.text
+
+
+def test_an_event_that_makes_no_sense_is_skipped(
+    journal: Journal, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal.append("study_started", study="pets", spec=SPEC)
+    suggest(journal, "t0", 0)
+    journal.append("trial_started", trial_id="t0")
+    journal.append("result", trial_id="t0", metrics="none")
+    journal.append("result", trial_id="t0", unit=1, metrics={"val/acc": 0.5})
+    assert follower(journal, database).start().close(60) == 0
+    assert "MLflow is not told of event 3" in caplog.text
+    assert 0.5 in [row[2] for row in contents(database)["metrics"]]
 
 
 def test_two_followers_of_one_journal_do_not_write_at_once(journal: Journal, database: Path) -> None:
