@@ -23,9 +23,7 @@ from orchestrator.rules import (
     check_tracking_uri,
     named_entry,
 )
-
-VAL_DOMAIN = "val_domain:"
-"""Prefix of an objective that names a held-out validation domain."""
+from orchestrator.selection import VAL_DOMAIN
 
 
 class Section(BaseModel):
