@@ -124,7 +124,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         task = Task(
             store="", model=ModelSpec(name=args.model, pretrained=False), batch_size=args.batch_size, cache=cache
         )
-        backbone = load_pretrained(task.model)
+        backbone = load_pretrained(task.model, args.image_size)
         side = backbone.data_config.image_size
         store = NoiseStore(side, args.batch_size * args.steps)
         data = TrialData(TrialSpec(task=task, strategy=args.strategy), store, backbone, device)
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--hparams", default="{}", help="JSON object of the strategy's hyperparameters")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--image-size", type=int, help="None = the network's own")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)

@@ -31,15 +31,15 @@ from trainables.core.task import ModelSpec, Task, TrialSpec
 CLOCK = ("cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds")
 """Metrics that measure time: the only ones that may differ between two runs of one trial."""
 
-EVERY_UNIT = frozenset(
-    ["train/loss", "train/acc", "val/acc", "val/nll", "lr/backbone", "lr/head"]
-    + ["cost/unit_seconds", "cost/images_per_second", "finished", "unit"]
-)
-AT_THE_END = frozenset(
-    ["test/acc", "test/nll", "calib/ece", "ood/mean/acc", "ood/worst/acc", "best/val/acc", "best/epoch"]
-    + [f"ood/{domain}/{name}" for domain in OOD_DOMAINS for name in ("acc", "nll", "ece")]
-)
-ONCE = frozenset(["cost/trainable_parameters", "cost/total_seconds", "cost/first_batch_seconds"])
+EVERY_UNIT = {
+    *("train/loss", "train/acc", "val/acc", "val/nll", "lr/backbone", "lr/head"),
+    *("cost/unit_seconds", "cost/images_per_second", "finished", "unit"),
+}
+AT_THE_END = {
+    *("test/acc", "test/nll", "calib/ece", "ood/mean/acc", "ood/worst/acc", "best/val/acc", "best/epoch"),
+    *(f"ood/{domain}/{name}" for domain in OOD_DOMAINS for name in ("acc", "nll", "ece")),
+}
+ONCE = {"cost/trainable_parameters", "cost/total_seconds", "cost/first_batch_seconds"}
 
 
 def same_numbers(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
@@ -195,14 +195,14 @@ class StrategyConformance:
             _, history = self.run(self.spec(kind))
             for number, unit in enumerate(history, 1):
                 last = number == len(history)
-                expected = EVERY_UNIT | (AT_THE_END if last else frozenset())
+                expected = EVERY_UNIT | (AT_THE_END if last else set())
                 assert expected <= unit.keys()
-                extra = unit.keys() - expected - (ONCE if last or number == 1 else frozenset())
+                extra = unit.keys() - expected - (ONCE if last or number == 1 else set())
                 assert {name for name in extra if not self.is_declared(name)} == set()
                 assert unit["unit"] == number
                 assert unit["finished"] is last
                 assert all(isinstance(v, float) for k, v in unit.items() if k not in ("finished", "unit"))
-            assert ONCE <= history[-1].keys()
+            assert history[-1].keys() >= ONCE
 
     def is_declared(self, name: str) -> bool:
         """Whether the strategy's test lists a report of this name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ import timm
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
 
 SIDE = 16
 CLASSES = ("disc", "stripes", "cross", "corner")
@@ -87,16 +90,27 @@ NETWORKS = {
 }
 
 
+def _pretrain(model: nn.Module) -> None:
+    generator = np.random.default_rng(1)
+    head = nn.Linear(model.num_features, len(CLASSES))
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
+    for step in range(60):
+        labels = np.arange(32) % len(CLASSES)
+        images = np.stack([_draw(k, ("dim", "inverted")[step % 2], generator) for k in labels])
+        inputs = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+        optimizer.zero_grad()
+        functional.cross_entropy(head(model(inputs)), torch.from_numpy(labels)).backward()
+        optimizer.step()
+
+
 def write_network(kind: str, folder: Path) -> Path:
-    """A network of a few thousand parameters in timm's `local-dir` layout; BatchNorm statistics are not trivial."""
+    """A network of a few thousand parameters, pretrained for a second on dim and inverted shapes, in timm's `local-dir`
+    layout. (Random networks would not do: their features are nearly constant.)"""
     architecture, arguments = NETWORKS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=0, **arguments)
-        model.train()
-        with torch.no_grad():
-            for _ in range(20):
-                model(torch.randn(16, 3, SIDE, SIDE) * 0.5)
+        _pretrain(model)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     config = {
@@ -115,4 +129,33 @@ def write_network(kind: str, folder: Path) -> Path:
         },
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_shapes(folder: Path) -> Path:
+    """`shapes()` as an Arrow store on disk, written here and not by the ingest: the layout is a contract."""
+    import pyarrow as pa
+
+    memory = shapes()
+    folder.mkdir(parents=True)
+    columns = [("image", pa.list_(pa.uint8(), SIDE * SIDE * 3)), ("label", pa.int64()), ("domain", pa.int64())]
+    schema = pa.schema([*columns, ("name", pa.string())])
+    file = folder / "data.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for split in memory.splits:
+            pixels = pa.FixedSizeListArray.from_arrays(memory.images(split).reshape(-1), SIDE * SIDE * 3)
+            rows = [pixels, memory.labels(split), memory.domain_ids(split)]
+            names = [f"{split}/{i}" for i in range(len(memory.labels(split)))]
+            writer.write_batch(pa.record_batch([*rows, names], schema=schema))
+    content = file.read_bytes()
+    manifest = {
+        "format": 1,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "image_size": SIDE,
+        "classes": memory.classes,
+        "domains": memory.domains,
+        "splits": memory.splits,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

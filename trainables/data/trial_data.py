@@ -30,12 +30,20 @@ stratified order, so that any prefix is a stratified sample."""
 class StoreLike(Protocol):
     """What is needed of `trainables.data.store.Store`; anything in memory will do as well."""
 
-    classes: list[str]
-    domains: list[str]
-    splits: list[str]
-    digest: str
-    path: Any
-    image_size: int
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def domains(self) -> list[str]: ...
+
+    @property
+    def splits(self) -> list[str]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def image_size(self) -> int: ...
 
     def images(self, split: str) -> NDArray[np.uint8]: ...
 

@@ -161,6 +161,7 @@ def test_training_equals_a_loop_written_by_hand(make: Callable[..., Run]) -> Non
         weight_decay=0.01,
     )
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=8)
+    states = []
     for epoch in range(2):
         model.train()
         for images, labels in data.batches("train", shuffle_seed=stream_seed(0, "shuffle", epoch), drop_last=True):
@@ -168,14 +169,14 @@ def test_training_equals_a_loop_written_by_hand(make: Callable[..., Run]) -> Non
             functional.cross_entropy(model(images), labels).backward()
             sgd.step()
             cosine.step()
-    run.step()
-    run.step()
-    # The run ends on its best unit; put the reference beside the unit that was kept.
-    if run.best.unit == 2:
-        for (name, a), (_, b) in zip(run.model.state_dict().items(), model.state_dict().items(), strict=True):
-            assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-6), name
-    else:
-        pytest.fail("the seed must be one with which the last unit is the best")
+        images, labels = next(data.batches("val"))
+        with torch.no_grad():
+            nll = float(functional.cross_entropy(model.eval()(images), labels))
+        assert run.step()["val/nll"] == pytest.approx(nll, rel=1e-4)
+        states.append(copy.deepcopy(model.state_dict()))
+    kept = states[run.best.unit - 1]
+    for name, value in run.model.state_dict().items():
+        assert torch.allclose(value.float(), kept[name].float(), rtol=1e-4, atol=1e-6), name
 
 
 def test_steps_per_unit_splits_epochs_without_changing_the_training(make: Callable[..., Run]) -> None:
