@@ -42,6 +42,7 @@ class Drive:
 
     def run(self) -> None:
         """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued."""
+        from orchestrator.callback import close_open_trials
         from orchestrator.cluster import connect
         from orchestrator.journal import Journal
 
@@ -52,8 +53,9 @@ class Drive:
             cluster.check_shared(self.folder, self.task.store)
             slots = max(1, cluster.trial_slots(request["cpu"], request["gpu"]))
             concurrent = min(self.spec.resources.concurrent or slots, slots)
-            journal.append("study_started", **self._header(request, concurrent))
+            close_open_trials(journal)  # of a driver that died without a word
             with self._followed(journal) as progress, self._ending(journal):
+                journal.append("study_started", **self._header(request, concurrent))
                 self._tune(journal, progress, request, concurrent)
 
     def _tune(self, journal: Journal, progress: Progress | None, request: dict[str, float], concurrent: int) -> None:
@@ -62,7 +64,7 @@ class Drive:
         from orchestrator.callback import RecordCallback
         from trainables.core.trial import Trial
 
-        searcher = self._searcher(journal)
+        searcher, callback = self._searcher(journal), RecordCallback(journal, progress)
         tuner = tune.Tuner(
             tune.with_resources(Trial, request),
             tune_config=tune.TuneConfig(
@@ -76,7 +78,7 @@ class Drive:
             run_config=tune.RunConfig(
                 name="ray",
                 storage_path=str(self.folder),
-                callbacks=[RecordCallback(journal, progress)],
+                callbacks=[callback],
                 failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 verbose=0,
@@ -86,6 +88,8 @@ class Drive:
             tuner.fit()
         finally:
             searcher.close()
+            for problem in callback.problems:
+                log.error("The journal of this run is incomplete: %s", problem)
 
     def _searcher(self, journal: Journal) -> StudySearcher:
         from orchestrator.search import StudySearcher
@@ -131,6 +135,8 @@ class Drive:
         from orchestrator.tracking import follow
 
         shown = Progress(trials=expected_trials(self.spec), epochs=self.task.epochs) if self.progress else None
+        if shown is not None:
+            journal.subscribe(shown.event)
         with follow(self.spec, journal), shown or contextlib.nullcontext():
             yield shown
 

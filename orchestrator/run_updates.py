@@ -128,10 +128,12 @@ class Projection:
         update.tags |= {"status": "running", "status.attempts": str(record.attempts), "tune_trial_id": record.trial_id}
         shown = {"strategy": record.label, **record.hparams}
         shown |= {name: self._header.spec("search", name) for name in ("epochs", "batch_size")}
-        update.params = {clean_key(key): param_text(value) for key, value in shown.items() if value is not None}
+        # MLflow's compare view preselects the parameters that vary and has linear axes only, on which learning rates
+        # over four decades are one thick line at zero.
         for key, value in record.hparams.items():
             if (key == "lr" or key.startswith("lr_")) and isinstance(value, (int, float)) and value > 0:
-                update.points.append((clean_key(f"log10/{key}"), math.log10(value), update.start, 0))
+                shown[f"{key}.log10"] = round(math.log10(value), 3)
+        update.params = {clean_key(key): param_text(value) for key, value in shown.items() if value is not None}
         update.dataset = self._header.dataset()
         if record.attempts > 1:
             update.status = "RUNNING"

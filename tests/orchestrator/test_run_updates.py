@@ -49,8 +49,10 @@ def test_a_trial_run_starts_at_its_first_start_and_steps_are_units() -> None:
     study.suggest(hparams={"lr_backbone": 1e-3, "lr_head": 0, "bn": True})
     update = study.start()
     assert (update.name, update.start, update.status) == ("0003-mine", 1_002_000, None)
-    assert update.points == [("log10/lr_backbone", -3.0, 1_002_000, 0)]
-    assert update.params == {"strategy": "mine", "lr_backbone": "0.001", "lr_head": "0", "bn": "true"}
+    assert update.points == []
+    assert update.params == {
+        "strategy": "mine", "lr_backbone": "0.001", "lr_backbone.log10": "-3.0", "lr_head": "0", "bn": "true",
+    }  # fmt: skip
     metrics = {"val/acc": 0.5, "train/loss": None, "ood/a b/acc": math.inf, "pid": 3.0}
     (result,) = study.tell("result", trial_id="a", unit=4, metrics=metrics)
     assert result.points == [("val/acc", 0.5, 1_003_000, 4)]

@@ -139,11 +139,11 @@ def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, da
     assert expected.items() <= first.data.tags.items()
     assert first.data.tags["metrics_not_finite"] == "1"
     assert first.data.params == {
-        "strategy": "full", "lr_backbone": "0.0001", "lr_head": "0.01", "momentum": "0.9", "epochs": "3",
-        "batch_size": "64",
+        "strategy": "full", "lr_backbone": "0.0001", "lr_backbone.log10": "-4.0", "lr_head": "0.01",
+        "lr_head.log10": "-2.0", "momentum": "0.9", "epochs": "3", "batch_size": "64",
     }  # fmt: skip
     assert first.data.metrics == {
-        "log10/lr_backbone": -4.0, "log10/lr_head": -2.0, "val/acc": 0.8, "train/loss": 1 / 3, "best/val/acc": 0.8,
+        "val/acc": 0.8, "train/loss": 1 / 3, "best/val/acc": 0.8,
         "best/epoch": 3.0, "test/acc": 0.7, "ood/mean/acc": 0.6,
     }  # fmt: skip
     points = client.get_metric_history(first.info.run_id, "train/loss")

@@ -1,0 +1,173 @@
+"""Whole studies on a tiny image folder: one cluster, real trials, real records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from orchestrator import Study
+from orchestrator.journal import Journal
+from orchestrator.results import Results
+from tests.synthetic import CLASSES, shapes
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+COSTS = ("cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    from orchestrator.cluster import connect
+
+    with connect(cpus=2, dashboard=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shapes()` as a folder root/<domain>/<class>/<n>.png."""
+    root = tmp_path_factory.mktemp("images")
+    memory = shapes()
+    for split in memory.splits:
+        rows = zip(memory.images(split), memory.labels(split), memory.domain_ids(split), strict=True)
+        for number, (pixels, label, domain) in enumerate(rows):
+            folder = root / memory.domains[domain] / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{split.replace('/', '-')}-{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(images: Path, network: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Study]:
+    """A study of four strategies with a few fields changed; each in a storage folder of its own."""
+
+    def study(**changes: Any) -> Study:
+        fields: dict[str, Any] = {
+            "name": "shapes",
+            "data": {"root": str(images), "id": ["bright", "dim"], "ood": ["inverted", "noisy"]},
+            "model": {"name": network("cnn")},
+            "strategies": ["linear_probe", "full", "lp_ft", "daft"],
+            "search": {"trials": 6, "epochs": 2, "scheduler": "none", "seed": 3, "batch_size": 16},
+            "confirm": {"top_k": 4, "seeds": 1},
+            "resources": {"concurrent": 1},
+            "storage": str(tmp_path_factory.mktemp("storage")),
+        }
+        for key, value in changes.items():
+            fields[key] = {**fields[key], **value} if isinstance(fields.get(key), dict) else value
+        return Study(**fields)
+
+    return study
+
+
+@pytest.fixture(scope="module")
+def first(make: Callable[..., Study]) -> tuple[Study, Results]:
+    study = make()
+    return study, study.run(progress=False)
+
+
+def numbers(results: Results) -> dict[tuple[str, int], dict[str, float]]:
+    """Every trial's metrics but its costs, by configuration and seed."""
+    return {
+        (r.config_hash, r.seed): {k: v for k, v in r.metrics.items() if k not in COSTS and not k.startswith("cost/")}
+        for r in results.records
+    }
+
+
+def test_a_study_runs_its_search_and_confirms_the_best_of_each_strategy(first: tuple[Study, Results]) -> None:
+    _, results = first
+    roles = [r.role for r in results.records]
+    assert roles == ["search"] * 6 + ["confirm"] * 4
+    assert {r.state for r in results.records} == {"complete"}
+    table = results.leaderboard()
+    assert set(table["label"]) == {"linear_probe", "full", "lp_ft", "daft"}
+    assert table["ood/mean/acc"].between(0, 1).all()
+    assert {"test/acc", "ood/inverted/acc", "ood/noisy/acc", "ood/worst/acc", "calib/ece"} <= set(
+        results.records[0].metrics
+    )
+
+
+def test_one_seed_one_trial_at_a_time_gives_the_same_study_twice(
+    make: Callable[..., Study], first: tuple[Study, Results]
+) -> None:
+    again = make().run(progress=False)
+    pd.testing.assert_frame_equal(again.leaderboard(), first[1].leaderboard(), check_exact=True)
+    assert numbers(again) == numbers(first[1])
+
+
+def test_a_trial_depends_on_its_configuration_and_seed_only(
+    make: Callable[..., Study], first: tuple[Study, Results]
+) -> None:
+    together = make(resources={"concurrent": 2}).run(progress=False)
+    alone, beside = numbers(first[1]), numbers(together)
+    shared = alone.keys() & beside.keys()
+    assert len(shared) >= 4  # the default points, at the least
+    assert {key: beside[key] for key in shared} == {key: alone[key] for key in shared}
+
+
+def test_running_a_finished_study_again_adds_no_trial(first: tuple[Study, Results]) -> None:
+    study, results = first
+    assert numbers(study.run(progress=False)) == numbers(results)
+    events = Journal.read(study.folder / "journal.jsonl")
+    assert [e["kind"] for e in events].count("trial_suggested") == len(results.records)
+
+
+def test_mlflow_has_one_run_per_trial_below_the_study(first: tuple[Study, Results]) -> None:
+    from mlflow import MlflowClient
+
+    study, results = first
+    client = MlflowClient(study.spec.tracking_uri)
+    experiment = client.get_experiment_by_name("shapes")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert len(children) == len(results.records)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all(run.data.metrics["best/val/acc"] >= 0 for run in children)
+    assert {run.data.tags["strategy"] for run in children} == {"linear_probe", "full", "lp_ft", "daft"}
+
+
+def test_leave_one_domain_out_runs_folds_and_chooses_by_them(make: Callable[..., Study]) -> None:
+    study = make(
+        search={"trials": 2, "objective": "leave_one_domain_out"}, strategies=["linear_probe", "full"],
+        confirm={"top_k": 1},
+    )  # fmt: skip
+    results = study.run(progress=False)
+    folds = [r for r in results.records if r.role == "fold"]
+    assert sorted((r.label, r.held_out) for r in folds) == [
+        ("full", "bright"), ("full", "dim"), ("linear_probe", "bright"), ("linear_probe", "dim"),
+    ]  # fmt: skip
+    assert all(0 <= r.metrics["held_out/acc"] <= 1 for r in folds)
+    assert results.best("leave_one_domain_out").criterion == "held_out/acc"
+
+
+def test_a_validation_domain_steers_the_choice(make: Callable[..., Study]) -> None:
+    study = make(
+        search={"trials": 2, "objective": "val_domain:noisy"}, strategies=["linear_probe", "full"],
+        confirm={"top_k": 1},
+    )  # fmt: skip
+    results = study.run(progress=False)
+    search = [r for r in results.records if r.role == "search"]
+    best = max(search, key=lambda r: r.metrics["ood/noisy/acc"])
+    assert results.best(results.rule).record.metrics["ood/noisy/acc"] == best.metrics["ood/noisy/acc"]
+
+
+def test_a_failing_configuration_is_recorded_and_the_study_goes_on(make: Callable[..., Study]) -> None:
+    exploding = {"name": "full", "label": "exploding", "fixed": {"lr_backbone": 1e30, "lr_head": 1e30}}
+    study = make(strategies=["linear_probe", exploding], search={"trials": 2}, confirm={"top_k": 1})
+    results = study.run(progress=False)
+    failed = [r for r in results.records if r.state == "failed"]
+    assert [(r.label, r.reason) for r in failed] == [("exploding", "nan")]
+    assert results.best().record.label == "linear_probe"
+    assert any("exploding" in warning or "failed" in warning for warning in results.warnings())
+
+
+def test_results_of_a_study_that_never_ran_say_so(make: Callable[..., Study]) -> None:
+    study = make(name="never")
+    with pytest.raises(FileNotFoundError, match="has no journal at .* Run it first"):
+        study.results()
