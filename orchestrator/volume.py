@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestrator.ingest.samples import Listing
+    from orchestrator.ingest.source import Source
     from orchestrator.spec import DataSpec, StudySpec
 
 OVERHEAD = 1.05
@@ -14,7 +14,7 @@ TRIAL_BYTES = 200_000
 """Journal lines, Optuna rows and MLflow rows of one trial, without its checkpoints."""
 
 
-def examine(data: DataSpec) -> Listing:
+def examine(data: DataSpec) -> Source:
     """What a source offers to a study, by names and headers alone: no image is decoded.
 
     Raises:

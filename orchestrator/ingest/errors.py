@@ -1,7 +1,71 @@
-"""What a person is told when a data source cannot be used."""
+"""What a person is told about data that cannot be used, and names made fit to be shown."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
 
 class DataError(ValueError):
-    """The data source is missing, empty, or cannot be split as asked."""
+    """Data that no study could use: the rule, what was found, the way out."""
+
+
+def shown(name: str) -> str:
+    r"""A name as it may stand in logs, lists and Arrow files: backslashes, control characters and bytes that are no
+    valid UTF-8 become escapes (`\n` → the two characters `\n`). Different names stay different."""
+    if name.isprintable() and "\\" not in name:
+        return name
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape", "surrogatepass").decode() for c in name
+    )
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """` Did you mean 'x'?`, or nothing if nothing is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def few(names: Iterable[str], limit: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    listed = [shown(n) for n in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def existing(path: Path) -> Path:
+    """The path itself, if there is something that can be listed or read.
+
+    Raises:
+        DataError: nothing there, with the nearest names of the folder that exists; or no permission.
+    """
+    try:
+        if path.is_dir():
+            next(path.iterdir(), None)
+        elif path.exists():
+            with open(path, "rb"):
+                pass
+        else:
+            raise _missing(path)
+    except PermissionError as error:
+        raise DataError(f"Data must be readable, but this user has no permission to read {path}.") from error
+    return path
+
+
+def _missing(path: Path) -> DataError:
+    parents = (p for p in path.absolute().parents if p.is_dir())
+    parent = next(parents)
+    wanted = path.absolute().relative_to(parent).parts[0]
+    names = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    hint = did_you_mean(wanted, names)
+    inside = few(names) if names else "nothing"
+    return DataError(
+        f"Data must exist, but there is nothing at {shown(str(path))}.{hint} The folder {shown(str(parent))} "
+        f"holds: {inside}."
+    )

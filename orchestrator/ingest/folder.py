@@ -1,117 +1,160 @@
-"""Image folders: `root/<domain>/<class>/*`, `root/train|val|test/<class>/*` (with `root/ood/<domain>/<class>/*`), or
-`root/<class>/*`."""
+"""Image folders: `root/<domain>/<class>/*`, `root/<class>/*`, `root/train|val|test/…`, `root/ood/<domain>/<class>`."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from orchestrator.ingest.errors import DataError, few, shown
+from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Left, Sample
+from orchestrator.ingest.walk import File, Tree, walk
 
-from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.images import SUFFIXES, decode
-from orchestrator.ingest.samples import Listing, Sample
+EXTENSIONS = frozenset(
+    f".{e}"
+    for e in (
+        *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm"),
+        # Pictures that will be refused: they are listed with the reason instead of being passed over.
+        *("eps", "ps", "svg", "heic", "heif", "avif", "jp2", "jxl", "psd", "tga", "ico", "raw", "dng", "cr2", "nef"),
+    )
+)
+"""Files with these endings are samples; what they hold is decided by their content."""
 
-SPLITS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
-SINGLE = "id"
-"""Name of the domain where a folder has none."""
+LAYOUTS = (
+    "<domain>/<class>/<image>, <class>/<image>, train|val|test/<class>/<image>, and beside any of them "
+    "ood/<domain>/<class>/<image>"
+)
+_CHUNK = 64
 
 
-def list_folder(root: Path) -> Listing:
-    """What lies below `root`, without opening an image.
+@dataclass
+class FolderSource(EncodedSource):
+    """Images in folders; `Sample.where` is the path below `root`."""
+
+    root: Path = Path()
+
+    def chunks(self, wanted: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        for start in range(0, len(wanted), _CHUNK):
+            yield {"reader": "files", "root": str(self.root)}, list(wanted[start : start + _CHUNK])
+
+
+def open_folder(root: Path) -> FolderSource:
+    """List the images below a folder and read domains, classes and splits from the folder names.
 
     Raises:
-        DataError: no folder, no image, or a layout that is none of the three.
+        DataError: no images, images without a class folder, or a layout that can be read in more than one way.
     """
-    if not root.is_dir():
-        near = sorted(p.name for p in root.parent.iterdir() if p.is_dir())[:5] if root.parent.is_dir() else []
-        hint = f" Beside it there are: {', '.join(near)}." if near else ""
-        raise DataError(f"data.root must be a folder with images, but {root} is not there.{hint}")
-    skipped: Counter[str] = Counter()
-    files = sorted(_images(root, skipped))
-    if not files:
-        raise DataError(f"data.root must hold images ({', '.join(SUFFIXES)}), but none is below {root}.")
-    top = {path.parts[0] for path in files}
-    depths = {len(path.parts) for path in files}
-    if top <= {*SPLITS, "ood"} and top & {"train"}:
-        layout, samples = "train/val/test folders: root/<split>/<class>/*", _split_layout(root, files)
-    elif min(depths) >= 3:
-        layout, samples = "domains: root/<domain>/<class>/*", _domain_layout(root, files)
-    elif depths == {2}:
-        layout, samples = "one domain: root/<class>/*", [_sample(root, p, p.parts[0], SINGLE) for p in files]
-    else:
-        raise DataError(
-            f"Images lie in root/<domain>/<class>/, root/train|val|test/<class>/ or root/<class>/, but below {root} "
-            f"they lie {' and '.join(str(d - 1) for d in sorted(depths))} folders deep, such as {files[0]}."
-        )
-    return Listing(samples, layout, _fingerprint(root, files), dict(skipped), _empty_folders(root))
-
-
-def _images(root: Path, skipped: Counter[str]) -> Iterator[Path]:
-    """Image files below `root`, relative to it; each directory once, however many links lead to it."""
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            skipped["folder seen before (link)"] += 1
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-        for name in sorted(names):
-            path = Path(folder) / name
-            if name.startswith("."):
-                skipped["hidden file"] += 1
-            elif path.suffix.lower() not in SUFFIXES:
-                skipped[f"not an image: {path.suffix.lower() or 'no suffix'}"] += 1
-            elif not path.is_file():
-                skipped["not a regular file (broken link, pipe)"] += 1
-            else:
-                yield path.relative_to(root)
-
-
-def _split_layout(root: Path, files: list[Path]) -> list[Sample]:
-    found = []
-    for path in files:
-        if path.parts[0] == "ood":
-            if len(path.parts) < 4:
-                raise DataError(f"OOD images lie in root/ood/<domain>/<class>/, but got {path}.")
-            found.append(_sample(root, path, "/".join(path.parts[2:-1]), path.parts[1]))
-        elif len(path.parts) < 3:
-            raise DataError(f"Images of a split lie in root/<split>/<class>/, but got {path}.")
-        else:
-            found.append(_sample(root, path, "/".join(path.parts[1:-1]), SINGLE, SPLITS[path.parts[0]]))
-    return found
-
-
-def _domain_layout(root: Path, files: list[Path]) -> list[Sample]:
-    return [_sample(root, path, "/".join(path.parts[1:-1]), path.parts[0]) for path in files]
-
-
-def _sample(root: Path, path: Path, label: str, domain: str, split: str | None = None) -> Sample:
-    return Sample(str(path), label, domain, partial(_decode, root / path), split)
-
-
-def _decode(path: Path, side: int, interpolation: str) -> NDArray[np.uint8]:
-    return decode(path, side, interpolation)
-
-
-def _fingerprint(root: Path, files: list[Path]) -> str:
+    tree = walk(root, EXTENSIONS)
     digest = hashlib.sha256()
-    for path in files:
-        status = (root / path).stat()
-        digest.update(f"{os.fsencode(path)!r} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def _empty_folders(root: Path) -> list[str]:
-    return sorted(
-        str(folder.relative_to(root))
-        for folder in (Path(f) for f, _, _ in os.walk(root))
-        if folder != root and not folder.name.startswith(".") and not any(folder.iterdir())
+    for file in tree.files:
+        digest.update(f"{file.path}\0{file.size}\0{file.modified}\n".encode("utf-8", "surrogateescape"))
+    groups = _grouped(root, tree)
+    samples, empty, domains = _samples(root, groups)
+    tree.ignored += _empty_folders(tree, empty)
+    return FolderSource(
+        kind="folder",
+        layout=_describe(groups, domains),
+        samples=samples,
+        digest=digest.hexdigest(),
+        evaluation_domains=frozenset(
+            s.domain for s, g in zip(samples, groups.order, strict=True) if g == "ood" or s.domain.casefold() == "ood"
+        ),
+        empty_domains=tuple(shown(d) for d in empty) if domains else (),
+        ignored=sorted(tree.ignored),
+        root=root,
     )
+
+
+@dataclass
+class _Groups:
+    """Files by the kind of place they lie in: `plain`, `train`, `val`, `test` or `ood`."""
+
+    files: list[tuple[str, tuple[str, ...], File]]
+    """Kind of place, folder names below it, file."""
+    tree: Tree
+
+    @property
+    def order(self) -> list[str]:
+        return [kind for kind, _, _ in self.files]
+
+    @property
+    def has_splits(self) -> bool:
+        return "train" in self.order
+
+
+def _grouped(root: Path, tree: Tree) -> _Groups:
+    tops = sorted({file.folders[0] for file in tree.files if file.folders})
+    tree.ignored += [
+        Left(shown(file.name), "directly in the root, so it has no class") for file in tree.files if not file.folders
+    ]
+    if not tops:
+        found = "they lie directly in the root" if tree.files else "there is none"
+        raise DataError(
+            f"Images must lie in folders named after their classes, but in {shown(str(root))} {found}. "
+            f"The layouts understood are {LAYOUTS}."
+        )
+    splits = {top: SPLIT_NAMES[top.casefold()] for top in tops if top.casefold() in SPLIT_NAMES}
+    if "train" not in splits.values():
+        splits = {}
+    deep = min((len(f.folders) for f in tree.files if f.folders and f.folders[0].casefold() == "ood"), default=0) >= 3
+    places = {top: "ood" if top.casefold() == "ood" and deep else splits.get(top, "plain") for top in tops}
+    if splits and "plain" in places.values():
+        others = [top for top, place in places.items() if place == "plain"]
+        raise DataError(
+            f"Beside train, val and test there may only be ood/<domain>/<class>, but {shown(str(root))} also has "
+            f"images in {few(others)}. Move them away, or into ood/."
+        )
+    return _Groups(
+        [
+            (places[file.folders[0]], file.folders[0 if places[file.folders[0]] == "plain" else 1 :], file)
+            for file in tree.files
+            if file.folders
+        ],
+        tree,
+    )
+
+
+def _samples(root: Path, groups: _Groups) -> tuple[list[Sample], list[str], bool]:
+    """Samples; top folders without images; whether the ID part has domains."""
+    inner = {len(below): file for place, below, file in groups.files if place != "ood"}
+    outer = {len(below): file for place, below, file in groups.files if place == "ood"}
+    if set(inner) not in ({1}, {2}) or not set(outer) <= {2}:
+        raise DataError(
+            f"All images must lie equally deep, as {LAYOUTS}, but in {shown(str(root))} there are "
+            f"{few([file.path for file in (*inner.values(), *outer.values())])}."
+        )
+    domains = set(inner) == {2}
+    samples = []
+    for place, below, file in groups.files:
+        domain = shown(below[0]) if place == "ood" or domains else DEFAULT_DOMAIN
+        split = place if place in ("train", "val", "test") else None
+        samples.append(Sample(shown(file.path), shown(below[-1]), domain, split, file.path))
+    twice = {s.domain for s, place in zip(samples, groups.order, strict=True) if place == "ood"} & {
+        s.domain for s, place in zip(samples, groups.order, strict=True) if place != "ood"
+    }
+    if twice:
+        raise DataError(f"A domain lies either in ood/ or beside it, but {few(sorted(twice))} lies in both places.")
+    used = {file.folders[0] for _, _, file in groups.files}
+    empty = [folders[0] for folders in groups.tree.folders if len(folders) == 1 and folders[0] not in used]
+    return samples, [] if groups.has_splits or not domains else empty, domains
+
+
+def _empty_folders(tree: Tree, empty_domains: list[str]) -> list[Left]:
+    """Folders without an image below them, outermost only; empty domains are reported as such instead."""
+    filled = {file.folders[:depth] for file in tree.files for depth in range(1, len(file.folders) + 1)}
+    return [
+        Left(shown("/".join(folders)), "a folder without images")
+        for folders in tree.folders
+        if folders not in filled and folders[0] not in empty_domains and (len(folders) == 1 or folders[:-1] in filled)
+    ]
+
+
+def _describe(groups: _Groups, domains: bool) -> str:
+    inside = "<domain>/<class>/*" if domains else "<class>/*"
+    places = set(groups.order)
+    if groups.has_splits:
+        names = "|".join(name for name in ("train", "val", "test") if name in places)
+        inside = f"{names}/{inside}"
+    return inside + (" and ood/<domain>/<class>/*" if "ood" in places else "")

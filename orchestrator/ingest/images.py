@@ -1,94 +1,151 @@
-"""Decoding of untrusted image files: allow-listed formats, bounded size, nothing silently repaired."""
+"""Encoded bytes → one square RGB image, or the reason why not. The only place where pictures are opened."""
 
 from __future__ import annotations
 
 import io
-import warnings
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What may be opened, recognised by content, whatever the name says. EPS is not among them: it would run a program."""
 MAX_PIXELS = 50_000_000
-_RESAMPLING = {
+MAX_BYTES = 256 * 2**20
+MIN_SIDE = 4
+"""Pixels of the shorter side that an image must have to show anything."""
+MAX_ASPECT = 20
+"""Of a longer strip the centre square would show less than a twentieth."""
+
+INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+"""Names as timm's data configuration has them."""
+
+_ORIENTATION = 0x0112
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-class BadImageError(ValueError):
-    """The image cannot be used; the message says why."""
+class BadImageError(Exception):
+    """An image that is not used; the text is the reason as it stands in the quarantine list."""
 
 
-def decode(source: Path | bytes, side: int, interpolation: str) -> NDArray[np.uint8]:
-    """An image as uint8 RGB (side, side, 3): shortest side resized, centre cropped.
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image."""
 
-    EXIF orientation is applied, transparency is composited on white, 16-bit grey is scaled (not clipped) to 8 bits,
-    of an animation the first frame is used.
+    pixels: NDArray[np.uint8]
+    """(side, side, 3)."""
+    width: int
+    """Of the original after its EXIF orientation, in pixels."""
+    height: int
+    format: str
+    """Pillow's name of the format found, such as `JPEG`."""
+    notes: tuple[str, ...]
+    """What was special: `animated`, `sixteen_bit`, `transparent`, `cmyk`, `rotated_by_exif`."""
+
+
+def decode(data: bytes, side: int, interpolation: str) -> Picture:
+    """Decode, turn upright, flatten to RGB, resize the shorter side and cut out the centre square.
+
+    Transparent pixels are put on white; 16-bit values are scaled by their declared range (v / 257), not clipped; of an
+    animation the first frame counts.
+
+    Args:
+        data: the whole file.
+        side: of the result, in pixels.
+        interpolation: one of `INTERPOLATIONS`.
 
     Raises:
-        BadImageError: not an image of an allowed format, damaged, cut off, or too large.
+        BadImageError: whatever is wrong with the bytes.
     """
+    if not data:
+        raise BadImageError("the file is empty")
+    if len(data) > MAX_BYTES:
+        raise BadImageError(f"{len(data) / 2**20:.0f} MiB is over the limit of {MAX_BYTES // 2**20} MiB")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadImageError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
-                image.load()
-                return _square(_eight_bits(ImageOps.exif_transpose(image)), side, interpolation)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_header(image)
+            return _finish(image, side, interpolation)
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"no {', '.join(FORMATS)} image: it begins with {data[:8]!r}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError(f"over the limit of {MAX_PIXELS // 10**6} megapixels") from error
     except BadImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"too many pixels ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError, Warning, MemoryError) as error:
-        raise BadImageError(_reason(source, error)) from None
+    except MemoryError as error:
+        raise BadImageError("needs more memory than a decoder may take") from error
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything: struct.error, SyntaxError, KeyError
+        raise BadImageError(f"truncated or damaged: {error}") from error
 
 
-def resize(pixels: NDArray[np.uint8], side: int, interpolation: str) -> NDArray[np.uint8]:
-    """The same for pixels that are in memory: uint8 (H, W), (H, W, 1) or (H, W, 3)."""
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    return _square(Image.fromarray(pixels).convert("RGB"), side, interpolation)
+def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Scale 0…65535 to 0…255, rounded."""
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.float64)
-        # 16-bit files use the whole range of their type; "convert" would clip all above 255 to white.
-        return Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BadImageError("floating-point pixels have no declared range; convert the file to 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
+    """Shorter side to `side`, then the centre square; roundings as torchvision's `Resize` and `CenterCrop`."""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if short != side:
+        other = int(side * long / short)
+        size = (side, other) if width <= height else (other, side)
+        image = image.resize(size, INTERPOLATIONS[interpolation])
+    if image.size == (side, side):
+        return image
+    left, top = (round((length - side) / 2.0) for length in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
-def _square(image: Image.Image, side: int, interpolation: str) -> NDArray[np.uint8]:
-    if (image.width, image.height) != (side, side):
-        scale = side / min(image.width, image.height)
-        size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
-        if size[0] * size[1] > MAX_PIXELS:
-            raise BadImageError(f"{image.width} x {image.height} pixels: too narrow to resize")
-        image = image.resize(size, _RESAMPLING[interpolation])
-        left, top = (size[0] - side) // 2, (size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image, dtype=np.uint8)
+def _check_header(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(
+            f"{width} x {height} is {width * height / 1e6:.0f} megapixels, over the limit of {MAX_PIXELS // 10**6}"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise BadImageError(f"{width} x {height} is too small: the shorter side must have {MIN_SIDE} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImageError(f"{width} x {height} is too thin: the longer side may be {MAX_ASPECT} times the shorter")
 
 
-def _reason(source: Path | bytes, error: BaseException) -> str:
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size if source.exists() else -1
-    if size == 0:
-        return "the file is empty"
-    if "truncated" in str(error):
-        return f"the file is cut off ({error})"
-    if "cannot identify" in str(error):
-        return f"not an image of the formats {', '.join(FORMATS)}"
-    return f"{type(error).__name__}: {error}"
+def _finish(image: Image.Image, side: int, interpolation: str) -> Picture:
+    notes = ["animated"] if getattr(image, "n_frames", 1) > 1 else []
+    kind = str(image.format)
+    image.load()
+    notes += ["cmyk"] if image.mode == "CMYK" else []
+    turned = _upright(image)
+    notes += ["rotated_by_exif"] if turned is not image else []
+    flat, how = _to_rgb(turned, kind)
+    notes += [how] if how else []
+    pixels = np.asarray(square(flat, side, interpolation))
+    return Picture(pixels, *turned.size, kind, tuple(notes))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF beside intact pixels says nothing about orientation
+        return image
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def _to_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, str | None]:
+    if image.mode in _SIXTEEN_BIT:
+        return Image.fromarray(to_eight_bit(np.asarray(image, dtype=np.uint16))).convert("RGB"), "sixteen_bit"
+    if image.mode == "I" and kind in ("PNG", "PPM"):
+        return Image.fromarray(to_eight_bit(np.asarray(image).astype(np.uint16))).convert("RGB"), "sixteen_bit"
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"pixels of mode {image.mode!r} have no declared range; save them with 8 or 16 bits")
+    if image.has_transparency_data:
+        overlay = image.convert("RGBA")
+        page = Image.new("RGBA", overlay.size, (255, 255, 255, 255))
+        return Image.alpha_composite(page, overlay).convert("RGB"), "transparent"
+    return (image if image.mode == "RGB" else image.convert("RGB")), None

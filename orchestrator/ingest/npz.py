@@ -1,69 +1,151 @@
-"""MedMNIST-style `.npz`: train_images, train_labels, val_…, test_…."""
+"""MedMNIST-style `.npz`: `train_images`, `train_labels`, `val_…`, `test_…`; in a folder, each file is a domain."""
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.folder import SINGLE
-from orchestrator.ingest.images import resize
-from orchestrator.ingest.samples import Listing, Sample
+from orchestrator.ingest.errors import DataError, few, shown
+from orchestrator.ingest.source import DEFAULT_DOMAIN, ArraySource, Sample
+
+SPLITS = ("train", "val", "test")
+_RUN_BYTES = 16 * 2**20
+_PIXELS = (np.dtype(np.uint8), np.dtype("<u2"))
 
 
-def list_npz(root: Path) -> Listing:
-    """Samples of a `.npz` file; arrays are uint8 (n, H, W) or (n, H, W, 3), labels (n,) or (n, 1) integers.
+@dataclass(frozen=True)
+class _Part:
+    """One `<split>_images` of one file."""
+
+    file: Path
+    member: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass
+class NpzSource(ArraySource):
+    """Image arrays, read through the archive a few megabytes at a time; no pickle is ever loaded."""
+
+    parts: list[_Part] = field(default_factory=list)
+
+    def arrays(self) -> Iterator[tuple[int, NDArray[np.uint8] | NDArray[np.uint16]]]:
+        first = 0
+        for part in self.parts:
+            row_bytes = int(np.prod(part.shape[1:])) * part.dtype.itemsize
+            rows = max(1, _RUN_BYTES // row_bytes)
+            with zipfile.ZipFile(part.file) as archive, archive.open(f"{part.member}.npy") as stream:
+                _header(stream)
+                for start in range(0, part.shape[0], rows):
+                    count = min(rows, part.shape[0] - start)
+                    data = stream.read(count * row_bytes)
+                    if len(data) < count * row_bytes:
+                        raise DataError(
+                            f"{part.member} in {shown(str(part.file))} ends too early; the file is damaged."
+                        )
+                    pixels = np.frombuffer(data, part.dtype).reshape(count, *part.shape[1:])
+                    yield first + start, pixels[..., 0] if pixels.ndim == 4 and pixels.shape[3] == 1 else pixels
+            first += part.shape[0]
+
+
+def open_npz(root: Path) -> NpzSource:
+    """List the images of one `.npz` file, or of all directly in a folder.
 
     Raises:
-        DataError: no file, not an `.npz`, pickled contents, or arrays of other shapes or types.
+        DataError: no or damaged files, arrays missing, of other types or shapes, or labels that are no classes.
     """
-    if not root.is_file():
-        raise DataError(f"data.root must be a .npz file, but {root} is not there.")
+    files = [root] if root.is_file() else sorted(p for p in root.glob("*.npz") if p.is_file())
+    if not files:
+        raise DataError(f"An npz source needs files that end in .npz, but {shown(str(root))} holds none.")
+    digest, parts, samples = hashlib.sha256(), list[_Part](), list[Sample]()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        domain = DEFAULT_DOMAIN if len(files) == 1 else shown(file.stem)
+        for split, part, labels in _parts(file):
+            parts.append(part)
+            samples += [
+                Sample(f"{shown(file.name)}/{part.member}#{row}", label, domain, split, None)
+                for row, label in enumerate(labels)
+            ]
+    named = "|".join(split for split in SPLITS if any(s.split == split for s in samples))
+    return NpzSource(
+        kind="npz",
+        layout=f"{len(files)} .npz file{'s' * (len(files) > 1)} with {named} arrays",
+        samples=samples,
+        digest=digest.hexdigest(),
+        parts=parts,
+    )
+
+
+def _parts(file: Path) -> Iterator[tuple[str, _Part, list[str]]]:
+    """Split, images and labels of one file."""
+    name = shown(file.name)
     try:
-        with np.load(root, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{root} must be a NumPy .npz of plain arrays, but could not be read: {error}") from None
-    samples: list[Sample] = []
-    for split in ("train", "val", "test"):
-        if f"{split}_images" in arrays:
-            samples += _samples(root, split, arrays)
-    if not samples:
-        raise DataError(f"{root} needs arrays train_images and train_labels, but has {', '.join(arrays) or 'none'}.")
-    status = root.stat()
-    digest = hashlib.sha256(f"{root.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    return Listing(samples, "NumPy archive: train_images, train_labels, …", digest)
-
-
-def _samples(root: Path, split: str, arrays: dict[str, Any]) -> list[Sample]:
-    images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
-    if labels is None or len(labels) != len(images):
+        with np.load(file, allow_pickle=False) as archive, zipfile.ZipFile(file) as members:
+            if "train_images" not in archive.files or "train_labels" not in archive.files:
+                raise DataError(
+                    "An .npz file needs the arrays train_images and train_labels, and may have val_ and test_ ones, "
+                    f"but {name} has {few(archive.files) or 'none'}."
+                )
+            for split in SPLITS:
+                if f"{split}_images" not in archive.files:
+                    continue
+                with members.open(f"{split}_images.npy") as stream:
+                    shape, dtype = _header(stream)
+                part = _Part(file, f"{split}_images", shape, dtype)
+                _check_images(part, name)
+                labels = _labels(archive, f"{split}_labels", shape[0], name)
+                yield split, part, labels
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{root}: {split}_labels must have one label per image ({len(images)}), but has "
-            f"{'none' if labels is None else len(labels)}."
-        )
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        raise DataError(
-            f"{root}: {split}_images must be uint8 (n, H, W) or (n, H, W, 3), but is {images.dtype} {images.shape}."
-        )
-    flat = labels.reshape(len(labels), -1)
-    if flat.shape[1] != 1 or not np.issubdtype(labels.dtype, np.integer) or (len(flat) and flat.min() < 0):
-        raise DataError(
-            f"{root}: {split}_labels must be non-negative integers, one per image, but is {labels.dtype} "
-            f"{labels.shape}. (Several labels per image are not supported.)"
-        )
-    width = len(str(int(flat.max()))) if len(flat) else 1
-    return [
-        Sample(f"{root.name}[{split} {i}]", f"{int(flat[i, 0]):0{width}d}", SINGLE, partial(_decode, images, i), split)
-        for i in range(len(images))
-    ]
+            f"{name} must be an .npz file of plain arrays, but it cannot be read as one: {error}"
+        ) from error
 
 
-def _decode(images: NDArray[np.uint8], row: int, side: int, interpolation: str) -> NDArray[np.uint8]:
-    return resize(images[row], side, interpolation)
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if fortran and len(shape) > 1:
+        raise ValueError("its images are in column-major order; save np.ascontiguousarray(images)")
+    return shape, dtype
+
+
+def _check_images(part: _Part, name: str) -> None:
+    shape = part.shape
+    good = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+    if not good or part.dtype not in _PIXELS or min(shape[1:3], default=0) < 1:
+        raise DataError(
+            f"{part.member} must be uint8 or uint16 of shape (n, H, W), (n, H, W, 1) or (n, H, W, 3), but in {name} "
+            f"it is {part.dtype} of shape {shape}."
+        )
+
+
+def _labels(archive: Any, key: str, count: int, name: str) -> list[str]:
+    """One class name per image, from whole numbers of shape (n,) or (n, 1)."""
+    if key not in archive.files:
+        raise DataError(f"Every array of images needs one of labels, but {name} has no {key}.")
+    labels = archive[key]
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{key} must hold one whole number per image, shape ({count},) or ({count}, 1), but in {name} it is "
+            f"{labels.dtype} of shape {labels.shape}."
+        )
+    wrong = np.flatnonzero(labels < 0)
+    if len(wrong):
+        raise DataError(
+            f"{key} must hold numbers from 0, but in {name} row {few([f'{i} has {labels[i]}' for i in wrong])}."
+        )
+    return [str(int(label)) for label in labels]

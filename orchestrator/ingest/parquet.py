@@ -1,128 +1,92 @@
-"""Parquet: an image column (HF struct {bytes, path} or raw bytes), a label column, optional domain and split columns."""
+"""Parquet files: an image column (bytes, or Hugging Face's struct of `bytes` and `path`), a label column and, if they
+are there, `domain` and `split`. Read with pyarrow alone; extension types are refused before their schema is parsed."""
 
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from orchestrator.ingest.errors import DataError, few, shown
+from orchestrator.ingest.parquet_table import Table
+from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Sample
 
-from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.folder import SINGLE, SPLITS
-from orchestrator.ingest.images import BadImageError, decode
-from orchestrator.ingest.samples import Listing, Sample
+_CHUNK = 256
+_SHARD = re.compile(r"(?i)^([a-z]+)(?:-\d+-of-\d+|-\d+)?$")
+"""File names that Hugging Face gives to the shards of a split, without `.parquet`."""
 
 
-def list_parquet(root: Path) -> Listing:
-    """Rows of one Parquet file, or of all `*.parquet` in a folder (a file name that starts with `train`, `val` or
-    `test` gives the split, as the Hugging Face hub has it).
+@dataclass
+class ParquetSource(EncodedSource):
+    """Rows of Parquet files; `Sample.where` is (file, row group, row in the group)."""
+
+    files: list[Path] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    """The image column of each file."""
+
+    def chunks(self, wanted: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        for (file, group), positions in groupby(wanted, key=lambda i: self.samples[i].where[:2]):
+            rows = list(positions)
+            request = {"reader": "parquet", "file": str(self.files[file]), "column": self.columns[file], "group": group}
+            for start in range(0, len(rows), _CHUNK):
+                yield request, rows[start : start + _CHUNK]
+
+
+def open_parquet(root: Path) -> ParquetSource:
+    """List the rows of one Parquet file, or of all below a folder.
+
+    The split comes from a column `split`, or from the names of the files where all are called after one
+    (`train-00000-of-00002.parquet`).
 
     Raises:
-        DataError: no file, not Parquet, or columns that are missing or of an unusable type.
+        DataError: no or damaged files, extension types, missing columns, labels that are no classes.
     """
-    files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
-    if not files or not all(f.is_file() for f in files):
-        raise DataError(f"data.root must be a .parquet file or a folder of them, but none is at {root}.")
-    samples: list[Sample] = []
-    digest = hashlib.sha256()
-    for file in files:
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*.parquet") if p.is_file())
+    if not files:
+        raise DataError(f"A Parquet source needs files that end in .parquet, but {shown(str(root))} holds none.")
+    base = root.parent if root.is_file() else root
+    names = [shown(str(file.relative_to(base))) for file in files]
+    by_file = _splits_by_name(files)
+    digest, samples, columns = hashlib.sha256(), list[Sample](), list[str]()
+    order: list[str] | None = None
+    for number, (file, name) in enumerate(zip(files, names, strict=True)):
         status = file.stat()
-        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        samples += _rows(file, _split_of(file.stem))
-    return Listing(samples, f"Parquet, {len(files)} file{'s' if len(files) > 1 else ''}", digest.hexdigest())
-
-
-def _rows(file: Path, split: str | None) -> list[Sample]:
-    try:
-        table = pq.read_table(file, page_checksum_verification=True)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} must be a Parquet file, but could not be read: {error}") from None
-    for name in table.column_names:
-        if isinstance(table.schema.field(name).type, pa.ExtensionType):
-            raise DataError(
-                f"{file}: column {name!r} has the extension type {table.schema.field(name).type}, whose reader may run "
-                "code. Write it as a plain struct {bytes, path} or as binary."
-            )
-    image, label = _column(table, file, ("image", "img")), _column(table, file, ("label", "labels", "class"))
-    labels = _labels(table, label, file)
-    images = table.column(image).combine_chunks()
-    if pa.types.is_struct(images.type):
-        names = [images.type.field(i).name for i in range(images.type.num_fields)]
-        if "bytes" not in names:
-            raise DataError(f"{file}: the struct column {image!r} needs a field 'bytes', but has {', '.join(names)}.")
-        images = images.field("bytes")
-    if not (pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type)):
-        raise DataError(
-            f"{file}: column {image!r} must hold encoded images (binary or a struct with 'bytes'), but has "
-            f"the type {images.type}."
-        )
-    domains = table.column("domain").to_pylist() if "domain" in table.column_names else [SINGLE] * len(table)
-    splits = table.column("split").to_pylist() if "split" in table.column_names else [split] * len(table)
-    return [
-        Sample(f"{file.name}[{i}]", labels[i], str(domains[i]), partial(_decode, images, i), SPLITS.get(str(splits[i])))
-        for i in range(len(table))
-    ]
-
-
-def _decode(images: Any, row: int, side: int, interpolation: str) -> NDArray[np.uint8]:
-    value = images[row].as_py()
-    if value is None:
-        raise BadImageError("the cell is empty (null)")
-    return decode(value, side, interpolation)
-
-
-def _column(table: pa.Table, file: Path, names: tuple[str, ...]) -> str:
-    for name in names:
-        if name in table.column_names:
-            return name
-    raise DataError(
-        f"{file} needs a column named {' or '.join(map(repr, names))}, but has {', '.join(table.column_names)}."
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        table = Table(file, name)
+        columns.append(table.image)
+        order = table.class_names or order
+        samples += _samples(table, number, by_file[number] if by_file else None)
+    return ParquetSource(
+        kind="parquet",
+        layout=f"{len(files)} Parquet file{'s' * (len(files) > 1)}, image column {few(sorted(set(columns)))}",
+        samples=samples,
+        digest=digest.hexdigest(),
+        class_order=order,
+        files=files,
+        columns=columns,
     )
 
 
-def _labels(table: pa.Table, name: str, file: Path) -> list[str]:
-    column = table.column(name)
-    if not (
-        pa.types.is_integer(column.type)
-        or pa.types.is_string(column.type)
-        or pa.types.is_large_string(column.type)
-        or pa.types.is_dictionary(column.type)
-    ):
-        raise DataError(f"{file}: labels must be integers or strings, but column {name!r} has the type {column.type}.")
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        raise DataError(f"{file}: every row needs a label, but column {name!r} is null in row {row}.")
-    values = column.to_pylist()
-    if pa.types.is_integer(column.type):
-        if min(values, default=0) < 0:
-            raise DataError(f"{file}: integer labels start at 0, but column {name!r} has {min(values)}.")
-        names = _hugging_face_names(table, name)
-        width = len(str(max(values, default=0)))
-        values = [names[v] if v < len(names) else f"{v:0{width}d}" for v in values]
-    if len(values) > 20 and len(set(values)) == len(values):
-        raise DataError(
-            f"{file}: column {name!r} has a different value in each of its {len(values)} rows: it looks like "
-            "an identifier or a regression target, not a class label."
-        )
-    return [str(v) for v in values]
+def _samples(table: Table, number: int, split: str | None) -> list[Sample]:
+    """One sample per row of file `number`; `split` is what the file's name says."""
+    labels, domains, splits = table.labels(), table.domains(), table.splits()
+    samples = list[Sample]()
+    for group, size in enumerate(table.group_sizes):
+        for inside in range(size):
+            row = len(samples)
+            domain = domains[row] if domains else DEFAULT_DOMAIN
+            given = splits[row] if splits else split
+            samples.append(Sample(f"{table.name}#{row}", labels[row], domain, given, (number, group, inside)))
+    return samples
 
 
-def _hugging_face_names(table: pa.Table, name: str) -> list[str]:
-    """Class names that `datasets` keeps in the schema's metadata."""
-    import json
-
-    metadata = (table.schema.metadata or {}).get(b"huggingface")
-    if metadata is None:
-        return []
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(name, {})
-    return [str(n) for n in feature.get("names", [])]
-
-
-def _split_of(stem: str) -> str | None:
-    return next((split for start, split in SPLITS.items() if stem.startswith(start)), None)
+def _splits_by_name(files: list[Path]) -> list[str] | None:
+    """The split that each file is called after, if all are and one of them is for training."""
+    found = [_SHARD.match(file.stem) for file in files]
+    splits = [SPLIT_NAMES.get(m.group(1).casefold()) if m else None for m in found]
+    named = [s for s in splits if s is not None]
+    return named if len(named) == len(files) and "train" in named else None

@@ -1,237 +1,195 @@
-"""From a source to the Arrow store: list, decide on splits, decode once in parallel, publish."""
+"""`ingest`: from a source of images to its Arrow store, once. Every later call finds the store that is there."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from numpy.typing import NDArray
 
-from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.images import BadImageError
-from orchestrator.ingest.samples import Listing, Sample
-from trainables.data.splits import SplitError, nested_order, stratified_split
-from trainables.data.store import MANIFEST, Store, write_store
+from orchestrator.ingest.assign import Assignment, assign
+from orchestrator.ingest.decoding import Job, Progress, decode_all
+from orchestrator.ingest.digits import recipe_digest
+from orchestrator.ingest.errors import DataError, counted, few
+from orchestrator.ingest.manifest import describe, quarantine_list
+from orchestrator.ingest.request import IngestRequest, open_source
+from orchestrator.ingest.source import Outcome, Source
+from orchestrator.ingest.writer import Rows, copy_rows, finish, lay_out, publish
+from trainables.data.store import DATA, FORMAT, MANIFEST, Store
 
+__all__ = ["IngestRequest", "ingest", "survey"]
 
-@dataclass(frozen=True)
-class IngestRequest:
-    """What to read and how to lay it out."""
-
-    source: Literal["folder", "parquet", "npz", "digits"]
-    root: str | None = None
-    id: tuple[str, ...] = ()
-    """ID domains; empty = all that are not in `ood`."""
-    ood: tuple[str, ...] = ()
-    """Domains that are only evaluated; for digits empty = all but the handwritten ones."""
-    image_size: int = 224
-    """Side of the stored squares, in pixels."""
-    interpolation: str = "bicubic"
-    val_fraction: float = 0.15
-    test_fraction: float = 0.15
-    seed: int = 0
+log = logging.getLogger("luthier")
 
 
-def ingest(request: IngestRequest, into: Path) -> Store:
-    """The store of a request below the folder `into`: the one that is there already, or a new one.
+def survey(request: IngestRequest) -> Source:
+    """List a source and check that a study could use it; no image is opened.
 
     Raises:
-        DataError: the source is missing or cannot be used as asked.
+        DataError: see `ingest`, but for what only decoding shows.
     """
-    listing = list_source(request.source, request.root)
-    domains = _resolve_domains(request, listing)
-    key = hashlib.sha256(
-        json.dumps([dataclasses.asdict(request), listing.fingerprint, 1], sort_keys=True).encode()
-    ).hexdigest()[:16]
-    folder = into / f"{request.source}-{key}"
-    if not (folder / MANIFEST).is_file():
-        into.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not (folder / MANIFEST).is_file():
-                _build(request, listing, domains, folder)
-    return Store(folder)
+    source = open_source(request)
+    assign(source, request)
+    return source
 
 
-def list_source(source: str, root: str | None) -> Listing:
-    """What a source offers, without decoding an image (errors: see `ingest`)."""
-    if source == "digits":
-        from orchestrator.ingest.digits import list_digits
+def ingest(request: IngestRequest, into: Path, workers: int | None = None, progress: Progress | None = None) -> Store:
+    """Read a source once and write its store below `into`, or find the one that is there.
 
-        return list_digits()
-    from orchestrator.ingest.folder import list_folder
-    from orchestrator.ingest.npz import list_npz
-    from orchestrator.ingest.parquet import list_parquet
+    A store is found again by names, sizes and modification times of the source's files and by the request. Whoever
+    comes second waits for the first (file lock); a store appears complete or not at all.
 
-    if root is None:
-        raise DataError(f"The source {source!r} needs data.root: the path of your images.")
-    listers = {"folder": list_folder, "parquet": list_parquet, "npz": list_npz}
-    return listers[source](Path(root))
+    Args:
+        request: what to read.
+        into: folder of the stores; made if it is missing.
+        workers: decoder processes; None = one per CPU.
+        progress: called from several threads with (images done, images in all).
 
-
-def survey(request: IngestRequest) -> Listing:
-    """What a request would read, without decoding an image: missing or empty domains and classes that are never ID
-    are found out at once (errors: see `ingest`)."""
-    listing = list_source(request.source, request.root)
-    ids, ood = _resolve_domains(request, listing)
-    _classes([sample for sample in listing.samples if sample.domain in {*ids, *ood}], ids)
-    return listing
-
-
-def _resolve_domains(request: IngestRequest, listing: Listing) -> tuple[list[str], list[str]]:
-    """ID and OOD domains, each with at least one image."""
-    present = sorted({sample.domain for sample in listing.samples})
-    ood = list(request.ood)
-    if request.source == "digits" and not ood:
-        ood = [d for d in present if d != "handwritten"]
-    for domain in (*request.id, *ood):
-        if domain not in present:
-            empty = any(Path(f).parts[:1] == (domain,) for f in listing.empty)
-            what = "is empty" if empty else "is not there"
-            raise DataError(
-                f"Every domain of the study needs images, but the domain {domain!r} {what}. "
-                f"The source has: {', '.join(present)}."
-            )
-    ids = list(request.id) or [d for d in present if d not in ood]
-    if not ids:
-        raise DataError(f"A study needs an ID domain to train on, but data.ood lists all of them: {', '.join(ood)}.")
-    return ids, ood
+    Raises:
+        DataError: the source is missing or unusable, `into` cannot be written or is too small, or, with
+            `on_bad="fail"`, an image is unreadable.
+    """
+    source = None if request.source == "digits" else open_source(request)
+    digest = (
+        recipe_digest() if source is None else source.digest
+    )  # a built-in source need not be made to be found again
+    place = into.absolute() / f"{request.source}-{_key(digest, request)}"
+    if not _complete(place):
+        source = source or open_source(request)
+        assignment = assign(source, request)
+        _make_room(place.parent, len(assignment.used) * _row_bytes(request))
+        with FileLock(f"{place}.lock"):
+            if not _complete(place):
+                _build(source, request, assignment, place, workers, progress)
+    store = Store(place)
+    if request.on_bad == "fail" and store.manifest["quarantine"]:
+        raise _refused(store.manifest["quarantine"])
+    return store
 
 
-def _build(request: IngestRequest, listing: Listing, domains: tuple[list[str], list[str]], folder: Path) -> None:
-    ids, ood = domains
-    started = time.perf_counter()
-    samples = [s for s in listing.samples if s.domain in {*ids, *ood}]
-    classes = _classes(samples, ids)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+def _key(digest: str, request: IngestRequest) -> str:
+    """Sixteen hex digits. Where the source lies does not matter, nor what is to happen to bad images."""
+    fields = dataclasses.asdict(request)
+    del fields["root"], fields["on_bad"]
+    return hashlib.sha256(json.dumps([FORMAT, digest, fields], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _complete(place: Path) -> bool:
+    """Whether a store lies there; a damaged one is an error of the store's own, never silently replaced."""
+    return (place / MANIFEST).exists() and bool(Store(place).manifest)
+
+
+def _make_room(folder: Path, size: int) -> None:
     try:
-        pixels, good, bad = _decode_all(samples, request, temporary / "pixels.tmp")
-        seconds = time.perf_counter() - started
-        kept = [samples[i] for i in good]
-        positions = _splits(kept, classes, ids, ood, request)
-        names = [*ids, *(d for d in ood if d not in ids)]
-        labels = np.array([classes.index(s.label) for s in kept], dtype=np.int64)
-        domain_ids = np.array([names.index(s.domain) for s in kept], dtype=np.int64)
-        # Rows in the order of the store: a second mapped file, so that no split has to fit into memory.
-        parts = {}
-        for i, (split, rows) in enumerate(positions.items()):
-            block = np.memmap(temporary / f"split-{i}.tmp", np.uint8, "w+", shape=(len(rows), *pixels.shape[1:]))
-            for start in range(0, len(rows), 1024):
-                block[start : start + 1024] = pixels[np.asarray(good)[rows[start : start + 1024]]]
-            parts[split] = (block, labels[rows], domain_ids[rows])
-        notes = _notes(request, listing, kept, bad, seconds, parts["train"][0])
-        write_store(temporary, parts, classes, names, notes)
-        del pixels, parts
-        for file in temporary.glob("*.tmp"):
-            file.unlink()
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _classes(samples: Sequence[Sample], ids: Sequence[str]) -> list[str]:
-    inside = {s.label for s in samples if s.domain in ids}
-    only_ood = sorted({s.label for s in samples} - inside)
-    if only_ood:
-        where = sorted({s.domain for s in samples if s.label in only_ood})
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError, PermissionError, OSError) as error:
         raise DataError(
-            f"Every class needs ID images to be learnt from, but {', '.join(map(repr, only_ood[:5]))} "
-            f"{'occurs' if len(only_ood) == 1 else 'occur'} only in the OOD domain{'s' if len(where) > 1 else ''} "
-            f"{', '.join(where)}. Remove these images there, or add some to {', '.join(ids)}."
-        )
-    if len(inside) < 2:
+            f"The data store needs a folder that can be written, but {folder} cannot: {error.strerror}. "
+            "Set storage to another path."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.05:
         raise DataError(
-            f"Classification needs at least 2 classes, but the ID domains have {len(inside)}: "
-            f"{', '.join(sorted(inside)) or 'none'}."
+            f"The data store needs {size / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free. Free some "
+            "space, set storage to another disk, or use a smaller image_size."
         )
-    return sorted(inside)
 
 
-def _decode_all(
-    samples: Sequence[Sample], request: IngestRequest, file: Path
-) -> tuple[NDArray[np.uint8], list[int], list[tuple[str, str]]]:
-    """Pixels of all samples in a mapped file, the positions that could be read, and (name, reason) of the others."""
-    side = request.image_size
-    pixels = np.memmap(file, np.uint8, "w+", shape=(len(samples), side, side, 3))
-
-    def read(position: int) -> str | None:
-        try:
-            pixels[position] = samples[position].decode(side, request.interpolation)
-        except BadImageError as error:
-            return str(error)
-        return None
-
-    # Threads: Pillow releases the interpreter lock while it decodes and resizes.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(pool.map(read, range(len(samples)), chunksize=16))
-    good = [i for i, reason in enumerate(reasons) if reason is None]
-    bad = [(samples[i].name, reason) for i, reason in enumerate(reasons) if reason is not None]
-    if not good:
-        raise DataError(f"None of the {len(samples)} images could be read; the first: {bad[0][0]}: {bad[0][1]}.")
-    return pixels, good, bad
+def _row_bytes(request: IngestRequest) -> int:
+    return request.image_size**2 * 3
 
 
-def _splits(
-    kept: Sequence[Sample], classes: list[str], ids: Sequence[str], ood: Sequence[str], request: IngestRequest
-) -> dict[str, NDArray[np.int64]]:
-    """Positions in `kept` per split; `train` in nested stratified order."""
-    labels = np.array([classes.index(s.label) for s in kept], dtype=np.int64)
-    inside = np.array([s.domain in ids for s in kept])
-    given = np.array([s.split or "" for s in kept])
-    free = np.flatnonzero(inside & ((given == "") | (given == "train")))
-    has_val, has_test = (bool((inside & (given == name)).any()) for name in ("val", "test"))
-    fractions = (0.0 if has_val else request.val_fraction, 0.0 if has_test else request.test_fraction)
-    try:
-        found = stratified_split(labels[free], *fractions, request.seed, classes)
-    except SplitError as error:
-        raise DataError(str(error)) from None
-    parts = {name: free[rows] for name, rows in found.items()}
-    for name, there in (("val", has_val), ("test", has_test)):
-        if there:
-            parts[name] = np.flatnonzero(inside & (given == name))
-    lost = [classes[c] for c in range(len(classes)) if not (labels[parts["train"]] == c).any()]
-    if lost:
-        raise DataError(f"Every class needs training images, but {', '.join(map(repr, lost[:5]))} has none.")
-    parts["train"] = parts["train"][nested_order(labels[parts["train"]], request.seed)]
-    for domain in ood:
-        parts[f"ood/{domain}"] = np.flatnonzero([s.domain == domain for s in kept])
-        if not len(parts[f"ood/{domain}"]):
-            raise DataError(f"Every OOD domain needs images, but none of {domain!r} could be read.")
-    return parts
-
-
-def _notes(
+def _build(
+    source: Source,
     request: IngestRequest,
-    listing: Listing,
-    kept: Sequence[Sample],
-    bad: list[tuple[str, str]],
-    seconds: float,
-    train: NDArray[np.uint8],
-) -> dict[str, Any]:
-    sample = train[:2048].reshape(-1, 3) / 255.0
-    return {
-        "source": request.source,
-        "root": request.root,
-        "layout": listing.layout,
-        "request": dataclasses.asdict(request),
-        "source_fingerprint": listing.fingerprint,
-        "quarantined": [{"name": name, "reason": reason} for name, reason in bad],
-        "skipped": listing.skipped,
-        "channel_mean": sample.mean(0).tolist(),
-        "channel_std": sample.std(0).tolist(),
-        "class_counts": dict(sorted(Counter(s.label for s in kept).items())),
-        "domain_counts": dict(sorted(Counter(s.domain for s in kept).items())),
-        "images_per_second": len(kept) / max(seconds, 1e-9),
+    assignment: Assignment,
+    place: Path,
+    workers: int | None,
+    progress: Progress | None,
+) -> None:
+    for left in place.parent.glob(f".{place.name}-*"):  # of an ingest that was killed; nobody else holds the lock
+        shutil.rmtree(left)
+    started = time.perf_counter()
+    folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
+    try:
+        offsets = _lay_out(folder / DATA, source, request, assignment)
+        job = Job(request.image_size, request.interpolation, folder / DATA, offsets)
+        outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)
+        bad = [position for position, outcome in outcomes.items() if outcome.reason is not None]
+        if bad:
+            assignment = _without(source, request, outcomes, bad, folder, offsets)
+        seconds = time.perf_counter() - started
+        manifest = describe(source, request, assignment, outcomes, folder, seconds)
+        finish(folder, manifest)
+        os.chmod(folder, 0o755)
+        publish(folder, place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _report(manifest, place)
+
+
+def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Assignment) -> Any:
+    """Write the blank file; returns the byte offset of each sample of the source (-1 = not used)."""
+    rows = {
+        split: Rows(assignment.labels[p], assignment.domain_ids[p], [source.samples[i].name for i in p])
+        for split, p in assignment.splits.items()
     }
+    notes = {"format": FORMAT, "classes": assignment.classes, "domains": assignment.domains, "splits": list(rows)}
+    first = lay_out(path, request.image_size, rows, {**notes, "image_size": request.image_size})
+    offsets = np.full(len(source.samples), -1, dtype=np.int64)
+    for split, positions in assignment.splits.items():
+        offsets[positions] = first[split] + np.arange(len(positions)) * _row_bytes(request)
+    return offsets
+
+
+def _without(
+    source: Source, request: IngestRequest, outcomes: Mapping[int, Outcome], bad: list[int], folder: Path, offsets: Any
+) -> Assignment:
+    """Splits without the quarantined samples, and the file written anew for them."""
+    quarantine = quarantine_list(source, outcomes)
+    if request.on_bad == "fail" or len(bad) == len(outcomes):
+        raise _refused(quarantine)
+    try:
+        assignment = assign(source, request, bad)
+    except DataError as error:
+        raise DataError(f"{error} Unreadable: {_listed(quarantine)}.") from error
+    old = folder / "with-bad.arrow"
+    os.replace(folder / DATA, old)
+    moved = _lay_out(folder / DATA, source, request, assignment)
+    used = assignment.used
+    copy_rows(old, folder / DATA, offsets[used], moved[used], _row_bytes(request))
+    old.unlink()
+    return assignment
+
+
+def _refused(quarantine: list[dict[str, str]]) -> DataError:
+    return DataError(
+        f"All images must be readable, but {counted(len(quarantine), 'image')} cannot be read: {_listed(quarantine)}. "
+        "Replace or remove what `luthier data check` lists."
+    )
+
+
+def _listed(quarantine: list[dict[str, str]]) -> str:
+    return few([f"{entry['name']} ({entry['reason']})" for entry in quarantine])
+
+
+def _report(manifest: Mapping[str, Any], place: Path) -> None:
+    log.info("%d images (%.0f/s) → %s", sum(manifest["counts"].values()), manifest["images_per_second"], place)
+    if manifest["quarantine"]:
+        count = counted(len(manifest["quarantine"]), "unreadable image")
+        log.warning("%s left out: %s", count, _listed(manifest["quarantine"]))
+    if manifest["duplicates"]["across"]:
+        groups = [" = ".join(group["names"]) for group in manifest["duplicates"]["across"]]
+        log.warning("The same bytes in different splits or domains: %s", few(groups))

@@ -101,7 +101,9 @@ def _part_sizes(count: int, val_fraction: float, test_fraction: float, label: in
     wanted = [max(1, round(count * f)) if f > 0 else 0 for f in (val_fraction, test_fraction)]
     parts = 1 + sum(size > 0 for size in wanted)
     if count < parts:
-        raise ValueError(f"A class to be split into {parts} parts needs {parts} samples, but class {label} has {count}.")
+        raise ValueError(
+            f"A class to be split into {parts} parts needs {parts} samples, but class {label} has {count}."
+        )
     while sum(wanted) >= count:
         wanted[int(np.argmax(wanted))] -= 1
     return wanted[0], wanted[1]

@@ -71,27 +71,27 @@ class Store:
             )
         return manifest
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of `data.arrow`, in hex: pixels, labels, domains, names, order and splits."""
         return str(self.manifest["sha256"])
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
         """Class names, by label."""
         return list(self.manifest["classes"])
 
-    @property
+    @cached_property
     def domains(self) -> list[str]:
         """Domain names, by domain id: the ID domains, then the OOD domains."""
         return list(self.manifest["domains"])
 
-    @property
+    @cached_property
     def splits(self) -> list[str]:
         """`train`, `val`, `test`, then `ood/<domain>` for every OOD domain."""
         return list(self.manifest["splits"])
 
-    @property
+    @cached_property
     def image_size(self) -> int:
         """Height and width of the stored images, in pixels."""
         return int(self.manifest["image_size"])

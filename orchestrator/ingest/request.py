@@ -1,0 +1,80 @@
+"""What a study asks of its data, and the listing of the source that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.ingest.errors import DataError, did_you_mean, existing
+from orchestrator.ingest.images import INTERPOLATIONS
+from orchestrator.ingest.source import Source
+
+SOURCES = ("folder", "parquet", "npz", "digits")
+
+
+@dataclass(frozen=True)
+class IngestRequest:
+    """What to read, and how to lay it out."""
+
+    source: str
+    """One of `SOURCES`."""
+    root: str | None = None
+    """Folder or file; None for `digits`."""
+    id: tuple[str, ...] = ()
+    """ID domains; empty = all that are not OOD."""
+    ood: tuple[str, ...] = ()
+    """Domains that are only evaluated; empty = those that the source marks itself (`root/ood/…`, shifted digits)."""
+    image_size: int = 224
+    """Side of the stored squares, in pixels."""
+    interpolation: str = "bicubic"
+    """One of `orchestrator.ingest.images.INTERPOLATIONS`."""
+    val_fraction: float = 0.15
+    test_fraction: float = 0.15
+    seed: int = 0
+    """Decides splits and order."""
+    on_bad: Literal["quarantine", "fail"] = "quarantine"
+    """What to do with unreadable images: leave them out and list them, or refuse the source."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("source", self.source, SOURCES),
+            ("interpolation", self.interpolation, tuple(INTERPOLATIONS)),
+            ("on_bad", self.on_bad, ("quarantine", "fail")),
+        ):
+            if value not in known:
+                hint = did_you_mean(value, known)
+                raise DataError(f"{name} must be one of {', '.join(known)}, but got {value!r}.{hint}")
+        if self.image_size < 1:
+            raise DataError(f"image_size must be at least 1 pixel, but got {self.image_size}.")
+
+
+def open_source(request: IngestRequest) -> Source:
+    """List the samples of a source; no image is opened.
+
+    Raises:
+        DataError: nothing there, no permission, or nothing that the kind of source can make sense of.
+    """
+    if request.source == "digits":
+        from orchestrator.ingest.digits import open_digits
+
+        return open_digits(request.val_fraction, request.test_fraction, request.seed)
+    if request.root is None:
+        raise DataError(f"The source {request.source!r} needs data.root, the path of the images, but got none.")
+    root = existing(Path(request.root).expanduser())
+    if request.source == "folder":
+        from orchestrator.ingest.folder import open_folder
+
+        if not root.is_dir():
+            raise DataError(
+                f"The source 'folder' needs a folder, but {root} is a file. "
+                "For .parquet and .npz files set data.source."
+            )
+        return open_folder(root)
+    if request.source == "parquet":
+        from orchestrator.ingest.parquet import open_parquet
+
+        return open_parquet(root)
+    from orchestrator.ingest.npz import open_npz
+
+    return open_npz(root)

@@ -1,0 +1,130 @@
+"""A decoder process: `python -m orchestrator.ingest.worker`, spoken to in JSON lines, one reply per request.
+
+Pictures from anywhere are decoded here and not in the driver: a crash or a bomb costs this process alone, its memory is
+limited, and no object ever travels (no pickle). It imports neither torch nor ray, and starts in a fraction of a second.
+
+First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic"}
+Reply:          {"ready": true}
+Each request:   {"reader": "files", "root": …, "items": [[path, offset or null], …]}
+                {"reader": "parquet", "file": …, "column": …, "group": …, "items": [[row, offset or null], …]}
+Reply:          {"outcomes": [[reason or null, sha256 hex, width, height, format, [notes]], …]}, or {"error": text}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import stat
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from PIL import Image
+
+from orchestrator.ingest.images import MAX_BYTES, MAX_PIXELS, BadImageError, decode
+
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes of address space: 50 megapixels in 32 bits twice over, and the libraries."""
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not garble the protocol
+    job = json.loads(sys.stdin.readline())
+    target = os.open(job["target"], os.O_WRONLY) if job["target"] is not None else None
+    _reply(replies, {"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            outcomes = [
+                _outcome(data, offset, target, job["side"], job["interpolation"]) for data, offset in _contents(request)
+            ]
+        except OSError as error:  # the store could not be written: no fault of the picture
+            _reply(replies, {"error": f"{type(error).__name__}: {error}"})
+        else:
+            _reply(replies, {"outcomes": outcomes})
+
+
+def _reply(out: IO[str], message: dict[str, Any]) -> None:
+    out.write(json.dumps(message) + "\n")
+    out.flush()
+
+
+def _contents(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int | None]]:
+    """The bytes of each item, or why they cannot be had, and where its pixels go."""
+    if request["reader"] == "parquet":
+        yield from _rows(request)
+        return
+    for path, offset in request["items"]:
+        try:
+            yield _file(os.path.join(request["root"], path)), offset
+        except BadImageError as error:
+            yield error, offset
+        except OSError as error:
+            yield BadImageError(f"cannot be read: {error.strerror}"), offset
+
+
+def _file(path: str) -> bytes:
+    # A pipe that took the place of a file after it was listed must not block, nor a huge file fill the memory.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImageError("not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise BadImageError(f"{status.st_size / 2**20:.0f} MiB is over the limit of {MAX_BYTES // 2**20} MiB")
+        return file.read()
+
+
+def _rows(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int | None]]:
+    import pyarrow as pa
+
+    from orchestrator.ingest.parquet_table import encoded_images
+
+    items: Sequence[tuple[int, int | None]] = request["items"]
+    images = encoded_images(request["file"], request["column"], request["group"], [row for row, _ in items])
+    failure: BadImageError | None = None
+    for _, offset in items:
+        try:
+            data = None if failure else next(images)
+        except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+            failure = BadImageError(f"row group {request['group']} is damaged: {error}")
+            data = None
+        yield failure or data or BadImageError("the row has no image bytes"), offset
+
+
+def _outcome(
+    data: bytes | BadImageError, offset: int | None, target: int | None, side: int, interpolation: str
+) -> list[Any]:
+    if isinstance(data, BadImageError):
+        return [str(data), "", 0, 0, "", []]
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        picture = decode(data, side, interpolation)
+    except BadImageError as error:
+        return [str(error), digest, 0, 0, "", []]
+    if target is not None and offset is not None:
+        write_at(target, picture.pixels.tobytes(), offset)
+    return [None, digest, picture.width, picture.height, picture.format, list(picture.notes)]
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at a place of a file, without a shared position.
+
+    Raises:
+        OSError: the file system did not take it.
+    """
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+if __name__ == "__main__":
+    main()
