@@ -28,8 +28,8 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def few(names: Iterable[str], limit: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    listed = [shown(n) for n in names]
+    """The first names of a list (as they are to be shown), and how many more there are."""
+    listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
@@ -62,7 +62,7 @@ def _missing(path: Path) -> DataError:
     parents = (p for p in path.absolute().parents if p.is_dir())
     parent = next(parents)
     wanted = path.absolute().relative_to(parent).parts[0]
-    names = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    names = sorted(shown(p.name) for p in parent.iterdir() if not p.name.startswith("."))
     hint = did_you_mean(wanted, names)
     inside = few(names) if names else "nothing"
     return DataError(

@@ -104,7 +104,7 @@ def _grouped(root: Path, tree: Tree) -> _Groups:
         others = [top for top, place in places.items() if place == "plain"]
         raise DataError(
             f"Beside train, val and test there may only be ood/<domain>/<class>, but {shown(str(root))} also has "
-            f"images in {few(others)}. Move them away, or into ood/."
+            f"images in {few(map(shown, others))}. Move them away, or into ood/."
         )
     return _Groups(
         [
@@ -123,7 +123,7 @@ def _samples(root: Path, groups: _Groups) -> tuple[list[Sample], list[str], bool
     if set(inner) not in ({1}, {2}) or not set(outer) <= {2}:
         raise DataError(
             f"All images must lie equally deep, as {LAYOUTS}, but in {shown(str(root))} there are "
-            f"{few([file.path for file in (*inner.values(), *outer.values())])}."
+            f"{few([shown(file.path) for file in (*inner.values(), *outer.values())])}."
         )
     domains = set(inner) == {2}
     samples = []

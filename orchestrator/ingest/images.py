@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What may be opened, recognised by content, whatever the name says. EPS is not among them: it would run a program."""
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 256 * 2**20
@@ -74,7 +74,7 @@ def decode(data: bytes, side: int, interpolation: str) -> Picture:
             _check_header(image)
             return _finish(image, side, interpolation)
     except UnidentifiedImageError as error:
-        raise BadImageError(f"no {', '.join(FORMATS)} image: it begins with {data[:8]!r}") from error
+        raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(f"over the limit of {MAX_PIXELS // 10**6} megapixels") from error
     except BadImageError:

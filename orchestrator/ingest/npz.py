@@ -93,7 +93,7 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part, list[str]]]:
             if "train_images" not in archive.files or "train_labels" not in archive.files:
                 raise DataError(
                     "An .npz file needs the arrays train_images and train_labels, and may have val_ and test_ ones, "
-                    f"but {name} has {few(archive.files) or 'none'}."
+                    f"but {name} has {few(map(shown, archive.files)) or 'none'}."
                 )
             for split in SPLITS:
                 if f"{split}_images" not in archive.files:
