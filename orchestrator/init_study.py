@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,24 +96,32 @@ def _digits(model: str | None) -> dict[str, Any]:
 
 
 def _found(data: Path, model: str | None) -> dict[str, Any]:
-    """Fields for real data: the largest domain is ID and the others OOD, which the person is asked to look at."""
-    from orchestrator.ingest.check import check
+    """Fields for real data. OOD is what the source marks so; else all domains but the largest, for the person to
+    look at."""
+    from orchestrator.ingest.request import IngestRequest, open_source
 
-    report = check(data)
-    source = str(report.source)
-    domains = {name: sum(counts.values()) for name, counts in report.domains.items()}
-    chosen: dict[str, Any] = {"source": source, "root": str(data.resolve())}
-    if len(domains) > 1:
-        largest = max(domains, key=lambda domain: domains[domain])
-        chosen |= {"id": [largest], "ood": sorted(set(domains) - {largest})}
+    source = open_source(IngestRequest(source=_kind(data), root=str(data)))
+    domains = Counter(sample.domain for sample in source.samples)
+    outside = sorted(source.evaluation_domains & set(domains))
+    if not outside and len(domains) > 1:
+        outside = sorted(set(domains) - {domains.most_common(1)[0][0]})
+    inside = sorted(set(domains) - set(outside))
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", data.resolve().stem).strip("-._") or "study"
     return {
         "name": stem,
-        "data": chosen,
+        "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside},
         "model": {"name": model or MODEL},
         "strategies": _strategy_names(),
         "search": {"trials": 40, "epochs": 20},
     }
+
+
+def _kind(data: Path) -> str:
+    """The kind of source by file name; a folder of Parquet files is one of Parquet."""
+    if data.suffix == ".npz":
+        return "npz"
+    parquet = data.suffix == ".parquet" or (data.is_dir() and any(data.rglob("*.parquet")))
+    return "parquet" if parquet else "folder"
 
 
 def _strategy_names() -> list[str]:

@@ -41,6 +41,7 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
         seed=data.seed,
+        on_bad=data.on_bad,
     )
 
 

@@ -45,18 +45,21 @@ class DataSpec(Section):
     id: list[str] = []
     """Domains to train, validate and test on. Empty = all domains that are not in `ood`."""
     ood: list[str] = []
-    """Domains that are only tested on. Never trained on, never used to choose anything."""
+    """Domains that are only tested on: never trained on, never used to choose anything. Empty = those that the source
+    marks itself (`root/ood/<domain>/<class>/*`; of `digits` all but the handwritten ones)."""
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Side of the square images that the network sees, in pixels. null = the size that the model was pretrained at."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the ID images for validation, per class. Ignored where the source has a validation split of its own."""
+    """Share of the ID images for validation, per class. A source's own validation split is used instead."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the ID images for the ID test, per class. Ignored where the source has a test split of its own."""
+    """Share of the ID images for the ID test, per class. A source's own test split is used instead."""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training images that is used, per class, for studies of scarce data. A smaller share is contained
     in a larger one."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the splits."""
+    on_bad: Literal["quarantine", "fail"] = "quarantine"
+    """Unreadable or dangerous images: quarantine leaves them out and lists them; fail refuses the data."""
     augment: list[str] = []
     """Training augmentations: any of `flip`, `crop`."""
 

@@ -18,11 +18,22 @@ def examine(data: DataSpec) -> Source:
     """What a source offers to a study, by names and headers alone: no image is decoded.
 
     Raises:
-        DataError: the source is missing or has no images, a domain is missing or empty, or a class is never ID.
+        DataError: the source is missing or has no images, a domain is missing or empty, a class is never ID or has too
+            few images.
     """
     from orchestrator.ingest.pipeline import IngestRequest, survey
 
-    return survey(IngestRequest(source=data.source, root=data.root, id=tuple(data.id), ood=tuple(data.ood)))
+    return survey(
+        IngestRequest(
+            source=data.source,
+            root=data.root,
+            id=tuple(data.id),
+            ood=tuple(data.ood),
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            seed=data.seed,
+        )
+    )
 
 
 def store_bytes(spec: StudySpec, images: int) -> int:

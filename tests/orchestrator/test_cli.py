@@ -21,6 +21,7 @@ from orchestrator.journal import Journal
 from orchestrator.outcome import next_commands, outcome_code
 from orchestrator.records import State, TrialRecord
 from orchestrator.study import Study
+from tests.orchestrator.test_plan import write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "name: tiny\ndata: {source: digits}\nmodel: {name: digits_vit}\nstrategies: [linear_probe, full]\n"
@@ -244,6 +245,20 @@ class TestInit:
         spec = Study.from_yaml(file).spec
         assert written["study_file"] == str(file)
         assert (spec.name, spec.data.source, spec.model.name) == ("digits", "digits", "digits_vit")
+
+    def test_a_study_of_ones_own_images(self, tmp_path: Path) -> None:
+        write_images(tmp_path / "my pets", {"sketch/cat": 4, "sketch/dog": 4, "photo/cat": 5, "photo/dog": 5})
+        file = tmp_path / "study.yaml"
+        assert luthier("init", tmp_path / "my pets", "-o", file, "--model", "resnet50").exit_code == OK
+        spec = Study.from_yaml(file).spec
+        assert (spec.name, spec.data.root, spec.model.name) == ("my-pets", str(tmp_path / "my pets"), "resnet50")
+        assert (spec.data.id, spec.data.ood) == (["photo"], ["sketch"])
+
+    def test_images_that_are_not_there(self, tmp_path: Path) -> None:
+        result = luthier("init", tmp_path / "none", "-o", tmp_path / "study.yaml")
+        assert result.exit_code == PREFLIGHT
+        assert str(tmp_path / "none") in result.stderr
+        assert not (tmp_path / "study.yaml").exists()
 
     def test_every_key_stands_in_it_with_its_meaning(self, tmp_path: Path) -> None:
         from orchestrator.reference import rows, sections

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from orchestrator.errors import Problem, StudyError, dotted, redact
+from orchestrator.ingest.digits import OOD_DOMAINS
+from orchestrator.rules import DIGITS_DOMAINS
 from orchestrator.sampling import SAMPLERS
 from orchestrator.spec import SearchSpec, StudySpec, load_study
 from trainables import strategies
@@ -105,6 +107,9 @@ class TestAccepted:
         assert study(search={"objective": "val_domain:sketch"}).search.validation_domain == "sketch"
         assert study().search.validation_domain is None
 
+    def test_domains_of_the_built_in_data(self) -> None:
+        assert set(DIGITS_DOMAINS) == set(OOD_DOMAINS)
+
     def test_samplers_are_those_that_fit_one_objective(self) -> None:
         choices = SearchSpec.model_json_schema()["properties"]["sampler"]["enum"]
         assert set(choices) == set(SAMPLERS) - {"nsga2"}
@@ -132,7 +137,7 @@ class TestAllAtOnce:
         )
         with pytest.raises(StudyError) as caught:
             load_study(file)
-        keys = "source, root, id, ood, image_size, val_fraction, test_fraction, train_fraction, seed, augment"
+        keys = "source, root, id, ood, image_size, val_fraction, test_fraction, train_fraction, seed, on_bad, augment"
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
