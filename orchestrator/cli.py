@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from orchestrator.console import FAILED, OK, PARTIAL, Output
+from orchestrator.console import FAILED, OK, PARTIAL, PREFLIGHT, Output
 
 EVERYWHERE = ("--json", "-v", "--verbose")
 """Options that may stand anywhere on the command line."""
@@ -202,6 +202,7 @@ def data_check(
 
     report = check(path)
     context.obj.result(report.to_dict(), report.render)
+    raise typer.Exit(PREFLIGHT if report.problems else OK)
 
 
 def main() -> None:

@@ -98,9 +98,10 @@ def _digits(model: str | None) -> dict[str, Any]:
 def _found(data: Path, model: str | None) -> dict[str, Any]:
     """Fields for real data. OOD is what the source marks so; else all domains but the largest, for the person to
     look at."""
+    from orchestrator.ingest.check import detect
     from orchestrator.ingest.request import IngestRequest, open_source
 
-    source = open_source(IngestRequest(source=_kind(data), root=str(data)))
+    source = open_source(IngestRequest(source=detect(data), root=str(data)))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
     if not outside and len(domains) > 1:
@@ -114,14 +115,6 @@ def _found(data: Path, model: str | None) -> dict[str, Any]:
         "strategies": _strategy_names(),
         "search": {"trials": 40, "epochs": 20},
     }
-
-
-def _kind(data: Path) -> str:
-    """The kind of source by file name; a folder of Parquet files is one of Parquet."""
-    if data.suffix == ".npz":
-        return "npz"
-    parquet = data.suffix == ".parquet" or (data.is_dir() and any(data.rglob("*.parquet")))
-    return "parquet" if parquet else "folder"
 
 
 def _strategy_names() -> list[str]:

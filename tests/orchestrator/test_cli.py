@@ -279,6 +279,20 @@ class TestInit:
         assert luthier("init", "--output", study_file, "--force").exit_code == OK
 
 
+class TestDataCheck:
+    def test_what_a_study_can_use(self, tmp_path: Path) -> None:
+        root = write_images(tmp_path / "pets", {"photo/cat": 5, "photo/dog": 5})
+        result = luthier("data", "check", root, "--json")
+        assert result.exit_code == OK
+        assert json.loads(result.stdout)["domains"] == {"photo": {"cat": 5, "dog": 5}}
+
+    def test_what_no_study_can_use(self, tmp_path: Path) -> None:
+        root = write_images(tmp_path / "pets", {"photo/cat": 5, "photo/dog": 1})
+        result = luthier("data", "check", root)
+        assert result.exit_code == PREFLIGHT
+        assert "dog" in result.stdout
+
+
 def test_submit_runs_the_module(study_file: Path) -> None:
     """The job's entry point is `python -m orchestrator.cli run study.yaml`."""
     environment = {**os.environ, "RAY_ADDRESS": ""}
