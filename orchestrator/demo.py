@@ -6,7 +6,6 @@ from fonts and tuned on handwritten digits; inverted, rotated, noisy, blurred an
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,35 +25,32 @@ def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) 
         "model": {"name": backbone},
         "strategies": ["linear_probe", "full", "lp_ft", "daft"],
         "search": {"trials": trials, "epochs": epochs, "sampler": "tpe", "scheduler": "asha", "seed": 0},
-        "confirm": {"top_k": 4, "seeds": 2},
+        "confirm": {"top_k": 4, "seeds": 3},
         "tracking": {"experiment": "luthier-demo"},
         "storage": str(storage),
     }
 
 
-def run_demo(storage: Path, trials: int = 12, progress: bool = True) -> list[Results]:
-    """Run both demo studies on one cluster and print leaderboards and the next commands to stderr.
+def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Console | None = None) -> list[Results]:
+    """Run both demo studies on one cluster and print leaderboards and the next commands.
 
     Args:
         storage: folder for the studies, the store and the tracking database.
         trials: search trials per study.
         progress: show the live table.
+        console: where to print; None = stdout.
     """
     from orchestrator.cluster import connect
+    from orchestrator.outcome import finished
     from orchestrator.study import Study
 
-    console = Console(stderr=True)
+    shown = console or Console()
     outcomes = []
     with connect():
         for backbone in BACKBONES:
             study = Study(**demo_study(backbone, storage, trials))
-            console.rule(f"{study.spec.name}: {backbone} on handwritten digits")
+            shown.rule(f"{study.spec.name}: {backbone}, pretrained on printed digits, tuned on handwritten ones")
             results = study.run(progress=progress)
-            results.render(console)
-            console.print(f"Study folder: {study.folder}")
+            finished(shown, study, results)
             outcomes.append(results)
-    database = storage.absolute() / "mlflow.db"
-    console.print("\nCompare the runs in MLflow (http://127.0.0.1:5000):")
-    uri = shlex.quote(f"sqlite:///{database}")
-    console.print(f"  mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri {uri}", soft_wrap=True)
     return outcomes
