@@ -182,10 +182,11 @@ class TestRealCluster:
 
 
 @pytest.mark.ray
-def test_a_local_cluster_is_private_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_local_cluster_is_private_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    folders = set(Path(tempfile.gettempdir()).glob("luthier-*"))
+    scratch = Path(tempfile.mkdtemp(prefix="lt-", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     with connect(cpus=1) as cluster:
         assert cluster.started
         assert cluster.dashboard is not None
@@ -193,10 +194,11 @@ def test_a_local_cluster_is_private_and_leaves_nothing(tmp_path: Path) -> None:
         assert probe_dashboard(cluster.dashboard, None) == "missing"
         assert probe_dashboard(cluster.dashboard, (tmp_path / ".ray" / "auth_token").read_text()) == "accepted"
         assert [node["CPU"] for node in cluster.nodes()] == [1.0]
+        assert [folder.name[:8] for folder in scratch.iterdir() if folder.is_dir()] == ["luthier-"]
         with pytest.raises(KeyboardInterrupt):
             _tuner_that_is_terminated(tmp_path).fit()
     assert not ray.is_initialized()
-    assert set(Path(tempfile.gettempdir()).glob("luthier-*")) == folders
+    scratch.rmdir()  # fails if anything is left in it
 
 
 def _shipped_packages() -> list[str]:
