@@ -118,7 +118,7 @@ def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path 
 def new_classifier(backbone: Backbone, num_classes: int, device: torch.device | str, seed: int) -> Classifier:
     """A fresh copy of a backbone under an untrained head: `nn.Linear`'s own initialisation (Kaiming uniform with
     a = √5, that is ±1/√D), drawn from `seed` alone. Global generators are left as they were."""
-    head = nn.utils.skip_init(nn.Linear, backbone.num_features, num_classes)
+    head = nn.Linear(backbone.num_features, num_classes, device="meta").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(backbone.num_features)
     nn.init.uniform_(head.weight, -bound, bound, generator=generator)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from trainables.core.backbone import Backbone
     from trainables.data.trial_data import StoreLike
 
+log = logging.getLogger("luthier")
+
 BATCH = 256
 KEPT = 64
 """Arrays that a process keeps mapped."""
@@ -32,7 +36,11 @@ def cache_root(root: str | Path | None = None) -> Path:
 
 
 class FeatureCache:
-    """Features on disk as `.npy`, memory-mapped; written by whoever needs them first."""
+    """Features on disk as `.npy`, memory-mapped; written by whoever needs them first.
+
+    Images go through the network in fixed batches from the first on, so that an image's features are the same bits
+    whichever number of images was asked for; a longer file therefore serves shorter requests.
+    """
 
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = cache_root(root)
@@ -49,51 +57,87 @@ class FeatureCache:
         """Features (count, D) of the first `count` images of a split, in the order of the store; read-only.
 
         Args:
+            backbone: the pretrained network, left where it is.
+            store: where the images are.
+            split: one of the store's.
+            count: how many images from the first on.
             view: uint8 (B, H, W, 3) → float32 (B, 3, S, S), without augmentation.
+            device: where to compute.
+
+        Raises:
+            ValueError: the split has fewer images.
         """
+        total = len(store.labels(split))
+        if count > total:
+            raise ValueError(f"Features of the first {count} images of {split} were asked for, but it has {total}.")
+        whole = min(total, -(-count // BATCH) * BATCH)
         text = f"{backbone.digest} {store.digest} {split} {backbone.data_config} {torch.device(device).type}"
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        path = self.root / "features" / f"{key}-{count}.npy"
-        if path in _mapped:
-            _mapped.move_to_end(path)
-            return _mapped[path]
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):
-                if not path.exists():
-                    _write(path, _compute(backbone, store, split, count, view, torch.device(device)))
+        stem = hashlib.sha256(text.encode()).hexdigest()[:24]
+        folder = self.root / "features"
+        found = _find(folder, stem, whole, backbone.num_features)
+        if found is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / f"{stem}.lock"):
+                found = _find(folder, stem, whole, backbone.num_features)
+                if found is None:
+                    path = folder / f"{stem}-{whole}.npy"
+                    _write(path, _compute(backbone, store.images(split)[:whole], view, torch.device(device)))
+                    found = _map(path)
+        return found[:count]
+
+
+def _find(folder: Path, stem: str, count: int, width: int) -> NDArray[np.float32] | None:
+    """The shortest readable array with at least `count` rows; None if there is none."""
+    sizes = sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{stem}-*.npy"))
+    for size in sizes:
+        if size < count:
+            continue
+        path = folder / f"{stem}-{size}.npy"
+        try:
+            found = _map(path)
+        except (OSError, ValueError, EOFError) as error:
+            log.warning("The stored features %s are damaged (%s) and are computed again.", path, error)
+            continue
+        if found.shape == (size, width):
+            return found
+    return None
+
+
+def _map(path: Path) -> NDArray[np.float32]:
+    if path not in _mapped:
         _mapped[path] = np.load(path, mmap_mode="r", allow_pickle=False)
         while len(_mapped) > KEPT:
             _mapped.popitem(last=False)
-        return _mapped[path]
+    _mapped.move_to_end(path)
+    return _mapped[path]
 
 
 @torch.no_grad()
 def _compute(
-    backbone: Backbone,
-    store: StoreLike,
-    split: str,
-    count: int,
-    view: Callable[[Tensor], Tensor],
-    device: torch.device,
+    backbone: Backbone, images: NDArray[np.uint8], view: Callable[[Tensor], Tensor], device: torch.device
 ) -> NDArray[np.float32]:
-    images = store.images(split)[:count]
-    module = backbone.module.to(device)
-    try:
-        # A copy per batch: the store's view is read-only memory, which torch would not respect.
-        parts = [
-            module(view(torch.tensor(images[i : i + BATCH]).to(device))).float().cpu().numpy()
-            for i in range(0, count, BATCH)
-        ]
-    finally:
-        module.to("cpu")
-    return np.concatenate(parts) if parts else np.zeros((0, backbone.num_features), np.float32)
+    module = backbone.module
+    if any(tensor.device != device for tensor in module.state_dict().values()):
+        module = copy.deepcopy(module).to(device)  # the pristine network stays where it is
+    found = np.empty((len(images), backbone.num_features), np.float32)
+    # Full float32 also on a GPU: these numbers are kept, and the linear probe's optimum is as good as they are.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for i in range(0, len(images), BATCH):
+            # A copy per batch: the store's view is read-only memory, which torch would not respect.
+            batch = view(torch.tensor(images[i : i + BATCH]).to(device))
+            found[i : i + BATCH] = module(batch).float().cpu().numpy()
+    return found
 
 
 def _write(path: Path, features: NDArray[np.float32]) -> None:
     written = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(written, "wb") as file:
-        np.save(file, features)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(written, path)
+    try:
+        with open(written, "wb") as file:
+            np.save(file, features)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+    _mapped.pop(path, None)
