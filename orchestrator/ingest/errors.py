@@ -63,9 +63,5 @@ def _missing(path: Path) -> DataError:
     parent = next(parents)
     wanted = path.absolute().relative_to(parent).parts[0]
     names = sorted(shown(p.name) for p in parent.iterdir() if not p.name.startswith("."))
-    hint = did_you_mean(wanted, names)
-    inside = few(names) if names else "nothing"
-    return DataError(
-        f"Data must exist, but there is nothing at {shown(str(path))}.{hint} The folder {shown(str(parent))} "
-        f"holds: {inside}."
-    )
+    hint = did_you_mean(wanted, names) or f" The folder {shown(str(parent))} holds: {few(names) or 'nothing'}."
+    return DataError(f"Data must exist, but there is nothing at {shown(str(path))}.{hint}")
