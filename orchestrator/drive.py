@@ -51,8 +51,7 @@ class Drive:
         with connect() as cluster, Journal(self.folder / "journal.jsonl") as journal:
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
             cluster.check_shared(self.folder, self.task.store)
-            slots = max(1, cluster.trial_slots(request["cpu"], request["gpu"]))
-            concurrent = min(self.spec.resources.concurrent or slots, slots)
+            concurrent = cluster.concurrency(self.spec.resources.concurrent, request["cpu"], request["gpu"])
             close_open_trials(journal)  # of a driver that died without a word
             with self._followed(journal) as progress, self._ending(journal):
                 journal.append("study_started", **self._header(request, concurrent))

@@ -128,7 +128,7 @@ class Results:
 
         title = f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}"
         console.print(title, markup=False, highlight=False, style="bold", soft_wrap=True)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("strategy", style="bold", overflow="fold")
         for header in ("seeds", "val", "test", "OOD mean", "OOD worst", "ECE"):
             table.add_column(header, justify="right", no_wrap=True)
