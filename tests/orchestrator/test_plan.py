@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from PIL import Image
 from rich.console import Console
 
-from orchestrator.plan import Plan, make_plan
+import search_spaces
+from orchestrator.plan import Plan, law_in_words, make_plan
 from orchestrator.spec import StudySpec
 from orchestrator.volume import TRIAL_BYTES
+from search_spaces import Law
 
 
 def write_images(root: Path, counts: dict[str, int], side: int = 8) -> Path:
@@ -88,6 +91,17 @@ class TestEntries:
 
 
 class TestShown:
+    @pytest.mark.parametrize(
+        ("law", "words"),
+        [
+            (Law(3e-3, FloatDistribution(1e-4, 0.3, log=True)), "0.003; 0.0001 to 0.3, log"),
+            (Law(2, IntDistribution(1, 8)), "2; 1 to 8"),
+            (Law("sgd", CategoricalDistribution(("sgd", "adamw"))), "sgd; sgd, adamw"),
+        ],
+    )
+    def test_a_range_in_words(self, law: Law, words: str) -> None:
+        assert law_in_words(law) == words
+
     def test_in_words(self, planned: Callable[..., Plan]) -> None:
         plan = planned(model={"name": "resnet18"}, data={"image_size": 64})
         assert plan.lines() == [
@@ -103,13 +117,15 @@ class TestShown:
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
         found = json.loads(json.dumps(planned().to_dict()))
         assert found["max_units"] == 261
-        assert found["entries"][1]["searched"]["lr_backbone"] == "0.003; 0.0001 to 0.3, log"
+        assert found["entries"][1]["searched"]["lr_backbone"] == law_in_words(
+            search_spaces.space("full")["lr_backbone"]
+        )
 
     def test_as_a_table(self, planned: Callable[..., Plan]) -> None:
         out = io.StringIO()
         planned().render(Console(file=out, width=120))
         assert "nothing: one configuration" in out.getvalue()
-        assert "lr_backbone: 0.003; 0.0001 to 0.3, log" in out.getvalue()
+        assert f"lr_backbone: {law_in_words(search_spaces.space('full')['lr_backbone'])}" in out.getvalue()
 
     def test_nothing_is_written(self, planned: Callable[..., Plan]) -> None:
         assert not Path(planned().folder).exists()
