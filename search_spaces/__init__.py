@@ -112,8 +112,8 @@ def near_edge(
 
 
 def _range(law: Law) -> str:
-    bounded = isinstance(law.distribution, FloatDistribution | IntDistribution)
-    return f" {law.distribution.low:g} to {law.distribution.high:g}" if bounded else ""
+    found = law.distribution
+    return f" {found.low:g} to {found.high:g}" if isinstance(found, FloatDistribution | IntDistribution) else ""
 
 
 def _module(name: str) -> Any:

@@ -7,13 +7,13 @@ from optuna.distributions import FloatDistribution
 from search_spaces._law import Law, Preset
 
 SPACE: dict[str, Law] = {
-    # Both sweeps of the paper together, less the two smallest values, at which nothing moves within 20 epochs.
+    # Both sweeps of the paper together, less the smallest value, at which nothing moves within 20 epochs.
     "lr_backbone": Law(
         default=3e-4,
         distribution=FloatDistribution(1e-6, 1e-2, log=True),
         source="papers/002, hyperparameter details, LP-FT: 1e-4 … 3e-7 (MoCo, CLIP), 0.01 … 3e-6 (SWAV)",
     ),
-    # The head starts at its optimum and has little to learn: the range reaches lower than that of a fresh head.
+    # Relative, as in full.py. The head starts at its optimum and has little to learn: rates are two decades lower.
     "lr_head": Law(
         default=0.1,
         distribution=FloatDistribution(0.001, 10.0, log=True),

@@ -50,13 +50,17 @@ def freeze_all_but(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
         parameter.grad = None
 
 
-def resolved_rate(group: ParamGroup, feature_scale: float) -> float:
-    """The rate that the optimiser gets: `lr`, or for a relative group `lr / mean ‖φ‖²`.
+def resolved_rate(group: ParamGroup, parameter: nn.Parameter, feature_scale: float) -> float:
+    """The rate that the optimiser gets: `lr`, or for a weight of a relative group `lr / mean ‖φ‖²`.
 
     Why a quotient: for a linear head the curvature of the cross-entropy is proportional to ‖φ‖², so the largest stable
-    step is proportional to 1/‖φ‖², and one range of `lr` then serves backbones of any feature scale.
+    step is proportional to 1/‖φ‖², and one range of `lr` then serves backbones of any feature scale. A bias is the
+    weight of a feature that is always 1, so its rate is never above `lr`: without that limit, heads on features of
+    mean ‖φ‖² well below 1 diverge by their bias at rates at which their weights hardly move (benchmarks/head_rate.py).
     """
-    return group.lr / feature_scale if group.relative else group.lr
+    if not group.relative:
+        return group.lr
+    return group.lr / (feature_scale if parameter.ndim > 1 else max(feature_scale, 1.0))
 
 
 def build_optimizer(
@@ -79,9 +83,9 @@ def build_optimizer(
             "Use head_rate='absolute' or another backbone."
         )
     table = [
-        {"params": list(group.parameters), "name": group.name, "lr": rate, "initial_lr": rate}
+        {"params": found, "name": group.name, "lr": rate, "initial_lr": rate}
         for group in groups
-        for rate in [resolved_rate(group, scale)]
+        for rate, found in _by_rate(group, scale).items()
     ]
     fused = all(p.is_cuda and p.is_floating_point() for group in groups for p in group.parameters)
     optimizer: torch.optim.Optimizer
@@ -94,21 +98,30 @@ def build_optimizer(
     return optimizer
 
 
+def _by_rate(group: ParamGroup, feature_scale: float) -> dict[float, list[nn.Parameter]]:
+    """Parameters of a group by the rate that they get; one entry unless the features are small."""
+    found: dict[float, list[nn.Parameter]] = {}
+    for parameter in group.parameters:
+        found.setdefault(resolved_rate(group, parameter, feature_scale), []).append(parameter)
+    return found
+
+
 def check_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], feature_scale: float) -> None:
     """Raise RuntimeError unless every group's parameters sit in the optimiser at exactly the sampled rate."""
     actual = {id(p): float(table["initial_lr"]) for table in optimizer.param_groups for p in table["params"]}
-    expected = {id(p): resolved_rate(group, feature_scale) for group in groups for p in group.parameters}
+    expected = {id(p): resolved_rate(group, p, feature_scale) for group in groups for p in group.parameters}
     if actual.keys() != expected.keys():
         raise RuntimeError(
             f"The optimiser must hold exactly the {len(expected)} parameters that the strategy moves, "
             f"but it holds {len(actual)}."
         )
     for group in groups:
-        rate = resolved_rate(group, feature_scale)
-        if wrong := sorted({actual[id(p)] for p in group.parameters} - {rate}):
-            raise RuntimeError(
-                f"Group {group.name!r} must train at the sampled rate {rate!r}, but the optimiser has {wrong[0]!r}."
-            )
+        for parameter in group.parameters:
+            rate, wrong = expected[id(parameter)], actual[id(parameter)]
+            if wrong != rate:
+                raise RuntimeError(
+                    f"Group {group.name!r} must train at the sampled rate {rate!r}, but the optimiser has {wrong!r}."
+                )
 
 
 def rate_factor(step: int, total: int, config: TrainingConfig) -> float:

@@ -35,6 +35,14 @@ def test_a_relative_rate_is_divided_by_the_mean_squared_norm_and_others_are_not(
     assert {t["name"]: t["lr"] for t in optimizer.param_groups} == {"backbone": 0.01, "head": 0.25}
 
 
+def test_the_bias_of_a_relative_group_never_trains_above_the_sampled_rate() -> None:
+    model, groups = two_layers()
+    optimizer = build_optimizer(groups, TrainingConfig(), lambda: 0.5)
+    rates = {id(p): t["lr"] for t in optimizer.param_groups for p in t["params"]}
+    assert (rates[id(model[1].weight)], rates[id(model[1].bias)]) == (4.0, 2.0)
+    assert current_rates(optimizer) == {"lr/backbone": 0.01, "lr/head": 4.0}
+
+
 def test_the_norm_is_not_asked_for_when_no_group_is_relative() -> None:
     _, groups = two_layers()
     optimizer = build_optimizer(groups[:1], TrainingConfig(), lambda: pytest.fail("features were computed"))
