@@ -35,7 +35,7 @@ def planned(tmp_path: Path, network: Callable[[str], str]) -> Callable[..., Plan
     root = write_images(tmp_path / "pets", {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")})
 
     def make(**sections: Any) -> Plan:
-        fields = {
+        fields: dict[str, Any] = {
             "name": "pets",
             "data": {"root": str(root), "id": ["photo"], "ood": ["sketch"], "image_size": 32},
             "model": {"name": network("vit")},

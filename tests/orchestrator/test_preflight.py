@@ -26,7 +26,7 @@ def problems(tmp_path: Path, network: Callable[[str], str], monkeypatch: pytest.
 
     def found(images: dict[str, int] | None = None, **sections: Any) -> list[str]:
         root = write_images(tmp_path / "pets", PETS if images is None else images)
-        fields = {
+        fields: dict[str, Any] = {
             "name": "pets",
             "data": {"root": str(root), "id": ["photo"], "ood": ["sketch"]},
             "model": {"name": network("vit")},
