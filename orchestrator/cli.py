@@ -157,10 +157,13 @@ def demo(
     progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
 ) -> None:
     """Tune two small networks on real digits with four strategies: no data, network or GPU needed."""
+    from rich.console import Console
+
     from orchestrator.demo import run_demo
     from orchestrator.outcome import outcome_code
 
-    outcomes = run_demo(storage, trials=trials, progress=progress)
+    console = Console(stderr=context.obj.as_json)
+    outcomes = run_demo(storage, trials=trials, progress=progress, console=console)
     if context.obj.as_json:
         context.obj.result({"studies": [found.to_dict() for found in outcomes]}, lambda console: None)
     codes = {outcome_code(found.records) for found in outcomes}

@@ -45,6 +45,14 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
     )
 
 
+def make_built_in(name: str) -> None:
+    """Pretrain a built-in network here, where a person sees it, not in the first trial, for which others wait."""
+    from trainables.core.digits_backbones import NETWORKS, pretrained_folder
+
+    if name in NETWORKS:
+        pretrained_folder(name)
+
+
 def make_task(spec: StudySpec, store: Store) -> Task:
     """What all trials share."""
     from trainables.core.task import Task
@@ -53,6 +61,7 @@ def make_task(spec: StudySpec, store: Store) -> Task:
     return Task(
         store=str(store.path),
         model=model_of(spec),
+        image_size=spec.data.image_size,
         epochs=search.epochs,
         steps_per_unit=search.steps_per_unit,
         batch_size=search.batch_size,

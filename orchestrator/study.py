@@ -57,10 +57,11 @@ class Study:
         if self._store is None:
             from orchestrator.ingest.pipeline import ingest
             from orchestrator.preflight import preflight
-            from orchestrator.setup import ingest_request
+            from orchestrator.setup import ingest_request, make_built_in
 
             preflight(self.spec)
             self._store = ingest(ingest_request(self.spec), Path(self.spec.storage).absolute() / "data")
+            make_built_in(self.spec.model.name)
         return self._store
 
     def run(self, progress: bool = True) -> Results:

@@ -32,10 +32,10 @@ def open_store(path: str) -> StoreLike:
     return store
 
 
-def pretrained_for(spec: ModelSpec, stored_side: int, cache: str | None) -> Backbone:
-    """The pristine backbone (on the CPU) at the side it sees images with: its own, or the stored side where that is
-    smaller (pictures are never enlarged; timm interpolates position embeddings)."""
-    side = stored_side if stored_side < _native_side(spec) else None
+def pretrained_for(spec: ModelSpec, wanted: int | None, stored_side: int, cache: str | None) -> Backbone:
+    """The pristine backbone (on the CPU) at the side it sees images with: the wanted one, else its own, or the stored
+    side where that is smaller (pictures are never enlarged; timm interpolates position embeddings)."""
+    side = wanted or (stored_side if stored_side < _native_side(spec) else None)
     return load_pretrained(spec, side, Path(cache) if cache else None)
 
 

@@ -165,7 +165,7 @@ class Run:
         task = self.spec.task
         self._dtype = resolve_precision(task.precision, self.device)
         store = self._store if self._store is not None else open_store(task.store)
-        backbone = pretrained_for(task.model, store.image_size, task.cache)
+        backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
         local = on_device(backbone, self.device)
         self._data = TrialData(self.spec, store, backbone, self.device, reference=local.module)
         model = new_classifier(local, self._data.num_classes, self.device, seed=self._stream("head"))

@@ -31,6 +31,8 @@ class Task:
     store: str
     """Path of the Arrow store (see `trainables.data.store.Store`)."""
     model: ModelSpec
+    image_size: int | None = None
+    """Side of the images that the network sees, in pixels; None = its own, or the store's where that is smaller."""
     epochs: int = 20
     """Budget of one trial, in units (calls of `Trainable.step`)."""
     steps_per_unit: int | None = None
