@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import optuna
 from ray.tune.search import Searcher
-from sqlalchemy import Engine, event
 
 from orchestrator.search import StudySearcher
 from orchestrator.stages import Entry
@@ -27,13 +25,6 @@ Outcome = Callable[[Config], dict[str, Any] | None]
 """Config → the final result; None = the trial raises."""
 
 _ids = itertools.count()
-
-
-@event.listens_for(Engine, "connect")
-def _forget_power_cuts(connection: Any, record: Any) -> None:
-    """Optuna commits some twenty times per trial; on a busy machine, waiting for the disk is most of a test."""
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous=OFF")
 
 
 def entries(*names: str) -> list[Entry]:

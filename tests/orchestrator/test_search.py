@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -82,6 +86,19 @@ def test_one_seed_proposes_the_same_and_another_seed_does_not(tmp_path: Path) ->
         runs.append(list(shown(drive(searcher(tmp_path / name, trials=20, seed=seed)))))
     assert runs[0] == runs[1]
     assert [hparams for _, _, _, hparams, _ in runs[0]] != [hparams for _, _, _, hparams, _ in runs[2]]
+
+
+def test_a_fresh_process_proposes_the_same(tmp_path: Path) -> None:
+    here = [config["hparams"] for config in drive(searcher(tmp_path, trials=18))]
+    (tmp_path / "other").mkdir()
+    code = (
+        "import json, pathlib, sys\nfrom tests.orchestrator.driving import drive, searcher\n"
+        "found = drive(searcher(pathlib.Path(sys.argv[1]), trials=18))\nprint(json.dumps([c['hparams'] for c in found]))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", code, str(tmp_path / "other")]
+    there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(there.stdout.splitlines()[-1]) == here
 
 
 def test_a_study_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -230,6 +247,7 @@ def test_close_withdraws_what_runs(tmp_path: Path) -> None:
     search = searcher(tmp_path)
     first = search.suggest("a")
     search.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["optuna.db"]
     assert [t.state for t in optuna_trials(tmp_path, "s/given")] == [TrialState.FAIL]
     assert searcher(tmp_path).suggest("b") == first
 
