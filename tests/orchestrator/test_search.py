@@ -93,7 +93,8 @@ def test_a_fresh_process_proposes_the_same(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     code = (
         "import json, pathlib, sys\nfrom tests.orchestrator.driving import drive, searcher\n"
-        "found = drive(searcher(pathlib.Path(sys.argv[1]), trials=18))\nprint(json.dumps([c['hparams'] for c in found]))"
+        "found = drive(searcher(pathlib.Path(sys.argv[1]), trials=18))\n"
+        "print(json.dumps([c['hparams'] for c in found]))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", code, str(tmp_path / "other")]
