@@ -118,6 +118,7 @@ class _Decoder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._status = 0
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = self._start()
 
@@ -158,7 +159,6 @@ class _Decoder:
         return None
 
     def _start(self) -> subprocess.Popen[str]:
-        self._status = 0
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.ingest.worker"],
             stdin=subprocess.PIPE,

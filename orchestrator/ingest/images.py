@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +77,7 @@ def decode(data: bytes, side: int, interpolation: str) -> Picture:
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImageError(f"over the limit of {MAX_PIXELS // 10**6} megapixels") from error
+        raise _too_many_pixels(int("".join(re.findall(r"\((\d+) pixels\)", str(error))) or 0)) from error
     except BadImageError:
         raise
     except MemoryError as error:
@@ -107,13 +108,15 @@ def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise BadImageError(
-            f"{width} x {height} is {width * height / 1e6:.0f} megapixels, over the limit of {MAX_PIXELS // 10**6}"
-        )
+        raise _too_many_pixels(width * height)
     if min(width, height) < MIN_SIDE:
         raise BadImageError(f"{width} x {height} is too small: the shorter side must have {MIN_SIDE} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImageError(f"{width} x {height} is too thin: the longer side may be {MAX_ASPECT} times the shorter")
+
+
+def _too_many_pixels(count: int) -> BadImageError:
+    return BadImageError(f"{count / 1e6:.0f} megapixels are over the limit of {MAX_PIXELS // 10**6}")
 
 
 def _finish(image: Image.Image, side: int, interpolation: str) -> Picture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator.ingest.errors import DataError, did_you_mean, few, shown
+from orchestrator.ingest.errors import DataError, few, shown
 from orchestrator.ingest.source import SPLIT_NAMES
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "image_bytes", "bytes")
@@ -83,10 +84,8 @@ class Table:
         for name in names:
             if name in self.schema.names and name != self.image:
                 return name
-        hint = "".join(did_you_mean(name, names) for name in self.schema.names[:1])
         raise DataError(
-            f"A Parquet file needs {what}, called {' or '.join(names)}, but {self.name} has "
-            f"{self._schema_text()}.{hint}"
+            f"A Parquet file needs {what}, called {' or '.join(names)}, but {self.name} has {self._schema_text()}."
         )
 
     def _schema_text(self) -> str:
@@ -140,16 +139,16 @@ class Table:
 def open_checked(file: Path, name: str) -> Any:
     """A `pyarrow.parquet.ParquetFile` that verifies page checksums and is known to hold no extension type.
 
-    Extension types are looked for in the raw metadata: parsing the schema of one that another library has registered
-    may run that library's code on the file's bytes (Ray Data: CVE-2026-41486).
+    Extension types are looked for in the raw bytes of the footer: whatever opens the file parses its schema, and to
+    parse a type that another library has registered may run that library's code on the file's bytes (Ray Data
+    unpickled: CVE-2026-41486).
 
     Raises:
         DataError: no Parquet file, a damaged one, or one with extension types.
     """
     try:
-        metadata = pq.read_metadata(file).metadata or {}
-        schema = base64.b64decode(metadata.get(b"ARROW:schema", b""))
-        if b"ARROW:extension:name" in schema or b"ARROW:extension:name" in b"".join(metadata):
+        footer = _footer(file)
+        if any(mark in footer for mark in _EXTENSION_MARKS):
             raise DataError(
                 f"Parquet columns must be plain Arrow types, but {name} has an extension type, which could run code "
                 "when it is read. Save images as encoded bytes."
@@ -159,6 +158,34 @@ def open_checked(file: Path, name: str) -> Any:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{name} must be a Parquet file, but it cannot be read as one: {error}") from error
+
+
+def _footer(file: Path) -> bytes:
+    """The metadata at the end of a Parquet file: <footer> <length, 4 bytes> PAR1."""
+    with open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 8))
+        tail = stream.read(8)
+        if size < 12 or tail[4:] != b"PAR1":
+            raise ValueError("it does not end like one" if size else "it is empty")
+        length = int.from_bytes(tail[:4], "little")
+        if length > size - 12:
+            raise ValueError("its footer is longer than the file")
+        stream.seek(size - 8 - length)
+        return stream.read(length)
+
+
+def _encodings(text: bytes) -> tuple[bytes, ...]:
+    """How `text` looks in a stream of base64 (Parquet keeps the Arrow schema so), at each of the three alignments."""
+    found = [text]
+    for shift in range(3):
+        whole = base64.b64encode(bytes(shift) + text)
+        # Characters that also depend on what stands before or after the text are left out.
+        found.append(whole[(shift * 8 + 5) // 6 : (shift + len(text)) * 8 // 6])
+    return tuple(found)
+
+
+_EXTENSION_MARKS = _encodings(b"ARROW:extension:name")
 
 
 def encoded_images(file: str, column: str, group: int, rows: Sequence[int]) -> Iterator[bytes | None]:

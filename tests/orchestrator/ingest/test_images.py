@@ -119,15 +119,16 @@ class TestBadFiles:
     def test_d3_something_else(self, data: bytes) -> None:
         assert reason(data) == (f"not a picture (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM): it begins with {data[:8]!r}")
 
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # an error in the workers
     @pytest.mark.parametrize(("width", "height", "megapixels"), [(12_000, 10_000, 120), (11_000, 8_000, 88)])
     def test_d9_more_than_fifty_megapixels_cost_no_memory(self, width: int, height: int, megapixels: int) -> None:
         data = png_claiming(width, height)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        assert reason(data) == f"{width} x {height} is {megapixels} megapixels, over the limit of 50"
+        assert reason(data) == f"{megapixels} megapixels are over the limit of 50"
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
     def test_d8_a_bomb_of_400_megapixels(self) -> None:
-        assert reason(png_claiming(20_000, 20_000)) == "over the limit of 50 megapixels"
+        assert reason(png_claiming(20_000, 20_000)) == "400 megapixels are over the limit of 50"
 
     def test_d10_eps_is_not_opened(self) -> None:
         assert reason(encoded(picture(7), "EPS")).startswith("not a picture")

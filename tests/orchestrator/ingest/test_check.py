@@ -1,0 +1,130 @@
+"""`luthier data check`: everything that a person should know before a study."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from orchestrator.ingest.check import check, detect
+from orchestrator.ingest.errors import DataError
+from orchestrator.ingest.report import DataReport
+from tests.orchestrator.ingest.pictures import domains, fill, picture
+
+
+def shown(report: DataReport) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    report.render(console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory: pytest.TempPathFactory) -> DataReport:
+    """Two domains with one of everything."""
+    root = domains(tmp_path_factory.mktemp("messy"), count=4)
+    picture(100, 64, 48).save(root / "photo" / "ant" / "large.jpg")
+    picture(101).convert("RGBA").save(root / "photo" / "ant" / "clear.png")
+    (root / "photo" / "bee" / "zero.jpg").touch()
+    (root / "sketch" / "cat" / "copy.png").write_bytes((root / "photo" / "ant" / "0000.png").read_bytes())
+    (root / "photo" / "notes.txt").touch()
+    os.mkfifo(root / "photo" / "ant" / "pipe.png")
+    fill(root, {"sketch/dog": 0})
+    return check(root, workers=1)
+
+
+def test_what_was_found(messy: DataReport) -> None:
+    assert (messy.source, messy.layout, messy.images) == ("folder", "<domain>/<class>/*", 27)
+    assert messy.domains == {"photo": {"ant": 6, "bee": 4, "cat": 4}, "sketch": {"ant": 4, "bee": 4, "cat": 5}}
+    assert messy.classes == ["ant", "bee", "cat"]
+    assert messy.formats == {"PNG": 26, "JPEG": 1}
+    assert messy.notes == {"transparent": 1}
+    assert messy.splits == {}
+
+
+def test_sizes(messy: DataReport) -> None:
+    sizes = messy.sizes
+    assert sizes is not None
+    assert (sizes.smallest, sizes.median, sizes.largest) == ((20, 16), (20, 16), (64, 48))
+    assert sizes.most_common == {"20x16": 26, "64x48": 1}
+
+
+def test_unreadable_ignored_and_duplicate_files_are_named(messy: DataReport) -> None:
+    assert messy.unreadable == [{"name": "photo/bee/zero.jpg", "reason": "the file is empty"}]
+    assert {entry["name"] for entry in messy.ignored} == {"photo/ant/pipe.png", "photo/notes.txt", "sketch/dog"}
+    group = ["photo/ant/0000.png", "sketch/cat/copy.png"]
+    assert [g["names"] for g in messy.duplicates["across"]] == [group]
+    assert [g["names"] for g in messy.duplicates["contradictory"]] == [group]
+    assert messy.problems == []
+
+
+def test_it_is_json(messy: DataReport) -> None:
+    again = json.loads(json.dumps(messy.to_dict()))
+    assert again["classes"] == ["ant", "bee", "cat"]
+    assert again["sizes"]["largest"] == [64, 48]
+
+
+def test_it_can_be_read(messy: DataReport) -> None:
+    text = shown(messy)
+    for line in (
+        "27 readable images, 2 domain(s), 3 classes",
+        "Unreadable, will be left out: 1",
+        "  photo/bee/zero.jpg: the file is empty",
+        "In several classes, byte for byte: 1 group(s)",
+        "  photo/ant/0000.png = sketch/cat/copy.png",
+        "1 with transparency; put on white",
+        "A study can use this.",
+    ):
+        assert line in text
+
+
+def test_names_are_not_taken_for_markup(tmp_path: Path) -> None:
+    fill(tmp_path, {"[bold]cat": 3, "<img onerror>": 3})
+    (tmp_path / "[bold]cat" / "[red]x.png").touch()
+    assert "[bold]cat/[red]x.png: the file is empty" in shown(check(tmp_path, workers=1))
+
+
+def test_problems_say_why_a_study_would_refuse(tmp_path: Path) -> None:
+    fill(tmp_path, {"train/cat": 3, "train/dog": 1, "ood/art/fox": 1})
+    report = check(tmp_path, workers=1)
+    assert report.ood_domains == ["art"]
+    assert report.splits == {"train": 4}
+    assert report.problems[0].startswith("Every class must have ID images to learn from, but 'fox' occurs only in OOD")
+    assert "Problem: Every class must have" in shown(report)
+
+
+def test_d25_duplicates_across_given_splits(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{split}/{name}": 2 for split in ("train", "test") for name in ("cat", "dog")})
+    (tmp_path / "test/cat/leak.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
+    (tmp_path / "train/cat/again.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
+    found = check(tmp_path, workers=1).duplicates
+    (group,) = found["across"]
+    assert group["names"] == ["test/cat/leak.png", "train/cat/0000.png", "train/cat/again.png"]
+    assert group["places"] == ["test", "train", "train"]
+    assert (found["contradictory"], found["repeats"]) == ([], 1)
+
+
+class TestDetect:
+    def test_by_what_a_path_holds(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", x=1)
+        (tmp_path / "p" / "deep").mkdir(parents=True)
+        (tmp_path / "p" / "deep" / "b.parquet").touch()
+        assert detect(tmp_path / "a.npz") == "npz"
+        assert detect(tmp_path) == "npz"
+        assert detect(tmp_path / "p") == "parquet"
+        assert detect(tmp_path / "p" / "deep" / "b.parquet") == "parquet"
+        assert detect(domains(tmp_path / "images", count=1)) == "folder"
+        assert detect(Path("digits")) == "digits"
+
+    def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
+        (tmp_path / "x.csv").touch()
+        with pytest.raises(DataError) as error:
+            detect(tmp_path / "x.csv")
+        assert str(error.value) == (
+            f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.csv is none of these."
+        )
