@@ -105,7 +105,8 @@ def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Conversio
         raise ValueError("BatchNorm conversion needs at least one batch of two or more elements, but got none.")
     for name, found in moments.items():
         if not bool(torch.isfinite(found.mean).all() and torch.isfinite(found.variance).all()):
-            raise ValueError(f"BatchNorm conversion needs finite activations, but the input of {name} has NaN or inf.")
+            where = name or "the model itself"
+            raise ValueError(f"BatchNorm conversion needs finite activations, but the input of {where} has NaN or inf.")
     shifts, ratios = [], []
     for name, layer in layers.items():
         if moments[name].weight:

@@ -31,7 +31,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
             f"{len(labels)} labels."
         )
     finite = bool(torch.isfinite(logits).all())
-    ece = multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], n_bins=ECE_BINS, norm="l1")
+    ece = multiclass_calibration_error(logits.float().softmax(1), labels, logits.shape[1], n_bins=ECE_BINS, norm="l1")
     return {
         "acc": float((logits.argmax(1) == labels).double().mean()),
         "nll": float(functional.cross_entropy(logits.double(), labels)),

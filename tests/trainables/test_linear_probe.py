@@ -1,0 +1,236 @@
+"""The linear probe against scikit-learn, its choice of C, and its solution on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+import trainables.linear_probe
+from tests.conformance import StrategyConformance
+from trainables.core.logistic import logistic_path
+from trainables.linear_probe import LinearProbe, best_linear_probe, fit_linear_probe, regularisation_path
+
+
+class TestConformance(StrategyConformance):
+    strategy = "linear_probe"
+    reports = frozenset(["linear_probe/*"])
+
+
+def digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """scikit-learn's handwritten digits, standardised by one scalar mean and deviation."""
+    features, labels = load_digits(return_X_y=True)
+    return (features - features.mean()) / features.std(), labels.astype(np.int64)
+
+
+def objective(features: Any, labels: Any, weight: Any, bias: Any, C: float) -> float:
+    """C · Σ cross-entropy + ½‖W‖², for two classes in scikit-learn's form of one vector of log-odds."""
+    logits = features @ weight.T + bias
+    logits = logits - logits.max(1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+    penalty = np.square(weight[1] - weight[0]).sum() if len(weight) == 2 else np.square(weight).sum()
+    return float(C * losses.sum() + 0.5 * penalty)
+
+
+def reference(features: Any, labels: Any, C: float, steps: int = 10_000) -> tuple[Any, Any]:
+    """scikit-learn's solution, iterated to the end, with a row for each class."""
+    model = LogisticRegression(C=C, tol=1e-7, max_iter=steps).fit(features, labels)
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) > 1:
+        return weight, bias
+    return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("C", [1e-7, 1e-4, 1e-2, 1.0, 100.0])
+def test_it_agrees_with_scikit_learn(classes: int, C: float) -> None:
+    features, labels = digits()
+    chosen = labels < classes
+    train, test = np.flatnonzero(chosen)[:600], np.flatnonzero(chosen)[600:1200]
+    weight, bias = fit_linear_probe(features[train], labels[train], C)
+    assert (weight.shape, bias.shape) == ((classes, 64), (classes,))
+    expected = reference(features[train], labels[train], C)
+    ours = objective(features[train], labels[train], weight, bias, C)
+    # An optimum: no worse than scikit-learn's, and as good to far below the tolerance of the task.
+    assert ours == pytest.approx(objective(features[train], labels[train], *expected, C), rel=1e-5)
+    right = (features[test] @ weight.T + bias).argmax(1) == labels[test]
+    expected_right = (features[test] @ expected[0].T + expected[1]).argmax(1) == labels[test]
+    assert abs(int(right.sum()) - int(expected_right.sum())) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+def test_features_far_from_zero_and_badly_scaled_are_solved_too() -> None:
+    features, labels = digits()
+    scaled = features[:500, 10:40] * np.logspace(-3, 2, 30) + 50
+    weight, bias = fit_linear_probe(scaled, labels[:500], 0.1)
+    expected = objective(scaled, labels[:500], *reference(scaled, labels[:500], 0.1, steps=1000), 0.1)
+    # Here scikit-learn stops before its optimum.
+    assert objective(scaled, labels[:500], weight, bias, 0.1) <= expected * (1 + 1e-6)
+
+
+def test_with_almost_no_freedom_the_probe_knows_only_how_frequent_classes_are() -> None:
+    features, labels = digits()
+    keep = np.concatenate([np.flatnonzero(labels == 0)[:150], np.flatnonzero(labels == 1)[:50]])
+    weight, bias = fit_linear_probe(features[keep], labels[keep], 1e-12)
+    assert np.abs(weight).max() < 1e-8
+    assert bias[0] - bias[1] == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_a_path_gives_the_solutions_of_single_fits() -> None:
+    features, labels = digits()
+    path = regularisation_path(5)
+    for C, (weight, bias) in zip(path, logistic_path(features[:400], labels[:400], path), strict=True):
+        single = fit_linear_probe(features[:400], labels[:400], C)
+        found = objective(features[:400], labels[:400], weight, bias, C)
+        assert found == pytest.approx(objective(features[:400], labels[:400], *single, C), rel=1e-5)
+
+
+def test_the_reference_path() -> None:
+    path = regularisation_path(100)
+    assert len(path) == 100
+    assert [path[0], path[-1]] == pytest.approx([1e-7, 1e2])
+    assert np.diff(np.log10(path)) == pytest.approx(np.full(99, 9 / 99))
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "C", "message"),
+    [
+        (np.eye(2), [0, 1], 0.0, "C must be positive, but got 0.0."),
+        (np.eye(2) * np.nan, [0, 1], 1.0, "Features of a linear probe must be finite, but some are NaN or infinite."),
+        (np.eye(2), [0, 2], 1.0, "A linear probe needs at least two classes, numbered from 0 without a gap, but the "
+                                 "labels hold 0, 2."),
+        (np.eye(2), [0, 0], 1.0, "A linear probe needs at least two classes, numbered from 0 without a gap, but the "
+                                 "labels hold 0."),
+        (np.eye(3), [0, 1], 1.0, "A linear probe needs one row of features per label, but got features of shape (3, 3) "
+                                 "and 2 labels."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fitted(features: Any, labels: list[int], C: float, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        fit_linear_probe(features, np.array(labels), C)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        ({"C": -1.0}, "C must be positive, but got -1.0."),
+        ({"num_C": 1}, "num_C must be at least 2, but got 1."),
+    ],
+)
+def test_bad_knobs(hparams: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        LinearProbe.from_hparams(hparams)
+    assert str(error.value) == message
+
+
+@dataclass
+class Data:
+    """The part of TrialData that the probe uses."""
+
+    train: tuple[NDArray[Any], NDArray[Any]]
+    val: tuple[NDArray[Any], NDArray[Any]]
+    solution_folder: Path
+    num_classes: int = 10
+
+    def features(self, split: str) -> NDArray[Any]:
+        found: NDArray[Any] = getattr(self, split)[0]
+        return found
+
+    def labels(self, split: str) -> NDArray[Any]:
+        found: NDArray[Any] = getattr(self, split)[1]
+        return found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Any:
+    raw, labels = load_digits(return_X_y=True)
+    raw = raw.astype(np.float32)
+    return Data((raw[:300], labels[:300]), (raw[300:700], labels[300:700]), tmp_path / "solutions")
+
+
+def test_the_best_c_on_validation_is_chosen_and_the_standardisation_is_folded_in(data: Any) -> None:
+    features, labels = data.train
+    mean, scale = features.mean(dtype=np.float64), features.std(dtype=np.float64)
+    validation, targets = data.val
+    scores = {}
+    for C in (path := regularisation_path(10)):
+        model = LogisticRegression(C=C, tol=1e-7, max_iter=10_000).fit((features - mean) / scale, labels)
+        inputs = (validation - mean) / scale
+        nll = -np.log(model.predict_proba(inputs)[np.arange(len(targets)), targets]).mean()
+        scores[C] = (model.score(inputs, targets), -nll, model)
+    best = max(scores, key=lambda C: scores[C][:2])
+    probe = best_linear_probe(data, path)
+    assert best == probe.C
+    assert probe.val_accuracy == pytest.approx(scores[best][0], abs=1 / len(targets))
+    expected = scores[best][2].decision_function((validation - mean) / scale)
+    logits = validation @ probe.weight.T + probe.bias
+    np.testing.assert_allclose(logits, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_ties_go_to_the_lower_nll_then_to_the_smaller_c(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    eye = np.eye(10, 64)
+
+    def scripted(features: Any, labels: Any, path: Any) -> Any:
+        # The second and third are equal; the first is as accurate but less sure, the last surely wrong.
+        return iter([(eye * s, np.zeros(10)) for s in (1.0, 3.0, 3.0, -9.0)])
+
+    monkeypatch.setattr(trainables.linear_probe, "logistic_path", scripted)
+    data.val = (np.eye(10, 64, dtype=np.float32), np.arange(10))
+    assert best_linear_probe(data, [0.1, 0.2, 0.3, 0.4]).C == 0.2
+
+
+def test_the_solution_is_computed_once_and_read_by_whoever_comes_next(
+    data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = regularisation_path(4)
+    first = best_linear_probe(data, path)
+
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("solved again")
+
+    monkeypatch.setattr(trainables.linear_probe, "logistic_path", never)
+    second = best_linear_probe(data, path)
+    assert (first.C, first.val_accuracy) == (second.C, second.val_accuracy)
+    np.testing.assert_array_equal(first.weight, second.weight)
+    np.testing.assert_array_equal(first.bias, second.bias)
+    with pytest.raises(AssertionError, match="solved again"):
+        best_linear_probe(data, [*path[:-1], path[-1] * (1 + 1e-9)])
+
+
+def test_a_damaged_solution_is_computed_again(data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path = regularisation_path(4)
+    first = best_linear_probe(data, path)
+    (file,) = data.solution_folder.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-7])
+    second = best_linear_probe(data, path)
+    np.testing.assert_array_equal(first.weight, second.weight)
+    assert f"The stored linear probe {file} is damaged" in caplog.text
+
+
+def test_a_class_without_training_images_is_as_good_as_never_predicted(data: Any) -> None:
+    features, labels = data.train
+    data.train = (features[labels != 3], labels[labels != 3])
+    probe = best_linear_probe(data, [1e-3, 1e-2])
+    logits = np.asarray(data.train[0], np.float64) @ probe.weight.T.astype(np.float64) + probe.bias
+    share = np.exp(logits - logits.max(1, keepdims=True))
+    share /= share.sum(1, keepdims=True)
+    assert share[:, 3].max() == pytest.approx(1e-6, rel=1e-2)
+    assert not probe.weight[3].any()
+    assert probe.val_accuracy > 0.7
+
+
+def test_features_that_are_all_alike_are_an_error(data: Any) -> None:
+    data.train = (np.ones_like(data.train[0]), data.train[1])
+    with pytest.raises(ValueError) as error:
+        best_linear_probe(data, [1.0])
+    assert str(error.value) == (
+        "A linear probe needs features that differ and images of two classes, but the training split has 10 class(es) "
+        "and features of standard deviation 0."
+    )
