@@ -28,8 +28,9 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/luthier demo
 
+# Two at a time, a file never split: a module shares the cluster that it starts.
 test: setup
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

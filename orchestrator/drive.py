@@ -12,10 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from orchestrator.errors import redact
 from orchestrator.setup import entries_of, make_scheduler, metric_of, stages_of
+from orchestrator.yaml_writer import write_yaml
 
 if TYPE_CHECKING:
     from orchestrator.journal import Journal
@@ -47,7 +46,7 @@ class Drive:
         from orchestrator.journal import Journal
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "study.yaml").write_text(yaml.safe_dump(self._plain_spec(), sort_keys=False))
+        (self.folder / "study.yaml").write_text(write_yaml(self._plain_spec()))
         with connect() as cluster, Journal(self.folder / "journal.jsonl") as journal:
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
             cluster.check_shared(self.folder, self.task.store)

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
-import yaml
-
 from orchestrator import shipping
 from orchestrator.cluster_auth import ClusterError, check_access, find_token, probe_dashboard
 from orchestrator.driver_process import environment
 from orchestrator.job import ENDED, INTERRUPTED, Follower
 from orchestrator.portable_study import cautions, resolved_study
+from orchestrator.yaml_writer import write_yaml
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -156,7 +155,7 @@ def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: s
             )
     with tempfile.TemporaryDirectory(prefix="luthier-submit-") as code:
         size = shipping.copy_packages(Path(code))
-        (Path(code) / "study.yaml").write_text(yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True))
+        (Path(code) / "study.yaml").write_text(write_yaml(fields))
         _submit_when_ready(client, name, entrypoint, code, {"study": str(fields["name"]), _FOLDER: folder})
     print(f"Submitted {name} ({size / 2**20:.1f} MiB of code).", file=notes)
     return name

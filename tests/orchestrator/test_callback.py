@@ -148,6 +148,32 @@ def test_tune_can_pickle_it(journal: Journal) -> None:
     assert copy.journal.path == journal.path
 
 
+def given_trials(configs: list[dict[str, Any]]) -> Any:
+    """A Tune searcher that proposes what it is given."""
+    from ray import tune
+
+    class Given(tune.search.Searcher):  # type: ignore[misc]
+        """Proposes what it was given."""
+
+        def __init__(self, configs: list[dict[str, Any]]) -> None:
+            super().__init__(metric="val/acc", mode="max")
+            self.configs = configs
+
+        def suggest(self, trial_id: str) -> Any:
+            return self.configs.pop(0) if self.configs else self.FINISHED
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """Nothing to learn."""
+
+        def save(self, checkpoint_path: str) -> None:
+            Path(checkpoint_path).touch()
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing to restore."""
+
+    return Given(configs)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,25 +198,6 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
         def on_trial_result(self, tune_controller: Any, trial: Any, found: dict[str, Any]) -> str:
             return str(self.STOP if trial.config["label"] == "slow" else self.CONTINUE)
 
-    class Given(tune.search.Searcher):  # type: ignore[misc]
-        """Proposes what it was given."""
-
-        def __init__(self, configs: list[dict[str, Any]]) -> None:
-            super().__init__(metric="val/acc", mode="max")
-            self.configs = configs
-
-        def suggest(self, trial_id: str) -> Any:
-            return self.configs.pop(0) if self.configs else self.FINISHED
-
-        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            """Nothing to learn."""
-
-        def save(self, checkpoint_path: str) -> None:
-            Path(checkpoint_path).touch()
-
-        def restore(self, checkpoint_path: str) -> None:
-            """Nothing to restore."""
-
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
@@ -199,7 +206,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
         tune.Tuner(
             tune.with_resources(Work, {"cpu": 1}),
             tune_config=tune.TuneConfig(
-                search_alg=Given(configs), scheduler=StopOne(), num_samples=-1, max_concurrent_trials=1,
+                search_alg=given_trials(configs), scheduler=StopOne(), num_samples=-1, max_concurrent_trials=1,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
