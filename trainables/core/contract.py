@@ -10,7 +10,8 @@ Who calls what, when (`trainables.core.run.Run`, once per trial and in this orde
 4. per phase: `param_groups(model)`; the groups that the phase names go to a new optimiser, all other parameters get
    `requires_grad = False`. A phase with `solve` has no optimiser: it costs one unit, in which `solve` is called.
 5. per optimiser step: `extra_loss(model, images, logits, labels)`, added to the cross-entropy.
-6. `finalize(model, data)`: once, after the best unit's weights were put back, before test and OOD evaluation.
+6. `finalize(model, data)`: once, after the best unit's weights were put back, before test and OOD evaluation. (At
+   units of `task.evaluate_at` before the last, the same happens to a copy of model and strategy, which is thrown away.)
 
 Shapes: images are float32 (B, 3, H, W), already normalised; logits (B, K); labels int64 (B,).
 """

@@ -41,8 +41,8 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take another trial in the same process. Raises where `setup` would; returning False would stall Tune."""
         self._fresh(new_config)
-        # Ray names an actor once; this line renames it in the logs.
-        print(f":actor_name:{self!r}", flush=True)
+        if self._storage is not None:  # inside an actor: Ray names it once, this line renames it in the logs
+            print(f":actor_name:{self!r}", flush=True)
         return True
 
     def step(self) -> dict[str, Any]:
