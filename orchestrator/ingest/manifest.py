@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,9 @@ def describe(
         seconds: what reading and decoding took.
     """
     samples = source.samples
-    splits = {name: [samples[i].label for i in positions] for name, positions in assignment.splits.items()}
+    splits = {name: Counter(samples[i].label for i in rows) for name, rows in assignment.splits.items()}
     place_of = {int(i): name for name, positions in assignment.splits.items() for i in positions}
-    notes = [note for outcome in outcomes.values() for note in outcome.notes]
+    notes = Counter(note for outcome in outcomes.values() for note in outcome.notes)
     mean, std = _statistics(folder / DATA, list(assignment.splits).index("train"))
     return {
         "format": FORMAT,
@@ -57,15 +58,15 @@ def describe(
         "ood_domains": assignment.ood_domains,
         "unused_domains": assignment.unused_domains,
         "splits": list(splits),
-        "counts": {name: len(labels) for name, labels in splits.items()},
+        "counts": {name: counts.total() for name, counts in splits.items()},
         "class_counts": {
-            name: {c: labels.count(c) for c in assignment.classes if c in labels} for name, labels in splits.items()
+            name: {c: counts[c] for c in assignment.classes if c in counts} for name, counts in splits.items()
         },
         "channel_mean": mean,
         "channel_std": std,
         "quarantine": quarantine_list(source, outcomes),
         "ignored": [left._asdict() for left in source.ignored],
-        "notes": {note: notes.count(note) for note in sorted(set(notes))},
+        "notes": dict(sorted(notes.items())),
         "duplicates": find_duplicates(samples, outcomes, place_of).to_dict(),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(outcomes) / seconds, 1),
@@ -78,8 +79,10 @@ def _statistics(path: Path, batch: int) -> tuple[list[float], list[float]]:
 
     with pa.memory_map(str(path)) as mapped:
         images = pa.ipc.open_file(mapped).get_batch(batch).column("image")
-        pixels = images[:STATISTICS_IMAGES].flatten().to_numpy(zero_copy_only=True).reshape(-1, 3)
+        count = min(len(images), STATISTICS_IMAGES) * images.type.list_size
+        pixels = np.frombuffer(images.values.buffers()[1], np.uint8, count=count).reshape(-1, 3)
         counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])
+        del pixels, images
     values = np.arange(256) / 255
     mean = counts @ values / counts.sum(1)
     variance = counts @ values**2 / counts.sum(1) - mean**2

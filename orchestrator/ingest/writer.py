@@ -67,11 +67,24 @@ def _zeros(size: int) -> mmap.mmap:
 
 
 def _batch(schema: Any, rows: Rows, pixels: mmap.mmap, width: int) -> Any:
-    values = pa.Array.from_buffers(pa.uint8(), len(rows.labels) * width, [None, pa.py_buffer(pixels)])
-    images = pa.FixedSizeListArray.from_arrays(values, width)
-    return pa.record_batch(
-        [images, pa.array(rows.labels), pa.array(rows.domain_ids), pa.array(rows.names, pa.string())], schema=schema
-    )
+    """One record batch, made of buffers: `pa.array` would import pandas, which takes longer than a small ingest."""
+    count = len(rows.labels)
+    values = pa.Array.from_buffers(pa.uint8(), count * width, [None, pa.py_buffer(pixels)])
+    names = [name.encode() for name in rows.names]
+    ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
+    if ends[-1] >= 2**31:
+        raise ValueError(f"The names of a split must have less than 2 GiB in all, but they have {ends[-1]} bytes.")
+    columns = [
+        pa.FixedSizeListArray.from_arrays(values, width),
+        *(
+            pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(np.ascontiguousarray(column, np.int64))])
+            for column in (rows.labels, rows.domain_ids)
+        ),
+        pa.Array.from_buffers(
+            pa.string(), count, [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(names))]
+        ),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _pixel_offsets(path: Path, splits: list[str]) -> dict[str, int]:

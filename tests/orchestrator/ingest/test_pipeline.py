@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -190,7 +191,7 @@ class TestOnce:
         assert read(tmp_path / "moved", tmp_path / "stores").path == first.path
 
     @pytest.mark.parametrize("change", [{"seed": 1}, {"image_size": 12}, {"ood": ("sketch",)}, {"val_fraction": 0.3}])
-    def test_another_request_is_another_store(self, tmp_path: Path, change: dict[str, object]) -> None:
+    def test_another_request_is_another_store(self, tmp_path: Path, change: dict[str, Any]) -> None:
         root = domains(tmp_path / "data")
         first, second = read(root, tmp_path / "stores"), read(root, tmp_path / "stores", **change)
         assert first.path != second.path
