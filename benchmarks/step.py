@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ class ByHand:
                 logits = self.model(images)
                 loss = functional.cross_entropy(logits, labels)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += loss.detach()
             correct += (logits.argmax(1) == labels).sum()
@@ -148,11 +148,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def ready_unit(training: PhaseTraining, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Luthier's `train_unit` on tensors that are ready."""
     set_training_mode(training.model, training.model.backbone if training.head_only else None, training.config.bn_mode)
-    steps = {"first_step": 0, "total_steps": training.total_steps}
-    train_unit(training.model, batches, training.optimizer, training.config, dtype=training.dtype, **steps)
+    total, dtype = training.total_steps, training.dtype
+    train_unit(
+        training.model, batches, training.optimizer, training.config, first_step=0, total_steps=total, dtype=dtype
+    )
 
 
-def measure(sides: dict[str, Callable[[], object]], device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    sides: Mapping[str, Callable[[], object]], device: torch.device, args: argparse.Namespace
+) -> dict[str, Any]:
     """Alternating rounds; the first of each side warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     memory = dict.fromkeys(sides, 0)

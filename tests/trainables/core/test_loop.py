@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,3 +117,23 @@ def test_prediction_keeps_order_and_makes_no_graph() -> None:
 def test_auto_precision_is_float32_on_a_cpu() -> None:
     assert resolve_precision("auto", CPU) is torch.float32
     assert resolve_precision("bfloat16", CPU) is torch.bfloat16
+
+
+def test_a_step_needs_torch_and_timm_only() -> None:
+    """The step benchmark, from the pixels to the updated weights, on a machine with nothing else installed."""
+    script = (
+        "import sys; from benchmarks.step import main; main(); print(sorted({'ray', 'mlflow', 'optuna', 'pyarrow', "
+        "'orchestrator', 'search_spaces', 'torchmetrics', 'scipy', 'sklearn', 'pandas'} & set(sys.modules)))"
+    )
+    size = "--model test_resnet --image-size 32 --device cpu --batch-size 4 --steps 1 --rounds 1".split()
+    done = subprocess.run(
+        [sys.executable, "-c", script, *size],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    *report, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    assert json.loads("\n".join(report))["ratio"] > 0
