@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+log = logging.getLogger("luthier")
 
 FORMAT = 1
 TENSORS = "tensors.safetensors"
@@ -132,7 +135,7 @@ def load_newest(folder: str | Path) -> RunState | None:
         try:
             return load_state(candidate)
         except CheckpointError as error:
-            print(f"Skipped a checkpoint: {error}", flush=True)
+            log.warning("Skipped a checkpoint. %s", error)
     return None
 
 

@@ -71,13 +71,14 @@ def test_a_missing_or_foreign_manifest_is_an_error(tmp_path: Path) -> None:
     assert str(error.value) == f"Checkpoints of format 1 can be read, but {tmp_path / 'new'} has format 9."
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number, unit in ((0, 1), (1, 2), (2, 3)):
         save_state(tmp_path / f"checkpoint_{number:06d}", RunState({}, {"unit": unit}))
     (tmp_path / "checkpoint_000002" / "manifest.json").write_text("{")
     found = load_newest(tmp_path / "checkpoint_000002")
     assert found is not None
     assert found.meta == {"unit": 2}
+    assert [r.getMessage()[:21] for r in caplog.records] == ["Skipped a checkpoint."]
 
 
 def test_without_an_intact_checkpoint_there_is_none(tmp_path: Path) -> None:

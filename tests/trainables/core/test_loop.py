@@ -125,7 +125,7 @@ def test_a_step_needs_torch_and_timm_only() -> None:
         "import sys; from benchmarks.step import main; main(); print(sorted({'ray', 'mlflow', 'optuna', 'pyarrow', "
         "'orchestrator', 'search_spaces', 'torchmetrics', 'scipy', 'sklearn', 'pandas'} & set(sys.modules)))"
     )
-    size = "--model test_resnet --image-size 32 --device cpu --batch-size 4 --steps 1 --rounds 1".split()
+    size = ["--model=test_resnet", "--image-size=32", "--device=cpu", "--batch-size=4", "--steps=1", "--rounds=1"]
     done = subprocess.run(
         [sys.executable, "-c", script, *size],
         capture_output=True,
