@@ -15,7 +15,7 @@ SPACE: dict[str, Law] = {
     ),
     # The paper sweeps absolute rates around 1. Relative to the features' mean squared norm one range serves all
     # backbones: a head from zero learns best at 10 to 30 and diverges above 100, whatever the network
-    # (benchmarks/head_rate.py); with the backbone moving, 1 to 30 are nearly equal on the digits.
+    # (benchmarks/head_rate.py). With the backbone moving, the best rate depends on that of the backbone.
     "lr_head": Law(
         default=10.0,
         distribution=FloatDistribution(0.1, 100.0, log=True),

@@ -45,7 +45,8 @@ class TrainingConfig:
     """η_w, learning rate of the head; None = η_w = η_θ exactly (absolute, as FT and LP-FT of papers/002)."""
     head_rate: Literal["relative", "absolute"] = "relative"
     """relative: the optimiser gets `lr_head / mean ‖φ‖²`, φ the pretrained pooled features of training images, so
-    that one range of `lr_head` fits backbones whose feature scales differ. absolute: `lr_head` as it is."""
+    that one range of `lr_head` fits backbones whose feature scales differ; the bias, whose input is 1, never gets more
+    than `lr_head` itself. absolute: `lr_head` as it is."""
     head_init: Literal["random", "zeros", "linear_probe"] = "random"
     bn_mode: Literal["train", "eval"] = "train"
     """Whether BatchNorm layers use and update batch statistics while training, or keep the pretrained ones."""
