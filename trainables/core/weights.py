@@ -6,7 +6,6 @@ import json
 import logging
 import pickle
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +127,8 @@ def _remedy(name: str) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    text = textwrap.shorten(str(error), 240, placeholder=" …")
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 240 else f"{text[:239]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
