@@ -139,7 +139,7 @@ def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, 
             f"{len(present)} class(es) and features of standard deviation {scale:g}."
         )
     standard = (features - mean) / scale
-    for C, (rows, offsets) in zip(path, logistic_path(standard, positions, path), strict=True):
+    for C, (rows, offsets) in zip(path, logistic_path(standard, positions, path, data.device), strict=True):
         weight, bias = rows / scale, offsets - rows.sum(1) * mean / scale
         if len(present) < data.num_classes:
             weight, bias = _with_absent(weight, bias, present, data.num_classes, features)

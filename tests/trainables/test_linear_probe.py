@@ -138,6 +138,7 @@ class Data:
     val: tuple[NDArray[Any], NDArray[Any]]
     solution_folder: Path
     num_classes: int = 10
+    device: str = "cpu"
 
     def features(self, split: str) -> NDArray[Any]:
         found: NDArray[Any] = getattr(self, split)[0]
@@ -177,7 +178,7 @@ def test_the_best_c_on_validation_is_chosen_and_the_standardisation_is_folded_in
 def test_ties_go_to_the_lower_nll_then_to_the_smaller_c(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     eye = np.eye(10, 64)
 
-    def scripted(features: Any, labels: Any, path: Any) -> Any:
+    def scripted(*arguments: Any) -> Any:
         # The second and third are equal; the first is as accurate but less sure, the last surely wrong.
         return iter([(eye * s, np.zeros(10)) for s in (1.0, 3.0, 3.0, -9.0)])
 
