@@ -80,6 +80,8 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
             where = {"node": result.get("hostname") or result.get("node_ip"), "pid": result.get("pid")}
             self._placed.add(trial.trial_id)
         unit = int(result.get("unit") or result["training_iteration"])
+        if curves := result.get("curves"):
+            where["curves"] = curves
         self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=declared_metrics(result), **where)
 
     @_never_raises
@@ -131,6 +133,7 @@ def _announcement(trial: Trial) -> dict[str, Any]:
         "seed": spec.seed,
         "role": spec.role,
         "held_out": spec.held_out,
+        "sample": spec.sample,
         "config_hash": spec.config_hash,
         "search_values": {},
     }

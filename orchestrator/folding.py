@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.records import INTERRUPTED, TrialRecord
 
-_IDENTITY = ("number", "config_hash", "seed", "role", "held_out")
+_IDENTITY = ("number", "config_hash", "seed", "role", "held_out", "sample")
 
 
 def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
@@ -66,6 +66,7 @@ def suggested(event: Mapping[str, Any]) -> TrialRecord:
         seed=event.get("seed", 0),
         role=event.get("role", "search"),
         held_out=event.get("held_out"),
+        sample=event.get("sample"),
         config_hash=event.get("config_hash", ""),
         search_values=event.get("search_values") or {},
     )
@@ -106,7 +107,13 @@ def _add_result(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
     metrics = {k: v for past in history for k, v in past.items() if k != "unit"} if rewound else dict(record.metrics)
     history.append({"unit": float(unit), **values})
     metrics.update(values)
-    return dataclasses.replace(record, history=tuple(history), metrics=metrics, node=event.get("node") or record.node)
+    return dataclasses.replace(
+        record,
+        history=tuple(history),
+        metrics=metrics,
+        curves={**record.curves, **(event.get("curves") or {})},
+        node=event.get("node") or record.node,
+    )
 
 
 def interruption(record: TrialRecord) -> dict[str, Any]:

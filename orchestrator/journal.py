@@ -3,8 +3,10 @@
 Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch) and `kind`; the kinds are
 
     study_started{study, spec, versions, dataset_digest, …}            study_finished{state}
-    trial_suggested{trial_id, number, strategy, label, hparams, seed, role, held_out, config_hash, search_values}
-    trial_started{trial_id, node, pid}     result{trial_id, unit, metrics}     checkpoint{trial_id, unit, path}
+    measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
+    trial_suggested{trial_id, number, seed, role, held_out, sample, strategy, label, hparams, config_hash,
+                    search_values}
+    trial_started{trial_id, node, pid}     result{trial_id, unit, metrics, curves?}     checkpoint{trial_id, unit, path}
     trial_finished{trial_id, state: "complete"|"pruned"}
     trial_retried{trial_id, reason, error}     trial_failed{trial_id, reason, error}
 

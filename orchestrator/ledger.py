@@ -28,8 +28,8 @@ _STATES: dict[TrialState, Any] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-Identity = tuple[str, int, str, str | None]
-"""(config_hash, seed, role, held_out): what makes a trial the same trial for a resumed study."""
+Identity = tuple[str, int, str, str | None, str | None]
+"""(config_hash, seed, role, held_out, sample): what makes a trial the same trial for a resumed study."""
 
 
 class SearchError(ValueError):
@@ -38,7 +38,7 @@ class SearchError(ValueError):
 
 def identity(trial: TrialSpec | TrialRecord) -> Identity:
     """What a resumed study knows a trial by."""
-    return trial.config_hash, trial.seed, trial.role, trial.held_out
+    return trial.config_hash, trial.seed, trial.role, trial.held_out, trial.sample
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
@@ -116,11 +116,12 @@ class Ledger:
             seed=spec.seed,
             role=spec.role,
             held_out=spec.held_out,
+            sample=spec.sample,
             config_hash=spec.config_hash,
             state="running",
             search_values=dict(trial.params),
         )
-        fields = ("number", "strategy", "hparams", "seed", "role", "held_out")
+        fields = ("number", "strategy", "hparams", "seed", "role", "held_out", "sample")
         trial.set_user_attr("tune_trial_id", trial_id)
         trial.set_user_attr("config_hash", record.config_hash)
         trial.set_user_attr("label", record.label)

@@ -11,7 +11,10 @@ from typing import Any, Literal
 State = Literal["suggested", "running", "complete", "pruned", "failed"]
 
 _EVERY_TRIAL = ("train", "val", "test", "ood", "calib", "best", "held_out", "cost", "lr")
-_DIAGNOSTICS = ("fsr", "plasticity", "distortion", "gradients", "norm_shift", "bn_conversion")
+_DIAGNOSTICS = (
+    *("fsr", "ln_shift", "bn_shift", "plasticity", "distortion", "change", "cka", "grad_norm"),
+    *("bn_conversion", "wise"),
+)
 METRIC_GROUPS = frozenset({*_EVERY_TRIAL, *_DIAGNOSTICS})
 """First path segments of the metric names that every strategy shares; each strategy may add its own name."""
 
@@ -33,8 +36,10 @@ class TrialRecord:
     hparams: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     role: str = "search"
-    """`search`, `fold` (leave one domain out) or `confirm` (fresh seed)."""
+    """`search`, `fold` (leave one domain out), `confirm` (fresh seed) or `reference` (another sample, for FSR)."""
     held_out: str | None = None
+    sample: str | None = None
+    """Training sample of a `reference` trial; None = the study's own."""
     config_hash: str = ""
     """Names strategy, label and hyperparameters; the seeds and roles of one configuration share it."""
     state: State = "suggested"
@@ -42,6 +47,8 @@ class TrialRecord:
     """Last value of every metric."""
     history: tuple[Mapping[str, float], ...] = ()
     """Metrics per unit in order, each with its number under `unit`."""
+    curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Last value of every curve, by name: `columns` (name → values, the x axis first) and `note`."""
     reason: str | None = None
     """Why the trial failed: `nan`, `oom`, `stalled`, `data`, `user`, `infra` or `interrupted`."""
     error: str | None = None

@@ -124,7 +124,9 @@ def _kind(hint: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if typing.get_origin(hint) is list:
-        return "list of entries" if "Entry" in str(arguments[0]) else "list of texts"
+        if arguments[0] is str:
+            return "list of texts"
+        return "list of entries" if "Entry" in str(arguments[0]) else f"list of: {_kind(arguments[0], [])}"
     if typing.get_origin(hint) is dict:
         return "mapping"
     return " or ".join(_kind(argument, metadata) for argument in arguments)

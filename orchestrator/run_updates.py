@@ -83,7 +83,8 @@ class Projection:
 
     def _suggest(self, event: Mapping[str, Any]) -> None:
         fresh, trial_id = suggested(event), str(event["trial_id"])
-        uid = digest([self.study_uid, fresh.number, fresh.config_hash, fresh.seed, fresh.role, fresh.held_out])
+        named = [fresh.number, fresh.config_hash, fresh.seed, fresh.role, fresh.held_out]
+        uid = digest([self.study_uid, *named, *([fresh.sample] if fresh.sample else [])])
         before = next((known for known, its_uid in self._uids.items() if its_uid == uid), None)
         if before is not None:  # the same trial, resumed under a new id: it keeps its run and its history
             del self._uids[before]
@@ -120,8 +121,7 @@ class Projection:
             "config_hash": record.config_hash,
             "number": record.number,
         }
-        if record.held_out:
-            shown["held_out"] = record.held_out
+        shown |= {name: value for name in ("held_out", "sample") if (value := getattr(record, name))}
         return self._header.tags() | {key: clip(str(value)) for key, value in shown.items()}
 
     def _begin(self, update: RunUpdate, record: TrialRecord) -> None:
@@ -169,5 +169,6 @@ class Projection:
 
 
 def _run_name(record: TrialRecord) -> str:
-    extra = {"fold": f"-without-{record.held_out}", "confirm": "-confirm"}.get(record.role, "")
+    roles = {"fold": f"-without-{record.held_out}", "confirm": "-confirm", "reference": f"-reference-{record.sample}"}
+    extra = roles.get(record.role, "")
     return f"{record.number:04d}-{record.label}{extra}"

@@ -178,8 +178,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _record(self, record: TrialRecord) -> None:
         if self._journal is not None:
-            names = ("trial_id", "number", "strategy", "label", "hparams", "seed", "role", "held_out", "config_hash")
-            self._journal.append("trial_suggested", **{n: getattr(record, n) for n in (*names, "search_values")})
+            place = ("trial_id", "number", "seed", "role", "held_out", "sample")
+            names = (*place, "strategy", "label", "hparams", "config_hash", "search_values")
+            self._journal.append("trial_suggested", **{name: getattr(record, name) for name in names})
 
 
 def _unit(result: Mapping[str, Any]) -> int:
@@ -189,6 +190,6 @@ def _unit(result: Mapping[str, Any]) -> int:
 def _contents(entries: Sequence[Entry], task: Task, epochs: int, metrics: Sequence[str], seed: int) -> dict[str, Any]:
     """What trials must have in common to be comparable: not where the data lie, but what is done with them."""
     shared = dataclasses.asdict(task)
-    for name in ("store", "cache", "eval_batch_size", "evaluate_at"):
+    for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
         del shared[name]
     return {**shared, "epochs": epochs, "metric": list(metrics), "seed": seed, "strategies": space_contents(entries)}

@@ -69,6 +69,10 @@ def make_task(spec: StudySpec, store: Store) -> Task:
         augment=tuple(spec.data.augment),
         evaluate_at=rungs_of(spec),
         precision=search.precision,
+        diagnostics=tuple(spec.diagnostics.measure),
+        plasticity_probe=spec.diagnostics.plasticity_probe,
+        plasticity_source=spec.diagnostics.plasticity_source,
+        plasticity_pairs=spec.diagnostics.plasticity_pairs,
     )
 
 

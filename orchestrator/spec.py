@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from orchestrator.diagnostics_spec import DiagnosticsSpec
 from orchestrator.errors import Problem, StudyError
 from orchestrator.rules import (
     check_data,
@@ -23,15 +24,8 @@ from orchestrator.rules import (
     check_tracking_uri,
     named_entry,
 )
+from orchestrator.section import Section
 from orchestrator.selection import VAL_DOMAIN
-
-
-class Section(BaseModel):
-    """What all parts of a study file share: unknown keys and values of another type are errors, never converted."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class DataSpec(Section):
@@ -169,6 +163,7 @@ class StudySpec(Section):
     """Ways of fine-tuning that compete under one budget."""
     search: SearchSpec = SearchSpec()
     confirm: ConfirmSpec = ConfirmSpec()
+    diagnostics: DiagnosticsSpec = DiagnosticsSpec()
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     storage: Annotated[str, BeforeValidator(check_storage)] = "studies"

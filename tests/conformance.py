@@ -39,7 +39,7 @@ AT_THE_END = {
     *("test/acc", "test/nll", "calib/ece", "ood/mean/acc", "ood/worst/acc", "best/val/acc", "best/epoch"),
     *(f"ood/{domain}/{name}" for domain in OOD_DOMAINS for name in ("acc", "nll", "ece")),
 }
-ONCE = {"cost/trainable_parameters", "cost/total_seconds", "cost/first_batch_seconds"}
+ONCE = {"cost/trainable_parameters", "cost/training_images", "cost/total_seconds", "cost/first_batch_seconds"}
 
 
 def same_numbers(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
@@ -197,11 +197,11 @@ class StrategyConformance:
                 last = number == len(history)
                 expected = EVERY_UNIT | (AT_THE_END if last else set())
                 assert expected <= unit.keys()
-                extra = unit.keys() - expected - (ONCE if last or number == 1 else set())
+                extra = unit.keys() - expected - {"curves"} - (ONCE if last or number == 1 else set())
                 assert {name for name in extra if not self.is_declared(name)} == set()
                 assert unit["unit"] == number
                 assert unit["finished"] is last
-                assert all(isinstance(v, float) for k, v in unit.items() if k not in ("finished", "unit"))
+                assert all(isinstance(v, float) for k, v in unit.items() if k not in ("finished", "unit", "curves"))
             assert history[-1].keys() >= ONCE
 
     def is_declared(self, name: str) -> bool:

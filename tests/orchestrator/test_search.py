@@ -266,6 +266,7 @@ def test_the_journal_hears_of_a_trial_before_tune_does(tmp_path: Path) -> None:
     assert told == {
         "trial_id": "b",
         "number": 1,
+        "sample": None,
         "strategy": "full",
         "label": "full",
         "hparams": default,

@@ -10,8 +10,11 @@ Who calls what, when (`trainables.core.run.Run`, once per trial and in this orde
 4. per phase: `param_groups(model)`; the groups that the phase names go to a new optimiser, all other parameters get
    `requires_grad = False`. A phase with `solve` has no optimiser: it costs one unit, in which `solve` is called.
 5. per optimiser step: `extra_loss(model, images, logits, labels)`, added to the cross-entropy.
-6. `finalize(model, data)`: once, after the best unit's weights were put back, before test and OOD evaluation. (At
+6. `Phase.finish(model, data)`: at the end of a phase's last unit, before that unit is validated.
+7. `finalize(model, data)`: once, after the best unit's weights were put back, before validation, test and OOD
+   evaluation of the result. It leaves a network of the pretrained one's structure, under the same tensor names. (At
    units of `task.evaluate_at` before the last, the same happens to a copy of model and strategy, which is thrown away.)
+8. `curves(model, data)`: once, at the very end; evaluates the network at other points and puts every tensor back.
 
 Shapes: images are float32 (B, 3, H, W), already normalised; logits (B, K); labels int64 (B,).
 """
@@ -61,6 +64,9 @@ class TrainingConfig:
     clip_norm: float | None = None
     """Gradient norm limit over all trained parameters; None = no clipping."""
     label_smoothing: float = 0.0
+    wise: float | Literal["sweep"] | None = None
+    """WiSE-FT (Wortsman et al., CVPR 2022): θ_start + α·(θ_tuned − θ_start) in place of the tuned weights. A number is
+    α; sweep = the best α in 0, 0.1 … 1 on ID validation; None = tuned weights as they are."""
 
     def __post_init__(self) -> None:
         positive = {"lr_backbone": self.lr_backbone, "lr_head": self.lr_head, "clip_norm": self.clip_norm}
@@ -74,6 +80,33 @@ class TrainingConfig:
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay cannot be negative, but got {self.weight_decay!r}.")
         check_choices(self)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A small table that a trial measured, kept as an artifact of its run.
+
+    Raises:
+        ValueError: no column, or columns of different lengths.
+    """
+
+    columns: Mapping[str, Sequence[float | str | None]]
+    """Name → values; the first column is the x axis (numbers, or names such as those of layers)."""
+    note: str = ""
+    """One sentence for the reader of the plot."""
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"The columns of a curve must be equally long, and at least one, but got {lengths}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"columns": {name: list(values) for name, values in self.columns.items()}, "note": self.note}
+
+
+Report = Mapping[str, float | Curve]
+"""What a hook measured: metrics by the names of the record, and curves by the names of their artifacts."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +130,10 @@ class Phase:
     units: int
     groups: frozenset[str] | None = None
     """Names of the groups of `param_groups` that move; None = all."""
-    solve: Callable[[Classifier, TrialData], Mapping[str, float]] | None = None
+    solve: Callable[[Classifier, TrialData], Report] | None = None
     """Closed-form step instead of gradient steps; returns metrics to record. Costs `units` = 1."""
+    finish: Callable[[Classifier, TrialData], Report] | None = None
+    """Called once at the end of the phase's last unit, before its validation; returns metrics of that unit."""
 
 
 class Strategy:
@@ -108,6 +143,8 @@ class Strategy:
     needs: ClassVar[frozenset[str]] = frozenset()
     """Layer kinds without which the strategy means nothing ("layer_norm", "batch_norm", "attention"); checked at
     plan time."""
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Packages that the strategy imports beside Luthier's own: import name → the extra of Luthier that brings it."""
     identity_at_start: ClassVar[bool] = True
     """Whether the pooled features right after `prepare` are those of the pretrained network (to rounding)."""
 
@@ -130,7 +167,7 @@ class Strategy:
         """The strategy's public name: the stem of its file."""
         return cls.__module__.rpartition(".")[2]
 
-    def prepare(self, model: Classifier, data: TrialData) -> Mapping[str, float]:
+    def prepare(self, model: Classifier, data: TrialData) -> Report:
         """Freeze, inject, convert, initialise the head; returns metrics to record once (may be empty)."""
         return {}
 
@@ -157,8 +194,13 @@ class Strategy:
         """A scalar to add to the cross-entropy, or None."""
         return None
 
-    def finalize(self, model: Classifier, data: TrialData) -> Mapping[str, float]:
+    def finalize(self, model: Classifier, data: TrialData) -> Report:
         """Post-step on the tuned model (λ, merging); returns metrics to record once (may be empty)."""
+        return {}
+
+    def curves(self, model: Classifier, data: TrialData) -> Report:
+        """What can be learned from the finalised model by evaluation alone, such as accuracy over λ; every tensor is
+        left as it was found."""
         return {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,14 @@ from torch import Tensor
 from trainables import strategy_class
 from trainables.core.backbone import Classifier, new_classifier
 from trainables.core.checkpoint import CheckpointError, RunState, differing
-from trainables.core.contract import Phase
+from trainables.core.contract import Phase, Report
+from trainables.core.ending import final, interim, split
 from trainables.core.loop import check_finite, resolve_precision
 from trainables.core.optim import current_rates
 from trainables.core.plan import Plan, Position
 from trainables.core.randomness import isolated_randomness
 from trainables.core.resident import on_device, open_store, pretrained_for
-from trainables.core.scoring import final_scores, training_scores, validation_scores
+from trainables.core.scoring import training_scores, validation_scores
 from trainables.core.snapshot import Best, movable_names, put_back, take
 from trainables.core.task import TrialSpec, stream_seed
 from trainables.core.training import PhaseTraining, load_optimizer_state, optimizer_state
@@ -60,6 +60,7 @@ class Run:
         self._store, self._started = store, time.perf_counter() if started is None else started
         self._seconds = 0.0
         self._once: dict[str, float] = {}
+        self._curves: dict[str, Any] = {}
         self._model: Classifier | None = None
         self._pristine: dict[str, Tensor] = {}
         self._training: PhaseTraining | None = None
@@ -82,7 +83,8 @@ class Run:
         """Do one unit: train (or solve), validate, and at units of `task.evaluate_at` and the last one test too.
 
         Returns:
-            Flat metrics (floats, names as in the record) with `finished` (bool) and `unit` (1-based count).
+            Flat metrics (floats, names as in the record) with `finished` (bool) and `unit` (1-based count); where the
+            unit measured curves, these too under `curves`, by name as plain dicts (`Curve.to_dict`).
 
         Raises:
             NonFiniteError: the loss became NaN or infinite.
@@ -95,7 +97,7 @@ class Run:
         self._build()
         with isolated_randomness(self._stream("unit", self.unit), self.device):
             metrics = self._advance(self._plan.at(self.unit))
-        metrics |= validation_scores(self.model, self._data, self._dtype)
+        metrics |= validation_scores(self.model, self._data)
         check_finite(metrics["val/nll"], "validation loss", f"after unit {self.unit + 1}")
         self.unit += 1
         self.finished = self.unit == self._plan.units
@@ -112,7 +114,8 @@ class Run:
             metrics |= self._once
         if self.finished:
             metrics["cost/total_seconds"] = self._seconds
-        return {**metrics, "finished": self.finished, "unit": self.unit}
+        curves, self._curves = self._curves, {}
+        return {**metrics, "finished": self.finished, "unit": self.unit} | ({"curves": curves} if curves else {})
 
     def state(self) -> RunState:
         """Everything that the next unit depends on; see `trainables.core.checkpoint` for writing it to disk."""
@@ -178,7 +181,11 @@ class Run:
         self._movable = movable_names(model, groups)
         moving = {id(p): p.numel() for group in groups for p in group.parameters}
         if self._restored is None:
-            self._once = {**report, "cost/trainable_parameters": float(sum(moving.values()))}
+            self._once = {
+                **self._metrics_of(report),
+                "cost/trainable_parameters": float(sum(moving.values())),
+                "cost/training_images": float(self._data.train_size),
+            }
         else:
             self._put_restored(self._restored)
 
@@ -190,9 +197,9 @@ class Run:
         began = time.perf_counter()
         if at.phase.solve is not None:
             self._training = None
-            metrics = dict(at.phase.solve(self.model, self._data))
+            metrics = self._metrics_of(at.phase.solve(self.model, self._data))
             seconds, images = time.perf_counter() - began, self._data.train_size
-            metrics |= training_scores(self.model, self._data, self._dtype)
+            metrics |= training_scores(self.model, self._data)
         else:
             if at.unit_in_phase == 0:
                 self._training = self._begin(at.phase)
@@ -201,22 +208,23 @@ class Run:
             seconds, images = time.perf_counter() - began, result.images
             metrics = {"train/loss": result.loss, "train/acc": result.accuracy}
         metrics |= current_rates(self._training.optimizer if self._training else None)
+        if at.phase.finish is not None and at.unit_in_phase + 1 == at.phase.units:
+            metrics |= self._metrics_of(at.phase.finish(self.model, self._data))
         return metrics | {"cost/images_per_second": images / seconds}
 
     def _evaluate(self) -> dict[str, float]:
-        """Scores of the best unit so far, finalised. Before the last unit this happens on a copy, so that training
-        goes on from exactly the weights that it had."""
-        model, strategy = self.model, self.strategy
-        if not self.finished:
-            model, strategy = copy.deepcopy((model, strategy))
-        put_back(model, self.best.tensors)
         with isolated_randomness(self._stream("finalize"), self.device):
-            report = dict(strategy.finalize(model, self._data))
+            found = (final if self.finished else interim)(self.model, self.strategy, self._data, self.best)
         if self.finished:
             self._training = None
-            self._once |= report
-        scores = final_scores(model, self._data, self._dtype)
-        return {**report, **scores, "best/val/acc": self.best.accuracy, "best/epoch": float(self.best.unit)}
+            self._once |= found.report
+        self._curves |= {name: curve.to_dict() for name, curve in found.curves.items()}
+        return {**found.report, **found.scores}
+
+    def _metrics_of(self, report: Report) -> dict[str, float]:
+        metrics, curves = split(report)
+        self._curves |= {name: curve.to_dict() for name, curve in curves.items()}
+        return metrics
 
     def _put_restored(self, state: RunState) -> None:
         weights, digest = state.meta["identity"]["weights"], self._data.backbone.digest

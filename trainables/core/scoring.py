@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainables.core.loop import predict
+from trainables.core.loop import predict, resolve_precision
 from trainables.core.snapshot import is_pristine
 from trainables.data.samples import HELD_OUT
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
 
 
-def score(model: Classifier, data: TrialData, split: str, dtype: torch.dtype, pristine: bool) -> dict[str, float]:
+def score(model: Classifier, data: TrialData, split: str, pristine: bool) -> dict[str, float]:
     """`acc`, `nll` and `ece` of the model in eval mode on one split.
 
     Args:
@@ -32,34 +32,35 @@ def score(model: Classifier, data: TrialData, split: str, dtype: torch.dtype, pr
             logits: Tensor = model.head(features).float().cpu()
         labels = torch.tensor(data.labels(split))
     else:
+        dtype = resolve_precision(data.spec.task.precision, data.device)
         logits, labels = predict(model, data.batches(split), dtype)
     return {name: float(value) for name, value in classification_metrics(logits, labels).items()}
 
 
-def validation_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
+def validation_scores(model: Classifier, data: TrialData) -> dict[str, float]:
     """`val/acc` and `val/nll`."""
-    values = score(model, data, "val", dtype, is_pristine(model.backbone, data.reference))
+    values = score(model, data, "val", is_pristine(model.backbone, data.reference))
     return {"val/acc": values["acc"], "val/nll": values["nll"]}
 
 
-def training_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
+def training_scores(model: Classifier, data: TrialData) -> dict[str, float]:
     """`train/loss` and `train/acc` of a closed-form solution, which has no training loss of its own."""
-    values = score(model, data, "train", dtype, is_pristine(model.backbone, data.reference))
+    values = score(model, data, "train", is_pristine(model.backbone, data.reference))
     return {"train/loss": values["nll"], "train/acc": values["acc"]}
 
 
-def final_scores(model: Classifier, data: TrialData, dtype: torch.dtype) -> dict[str, float]:
+def final_scores(model: Classifier, data: TrialData) -> dict[str, float]:
     """ID test, calibration, every OOD domain with mean and worst accuracy, and the held-out domain if there is one."""
     pristine = is_pristine(model.backbone, data.reference)
-    test = score(model, data, "test", dtype, pristine)
+    test = score(model, data, "test", pristine)
     found = {"test/acc": test["acc"], "test/nll": test["nll"], "calib/ece": test["ece"]}
     accuracies = []
     for domain in data.ood_domains:
-        values = score(model, data, f"ood/{domain}", dtype, pristine)
+        values = score(model, data, f"ood/{domain}", pristine)
         found |= {f"ood/{domain}/{name}": values[name] for name in ("acc", "nll", "ece")}
         accuracies.append(values["acc"])
     if accuracies:
         found |= {"ood/mean/acc": sum(accuracies) / len(accuracies), "ood/worst/acc": min(accuracies)}
     if data.spec.held_out is not None:
-        found["held_out/acc"] = score(model, data, HELD_OUT, dtype, pristine)["acc"]
+        found["held_out/acc"] = score(model, data, HELD_OUT, pristine)["acc"]
     return found

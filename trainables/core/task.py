@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+DIAGNOSTICS = ("shift", "distortion", "cka", "plasticity", "gradients")
+"""Names of what a trial can measure beside its scores: shift of the norm layers' γ and β, distortion of features and
+change of parameters, CKA per block, plasticity after tuning, gradient norms per kind of layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -41,6 +45,9 @@ class Task:
     eval_batch_size: int = 256
     train_fraction: float = 1.0
     """Share of each class of the training split that is used; nested (a smaller share is contained in a larger)."""
+    train_on: str | None = None
+    """OOD domain whose labelled images take the place of the training split: for the oracle reference of FSR alone,
+    never for a trial that is compared with others."""
     augment: tuple[str, ...] = ()
     """Training augmentations, any of `trainables.data.transforms.AUGMENTATIONS`."""
     evaluate_at: tuple[int, ...] = ()
@@ -48,6 +55,13 @@ class Task:
     last unit always is."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
+    diagnostics: tuple[str, ...] = ("shift", "distortion")
+    """What each trial measures beside its scores, any of `DIAGNOSTICS`."""
+    plasticity_probe: Literal["embedding", "in_situ"] = "embedding"
+    """How plasticity is measured, see `trainables.diagnostics.plasticity`."""
+    plasticity_source: str | None = None
+    """Domain of the pretraining-like images of plasticity's pairs; None = the trial's own training images."""
+    plasticity_pairs: int = 256
     cache: str | None = None
     """Folder for features and pretrained demo networks; None = `$LUTHIER_CACHE` or `~/.cache/luthier`."""
 
@@ -56,7 +70,7 @@ class Task:
         """Rebuild a task from `dataclasses.asdict` (lists become tuples again). Unknown keys raise TypeError."""
         values = dict(fields)
         model = values.pop("model")
-        for name in ("augment", "evaluate_at"):
+        for name in ("augment", "evaluate_at", "diagnostics"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls(model=model if isinstance(model, ModelSpec) else ModelSpec(**model), **values)
@@ -72,10 +86,14 @@ class TrialSpec:
     seed: int = 0
     label: str = ""
     """Name of the entry of the study file (two entries may use one strategy); empty = the strategy's name."""
-    role: Literal["search", "fold", "confirm"] = "search"
-    """Why the trial runs: proposed by the search, a leave-one-domain-out fold, or a re-run on a fresh seed."""
+    role: Literal["search", "fold", "confirm", "reference"] = "search"
+    """Why the trial runs: proposed by the search, a leave-one-domain-out fold, a re-run on a fresh seed, or a reference
+    for FSR on another sample of training images."""
     held_out: str | None = None
     """ID domain left out of training and validation (role `fold`); its accuracy is reported as `held_out/acc`."""
+    sample: str | None = None
+    """Name of the training sample of a `reference` trial ("0.25", "full", "oracle:sketch"); what it means is said by
+    the task. None = the study's own."""
 
     @property
     def config_hash(self) -> str:

@@ -29,12 +29,15 @@ def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) ->
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
     """Split → parts, each a split of the store and positions (ascending) in it.
 
-    `train` is the fraction of the task; a held-out domain leaves `train` and `val` and makes the split `held_out`.
+    `train` is the fraction of the task, or all of the domain of `task.train_on`; a held-out domain leaves `train` and
+    `val` and makes the split `held_out`.
 
     Raises:
-        ValueError: the held-out domain is not an ID domain, or no other is left.
+        ValueError: the held-out domain is not an ID domain, or no other is left; `train_on` is not an OOD domain.
     """
     parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
+    if spec.task.train_on is not None:
+        return _oracle(spec.task.train_on, parts)
     used = store.fraction("train", spec.task.train_fraction)
     parts["train"] = [("train", np.arange(used, dtype=np.int64))]
     if spec.held_out is None:
@@ -53,3 +56,11 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
                 f"The ID domains are {', '.join(domains)}."
             )
     return parts
+
+
+def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[str, list[tuple[str, Indices]]]:
+    """`train` replaced by a whole OOD domain; validation stays that of the ID domains."""
+    if f"ood/{domain}" not in parts:
+        known = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
+        raise ValueError(f"An oracle reference trains on an OOD domain ({known or 'none'}), but got {domain!r}.")
+    return {**parts, "train": parts[f"ood/{domain}"]}
