@@ -145,6 +145,8 @@ class Strategy:
     plan time."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that the strategy imports beside Luthier's own: import name → the extra of Luthier that brings it."""
+    measures: ClassVar[frozenset[str]] = frozenset()
+    """Diagnostics (`trainables.core.task.DIAGNOSTICS`) that belong to the strategy whatever the task asks for."""
     identity_at_start: ClassVar[bool] = True
     """Whether the pooled features right after `prepare` are those of the pretrained network (to rounding)."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from trainables.core.contract import Curve
+from trainables.core.contract import Curve, Strategy
+from trainables.core.loop import resolve_precision
+from trainables.core.snapshot import is_pristine
+from trainables.core.task import stream_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,18 +16,59 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainables.core.backbone import Classifier
+    from trainables.core.scoring import Watch
     from trainables.data.trial_data import TrialData
 
+CKA_IMAGES, CKA_BATCH = 256, 64
+"""How many images of the ID test split CKA is estimated on, and in batches of which size: the same images, in the same
+order, for all trials on one store."""
 
-def end_of_trial(
-    model: Classifier, data: TrialData, kept: Mapping[str, Tensor], last: Mapping[str, Tensor]
-) -> dict[str, float | Curve]:
-    """The diagnostics that the task asks for.
+
+class Diagnosis:
+    """The diagnostics that the task asks for, or that belong to the strategy.
 
     Args:
-        model: the finalised network.
-        data: the trial's data; `data.reference` is the pretrained network.
-        kept: tensors of the best unit that training may have changed, before `finalize` (names of the classifier).
-        last: the same after the last unit.
+        strategy, data: the trial's; `data.reference` is the pretrained network.
     """
-    return {}
+
+    def __init__(self, strategy: Strategy, data: TrialData) -> None:
+        self._wanted = {*strategy.measures, *data.spec.task.diagnostics}
+        self._data = data
+        self.watch: Watch | None = None
+        """Sees the features of the pass that scores the finalised network; None = nothing needs them."""
+        if "distortion" in self._wanted:
+            from trainables.diagnostics.distortion import FeatureDistortion
+
+            self._distortion = FeatureDistortion(data)
+            self.watch = self._distortion.watch
+
+    def report(
+        self, model: Classifier, start: Mapping[str, Tensor], kept: Mapping[str, Tensor], last: Mapping[str, Tensor]
+    ) -> dict[str, float | Curve]:
+        """Metrics and curves, by the names of the record.
+
+        Args:
+            model: the finalised network, scored already.
+            start: see `trainables.core.snapshot.changed_start`.
+            kept: tensors of the best unit that training may have changed, before `finalize` (names of the classifier).
+            last: the same after the last unit.
+        """
+        found: dict[str, float | Curve] = {}
+        if "distortion" in self._wanted:
+            from trainables.diagnostics.change import change_report, parameter_change
+
+            found |= self._distortion.report()
+            found |= change_report(parameter_change(self._data.reference, start, model.state_dict()))
+        if "cka" in self._wanted:
+            found |= self._cka(model)
+        return found
+
+    def _cka(self, model: Classifier) -> dict[str, float | Curve]:
+        from trainables.diagnostics.cka import block_cka, cka_report
+
+        data, model = self._data, model.eval()
+        after = data.reference if is_pristine(model.backbone, data.reference) else model.backbone
+        batches = data.batches("test", batch_size=CKA_BATCH, shuffle_seed=stream_seed(0, "cka"))
+        images = (batch for batch, _ in islice(batches, CKA_IMAGES // CKA_BATCH))
+        dtype = resolve_precision(data.spec.task.precision, data.device)
+        return cka_report(block_cka(data.reference, after, images, dtype))

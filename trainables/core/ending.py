@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from trainables.core.contract import Curve, Report, Strategy
-from trainables.core.diagnosing import end_of_trial
-from trainables.core.scoring import final_scores, validation_scores
+from trainables.core.diagnosing import Diagnosis
+from trainables.core.scoring import Watch, final_scores, validation_scores
 from trainables.core.snapshot import Best, put_back, take
 
 if TYPE_CHECKING:
@@ -27,22 +30,27 @@ class Ending:
     curves: dict[str, Curve] = field(default_factory=dict)
 
 
-def interim(model: Classifier, strategy: Strategy, data: TrialData, best: Best) -> Ending:
+def interim(model: Classifier, strategy: Strategy, data: TrialData, best: Best, start: Mapping[str, Tensor]) -> Ending:
     """Scores of the best unit so far, finalised. Happens on a copy, so that training goes on from exactly the weights
-    that it had."""
+    that it had. Arguments as for `final`."""
     model, strategy = copy.deepcopy((model, strategy))
     put_back(model, best.tensors)
     report, curves = split(strategy.finalize(model, data))
     return Ending(_scores(model, strategy, data, best), report, curves)
 
 
-def final(model: Classifier, strategy: Strategy, data: TrialData, best: Best) -> Ending:
-    """Put the best unit's weights back, finalise them, score and diagnose them; `model` is the trial's result then."""
+def final(model: Classifier, strategy: Strategy, data: TrialData, best: Best, start: Mapping[str, Tensor]) -> Ending:
+    """Put the best unit's weights back, finalise them, score and diagnose them; `model` is the trial's result then.
+
+    Args:
+        start: see `trainables.core.snapshot.changed_start`.
+    """
     last = take(model, best.tensors)
     put_back(model, best.tensors)
     report, curves = split(strategy.finalize(model, data))
-    scores = _scores(model, strategy, data, best)
-    for found in (strategy.curves(model, data), end_of_trial(model, data, best.tensors, last)):
+    diagnosis = Diagnosis(strategy, data)
+    scores = _scores(model, strategy, data, best, diagnosis.watch)
+    for found in (strategy.curves(model, data), diagnosis.report(model, start, best.tensors, last)):
         metrics, more = split(found)
         report |= metrics
         curves |= more
@@ -55,9 +63,11 @@ def split(report: Report) -> tuple[dict[str, float], dict[str, Curve]]:
     return {name: value for name, value in report.items() if not isinstance(value, Curve)}, curves
 
 
-def _scores(model: Classifier, strategy: Strategy, data: TrialData, best: Best) -> dict[str, float]:
+def _scores(
+    model: Classifier, strategy: Strategy, data: TrialData, best: Best, watch: Watch | None = None
+) -> dict[str, float]:
     """`best/val/acc` is that of the weights which are tested: what `finalize` did to them counts."""
     accuracy = best.accuracy
     if type(strategy).finalize is not Strategy.finalize:
         accuracy = validation_scores(model, data)["val/acc"]
-    return {**final_scores(model, data), "best/val/acc": accuracy, "best/epoch": float(best.unit)}
+    return {**final_scores(model, data, watch), "best/val/acc": accuracy, "best/epoch": float(best.unit)}

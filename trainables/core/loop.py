@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 """Pairs of inputs (B, …) and int64 labels (B,), both on the device."""
 
 
+class Observer(Protocol):
+    """Something that watches the steps of one unit, such as `trainables.diagnostics.gradients.GradientNorms`; it must
+    neither change anything nor wait for the device before `means`."""
+
+    def __call__(self) -> None: ...
+
+    def means(self) -> dict[str, float]: ...
+
+
 class NonFiniteError(RuntimeError):
     """Training or validation loss became NaN or infinite: the trial failed and its numbers mean nothing."""
 
@@ -30,6 +39,8 @@ class UnitResult:
     loss: float
     accuracy: float
     images: int
+    observed: Mapping[str, float] = field(default_factory=dict)
+    """What an observer measured over its steps, by the names of the record."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -66,6 +77,7 @@ def train_unit(
     total_steps: int,
     dtype: torch.dtype = torch.float32,
     extra_loss: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None,
+    observer: Observer | None = None,
 ) -> UnitResult:
     """One optimiser step per batch; the device is read only once, at the end.
 
@@ -78,6 +90,7 @@ def train_unit(
         total_steps: steps of the whole phase, the length of the schedule.
         dtype: autocast type of the forward pass.
         extra_loss: `(inputs, logits, labels)` → scalar to add, or None.
+        observer: looks at every step's gradients before they are clipped.
 
     Raises:
         NonFiniteError: a loss of the unit was NaN or infinite.
@@ -98,6 +111,8 @@ def train_unit(
                 loss = loss + extra
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        if observer is not None:
+            observer()
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimizer.step()
@@ -110,7 +125,7 @@ def train_unit(
         raise ValueError("A unit must have at least one batch, but got none.")
     mean_loss = float(loss_sum) / images
     check_finite(mean_loss, "training loss", f"by step {step - first_step} of its unit")
-    return UnitResult(mean_loss, int(correct) / images, images)
+    return UnitResult(mean_loss, int(correct) / images, images, observer.means() if observer is not None else {})
 
 
 def check_finite(value: float, what: str, where: str) -> None:

@@ -19,7 +19,7 @@ from trainables.core.plan import Plan, Position
 from trainables.core.randomness import isolated_randomness
 from trainables.core.resident import on_device, open_store, pretrained_for
 from trainables.core.scoring import training_scores, validation_scores
-from trainables.core.snapshot import Best, movable_names, put_back, take
+from trainables.core.snapshot import Best, changed_start, movable_names, put_back, take
 from trainables.core.task import TrialSpec, stream_seed
 from trainables.core.training import PhaseTraining, load_optimizer_state, optimizer_state
 from trainables.data.trial_data import TrialData
@@ -166,7 +166,6 @@ class Run:
         if self._model is not None:
             return
         task = self.spec.task
-        self._dtype = resolve_precision(task.precision, self.device)
         store = self._store if self._store is not None else open_store(task.store)
         backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
         local = on_device(backbone, self.device)
@@ -176,6 +175,7 @@ class Run:
         self._model = model
         with isolated_randomness(self._stream("prepare"), self.device):
             report = self.strategy.prepare(model, self._data)
+        self._start = changed_start(model, self._pristine)
         self._plan = Plan.of(self.strategy, task.epochs, task.steps_per_unit or self._data.steps_per_epoch)
         groups = self.strategy.param_groups(model)
         self._movable = movable_names(model, groups)
@@ -190,8 +190,8 @@ class Run:
             self._put_restored(self._restored)
 
     def _begin(self, phase: Phase) -> PhaseTraining:
-        steps = self._plan.unit_steps
-        return PhaseTraining(self.model, self.strategy, phase, self._data, unit_steps=steps, dtype=self._dtype)
+        steps, dtype = self._plan.unit_steps, resolve_precision(self.spec.task.precision, self.device)
+        return PhaseTraining(self.model, self.strategy, phase, self._data, unit_steps=steps, dtype=dtype)
 
     def _advance(self, at: Position) -> dict[str, float]:
         began = time.perf_counter()
@@ -206,7 +206,7 @@ class Run:
             assert self._training is not None
             result = self._training.unit(self.spec.seed, at.steps_before, at.unit_in_phase)
             seconds, images = time.perf_counter() - began, result.images
-            metrics = {"train/loss": result.loss, "train/acc": result.accuracy}
+            metrics = {"train/loss": result.loss, "train/acc": result.accuracy, **result.observed}
         metrics |= current_rates(self._training.optimizer if self._training else None)
         if at.phase.finish is not None and at.unit_in_phase + 1 == at.phase.units:
             metrics |= self._metrics_of(at.phase.finish(self.model, self._data))
@@ -214,7 +214,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         with isolated_randomness(self._stream("finalize"), self.device):
-            found = (final if self.finished else interim)(self.model, self.strategy, self._data, self.best)
+            found = (final if self.finished else interim)(self.model, self.strategy, self._data, self.best, self._start)
         if self.finished:
             self._training = None
             self._once |= found.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
 
 
-def score(model: Classifier, data: TrialData, split: str, pristine: bool) -> dict[str, float]:
+Watch = Callable[[str], Callable[[Tensor], None]]
+"""Split → a function that takes the pooled features (B, D) of its batches, in order and without shuffling."""
+
+
+def score(
+    model: Classifier, data: TrialData, split: str, pristine: bool, watch: Callable[[Tensor], None] | None = None
+) -> dict[str, float]:
     """`acc`, `nll` and `ece` of the model in eval mode on one split.
 
     Args:
         pristine: the backbone is bit for bit the pretrained one, so that its cached features serve.
+        watch: sees the features (B, D) of the pass that gives the logits.
     """
     from trainables.diagnostics.evaluation import classification_metrics
 
@@ -28,12 +36,15 @@ def score(model: Classifier, data: TrialData, split: str, pristine: bool) -> dic
     if pristine:
         # `torch.tensor` copies into aligned memory: matrix products on mapped memory may round differently.
         features = torch.tensor(data.features(split)).to(data.device)
+        if watch is not None:
+            watch(features)
         with torch.no_grad():
             logits: Tensor = model.head(features).float().cpu()
         labels = torch.tensor(data.labels(split))
     else:
         dtype = resolve_precision(data.spec.task.precision, data.device)
-        logits, labels = predict(model, data.batches(split), dtype)
+        forward = model if watch is None else _watched(model, watch)
+        logits, labels = predict(forward, data.batches(split), dtype)
     return {name: float(value) for name, value in classification_metrics(logits, labels).items()}
 
 
@@ -49,14 +60,18 @@ def training_scores(model: Classifier, data: TrialData) -> dict[str, float]:
     return {"train/loss": values["nll"], "train/acc": values["acc"]}
 
 
-def final_scores(model: Classifier, data: TrialData) -> dict[str, float]:
-    """ID test, calibration, every OOD domain with mean and worst accuracy, and the held-out domain if there is one."""
+def final_scores(model: Classifier, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
+    """ID test, calibration, every OOD domain with mean and worst accuracy, and the held-out domain if there is one.
+
+    Args:
+        watch: sees the features on ID test and OOD domains, of the same passes.
+    """
     pristine = is_pristine(model.backbone, data.reference)
-    test = score(model, data, "test", pristine)
+    test = score(model, data, "test", pristine, watch and watch("test"))
     found = {"test/acc": test["acc"], "test/nll": test["nll"], "calib/ece": test["ece"]}
     accuracies = []
     for domain in data.ood_domains:
-        values = score(model, data, f"ood/{domain}", pristine)
+        values = score(model, data, f"ood/{domain}", pristine, watch and watch(f"ood/{domain}"))
         found |= {f"ood/{domain}/{name}": values[name] for name in ("acc", "nll", "ece")}
         accuracies.append(values["acc"])
     if accuracies:
@@ -64,3 +79,13 @@ def final_scores(model: Classifier, data: TrialData) -> dict[str, float]:
     if data.spec.held_out is not None:
         found["held_out/acc"] = score(model, data, HELD_OUT, pristine)["acc"]
     return found
+
+
+def _watched(model: Classifier, watch: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
+    def forward(images: Tensor) -> Tensor:
+        features = model.features(images)
+        watch(features)
+        logits: Tensor = model.head(features)
+        return logits
+
+    return forward

@@ -54,6 +54,18 @@ def take(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the head's tensors, and of those of the pretrained network that a strategy's `prepare` changed: with
+    `pristine` for all others, the weights that training starts from. Tensors that a strategy adds are no part of it.
+
+    Args:
+        pristine: the pretrained tensors by the classifier's names.
+    """
+    state = {k: v for k, v in model.state_dict().items() if k in pristine or k.startswith("head.")}
+    return {name: value.clone() for name, value in state.items() if not same_bits(value, pristine.get(name))}
+
+
+@torch.no_grad()
 def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into the model in place; the others stay. A name that the model lacks is a KeyError."""
     state = model.state_dict()

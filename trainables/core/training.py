@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.core.contract import Phase, Strategy, TrainingConfig
-from trainables.core.loop import Batches, UnitResult, predict, set_training_mode, train_unit
+from trainables.core.loop import Batches, Observer, UnitResult, predict, set_training_mode, train_unit
 from trainables.core.optim import build_optimizer, freeze_all_but, select_groups
 from trainables.core.snapshot import is_pristine
 from trainables.core.task import stream_seed
@@ -80,7 +80,15 @@ class PhaseTraining:
             total_steps=self.total_steps,
             dtype=self.dtype,
             extra_loss=self._extra_loss,
+            observer=self._observer(),
         )
+
+    def _observer(self) -> Observer | None:
+        if "gradients" not in {*self.strategy.measures, *self.data.spec.task.diagnostics}:
+            return None
+        from trainables.diagnostics.gradients import GradientNorms, moving_kinds
+
+        return GradientNorms(moving_kinds(self.model))
 
     def _forward(self) -> Callable[[Tensor], Tensor]:
         if self._features is not None:

@@ -1,0 +1,114 @@
+"""Linear CKA between a network before and after tuning, block by block.
+
+Kornblith et al. (ICML 2019) compare activations by centred kernel alignment, with all positions of an image in one
+vector. Nguyen, Raghu & Kornblith (ICLR 2021, eq. 2-4) estimate it over mini-batches with the unbiased HSIC of Song et
+al. (JMLR 2012), so that its expectation does not depend on the size of the batches and no activations are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainables.core.contract import Curve
+from trainables.core.loop import autocast
+from trainables.diagnostics.layers import blocks
+
+SMALLEST_BATCH = 4
+"""The unbiased HSIC needs four samples."""
+NOTE = "Linear CKA between a block's activations in the pretrained and in the tuned network (1 = alike)."
+
+
+def gram(activations: Tensor) -> Tensor:
+    """(B, …) activations → (B, B) float64 inner products of the centred rows; zero where they differ by no more than
+    rounding. Centring changes no value of the HSIC, only its rounding."""
+    with torch.autocast(activations.device.type, enabled=False):
+        rows = activations.detach().flatten(1).float()
+        centred = rows - rows.mean(0)
+        alike = centred.norm() <= 4 * torch.finfo(torch.float32).eps * rows.norm()
+        return torch.where(alike, 0.0, (centred @ centred.T).double())
+
+
+def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """HSIC₁ of two (n, n) Gram matrices, n ≥ 4 (Song et al. 2012, eq. 5; Nguyen et al. 2021, eq. 3)."""
+    n = len(k)
+    k, l = k - torch.diag(k.diagonal()), l - torch.diag(l.diagonal())  # noqa: E741
+    rows_k, rows_l = k.sum(1), l.sum(1)
+    means = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
+    return ((k * l).sum() + means - 2 / (n - 2) * (rows_k @ rows_l)) / (n * (n - 3))
+
+
+@torch.no_grad()
+def block_cka(
+    before: nn.Module, after: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype = torch.float32
+) -> dict[str, float | None]:
+    """CKA of every block that the forward pass reaches, in the order of the network; None where a block's activations
+    are the same for all images.
+
+    Args:
+        before, after: backbones of one structure, both in eval mode; the same object twice costs one pass and gives 1.
+        batches: images (B, 3, H, W); batches of fewer than four are left out.
+        dtype: autocast type of the forward passes.
+
+    Raises:
+        ValueError: no batch of four images or more, or the blocks differ.
+    """
+    names = blocks(before)
+    if list(names) != list(blocks(after)):
+        raise ValueError("CKA compares two networks of one structure, but their blocks differ.")
+    sums: dict[str, Tensor] = {}
+    for images in batches:
+        if len(images) < SMALLEST_BATCH:
+            continue
+        first = _grams(before, images, dtype)
+        second = first if after is before else _grams(after, images, dtype)
+        for name, k in first.items():
+            l = second[name]  # noqa: E741
+            found = torch.stack([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
+            sums[name] = sums[name] + found if name in sums else found
+    if not sums:
+        raise ValueError(f"CKA needs a batch of at least {SMALLEST_BATCH} images, but got none.")
+    return {name: _ratio(*sums[name].tolist()) for name in names if name in sums}
+
+
+def cka_report(found: dict[str, float | None]) -> dict[str, float | Curve]:
+    """`cka/mean` over the blocks, and the curve `cka` (block, cka)."""
+    values = [value for value in found.values() if value is not None]
+    curve = Curve({"block": list(found), "cka": list(found.values())}, NOTE)
+    return {"cka": curve} | ({"cka/mean": sum(values) / len(values)} if values else {})
+
+
+def _grams(network: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = _activations(output, len(images))
+            if tensor is not None:
+                found[name] = gram(tensor)
+
+        return record
+
+    hooks = [block.register_forward_hook(recorder(name)) for name, block in blocks(network).items()]
+    try:
+        with autocast(images.device, dtype):
+            network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _activations(output: Any, count: int) -> Tensor | None:
+    """The first tensor with one row per image (some blocks return their grid size or several streams)."""
+    outputs = output if isinstance(output, (tuple, list)) else [output]
+    tensors = (o for o in outputs if isinstance(o, Tensor) and o.ndim > 1 and len(o) == count)
+    return next(tensors, None)
+
+
+def _ratio(both: float, first: float, second: float) -> float | None:
+    return both / math.sqrt(first * second) if first > 0 and second > 0 else None

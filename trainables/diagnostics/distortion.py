@@ -1,0 +1,107 @@
+"""Feature distortion (papers/002, Fig. 1): how far fine-tuning moved the pooled features of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainables.core.contract import Curve
+from trainables.data.pixels import to_device
+
+if TYPE_CHECKING:
+    from trainables.data.trial_data import TrialData
+
+QUANTILES = (0.05, 0.5, 0.95)
+"""Recorded as metrics, `cosine_q05` and so on."""
+GRID = tuple(round(0.05 * i, 2) for i in range(21))
+"""Quantiles of the curve."""
+NOTE = (
+    "Quantiles over images of cosine similarity and L2 distance between pooled features of the pretrained and of the "
+    "tuned network."
+)
+
+
+def feature_distortion(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine similarity and L2 distance, image by image.
+
+    Equal rows give exactly 1 and exactly 0: all three products are sums of the same numbers in the same order, and the
+    square root of a square is exact. A cosine needs two directions; where both features are zero nothing changed (1),
+    where only one is, no direction was kept (0).
+
+    Args:
+        before, after: (N, D) features of the same N images.
+
+    Returns:
+        Two tensors (N,) float64 on the device of `after`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if before.shape != after.shape or before.ndim != 2:
+        raise ValueError(
+            "Distortion compares two (N, D) sets of features of the same images, but got shapes "
+            f"{tuple(before.shape)} and {tuple(after.shape)}."
+        )
+    a, b = before.to(after.device, torch.float64), after.double()
+    squares = (a * a).sum(1), (b * b).sum(1)
+    scale = (squares[0] * squares[1]).sqrt()
+    cosine = torch.where(scale == 0, (squares[0] == squares[1]).double(), (a * b).sum(1) / scale)
+    return cosine.clamp(-1, 1), torch.linalg.vector_norm(b - a, dim=1)
+
+
+class FeatureDistortion:
+    """Distortion of a trial's features, split by split, taken from the pass that scores the tuned network.
+
+    The features before are those of the PRETRAINED backbone, from the shared cache, also for a strategy that converts
+    the network first: the conversion of DAFT leaves the function as it is.
+
+    Args:
+        data: the trial's.
+    """
+
+    def __init__(self, data: TrialData) -> None:
+        self._data = data
+        self._found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def watch(self, split: str) -> Callable[[Tensor], None]:
+        """A function that takes the tuned features (B, D) of the split's batches, in the order of `data.batches`; a
+        second pass over a split replaces the first. No batch makes the host wait for the device."""
+        before, position = self._data.features(split), 0
+        found: list[tuple[Tensor, Tensor]] = []
+        self._found[split] = found
+
+        def add(after: Tensor) -> None:
+            nonlocal position
+            rows = to_device(before[position : position + len(after)], after.device)
+            found.append(feature_distortion(rows, after.detach()))
+            position += len(after)
+
+        return add
+
+    def report(self) -> dict[str, float | Curve]:
+        """`distortion/<split>/cosine` and `/l2` (means), `/cosine_q05`, `_q50`, `_q95`, and so for L2; splits are
+        `test` and `ood/<domain>`. The curve `distortion` has their quantiles in steps of 5 %."""
+        metrics: dict[str, float | Curve] = {}
+        columns: dict[str, list[float | str | None]] = {"quantile": list(GRID)}
+        for split, batches in self._found.items():
+            for name, parts in zip(("cosine", "l2"), zip(*batches, strict=True), strict=True):
+                values = torch.cat(parts).cpu()
+                metrics[f"distortion/{split}/{name}"] = float(values.mean())
+                for quantile in QUANTILES:
+                    metrics[f"distortion/{split}/{name}_q{100 * quantile:02.0f}"] = float(_quantile(values, quantile))
+                columns[f"{split}/{name}"] = [float(_quantile(values, quantile)) for quantile in GRID]
+        if self._found:
+            metrics["distortion"] = Curve(columns, NOTE)
+        return metrics
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Linear interpolation between order statistics, as `numpy.quantile`; without torch's limit on the size."""
+    ordered = values.sort().values
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return torch.lerp(ordered[low], ordered[high], position - low)

@@ -1,0 +1,71 @@
+"""Gradient norms per kind of layer during training (papers/003 logs them per component), without waiting for the
+device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from trainables.diagnostics.layers import layer_kinds
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+
+
+class GradientNorms:
+    """Mean over steps of ‖∂L/∂W_kind‖₂, all tensors of a kind as one vector.
+
+    Call it once per step, between the backward pass and clipping. Sums stay on the device until `means`. One object
+    serves one unit, so that nothing has to be kept in a checkpoint.
+
+    Args:
+        kinds: name → parameters that move; a parameter that has no gradient in a step counts as zero there.
+
+    Raises:
+        ValueError: no parameter at all.
+    """
+
+    def __init__(self, kinds: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self.kinds = [kind for kind, parameters in kinds.items() if parameters]
+        self._parameters = [p for kind in self.kinds for p in kinds[kind]]
+        if not self._parameters:
+            raise ValueError("Gradient norms need at least one parameter that moves, but got none.")
+        numbers = [i for i, kind in enumerate(self.kinds) for _ in kinds[kind]]
+        device = self._parameters[0].device
+        self._owner = torch.tensor(numbers, device=device)
+        self._sums = torch.zeros(len(self.kinds), dtype=torch.float64, device=device)
+        self._steps = 0
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Take the norms of the gradients as they are now."""
+        gradients = [p.grad for p in self._parameters]
+        present = [g for g in gradients if g is not None]
+        self._steps += 1
+        if not present:
+            return
+        squares = torch.stack(list(torch._foreach_norm(present))).double().square()
+        owner = self._owner
+        if len(present) < len(gradients):
+            owner = owner[[i for i, g in enumerate(gradients) if g is not None]]
+        self._sums += torch.zeros_like(self._sums).index_add_(0, owner, squares).sqrt_()
+
+    def means(self) -> dict[str, float]:
+        """`grad_norm/<kind>`; waits for the device once. Empty before the first step."""
+        if self._steps == 0:
+            return {}
+        values = (self._sums / self._steps).tolist()
+        return {f"grad_norm/{kind}": value for kind, value in zip(self.kinds, values, strict=True)}
+
+
+def moving_kinds(model: Classifier) -> dict[str, list[nn.Parameter]]:
+    """Kind of layer → parameters of the classifier that require gradients."""
+    kinds = {f"backbone.{name}": kind for name, kind in layer_kinds(model.backbone).items()}
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault(kinds.get(name, "head"), []).append(parameter)
+    return found
