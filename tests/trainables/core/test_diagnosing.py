@@ -1,0 +1,110 @@
+"""Which diagnostics a trial takes, and that taking them changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from tests.conformance import same_numbers, same_tensors
+from tests.synthetic import shapes
+from trainables.core import run as run_module
+from trainables.core.checkpoint import load_state, save_state
+from trainables.core.run import Run
+from trainables.core.task import ModelSpec, Task, TrialSpec
+from trainables.diagnostics.cka import block_cka
+from trainables.full import Full
+
+OWN = ("distortion/", "change/", "cka/", "grad_norm/")
+CURVES = {"distortion": ("distortion", "change", "change_by_stage"), "cka": ("cka",)}
+
+
+class Curious(Full):
+    """Full fine-tuning that always wants CKA."""
+
+    measures: ClassVar[frozenset[str]] = frozenset({"cka"})
+
+
+@pytest.fixture
+def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
+    """`make("full", "cnn", diagnostics=(…))`: two units on the tiny networks."""
+
+    def make(strategy: str = "full", kind: str = "vit", **fields: Any) -> Run:
+        model = ModelSpec(name=network(kind))
+        task = Task(store="memory", model=model, epochs=2, batch_size=16, cache=str(tmp_path), **fields)
+        return Run(TrialSpec(task=task, strategy=strategy, seed=1), store=shapes(), device="cpu")
+
+    return make
+
+
+def finish(run: Run) -> list[dict[str, Any]]:
+    history = []
+    while not run.finished:
+        history.append(run.step())
+    return history
+
+
+def measured(unit: dict[str, Any]) -> set[str]:
+    """First segments of the names of diagnostics among a unit's metrics."""
+    return {name.partition("/")[0] for name in unit if name.startswith(OWN)}
+
+
+def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable[..., Run]) -> None:
+    for names, groups in (
+        ((), set()),
+        (("distortion",), {"distortion", "change"}),
+        (("cka",), {"cka"}),
+        (("distortion", "cka"), {"distortion", "change", "cka"}),
+    ):
+        first, last = finish(make(diagnostics=names))
+        assert measured(first) == set()
+        assert measured(last) == groups
+        assert set(last.get("curves", {})) == {curve for name in names for curve in CURVES[name]}
+
+
+def test_a_strategy_may_measure_more(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "strategy_class", lambda name: Curious)
+    assert measured(finish(make(diagnostics=()))[-1]) == {"cka"}
+    assert measured(finish(make(diagnostics=("distortion",)))[-1]) == {"distortion", "change", "cka"}
+
+
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_measuring_changes_no_score_and_no_weight(make: Callable[..., Run], kind: str) -> None:
+    plain, watched = make(kind=kind, diagnostics=()), make(kind=kind, diagnostics=("distortion", "cka", "gradients"))
+    a, b = finish(plain), finish(watched)
+    kept = [{k: v for k, v in unit.items() if not k.startswith(OWN) and k != "curves"} for unit in b]
+    assert same_numbers(a, kept)
+    assert same_tensors(plain.model.state_dict(), watched.model.state_dict())
+
+
+def test_a_rung_before_the_last_measures_nothing(make: Callable[..., Run]) -> None:
+    history = finish(make(diagnostics=("distortion", "cka"), evaluate_at=(1,)))
+    assert "test/acc" in history[0]
+    assert measured(history[0]) == set()
+
+
+def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[..., Run]) -> None:
+    run = make(diagnostics=("cka",), kind="cnn")
+    last = finish(run)[-1]
+    curve = last["curves"]["cka"]["columns"]
+    images, _ = next(run.data.batches("test", batch_size=32))
+    expected = block_cka(run.data.reference, copy.deepcopy(run.model.backbone).eval(), [images])
+    assert dict(zip(curve["block"], curve["cka"], strict=True)) == pytest.approx(expected, rel=1e-3)
+    assert last["cka/mean"] == pytest.approx(sum(curve["cka"]) / len(curve["cka"]))
+    assert last["cka/mean"] < 0.999
+    assert make("linear_probe", diagnostics=("cka",)).step()["cka/mean"] == 1.0
+
+
+def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: Path) -> None:
+    fields = {"strategy": "daft", "kind": "cnn", "diagnostics": ("distortion", "cka")}
+    whole, first, second = (make(**fields) for _ in range(3))
+    history = finish(whole)
+    start = first.step()
+    save_state(tmp_path / "state", first.state())
+    second.load_state(load_state(tmp_path / "state"))
+    torch.manual_seed(5)
+    assert same_numbers(history, [start, *finish(second)])
