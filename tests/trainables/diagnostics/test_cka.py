@@ -192,6 +192,14 @@ def test_activations_that_do_not_vary_have_no_cka() -> None:
     assert report["cka"].columns == {"block": ["blocks.0", "blocks.1"], "cka": [1.0, None]}  # type: ignore[union-attr]
 
 
+def test_differences_of_a_last_digit_are_no_activations() -> None:
+    digit = torch.finfo(torch.float32).eps
+    rows = 1000 * (1 + digit * torch.randint(2, (7, 50), generator=torch.Generator().manual_seed(0)))
+    assert rows.unique().numel() == 2
+    assert not gram(rows).any()
+    assert gram(rows + 0.1 * random(7, 50)).any()
+
+
 def test_batches_below_four_images_are_left_out() -> None:
     before, after = stack(0), stack(1)
     full = batches(2)

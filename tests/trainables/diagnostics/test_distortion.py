@@ -26,7 +26,8 @@ def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Cal
     """`make("full", "cnn", lr_backbone=…)`: a short run on the tiny networks."""
 
     def make(strategy: str, kind: str = "vit", **hparams: Any) -> Run:
-        task = Task(store="memory", model=ModelSpec(name=network(kind)), epochs=2, batch_size=16, cache=str(tmp_path))
+        sizes = {"batch_size": 16, "eval_batch_size": 12}
+        task = Task(store="memory", model=ModelSpec(name=network(kind)), epochs=2, cache=str(tmp_path), **sizes)
         return Run(TrialSpec(task=task, strategy=strategy, hparams=hparams, seed=1), store=shapes(), device="cpu")
 
     return make
