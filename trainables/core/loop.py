@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.core.contract import TrainingConfig
+from trainables.core.faults import reach
 from trainables.core.optim import rate_factor, set_rates
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -109,6 +110,8 @@ def train_unit(
             extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
             if extra is not None:
                 loss = loss + extra
+        if reach("step", step=step - first_step + 1) == "nan":
+            loss = loss * torch.nan
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if observer is not None:
