@@ -67,8 +67,10 @@ class Diagnosis:
         from trainables.diagnostics.cka import block_cka, cka_report
 
         data, model = self._data, model.eval()
-        after = data.reference if is_pristine(model.backbone, data.reference) else model.backbone
+        unchanged = is_pristine(model.backbone, data.reference)
+        after = data.reference if unchanged else model.backbone
         batches = data.batches("test", batch_size=CKA_BATCH, shuffle_seed=stream_seed(0, "cka"))
-        images = (batch for batch, _ in islice(batches, CKA_IMAGES // CKA_BATCH))
+        count = 1 if unchanged else CKA_IMAGES // CKA_BATCH  # an unchanged network has 1 on any images
+        images = (batch for batch, _ in islice(batches, count))
         dtype = resolve_precision(data.spec.task.precision, data.device)
         return cka_report(block_cka(data.reference, after, images, dtype))

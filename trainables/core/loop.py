@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -112,13 +112,7 @@ def train_unit(
                 loss = loss + extra
         if reach("step", step=step - first_step + 1) == "nan":
             loss = loss * torch.nan
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if observer is not None:
-            observer()
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimizer.step()
+        _update(loss, optimizer, parameters, config.clip_norm, observer)
         loss_sum += loss.detach() * len(labels)
         correct += (logits.detach().argmax(1) == labels).sum()
         images, step = images + len(labels), step + 1
@@ -129,6 +123,22 @@ def train_unit(
     mean_loss = float(loss_sum) / images
     check_finite(mean_loss, "training loss", f"by step {step - first_step} of its unit")
     return UnitResult(mean_loss, int(correct) / images, images, observer.means() if observer is not None else {})
+
+
+def _update(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    clip_norm: float | None,
+    observer: Observer | None,
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if observer is not None:
+        observer()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    optimizer.step()
 
 
 def check_finite(value: float, what: str, where: str) -> None:

@@ -88,7 +88,7 @@ class PhaseTraining:
             return None
         from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 
-        return GradientNorms(moving_kinds(self.model))
+        return GradientNorms(moving_kinds(self.model, self.data.reference))
 
     def _forward(self) -> Callable[[Tensor], Tensor]:
         if self._features is not None:

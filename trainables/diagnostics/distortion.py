@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
 
 QUANTILES = (0.05, 0.5, 0.95)
-"""Recorded as metrics, `cosine_q05` and so on."""
+"""Recorded as metrics, `cosine_q05` and so on; all in `GRID`."""
 GRID = tuple(round(0.05 * i, 2) for i in range(21))
 """Quantiles of the curve."""
 NOTE = (
@@ -88,20 +89,12 @@ class FeatureDistortion:
         columns: dict[str, list[float | str | None]] = {"quantile": list(GRID)}
         for split, batches in self._found.items():
             for name, parts in zip(("cosine", "l2"), zip(*batches, strict=True), strict=True):
-                values = torch.cat(parts).cpu()
+                values = torch.cat(parts).cpu().numpy()
+                quantiles = dict(zip(GRID, np.quantile(values, GRID).tolist(), strict=True))
                 metrics[f"distortion/{split}/{name}"] = float(values.mean())
-                for quantile in QUANTILES:
-                    metrics[f"distortion/{split}/{name}_q{100 * quantile:02.0f}"] = float(_quantile(values, quantile))
-                columns[f"{split}/{name}"] = [float(_quantile(values, quantile)) for quantile in GRID]
+                for share in QUANTILES:
+                    metrics[f"distortion/{split}/{name}_q{100 * share:02.0f}"] = quantiles[share]
+                columns[f"{split}/{name}"] = list(quantiles.values())
         if self._found:
             metrics["distortion"] = Curve(columns, NOTE)
         return metrics
-
-
-def _quantile(values: Tensor, share: float) -> Tensor:
-    """Linear interpolation between order statistics, as `numpy.quantile`; without torch's limit on the size."""
-    ordered = values.sort().values
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return torch.lerp(ordered[low], ordered[high], position - low)

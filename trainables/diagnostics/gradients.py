@@ -3,13 +3,13 @@ device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from trainables.diagnostics.layers import layer_kinds
+from trainables.diagnostics.layers import fine_kinds
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
@@ -61,11 +61,25 @@ class GradientNorms:
         return {f"grad_norm/{kind}": value for kind, value in zip(self.kinds, values, strict=True)}
 
 
-def moving_kinds(model: Classifier) -> dict[str, list[nn.Parameter]]:
-    """Kind of layer → parameters of the classifier that require gradients."""
-    kinds = {f"backbone.{name}": kind for name, kind in layer_kinds(model.backbone).items()}
+def moving_kinds(model: Classifier, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Kind (component of a transformer block, else kind of layer) → parameters of the classifier that need gradients.
+
+    Args:
+        pretrained: the backbone as it was before a strategy injected anything; what was injected has the kind of the
+            layer that it was injected into, `other` outside of any layer.
+    """
+    kinds = {f"backbone.{name}": kind for name, kind in fine_kinds(pretrained).items()}
+    layers = {name.rpartition(".")[0]: kind for name, kind in kinds.items() if name.count(".") > 1}
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found.setdefault(kinds.get(name, "head"), []).append(parameter)
+            around = (layers[layer] for layer in _inside_out(name) if layer in layers)
+            kind = "head" if name.startswith("head.") else kinds.get(name) or next(around, "other")
+            found.setdefault(kind, []).append(parameter)
     return found
+
+
+def _inside_out(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

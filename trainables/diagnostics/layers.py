@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from trainables.core.vit_blocks import COMPONENTS, component_kinds
+
 KINDS = ("embed", "attention", "mlp", "conv", "linear", "norm", "scale", "other", "head")
 """Kinds of layers: patch, position and token embeddings; attention (projections, position bias); the feed-forward part
 of a block; other convolutions; other linear maps; normalisation (γ and β of any norm layer); learned scales such as
@@ -20,7 +22,10 @@ _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _SCALE = re.compile(r"^(gamma(_?\d)?|ls\d?|layer_?scale\w*|skipinit_gain)$")
 _CHANNEL_GATE = re.compile(r"^(se(module)?|squeezeexcite\w*|effectivesemodule|c?ecamodule|cbam\w*|gather\w*)$")
 """Gates over channels, which timm keeps under the name `attn` although they are no attention over tokens."""
-_AROUND = (("attention", re.compile(r"attn|attention")), ("mlp", re.compile(r"mlp|ffn|feed_?forward|swiglu")))
+_AROUND = (
+    ("attention", re.compile(r"attn|attention|cpb|rel_pos")),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|swiglu")),
+)
 _EMBED = re.compile(r"embed|(^|_)(tokens?|pos)$")
 
 
@@ -28,6 +33,18 @@ def layer_kinds(backbone: nn.Module) -> dict[str, str]:
     """Parameter name → one of `KINDS` (never `head`), by the module that owns the parameter and those around it."""
     modules = dict(backbone.named_modules())
     return {name: _kind(name, modules) for name, _ in backbone.named_parameters()}
+
+
+def fine_kinds(backbone: nn.Module) -> dict[str, str]:
+    """As `layer_kinds`, but with the transformer's components by their own names (`ln1`, `mha`, `ln2`, `fc1`, `fc2`,
+    `final_norm`) where they are defined."""
+    kinds = layer_kinds(backbone)
+    try:
+        components = component_kinds(backbone)
+    except ValueError:  # no transformer, or one whose blocks are made otherwise
+        return kinds
+    named = (*COMPONENTS, "final_norm")
+    return {name: components[name] if components[name] in named else kind for name, kind in kinds.items()}
 
 
 def statistics(backbone: nn.Module) -> dict[str, str]:

@@ -22,6 +22,7 @@ from trainables.core.loop import train_unit
 from trainables.core.optim import build_optimizer
 from trainables.core.run import Run
 from trainables.core.task import ModelSpec, Task, TrialSpec, stream_seed
+from trainables.core.vit_blocks import COMPONENTS
 from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 
 
@@ -59,17 +60,17 @@ def test_they_are_means_over_the_steps_before_clipping(make: Callable[..., Run])
     run = make(diagnostics=("gradients",), hparams={"clip_norm": 1e-3, "lr_backbone": 0.05, "schedule": "constant"})
     model = copy.deepcopy(run.model).train()
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    expected: dict[str, list[float]] = {kind: [] for kind in moving_kinds(model)}
+    expected: dict[str, list[float]] = {kind: [] for kind in moving_kinds(model, run.data.reference)}
     for images, labels in run.data.batches("train", shuffle_seed=stream_seed(1, "shuffle", 0), drop_last=True):
         sgd.zero_grad()
         functional.cross_entropy(model(images), labels).backward()
-        for kind, parameters in moving_kinds(model).items():
+        for kind, parameters in moving_kinds(model, run.data.reference).items():
             expected[kind].append(length([p.grad for p in parameters if p.grad is not None]))
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         sgd.step()
     assert len(expected["head"]) == 4
     found = norms(run.step())
-    assert {"embed", "norm", "head"} < found.keys() == expected.keys()
+    assert found.keys() == expected.keys() == {*COMPONENTS, "final_norm", "embed", "head"}
     assert found == pytest.approx({kind: sum(values) / 4 for kind, values in expected.items()}, rel=1e-4)
     assert found["head"] > 1e-3
 
@@ -81,7 +82,26 @@ def test_only_what_moves_is_measured_and_only_when_asked_for(
     monkeypatch.setattr(run_module, "strategy_class", lambda name: HeadThenAll)
     run = make()  # the strategy itself asks
     assert norms(run.step()).keys() == {"head"}
-    assert norms(run.step()).keys() > {"head", "norm"}
+    assert norms(run.step()).keys() > {"head", "mha", "ln1"}
+
+
+def test_injected_parameters_have_the_kind_of_their_layer(make: Callable[..., Run]) -> None:
+    model, reference = make().model, make().data.reference
+    qkv: Any = model.backbone.get_submodule("blocks.0.attn.qkv")
+    qkv.adapter = nn.Module()
+    qkv.adapter.down = nn.Linear(16, 2, bias=False)
+    model.backbone.prompt = nn.Parameter(torch.zeros(1))
+    found = {kind: {id(p) for p in parameters} for kind, parameters in moving_kinds(model, reference).items()}
+    assert id(qkv.adapter.down.weight) in found["mha"]
+    assert found["other"] == {id(model.backbone.prompt)}
+    model.requires_grad_(False)
+    model.head.bias.requires_grad_(True)
+    assert moving_kinds(model, reference) == {"head": [model.head.bias]}
+
+
+def test_kinds_of_a_convolutional_network(make: Callable[..., Run]) -> None:
+    run = make(kind="cnn", diagnostics=("gradients",))
+    assert norms(run.step()).keys() == {"conv", "norm", "head"}
 
 
 def test_watching_changes_no_number(make: Callable[..., Run]) -> None:

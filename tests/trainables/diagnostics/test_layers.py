@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from trainables.diagnostics.layers import KINDS, blocks, layer_kinds, stages, statistics
+from trainables.diagnostics.layers import KINDS, blocks, fine_kinds, layer_kinds, stages, statistics
 
 
 def build(name: str) -> nn.Module:
@@ -42,6 +42,7 @@ def test_every_parameter_of_a_vision_transformer() -> None:
         ("beit_base_patch16_224", "blocks.0.gamma_1", "scale"),
         ("cait_xxs24_224", "blocks.0.gamma_1", "scale"),
         ("swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn.relative_position_bias_table", "attention"),
+        ("swinv2_tiny_window8_256", "layers.0.blocks.0.attn.cpb_mlp.0.weight", "attention"),
         ("swin_tiny_patch4_window7_224", "layers.1.downsample.reduction.weight", "linear"),
         ("maxvit_tiny_tf_224", "stages.0.blocks.0.attn_block.mlp.fc1.weight", "mlp"),  # an MLP in an attention block
         ("maxvit_tiny_tf_224", "stages.0.blocks.0.attn_block.attn.qkv.weight", "attention"),
@@ -55,6 +56,22 @@ def test_every_parameter_of_a_vision_transformer() -> None:
 )
 def test_kinds_of_other_families(network: str, tensor: str, kind: str) -> None:
     assert layer_kinds(build(network))[tensor] == kind
+
+
+@pytest.mark.parametrize(
+    ("network", "finer"),
+    [
+        ("vit_tiny_patch16_224", {"ln1", "mha", "ln2", "fc1", "fc2", "final_norm", "embed"}),
+        ("swin_tiny_patch4_window7_224", {"ln1", "mha", "ln2", "fc1", "fc2", "final_norm", "embed", "linear", "norm"}),
+        ("resnet18", {"conv", "norm"}),
+        ("levit_128s", {"conv", "norm", "attention", "mlp"}),  # attention, but no LayerNorm
+    ],
+)
+def test_components_where_they_are_defined(network: str, finer: set[str]) -> None:
+    model = build(network)
+    assert set(fine_kinds(model).values()) == finer
+    coarse = {"ln1": "norm", "ln2": "norm", "final_norm": "norm", "mha": "attention", "fc1": "mlp", "fc2": "mlp"}
+    assert {name: coarse.get(kind, kind) for name, kind in fine_kinds(model).items()} == layer_kinds(model)
 
 
 @pytest.mark.parametrize(
