@@ -1,0 +1,180 @@
+"""Rates of change of the components of transformer blocks, taken while a forward pass runs through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from trainables.core.vit_blocks import COMPONENTS, Block, linear_width
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One function that the forward pass calls: a component, or one of the two maps of a gated FC1."""
+
+    block: int
+    kind: str
+    first: bool
+    """Whether this function's input is counted (the maps of a gated FC1 share theirs)."""
+    owner: nn.Module
+    method: str
+    module: nn.Module
+
+
+class Probes:
+    """Wraps the components of blocks; a context manager that leaves the network as it was.
+
+    Args:
+        blocks: see `trainables.core.vit_blocks.find_blocks`.
+        embedding: apply the components to the embeddings, else to what enters them.
+    """
+
+    def __init__(self, blocks: Sequence[Block], embedding: bool) -> None:
+        self._blocks, self._embedding = blocks, embedding
+        self._probes = [probe for i, block in enumerate(blocks) for probe in _probes(i, block)]
+        self._pairs = 0
+        self._inputs: dict[tuple[int, str], Tensor] = {}
+        self._outputs: dict[tuple[int, str], Tensor] = {}
+        self._by_shape: dict[torch.Size, Tensor] = {}
+        self._latest: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Probes:
+        for probe in self._probes:
+            # An attribute of the instance hides the method of its class, for `__call__` as for the block itself.
+            setattr(probe.owner, probe.method, self._wrapped(probe, getattr(probe.owner, probe.method)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        for probe in self._probes:
+            delattr(probe.owner, probe.method)
+        self._clear()
+
+    def rates(self, forward: Callable[[], Any], pairs: int) -> NDArray[np.float64]:
+        """Rates (components, blocks, pairs) of one forward pass; NaN where x and y are equal.
+
+        Args:
+            forward: runs the network on a batch of 2·pairs images, first all x, then all y.
+            pairs: number of pairs.
+
+        Raises:
+            ValueError: a component cannot be applied to the tokens, or was never called.
+        """
+        self._clear()
+        self._pairs = pairs
+        forward()
+        keys = [(i, kind) for kind in COMPONENTS for i in range(len(self._blocks))]
+        if missing := [key for key in keys if key not in self._inputs]:
+            i, kind = missing[0]
+            raise ValueError(f"{kind} of {self._blocks[i].name} was not called in the network's forward pass.")
+        inputs = torch.stack([self._inputs[key] for key in keys]).cpu().numpy()
+        outputs = torch.stack([self._outputs[key] for key in keys]).cpu().numpy()
+        self._clear()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = np.where(inputs > 0, np.sqrt(outputs / inputs), np.nan)
+        return found.reshape(len(COMPONENTS), len(self._blocks), pairs)
+
+    def _clear(self) -> None:
+        for store in (self._inputs, self._outputs, self._by_shape, self._latest):
+            store.clear()
+
+    def _wrapped(self, probe: _Probe, function: Function) -> Function:
+        def measured(tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if probe.method != "forward" and any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+                self._refuse(probe, "it also reads queries that are computed from the image")
+            output = function(tokens, *args, **kwargs)
+            if self._embedding:
+                x = self._embedding_for(probe, tokens)
+                self._add(probe, x, self._apply(probe, function, x, args, kwargs))
+            else:
+                self._add(probe, tokens, output)
+            return output
+
+        return measured
+
+    def _apply(self, probe: _Probe, function: Function, x: Tensor, args: Any, kwargs: Any) -> Any:
+        if probe.kind == "fc2":
+            x = self._padded(probe, x)
+        return function(x, *args, **kwargs)
+
+    def _add(self, probe: _Probe, tokens: Tensor, output: Any) -> None:
+        key = (probe.block, probe.kind)
+        result = output[0] if isinstance(output, tuple) else output
+        self._outputs[key] = self._square_distances(probe, result) + self._outputs.get(key, 0.0)
+        if probe.first:
+            self._inputs[key] = self._square_distances(probe, tokens) + self._inputs.get(key, 0.0)
+
+    def _square_distances(self, probe: _Probe, tokens: Tensor) -> Tensor:
+        """‖x − y‖² (pairs,) float64. Windows of one image lie side by side in the first dimension."""
+        if len(tokens) % (2 * self._pairs):
+            self._refuse(probe, f"its tokens {tuple(tokens.shape)} are not sorted by image")
+        x, y = tokens.reshape(2, self._pairs, -1)
+        found: Tensor = torch.linalg.vector_norm(x - y, dim=1, dtype=torch.float64).square()
+        return found
+
+    def _embedding_for(self, probe: _Probe, tokens: Tensor) -> Tensor:
+        """The embeddings in the place of `tokens`, which really enter the component."""
+        latest = self._latest.get(probe.block)
+        if probe.kind == "fc2" and latest is not None:
+            return latest
+        found = self._by_shape.get(tokens.shape)
+        if found is None and latest is not None:
+            found = self._fitting(probe, tokens, latest)
+        if found is None:
+            found = self._by_shape[tokens.shape] = tokens.clone()
+        self._latest[probe.block] = found
+        return found
+
+    def _fitting(self, probe: _Probe, tokens: Tensor, embedding: Tensor) -> Tensor | None:
+        """The block's embeddings, although tokens of another shape enter; None = these start a width of their own."""
+        if probe.kind == "mha":
+            entering, own = tuple(embedding.shape), tuple(tokens.shape)
+            self._refuse(probe, f"tokens {entering} enter the block, which makes them {own} for it")
+        axis = _channel_axis(probe.module)
+        if tokens.shape[axis] == embedding.shape[axis]:
+            return embedding
+        if probe.kind not in ("ln1", "ln2"):
+            self._refuse(probe, f"it takes {tokens.shape[axis]} channels, the tokens have {embedding.shape[axis]}")
+        return None
+
+    def _padded(self, probe: _Probe, x: Tensor) -> Tensor:
+        width = linear_width(probe.module)
+        assert width is not None
+        axis = _channel_axis(probe.module)
+        missing = width[0] - x.shape[axis]
+        if missing < 0:
+            self._refuse(probe, f"it takes {width[0]} channels, fewer than the {x.shape[axis]} of the tokens")
+        behind = x.ndim - 1 - axis % x.ndim
+        return pad(x, [0, 0] * behind + [0, missing])
+
+    def _refuse(self, probe: _Probe, why: str) -> NoReturn:
+        name = self._blocks[probe.block].name
+        way_out = "Use probe='in_situ'." if self._embedding and probe.method == "forward" else "Use another network."
+        raise ValueError(
+            f"Plasticity is that of functions of an image's tokens, but {probe.kind} of {name} is none: {why}. "
+            f"{way_out}"
+        )
+
+
+def _probes(number: int, block: Block) -> list[_Probe]:
+    owner, method = block.attention()
+    found = [_Probe(number, "mha", True, owner, method, block.mha)]
+    for kind in COMPONENTS:
+        if kind != "mha":
+            parts = block.component(kind)
+            found += [_Probe(number, kind, part is parts[0], part, "forward", part) for part in parts]
+    return found
+
+
+def _channel_axis(module: nn.Module) -> int:
+    return 1 if isinstance(module, (nn.Conv2d, nn.GroupNorm, LayerNorm2d)) else -1
