@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.counts import count_trials
 from orchestrator.errors import redact
-from orchestrator.setup import entries_of, make_scheduler, metric_of, stages_of
+from orchestrator.setup import entries_of, make_scheduler, metric_of, planned_units, stages_of
 from orchestrator.yaml_writer import write_yaml
 
 if TYPE_CHECKING:
@@ -40,14 +41,19 @@ class Drive:
     progress: bool = True
 
     def run(self) -> None:
-        """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued."""
+        """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued.
+
+        Raises:
+            JournalError: another process runs this study; nothing was touched.
+        """
         from orchestrator.callback import close_open_trials
         from orchestrator.cluster import connect
         from orchestrator.journal import Journal
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "study.yaml").write_text(write_yaml(self._plain_spec()))
-        with connect() as cluster, Journal(self.folder / "journal.jsonl") as journal:
+        with contextlib.ExitStack() as opened:
+            journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
+            (self.folder / "study.yaml").write_text(write_yaml(self._plain_spec()))
+            cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
             cluster.check_shared(self.folder, self.task.store)
             concurrent = cluster.concurrency(self.spec.resources.concurrent, request["cpu"], request["gpu"])
@@ -132,8 +138,10 @@ class Drive:
         from orchestrator.progress import Progress
         from orchestrator.tracking import follow
 
-        shown = Progress(trials=expected_trials(self.spec), epochs=self.task.epochs) if self.progress else None
-        if shown is not None:
+        shown = None
+        if self.progress:
+            epochs, units = self.task.epochs, planned_units(self.task)
+            shown = Progress(trials=count_trials(self.spec).total, epochs=epochs, units=units)
             journal.subscribe(shown.event)
         with follow(self.spec, journal), shown or contextlib.nullcontext():
             yield shown
@@ -149,11 +157,6 @@ class Drive:
             journal.append("study_finished", state="failed")
             raise
         journal.append("study_finished", state="complete")
-
-
-def expected_trials(spec: StudySpec) -> int:
-    """Search trials and confirmations of a study that goes to its end; folds are not counted."""
-    return spec.search.trials + min(spec.confirm.top_k, len(spec.strategies)) * spec.confirm.seeds
 
 
 def versions() -> dict[str, str]:

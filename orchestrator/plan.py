@@ -102,12 +102,13 @@ def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.preflight.preflight`."""
     from pathlib import Path
 
+    from orchestrator.counts import count_trials, proposals_of
     from orchestrator.setup import rungs_of
     from orchestrator.volume import examine, store_bytes
 
     proposals = proposals_of(spec)
+    counts = count_trials(spec, proposals)
     search, data = spec.search, spec.data
-    given = sum(sweep.preset.size for sweep in proposals.sweeps.values()) + len(proposals.searched)
     images = len(examine(data).samples)
     gpus = (
         "a GPU if there is one"
@@ -122,30 +123,16 @@ def make_plan(spec: StudySpec) -> Plan:
         entries=tuple(_planned(entry.label, entry.name, entry.fixed, proposals) for entry in spec.strategies),
         sampler=search.sampler,
         objective=search.objective,
-        search_trials=given if proposals.exhausted else search.trials,
+        search_trials=counts.search,
         epochs=search.epochs,
         unit="one epoch" if search.steps_per_unit is None else f"{search.steps_per_unit} optimiser steps",
         rungs=rungs_of(spec),
-        fold_trials=_folds(spec),
-        confirm_trials=spec.confirm.top_k * spec.confirm.seeds,
+        fold_trials=counts.folds,
+        confirm_trials=counts.confirm,
         images=images,
-        disk_bytes=store_bytes(spec, images),
+        disk_bytes=store_bytes(spec, images, counts.total),
         resources=f"{spec.resources.cpus:g} CPU{_s(spec.resources.cpus)} and {gpus}",
     )
-
-
-def proposals_of(spec: StudySpec) -> Proposals:
-    """The search of a study before its first trial: which entries are swept, which are searched.
-
-    Raises:
-        ValueError: the budget does not hold the sweeps and the default points.
-    """
-    from orchestrator.proposals import Proposals
-    from orchestrator.setup import entries_of, model_of
-    from trainables.core.task import Task
-
-    task = Task(store="", model=model_of(spec), epochs=spec.search.epochs)
-    return Proposals(entries_of(spec), task, spec.search.trials, spec.search.sampler, spec.search.seed, [True])
 
 
 def _planned(label: str, strategy: str, fixed: Mapping[str, Any], proposals: Proposals) -> PlannedEntry:
@@ -179,14 +166,6 @@ def law_in_words(law: Law) -> str:
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _folds(spec: StudySpec) -> int | None:
-    from orchestrator.setup import FOLDED
-
-    if spec.search.objective != "leave_one_domain_out":
-        return 0
-    return min(FOLDED, spec.search.trials) * len(spec.data.id) if spec.data.id else None
 
 
 def _s(count: float) -> str:

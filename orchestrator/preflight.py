@@ -96,7 +96,7 @@ def layer_kinds(model: str) -> frozenset[str]:
 
 
 def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.plan import proposals_of
+    from orchestrator.counts import proposals_of
 
     try:
         proposals_of(spec)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -28,10 +29,19 @@ class Progress:
         trials: trials that the study will run at most, for the ETA; None = unknown.
         epochs: units of budget of one trial.
         console: default: stderr.
+        units: units that a trial really takes, where they may be fewer than its budget (linear probing takes one);
+            None = `epochs`.
     """
 
-    def __init__(self, trials: int | None = None, epochs: int | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        trials: int | None = None,
+        epochs: int | None = None,
+        console: Console | None = None,
+        units: Callable[[TrialRecord], int | None] | None = None,
+    ) -> None:
         self.trials, self.epochs = trials, epochs
+        self._planned = units
         self._console: Console | None = console or Console(stderr=True)
         self._live: Live | None = None
         self._records: dict[str, TrialRecord] = {}
@@ -61,14 +71,14 @@ class Progress:
         self.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_console": None, "_live": None}
+        return self.__dict__ | {"_console": None, "_live": None, "_planned": None}
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take note of one event of the journal."""
         record = self._update(event)
         if self._console is None or self._live is not None:
             return
-        line = event_line(event, record, self.epochs)
+        line = event_line(event, record, self._units(record))
         if line:
             clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
             self._console.print(f"{clock} {line}", markup=False, highlight=False, soft_wrap=True)
@@ -86,6 +96,9 @@ class Progress:
             self._records[record.trial_id] = record
         return record
 
+    def _units(self, record: TrialRecord | None) -> int | None:
+        return self.epochs if self._planned is None or record is None else self._planned(record)
+
     def _snapshot(self) -> list[TrialRecord]:
         return list(self._records.values())  # one step, so that the display's thread sees no half-made change
 
@@ -100,7 +113,7 @@ class Progress:
         ended = sum(not r.unfinished for r in self._snapshot())
         if not ended or self.trials is None:
             return None
-        running = sum(r.unit / self.epochs for r in self._snapshot() if r.unfinished) if self.epochs else 0.0
+        running = sum(r.unit / (self._units(r) or math.inf) for r in self._snapshot() if r.unfinished)
         return (time.monotonic() - self._began) * max(self.trials - ended - running, 0.0) / (ended + running)
 
     def render(self) -> RenderableType:
@@ -113,7 +126,7 @@ class Progress:
             table.add_column(header, justify="left" if header in ("strategy", "state") else "right")
         for record in [*ended, *sorted(active, key=lambda r: r.number)]:
             style = "dim" if record.state in ("complete", "pruned") else "red" if record.state == "failed" else None
-            table.add_row(*_row(record, self.epochs), style=style)
+            table.add_row(*_row(record, self._units(record)), style=style)
         return Group(table, Text(self.summary(), style="bold"))
 
     def summary(self) -> str:
@@ -149,7 +162,8 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind == "result":
         return f"{name}: epoch {record.unit}/{epochs or '?'}{val}, {duration(spent(record))}"
     if kind == "trial_finished":
-        return f"{name}: {record.state} after {record.unit} epochs{val}, {duration(spent(record))}"
+        length = "1 epoch" if record.unit == 1 else f"{record.unit} epochs"
+        return f"{name}: {record.state} after {length}{val}, {duration(spent(record))}"
     if kind in ("trial_failed", "trial_retried"):
         return f"{name}: {kind.removeprefix('trial_')} ({event.get('reason')}) {event.get('error') or ''}".rstrip()
     return ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.ingest.pipeline import IngestRequest
+    from orchestrator.records import TrialRecord
     from orchestrator.spec import StudySpec
     from orchestrator.stages import Entry, Stage
     from trainables.core.task import ModelSpec, Task
@@ -95,6 +99,21 @@ def rungs_of(spec: StudySpec) -> tuple[int, ...]:
 
     search = spec.search
     return rungs(search.epochs, search.grace, search.reduction) if search.scheduler == "asha" else ()
+
+
+def planned_units(task: Task) -> Callable[[TrialRecord], int]:
+    """Trial → units that it takes: its budget, or fewer where its strategy needs no more (linear probing takes one)."""
+    from trainables import strategy_class
+    from trainables.core.plan import Plan
+
+    @functools.cache
+    def units(strategy: str, hparams: str) -> int:
+        try:
+            return Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
+        except ValueError:  # the trial itself will say what is wrong
+            return task.epochs
+
+    return lambda record: units(record.strategy, json.dumps(dict(record.hparams)))
 
 
 def make_scheduler(spec: StudySpec) -> Any:

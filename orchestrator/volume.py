@@ -36,10 +36,9 @@ def examine(data: DataSpec) -> Source:
     )
 
 
-def store_bytes(spec: StudySpec, images: int) -> int:
-    """Estimated bytes of the data store (uint8 pixels at the stored side) and of the study's records."""
+def store_bytes(spec: StudySpec, images: int, trials: int) -> int:
+    """Estimated bytes of the data store (uint8 pixels at the stored side) and of the records of so many trials."""
     from orchestrator.setup import ingest_request
 
     side = ingest_request(spec).image_size
-    trials = spec.search.trials + spec.confirm.top_k * spec.confirm.seeds
     return int(images * side * side * 3 * OVERHEAD) + trials * TRIAL_BYTES

@@ -98,6 +98,19 @@ def test_the_table_shows_running_trials_and_the_last_ended_ones(clock: Clock) ->
     assert rows[-1].startswith("8/20 trials, best val 0.540 (daft), spend 1 min 08 s, ETA 0.0 s")
 
 
+def test_a_trial_that_takes_fewer_units_than_its_budget_is_counted_by_its_own(clock: Clock) -> None:
+    console = plain()
+    progress = Progress(10, 4, console, units=lambda record: 1 if record.label == "linear_probe" else 4)
+    run_trial(progress, 0, 1, None, "linear_probe")
+    run_trial(progress, 1, 4)
+    clock.now = 10.0
+    assert "trial 0 linear_probe: epoch 1/1, val 0.510, 2.0 s" in printed(console)
+    assert "trial 1 daft: epoch 1/4" in printed(console)
+    assert progress.eta == pytest.approx(10 * (10 - 2) / 2)
+    tell(progress, "trial_finished", trial_id="t0", state="complete")
+    assert "trial 0 linear_probe: complete after 1 epoch, val 0.510, 2.0 s" in printed(console)
+
+
 def test_eta_is_the_rate_so_far_and_counts_running_trials_by_their_units(clock: Clock) -> None:
     progress = Progress(trials=10, epochs=4, console=plain())
     assert progress.eta is None
