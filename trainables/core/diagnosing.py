@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
     from trainables.core.scoring import Watch
     from trainables.data.trial_data import TrialData
+
+log = logging.getLogger("luthier")
 
 CKA_IMAGES, CKA_BATCH = 256, 64
 """How many images of the ID test split CKA is estimated on, and in batches of which size: the same images, in the same
@@ -61,16 +64,29 @@ class Diagnosis:
             found |= change_report(parameter_change(self._data.reference, start, model.state_dict()))
         if "cka" in self._wanted:
             found |= self._cka(model)
+        if "plasticity" in self._wanted:
+            found |= self._plasticity(model)
         return found
 
     def _cka(self, model: Classifier) -> dict[str, float | Curve]:
-        from trainables.diagnostics.cka import block_cka, cka_report
+        from trainables.diagnostics.cka import SMALLEST_BATCH, block_cka, cka_report
 
         data, model = self._data, model.eval()
         unchanged = is_pristine(model.backbone, data.reference)
         after = data.reference if unchanged else model.backbone
-        batches = data.batches("test", batch_size=CKA_BATCH, shuffle_seed=stream_seed(0, "cka"))
-        count = 1 if unchanged else CKA_IMAGES // CKA_BATCH  # an unchanged network has 1 on any images
+        size, count = (SMALLEST_BATCH, 1) if unchanged else (CKA_BATCH, CKA_IMAGES // CKA_BATCH)  # 1 on any images
+        batches = data.batches("test", batch_size=size, shuffle_seed=stream_seed(0, "cka"))
         images = (batch for batch, _ in islice(batches, count))
         dtype = resolve_precision(data.spec.task.precision, data.device)
         return cka_report(block_cka(data.reference, after, images, dtype))
+
+    def _plasticity(self, model: Classifier) -> dict[str, float | Curve]:
+        from trainables.core.vit_blocks import find_blocks
+        from trainables.diagnostics.start_plasticity import plasticity_after
+
+        try:
+            find_blocks(model.backbone)
+        except ValueError as reason:  # no fault of the trial, whose scores are known by now
+            log.warning("Plasticity after tuning is left out: %s", reason)
+            return {}
+        return plasticity_after(model, self._data).record()

@@ -17,6 +17,7 @@ from trainables.core.checkpoint import load_state, save_state
 from trainables.core.run import Run
 from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.diagnostics.cka import block_cka
+from trainables.diagnostics.start_plasticity import plasticity_after
 from trainables.full import Full
 
 OWN = ("distortion/", "change/", "cka/", "grad_norm/")
@@ -97,6 +98,21 @@ def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[.
     assert last["cka/mean"] == pytest.approx(sum(curve["cka"]) / len(curve["cka"]))
     assert last["cka/mean"] < 0.999
     assert make("linear_probe", diagnostics=("cka",)).step()["cka/mean"] == 1.0
+
+
+def test_plasticity_after_tuning_is_that_of_the_final_network(
+    make: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(diagnostics=("plasticity",))
+    last = finish(run)[-1]
+    expected = plasticity_after(run.model, run.data)
+    assert {k: v for k, v in last.items() if k.startswith("plasticity/")} == expected.metrics()
+    assert last["curves"]["plasticity"] == expected.curve().to_dict()
+    assert expected.mean != plasticity_after(run.data.reference, run.data).mean
+    assert caplog.messages == []
+    assert "test/acc" in finish(make(kind="cnn", diagnostics=("plasticity",)))[-1]
+    (message,) = caplog.messages
+    assert message.startswith("Plasticity after tuning is left out: The components ln1, mha, ln2, fc1 and fc2 need")
 
 
 def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: Path) -> None:
