@@ -1,4 +1,5 @@
-"""Plasticity-guided tuning (papers/003): one kind of transformer component moves across all blocks, or a chosen set."""
+"""Plasticity-guided tuning (Odonnat et al. 2026, papers/003): one kind of transformer component moves across all blocks,
+or a chosen set.
 
 from __future__ import annotations
 
