@@ -179,6 +179,38 @@ class StrategyConformance:
                 assert same_numbers(history, start + rest), f"{kind} after unit {units}"
                 assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
+    def test_p28_a_trial_cut_off_in_the_middle_of_a_unit_continues_bit_for_bit(self) -> None:
+        for kind in self.kinds():
+            spec = self.spec(kind)
+            whole, history = self.run(spec)
+            for unit, step in ((0, 2), (len(history) - 1, 3)):
+                folder = self._folder / f"{kind}-{unit}-{step}"
+                first = Run(spec, store=shapes(), device="cpu")
+                start = [first.step() for _ in range(unit)]
+                left = self.left_at(first, step, folder)
+                if not left:
+                    continue  # a unit in closed form has no steps
+                torch.rand(7)  # whatever else happens in the process
+                second = Run(spec, store=shapes(), device="cpu")
+                second.load_state(load_state(folder))
+                rest = [second.step() for _ in range(len(history) - unit)]
+                assert same_numbers(history, start + rest), f"{kind}, unit {unit + 1}, step {step}"
+                assert same_tensors(whole.model.state_dict(), second.model.state_dict())
+
+    def left_at(self, run: Run, step: int, folder: Path) -> bool:
+        """Do one more unit, keeping the state after `step` of its steps; whether it has steps at all."""
+        steps = 0
+
+        def keep() -> None:
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                save_state(folder, run.state())
+
+        run.after_step = keep
+        run.step()
+        return steps > 0
+
     def test_the_features_at_the_start_are_those_of_the_pretrained_network(self) -> None:
         cls = strategy_class(self.strategy)
         for kind in self.kinds():

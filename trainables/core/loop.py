@@ -22,11 +22,47 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 class Observer(Protocol):
     """Something that watches the steps of one unit, such as `trainables.diagnostics.gradients.GradientNorms`; it must
-    neither change anything nor wait for the device before `means`."""
+    neither change anything nor wait for the device before `means`. `state` and `load_state` are for a checkpoint in
+    the middle of the unit."""
 
     def __call__(self) -> None: ...
 
     def means(self) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a unit has come: sums over its images, which stay on the device."""
+
+    loss_sum: Tensor
+    """float64"""
+    correct: Tensor
+    """int64"""
+    images: int = 0
+    steps: int = 0
+
+    @classmethod
+    def none(cls, device: torch.device) -> Progress:
+        """That of a unit which begins."""
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        counts = torch.tensor([self.images, self.steps])
+        return {"loss_sum": self.loss_sum, "correct": self.correct, "counts": counts}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], device: torch.device) -> Progress:
+        """From a checkpoint; the tensors are copied."""
+        images, steps = state["counts"].tolist()
+        loss_sum, correct = (state[name].to(device, copy=True) for name in ("loss_sum", "correct"))
+        return cls(loss_sum, correct, images, steps)
 
 
 class NonFiniteError(RuntimeError):
@@ -79,19 +115,23 @@ def train_unit(
     dtype: torch.dtype = torch.float32,
     extra_loss: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None,
     observer: Observer | None = None,
+    progress: Progress | None = None,
+    after_step: Callable[[], object] | None = None,
 ) -> UnitResult:
     """One optimiser step per batch; the device is read only once, at the end.
 
     Args:
         forward: inputs (B, …) → logits (B, K); a model, or a head where the inputs are cached features.
-        batches: the unit's batches.
+        batches: the unit's batches, without those that `progress` counts already.
         optimizer: see `trainables.core.optim.build_optimizer`.
         config: label smoothing, clipping and the schedule.
-        first_step: steps of the phase that are done already.
+        first_step: steps of the phase before this unit.
         total_steps: steps of the whole phase, the length of the schedule.
         dtype: autocast type of the forward pass.
         extra_loss: `(inputs, logits, labels)` → scalar to add, or None.
         observer: looks at every step's gradients before they are clipped.
+        progress: what was done of the unit before; kept up to date. None = nothing.
+        after_step: called after every step, when `progress` counts it.
 
     Raises:
         NonFiniteError: a loss of the unit was NaN or infinite.
@@ -99,30 +139,31 @@ def train_unit(
     """
     parameters = [p for table in optimizer.param_groups for p in table["params"]]
     device = parameters[0].device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    images, step = 0, first_step
+    done = Progress.none(device) if progress is None else progress
     for inputs, labels in batches:
-        set_rates(optimizer, rate_factor(step, total_steps, config))
+        set_rates(optimizer, rate_factor(first_step + done.steps, total_steps, config))
         with autocast(device, dtype):
             logits = forward(inputs)
             loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
             extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
             if extra is not None:
                 loss = loss + extra
-        if reach("step", step=step - first_step + 1) == "nan":
+        if reach("step", step=done.steps + 1) == "nan":
             loss = loss * torch.nan
         _update(loss, optimizer, parameters, config.clip_norm, observer)
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        images, step = images + len(labels), step + 1
-        if device.type == "cpu" and not bool(loss_sum.isfinite()):  # free on a CPU; a GPU would have to wait
+        done.loss_sum += loss.detach() * len(labels)
+        done.correct += (logits.detach().argmax(1) == labels).sum()
+        done.images, done.steps = done.images + len(labels), done.steps + 1
+        if device.type == "cpu" and not bool(done.loss_sum.isfinite()):  # free on a CPU; a GPU would have to wait
             break
-    if images == 0:
+        if after_step is not None:
+            after_step()
+    if done.images == 0:
         raise ValueError("A unit must have at least one batch, but got none.")
-    mean_loss = float(loss_sum) / images
-    check_finite(mean_loss, "training loss", f"by step {step - first_step} of its unit")
-    return UnitResult(mean_loss, int(correct) / images, images, observer.means() if observer is not None else {})
+    mean_loss = float(done.loss_sum) / done.images
+    check_finite(mean_loss, "training loss", f"by step {done.steps} of its unit")
+    observed = observer.means() if observer is not None else {}
+    return UnitResult(mean_loss, int(done.correct) / done.images, done.images, observed)
 
 
 def _update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from trainables import strategy_class
 from trainables.core.backbone import Classifier, new_classifier
-from trainables.core.checkpoint import CheckpointError, RunState, differing
+from trainables.core.checkpoint import RunState
+from trainables.core.continuing import best_of, check_same, identity, misfits, pack, put_weights, unpack
 from trainables.core.contract import Phase, Report
 from trainables.core.ending import final, interim, split
 from trainables.core.loop import check_finite, resolve_precision
@@ -19,9 +21,9 @@ from trainables.core.plan import Plan, Position
 from trainables.core.randomness import isolated_randomness
 from trainables.core.resident import on_device, open_store, pretrained_for
 from trainables.core.scoring import training_scores, validation_scores
-from trainables.core.snapshot import Best, changed_start, movable_names, put_back, take
+from trainables.core.snapshot import Best, changed_start, movable_names, take
 from trainables.core.task import TrialSpec, stream_seed
-from trainables.core.training import PhaseTraining, load_optimizer_state, optimizer_state
+from trainables.core.training import PhaseTraining, load_optimizer_state
 from trainables.data.trial_data import TrialData
 
 if TYPE_CHECKING:
@@ -57,8 +59,12 @@ class Run:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.unit, self.finished = 0, False
         self.best = Best()
+        self.result: dict[str, Any] | None = None
+        """What the last `step` returned; comes back with a state."""
+        self.after_step: Callable[[], object] | None = None
+        """Called after every optimiser step; `state` then is that of the middle of the unit."""
         self._store, self._started = store, time.perf_counter() if started is None else started
-        self._seconds = 0.0
+        self._seconds = self._elapsed = 0.0
         self._once: dict[str, float] = {}
         self._curves: dict[str, Any] = {}
         self._model: Classifier | None = None
@@ -92,8 +98,7 @@ class Run:
         """
         if self.finished:
             raise RuntimeError(f"The trial finished after unit {self.unit}; it has no further step.")
-        began = time.perf_counter()
-        first = self._model is None and self.unit == 0
+        began = time.perf_counter() - self._elapsed
         self._build()
         with isolated_randomness(self._stream("unit", self.unit), self.device):
             metrics = self._advance(self._plan.at(self.unit))
@@ -106,58 +111,60 @@ class Run:
         if self.finished or self.unit in self.spec.task.evaluate_at:
             metrics |= self._evaluate()
         metrics["cost/unit_seconds"] = time.perf_counter() - began
-        self._seconds += metrics["cost/unit_seconds"]
-        if first or self.finished:
+        self._seconds, self._elapsed = self._seconds + metrics["cost/unit_seconds"], 0.0
+        if self.unit == 1 or self.finished:
             delivered = self._data.first_delivery
-            if first and delivered is not None:
+            if self.unit == 1 and delivered is not None:
                 self._once["cost/first_batch_seconds"] = delivered - self._started
             metrics |= self._once
         if self.finished:
             metrics["cost/total_seconds"] = self._seconds
         curves, self._curves = self._curves, {}
-        return {**metrics, "finished": self.finished, "unit": self.unit} | ({"curves": curves} if curves else {})
+        self.result = {**metrics, "finished": self.finished, "unit": self.unit} | ({"curves": curves} if curves else {})
+        return dict(self.result)
 
     def state(self) -> RunState:
-        """Everything that the next unit depends on; see `trainables.core.checkpoint` for writing it to disk."""
+        """Everything that the rest of the trial depends on; see `trainables.core.checkpoint` for writing it to disk.
+
+        Between two steps, or in the middle of a unit from `after_step`.
+        """
         if self._model is None and self._restored is not None:
             return self._restored
         self._build()
-        pristine, current = self._pristine, self.model.state_dict()
-        tensors = {f"model/{k}": v.detach().clone() for k, v in differing(current, pristine).items()}
-        if not self.finished and self.best.unit != self.unit:
-            tensors |= {f"best/{k}": v for k, v in differing(self.best.tensors, pristine).items()}
-        if self._training is not None:
-            found = optimizer_state(self._training.optimizer, self.model)
-            tensors |= {f"optimizer/{k}": v.clone() for k, v in found.items()}
+        inside = self._training is not None and self._training.steps_done > 0
+        elsewhere = not self.finished and (inside or self.best.unit != self.unit)
+        tensors = pack(self.model, self._pristine, self.best if elsewhere else None, self._training)
         best = {"unit": self.best.unit, "accuracy": self.best.accuracy, "nll": self.best.nll}
         meta = {
             "unit": self.unit,
+            "step": self._training.steps_done if self._training is not None else 0,
             "finished": self.finished,
             "seconds": self._seconds,
+            "elapsed": time.perf_counter() - self._unit_began if inside else 0.0,
             "once": self._once,
+            "curves": self._curves,
             "best": best if self.best.unit else None,
-            "identity": self._identity(),
+            "result": self.result,
+            "identity": identity(self.spec) | self._digests(),
         }
         return RunState(tensors, meta)
 
     def load_state(self, state: RunState) -> None:
-        """Continue from `state`, taken from a run of the same trial; the network is rebuilt at the next `step`.
+        """Continue from `state`, taken from a run of the same trial; the network is rebuilt when it is first used,
+        and what of `state` does not fit it, its weights or its data is an error then.
 
         Raises:
-            CheckpointError: the state is that of another configuration.
+            CheckpointError: the state is that of another trial.
         """
-        mine, theirs = self._identity(weights=False), dict(state.meta["identity"])
-        theirs.pop("weights")
-        if mine != theirs:
-            raise CheckpointError(f"A checkpoint continues its own trial {mine}, but this one is of {theirs}.")
+        check_same(identity(self.spec), state.meta["identity"])
         self.unit, self.finished = int(state.meta["unit"]), bool(state.meta["finished"])
-        self._seconds, self._once = float(state.meta["seconds"]), dict(state.meta["once"])
+        self._seconds, self._elapsed = float(state.meta["seconds"]), float(state.meta["elapsed"])
+        self._once, self._curves = dict(state.meta["once"]), dict(state.meta["curves"])
+        self.result = state.meta["result"]
         self._model, self._training, self._restored = None, None, state
 
-    def _identity(self, weights: bool = True) -> dict[str, Any]:
-        spec = self.spec
-        identity = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out}
-        return identity | ({"weights": self._data.backbone.digest} if weights else {})
+    def _digests(self) -> dict[str, str]:
+        return {"weights": self._data.backbone.digest, "data": self._data.store.digest}
 
     def _stream(self, *names: str | int) -> int:
         return stream_seed(self.spec.seed, *names)
@@ -194,17 +201,17 @@ class Run:
         return PhaseTraining(self.model, self.strategy, phase, self._data, unit_steps=steps, dtype=dtype)
 
     def _advance(self, at: Position) -> dict[str, float]:
-        began = time.perf_counter()
+        began = self._unit_began = time.perf_counter() - self._elapsed
         if at.phase.solve is not None:
             self._training = None
             metrics = self._metrics_of(at.phase.solve(self.model, self._data))
             seconds, images = time.perf_counter() - began, self._data.train_size
             metrics |= training_scores(self.model, self._data)
         else:
-            if at.unit_in_phase == 0:
+            if at.unit_in_phase == 0 and (self._training is None or not self._training.steps_done):
                 self._training = self._begin(at.phase)
             assert self._training is not None
-            result = self._training.unit(self.spec.seed, at.steps_before, at.unit_in_phase)
+            result = self._training.unit(self.spec.seed, at.steps_before, at.unit_in_phase, self.after_step)
             seconds, images = time.perf_counter() - began, result.images
             metrics = {"train/loss": result.loss, "train/acc": result.accuracy, **result.observed}
         metrics |= current_rates(self._training.optimizer if self._training else None)
@@ -227,24 +234,15 @@ class Run:
         return metrics
 
     def _put_restored(self, state: RunState) -> None:
-        weights, digest = state.meta["identity"]["weights"], self._data.backbone.digest
-        if weights != digest:
-            raise CheckpointError(f"A checkpoint belongs to its pretrained weights {weights}, but these are {digest}.")
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-        for name, tensor in state.tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        names = self.model.state_dict().keys()
-        if unknown := sorted(parts["model"].keys() - names):
-            raise CheckpointError(f"The network has no tensor {unknown[0]!r}, but the checkpoint has.")
-        put_back(self.model, {k: v for k, v in self._pristine.items() if k in names} | parts["model"])
-        if best := state.meta["best"]:
-            tensors = take(self.model, self._movable)
-            if best["unit"] != self.unit and not self.finished:
-                kept = self._pristine | parts["best"]
-                tensors = {k: kept[k].to(v.device, copy=True) for k, v in tensors.items()}
-            self.best = Best(best["unit"], best["accuracy"], best["nll"], tensors)
+        parts = unpack(state)
+        check_same(self._digests(), state.meta["identity"], misfits(self.model, parts["model"]))
+        put_weights(self.model, self._pristine, parts["model"])
+        inside, best = state.meta["step"] > 0, state.meta["best"]
+        elsewhere = best is not None and not self.finished and (inside or best["unit"] != self.unit)
+        saved = parts["best"] if elsewhere else None
+        self.best = best_of(best, self.model, self._movable, self._pristine, saved)
         at = self._plan.at(self.unit) if not self.finished else None
-        if at is not None and at.unit_in_phase > 0 and at.phase.solve is None:
+        if at is not None and (inside or at.unit_in_phase > 0) and at.phase.solve is None:
             self._training = self._begin(at.phase)
             load_optimizer_state(self._training.optimizer, self.model, parts["optimizer"])
+            self._training.load_unit_state(parts["unit"])

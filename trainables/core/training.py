@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trainables.core.contract import Phase, Strategy, TrainingConfig
-from trainables.core.loop import Batches, Observer, UnitResult, predict, set_training_mode, train_unit
+from trainables.core.loop import Batches, Observer, Progress, UnitResult, predict, set_training_mode, train_unit
 from trainables.core.optim import build_optimizer, freeze_all_but, select_groups
+from trainables.core.randomness import generator_states, set_generator_states
 from trainables.core.snapshot import is_pristine
 from trainables.core.task import stream_seed
 
@@ -58,30 +59,69 @@ class PhaseTraining:
         self.head_only = not any(p.requires_grad for p in model.backbone.parameters())
         plain_loss = type(strategy).extra_loss is Strategy.extra_loss
         self._extra_loss = None if plain_loss else self._strategy_loss
+        self._progress: Progress | None = None
+        self._watch: Observer | None = None
+        self._continued: Mapping[str, Tensor] = {}
         self._features: tuple[Tensor, Tensor] | None = None
         if self.head_only and plain_loss and not data.spec.task.augment:
             self._features = self._whole_features()
 
-    def unit(self, seed: int, steps_before: int, unit_in_phase: int) -> UnitResult:
-        """Train one unit.
+    def unit(
+        self, seed: int, steps_before: int, unit_in_phase: int, after_step: Callable[[], object] | None = None
+    ) -> UnitResult:
+        """Train one unit, or the rest of the one that `load_unit_state` put back.
 
         Args:
             seed: the trial's.
-            steps_before: optimiser steps of the whole trial so far (they fix epoch and order).
+            steps_before: optimiser steps of the whole trial before the unit (they fix epoch and order).
             unit_in_phase: 0-based.
+            after_step: called after every step; `unit_state` then is that of the middle of the unit.
         """
         set_training_mode(self.model, self.model.backbone if self.head_only else None, self.config.bn_mode)
-        return train_unit(
-            self._forward(),
-            self._batches(seed, steps_before),
-            self.optimizer,
-            self.config,
-            first_step=unit_in_phase * self.unit_steps,
-            total_steps=self.total_steps,
-            dtype=self.dtype,
-            extra_loss=self._extra_loss,
-            observer=self._observer(),
-        )
+        device = self.data.device
+        self._watch, continued = self._observer(), _by_part(self._continued)
+        self._progress = Progress.of(continued["progress"], device) if continued else Progress.none(device)
+        if continued:
+            set_generator_states(continued["random"], device)
+            if self._watch is not None:
+                self._watch.load_state(continued["observer"])
+        self._continued = {}
+        try:
+            return train_unit(
+                self._forward(),
+                self._batches(seed, steps_before, self._progress.steps),
+                self.optimizer,
+                self.config,
+                first_step=unit_in_phase * self.unit_steps,
+                total_steps=self.total_steps,
+                dtype=self.dtype,
+                extra_loss=self._extra_loss,
+                observer=self._watch,
+                progress=self._progress,
+                after_step=after_step,
+            )
+        finally:
+            self._progress = None
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the unit under way, or of the one that goes on next; 0 between two units."""
+        if self._progress is not None:
+            return self._progress.steps
+        return Progress.of(_by_part(self._continued)["progress"], self.data.device).steps if self._continued else 0
+
+    def unit_state(self) -> dict[str, Tensor]:
+        """What the unit under way has gathered, and the random generators; empty between two units."""
+        if self._progress is None:
+            return dict(self._continued)
+        parts = {"progress": self._progress.state(), "random": generator_states(self.data.device)}
+        if self._watch is not None:
+            parts["observer"] = self._watch.state()
+        return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+
+    def load_unit_state(self, state: Mapping[str, Tensor]) -> None:
+        """Let the next `unit` go on from what `unit_state` returned."""
+        self._continued = dict(state)
 
     def _observer(self) -> Observer | None:
         if "gradients" not in {*self.strategy.measures, *self.data.spec.task.diagnostics}:
@@ -105,8 +145,8 @@ class PhaseTraining:
     def _strategy_loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
         return self.strategy.extra_loss(self.model, images, logits, labels)
 
-    def _batches(self, seed: int, steps_before: int) -> Batches:
-        step, end = steps_before, steps_before + self.unit_steps
+    def _batches(self, seed: int, steps_before: int, done: int) -> Batches:
+        step, end = steps_before + done, steps_before + self.unit_steps
         while step < end:
             epoch, offset = divmod(step, self.data.steps_per_epoch)
             count = min(end - step, self.data.steps_per_epoch - offset)
@@ -130,6 +170,14 @@ class PhaseTraining:
         self.model.eval()
         computed, labels = predict(self.model.features, self.data.batches("train"), self.dtype)
         return computed.to(device), labels.to(device)
+
+
+def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition("/")
+        parts.setdefault(part, {})[rest] = tensor
+    return parts
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainables.diagnostics.layers import fine_kinds
 
@@ -19,7 +19,7 @@ class GradientNorms:
     """Mean over steps of ‖∂L/∂W_kind‖₂, all tensors of a kind as one vector.
 
     Call it once per step, between the backward pass and clipping. Sums stay on the device until `means`. One object
-    serves one unit, so that nothing has to be kept in a checkpoint.
+    serves one unit; `state` is for a checkpoint in the middle of it.
 
     Args:
         kinds: name → parameters that move; a parameter that has no gradient in a step counts as zero there.
@@ -59,6 +59,15 @@ class GradientNorms:
             return {}
         values = (self._sums / self._steps).tolist()
         return {f"grad_norm/{kind}": value for kind, value in zip(self.kinds, values, strict=True)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums and number of steps so far."""
+        return {"sums": self._sums, "steps": torch.tensor(self._steps)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        self._sums = state["sums"].to(self._sums.device, copy=True)
+        self._steps = int(state["steps"])
 
 
 def moving_kinds(model: Classifier, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -262,14 +262,32 @@ def test_a_checkpoint_of_a_head_holds_no_backbone(make: Callable[..., Run]) -> N
     assert {n for n in names if n.startswith("model/")} == {"model/head.weight", "model/head.bias"}
 
 
-def test_a_checkpoint_of_another_trial_is_refused(make: Callable[..., Run]) -> None:
+def test_s10_a_checkpoint_of_another_trial_is_refused_with_every_difference(make: Callable[..., Run]) -> None:
     run = make("Everything")
     run.step()
-    with pytest.raises(CheckpointError, match="A checkpoint continues its own trial"):
+    with pytest.raises(CheckpointError) as error:
         make("Everything", seed=1).load_state(run.state())
+    assert str(error.value) == (
+        "A checkpoint continues its own trial only, but this one is of another: seed: 0 in the checkpoint, 1 here."
+    )
     other = make("Everything", kind="vit")
     other.load_state(run.state())
-    with pytest.raises(CheckpointError, match="A checkpoint belongs to its pretrained weights"):
+    with pytest.raises(CheckpointError) as error:
+        other.step()
+    told = str(error.value)
+    assert f"weights: '{run.data.backbone.digest}' in the checkpoint, '{other.data.backbone.digest}' here" in told
+    assert "tensors do not fit: backbone." in told
+    assert "backbone.conv1.1.running_var is float32[8] in the checkpoint, missing here" in told
+
+
+def test_s10_a_head_of_another_number_of_classes_does_not_fit(make: Callable[..., Run]) -> None:
+    run = make("HeadOnly")
+    run.step()
+    state = run.state()
+    state.tensors["model/head.bias"] = torch.zeros(1)  # a copy in place would broadcast it silently
+    other = make("HeadOnly")
+    other.load_state(state)
+    with pytest.raises(CheckpointError, match=r"head\.bias is float32\[1\] in the checkpoint, float32\[4\] here"):
         other.step()
 
 
