@@ -12,7 +12,7 @@ from orchestrator.section import Section
 class DiagnosticsSpec(Section):
     """What is measured beside accuracy: of each trial, of the pretrained network, and by reference trials."""
 
-    measure: list[Literal["shift", "distortion", "cka", "plasticity", "gradients"]] = ["shift", "distortion"]
+    measure: list[Literal["shift", "distortion", "cka", "plasticity", "gradients"]] = ["shift", "distortion", "cka"]
     """Of each trial: `shift` of the norm layers' γ and β, `distortion` of features and change of parameters, `cka` per
     block, `plasticity` after tuning, `gradients`: gradient norms per kind of layer."""
     plasticity: bool = True

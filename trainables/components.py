@@ -1,5 +1,5 @@
-"""Plasticity-guided tuning (Odonnat et al. 2026, papers/003): one kind of transformer component moves across all blocks,
-or a chosen set.
+"""Plasticity-guided tuning (Odonnat et al. 2026, papers/003): one kind of transformer component moves across all
+blocks, or a chosen set."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Components(Strategy):
     is frozen, the embedding included."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    measures: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):

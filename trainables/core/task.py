@@ -55,8 +55,9 @@ class Task:
     last unit always is."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
-    diagnostics: tuple[str, ...] = ("shift", "distortion")
-    """What each trial measures beside its scores, any of `DIAGNOSTICS`."""
+    diagnostics: tuple[str, ...] = ("shift", "distortion", "cka")
+    """What each trial measures beside its scores, any of `DIAGNOSTICS`. On by default is what never costs more than a
+    tenth of a trial and is of use for every strategy (benchmarks/diagnostics.py)."""
     plasticity_probe: Literal["embedding", "in_situ"] = "embedding"
     """How plasticity is measured, see `trainables.diagnostics.plasticity`."""
     plasticity_source: str | None = None

@@ -124,3 +124,8 @@ def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: P
     second.load_state(load_state(tmp_path / "state"))
     torch.manual_seed(5)
     assert same_numbers(history, [start, *finish(second)])
+
+
+def test_components_report_their_gradient_norms_without_being_asked(make: Callable[..., Run]) -> None:
+    first = make("components", diagnostics=()).step()
+    assert {name for name in first if name.startswith("grad_norm/")} > {"grad_norm/final_norm", "grad_norm/head"}
