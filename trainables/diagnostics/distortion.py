@@ -57,7 +57,8 @@ class FeatureDistortion:
     """Distortion of a trial's features, split by split, taken from the pass that scores the tuned network.
 
     The features before are those of the PRETRAINED backbone, from the shared cache, also for a strategy that converts
-    the network first: the conversion of DAFT leaves the function as it is.
+    the network first: the conversion of DAFT leaves the function as it is. They are float32; where the tuned network
+    is scored in bfloat16, rounding alone moves features by about 1 % of their norm (cosine 0.9999).
 
     Args:
         data: the trial's.
