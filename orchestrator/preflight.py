@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.errors import PreflightError, Problem, did_you_mean
@@ -70,7 +71,8 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def layer_kinds(model: str) -> frozenset[str]:
-    """Which of `layer_norm`, `batch_norm` and `attention` a network has; no weights are made or read.
+    """Which of `layer_norm`, `batch_norm`, `attention` and `transformer_block` (one whose components are defined, see
+    `trainables.core.vit_blocks`) a network has; no weights are made or read.
 
     Args:
         model: a name that `trainables.core.backbone.check_model` accepts.
@@ -81,6 +83,7 @@ def layer_kinds(model: str) -> frozenset[str]:
     from torch import nn
 
     from trainables.core.digits_backbones import NETWORKS, architecture
+    from trainables.core.vit_blocks import find_blocks
 
     with torch.device("meta"):
         network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
@@ -92,6 +95,9 @@ def layer_kinds(model: str) -> frozenset[str]:
             found.add("batch_norm")
         elif "attention" in type(module).__name__.lower():
             found.add("attention")
+    with suppress(ValueError):
+        find_blocks(network)
+        found.add("transformer_block")
     return frozenset(found)
 
 

@@ -26,7 +26,7 @@ class Components(Strategy):
     """Trains LN1, MHA, LN2, FC1 or FC2 of every block, or several of them, with the final norm and the head. All else
     is frozen, the embedding included."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    needs: ClassVar[frozenset[str]] = frozenset({"transformer_block"})
     measures: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
     @dataclass(frozen=True, kw_only=True)

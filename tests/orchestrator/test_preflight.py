@@ -95,7 +95,8 @@ class TestModel:
     @pytest.mark.parametrize(
         ("model", "kinds"),
         [
-            ("digits_vit", {"layer_norm", "attention"}),
+            ("digits_vit", {"layer_norm", "attention", "transformer_block"}),
+            ("levit_128s", {"batch_norm", "attention"}),
             ("digits_cnn", {"batch_norm"}),
             ("resnet18", {"batch_norm"}),
             ("convnext_atto", {"layer_norm"}),

@@ -141,8 +141,8 @@ class Strategy:
 
     Config: ClassVar[type[Any]] = TrainingConfig
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Layer kinds without which the strategy means nothing ("layer_norm", "batch_norm", "attention"); checked at
-    plan time."""
+    """Layer kinds without which the strategy means nothing ("layer_norm", "batch_norm", "attention",
+    "transformer_block"); checked at plan time."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that the strategy imports beside Luthier's own: import name → the extra of Luthier that brings it."""
     measures: ClassVar[frozenset[str]] = frozenset()
