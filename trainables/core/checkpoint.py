@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainables.core.faults import reach
+
 log = logging.getLogger("luthier")
 
 FORMAT = 1
@@ -75,6 +77,7 @@ def save_state(folder: str | Path, state: RunState) -> None:
     try:
         save_file({k: _portable(v) for k, v in state.tensors.items()}, partial / TENSORS)
         _sync(partial / TENSORS)
+        reach("in_checkpoint")
         manifest = {
             "format": FORMAT,
             "sha256": _digest(partial / TENSORS),

@@ -124,30 +124,31 @@ class Run:
         return dict(self.result)
 
     def state(self) -> RunState:
-        """Everything that the rest of the trial depends on; see `trainables.core.checkpoint` for writing it to disk.
-
-        Between two steps, or in the middle of a unit from `after_step`.
-        """
+        """Everything that the rest of the trial depends on, between two steps or, from `after_step`, inside one."""
         if self._model is None and self._restored is not None:
             return self._restored
         self._build()
         inside = self._training is not None and self._training.steps_done > 0
         elsewhere = not self.finished and (inside or self.best.unit != self.unit)
         tensors = pack(self.model, self._pristine, self.best if elsewhere else None, self._training)
-        best = {"unit": self.best.unit, "accuracy": self.best.accuracy, "nll": self.best.nll}
-        meta = {
+        return RunState(tensors, self.state_without_tensors())
+
+    def state_without_tensors(self) -> dict[str, Any]:
+        """The plain values of `state`, which of a finished trial are all that anybody reads."""
+        inside, found = self._training.steps_done if self._training is not None else 0, self.best
+        best = {"unit": found.unit, "accuracy": found.accuracy, "nll": found.nll} if found.unit else None
+        return {
             "unit": self.unit,
-            "step": self._training.steps_done if self._training is not None else 0,
+            "step": inside,
             "finished": self.finished,
             "seconds": self._seconds,
             "elapsed": time.perf_counter() - self._unit_began if inside else 0.0,
             "once": self._once,
             "curves": self._curves,
-            "best": best if self.best.unit else None,
+            "best": best,
             "result": self.result,
             "identity": identity(self.spec) | self._digests(),
         }
-        return RunState(tensors, meta)
 
     def load_state(self, state: RunState) -> None:
         """Continue from `state`, taken from a run of the same trial; the network is rebuilt when it is first used,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainables.core.contract import Phase, Strategy, TrainingConfig
 from trainables.core.loop import Batches, Observer, Progress, UnitResult, predict, set_training_mode, train_unit
-from trainables.core.optim import build_optimizer, freeze_all_but, select_groups
+from trainables.core.optim import build_optimizer, freeze_all_but, rate_factor, select_groups, set_rates
 from trainables.core.randomness import generator_states, set_generator_states
 from trainables.core.snapshot import is_pristine
 from trainables.core.task import stream_seed
@@ -82,6 +82,8 @@ class PhaseTraining:
         self._watch, continued = self._observer(), _by_part(self._continued)
         self._progress = Progress.of(continued["progress"], device) if continued else Progress.none(device)
         if continued:
+            last = unit_in_phase * self.unit_steps + self._progress.steps - 1
+            set_rates(self.optimizer, rate_factor(last, self.total_steps, self.config))  # no step may be left
             set_generator_states(continued["random"], device)
             if self._watch is not None:
                 self._watch.load_state(continued["observer"])

@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 import torch
 from ray.tune import Trainable
 
-from trainables.core.checkpoint import RunState, load_newest, save_state
+from trainables.core.checkpoint import CheckpointError, RunState, load_newest, save_state
+from trainables.core.failing import failure_text, is_passing
+from trainables.core.faults import located, reach
+from trainables.core.keeper import WITHIN_SECONDS, Keeper
 from trainables.core.run import Run
 from trainables.core.task import TrialSpec
 
@@ -19,9 +22,14 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
     """Runs the trial that its config describes; one class for all strategies, so that actors are reused across them.
 
     Config: `TrialSpec.to_dict()`, that is `task`, `strategy`, `hparams`, `seed`, …; keys that start with `_` are the
-    orchestrator's (`_number`, the trial's number in its study).
+    orchestrator's: `_number`, the trial's number in its study; `_checkpoints`, the folder where the trial keeps its
+    own checkpoints (None = only where Tune asks for one); `_checkpoint_seconds`, see `trainables.core.keeper`.
 
-    Results: the metrics of `Run.step` with `unit`, `finished` (all of the budget was used) and `done`.
+    Results: the metrics of `Run.step` with `unit`, `finished` (all of the budget was used) and `done`. A trial with
+    checkpoints of its own goes on from the newest intact one, and says that one's result again first: the driver may
+    have died before it heard of it. Failures that would happen again (`trainables.core.failing`) come as a last result
+    `{"done": True, "failure": traceback}`, so that Tune, which would try again, takes the trial for ended; what went
+    wrong with checkpoints comes as `checkpoint_problems`.
 
     `setup` only remembers the config: Ray may build a second actor for a trial that then runs elsewhere. The
     network is made at the first `step`; pretrained weights and opened data stay in the process for later trials.
@@ -30,6 +38,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
     _run: Run | None
     _state: RunState | None
     _config: dict[str, Any]
+    _keeper: Keeper | None
 
     fixed_strategy: ClassVar[str | None] = None
     """The strategy of all trials of this class; None = the config's `strategy`."""
@@ -49,9 +58,19 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
         """One unit of budget, see `trainables.core.run.Run.step`.
 
         Raises:
-            NonFiniteError: the trial diverged.
+            NonFiniteError: the trial diverged (without checkpoints of its own; see the class).
         """
-        metrics = self._run_of_trial().step()
+        try:
+            metrics = self._next()
+        except Exception as error:
+            self._run = None
+            if self._keeper is None or is_passing(error):
+                raise
+            return {"done": True, "failure": failure_text(error)}
+        self._iteration = int(metrics["unit"]) - 1  # Tune adds one; a trial that goes on did not begin with this actor
+        if self._keeper is not None and self._keeper.problems:
+            metrics["checkpoint_problems"] = self._keeper.problems
+            self._keeper.problems = []
         return {**metrics, "done": metrics["finished"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -66,7 +85,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def cleanup(self) -> None:
         """Let go of the network when the actor ends."""
-        self._run, self._state = None, None
+        self._run, self._state, self._keeper = None, None, None
 
     def __repr__(self) -> str:
         number = self._config.get("_number")
@@ -79,22 +98,63 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
         """Everything that a trial owns, anew: nothing of an earlier trial may be left."""
         self._started = time.perf_counter()
         self._config = dict(config)
-        self._run, self._state = None, None
+        self._run, self._state, self._keeper = None, None, None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
     def _strategy(self) -> str:
         return self.fixed_strategy or str(self._config.get("strategy", ""))
 
+    def _next(self) -> dict[str, Any]:
+        goes_on = self._run is None
+        run = self._run_of_trial()
+        if goes_on and self._keeper is not None and run.result is not None:
+            return dict(run.result)
+        with located(trial=self._config.get("_number", -1), unit=run.unit + 1):
+            reach("before_unit")
+            metrics = run.step()
+            if self._keeper is not None:
+                reach("before_checkpoint")
+                if run.finished:
+                    self._keeper.finished(run.state_without_tensors())
+                else:
+                    self._keeper.unit_done(run.state)
+                reach("after_checkpoint")
+        return metrics
+
     def _run_of_trial(self) -> Run:
         if self._run is None:
             self._take_resources()
-            fixed = {} if self.fixed_strategy is None else {"strategy": self.fixed_strategy}
-            self._run = Run(TrialSpec.from_dict(self._config | fixed), started=self._started)
+            if self._config.get("_checkpoints"):
+                self._run = self._from_own_checkpoints()
+            else:
+                self._run = self._new_run()
             if self._state is not None:
                 self._run.load_state(self._state)
                 self._state = None
         return self._run
+
+    def _new_run(self) -> Run:
+        fixed = {} if self.fixed_strategy is None else {"strategy": self.fixed_strategy}
+        return Run(TrialSpec.from_dict(self._config | fixed), started=self._started)
+
+    def _from_own_checkpoints(self) -> Run:
+        """The run where its newest checkpoint that can be used left it, or a new one."""
+        keeper = Keeper(self._config["_checkpoints"], self._config.get("_checkpoint_seconds", WITHIN_SECONDS))
+        keeper.claim()
+        self._keeper = keeper
+        found = self._new_run()
+        for path, state in keeper.states():
+            try:
+                found.load_state(state)
+                if not found.finished:
+                    _ = found.model  # built now: weights and data are checked, too
+                break
+            except CheckpointError as error:
+                keeper.quarantine(path, f"{path}: {error}")
+                found = self._new_run()
+        found.after_step = lambda: keeper.step_done(found.state)
+        return found
 
     def _take_resources(self) -> None:
         request = self.trial_resources
