@@ -144,12 +144,14 @@ def component_kinds(model: nn.Module) -> dict[str, str]:
 
 def linear_width(module: nn.Module) -> tuple[int, int] | None:
     """Input and output width of a linear map over tokens: `nn.Linear`, a 1x1 convolution, or a wrapper of one (Gemma's
-    clipped linear layers); None for anything else."""
+    clipped linear layers, adapters of peft around their `base_layer`); None for anything else."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Conv2d):
         plain = module.kernel_size == (1, 1) and module.stride == (1, 1) and module.groups == 1
         return (module.in_channels, module.out_channels) if plain else None
+    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        return linear_width(base)
     children = list(module.children())
     wraps = len(children) == 1 and isinstance(children[0], nn.Linear)
     return linear_width(children[0]) if wraps else None

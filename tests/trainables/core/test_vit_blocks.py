@@ -221,6 +221,20 @@ def test_what_belongs_to_no_component_is_other_or_embed() -> None:
     assert swin["layers.0.blocks.0.attn.relative_position_bias_table"] == "mha"
 
 
+def test_adapters_around_a_component_belong_to_it() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base_layer: nn.Module) -> None:
+            super().__init__()
+            self.base_layer, self.lora_a, self.lora_b = base_layer, nn.Linear(192, 2), nn.Linear(2, 768)
+
+    with torch.device("meta"):
+        network = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+        network.blocks[3].mlp.fc1 = Adapter(network.blocks[3].mlp.fc1)
+    kinds = component_kinds(network)
+    assert kinds["blocks.3.mlp.fc1.base_layer.weight"] == kinds["blocks.3.mlp.fc1.lora_b.weight"] == "fc1"
+    assert linear_width(network.blocks[3].mlp.fc1) == (192, 768)
+
+
 def test_attention_in_windows_is_a_method_of_its_block() -> None:
     block = find_blocks(on_meta("swin_tiny_patch4_window7_224"))[1]
     assert block.attention() == (block.module, "_attn")
