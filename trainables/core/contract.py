@@ -77,6 +77,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"0 <= {name} < 1 must hold, but got {value!r}.")
+        if self.wise is not None and self.wise != "sweep" and not (_number(self.wise) and 0 <= float(self.wise) <= 1):
+            raise ValueError(f"wise must be 'sweep', a number from 0 to 1, or nothing, but got {self.wise!r}.")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay cannot be negative, but got {self.weight_decay!r}.")
         check_choices(self)
@@ -204,6 +206,10 @@ class Strategy:
         """What can be learned from the finalised model by evaluation alone, such as accuracy over λ; every tensor is
         left as it was found."""
         return {}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_choices(config: Any) -> None:

@@ -57,6 +57,10 @@ class Diagnosis:
             last: the same after the last unit.
         """
         found: dict[str, float | Curve] = {}
+        if "shift" in self._wanted:
+            from trainables.diagnostics.norm_shift import shift_report
+
+            found |= shift_report(self._data.reference, start, kept, last)
         if "distortion" in self._wanted:
             from trainables.diagnostics.change import change_report, parameter_change
 

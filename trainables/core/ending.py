@@ -13,6 +13,7 @@ from trainables.core.contract import Curve, Report, Strategy
 from trainables.core.diagnosing import Diagnosis
 from trainables.core.scoring import Watch, final_scores, validation_scores
 from trainables.core.snapshot import Best, put_back, take
+from trainables.core.wise import WiseFt
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
@@ -36,6 +37,8 @@ def interim(model: Classifier, strategy: Strategy, data: TrialData, best: Best, 
     model, strategy = copy.deepcopy((model, strategy))
     put_back(model, best.tensors)
     report, curves = split(strategy.finalize(model, data))
+    wise = _wise(model, strategy, data, start)
+    report |= split(wise.apply())[0] if wise else {}
     return Ending(_scores(model, strategy, data, best), report, curves)
 
 
@@ -48,9 +51,12 @@ def final(model: Classifier, strategy: Strategy, data: TrialData, best: Best, st
     last = take(model, best.tensors)
     put_back(model, best.tensors)
     report, curves = split(strategy.finalize(model, data))
+    wise = _wise(model, strategy, data, start)
+    report |= split(wise.apply())[0] if wise else {}
     diagnosis = Diagnosis(strategy, data)
     scores = _scores(model, strategy, data, best, diagnosis.watch)
-    for found in (strategy.curves(model, data), diagnosis.report(model, start, best.tensors, last)):
+    measured = diagnosis.report(model, start, best.tensors, last)
+    for found in (strategy.curves(model, data), wise.curve() if wise else {}, measured):
         metrics, more = split(found)
         report |= metrics
         curves |= more
@@ -63,11 +69,17 @@ def split(report: Report) -> tuple[dict[str, float], dict[str, Curve]]:
     return {name: value for name, value in report.items() if not isinstance(value, Curve)}, curves
 
 
+def _wise(model: Classifier, strategy: Strategy, data: TrialData, start: Mapping[str, Tensor]) -> WiseFt | None:
+    wanted = getattr(strategy.config, "wise", None)
+    return None if wanted is None else WiseFt(model, data, start, wanted)
+
+
 def _scores(
     model: Classifier, strategy: Strategy, data: TrialData, best: Best, watch: Watch | None = None
 ) -> dict[str, float]:
     """`best/val/acc` is that of the weights which are tested: what `finalize` did to them counts."""
     accuracy = best.accuracy
-    if type(strategy).finalize is not Strategy.finalize:
+    changed = type(strategy).finalize is not Strategy.finalize or getattr(strategy.config, "wise", None) is not None
+    if changed:
         accuracy = validation_scores(model, data)["val/acc"]
     return {**final_scores(model, data, watch), "best/val/acc": accuracy, "best/epoch": float(best.unit)}

@@ -1,0 +1,24 @@
+"""BitFit: the rates of biases and head."""
+
+from __future__ import annotations
+
+from optuna.distributions import FloatDistribution
+
+from search_spaces._law import Law, Preset
+
+SPACE: dict[str, Law] = {
+    # Biases are few and have gradients of the size of activations' gradients; the paper's rates for them lie one to two
+    # decades above those for all weights.
+    "lr_backbone": Law(
+        default=1e-2,
+        distribution=FloatDistribution(1e-4, 1.0, log=True),
+        source="Ben Zaken et al. 2022, appendix: bias rates one to two decades above those for all weights",
+    ),
+    "lr_head": Law(
+        default=10.0,
+        distribution=FloatDistribution(0.1, 100.0, log=True),
+        source="benchmarks/head_rate.py",
+    ),
+}
+
+PRESETS: dict[str, Preset] = {}

@@ -1,0 +1,136 @@
+"""Shifts against plain sums; FSR; which layers count."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerNorm2d, RmsNorm
+from torch import nn
+
+from trainables.diagnostics.norm_shift import (
+    batch_norm_shift,
+    fine_tuning_shift_ratio,
+    layer_norm_shift,
+    layer_norms,
+    shift_report,
+)
+
+
+def vit() -> nn.Module:
+    model: nn.Module = timm.create_model("test_vit", num_classes=0)
+    return model
+
+
+def moved(model: nn.Module, kind: type[nn.Module] = nn.LayerNorm) -> nn.Module:
+    """A copy whose norms' parameters differ by seeded noise."""
+    generator, tuned = torch.Generator().manual_seed(0), copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in tuned.modules():
+            if isinstance(layer, kind):
+                for parameter in layer.parameters():
+                    parameter += torch.randn(parameter.shape, generator=generator)
+    return tuned
+
+
+def test_the_shift_is_zero_at_initialisation() -> None:
+    model = vit()
+    shift = layer_norm_shift(copy.deepcopy(model.state_dict()), model)
+    assert (shift.gamma, shift.beta, shift.total) == (0.0, 0.0, 0.0)
+    assert list(shift.per_layer) == list(layer_norms(model))
+
+
+def test_the_shift_is_the_sum_over_layers_of_l2_norms() -> None:
+    model = vit()
+    source, tuned = model.state_dict(), moved(model)
+    shift = layer_norm_shift(source, tuned)
+    gamma = beta = 0.0
+    for name, value in tuned.state_dict().items():
+        if "norm" in name:
+            length = math.sqrt(sum((a - b) ** 2 for a, b in zip(value.tolist(), source[name].tolist(), strict=True)))
+            gamma, beta = (gamma + length, beta) if name.endswith("weight") else (gamma, beta + length)
+    assert gamma > 0
+    assert beta > 0
+    assert shift.gamma == pytest.approx(gamma, rel=1e-6)
+    assert shift.beta == pytest.approx(beta, rel=1e-6)
+    assert shift.total == shift.gamma + shift.beta
+    assert shift.metrics("ln_shift") == {
+        "ln_shift/gamma": shift.gamma,
+        "ln_shift/beta": shift.beta,
+        "ln_shift/total": shift.total,
+    }
+    columns = shift.curve().columns
+    assert list(columns) == ["layer", "gamma", "beta"]
+    assert math.fsum(float(v) for v in columns["gamma"] if isinstance(v, float)) == shift.gamma
+
+
+def test_batch_norm_has_the_same_measure_and_other_layers_do_not_count() -> None:
+    model = timm.create_model("test_resnet", num_classes=0)
+    tuned = moved(model, nn.BatchNorm2d)
+    with torch.no_grad():
+        for layer in tuned.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight += 1.0
+    shift = batch_norm_shift(model.state_dict(), tuned)
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    assert set(shift.per_layer) == layers
+    for name in layers:
+        expected = (tuned.state_dict()[f"{name}.weight"] - model.state_dict()[f"{name}.weight"]).norm()
+        assert shift.per_layer[name].gamma == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_norms_of_every_kind_count_and_those_without_parameters_do_not() -> None:
+    model = nn.ModuleDict(
+        {
+            "plain": nn.LayerNorm(4),
+            "fixed": nn.LayerNorm(4, elementwise_affine=False),
+            "no_beta": nn.LayerNorm(4, bias=False),
+            "map": LayerNorm2d(4),
+            "rms": RmsNorm(4),
+            "torch_rms": nn.RMSNorm(4),
+        }
+    )
+    shift = layer_norm_shift(model.state_dict(), moved(model, nn.Module))
+    assert list(shift.per_layer) == ["plain", "no_beta", "map", "rms", "torch_rms"]
+    assert shift.per_layer["rms"].beta == 0.0
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    model = vit()
+    with pytest.raises(ValueError) as error:
+        layer_norm_shift({}, model)
+    name = f"{next(iter(layer_norms(model)))}.weight"
+    shape = tuple(model.state_dict()[name].shape)
+    assert str(error.value) == f"A shift needs the source tensor {name!r} of shape {shape}, but the source has none."
+    with pytest.raises(ValueError) as error:
+        layer_norm_shift({}, nn.Linear(2, 2))
+    assert str(error.value) == "A shift needs a network with LayerNorm layers, but this one has none."
+
+
+def test_fsr() -> None:
+    assert fine_tuning_shift_ratio(1.5, 1.5) == 1.0
+    assert fine_tuning_shift_ratio(0.5, 2.0) == 0.25
+    with pytest.raises(ValueError) as error:
+        fine_tuning_shift_ratio(1.0, 0.0)
+    assert str(error.value) == (
+        "FSR needs a reference whose LayerNorm parameters moved, but its shift is 0.0. Train the reference with a "
+        "higher learning rate or for longer."
+    )
+    with pytest.raises(ValueError) as error:
+        fine_tuning_shift_ratio(math.nan, 1.0)
+    assert str(error.value) == "A LayerNorm shift is a finite number of at least 0, but got nan."
+
+
+def test_a_trials_report_is_measured_from_where_training_starts() -> None:
+    model = timm.create_model("test_resnet", num_classes=0)
+    converted, tuned = moved(model, nn.BatchNorm2d), moved(moved(model, nn.BatchNorm2d), nn.BatchNorm2d)
+    start = {f"backbone.{name}": value for name, value in converted.state_dict().items()}
+    kept = {f"backbone.{name}": value for name, value in tuned.state_dict().items()}
+    report = shift_report(model, start, kept, start)
+    expected = batch_norm_shift(converted.state_dict(), tuned)
+    assert report["bn_shift/total"] == pytest.approx(expected.total)
+    assert report["bn_shift/last/total"] == 0.0
+    assert not [name for name in report if name.startswith("ln_shift")]

@@ -1,0 +1,51 @@
+"""BitFit (Ben Zaken et al., ACL 2022): only bias terms and the head train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
+from trainables.core.head import initialise_head
+from trainables.daft import convert_on_training_data
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+    from trainables.data.trial_data import TrialData
+
+
+class BitFit(Strategy):
+    """Every bias of the backbone, those of norm layers (β) included, moves at η_θ."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainingConfig):
+        """The common recipe; biases take larger steps than weights."""
+
+        lr_backbone: float = 1e-2
+
+    def prepare(self, model: Classifier, data: TrialData) -> Report:
+        """Convert BatchNorm where asked to, then initialise the head."""
+        report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
+        return {**report, **initialise_head(model, data, self.config.head_init)}
+
+    def param_groups(self, model: Classifier) -> list[ParamGroup]:
+        """All biases of the backbone, and the head.
+
+        Raises:
+            ValueError: the backbone has no bias.
+        """
+        _, head = super().param_groups(model)
+        biases = [p for name, p in model.backbone.named_parameters() if is_bias(name)]
+        if not biases:
+            raise ValueError("BitFit needs a network with bias terms, but this one has none. Use another strategy.")
+        return [ParamGroup("biases", biases, self.config.lr_backbone), head]
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is a bias: `bias`, or `q_bias` and `v_bias` of BEiT and its kin, but no table of
+    relative positions."""
+    last = name.rpartition(".")[2]
+    return last == "bias" or (last.endswith("_bias") and "relative_position" not in last)
+
+
+STRATEGY = BitFit

@@ -1,0 +1,163 @@
+"""How far tuning moved the scale γ and offset β of a network's norm layers, and FSR, their ratio to a reference.
+
+LayerNorm shift and Fine-tuning Shift Ratio: papers/000. The same measure for BatchNorm is Luthier's own addition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainables.core.contract import Curve
+
+LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
+"""Layers that normalise each sample (or token) over its channels; an RMS norm has γ alone."""
+
+
+@dataclass(frozen=True)
+class LayerShift:
+    """One layer's shift."""
+
+    gamma: float
+    """‖γ_T − γ_S‖₂"""
+    beta: float
+    """‖β_T − β_S‖₂; 0 where the layer has no β."""
+
+
+@dataclass(frozen=True)
+class NormShift:
+    """Shift_p(θ_T, θ_S) = Σ over layers of ‖p_T − p_S‖₂ for p in γ, β (papers/000)."""
+
+    per_layer: Mapping[str, LayerShift]
+
+    @property
+    def gamma(self) -> float:
+        """Σ ‖γ_T − γ_S‖₂"""
+        return math.fsum(layer.gamma for layer in self.per_layer.values())
+
+    @property
+    def beta(self) -> float:
+        """Σ ‖β_T − β_S‖₂"""
+        return math.fsum(layer.beta for layer in self.per_layer.values())
+
+    @property
+    def total(self) -> float:
+        """The sum of both."""
+        return self.gamma + self.beta
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """`<prefix>/gamma`, `/beta` and `/total`."""
+        return {f"{prefix}/{name}": getattr(self, name) for name in ("gamma", "beta", "total")}
+
+    def curve(self) -> Curve:
+        """Both shifts, layer by layer in the order of the network."""
+        layers = self.per_layer
+        return Curve(
+            {
+                "layer": list(layers),
+                "gamma": [layer.gamma for layer in layers.values()],
+                "beta": [layer.beta for layer in layers.values()],
+            },
+            "L2 norm of the change of γ and β.",
+        )
+
+
+def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → LayerNorm-like layer with parameters of its own, in the order of the network."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LAYER_NORMS) and _own(m)}
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → BatchNorm layer with parameters of its own, in the order of the network."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and _own(m)}
+
+
+def layer_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module) -> NormShift:
+    """Shift of every LayerNorm of `tuned_model` from its source parameters.
+
+    Args:
+        source_state: source tensors by the names of `tuned_model.state_dict()`.
+
+    Raises:
+        ValueError: the model has no LayerNorm with parameters, or `source_state` lacks one or has it in another shape.
+    """
+    return _of_model(source_state, tuned_model, layer_norms(tuned_model), "LayerNorm")
+
+
+def batch_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module) -> NormShift:
+    """The same of every BatchNorm. Arguments and errors as for `layer_norm_shift`."""
+    return _of_model(source_state, tuned_model, batch_norms(tuned_model), "BatchNorm")
+
+
+def fine_tuning_shift_ratio(shift: float, reference_shift: float) -> float:
+    """FSR = Shift(T, S) / Shift(T*, S) (papers/000): 1 is ideal; below 1 the sample under-represents the target.
+
+    Raises:
+        ValueError: the reference is zero, negative or not finite, or the shift is negative or not finite.
+    """
+    if not (math.isfinite(reference_shift) and reference_shift > 0):
+        raise ValueError(
+            f"FSR needs a reference whose LayerNorm parameters moved, but its shift is {reference_shift!r}. Train the "
+            "reference with a higher learning rate or for longer."
+        )
+    if not (math.isfinite(shift) and shift >= 0):
+        raise ValueError(f"A LayerNorm shift is a finite number of at least 0, but got {shift!r}.")
+    return shift / reference_shift
+
+
+def shift_report(
+    reference: nn.Module, start: Mapping[str, Tensor], kept: Mapping[str, Tensor], last: Mapping[str, Tensor]
+) -> dict[str, float | Curve]:
+    """Metrics and curve of a trial, for the LayerNorm and the BatchNorm layers that its network has.
+
+    `<kind>/gamma`, `/beta` and `/total` are those of the weights that the trial keeps, before λ and WiSE; those under
+    `<kind>/last/` are of its last unit, whatever unit was best: they are what FSR compares, at equal numbers of steps.
+
+    Args:
+        reference: the pretrained network.
+        start: tensors that differ from it when training starts: of a converted BatchNorm the converted γ and β count.
+        kept, last: tensors that training may have changed, by the names of the classifier.
+    """
+    source = {f"backbone.{name}": value for name, value in reference.state_dict().items()} | dict(start)
+    found: dict[str, float | Curve] = {}
+    for prefix, layers in (("ln_shift", layer_norms(reference)), ("bn_shift", batch_norms(reference))):
+        if not layers:
+            continue
+        shift, end = (_shift(source, {**source, **moved}, layers, "backbone.") for moved in (kept, last))
+        found |= {**shift.metrics(prefix), **end.metrics(f"{prefix}/last"), prefix: shift.curve()}
+    return found
+
+
+def _own(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _of_model(source: Mapping[str, Tensor], tuned: nn.Module, layers: Mapping[str, nn.Module], kind: str) -> NormShift:
+    if not layers:
+        raise ValueError(f"A shift needs a network with {kind} layers, but this one has none.")
+    return _shift(source, tuned.state_dict(), layers)
+
+
+def _shift(
+    source: Mapping[str, Tensor], tuned: Mapping[str, Tensor], layers: Mapping[str, nn.Module], prefix: str = ""
+) -> NormShift:
+    """`prefix` stands before the layers' names in both states."""
+    found = {}
+    for name, layer in layers.items():
+        norms = {"weight": 0.0, "bias": 0.0}
+        for parameter, value in layer.named_parameters(recurse=False):
+            key = f"{prefix}{name}.{parameter}" if name else f"{prefix}{parameter}"
+            before, after = source.get(key), tuned[key]
+            if before is None or before.shape != value.shape:
+                got = "none" if before is None else f"one of shape {tuple(before.shape)}"
+                raise ValueError(
+                    f"A shift needs the source tensor {key!r} of shape {tuple(value.shape)}, but the source has {got}."
+                )
+            norms[parameter] = float((after.detach().double() - before.to(after.device).double()).norm())
+        found[name] = LayerShift(norms["weight"], norms["bias"])
+    return NormShift(found)

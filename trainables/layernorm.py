@@ -1,0 +1,251 @@
+"""LayerNorm tuning (papers/000): γ and β of the norms and the head train, λ rescales how far γ moved, also in cycles.
+
+Label information goes to the head, domain information to the norms. λ costs no training: one tuned network is evaluated
+at γ_S + λ·(γ_T − γ_S). β converges sooner than γ and keeps its tuned value unless `rescale: both`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainables.core.contract import Curve, ParamGroup, Phase, Report, Strategy, TrainingConfig
+from trainables.core.head import initialise_head
+from trainables.core.scoring import final_scores, validation_scores
+from trainables.core.snapshot import put_back, take
+from trainables.diagnostics.norm_shift import layer_norms
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+    from trainables.data.trial_data import TrialData
+
+GRID = tuple(round(0.1 * k, 1) for k in range(21))
+"""Values of λ that a sweep looks at: 0 (the source's γ) to 2 (twice the learned shift), 1 among them."""
+FIT_STEPS, FIT_RATE = 100, 0.05
+"""Adam steps and rate of a learned λ; one step sees one batch of the validation split."""
+
+Rescale = Literal["gamma", "both"]
+
+
+@torch.no_grad()
+def rescale_layer_norm(
+    model: nn.Module, source_state: Mapping[str, Tensor], lam: float | Tensor, rescale: Rescale = "gamma"
+) -> None:
+    """γ ← γ_S + λ·(γ_T − γ_S) in every LayerNorm, in place (papers/000); with `both`, β likewise.
+
+    λ = 1 leaves every bit as it is, λ = 0 puts the source's bits back.
+
+    Args:
+        model: the tuned network.
+        source_state: source tensors by the names of `model.state_dict()`.
+        lam: one λ for all layers, or a tensor (L,) of one per layer in the order of the network.
+
+    Raises:
+        ValueError: λ is not finite, the network has no LayerNorm, or the source lacks one of its tensors.
+    """
+    names = scaled_names(model, rescale)
+    values = torch.as_tensor(lam, dtype=torch.float64).expand(len(layer_norms(model))).tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"λ must be finite, but got {lam!r}.")
+    parameters = dict(model.named_parameters())
+    for (layer, group), value in zip(names.items(), values, strict=True):
+        for name in group:
+            if name not in source_state:
+                raise ValueError(f"Rescaling needs the source tensor {name!r} of {layer}, but the source lacks it.")
+            tuned, source = parameters[name], source_state[name].to(parameters[name].device)
+            if value == 0:
+                tuned.copy_(source)
+            elif value != 1:
+                tuned.copy_(source + value * (tuned - source))
+
+
+def scaled_names(model: nn.Module, rescale: Rescale) -> dict[str, list[str]]:
+    """Layer → names of its parameters that λ scales.
+
+    Raises:
+        ValueError: the network has no LayerNorm.
+    """
+    kinds = {"gamma": ("weight",), "both": ("weight", "bias")}[rescale]
+    found = {
+        layer: [
+            f"{layer}.{kind}" if layer else kind for kind, _ in module.named_parameters(recurse=False) if kind in kinds
+        ]
+        for layer, module in layer_norms(model).items()
+    }
+    if not found:
+        raise ValueError(
+            "LayerNorm tuning needs a network with LayerNorm, but this one has none. For BatchNorm networks use daft, "
+            "which adapts BatchNorm to the target data."
+        )
+    return found
+
+
+class LayerNorm(Strategy):
+    """Trains the norms' γ and β with the head; everything else stays bit for bit as pretrained."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"layer_norm"})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainingConfig):
+        """Knobs of LayerNorm tuning; the papers' recipe otherwise."""
+
+        lr_backbone: float = 1e-2
+        """Learning rate of γ and β."""
+        norms: Literal["all", "attention"] = "all"
+        """all = every norm, the final one included; attention = the norm before each block's attention."""
+        train: Literal["both", "gamma", "beta"] = "both"
+        rescale: Rescale = "gamma"
+        """What λ scales: γ alone (β keeps its tuned value), or both."""
+        lam: float = 1.0
+        """λ where `lam_choice` is fixed."""
+        lam_choice: Literal["fixed", "sweep", "learned"] = "fixed"
+        """fixed = `lam`; sweep = the best of 21 values from 0 to 2 on ID validation; learned = fitted by gradient on ID
+        validation with everything else frozen."""
+        lam_scope: Literal["global", "layer"] = "global"
+        """Of a learned λ: one for all layers, or one per layer."""
+        cycles: int = 0
+        """0 = norms and head together; C ≥ 1 = C cycles of head alone, norms alone, rescaling by λ."""
+        head_share: float = 0.25
+        """Share of a cycle's units that the head gets (at least one)."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 0:
+                raise ValueError(f"cycles must be a whole number of at least 0, but got {self.cycles!r}.")
+            if not 0 < self.head_share < 1:
+                raise ValueError(f"0 < head_share < 1 must hold, but got {self.head_share!r}.")
+            if not (math.isfinite(self.lam) and self.lam >= 0):
+                raise ValueError(f"lam must be a finite number of at least 0, but got {self.lam!r}.")
+            if self.lam_scope == "layer" and self.lam_choice != "learned":
+                raise ValueError(
+                    f"lam_scope='layer' needs lam_choice='learned', but got {self.lam_choice!r}. Leave lam_scope out, "
+                    "or learn λ."
+                )
+
+    def prepare(self, model: Classifier, data: TrialData) -> Report:
+        """Remember the source's norms and initialise the head."""
+        scaled_names(model, "both")
+        names = [f"{n}.{p}" for n, m in layer_norms(model).items() for p, _ in m.named_parameters(recurse=False)]
+        self.source = take(model, names)
+        self.rescaled: dict[str, Tensor] | None = None
+        return initialise_head(model, data, self.config.head_init)
+
+    def param_groups(self, model: Classifier) -> list[ParamGroup]:
+        """The chosen parameters of the norms at η_θ, the head at η_w."""
+        _, head = super().param_groups(model)
+        kinds = {"both": ("weight", "bias"), "gamma": ("weight",), "beta": ("bias",)}[self.config.train]
+        layers = layer_norms(model)
+        if self.config.norms == "attention":
+            layers = _attention_norms(model, layers)
+        moving = [p for m in layers.values() for k, p in m.named_parameters(recurse=False) if k in kinds]
+        if not moving:
+            raise ValueError(
+                f"LayerNorm tuning must train something, but norms={self.config.norms!r} with "
+                f"train={self.config.train!r} selects nothing in this network."
+            )
+        return [ParamGroup("norms", moving, self.config.lr_backbone), head]
+
+    def phases(self, units: int) -> list[Phase]:
+        """One phase, or per cycle: head, then norms, which λ rescales at the end."""
+        cycles = self.config.cycles
+        if not cycles:
+            return [Phase("train", units)]
+        if units < 2 * cycles:
+            raise ValueError(
+                f"{cycles} cycles of head and norms take at least {2 * cycles} units, but the trial has {units}. Give "
+                "it more epochs, or fewer cycles."
+            )
+        found = []
+        for cycle in range(cycles):
+            share = units * (cycle + 1) // cycles - units * cycle // cycles
+            head = min(share - 1, max(1, round(share * self.config.head_share)))
+            found.append(Phase(f"head {cycle + 1}", head, groups=frozenset({"head"})))
+            norms = frozenset({"norms"})
+            found.append(Phase(f"norms {cycle + 1}", share - head, groups=norms, finish=self._rescale))
+        return found
+
+    def finalize(self, model: Classifier, data: TrialData) -> Report:
+        """Choose λ and rescale; in the cyclic framework that has happened at the end of each cycle."""
+        return {} if self.config.cycles else self._rescale(model, data)
+
+    def curves(self, model: Classifier, data: TrialData) -> Report:
+        """Validation, test and OOD over the grid of λ, for the weights as they were before the last rescaling."""
+        if self.config.lam_choice != "sweep":
+            return {}
+        kept = take(model, self.source)
+        rows = []
+        for lam in GRID:
+            put_back(model, self.tuned if not self.config.cycles else kept)
+            rescale_layer_norm(model, self.source, lam, self.config.rescale)
+            rows.append({"lambda": lam, **validation_scores(model, data), **final_scores(model, data)})
+        put_back(model, kept)
+        return {"lambda": Curve({name: [row[name] for row in rows] for name in rows[0]}, "λ is chosen on val/acc.")}
+
+    def _rescale(self, model: Classifier, data: TrialData) -> Report:
+        config = self.config
+        self.tuned = take(model, self.source)
+        at_one = validation_scores(model, data)
+        lam: float | Tensor = config.lam
+        if config.lam_choice == "sweep":
+            lam = self._best_on_grid(model, data)
+        elif config.lam_choice == "learned":
+            lam = self._fitted(model, data)
+        rescale_layer_norm(model, self.source, lam, config.rescale)
+        values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
+        report = {"layernorm/lambda": float(values.mean()), "layernorm/val_acc_at_1": at_one["val/acc"]}
+        if config.lam_scope == "global":
+            return report
+        per_layer = Curve({"layer": list(layer_norms(model)), "lambda": values.tolist()}, "λ fitted on ID validation.")
+        return {**report, "layernorm_lambda": per_layer}
+
+    def _best_on_grid(self, model: Classifier, data: TrialData) -> float:
+        """Highest validation accuracy; ties go to the lower NLL, then to the λ nearest to 1."""
+        scores = {}
+        for lam in GRID:
+            rescale_layer_norm(model, self.source, lam, self.config.rescale)
+            found = validation_scores(model, data)
+            scores[lam] = (found["val/acc"], -found["val/nll"], -abs(lam - 1))
+            put_back(model, self.tuned)
+        return max(scores, key=lambda lam: scores[lam])
+
+    def _fitted(self, model: Classifier, data: TrialData) -> Tensor:
+        """λ by Adam on the cross-entropy of ID validation, from 1; nothing else moves."""
+        groups = list(scaled_names(model, self.config.rescale).values())
+        size = len(groups) if self.config.lam_scope == "layer" else 1
+        lam = torch.ones(size, device=data.device, requires_grad=True)
+        optimizer = torch.optim.Adam([lam], lr=FIT_RATE)
+        model.eval()
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        done = 0
+        while done < FIT_STEPS:
+            for images, labels in data.batches("val"):
+                scaled = dict(state)
+                for i, names in enumerate(groups):
+                    value = lam[i if size > 1 else 0]
+                    for name in names:
+                        scaled[name] = self.source[name] + value * (self.tuned[name] - self.source[name])
+                logits = torch.func.functional_call(model, scaled, (images,))
+                loss = functional.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss, inputs=[lam])
+                optimizer.step()
+                done += 1
+                if done == FIT_STEPS:
+                    break
+        return lam.detach().expand(len(groups)).double().cpu()
+
+
+def _attention_norms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    from trainables.core.vit_blocks import find_blocks
+
+    wanted = {id(inner) for block in find_blocks(model) for inner in block.ln1.modules()}
+    return {name: layer for name, layer in layers.items() if id(layer) in wanted}
+
+
+STRATEGY = LayerNorm
