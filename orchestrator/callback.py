@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune import Callback
 
+from orchestrator.checkpoints import discard
 from orchestrator.failures import classify, error_line
-from orchestrator.folding import interruption, unfinished
+from orchestrator.folding import fold, interruption, unfinished
 from orchestrator.journal import Journal
 from orchestrator.progress import Progress
-from orchestrator.records import INTERRUPTED, declared_metrics
+from orchestrator.records import INTERRUPTED, RESUMED, declared_metrics
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -47,18 +48,24 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
     scheduler: `pruned`. At the end of the experiment every trial still open (time budget, Ctrl-C: Tune says nothing
     about those) is closed as `interrupted`.
 
+    A result with `failure` (a traceback) ends a trial as failed. A unit that is known already, with the same numbers,
+    is not written again: a trial that goes on from a checkpoint says that one's result once more.
+
     Args:
         journal: the study's journal, shared with the searcher.
         progress: where to show the events; None = nowhere.
+        folder: the study's; checkpoints of trials that have ended are removed from it. None = there are none.
     """
 
-    def __init__(self, journal: Journal, progress: Progress | None = None) -> None:
-        self.journal = journal
+    def __init__(self, journal: Journal, progress: Progress | None = None, folder: Path | None = None) -> None:
+        self.journal, self.folder = journal, folder
         if progress is not None:
             journal.subscribe(progress.event)
         self.problems: list[str] = []
         """What could not be recorded; empty after a healthy run."""
         self._finished: dict[str, bool] = {}
+        self._failures: dict[str, str] = {}
+        self._known = {record.number: list(record.history) for record in fold(journal.events())}
         self._placed: set[str] = set()
 
     @_never_raises
@@ -73,16 +80,26 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: Mapping[str, Any], **info: Any
     ) -> None:
-        """One unit of budget is done."""
+        """One unit of budget is done, or the trial failed."""
+        for problem in result.get("checkpoint_problems") or ():
+            self.journal.append("checkpoint_problem", trial_id=trial.trial_id, problem=problem)
+            logger.warning("A checkpoint of %s: %s", trial, problem)
+        if "failure" in result:
+            self._failures[trial.trial_id] = str(result["failure"])
+            return
         self._finished[trial.trial_id] = bool(result.get("finished"))
+        unit, metrics = int(result.get("unit") or result["training_iteration"]), declared_metrics(result)
+        known = self._known.setdefault(trial.config.get("_number", trial.trial_id), [])
+        if any(past["unit"] == unit and _same(past, metrics) for past in known):
+            return
         where: dict[str, Any] = {}
         if trial.trial_id not in self._placed:  # Tune knows node and process only from the first result on
             where = {"node": result.get("hostname") or result.get("node_ip"), "pid": result.get("pid")}
             self._placed.add(trial.trial_id)
-        unit = int(result.get("unit") or result["training_iteration"])
         if curves := result.get("curves"):
             where["curves"] = curves
-        self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=declared_metrics(result), **where)
+        self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=metrics, **where)
+        known.append({"unit": float(unit), **metrics})
 
     @_never_raises
     def on_checkpoint(self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Any, **info: Any) -> None:
@@ -92,9 +109,14 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
     @_never_raises
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial used its budget, or the scheduler stopped it."""
+        """A trial used its budget, or the scheduler stopped it, or it said that it failed."""
+        failure = self._failures.pop(trial.trial_id, None)
+        if failure is not None:
+            self._failed(trial, {"reason": classify(failure), "error": error_line(failure)})
+            return
         finished = self._finished.get(trial.trial_id, bool((trial.last_result or {}).get("finished")))
         self.journal.append("trial_finished", trial_id=trial.trial_id, state="complete" if finished else "pruned")
+        self._discard(trial)
 
     @_never_raises
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -104,12 +126,21 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
     @_never_raises
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        self.journal.append("trial_failed", trial_id=trial.trial_id, **_failure(trial))
+        self._failed(trial, _failure(trial))
 
     @_never_raises
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Close what Tune left open."""
         close_open_trials(self.journal)
+
+    def _failed(self, trial: Trial, why: dict[str, Any]) -> None:
+        self.journal.append("trial_failed", trial_id=trial.trial_id, **why)
+        if why["reason"] not in RESUMED:
+            self._discard(trial)
+
+    def _discard(self, trial: Trial) -> None:
+        if self.folder is not None and "_number" in trial.config:
+            discard(self.folder, int(trial.config["_number"]))
 
 
 def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
@@ -117,6 +148,12 @@ def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
     experiment, and before a study is continued whose driver died without a word."""
     open_trials = [record for record in unfinished(journal.events()) if record.reason != INTERRUPTED]
     return [journal.append("trial_failed", **interruption(record)) for record in open_trials]
+
+
+def _same(past: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
+    """Whether a unit was measured to be the same before, its costs aside; NaN is the same as NaN."""
+    names = {name for name in {*past, *metrics} - {"unit"} if not name.startswith("cost/")}
+    return all(repr(past.get(name)) == repr(metrics.get(name)) for name in names)
 
 
 def _announcement(trial: Trial) -> dict[str, Any]:

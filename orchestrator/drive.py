@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import platform
 import sys
@@ -12,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.checkpoints import RETRIES, checkpoint_folder, tidy
 from orchestrator.counts import count_trials
 from orchestrator.errors import redact
 from orchestrator.setup import entries_of, make_scheduler, metric_of, planned_units, stages_of
@@ -48,7 +50,7 @@ class Drive:
         """
         from orchestrator.callback import close_open_trials
         from orchestrator.cluster import connect
-        from orchestrator.journal import Journal
+        from orchestrator.journal import Journal, fold
 
         with contextlib.ExitStack() as opened:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
@@ -58,6 +60,7 @@ class Drive:
             cluster.check_shared(self.folder, self.task.store)
             concurrent = cluster.concurrency(self.spec.resources.concurrent, request["cpu"], request["gpu"])
             close_open_trials(journal)  # of a driver that died without a word
+            tidy(self.folder, fold(journal.events()))
             with self._followed(journal) as progress, self._ending(journal):
                 journal.append("study_started", **self._header(request, concurrent))
                 self._tune(journal, progress, request, concurrent)
@@ -68,7 +71,7 @@ class Drive:
         from orchestrator.callback import RecordCallback
         from trainables.core.trial import Trial
 
-        searcher, callback = self._searcher(journal), RecordCallback(journal, progress)
+        searcher, callback = self._searcher(journal), RecordCallback(journal, progress, self.folder)
         tuner = tune.Tuner(
             tune.with_resources(Trial, request),
             tune_config=tune.TuneConfig(
@@ -83,7 +86,7 @@ class Drive:
                 name="ray",
                 storage_path=str(self.folder),
                 callbacks=[callback],
-                failure_config=tune.FailureConfig(max_failures=0),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 verbose=0,
             ),
@@ -110,6 +113,7 @@ class Drive:
             metric=metric_of(spec),
             stages=stages_of(spec, self.task, self.store),
             journal=journal,
+            checkpoints=functools.partial(checkpoint_folder, self.folder),
         )
 
     def _header(self, request: dict[str, float], concurrent: int) -> dict[str, Any]:

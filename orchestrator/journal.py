@@ -9,6 +9,8 @@ Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch) and `kind`
     trial_started{trial_id, node, pid}     result{trial_id, unit, metrics, curves?}     checkpoint{trial_id, unit, path}
     trial_finished{trial_id, state: "complete"|"pruned"}
     trial_retried{trial_id, reason, error}     trial_failed{trial_id, reason, error}
+    checkpoint_problem{trial_id, problem}
+    proposal_repeated{number, search_values, values, state}: the sampler proposed the configuration of that trial again
 
 Numbers that are not finite are stored as null, so that every line is strict JSON. `fold` (orchestrator/folding.py)
 turns events into trial records.
@@ -30,6 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.folding import fold
+from trainables.core.faults import reach
 
 __all__ = ["Event", "Journal", "JournalError", "fold"]
 
@@ -92,8 +95,10 @@ class Journal:
             if self._descriptor is None:
                 self._open()
             event: Event = {"seq": self._next, "time": time.time(), "kind": kind} | _plain(fields)
+            reach("before_event", event=kind, seq=self._next)
             self._write((json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n").encode())
             self._next += 1
+            reach("after_event", event=kind, seq=event["seq"])
             if kind == "trial_suggested":
                 self._suggested.add(str(event["trial_id"]))
             for listener in self._listeners:

@@ -19,7 +19,9 @@ METRIC_GROUPS = frozenset({*_EVERY_TRIAL, *_DIAGNOSTICS})
 """First path segments of the metric names that every strategy shares; each strategy may add its own name."""
 
 INTERRUPTED = "interrupted"
-"""Reason of a trial that neither finished nor failed by itself: the driver ended first. A resume continues it."""
+"""Reason of a trial that neither finished nor failed by itself: the driver ended first."""
+RESUMED = frozenset({INTERRUPTED, "infra"})
+"""Reasons of trials that a repeated run goes on with: nothing is known to be wrong with the trials themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,13 @@ class TrialRecord:
 
     @property
     def unfinished(self) -> bool:
-        """True if a resume has to go on with this trial."""
+        """True if the trial neither ended nor failed by itself."""
         return self.state in ("suggested", "running") or self.reason == INTERRUPTED
+
+    @property
+    def resumable(self) -> bool:
+        """True if a repeated run goes on with this trial: it is unfinished, or its machines failed it too often."""
+        return self.unfinished or (self.state == "failed" and self.reason in RESUMED)
 
     def metric(self, name: str) -> float | None:
         """Last value of one metric, or None where it is missing or not finite."""

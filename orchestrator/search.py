@@ -7,7 +7,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
@@ -53,6 +54,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         stages: what follows the search, in order.
         journal: gets `trial_suggested` before Tune hears of a trial.
         time_budget_s: seconds from the first proposal after which nothing more is proposed.
+        checkpoints: number → folder where that trial keeps its checkpoints; None = trials keep none.
 
     Raises:
         ValueError: two entries of one label, unknown sampler, strategy or preset, a metric of test data, a budget too
@@ -73,6 +75,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         stages: Sequence[Stage] = (),
         journal: Journal | None = None,
         time_budget_s: float | None = None,
+        checkpoints: Callable[[int], Path] | None = None,
     ) -> None:
         self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
         maximise = [maximised(name) for name in self.metrics]
@@ -85,7 +88,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         contents = _contents(entries, task, self.epochs, self.metrics, seed)
         self.proposals = Proposals(entries, task, trials, sampler, seed, maximise)
         self.ledger = Ledger(url, study_name, maximise, contents)
-        self._journal = journal
+        self._journal, self._checkpoints = journal, checkpoints
         self._stages = deque(stages)
         self._queue: deque[TrialSpec] = deque()
         self._configs: dict[str, dict[str, Any]] = {}
@@ -123,6 +126,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         record = self.ledger.start(trial_id, trial, spec)
         self._record(record)
         self._configs[trial_id] = {**spec.to_dict(), "_number": record.number}
+        if self._checkpoints is not None:
+            self._configs[trial_id]["_checkpoints"] = str(self._checkpoints(record.number))
         return self._configs[trial_id]
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -137,7 +142,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if result:
             self.on_trial_result(trial_id, result)
         values = self._values(result or {})
-        if error or (result and values is None):
+        if error or (result and (values is None or "failure" in result)):
             self.ledger.end(trial_id, TrialState.FAIL, None, result)
         elif not result or not (result.get("finished") or _unit(result) >= self.epochs):
             self.ledger.end(trial_id, TrialState.PRUNED, None, result)

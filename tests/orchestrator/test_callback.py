@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.callback import RecordCallback, close_open_trials
+from orchestrator.checkpoints import checkpoint_folder, tidy
 from orchestrator.journal import Journal, fold
 from orchestrator.progress import Progress
 from trainables.core.task import ModelSpec, Task, TrialSpec
@@ -105,8 +106,9 @@ def test_failures_carry_reason_and_message_of_the_last_attempt(journal: Journal,
 def test_what_tune_leaves_open_is_closed_as_interrupted(journal: Journal) -> None:
     callback = RecordCallback(journal)
     for trial_id, number in (("done", 0), ("open", 1)):
-        callback.on_trial_start(0, [], tune_trial(trial_id, config=config(number)))
-        callback.on_trial_result(0, [], tune_trial(trial_id), result(1, finished=trial_id == "done"))
+        trial = tune_trial(trial_id, config=config(number))
+        callback.on_trial_start(0, [], trial)
+        callback.on_trial_result(0, [], trial, result(1, finished=trial_id == "done"))
     callback.on_trial_complete(0, [], tune_trial("done"))
     journal.append("trial_suggested", trial_id="waiting", number=2, strategy="full")
     callback.on_experiment_end([])
@@ -116,6 +118,54 @@ def test_what_tune_leaves_open_is_closed_as_interrupted(journal: Journal) -> Non
     ]  # fmt: skip
     assert records[1].error == "The driver ended at unit 1."
     assert close_open_trials(journal) == []
+
+
+def test_p2_a_unit_that_is_said_twice_is_written_once(journal: Journal) -> None:
+    """Also across drivers: a trial that goes on from a checkpoint says that one's result again."""
+    callback, trial = RecordCallback(journal), tune_trial("t0")
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_result(0, [], trial, result(1) | {"cost/unit_seconds": 1.0, "train/loss": float("nan")})
+    again, resumed = RecordCallback(journal), tune_trial("t1")
+    again.on_trial_start(0, [], resumed)
+    again.on_trial_result(0, [], resumed, result(1) | {"cost/unit_seconds": 9.0, "train/loss": float("nan")})
+    again.on_trial_result(0, [], resumed, result(2))
+    again.on_trial_result(0, [], resumed, result(2))
+    assert [e["unit"] for e in journal.events() if e["kind"] == "result"] == [1, 2]
+    again.on_trial_result(0, [], resumed, result(2) | {"val/acc": 0.9})  # other numbers, as after a change of settings
+    assert [e["metrics"] for e in journal.events() if e["kind"] == "result"][2:] == [{"val/acc": 0.9}]
+
+
+def test_p20_a_result_that_is_a_failure_ends_the_trial_as_failed(journal: Journal, tmp_path: Path) -> None:
+    callback, trial = RecordCallback(journal, folder=tmp_path), tune_trial()
+    kept = checkpoint_folder(tmp_path, 0)
+    kept.mkdir(parents=True)
+    callback.on_trial_start(0, [], trial)
+    text = "Traceback …\ntrainables.core.loop.NonFiniteError: The training loss must be finite.\n"
+    callback.on_trial_result(0, [], trial, {"failure": text, "checkpoint_problems": ["torn"], "done": True})
+    callback.on_trial_complete(0, [], trial)
+    (record,) = fold(journal.events())
+    assert (record.state, record.reason) == ("failed", "nan")
+    assert record.error == "trainables.core.loop.NonFiniteError: The training loss must be finite."
+    assert [e["problem"] for e in journal.events() if e["kind"] == "checkpoint_problem"] == ["torn"]
+    assert not kept.exists()
+
+
+def test_checkpoints_of_a_trial_whose_machines_failed_it_stay_for_the_next_run(
+    journal: Journal, tmp_path: Path
+) -> None:
+    callback = RecordCallback(journal, folder=tmp_path)
+    for number, (ending, kept) in enumerate(((callback.on_trial_error, True), (callback.on_trial_complete, False))):
+        folder, trial = checkpoint_folder(tmp_path, number), tune_trial(f"t{number}", config=config(number))
+        folder.mkdir(parents=True)
+        callback.on_trial_start(0, [], trial)
+        ending(0, [], trial)
+        assert folder.exists() is kept
+    records = fold(journal.events())
+    assert [(r.reason, r.unfinished, r.resumable) for r in records] == [("infra", False, True), (None, False, False)]
+    (tmp_path / "checkpoints" / ".trial-0004.ab12").mkdir()
+    checkpoint_folder(tmp_path, 1).mkdir()
+    tidy(tmp_path, records)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["trial-0000"]
 
 
 def test_nothing_raises_whatever_is_wrong(

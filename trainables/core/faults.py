@@ -5,8 +5,9 @@ The environment variable `LUTHIER_FAULT` says what happens where, several faults
     LUTHIER_FAULT="trial=2,unit=3,phase=after_checkpoint,action=kill;phase=step,trial=4,step=7,action=nan"
 
 A fault acts when its `phase` is reached and every other field that it names agrees (`trial`: number in the study,
-`unit`: 1-based, `step`: 1-based optimiser step within the unit, `event`: kind of journal event). It acts `times` times
-(default 1; 0 = always), counted over all processes where `LUTHIER_FAULT_LOG` names a file, else within each process.
+`unit`: 1-based, `step`: 1-based optimiser step within the unit, `event` and `seq`: kind and number of a journal event).
+It acts `times` times (default 1; 0 = always), counted over all processes where `LUTHIER_FAULT_LOG` names a file, else
+within each process.
 Without the variable a point costs one look at a cached empty tuple. The variable is read here and nowhere else.
 """
 
@@ -34,7 +35,7 @@ PHASES = {
     "after_event": "the event is on the disk, nobody has heard of it",
     "finalize": "a trial's last unit is trained, its result not yet evaluated",
 }
-FIELDS = ("trial", "unit", "step", "event")
+FIELDS = ("trial", "unit", "step", "event", "seq")
 
 _where: dict[str, int | str] = {}
 _acted: dict[str, int] = {}

@@ -71,5 +71,5 @@ def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         faults.reach("step")
     assert str(error.value) == (
         f"A fault has phase= one of {', '.join(faults.PHASES)}, action= one of {', '.join(faults.ACTIONS)}, and may "
-        "have times= and trial=, unit=, step=, event=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
+        "have times= and trial=, unit=, step=, event=, seq=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
     )

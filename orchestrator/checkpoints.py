@@ -1,0 +1,39 @@
+"""The driver's side of the trials' checkpoints: where they lie, and when they are not needed any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from orchestrator.records import TrialRecord
+
+RETRIES = 2
+"""How often a trial whose process or machine died is tried again within one run of a study. Errors of the trial itself
+are not: they would happen again (`trainables.core.failing`)."""
+
+
+def checkpoint_folder(study: Path, number: int) -> Path:
+    """Where the trial with this number keeps its checkpoints (`trainables.core.keeper`)."""
+    return study / "checkpoints" / f"trial-{number:04d}"
+
+
+def discard(study: Path, number: int) -> None:
+    """Remove the checkpoints of a trial that has ended; a process that still writes them is fenced off by it."""
+    folder = checkpoint_folder(study, number)
+    gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(study: Path, records: Iterable[TrialRecord]) -> None:
+    """Remove what a killed driver left: checkpoints of trials that have ended, and folders half removed."""
+    for record in records:
+        if not record.resumable:
+            discard(study, record.number)
+    for leftover in (study / "checkpoints").glob(".trial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
