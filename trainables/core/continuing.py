@@ -78,6 +78,7 @@ def pack(
         best: the best unit so far, where its weights are not those of `model`.
         training: the phase under way, if it trains by gradient.
     """
+    pristine = under_its_names(model, pristine)
     tensors = {f"model/{k}": v.detach().clone() for k, v in differing(model.state_dict(), pristine).items()}
     if best is not None:
         tensors |= {f"best/{k}": v for k, v in differing(best.tensors, pristine).items()}
@@ -101,8 +102,14 @@ def unpack(state: RunState) -> dict[str, dict[str, Tensor]]:
 
 def put_weights(model: nn.Module, pristine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Give the network the weights of a checkpoint; tensors that it does not hold become pretrained ones again."""
-    own = model.state_dict()
-    put_back(model, {k: v for k, v in pristine.items() if k in own} | dict(saved))
+    put_back(model, under_its_names(model, pristine) | dict(saved))
+
+
+def under_its_names(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pretrained tensors by the names that they have in this network: an adapter moves the layer that it wraps to
+    `base_layer` below the old name."""
+    plain = {name: name.replace(".base_layer.", ".") for name in model.state_dict()}
+    return {name: pristine[old] for name, old in plain.items() if old in pristine}
 
 
 def best_of(
@@ -125,7 +132,7 @@ def best_of(
         return Best()
     tensors = take(model, movable)
     if saved is not None:
-        kept = {**pristine, **saved}
+        kept = {**under_its_names(model, pristine), **saved}
         tensors = {k: kept[k].to(v.device, copy=True) for k, v in tensors.items()}
     return Best(meta["unit"], meta["accuracy"], meta["nll"], tensors)
 

@@ -181,6 +181,10 @@ class Run:
         model = new_classifier(local, self._data.num_classes, self.device, seed=self._stream("head"))
         self._pristine = {f"backbone.{name}": value for name, value in local.module.state_dict().items()}
         self._model = model
+        if self.finished and self._restored is not None:  # what `prepare` injects, `finalize` has taken out again
+            self._movable = set()
+            self._put_restored(self._restored)
+            return
         with isolated_randomness(self._stream("prepare"), self.device):
             report = self.strategy.prepare(model, self._data)
         self._start = changed_start(model, self._pristine)

@@ -1,0 +1,152 @@
+"""LoRA (Hu et al., ICLR 2022) through peft: low-rank updates beside frozen linear maps, merged at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
+from trainables.core.head import initialise_head
+from trainables.core.vit_blocks import find_blocks
+
+if TYPE_CHECKING:
+    from trainables.core.backbone import Classifier
+    from trainables.data.trial_data import TrialData
+
+
+class LoRA(Strategy):
+    """W + (α/r)·B·A on the chosen linear maps of every block; B starts at zero, so the function starts unchanged."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    packages: ClassVar[Mapping[str, str]] = {"peft": "lora"}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainingConfig):
+        """Knobs of LoRA."""
+
+        lr_backbone: float = 1e-1
+        """Learning rate of A and B."""
+        rank: int = 8
+        alpha: float | None = None
+        """Numerator of the scale α/r; None = 2·rank, a scale of 2."""
+        targets: Literal["attention", "mlp", "all"] = "attention"
+        """attention = all maps of the attention (fused or separate query, key, value, and the output projection); mlp =
+        the feed-forward maps; all = both."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+                raise ValueError(f"rank must be a whole number of at least 1, but got {self.rank!r}.")
+            if self.alpha is not None and not self.alpha > 0:
+                raise ValueError(f"alpha must be positive, but got {self.alpha!r}.")
+
+    def prepare(self, model: Classifier, data: TrialData) -> Report:
+        """Initialise the head, then inject the adapters (errors: see `inject`)."""
+        report = initialise_head(model, data, self.config.head_init)
+        image, _ = next(data.batches("train", batch_size=1))
+        return {**report, "lora/maps": float(inject(model.backbone, self.config, image))}
+
+    def param_groups(self, model: Classifier) -> list[ParamGroup]:
+        """A and B of every adapter at η_θ, the head at η_w."""
+        _, head = super().param_groups(model)
+        adapters = [p for name, p in model.backbone.named_parameters() if ".lora_" in name]
+        return [ParamGroup("adapters", adapters, self.config.lr_backbone), head]
+
+    def finalize(self, model: Classifier, data: TrialData) -> Report:
+        """Merge the adapters: the network has its plain structure again."""
+        merge(model.backbone)
+        return {}
+
+
+def inject(backbone: nn.Module, config: LoRA.Config, image: Tensor) -> int:
+    """Put adapters beside the targets, in place, and return how many.
+
+    Args:
+        image: (1, 3, H, W), to see that every adapter takes part in the forward pass.
+
+    Raises:
+        ValueError: the targets match no linear map of this network, or one whose weights it reads without calling it.
+        ModuleNotFoundError: peft is not installed.
+    """
+    names = target_names(backbone, config.targets)
+    peft = _peft()
+    _check_called(backbone, names, image)
+    adapter = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
+        target_modules=names,
+        lora_dropout=0.0,
+        bias="none",
+    )
+    peft.inject_adapter_in_model(adapter, backbone)
+    return len(names)
+
+
+@torch.no_grad()
+def _check_called(backbone: nn.Module, names: list[str], image: Tensor) -> None:
+    idle = set(names)
+
+    def seen(name: str) -> Callable[..., None]:
+        return lambda module, inputs: idle.discard(name)
+
+    hooks = [backbone.get_submodule(name).register_forward_pre_hook(seen(name)) for name in names]
+    modes = {module: module.training for module in backbone.modules()}
+    try:
+        backbone.eval()(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    if idle:
+        found = [name for name in names if name in idle]
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"LoRA adapts linear maps that the network calls, but this one reads the weights of {found[0]}{more} by "
+            "itself, so that an adapter would do nothing. Use targets='mlp', or another strategy."
+        )
+
+
+def target_names(backbone: nn.Module, targets: str) -> list[str]:
+    """Names of the linear maps that get an adapter.
+
+    Raises:
+        ValueError: no block can be found, or nothing matches.
+    """
+    kinds = {"attention": ("mha",), "mlp": ("fc1", "fc2"), "all": ("mha", "fc1", "fc2")}[targets]
+    inside = {
+        id(inner)
+        for block in find_blocks(backbone)
+        for kind in kinds
+        for part in block.component(kind)
+        for inner in part.modules()
+    }
+    found = [n for n, m in backbone.named_modules() if id(m) in inside and isinstance(m, nn.Linear)]
+    if not found:
+        raise ValueError(f"LoRA needs linear maps to adapt, but targets={targets!r} matches none in this network.")
+    return found
+
+
+def merge(backbone: nn.Module) -> None:
+    """Fold every adapter into its map, and put the plain map in its place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in [(n, m) for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]:
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('LoRA needs peft, which is not installed. pip install "luthier[lora]"') from error
+    return peft
+
+
+STRATEGY = LoRA
