@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trainables.core.contract import Curve, ParamGroup, Phase, Report, Strategy, TrainingConfig
 from trainables.core.head import initialise_head
+from trainables.core.norm_scale import GRID, Rescale, best_on_grid, fitted, rescale_layer_norm, scaled_names
 from trainables.core.scoring import final_scores, validation_scores
 from trainables.core.snapshot import put_back, take
 from trainables.diagnostics.norm_shift import layer_norms
@@ -25,65 +25,7 @@ if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
 
-GRID = tuple(round(0.1 * k, 1) for k in range(21))
-"""Values of λ that a sweep looks at: 0 (the source's γ) to 2 (twice the learned shift), 1 among them."""
-FIT_STEPS, FIT_RATE = 100, 0.05
-"""Adam steps and rate of a learned λ; one step sees one batch of the validation split."""
-
-Rescale = Literal["gamma", "both"]
-
-
-@torch.no_grad()
-def rescale_layer_norm(
-    model: nn.Module, source_state: Mapping[str, Tensor], lam: float | Tensor, rescale: Rescale = "gamma"
-) -> None:
-    """γ ← γ_S + λ·(γ_T − γ_S) in every LayerNorm, in place (papers/000); with `both`, β likewise.
-
-    λ = 1 leaves every bit as it is, λ = 0 puts the source's bits back.
-
-    Args:
-        model: the tuned network.
-        source_state: source tensors by the names of `model.state_dict()`.
-        lam: one λ for all layers, or a tensor (L,) of one per layer in the order of the network.
-
-    Raises:
-        ValueError: λ is not finite, the network has no LayerNorm, or the source lacks one of its tensors.
-    """
-    names = scaled_names(model, rescale)
-    values = torch.as_tensor(lam, dtype=torch.float64).expand(len(layer_norms(model))).tolist()
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"λ must be finite, but got {lam!r}.")
-    parameters = dict(model.named_parameters())
-    for (layer, group), value in zip(names.items(), values, strict=True):
-        for name in group:
-            if name not in source_state:
-                raise ValueError(f"Rescaling needs the source tensor {name!r} of {layer}, but the source lacks it.")
-            tuned, source = parameters[name], source_state[name].to(parameters[name].device)
-            if value == 0:
-                tuned.copy_(source)
-            elif value != 1:
-                tuned.copy_(source + value * (tuned - source))
-
-
-def scaled_names(model: nn.Module, rescale: Rescale) -> dict[str, list[str]]:
-    """Layer → names of its parameters that λ scales.
-
-    Raises:
-        ValueError: the network has no LayerNorm.
-    """
-    kinds = {"gamma": ("weight",), "both": ("weight", "bias")}[rescale]
-    found = {
-        layer: [
-            f"{layer}.{kind}" if layer else kind for kind, _ in module.named_parameters(recurse=False) if kind in kinds
-        ]
-        for layer, module in layer_norms(model).items()
-    }
-    if not found:
-        raise ValueError(
-            "LayerNorm tuning needs a network with LayerNorm, but this one has none. For BatchNorm networks use daft, "
-            "which adapts BatchNorm to the target data."
-        )
-    return found
+__all__ = ["GRID", "LayerNorm", "rescale_layer_norm"]
 
 
 class LayerNorm(Strategy):
@@ -193,9 +135,9 @@ class LayerNorm(Strategy):
         at_one = validation_scores(model, data)
         lam: float | Tensor = config.lam
         if config.lam_choice == "sweep":
-            lam = self._best_on_grid(model, data)
+            lam = best_on_grid(model, data, self.source, self.config.rescale)
         elif config.lam_choice == "learned":
-            lam = self._fitted(model, data)
+            lam = fitted(model, data, self.source, self.config.rescale, config.lam_scope == "layer")
         rescale_layer_norm(model, self.source, lam, config.rescale)
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
         report = {"layernorm/lambda": float(values.mean()), "layernorm/val_acc_at_1": at_one["val/acc"]}
@@ -203,42 +145,6 @@ class LayerNorm(Strategy):
             return report
         per_layer = Curve({"layer": list(layer_norms(model)), "lambda": values.tolist()}, "λ fitted on ID validation.")
         return {**report, "layernorm_lambda": per_layer}
-
-    def _best_on_grid(self, model: Classifier, data: TrialData) -> float:
-        """Highest validation accuracy; ties go to the lower NLL, then to the λ nearest to 1."""
-        scores = {}
-        for lam in GRID:
-            rescale_layer_norm(model, self.source, lam, self.config.rescale)
-            found = validation_scores(model, data)
-            scores[lam] = (found["val/acc"], -found["val/nll"], -abs(lam - 1))
-            put_back(model, self.tuned)
-        return max(scores, key=lambda lam: scores[lam])
-
-    def _fitted(self, model: Classifier, data: TrialData) -> Tensor:
-        """λ by Adam on the cross-entropy of ID validation, from 1; nothing else moves."""
-        groups = list(scaled_names(model, self.config.rescale).values())
-        size = len(groups) if self.config.lam_scope == "layer" else 1
-        lam = torch.ones(size, device=data.device, requires_grad=True)
-        optimizer = torch.optim.Adam([lam], lr=FIT_RATE)
-        model.eval()
-        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        done = 0
-        while done < FIT_STEPS:
-            for images, labels in data.batches("val"):
-                scaled = dict(state)
-                for i, names in enumerate(groups):
-                    value = lam[i if size > 1 else 0]
-                    for name in names:
-                        scaled[name] = self.source[name] + value * (self.tuned[name] - self.source[name])
-                logits = torch.func.functional_call(model, scaled, (images,))
-                loss = functional.cross_entropy(logits.float(), labels)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss, inputs=[lam])
-                optimizer.step()
-                done += 1
-                if done == FIT_STEPS:
-                    break
-        return lam.detach().expand(len(groups)).double().cpu()
 
 
 def _attention_norms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -112,11 +112,9 @@ class Run:
             metrics |= self._evaluate()
         metrics["cost/unit_seconds"] = time.perf_counter() - began
         self._seconds, self._elapsed = self._seconds + metrics["cost/unit_seconds"], 0.0
-        if self.unit == 1 or self.finished:
-            delivered = self._data.first_delivery
-            if self.unit == 1 and delivered is not None:
-                self._once["cost/first_batch_seconds"] = delivered - self._started
-            metrics |= self._once
+        if self.unit == 1 and self._data.first_delivery is not None:
+            self._once["cost/first_batch_seconds"] = self._data.first_delivery - self._started
+        metrics |= self._once if self.unit == 1 or self.finished else {}
         if self.finished:
             metrics["cost/total_seconds"] = self._seconds
         curves, self._curves = self._curves, {}
@@ -230,8 +228,7 @@ class Run:
         if self.finished:
             self._training = None
             self._once |= found.report
-        self._curves |= {name: curve.to_dict() for name, curve in found.curves.items()}
-        return {**found.report, **found.scores}
+        return self._metrics_of(found.report | found.curves) | found.scores
 
     def _metrics_of(self, report: Report) -> dict[str, float]:
         metrics, curves = split(report)
