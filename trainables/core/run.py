@@ -228,7 +228,7 @@ class Run:
         if self.finished:
             self._training = None
             self._once |= found.report
-        return self._metrics_of(found.report | found.curves) | found.scores
+        return self._metrics_of({**found.report, **found.curves}) | found.scores
 
     def _metrics_of(self, report: Report) -> dict[str, float]:
         metrics, curves = split(report)
