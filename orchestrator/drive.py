@@ -69,6 +69,7 @@ class Drive:
         from ray import tune
 
         from orchestrator.callback import RecordCallback
+        from orchestrator.journal import fold
         from trainables.core.trial import Trial
 
         searcher, callback = self._searcher(journal), RecordCallback(journal, progress, self.folder)
@@ -76,7 +77,7 @@ class Drive:
             tune.with_resources(Trial, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=make_scheduler(self.spec),
+                scheduler=make_scheduler(self.spec, fold(journal.events())),
                 num_samples=-1,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,

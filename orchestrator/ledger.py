@@ -1,27 +1,27 @@
 """The Optuna side of a study: which trials exist, in what state, and what they are worth.
 
-Two Optuna studies share one database. `<name>` holds the trials that the sampler may learn from; `<name>/given` holds
-those whose configuration was given to it: folds, confirmations, single points, and (beside a learning sampler) the
-papers' sweeps. Optuna's storage is the truth: everything here is rebuilt from it.
+Everything here is rebuilt from Optuna's storage (`orchestrator.optuna_storage`), and that from the journal where there
+is one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import event
 
+from orchestrator.optuna_storage import OptunaStorage, SearchError
 from orchestrator.records import TrialRecord, declared_metrics
 from trainables.core.task import TrialSpec
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from orchestrator.journal import Journal
+    from orchestrator.replay import Replay
+
+__all__ = ["Identity", "Ledger", "SearchError", "identity"]
 
 _STATES: dict[TrialState, Any] = {
     TrialState.COMPLETE: "complete",
@@ -32,62 +32,44 @@ Identity = tuple[str, int, str, str | None, str | None]
 """(config_hash, seed, role, held_out, sample): what makes a trial the same trial for a resumed study."""
 
 
-class SearchError(ValueError):
-    """The search cannot be run as asked."""
-
-
 def identity(trial: TrialSpec | TrialRecord) -> Identity:
     """What a resumed study knows a trial by."""
     return trial.config_hash, trial.seed, trial.role, trial.held_out, trial.sample
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Optuna's storage; SQLite with a write-ahead log, so that a commit (some twenty per trial) does not wait for the
-    disk and a dashboard may read meanwhile. Killing the driver loses nothing; a power cut may lose the last trials,
-    never the file, and what the journal knows of them is joined again by their numbers."""
-    if not url.startswith("sqlite"):
-        return optuna.storages.RDBStorage(url)
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-
-    def prepare(connection: Any, record: Any) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    event.listen(storage.engine, "connect", prepare)
-    storage.engine.dispose()  # the constructor's connection was opened without
-    return storage
-
-
 class Ledger:
     """All trials of a study in Optuna's storage, and those that run now.
 
-    Args:
-        url: Optuna storage, e.g. `sqlite:////abs/study/optuna.db`.
-        name: the Optuna study.
-        maximise: per objective, whether higher is better.
-        contents: what the study is about; a study of this name with other contents is an error.
+    Args: those of `orchestrator.optuna_storage.OptunaStorage`, and
+        journal: hears of the sampler's repetitions, which `replay` needs.
 
     Raises:
-        SearchError: a study of that name exists with other directions or contents.
+        SearchError: see there.
     """
 
-    def __init__(self, url: str, name: str, maximise: Sequence[bool], contents: Mapping[str, Any]) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what a person has to know, Luthier says itself
-        self._database = _storage(url)
-        self._storage = optuna.storages.get_storage(self._database)
-        self.url = url
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        maximise: Sequence[bool],
+        contents: Mapping[str, Any],
+        replay: Replay | None = None,
+        changed: bool = False,
+        journal: Journal | None = None,
+    ) -> None:
+        self._storage = OptunaStorage(url, name, maximise, contents, replay, changed)
+        self._journal = journal
         self.records: dict[str, TrialRecord] = {}
         """Trials of this and earlier drivers by Tune's id, without those that an earlier driver left unfinished."""
         self.values: dict[str, list[float]] = {}
         """Objectives of complete trials by Tune's id."""
         self.interrupted: dict[Identity, TrialRecord] = {}
         """Trials that an earlier driver left unfinished and that have not been proposed again."""
+        self._heard: dict[Identity, dict[int, float]] = {}
         self._live: dict[str, Trial] = {}
         self._reported: dict[str, int] = {}
         self._next = 0
-        plain = json.loads(json.dumps(contents))
-        self.drawn = self._open(name, maximise, plain)
-        self.given = self._open(f"{name}/given", maximise, plain)
+        self.drawn, self.given = self._storage.drawn, self._storage.given
         for study in (self.drawn, self.given):
             self._read(study)
 
@@ -128,6 +110,9 @@ class Ledger:
         trial.set_user_attr("trial", {key: getattr(record, key) for key in fields})
         self.records[trial_id] = record
         self._live[trial_id] = trial
+        if before is not None:  # it goes on: Optuna is to see the whole of it
+            for unit, value in self._heard.pop(identity(spec), {}).items():
+                self.report(trial_id, unit, value)
         return record
 
     def report(self, trial_id: str, unit: int, value: float) -> None:
@@ -156,6 +141,9 @@ class Ledger:
         trial.set_user_attr("duplicate_of", twin.number)
         values = self.values.get(twin.trial_id)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        if self._journal is not None:
+            told = {"search_values": dict(trial.params), "values": values, "state": state.name}
+            self._journal.append("proposal_repeated", number=twin.number, **told)
         trial.study.tell(trial, values, state=state)
 
     def close(self) -> None:
@@ -165,33 +153,7 @@ class Ledger:
             trial.study.tell(trial, state=TrialState.FAIL)
             del self._live[trial_id]
             del self.records[trial_id]
-        self._database.remove_session()
-        self._database.engine.dispose()  # folds SQLite's write-ahead log into its one file
-
-    def _open(self, name: str, maximise: Sequence[bool], contents: Mapping[str, Any]) -> optuna.Study:
-        directions = [StudyDirection.MAXIMIZE if m else StudyDirection.MINIMIZE for m in maximise]
-        study = optuna.create_study(storage=self._storage, study_name=name, load_if_exists=True, directions=directions)
-        if study.directions != directions:
-            found, asked = (", ".join(d.name.lower() for d in ds) for ds in (study.directions, directions))
-            raise SearchError(
-                f"The Optuna study {name!r} at {self.url} has the directions {found}, but this study needs {asked}. "
-                "Give the study another name."
-            )
-        before = study.user_attrs.get("luthier")
-        if before is None and study.get_trials(deepcopy=False):
-            raise SearchError(
-                f"The Optuna study {name!r} at {self.url} was not made by Luthier. Give the study another name."
-            )
-        if before is None:
-            study.set_user_attr("luthier", contents)
-        elif before != contents:
-            differ = sorted(k for k in {*before, *contents} if before.get(k) != contents.get(k))
-            raise SearchError(
-                f"The Optuna study {name!r} at {self.url} was made for something else: {', '.join(differ)} "
-                f"{'differs' if len(differ) == 1 else 'differ'}. Its trials cannot be compared with new ones. Give the "
-                "study another name, or put the old values back."
-            )
-        return study
+        self._storage.close()
 
     def _read(self, study: optuna.Study) -> None:
         """Take over what an earlier driver left: ended trials as they are, unfinished ones as FAIL, to be repeated."""
@@ -199,8 +161,7 @@ class Ledger:
             study.ask()  # a waiting trial cannot be told; asked for, it is a running one
         for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING:
-                self._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-                study.tell(trial.number, state=TrialState.FAIL)
+                self._storage.interrupt(study, trial.number)
         for trial in study.get_trials(deepcopy=False):
             self._take_over(trial)
 
@@ -220,6 +181,7 @@ class Ledger:
         self._next = max(self._next, record.number + 1)
         if attrs.get("interrupted"):
             self.interrupted[identity(record)] = record
+            self._heard[identity(record)] = dict(sorted(trial.intermediate_values.items()))
             return
         self.interrupted.pop(identity(record), None)
         self.records[record.trial_id] = record

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import distribution_to_json
-from optuna.trial import Trial
+from optuna.trial import BaseTrial, Trial
 
 import search_spaces
 from orchestrator.ledger import Ledger, SearchError, identity
@@ -120,7 +120,7 @@ class Proposals:
             if given:
                 study.enqueue_trial(dict(given))
             trial = study.ask()
-            spec = self._configuration(trial)
+            spec = self.configuration(trial)
             twin = next((r for r in ledger.records.values() if r.config_hash == spec.config_hash), None)
             if twin is None:
                 return trial, spec
@@ -131,7 +131,8 @@ class Proposals:
         self.exhausted = True
         return None
 
-    def _configuration(self, trial: Trial) -> TrialSpec:
+    def configuration(self, trial: BaseTrial) -> TrialSpec:
+        """The search trial that an Optuna trial means; asks it for entry and values."""
         label = trial.suggest_categorical("strategy", tuple(self.searched))
         drawn: dict[str, dict[str, Any]] = {}
         for other in self.searched.values() if self.sampler in FLAT else [self.searched[label]]:

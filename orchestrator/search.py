@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.ledger import Ledger, SearchError, identity
 from orchestrator.proposals import Proposals, space_contents
+from orchestrator.replay import History, Replay
 from orchestrator.sampling import check_sampler, maximised
 from orchestrator.stages import Entry, Stage
 from trainables.core.task import Task, TrialSpec
@@ -34,7 +35,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     Use it with `TuneConfig(search_alg=…, num_samples=-1, max_concurrent_trials=…)`; it ends the run itself. Every
     config that it returns is `TrialSpec.to_dict()` plus `_number`, the trial's position in the study. Optuna's storage
-    is the truth: a new searcher over the same storage continues the study, trials that an earlier driver left
+    holds the study: a new searcher over the same storage continues it, trials that an earlier driver left
     unfinished first and under their old numbers. With one trial at a time, proposals depend on the seed alone.
 
     Optuna hears COMPLETE only of trials that used their budget (`finished`), PRUNED of those stopped before, FAIL of
@@ -52,9 +53,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         epochs: units of a full trial, for trainables that do not report `finished`; None = the task's.
         metric: the objective, or several of them.
         stages: what follows the search, in order.
-        journal: gets `trial_suggested` before Tune hears of a trial.
+        journal: gets `trial_suggested` before Tune hears of a trial; what it says of earlier runs counts, not Optuna.
         time_budget_s: seconds from the first proposal after which nothing more is proposed.
         checkpoints: number → folder where that trial keeps its checkpoints; None = trials keep none.
+        changed: the study was changed since its last run, and a person allowed it.
 
     Raises:
         ValueError: two entries of one label, unknown sampler, strategy or preset, a metric of test data, a budget too
@@ -76,6 +78,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         journal: Journal | None = None,
         time_budget_s: float | None = None,
         checkpoints: Callable[[int], Path] | None = None,
+        changed: bool = False,
     ) -> None:
         self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
         maximise = [maximised(name) for name in self.metrics]
@@ -87,7 +90,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self.max_concurrent: int | None = None
         contents = _contents(entries, task, self.epochs, self.metrics, seed)
         self.proposals = Proposals(entries, task, trials, sampler, seed, maximise)
-        self.ledger = Ledger(url, study_name, maximise, contents)
+        replay = None
+        if journal is not None:
+            replay = Replay(History.of(journal.events()), self.proposals, self.metrics)
+        self.ledger = Ledger(url, study_name, maximise, contents, replay, changed, journal)
         self._journal, self._checkpoints = journal, checkpoints
         self._stages = deque(stages)
         self._queue: deque[TrialSpec] = deque()

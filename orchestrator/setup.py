@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def planned_units(task: Task) -> Callable[[TrialRecord], int]:
     return lambda record: units(record.strategy, json.dumps(dict(record.hparams)))
 
 
-def make_scheduler(spec: StudySpec) -> Any:
-    """ASHA as the study says, or Tune's plain first-in-first-out."""
+def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
+    """ASHA as the study says, or Tune's plain first-in-first-out; `history` = trials of earlier runs."""
     from ray.tune.schedulers import FIFOScheduler
 
     from orchestrator.scheduler import StudyScheduler
@@ -125,7 +125,7 @@ def make_scheduler(spec: StudySpec) -> Any:
     search = spec.search
     if search.scheduler == "none":
         return FIFOScheduler()
-    return StudyScheduler(metric_of(spec), True, search.epochs, search.grace, search.reduction)
+    return StudyScheduler(metric_of(spec), True, search.epochs, search.grace, search.reduction, history)
 
 
 def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
