@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from orchestrator.curves import Picture
 from orchestrator.errors import redact
 from orchestrator.run_fields import RunUpdate
 
@@ -66,8 +68,8 @@ class MlflowWriter:
         self._load_runs()
 
     def write(self, update: RunUpdate) -> None:
-        """Bring one run up to date; a run that a person deleted stays deleted. What is written is taken out of the
-        update, so that after a failure the next attempt goes on from there."""
+        """Bring the numbers and the state of one run up to date; a run that a person deleted stays deleted. What is
+        written is taken out of the update, so that after a failure the next attempt goes on from there."""
         if update.uid in self._deleted:
             return
         run_id = self._runs.get(update.uid) or self._create(update)
@@ -79,13 +81,28 @@ class MlflowWriter:
             inputs = [_dataset_input(*update.dataset)]
             self._attempt(lambda: self._client.log_inputs(run_id, inputs))
             update.dataset = None
-        for name in list(update.texts):
-            self._client.log_text(run_id, update.texts[name], name)
-            del update.texts[name]
         if update.status == "RUNNING":
             self._attempt(lambda: self._client.update_run(run_id, status="RUNNING"))
         elif update.status is not None:
             self._attempt(lambda: self._client.set_terminated(run_id, update.status, update.end))
+
+    def attach(self, update: RunUpdate) -> None:
+        """Write the artifacts of a run that `write` has brought up to date, drawing its pictures. A picture that cannot
+        be drawn is left out: its numbers are there as JSON."""
+        run_id = self._runs.get(update.uid)
+        if run_id is None or update.uid in self._deleted:
+            return
+        for name in list(update.texts):
+            self._client.log_text(run_id, update.texts[name], name)
+            del update.texts[name]
+        for name in list(update.pictures):
+            content = _drawn(update.pictures[name])
+            if content is not None:
+                with tempfile.TemporaryDirectory() as folder:
+                    file = Path(folder) / PurePosixPath(name).name
+                    file.write_bytes(content)
+                    self._client.log_artifact(run_id, str(file), str(PurePosixPath(name).parent))
+            del update.pictures[name]
 
     def knows(self, uid: str) -> bool:
         """True if the server has, or had until a person deleted it, the run of that uid."""
@@ -179,6 +196,16 @@ class MlflowWriter:
                 logger.warning("MLflow refuses part of the record: %s", redact(str(error).partition("\n")[0])[:300])
             return False
         return True
+
+
+def _drawn(picture: Picture) -> bytes | None:
+    from orchestrator.curve_plot import draw
+
+    try:
+        return draw(picture.name, picture.curve, picture.chosen)
+    except Exception as error:  # whatever is in a curve, the record of the study goes on
+        logger.warning("The curve %r is kept as numbers only (%s: %s)", picture.name, type(error).__name__, error)
+        return None
 
 
 def _size(run: Any) -> int:

@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import PurePath
 from typing import Any
 
+from orchestrator.curves import Picture
 from orchestrator.records import TrialRecord
 
 TAG_LIMIT, PARAM_LIMIT, KEY_LIMIT = 5000, 500, 250
@@ -39,6 +40,8 @@ class RunUpdate:
     """(name, digest, source)."""
     texts: dict[str, str] = field(default_factory=dict)
     """Artifacts, by file name."""
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    """Artifacts that have to be drawn, by file name."""
     status: str | None = None
     end: int | None = None
 
@@ -48,6 +51,7 @@ class RunUpdate:
         self.params |= later.params
         self.points += later.points
         self.texts |= later.texts
+        self.pictures |= later.pictures
         self.dataset = later.dataset or self.dataset
         if later.status is not None:
             self.status, self.end = later.status, later.end

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.curves import curve_texts, pictures
 from orchestrator.folding import advance, suggested
 from orchestrator.records import INTERRUPTED, TrialRecord, declared_metrics
 from orchestrator.run_fields import Header, RunUpdate, clean_key, clip, digest, milliseconds, param_text, summary
@@ -35,6 +36,7 @@ class Projection:
         self._uids: dict[str, str] = {}
         self._units: dict[str, int] = {}
         self._dropped: dict[str, int] = {}
+        self._measurements: dict[str, Mapping[str, Any]] = {}
 
     def apply(self, event: Mapping[str, Any]) -> list[RunUpdate]:
         """The updates that an event brings, the study's own run before those of its trials."""
@@ -50,6 +52,8 @@ class Projection:
             updates.append(self._study_started(event))
         elif kind == "study_finished":
             updates.append(self._study_finished(event))
+        elif kind == "measured":
+            updates.append(self._measured(event))
         elif kind == "trial_suggested":
             self._suggest(event)
         elif str(event.get("trial_id")) in self._trials:
@@ -67,6 +71,15 @@ class Projection:
         update.texts["study.json"] = json.dumps(event.get("spec"), indent=2, default=str)
         if event.get("versions"):
             update.texts["versions.json"] = json.dumps(event["versions"], indent=2, default=str)
+        return update
+
+    def _measured(self, event: Mapping[str, Any]) -> RunUpdate:
+        self._measurements[str(event["what"])] = event
+        update, time = self._study_update(), milliseconds(event["time"])
+        metrics, curves = event.get("metrics") or {}, event.get("curves") or {}
+        finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
+        update.points = [(clean_key(key), value, time, 0) for key, value in declared_metrics(finite).items()]
+        update.texts, update.pictures = curve_texts(curves), pictures(curves)
         return update
 
     def _study_finished(self, event: Mapping[str, Any]) -> RunUpdate:
@@ -150,6 +163,7 @@ class Projection:
         self._dropped[update.uid] = dropped
         if dropped:
             update.tags["metrics_not_finite"] = str(dropped)
+        update.texts |= curve_texts(event.get("curves") or {}, self._trials[str(event["trial_id"])])
         if event.get("node"):
             update.tags["status.node"] = str(event["node"])
 
@@ -161,6 +175,8 @@ class Projection:
         update.tags["status.reason"] = record.reason or "ok"
         if record.error:
             update.tags["status.error"] = clip(record.error)
+        if record.state in ("complete", "pruned"):  # drawn once; a rung's curve is replaced by that of the end
+            update.pictures = pictures(record.curves, record)
         known = [(u["val/acc"], -u["unit"]) for u in record.history if math.isfinite(u.get("val/acc", math.nan))]
         if known and "best/val/acc" not in record.metrics:  # a trial that was stopped early has not said it itself
             value, unit = max(known)

@@ -96,6 +96,7 @@ class MlflowFollower:
         self._projection = Projection(study)
         self._writer: MlflowWriter | None = None
         self._pending: dict[str, RunUpdate] = {}
+        self._artifacts: dict[str, RunUpdate] = {}
         self._read = self._delivered = 0
         self._seq = -1
         self._refused = 0
@@ -173,17 +174,15 @@ class MlflowFollower:
         if not self.journal.exists():
             return
         self._claim()
-        if self._delivered and self._writer is None and (self._pending or self.journal.stat().st_size > self._read):
+        waiting = self._pending or self._artifacts or self.journal.stat().st_size > self._read
+        if self._delivered and self._writer is None and waiting:
             self._find_again()
         events, self._read = read_from(self.journal, self._read)
         for event in events:
             self._seq = event["seq"]
             for update in self._updates(event):
-                if update.uid in self._pending:
-                    self._pending[update.uid].absorb(update)
-                else:
-                    self._pending[update.uid] = update
-        if self._pending:
+                _add(self._pending, update)
+        if self._pending or self._artifacts:
             self._write_pending()
         if self._delivered != self._read:
             self._delivered = self._read
@@ -199,11 +198,15 @@ class MlflowFollower:
     def _write_pending(self) -> None:
         assert self._projection.study_uid is not None
         writer = self._connected(self._projection.study_uid)
-        while self._pending:
+        while self._pending:  # numbers first: an artifact store that is down holds none back
             uid = next(iter(self._pending))
             writer.write(self._pending[uid])
-            del self._pending[uid]
+            _add(self._artifacts, self._pending.pop(uid))
         self.run_id = writer.run_id(self._projection.study_uid)
+        while self._artifacts:
+            uid = next(iter(self._artifacts))
+            writer.attach(self._artifacts[uid])
+            del self._artifacts[uid]
 
     def _connected(self, study_uid: str) -> MlflowWriter:
         if self._writer is None:
@@ -218,6 +221,7 @@ class MlflowFollower:
         if not self._connected(self._projection.study_uid).knows(self._projection.study_uid):
             self._projection = Projection(self._study)
             self._pending.clear()
+            self._artifacts.clear()
             self._read = self._delivered = 0
 
     def _claim(self) -> None:
@@ -235,3 +239,10 @@ class MlflowFollower:
                 "MLflow does not take the record (%s). The study goes on; the journal keeps what is missing.",
                 self.problem,
             )
+
+
+def _add(updates: dict[str, RunUpdate], update: RunUpdate) -> None:
+    if update.uid in updates:
+        updates[update.uid].absorb(update)
+    else:
+        updates[update.uid] = update
