@@ -129,6 +129,22 @@ def run(
 
 
 @app.command()
+def fsr(
+    context: typer.Context,
+    study: StudyFile = Path("study.yaml"),
+    progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
+) -> None:
+    """Measure how well the training images represent the target (FSR), and the λ that follows from it."""
+    from orchestrator.fsr_command import measure_fsr
+    from orchestrator.outcome import outcome_code
+    from orchestrator.study import Study
+
+    found = measure_fsr(Study.from_yaml(study), progress=progress)
+    context.obj.result(found.to_dict(), found.render)
+    raise typer.Exit(outcome_code(found.records))
+
+
+@app.command()
 def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
     """Show where a study stands, from its journal alone."""
     from orchestrator.status import status as status_of

@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.checkpoints import RETRIES, checkpoint_folder, tidy
 from orchestrator.counts import count_trials
 from orchestrator.errors import redact
+from orchestrator.lambda_hint import lambda_hints
 from orchestrator.setup import entries_of, make_scheduler, metric_of, planned_units, stages_of
 from orchestrator.yaml_writer import write_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from orchestrator.journal import Journal
     from orchestrator.progress import Progress
     from orchestrator.search import StudySearcher
     from orchestrator.spec import StudySpec
+    from orchestrator.stages import Stage
     from trainables.core.task import Task
     from trainables.data.store import Store
 
@@ -41,6 +45,8 @@ class Drive:
     store: Store
     task: Task
     progress: bool = True
+    stages: Sequence[Stage] | None = None
+    """Run these alone, without the search; None = the whole study."""
 
     def run(self) -> None:
         """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued.
@@ -112,8 +118,10 @@ class Drive:
             sampler=spec.search.sampler,
             seed=spec.search.seed,
             metric=metric_of(spec),
-            stages=stages_of(spec, self.task, self.store),
+            stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
             journal=journal,
+            hints=lambda_hints(spec, self.folder),
+            searching=self.stages is None,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
         )
 

@@ -34,7 +34,7 @@ Proposal = tuple[Trial, TrialSpec]
 class Proposals:
     """Proposes search trials; what comes next follows from the ledger, the seed and the arguments alone.
 
-    Order: the default point of every entry that the sampler searches and the first point of every sweep; what an
+    Order: the default point of every entry that the sampler searches and the first point of every sweep; hints; what an
     earlier driver left unfinished; the rest of the sweeps; `ROUNDS` rounds over the searched entries; then the sampler
     chooses entry and values. A sweep that waits for its own trials holds nobody else up.
 
@@ -42,7 +42,14 @@ class Proposals:
     """
 
     def __init__(
-        self, entries: Sequence[Entry], task: Task, trials: int, sampler: str, seed: int, maximise: Sequence[bool]
+        self,
+        entries: Sequence[Entry],
+        task: Task,
+        trials: int,
+        sampler: str,
+        seed: int,
+        maximise: Sequence[bool],
+        hints: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         repeated = sorted(label for label, n in Counter(e.label for e in entries).items() if n > 1)
         if repeated or not entries:
@@ -65,6 +72,7 @@ class Proposals:
                 f"{trials}. Raise it to {given} or more, or leave entries out."
             )
         self.exhausted = not self.searched
+        self.hints = {label: values for label, values in (hints or {}).items() if label in self.searched}
         spare = trials - given
         self._rounds = min(ROUNDS, spare // (2 * len(self.searched))) if self.searched and sampler != "random" else 0
 
@@ -81,6 +89,10 @@ class Proposals:
                 found = self._from_sweep(ledger, self.sweeps[label], finished, running)
                 if found is not None:
                     return found
+        for label, values in self.hints.items():
+            if self._proposed(ledger, label) == 1:
+                hint = {f"{label}.{key}": value for key, value in values.items()}
+                return self._draw(ledger, self._default(self.searched[label]) | hint)
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
             if record.role == "search" and record.label in self.searched and record.search_values:
                 return self._draw(ledger, dict(record.search_values))

@@ -57,6 +57,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         time_budget_s: seconds from the first proposal after which nothing more is proposed.
         checkpoints: number → folder where that trial keeps its checkpoints; None = trials keep none.
         changed: the study was changed since its last run, and a person allowed it.
+        hints: label → values that its second trial gets, the others at their defaults.
+        searching: False = only the stages run.
 
     Raises:
         ValueError: two entries of one label, unknown sampler, strategy or preset, a metric of test data, a budget too
@@ -79,6 +81,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         time_budget_s: float | None = None,
         checkpoints: Callable[[int], Path] | None = None,
         changed: bool = False,
+        hints: Mapping[str, Mapping[str, Any]] | None = None,
+        searching: bool = True,
     ) -> None:
         self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
         maximise = [maximised(name) for name in self.metrics]
@@ -89,7 +93,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self.epochs = task.epochs if epochs is None else epochs
         self.max_concurrent: int | None = None
         contents = _contents(entries, task, self.epochs, self.metrics, seed)
-        self.proposals = Proposals(entries, task, trials, sampler, seed, maximise)
+        self.proposals = Proposals(entries, task, trials, sampler, seed, maximise, hints or {})
+        self._searching = searching
         replay = None
         if journal is not None:
             replay = Replay(History.of(journal.events()), self.proposals, self.metrics)
@@ -120,7 +125,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return str(Searcher.FINISHED)
         if self.max_concurrent and len(self.ledger.running) >= self.max_concurrent:
             return None
-        found = self.proposals.next(self.ledger)
+        found = self.proposals.next(self.ledger) if self._searching else None
         if found is None:
             if self.ledger.running and not self._queue:
                 return None

@@ -141,4 +141,15 @@ def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
     if spec.confirm.top_k and spec.confirm.seeds:
         choose = lambda records: top_candidates(records, spec.confirm.top_k, rule)  # noqa: E731
         stages.append(ConfirmStage(task, choose, spec.confirm.seeds, seed))
+    if spec.diagnostics.fsr:
+        stages.append(references_of(spec, task, store, spec.diagnostics.fsr))
     return stages
+
+
+def references_of(spec: StudySpec, task: Task, store: Store, references: Sequence[str]) -> Stage:
+    """The reference trials of FSR."""
+    from orchestrator.fsr_stage import ReferenceStage
+
+    wanted = spec.diagnostics
+    fractions, seed = tuple(wanted.fsr_fractions), spec.search.seed
+    return ReferenceStage(task, store, spec.search.objective, tuple(references), fractions, wanted.fsr_seeds, seed)

@@ -11,6 +11,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -159,3 +160,15 @@ def write_shapes(folder: Path) -> Path:
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def write_images(root: Path) -> Path:
+    """`shapes()` as a folder root/<domain>/<class>/<n>.png."""
+    memory = shapes()
+    for split in memory.splits:
+        rows = zip(memory.images(split), memory.labels(split), memory.domain_ids(split), strict=True)
+        for number, (pixels, label, domain) in enumerate(rows):
+            folder = root / memory.domains[domain] / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{split.replace('/', '-')}-{number}.png")
+    return root

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LoRA(Strategy):
     """W + (α/r)·B·A on the chosen linear maps of every block; B starts at zero, so the function starts unchanged."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    needs: ClassVar[frozenset[str]] = frozenset({"transformer_block"})
     packages: ClassVar[Mapping[str, str]] = {"peft": "lora"}
 
     @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from PIL import Image
 
 from orchestrator import Study
 from orchestrator.journal import Journal
 from orchestrator.results import Results
-from tests.synthetic import CLASSES, shapes
+from tests.synthetic import write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -31,15 +30,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`shapes()` as a folder root/<domain>/<class>/<n>.png."""
-    root = tmp_path_factory.mktemp("images")
-    memory = shapes()
-    for split in memory.splits:
-        rows = zip(memory.images(split), memory.labels(split), memory.domain_ids(split), strict=True)
-        for number, (pixels, label, domain) in enumerate(rows):
-            folder = root / memory.domains[domain] / CLASSES[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{split.replace('/', '-')}-{number}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
