@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.core.contract import TrainingConfig
 from trainables.core.faults import reach
+from trainables.core.micro_batch import MicroBatch
 from trainables.core.optim import rate_factor, set_rates
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -117,8 +119,10 @@ def train_unit(
     observer: Observer | None = None,
     progress: Progress | None = None,
     after_step: Callable[[], object] | None = None,
+    micro_batch: MicroBatch | None = None,
 ) -> UnitResult:
-    """One optimiser step per batch; the device is read only once, at the end.
+    """One optimiser step per batch; the device is read only once, at the end. Where memory runs out the batch goes
+    through the network in pieces whose gradients add up to its own.
 
     Args:
         forward: inputs (B, …) → logits (B, K); a model, or a head where the inputs are cached features.
@@ -132,6 +136,7 @@ def train_unit(
         observer: looks at every step's gradients before they are clipped.
         progress: what was done of the unit before; kept up to date. None = nothing.
         after_step: called after every step, when `progress` counts it.
+        micro_batch: how many images fit at once, as far as it is known; kept up to date.
 
     Raises:
         NonFiniteError: a loss of the unit was NaN or infinite.
@@ -140,19 +145,22 @@ def train_unit(
     parameters = [p for table in optimizer.param_groups for p in table["params"]]
     device = parameters[0].device
     done = Progress.none(device) if progress is None else progress
-    for inputs, labels in batches:
-        set_rates(optimizer, rate_factor(first_step + done.steps, total_steps, config))
+    micro = MicroBatch() if micro_batch is None else micro_batch
+
+    def loss_of(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(device, dtype):
             logits = forward(inputs)
             loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
             extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
-            if extra is not None:
-                loss = loss + extra
-        if reach("step", step=done.steps + 1) == "nan":
-            loss = loss * torch.nan
-        _update(loss, optimizer, parameters, config.clip_norm, observer)
-        done.loss_sum += loss.detach() * len(labels)
-        done.correct += (logits.detach().argmax(1) == labels).sum()
+        return (loss if extra is None else loss + extra), (logits.detach().argmax(1) == labels).sum()
+
+    for inputs, labels in batches:
+        set_rates(optimizer, rate_factor(first_step + done.steps, total_steps, config))
+        work = partial(_gradient, loss_of, inputs, labels, optimizer, micro, done.steps + 1)
+        loss, correct = micro.attempt(work, len(labels), "training on")
+        _update(optimizer, parameters, config.clip_norm, observer)
+        done.loss_sum += loss * len(labels)
+        done.correct += correct
         done.images, done.steps = done.images + len(labels), done.steps + 1
         if device.type == "cpu" and not bool(done.loss_sum.isfinite()):  # free on a CPU; a GPU would have to wait
             break
@@ -163,18 +171,40 @@ def train_unit(
     mean_loss = float(done.loss_sum) / done.images
     check_finite(mean_loss, "training loss", f"by step {done.steps} of its unit")
     observed = observer.means() if observer is not None else {}
+    if micro.size is not None:
+        observed = {**observed, "cost/micro_batch": float(micro.size)}
     return UnitResult(mean_loss, int(done.correct) / done.images, done.images, observed)
 
 
+def _gradient(
+    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    inputs: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    micro: MicroBatch,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Leave the gradient of the batch's mean loss in the parameters; returns the loss and how many were right."""
+    optimizer.zero_grad(set_to_none=True)
+    losses, correct = [], []
+    for piece in micro.pieces(len(labels)):
+        loss, right = loss_of(inputs[piece], labels[piece])
+        if reach("step", step=step) == "nan":
+            loss = loss * torch.nan
+        if len(labels[piece]) < len(labels):
+            loss = loss * (len(labels[piece]) / len(labels))
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        correct.append(right)
+    return torch.stack(losses).sum(), torch.stack(correct).sum()
+
+
 def _update(
-    loss: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
     clip_norm: float | None,
     observer: Observer | None,
 ) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
     if observer is not None:
         observer()
     if clip_norm is not None:
@@ -198,9 +228,17 @@ def predict(
 
     The caller puts the model in eval mode.
     """
-    logits, labels = [], []
+    logits, labels, micro = [], [], MicroBatch()
+
+    def outputs(inputs: Tensor, found: list[Tensor]) -> None:
+        done = sum(map(len, found))  # what went through before memory ran out is not done again
+        for piece in micro.pieces(len(inputs) - done):
+            with autocast(inputs.device, dtype):
+                found.append(forward(inputs[done:][piece]).float())
+
     for inputs, target in batches:
-        with autocast(inputs.device, dtype):
-            logits.append(forward(inputs).float())
+        found: list[Tensor] = []
+        micro.attempt(partial(outputs, inputs, found), len(inputs), "evaluating")
+        logits += found
         labels.append(target)
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()

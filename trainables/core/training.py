@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainables.core.contract import Phase, Strategy, TrainingConfig
 from trainables.core.loop import Batches, Observer, Progress, UnitResult, predict, set_training_mode, train_unit
+from trainables.core.micro_batch import MicroBatch
 from trainables.core.optim import build_optimizer, freeze_all_but, rate_factor, select_groups, set_rates
 from trainables.core.randomness import generator_states, set_generator_states
 from trainables.core.snapshot import is_pristine
@@ -59,6 +60,7 @@ class PhaseTraining:
         self.head_only = not any(p.requires_grad for p in model.backbone.parameters())
         plain_loss = type(strategy).extra_loss is Strategy.extra_loss
         self._extra_loss = None if plain_loss else self._strategy_loss
+        self._micro_batch = MicroBatch()
         self._progress: Progress | None = None
         self._watch: Observer | None = None
         self._continued: Mapping[str, Tensor] = {}
@@ -101,6 +103,7 @@ class PhaseTraining:
                 observer=self._watch,
                 progress=self._progress,
                 after_step=after_step,
+                micro_batch=self._micro_batch,
             )
         finally:
             self._progress = None
