@@ -18,11 +18,13 @@ class TrialCounts:
     folds: int | None
     """Of leave-one-domain-out; None = the number of domains is known only when the data are read."""
     confirm: int
+    references: int | None = 0
+    """For FSR; None = the number of OOD domains is known only when the data are read."""
 
     @property
     def total(self) -> int:
-        """All of them; folds of unknown number left out."""
-        return self.search + (self.folds or 0) + self.confirm
+        """All of them, but those of unknown number."""
+        return self.search + (self.folds or 0) + self.confirm + (self.references or 0)
 
 
 def count_trials(spec: StudySpec, proposals: Proposals | None = None) -> TrialCounts:
@@ -37,7 +39,8 @@ def count_trials(spec: StudySpec, proposals: Proposals | None = None) -> TrialCo
     known = proposals or proposals_of(spec)
     search = given_trials(known) if known.exhausted else spec.search.trials
     # No more configurations can be confirmed than were searched.
-    return TrialCounts(search, _folds(spec, search), min(spec.confirm.top_k, search) * spec.confirm.seeds)
+    confirm = min(spec.confirm.top_k, search) * spec.confirm.seeds
+    return TrialCounts(search, _folds(spec, search), confirm, _references(spec))
 
 
 def given_trials(proposals: Proposals) -> int:
@@ -65,3 +68,21 @@ def _folds(spec: StudySpec, search: int) -> int | None:
     if spec.search.objective != "leave_one_domain_out":
         return 0
     return min(FOLDED, search) * len(spec.data.id) if spec.data.id else None
+
+
+def _references(spec: StudySpec) -> int | None:
+    """One sample per reference and nested share beside the study's own; see `orchestrator.fsr_stage`."""
+    from orchestrator.rules import DIGITS_DOMAINS
+
+    wanted = spec.diagnostics
+    if not wanted.fsr:
+        return 0
+    samples = 1 + ("full" in wanted.fsr)
+    if "extrapolated" in wanted.fsr:
+        samples += len(set(wanted.fsr_fractions))
+    if "oracle" in wanted.fsr:
+        domains = spec.data.ood or (DIGITS_DOMAINS if spec.data.source == "digits" else ())
+        if not domains:
+            return None
+        samples += len(domains)
+    return samples * wanted.fsr_seeds

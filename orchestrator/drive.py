@@ -57,6 +57,7 @@ class Drive:
         from orchestrator.callback import close_open_trials
         from orchestrator.cluster import connect
         from orchestrator.journal import Journal, fold
+        from orchestrator.measure import measure_start
 
         with contextlib.ExitStack() as opened:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
@@ -69,6 +70,8 @@ class Drive:
             tidy(self.folder, fold(journal.events()))
             with self._followed(journal) as progress, self._ending(journal):
                 journal.append("study_started", **self._header(request, concurrent))
+                if self.stages is None:
+                    measure_start(self.spec, self.task, journal, request)
                 self._tune(journal, progress, request, concurrent)
 
     def _tune(self, journal: Journal, progress: Progress | None, request: dict[str, float], concurrent: int) -> None:
@@ -153,8 +156,9 @@ class Drive:
 
         shown = None
         if self.progress:
-            epochs, units = self.task.epochs, planned_units(self.task)
-            shown = Progress(trials=count_trials(self.spec).total, epochs=epochs, units=units)
+            counts, units = count_trials(self.spec), planned_units(self.task)
+            trials = counts.total if self.stages is None else None
+            shown = Progress(trials=trials, epochs=self.task.epochs, units=units)
             journal.subscribe(shown.event)
         with follow(self.spec, journal), shown or contextlib.nullcontext():
             yield shown

@@ -55,6 +55,17 @@ def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return header
 
 
+def measurements(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What was measured of the study as a whole, latest last: name → `metrics` (not finite = NaN) and `curves`."""
+    found: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["kind"] == "measured":
+            metrics = event.get("metrics") or {}
+            values = {key: float("nan") if value is None else float(value) for key, value in metrics.items()}
+            found[str(event["what"])] = {"metrics": values, "curves": dict(event.get("curves") or {})}
+    return found
+
+
 def suggested(event: Mapping[str, Any]) -> TrialRecord:
     """The record of a trial that was just suggested."""
     return TrialRecord(

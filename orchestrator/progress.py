@@ -152,6 +152,10 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
         return f"study {event.get('study', '')} started"
     if kind == "study_finished":
         return f"study {event.get('state', 'complete')}"
+    if kind == "measured":
+        values = [(key.rpartition("/")[2], value) for key, value in event["metrics"].items() if value is not None]
+        found = ", ".join(f"{key} {value:.2f}" for key, value in sorted(values, key=lambda pair: -pair[1]))
+        return f"{event['what']} measured: {found}"
     if record is None:
         return ""
     name = f"trial {record.number} {record.label}"

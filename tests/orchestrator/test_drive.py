@@ -70,6 +70,15 @@ class TestCounts:
         unknown = count_trials(spec(data=data, search={"trials": 20, "objective": "leave_one_domain_out"}))
         assert (unknown.folds, unknown.total) == (None, 20 + 9)
 
+    def test_reference_trials_count_their_samples(self) -> None:
+        wanted: dict[str, Any] = {"fsr": ["full", "extrapolated", "oracle"], "fsr_seeds": 2}
+        data = {"source": "digits", "train_fraction": 0.1}
+        found = count_trials(spec(data=data, diagnostics=wanted, search={"trials": 20}))
+        assert found.references == 2 * (1 + 1 + 2 + 5)  # the own sample, the pool, two shares, five domains
+        assert found.total == 20 + 9 + 18
+        data = {"source": "folder", "root": "/data", "train_fraction": 0.1}
+        assert count_trials(spec(data=data, diagnostics=wanted)).references is None
+
 
 def test_units_are_those_that_a_strategy_takes() -> None:
     units = planned_units(task(epochs=4))

@@ -60,6 +60,7 @@ def test_without_a_terminal_every_event_is_one_line() -> None:
     console = plain()
     with Progress(trials=2, epochs=3, console=console) as progress:
         tell(progress, "study_started", study="pets")
+        tell(progress, "measured", what="plasticity", metrics={"plasticity/ln1": 0.5, "plasticity/mha": 1.93})
         run_trial(progress, 7, 2, "pruned")
         tell(progress, "trial_suggested", trial_id="x", number=8, strategy="full", label="full")
         tell(progress, "trial_started", trial_id="x")
@@ -72,6 +73,7 @@ def test_without_a_terminal_every_event_is_one_line() -> None:
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     assert [line[9:] for line in lines] == [
         "study pets started",
+        "plasticity measured: mha 1.93, ln1 0.50",
         "trial 7 daft: started",
         "trial 7 daft: epoch 1/3, val 0.510, 2.0 s",
         "trial 7 daft: epoch 2/3, val 0.520, 4.0 s",
