@@ -30,8 +30,8 @@ class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]
         grace: units that every trial gets.
         reduction: about one of `reduction` trials goes on from a rung to the next.
         history: trials of earlier runs of the study, which count at the rungs that they reached (Tune itself forgets
-            them). A trial that is about to go on counts below its last unit only: that one it says again, and then it
-            is decided on as it would have been.
+            them). A trial that is about to go on counts below the unit that it says first: at that one it is decided
+            on as it would have been.
 
     Raises:
         ValueError: see `rungs`.
@@ -58,9 +58,10 @@ class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]
         }
         super().__init__(**self._fields)
         self._by_label: dict[str, Any] = {}
+        self._resumed: dict[str, TrialRecord] = {}
         for record in history:
             if record.role == "search":
-                self._remember(record)
+                self._take_over(record)
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """The study's metric is set already; Tune's is not needed (and need not agree)."""
@@ -79,6 +80,8 @@ class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]
         known = _Known.of(trial)
         if known.trial_id not in self._trial_info or not self._comparable(result):
             return str(TrialScheduler.CONTINUE)
+        if (before := self._resumed.pop(known.trial_id, None)) is not None:
+            self._remember(before, result["unit"] - 1)  # its checkpoint may be newer than what the journal had heard
         return str(super().on_trial_result(tune_controller, known, result))
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
@@ -112,10 +115,15 @@ class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]
             self._by_label[label] = AsyncHyperBandScheduler(**self._fields)._brackets[0]
         return self._by_label[label]
 
-    def _remember(self, record: TrialRecord) -> None:
-        """Enter a trial of an earlier run at the rungs where it was, or would have been, compared."""
+    def _take_over(self, record: TrialRecord) -> None:
+        """Enter a trial of an earlier run at the rungs where it was compared."""
         decided = record.state in ("pruned", "failed") or record.unit >= self._max_t
-        end = record.unit if decided and not record.resumable else record.unit - 1
+        self._remember(record, record.unit if decided and not record.resumable else record.unit - 1)
+        if record.resumable:
+            self._resumed[_Known.name(record.number)] = record
+
+    def _remember(self, record: TrialRecord, end: int) -> None:
+        """Enter a trial at the rungs that it had reached after `end` units."""
         for milestone, recorded in self._bracket(record.label)._rungs:
             reached = [past for past in record.history if milestone <= past["unit"] <= end]
             value = reached[0].get(self._metric, math.nan) if reached else math.nan

@@ -49,6 +49,9 @@ class Driver:
     """One process of a study: Tune's order of calls around the real searcher, scheduler, callback and journal, and
     trials that keep checkpoints."""
 
+    every = 1
+    """Units between two checkpoints of a trial."""
+
     def __init__(self, folder: Path, checkpoints: Checkpoints, **fields: Any) -> None:
         self.journal = Journal(folder / "journal.jsonl")
         close_open_trials(self.journal)
@@ -81,7 +84,8 @@ class Driver:
         unit = self.checkpoints.get(number, 1)
         while True:
             found = trial.last_result = result(trial.config, unit)
-            self.checkpoints[number] = unit
+            if unit % self.every == 0:
+                self.checkpoints[number] = unit
             decision = TrialScheduler.STOP if found["done"] else self.scheduler.on_trial_result(None, trial, found)
             if decision != TrialScheduler.STOP:
                 self.searcher.on_trial_result(trial.trial_id, found)
@@ -181,6 +185,15 @@ def test_p5_p6_a_driver_killed_at_any_event_changes_nothing(
     events = Journal.read(tmp_path / "s" / "journal.jsonl")
     results = [event for event in events if event["kind"] == "result"]
     assert len(results) == sum(len(r.history) for r in records), "no unit twice in the journal"
+
+
+@pytest.mark.parametrize("every", [2, 3, 99])
+def test_p5_trials_whose_checkpoints_are_old_or_lost_change_nothing_either(
+    whole: tuple[Path, list[TrialRecord]], fault: Callable[[str], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, every: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Driver, "every", every)
+    test_p5_p6_a_driver_killed_at_any_event_changes_nothing(whole, fault, tmp_path, OFTEN)
 
 
 def interrupted_copy(folder: Path, source: Path, seq: int) -> Path:
