@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import search_spaces
 from orchestrator.errors import PreflightError, Problem, did_you_mean
-from orchestrator.spec import StudySpec
+from orchestrator.spec import StrategyEntry, StudySpec
 
 
 def preflight(spec: StudySpec) -> None:
@@ -16,13 +18,15 @@ def preflight(spec: StudySpec) -> None:
 
     Raises:
         PreflightError: unknown model or augmentation, weights or data that are not there, a strategy that needs layers
-            which the model lacks, a budget too small for the strategies, a storage folder that cannot be written, more
-            CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at once.
+            which the model lacks, a budget too small for the strategies or their phases, a storage folder that cannot
+            be written, more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at
+            once.
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
         _model_problems,
         _budget_problems,
+        _phase_problems,
         _machine_problems,
         _storage_problems,
     )
@@ -66,8 +70,10 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
     kinds = layer_kinds(spec.model.name)
     for index, entry in enumerate(spec.strategies):
         for kind in sorted(needed[entry.name] - kinds):
-            rule = f"{entry.name} needs a network with {kind} layers, but {spec.model.name} has none. Leave it out."
-            yield Problem(("strategies", index), rule)
+            rule = f"{entry.name} needs a network with {kind} layers, but {spec.model.name} has none."
+            adapts = kind == "layer_norm" and "batch_norm" in kinds
+            way = "Leave it out, or use daft, which adapts BatchNorm to the target data." if adapts else "Leave it out."
+            yield Problem(("strategies", index), f"{rule} {way}")
 
 
 def layer_kinds(model: str) -> frozenset[str]:
@@ -79,22 +85,17 @@ def layer_kinds(model: str) -> frozenset[str]:
     """
     import timm
     import torch
-    from timm.layers import LayerNorm2d
-    from torch import nn
 
     from trainables.core.digits_backbones import NETWORKS, architecture
     from trainables.core.vit_blocks import find_blocks
+    from trainables.diagnostics.norm_shift import batch_norms, layer_norms
 
     with torch.device("meta"):
         network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
-    found = set()
-    for module in network.modules():
-        if isinstance(module, nn.LayerNorm | LayerNorm2d):
-            found.add("layer_norm")
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            found.add("batch_norm")
-        elif "attention" in type(module).__name__.lower():
-            found.add("attention")
+    norms = {"layer_norm": layer_norms(network), "batch_norm": batch_norms(network)}
+    found = {kind for kind, layers in norms.items() if layers}
+    if any("attention" in type(module).__name__.lower() for module in network.modules()):
+        found.add("attention")
     with suppress(ValueError):
         find_blocks(network)
         found.add("transformer_block")
@@ -108,6 +109,33 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
         proposals_of(spec)
     except ValueError as error:
         yield Problem(("search", "trials"), str(error))
+
+
+def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
+    """What a strategy refuses at this budget: at its default point, or at a choice that the search may make."""
+    from trainables import strategy_class
+    from trainables.core.plan import Plan
+
+    for index, entry in enumerate(spec.strategies):
+        for hparams in _points(entry):
+            try:
+                Plan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+            except ValueError as error:
+                yield Problem(("strategies", index), str(error))
+                break
+
+
+def _points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
+    """Configurations of an entry: all of its preset, or the default point and each choice and whole number's ends."""
+    if entry.preset is not None:
+        preset = search_spaces.preset(entry.name, entry.preset)
+        fixed = {**preset.fixed, **entry.fixed}
+        yield from ({**fixed, **point} for step in range(len(preset.steps)) for point in preset.points(step))
+        return
+    yield search_spaces.default_point(entry.name, entry.fixed)
+    for key in search_spaces.searched(entry.name, entry.fixed):
+        for value in search_spaces.space(entry.name)[key].discrete_ends():
+            yield search_spaces.default_point(entry.name, {**entry.fixed, key: value})
 
 
 def _machine_problems(spec: StudySpec) -> Iterator[Problem]:

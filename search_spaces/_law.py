@@ -49,6 +49,13 @@ class Law:
         assert isinstance(law, CategoricalDistribution)
         return trial.suggest_categorical(name, law.choices)
 
+    def discrete_ends(self) -> tuple[Any, ...]:
+        """All choices, or the least and the greatest whole number; nothing of a continuous range."""
+        law = self.distribution
+        if isinstance(law, CategoricalDistribution):
+            return tuple(law.choices)
+        return (law.low, law.high) if isinstance(law, IntDistribution) else ()
+
     def edge(self, value: Any) -> str | None:
         """ "lower" or "upper" where `value` lies within `EDGE` of that end of the range, else None.
 

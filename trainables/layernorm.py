@@ -1,7 +1,14 @@
 """LayerNorm tuning (papers/000): γ and β of the norms and the head train, λ rescales how far γ moved, also in cycles.
 
-Label information goes to the head, domain information to the norms. λ costs no training: one tuned network is evaluated
-at γ_S + λ·(γ_T − γ_S). β converges sooner than γ and keeps its tuned value unless `rescale: both`.
+Label information goes to the head, domain information to the norms. λ costs no training: one tuned network is
+evaluated at γ_S + λ·(γ_T − γ_S). β converges sooner than γ and keeps its tuned value unless `rescale: both`. Which
+layers count as LayerNorm: `trainables.diagnostics.norm_shift.LAYER_NORMS`.
+
+Choices in the cyclic framework, which the paper leaves open: the head phases train by gradient, from the head as it is,
+on features of the network as it is, computed once per phase; a probe solved anew would choose a regularisation on
+validation in every cycle and throw away the head that the norms were tuned for (`head_init: linear_probe` starts from a
+closed solution). λ scales the distance from the pretrained γ, not from the last cycle's, so λ ≠ 1 compounds. Each phase
+has an optimiser and a schedule of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from torch import Tensor, nn
 
 from trainables.core.contract import Curve, ParamGroup, Phase, Report, Strategy, TrainingConfig
 from trainables.core.head import initialise_head
-from trainables.core.norm_scale import GRID, Rescale, best_on_grid, fitted, rescale_layer_norm, scaled_names
+from trainables.core.norm_scale import GRID, Rescale, best_lambda, fitted, grid_scores, rescale_layer_norm, scaled_names
 from trainables.core.scoring import final_scores, validation_scores
 from trainables.core.snapshot import put_back, take
 from trainables.diagnostics.norm_shift import layer_norms
@@ -37,7 +44,7 @@ class LayerNorm(Strategy):
     class Config(TrainingConfig):
         """Knobs of LayerNorm tuning; the papers' recipe otherwise."""
 
-        lr_backbone: float = 1e-2
+        lr_backbone: float = 0.1
         """Learning rate of γ and β."""
         norms: Literal["all", "attention"] = "all"
         """all = every norm, the final one included; attention = the norm before each block's attention."""
@@ -50,7 +57,7 @@ class LayerNorm(Strategy):
         """fixed = `lam`; sweep = the best of 21 values from 0 to 2 on ID validation; learned = fitted by gradient on ID
         validation with everything else frozen."""
         lam_scope: Literal["global", "layer"] = "global"
-        """Of a learned λ: one for all layers, or one per layer."""
+        """Of a learned λ: one for all layers, or one per layer; the metric `layernorm/lambda` is then their mean."""
         cycles: int = 0
         """0 = norms and head together; C ≥ 1 = C cycles of head alone, norms alone, rescaling by λ."""
         head_share: float = 0.25
@@ -62,8 +69,13 @@ class LayerNorm(Strategy):
                 raise ValueError(f"cycles must be a whole number of at least 0, but got {self.cycles!r}.")
             if not 0 < self.head_share < 1:
                 raise ValueError(f"0 < head_share < 1 must hold, but got {self.head_share!r}.")
-            if not (math.isfinite(self.lam) and self.lam >= 0):
+            if not (isinstance(self.lam, int | float) and math.isfinite(self.lam) and self.lam >= 0):
                 raise ValueError(f"lam must be a finite number of at least 0, but got {self.lam!r}.")
+            if self.train == "beta" and self.rescale == "gamma" and (self.lam != 1 or self.lam_choice != "fixed"):
+                raise ValueError(
+                    "train='beta' leaves γ where it was, so that rescale='gamma' has nothing to scale. Use "
+                    "rescale='both', or leave lam and lam_choice out."
+                )
             if self.lam_scope == "layer" and self.lam_choice != "learned":
                 raise ValueError(
                     f"lam_scope='layer' needs lam_choice='learned', but got {self.lam_choice!r}. Leave lam_scope out, "
@@ -72,10 +84,7 @@ class LayerNorm(Strategy):
 
     def prepare(self, model: Classifier, data: TrialData) -> Report:
         """Remember the source's norms and initialise the head."""
-        scaled_names(model, "both")
-        names = [f"{n}.{p}" for n, m in layer_norms(model).items() for p, _ in m.named_parameters(recurse=False)]
-        self.source = take(model, names)
-        self.rescaled: dict[str, Tensor] | None = None
+        self.source = take(model, [name for group in scaled_names(model, "both").values() for name in group])
         return initialise_head(model, data, self.config.head_init)
 
     def param_groups(self, model: Classifier) -> list[ParamGroup]:
@@ -117,27 +126,32 @@ class LayerNorm(Strategy):
         return {} if self.config.cycles else self._rescale(model, data)
 
     def curves(self, model: Classifier, data: TrialData) -> Report:
-        """Validation, test and OOD over the grid of λ, for the weights as they were before the last rescaling."""
+        """Of a sweep: validation, test and OOD over the grid of λ. λ = 1 is the tuned network before its rescaling; in
+        the cyclic framework, whose rescaled norms were trained on, it is the finished network."""
         if self.config.lam_choice != "sweep":
             return {}
-        kept = take(model, self.source)
-        rows = []
+        finished = take(model, self.source)
+        if not self.config.cycles:
+            put_back(model, self.tuned)
+        known, tuned, rows = {} if self.config.cycles else self.swept, take(model, self.source), []
         for lam in GRID:
-            put_back(model, self.tuned if not self.config.cycles else kept)
             rescale_layer_norm(model, self.source, lam, self.config.rescale)
-            rows.append({"lambda": lam, **validation_scores(model, data), **final_scores(model, data)})
-        put_back(model, kept)
+            chosen_by = known.get(lam) or validation_scores(model, data)
+            rows.append({"lambda": lam, **chosen_by, **final_scores(model, data)})
+            put_back(model, tuned)
+        put_back(model, finished)
         return {"lambda": Curve({name: [row[name] for row in rows] for name in rows[0]}, "λ is chosen on val/acc.")}
 
     def _rescale(self, model: Classifier, data: TrialData) -> Report:
         config = self.config
-        self.tuned = take(model, self.source)
-        at_one = validation_scores(model, data)
+        self.tuned, self.swept = take(model, self.source), dict[float, dict[str, float]]()
         lam: float | Tensor = config.lam
         if config.lam_choice == "sweep":
-            lam = best_on_grid(model, data, self.source, self.config.rescale)
+            self.swept = grid_scores(model, data, self.source, config.rescale)
+            lam = best_lambda(self.swept)
         elif config.lam_choice == "learned":
-            lam = fitted(model, data, self.source, self.config.rescale, config.lam_scope == "layer")
+            lam = fitted(model, data, self.source, config.rescale, config.lam_scope == "layer")
+        at_one = self.swept.get(1.0) or validation_scores(model, data)
         rescale_layer_norm(model, self.source, lam, config.rescale)
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
         report = {"layernorm/lambda": float(values.mean()), "layernorm/val_acc_at_1": at_one["val/acc"]}

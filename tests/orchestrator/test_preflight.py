@@ -100,6 +100,7 @@ class TestModel:
             ("digits_cnn", {"batch_norm"}),
             ("resnet18", {"batch_norm"}),
             ("convnext_atto", {"layer_norm"}),
+            ("convnext_atto_rms", {"layer_norm"}),
         ],
     )
     def test_layers_of_a_network(self, model: str, kinds: set[str]) -> None:
@@ -110,7 +111,12 @@ class TestModel:
     ) -> None:
         monkeypatch.setattr(strategy_class("full"), "needs", frozenset({"layer_norm"}))
         assert problems(model={"name": "resnet18"}) == [
-            "strategies[1]: full needs a network with layer_norm layers, but resnet18 has none. Leave it out."
+            "strategies[1]: full needs a network with layer_norm layers, but resnet18 has none. Leave it out, or use "
+            "daft, which adapts BatchNorm to the target data."
+        ]
+        monkeypatch.setattr(strategy_class("full"), "needs", frozenset({"transformer_block"}))
+        assert problems(model={"name": "resnet18"}) == [
+            "strategies[1]: full needs a network with transformer_block layers, but resnet18 has none. Leave it out."
         ]
 
 
@@ -140,6 +146,18 @@ class TestBudgetAndStorage:
             "search.trials: The default points and sweeps of linear_probe, daft take 15 trials, but search.trials is "
             "9. Raise it to 15 or more, or leave entries out."
         ]
+
+    @pytest.mark.parametrize(
+        "entry",
+        ["layernorm", {"name": "layernorm", "fixed": {"cycles": 2}}, {"name": "layernorm", "preset": "cyclic"}],
+    )
+    def test_a_budget_below_the_phases_that_a_trial_may_have(self, problems: Problems, entry: Any) -> None:
+        assert problems(strategies=[entry], search={"epochs": 3}) == [
+            "strategies[0]: 2 cycles of head and norms take at least 4 units, but the trial has 3. Give it more "
+            "epochs, or fewer cycles."
+        ]
+        fixed = {"name": "layernorm", "fixed": {"cycles": 0}}
+        assert problems(strategies=["full", "linear_probe", "lp_ft", fixed], search={"epochs": 1}) == []
 
     def test_storage_that_is_a_file(self, problems: Problems, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

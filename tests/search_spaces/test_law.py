@@ -65,6 +65,12 @@ def test_choices_and_tied_rates_have_no_edge() -> None:
     assert Law(1.0, FloatDistribution(1.0, 1.0)).edge(1.0) is None
 
 
+def test_the_discrete_ends_of_a_range() -> None:
+    assert Law("a", CategoricalDistribution(("a", "b"))).discrete_ends() == ("a", "b")
+    assert Law(2, IntDistribution(1, 9)).discrete_ends() == (1, 9)
+    assert Law(1.0, FloatDistribution(0.0, 2.0)).discrete_ends() == ()
+
+
 def test_a_preset_counts_and_lists_its_points_in_order() -> None:
     preset = Preset(steps=({"a": (3, 1), "b": (0.1, 0.2)}, {"c": (5, 4, 3)}), fixed={"c": 9, "d": "x"})
     assert preset.size == 2 * 2 + 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,17 +12,20 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import search_spaces
 from tests.conformance import StrategyConformance
 from tests.synthetic import shapes
+from trainables import strategy_class
+from trainables.core import scoring
+from trainables.core.contract import Curve
+from trainables.core.norm_scale import fitted, scaled_names
 from trainables.core.run import Run
 from trainables.core.scoring import final_scores, validation_scores
 from trainables.core.snapshot import put_back
 from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.core.vit_blocks import component_kinds
-from trainables.diagnostics.norm_shift import layer_norm_shift, layer_norms
+from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norm_shift, layer_norms
 from trainables.layernorm import GRID, rescale_layer_norm
 
 RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
@@ -104,6 +110,12 @@ def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial
     assert layer_norm_shift(source, model).beta > 0.0
 
 
+def test_fsr_of_a_sample_against_itself_is_1(trial: Callable[..., Run]) -> None:
+    shift, again = (finish(trial())["ln_shift/last/total"] for _ in range(2))
+    assert shift > 0
+    assert fine_tuning_shift_ratio(shift, again) == 1.0
+
+
 def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: Callable[..., Run]) -> None:
     run = trial()
     source = copies(run.model)
@@ -170,41 +182,92 @@ class TestSweep:
         finish(trial(lam_choice="sweep"))
         assert len(steps) == 2 * alone == 2 * 2 * plain.data.steps_per_epoch
 
+    def test_it_costs_one_pass_over_every_split_and_value(
+        self, trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        passes: Counter[str] = Counter()
+        score = scoring.score
+
+        def counted(model: Any, data: Any, split: str, *rest: Any) -> dict[str, float]:
+            passes[split] += 1
+            return score(model, data, split, *rest)
+
+        monkeypatch.setattr(scoring, "score", counted)
+        finish(trial())
+        plain = passes.copy()
+        passes.clear()
+        finish(trial(lam_choice="sweep"))
+        passes.subtract(plain)
+        assert passes == {"val": 20, "test": 21, "ood/inverted": 21, "ood/noisy": 21}  # λ = 1 is validated anyway
+
+    @pytest.mark.parametrize("cycles", [0, 2])
+    def test_its_curve_leaves_every_tensor_as_it_was(self, trial: Callable[..., Run], cycles: int) -> None:
+        run = trial(lam_choice="sweep", lr_backbone=0.5, epochs=4, cycles=cycles)
+        metrics = finish(run)
+        finished = copies(run.model)
+        curve = run.strategy.curves(run.model, run.data)["lambda"]
+        assert isinstance(curve, Curve)
+        assert changed(finished, run) == set()
+        assert curve.columns == metrics["curves"]["lambda"]["columns"]
+        at = GRID.index(1.0 if cycles else metrics["layernorm/lambda"])
+        assert metrics["test/acc"] == curve.columns["test/acc"][at]
+        assert len(set(curve.columns["val/nll"])) > 10
+
 
 class TestLearned:
-    def test_one_lambda_lowers_the_validation_loss_and_nothing_else_moves(self, trial: Callable[..., Run]) -> None:
-        run = trial(lam_choice="learned", lr_backbone=1.0)
-        metrics = finish(run)
-        plain = trial(lr_backbone=1.0)
-        finish(plain)
-        lam = metrics["layernorm/lambda"]
-        assert lam != 1.0
-        assert validation_scores(run.model, run.data)["val/nll"] < validation_scores(plain.model, run.data)["val/nll"]
-        assert changed(copies(plain.model), run) == {f"{layer}.weight" for layer in layer_norms(run.model)}
+    @pytest.fixture
+    def plain(self, trial: Callable[..., Run]) -> Run:
+        """The tuned network whose λ is learned below, at λ = 1."""
+        run = trial(lr_backbone=1.0)
+        finish(run)
+        return run
 
-    def test_its_gradient_is_that_of_finite_differences(self, trial: Callable[..., Run]) -> None:
-        """The fitted λ is a stationary point: the loss on validation is no lower a step to either side."""
+    def test_one_lambda_is_at_the_minimum_of_the_validation_loss_and_nothing_else_moves(
+        self, trial: Callable[..., Run], plain: Run
+    ) -> None:
         run = trial(lam_choice="learned", lr_backbone=1.0)
         lam = finish(run)["layernorm/lambda"]
-        plain = trial(lr_backbone=1.0)
-        finish(plain)
         tuned = copies(plain.model)
+        assert changed(tuned, run) == {f"{layer}.weight" for layer in layer_norms(run.model)}
         source = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
-
-        def loss(value: float) -> float:
+        losses = {}
+        for step in range(-10, 11):
             put_back(plain.model, tuned)
-            rescale_layer_norm(plain.model, source, value)
-            images, labels = next(run.data.batches("val"))
-            with torch.no_grad():
-                return float(functional.cross_entropy(plain.model.eval()(images), labels))
+            rescale_layer_norm(plain.model, source, lam + 0.02 * step)
+            losses[step] = validation_scores(plain.model, run.data)["val/nll"]
+        assert min(losses, key=lambda step: losses[step]) == 0
+        put_back(plain.model, tuned)
+        assert losses[0] < validation_scores(plain.model, run.data)["val/nll"]
 
-        assert loss(lam) <= min(loss(lam - 0.2), loss(lam + 0.2))
+    def test_it_is_the_same_again_and_does_not_depend_on_the_batches(self, trial: Callable[..., Run]) -> None:
+        first, again = (finish(trial(lam_choice="learned"))["layernorm/lambda"] for _ in range(2))
+        assert first == again != 1.0
+        run = trial(lr_backbone=1.0)
+        finish(run)
+        source = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
+        names = {name: source[name] for group in scaled_names(run.model, "gamma").values() for name in group}
+        found = []
+        for size in (5, 32):
+            task = dataclasses.replace(run.spec.task, batch_size=size)
+            data = copy.copy(run.data)
+            data.spec = dataclasses.replace(run.spec, task=task)
+            found.append(fitted(run.model, data, names, "gamma", per_layer=False))
+        assert torch.allclose(found[0], found[1], atol=1e-3)
 
-    def test_one_per_layer(self, trial: Callable[..., Run]) -> None:
-        metrics = finish(trial(lam_choice="learned", lam_scope="layer", lr_backbone=1.0))
-        columns = metrics["curves"]["layernorm_lambda"]["columns"]
-        assert len(columns["lambda"]) == len(columns["layer"]) > 1
-        assert len(set(columns["lambda"])) > 1
+    def test_one_per_layer_is_better_still_and_1_where_nothing_moved(
+        self, trial: Callable[..., Run], plain: Run
+    ) -> None:
+        runs = {scope: trial(lam_choice="learned", lam_scope=scope, lr_backbone=1.0) for scope in ("global", "layer")}
+        metrics = {scope: finish(run) for scope, run in runs.items()}
+        columns = metrics["layer"]["curves"]["layernorm_lambda"]["columns"]
+        assert columns["layer"] == list(layer_norms(plain.model))
+        assert len(set(columns["lambda"])) == len(columns["layer"])
+        assert metrics["layer"]["layernorm/lambda"] == pytest.approx(sum(columns["lambda"]) / len(columns["lambda"]))
+        loss = {scope: validation_scores(run.model, run.data)["val/nll"] for scope, run in runs.items()}
+        assert loss["layer"] < loss["global"]
+        some = finish(trial(lam_choice="learned", lam_scope="layer", lr_backbone=1.0, norms="attention"))
+        by_layer = dict(zip(*some["curves"]["layernorm_lambda"]["columns"].values(), strict=True))
+        assert {name for name, lam in by_layer.items() if lam != 1.0} == {n for n in by_layer if n.endswith("norm1")}
 
 
 class TestCycles:
@@ -255,6 +318,12 @@ def test_a_network_without_layer_norm_is_refused(trial: Callable[..., Run]) -> N
     [
         ({"cycles": -1}, "cycles must be a whole number of at least 0, but got -1."),
         ({"lam": -0.5}, "lam must be a finite number of at least 0, but got -0.5."),
+        ({"lam": "sweep"}, "lam must be a finite number of at least 0, but got 'sweep'."),
+        (
+            {"train": "beta", "lam": 0.5},
+            "train='beta' leaves γ where it was, so that rescale='gamma' has nothing to scale. Use rescale='both', or "
+            "leave lam and lam_choice out.",
+        ),
         ({"lam_choice": "best"}, "lam_choice must be one of 'fixed', 'sweep', 'learned', but got 'best'."),
         (
             {"lam_scope": "layer"},
@@ -268,7 +337,45 @@ def test_impossible_values(trial: Callable[..., Run], hparams: dict[str, Any], m
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("lam", "rescale", "message"),
+    [
+        (float("nan"), "gamma", "λ must be finite, but got nan."),
+        (torch.ones(3), "gamma", "λ is one number, or one for each of the 5 LayerNorms, but got 3."),
+        (0.5, "beta", "rescale must be one of 'gamma', 'both', but got 'beta'."),
+    ],
+)
+def test_what_cannot_be_rescaled(trial: Callable[..., Run], lam: Any, rescale: Any, message: str) -> None:
+    model = trial().model
+    with pytest.raises(ValueError) as error:
+        rescale_layer_norm(model, copies(model), lam, rescale)
+    assert str(error.value) == message
+
+
+def test_a_source_that_does_not_fit_changes_nothing(trial: Callable[..., Run]) -> None:
+    run = trial()
+    source = {name: value + 1 for name, value in copies(run.model).items()}
+    last, before = f"{list(layer_norms(run.model))[-1]}.weight", copies(run.model)
+    for wrong, got in (({}, "none"), ({last: torch.ones(3)}, "one of shape (3,)")):
+        given = {name: value for name, value in source.items() if name != last} | wrong
+        with pytest.raises(ValueError) as error:
+            rescale_layer_norm(run.model, given, 0.5)
+        assert str(error.value) == (
+            f"Rescaling needs the source tensor {last!r} of shape (16,), but the source has {got}."
+        )
+        assert changed(before, run) == set()
+
+
 def test_lambda_is_searched_only_where_it_is_fixed_for_a_trial() -> None:
     assert "lam" in search_spaces.searched("layernorm")
     assert "lam" not in search_spaces.searched("layernorm", {"lam_choice": "sweep"})
     assert search_spaces.default_point("layernorm")["lam"] == 1.0
+    assert "lam" not in search_spaces.searched("layernorm", {"train": "beta"})
+    assert "lam" in search_spaces.searched("layernorm", {"train": "beta", "rescale": "both"})
+
+
+@pytest.mark.parametrize("name", search_spaces.presets("layernorm"))
+def test_every_point_of_a_preset_is_a_trial(name: str) -> None:
+    preset = search_spaces.preset("layernorm", name)
+    for point in preset.points(0):
+        strategy_class("layernorm").from_hparams({**preset.fixed, **point})

@@ -10,13 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from timm.layers.norm import RmsNorm2dFp32, RmsNormFp32, SimpleNorm2dFp32, SimpleNormFp32
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.core.contract import Curve
 
-LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
-"""Layers that normalise each sample (or token) over its channels; an RMS norm has γ alone."""
+LAYER_NORMS = (
+    nn.LayerNorm,
+    *(nn.RMSNorm, RmsNorm, RmsNormFp32, RmsNorm2d, RmsNorm2dFp32),
+    *(SimpleNorm, SimpleNormFp32, SimpleNorm2d, SimpleNorm2dFp32),
+)
+"""Layers that normalise each sample (or token) over its channels, with their subclasses: all that timm calls LayerNorm
+(on maps, in float32, with an activation behind it, without bias), and norms that only divide, by the root mean square
+or the standard deviation: these have γ alone, so their shift of β is 0. A GroupNorm of a single group counts as well
+(MetaFormer's "modified LayerNorm"); one of several groups, and EvoNorm, FRN and GRN, do not."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,11 @@ class LayerShift:
     """‖γ_T − γ_S‖₂"""
     beta: float
     """‖β_T − β_S‖₂; 0 where the layer has no β."""
+
+    @property
+    def total(self) -> float:
+        """The sum of both."""
+        return self.gamma + self.beta
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class NormShift:
 
 def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Name → LayerNorm-like layer with parameters of its own, in the order of the network."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LAYER_NORMS) and _own(m)}
+    return {n: m for n, m in model.named_modules() if _is_layer_norm(m) and _own(m)}
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -94,12 +107,17 @@ def batch_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module)
     return _of_model(source_state, tuned_model, batch_norms(tuned_model), "BatchNorm")
 
 
-def fine_tuning_shift_ratio(shift: float, reference_shift: float) -> float:
+def fine_tuning_shift_ratio(shift: float | NormShift, reference_shift: float | NormShift) -> float:
     """FSR = Shift(T, S) / Shift(T*, S) (papers/000): 1 is ideal; below 1 the sample under-represents the target.
+
+    Args:
+        shift: of the model tuned on the sample at hand: γ, β or their sum. Of a `NormShift`, the sum.
+        reference_shift: the same of the reference, after as many steps of the same recipe.
 
     Raises:
         ValueError: the reference is zero, negative or not finite, or the shift is negative or not finite.
     """
+    shift, reference_shift = (s.total if isinstance(s, NormShift) else s for s in (shift, reference_shift))
     if not (math.isfinite(reference_shift) and reference_shift > 0):
         raise ValueError(
             f"FSR needs a reference whose LayerNorm parameters moved, but its shift is {reference_shift!r}. Train the "
@@ -131,6 +149,10 @@ def shift_report(
         shift, end = (_shift(source, {**source, **moved}, layers, "backbone.") for moved in (kept, last))
         found |= {**shift.metrics(prefix), **end.metrics(f"{prefix}/last"), prefix: shift.curve()}
     return found
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, LAYER_NORMS) or (isinstance(module, nn.GroupNorm) and module.num_groups == 1)
 
 
 def _own(module: nn.Module) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 
 import pytest
 import timm
 import torch
-from timm.layers import LayerNorm2d, RmsNorm
+from timm.layers import GroupNorm1, RmsNorm, norm, norm_act
+from timm.layers.norm import RmsNormFp32
+from timm.models.metaformer import LayerNorm2dNoBias
 from torch import nn
 
 from trainables.diagnostics.norm_shift import (
@@ -88,14 +92,48 @@ def test_norms_of_every_kind_count_and_those_without_parameters_do_not() -> None
             "plain": nn.LayerNorm(4),
             "fixed": nn.LayerNorm(4, elementwise_affine=False),
             "no_beta": nn.LayerNorm(4, bias=False),
-            "map": LayerNorm2d(4),
             "rms": RmsNorm(4),
             "torch_rms": nn.RMSNorm(4),
+            "one_group": GroupNorm1(4),
+            "groups": nn.GroupNorm(2, 4),
+            "batch": nn.BatchNorm2d(4),
         }
     )
     shift = layer_norm_shift(model.state_dict(), moved(model, nn.Module))
-    assert list(shift.per_layer) == ["plain", "no_beta", "map", "rms", "torch_rms"]
-    assert shift.per_layer["rms"].beta == 0.0
+    assert list(shift.per_layer) == ["plain", "no_beta", "rms", "torch_rms", "one_group"]
+    assert shift.per_layer["rms"].beta == shift.per_layer["no_beta"].beta == 0.0
+    assert shift.per_layer["plain"].total == shift.per_layer["plain"].gamma + shift.per_layer["plain"].beta
+
+
+def test_all_that_timm_calls_layer_norm_or_rms_norm_counts() -> None:
+    wanted = re.compile(r"^(LayerNorm|RmsNorm|SimpleNorm|GroupNorm1)")
+    kinds = [
+        kind
+        for module in (norm, norm_act)
+        for kind in vars(module).values()
+        if inspect.isclass(kind) and kind.__module__ == module.__name__ and wanted.match(kind.__name__)
+    ]
+    assert len(kinds) > 16
+    assert [kind.__name__ for kind in kinds if not layer_norms(nn.Sequential(kind(8)))] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("test_vit", nn.LayerNorm),
+        ("test_convnext", nn.LayerNorm),
+        ("poolformer_s12", GroupNorm1),
+        ("caformer_s18", LayerNorm2dNoBias),
+        ("deepseek_vit_412m_enc", RmsNormFp32),
+        ("aimv2_large_patch14_224", RmsNorm),
+    ],
+)
+def test_networks_of_timm(name: str, layers: type[nn.Module]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    found = layer_norms(model)
+    assert found.keys() >= {n for n, m in model.named_modules() if isinstance(m, layers) and list(m.parameters())}
+    assert found
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -113,8 +151,12 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_fsr() -> None:
     assert fine_tuning_shift_ratio(1.5, 1.5) == 1.0
     assert fine_tuning_shift_ratio(0.5, 2.0) == 0.25
+    model = vit()
+    shift = layer_norm_shift(model.state_dict(), moved(model))
+    assert fine_tuning_shift_ratio(shift, shift) == fine_tuning_shift_ratio(shift.gamma, shift.gamma) == 1.0
+    assert fine_tuning_shift_ratio(shift, 2 * shift.total) == 0.5
     with pytest.raises(ValueError) as error:
-        fine_tuning_shift_ratio(1.0, 0.0)
+        fine_tuning_shift_ratio(shift, layer_norm_shift(model.state_dict(), model))
     assert str(error.value) == (
         "FSR needs a reference whose LayerNorm parameters moved, but its shift is 0.0. Train the reference with a "
         "higher learning rate or for longer."
