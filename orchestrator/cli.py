@@ -155,13 +155,14 @@ def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> No
 
 @app.command()
 def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
-    """Show the leaderboard, the regret of the selection and warnings, from the journal alone."""
-    from orchestrator.folding import fold
+    """Show the leaderboard, what the study found, and warnings, from the journal alone."""
+    from orchestrator.folding import fold, measurements
     from orchestrator.results import Results
     from orchestrator.status import find_study, read_journal
 
     spec, folder = find_study(study)
-    found = Results(fold(read_journal(spec, folder)), spec)
+    events = read_journal(spec, folder)
+    found = Results(fold(events), spec, measurements=measurements(events))
     context.obj.result({**found.to_dict(), "folder": str(folder)}, found.render)
 
 

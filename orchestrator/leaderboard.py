@@ -15,6 +15,10 @@ from orchestrator.selection import Choice, per_label, tested
 
 REPORTED = ("test/acc", "ood/mean/acc", "ood/worst/acc", "calib/ece")
 """Metrics of the leaderboard; `<metric>/ci95` is the half-width of their 95 % interval."""
+GAINS = {"gain": "test/acc", "gain/ood": "ood/mean/acc"}
+"""Column of the relative gain over linear probing → the accuracy that it compares."""
+PROBE = "linear_probe"
+"""The strategy that gains are measured from."""
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -46,6 +50,9 @@ def leaderboard(records: Sequence[TrialRecord], rule: str = "id_val") -> pd.Data
     """One row per label, best first by the criterion of its chosen configuration; labels without a complete trial
     stand last, with NaN.
 
+    Where a linear probe is among the labels, `gain` and `gain/ood` are the relative gains over it (see
+    `relative_gain`) of the means of `test/acc` and `ood/mean/acc`.
+
     Columns: `label, strategy, rule, criterion` (value that the rule ranked by)`, number, config_hash, hparams, seeds`
     (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then mean and
     `/ci95` half-width of each metric of `REPORTED`, then `trials, complete, pruned, failed` of the search.
@@ -58,7 +65,17 @@ def leaderboard(records: Sequence[TrialRecord], rule: str = "id_val") -> pd.Data
     records = tested(records, rule)
     chosen = per_label(records, rule)
     labels = list(chosen) + [label for label in dict.fromkeys(r.label for r in records) if label not in chosen]
-    return pd.DataFrame([_row(records, label, chosen.get(label), rule) for label in labels])
+    rows = [_row(records, label, chosen.get(label), rule) for label in labels]
+    for probe in [row for row in rows if row["strategy"] == PROBE and row["seeds"]][:1]:
+        for row in rows:
+            row |= {gain: relative_gain(row[metric], probe[metric]) for gain, metric in GAINS.items()}
+    return pd.DataFrame(rows)
+
+
+def relative_gain(accuracy: float, probe: float) -> float:
+    """(accuracy − probe) / probe: the improvement over the accuracy of linear probing, relative to it (papers/003,
+    Fig. 2). NaN where the probe's accuracy is 0 or either is NaN."""
+    return (accuracy - probe) / probe if probe else math.nan
 
 
 def _row(records: Sequence[TrialRecord], label: str, choice: Choice | None, rule: str) -> dict[str, Any]:

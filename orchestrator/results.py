@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import selection
-from orchestrator.leaderboard import REPORTED, leaderboard, measured
+from orchestrator.findings import findings
+from orchestrator.leaderboard import leaderboard, measured
 from orchestrator.records import INTERRUPTED, TrialRecord
+from orchestrator.tables import choice_values, finite, markdown_table, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,7 @@ class Results:
         spec: the study, or its fields as a mapping; `name`, `search.objective` and the `label`, `fixed` and `preset` of
             its strategies are read.
         near_edge: says which values lie at the edge of their range; default `search_spaces.near_edge`.
+        measurements: what was measured of the study as a whole (`orchestrator.folding.measurements`).
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Results:
         records: Sequence[TrialRecord],
         spec: StudySpec | Mapping[str, Any] | None = None,
         near_edge: NearEdge | None = None,
+        measurements: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.records = list(records)
+        self.measurements = dict(measurements or {})
         self.spec = spec
         self.name = str(_field(spec, "name") or "study")
         objective = _field(_field(spec, "search"), "objective")
@@ -60,6 +64,10 @@ class Results:
         """What the rule gave away against the oracle (ValueError: no complete trial)."""
         return selection.regret(self.records, rule or self.rule)
 
+    def findings(self) -> list[str]:
+        """What the study says, in sentences; none before a trial is complete."""
+        return findings(self.records, self.rule, self.measurements)
+
     def warnings(self) -> list[str]:
         """What a reader of the leaderboard should know before believing it, one sentence each."""
         found = [*_trouble(self.records)]
@@ -71,26 +79,37 @@ class Results:
         """Everything as JSON values (NaN as None). Without a complete trial the leaderboard is empty and `problem`
         says why."""
         out: dict[str, Any] = {"study": self.name, "rule": self.rule, "problem": None, "leaderboard": []}
-        out |= {"best": None, "regret": None, "warnings": self.warnings()}
+        out |= {"best": None, "regret": None, "findings": self.findings(), "warnings": self.warnings()}
+        out["measurements"] = finite(self.measurements)
         out["trials"] = dict(Counter(r.state for r in self.records))
         try:
             best, lost, table = self.best(self.rule), self.regret(), self.leaderboard()
         except ValueError as error:
             return out | {"problem": str(error)}
-        out["leaderboard"] = _finite(table.to_dict("records"))
-        out["best"] = _finite(_choice(best))
-        out["regret"] = _finite(
-            {"metric": lost.metric, "value": lost.value, "chosen": _choice(lost.chosen), "oracle": _choice(lost.oracle)}
+        out["leaderboard"] = finite(table.to_dict("records"))
+        out["best"] = finite(choice_values(best))
+        out["regret"] = finite(
+            {
+                "metric": lost.metric,
+                "value": lost.value,
+                "chosen": choice_values(lost.chosen),
+                "oracle": choice_values(lost.oracle),
+            }
         )
         return out
 
     def render(self, console: Console) -> None:
-        """Print leaderboard, regret line and warnings."""
+        """Print leaderboard, regret line, findings and warnings."""
         try:
-            self._print_leaderboard(console)
+            title = f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}"
+            rows = self.leaderboard().to_dict("records")
+            console.print(title, markup=False, highlight=False, style="bold", soft_wrap=True)
+            print_table(console, rows)
             console.print(self.regret_line(), markup=False, highlight=False)
         except ValueError as error:
             console.print(str(error), markup=False)
+        for sentence in self.findings():
+            console.print(f"- {sentence}", markup=False, highlight=False)
         for warning in self.warnings():
             console.print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
 
@@ -109,38 +128,15 @@ class Results:
         )
 
     def markdown(self) -> str:
-        """Leaderboard, regret and warnings as Markdown (the note of the study's run in MLflow)."""
+        """Leaderboard, regret, findings and warnings as Markdown (the note of the study's run in MLflow)."""
         lines = [f"# {self.name}", "", f"Selection by `{self.rule}`{self._oracle_mark()}.", ""]
         try:
-            rows = [_cells(row) for row in self.leaderboard().to_dict("records")]
-            lines += [
-                "| strategy | hyperparameters | seeds | val | test | OOD mean | OOD worst | ECE |",
-                "|---" * 8 + "|",
-            ]
-            lines += [*("| " + " | ".join(row) + " |" for row in rows), "", self.regret_line()]
+            lines += [*markdown_table(self.leaderboard().to_dict("records")), "", self.regret_line()]
         except ValueError as error:
             lines += [str(error)]
+        if found := self.findings():
+            lines += ["", "## Findings", "", *(f"- {sentence}" for sentence in found)]
         return "\n".join([*lines, "", *(f"- **Warning:** {w}" for w in self.warnings())]).rstrip() + "\n"
-
-    def _print_leaderboard(self, console: Console) -> None:
-        from rich import box
-        from rich.table import Table
-
-        title = f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}"
-        console.print(title, markup=False, highlight=False, style="bold", soft_wrap=True)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("strategy", style="bold", overflow="fold")
-        for header in ("seeds", "val", "test", "OOD mean", "OOD worst", "ECE"):
-            table.add_column(header, justify="right", no_wrap=True)
-        rows = self.leaderboard().to_dict("records")
-        for label, _, *numbers in map(_cells, rows):
-            table.add_row(label, *numbers)
-        table.caption = "per cent; mean ± 95 % interval over fresh seeds, or the search trial where there is one seed"
-        console.print(table)
-        for row in rows:
-            if row["seeds"]:
-                line = f"{row['label']}: trial {row['number']}, {describe(row['hparams'])}"
-                console.print(line, markup=False, highlight=False)
 
     def _oracle_mark(self) -> str:
         return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""
@@ -196,44 +192,6 @@ def _trouble(records: Sequence[TrialRecord]) -> list[str]:
             got = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
             found.append(f"{label}: no trial used its whole budget ({got}), so it cannot be ranked.")
     return found
-
-
-def _cells(row: Mapping[Any, Any]) -> list[str]:
-    values = [_percent(row["val/acc"], math.nan)]
-    values += [_percent(row[metric], row[f"{metric}/ci95"]) for metric in REPORTED]
-    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *values]
-
-
-def describe(hparams: Mapping[str, Any]) -> str:
-    """Hyperparameters on one line, numbers with three significant digits."""
-    shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in hparams.items() if v is not None}
-    return " ".join(f"{key}={value}" for key, value in shown.items()) or "-"
-
-
-def _percent(mean: float, half: float) -> str:
-    if not math.isfinite(mean):
-        return "-"
-    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
-
-
-def _choice(choice: selection.Choice) -> dict[str, Any]:
-    record = choice.record
-    shown = {name: getattr(record, name) for name in ("number", "label", "strategy", "config_hash", "seed", "trial_id")}
-    return shown | {
-        "rule": choice.rule,
-        "oracle": choice.oracle,
-        "criterion": choice.criterion,
-        "value": choice.value,
-        "hparams": dict(record.hparams),
-    }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _field(owner: Any, name: str) -> Any:

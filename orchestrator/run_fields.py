@@ -3,9 +3,11 @@ artifacts. Pure; nothing here imports mlflow."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,29 +98,38 @@ class Header:
         return {key: clip(value) for key, value in found.items() if value}
 
 
-def summary(records: Sequence[TrialRecord], header: Header) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
-    """Tags, artifacts and metrics of a finished study's own run: the leaderboard as the run's note, as Markdown and as
-    CSV, and the chosen configuration's numbers. A study without a complete trial has a note that says so."""
+def summary(
+    records: Sequence[TrialRecord], header: Header, measurements: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
+    """Tags, artifacts and metrics of a finished study's own run: the leaderboard and the findings as the run's note, as
+    Markdown and as CSV, the chosen configuration's numbers, and FSR. A study without a complete trial has a note that
+    says so."""
+    from orchestrator.fsr import estimates
     from orchestrator.results import Results
 
-    results = Results(records, {**(header.spec() or {}), "name": header.study})
+    results = Results(records, {**(header.spec() or {}), "name": header.study}, measurements=measurements)
     metrics = {
         f"trials/{state}": float(sum(r.state == state for r in records)) for state in ("complete", "pruned", "failed")
     }
     tags, texts = {}, {}
     try:
+        with contextlib.suppress(ValueError):  # the findings say why there is no FSR
+            metrics |= {name: value for estimate in estimates(records) for name, value in estimate.metrics().items()}
         note = results.markdown()
         table = results.leaderboard()
         best = results.best(results.rule)
         texts = {"leaderboard.md": note, "leaderboard.csv": table.to_csv(index=False)}
         tags = {"best.label": best.record.label, "best.config_hash": best.record.config_hash, "best.rule": best.rule}
         row = table.to_dict("records")[0]
-        for name in ("val/acc", "test/acc", "ood/mean/acc", "ood/worst/acc", "calib/ece"):
-            if row[name] == row[name]:  # not NaN
+        for name in ("val/acc", "test/acc", "ood/mean/acc", "ood/worst/acc", "calib/ece", "gain", "gain/ood"):
+            if row.get(name, math.nan) == row.get(name):  # there, and not NaN
                 metrics[name] = float(row[name])
         metrics["selection/regret"] = results.regret().value
     except ValueError as error:
-        note = f"# {header.study}\n\n{error}\n"
+        note = (
+            "\n".join([f"# {header.study}", "", str(error), "", *(f"- {s}" for s in results.findings())]).rstrip()
+            + "\n"
+        )
     except Exception as error:  # a summary that cannot be made must not hold back the record
         logger.exception("The summary of the study could not be made")
         note = f"# {header.study}\n\nThe summary could not be made: {type(error).__name__}: {error}\n"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.curves import curve_texts, pictures
-from orchestrator.folding import advance, suggested
+from orchestrator.folding import advance, measurements, suggested
 from orchestrator.records import INTERRUPTED, TrialRecord, declared_metrics
 from orchestrator.run_fields import Header, RunUpdate, clean_key, clip, digest, milliseconds, param_text, summary
 
@@ -36,7 +36,7 @@ class Projection:
         self._uids: dict[str, str] = {}
         self._units: dict[str, int] = {}
         self._dropped: dict[str, int] = {}
-        self._measurements: dict[str, Mapping[str, Any]] = {}
+        self._measured_events: list[Mapping[str, Any]] = []
 
     def apply(self, event: Mapping[str, Any]) -> list[RunUpdate]:
         """The updates that an event brings, the study's own run before those of its trials."""
@@ -74,7 +74,7 @@ class Projection:
         return update
 
     def _measured(self, event: Mapping[str, Any]) -> RunUpdate:
-        self._measurements[str(event["what"])] = event
+        self._measured_events.append(event)
         update, time = self._study_update(), milliseconds(event["time"])
         metrics, curves = event.get("metrics") or {}, event.get("curves") or {}
         finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
@@ -85,7 +85,7 @@ class Projection:
     def _study_finished(self, event: Mapping[str, Any]) -> RunUpdate:
         state = str(event.get("state") or "complete")
         records = sorted(self._trials.values(), key=lambda record: record.number)
-        tags, texts, metrics = summary(records, self._header)
+        tags, texts, metrics = summary(records, self._header, measurements(self._measured_events))
         update = self._study_update(status=state, **tags)
         update.texts, update.end = texts, milliseconds(event["time"])
         update.status = {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED")

@@ -83,10 +83,12 @@ class Study:
         Raises:
             FileNotFoundError: the study has not been run.
         """
-        from orchestrator.journal import Journal, fold
+        from orchestrator.folding import fold, measurements
+        from orchestrator.journal import Journal
         from orchestrator.results import Results
 
         journal = self.folder / "journal.jsonl"
         if not journal.exists():
             raise FileNotFoundError(f"The study {self.spec.name!r} has no journal at {journal}. Run it first.")
-        return Results(fold(Journal.read(journal)), self.spec)
+        events = Journal.read(journal)
+        return Results(fold(events), self.spec, measurements=measurements(events))
