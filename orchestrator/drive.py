@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import platform
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.changes import check_changes
 from orchestrator.checkpoints import RETRIES, checkpoint_folder, tidy
 from orchestrator.counts import count_trials
 from orchestrator.errors import redact
 from orchestrator.lambda_hint import lambda_hints
 from orchestrator.setup import entries_of, make_scheduler, metric_of, planned_units, stages_of
+from orchestrator.versions import versions
 from orchestrator.yaml_writer import write_yaml
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("luthier")
 
-PACKAGES = ("luthier", "ray", "torch", "timm", "optuna", "mlflow", "pyarrow", "numpy", "scikit-learn")
-
 
 @dataclass(frozen=True)
 class Drive:
@@ -47,12 +44,15 @@ class Drive:
     progress: bool = True
     stages: Sequence[Stage] | None = None
     """Run these alone, without the search; None = the whole study."""
+    allow_change: Collection[str] = ()
+    """Keys that may differ from the last run (`orchestrator.changes`)."""
 
     def run(self) -> None:
         """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued.
 
         Raises:
             JournalError: another process runs this study; nothing was touched.
+            ChangedStudyError: it is not the study that was run last; nothing was touched.
         """
         from orchestrator.callback import close_open_trials
         from orchestrator.cluster import connect
@@ -61,6 +61,7 @@ class Drive:
 
         with contextlib.ExitStack() as opened:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
+            changed = check_changes(journal.events(), self._facts(), self.allow_change)
             (self.folder / "study.yaml").write_text(write_yaml(self._plain_spec()))
             cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
@@ -69,19 +70,29 @@ class Drive:
             close_open_trials(journal)  # of a driver that died without a word
             tidy(self.folder, fold(journal.events()))
             with self._followed(journal) as progress, self._ending(journal):
-                journal.append("study_started", **self._header(request, concurrent))
+                resources = {**request, "concurrent": concurrent}
+                told = {change.key: [change.was, change.now] for change in changed}
+                journal.append("study_started", **self._facts(), resources=resources, changed=told)
                 if self.stages is None:
                     measure_start(self.spec, self.task, journal, request)
-                self._tune(journal, progress, request, concurrent)
+                searcher = self._searcher(journal, any(not change.harmless for change in changed))
+                self._tune(journal, searcher, progress, request, concurrent)
 
-    def _tune(self, journal: Journal, progress: Progress | None, request: dict[str, float], concurrent: int) -> None:
+    def _tune(
+        self,
+        journal: Journal,
+        searcher: StudySearcher,
+        progress: Progress | None,
+        request: dict[str, float],
+        concurrent: int,
+    ) -> None:
         from ray import tune
 
         from orchestrator.callback import RecordCallback
         from orchestrator.journal import fold
         from trainables.core.trial import Trial
 
-        searcher, callback = self._searcher(journal), RecordCallback(journal, progress, self.folder)
+        callback = RecordCallback(journal, progress, self.folder)
         tuner = tune.Tuner(
             tune.with_resources(Trial, request),
             tune_config=tune.TuneConfig(
@@ -108,7 +119,7 @@ class Drive:
             for problem in callback.problems:
                 log.error("The journal of this run is incomplete: %s", problem)
 
-    def _searcher(self, journal: Journal) -> StudySearcher:
+    def _searcher(self, journal: Journal, changed: bool) -> StudySearcher:
         from orchestrator.search import StudySearcher
 
         spec = self.spec
@@ -126,9 +137,11 @@ class Drive:
             hints=lambda_hints(spec, self.folder),
             searching=self.stages is None,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
+            changed=changed,
         )
 
-    def _header(self, request: dict[str, float], concurrent: int) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
+        """What the study is, for the journal and for later runs to be compared with."""
         return {
             "study": self.spec.name,
             "spec": self._plain_spec(),
@@ -137,7 +150,6 @@ class Drive:
             "dataset_digest": self.store.digest,
             "seed": self.spec.search.seed,
             "epochs": self.task.epochs,
-            "resources": {**request, "concurrent": concurrent},
             "versions": versions(),
         }
 
@@ -174,15 +186,6 @@ class Drive:
             journal.append("study_finished", state="failed")
             raise
         journal.append("study_finished", state="complete")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose change could change a number."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def _trial_folder(trial: Any) -> str:
