@@ -239,7 +239,9 @@ class TestLearned:
         put_back(plain.model, tuned)
         assert losses[0] < validation_scores(plain.model, run.data)["val/nll"]
 
-    def test_it_is_the_same_again_and_does_not_depend_on_the_batches(self, trial: Callable[..., Run]) -> None:
+    def test_it_is_the_same_again_and_does_not_depend_on_the_batches(
+        self, trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         first, again = (finish(trial(lam_choice="learned"))["layernorm/lambda"] for _ in range(2))
         assert first == again != 1.0
         run = trial(lr_backbone=1.0)
@@ -253,6 +255,17 @@ class TestLearned:
             data.spec = dataclasses.replace(run.spec, task=task)
             found.append(fitted(run.model, data, names, "gamma", per_layer=False))
         assert torch.allclose(found[0], found[1], atol=1e-3)
+        sizes, call = [], torch.func.functional_call
+
+        def little_memory(model: nn.Module, state: Any, args: tuple[Tensor]) -> Any:
+            if len(args[0]) > 8:
+                raise torch.OutOfMemoryError
+            sizes.append(len(args[0]))
+            return call(model, state, args)
+
+        monkeypatch.setattr(torch.func, "functional_call", little_memory)
+        assert torch.allclose(fitted(run.model, data, names, "gamma", per_layer=False), found[1], atol=1e-3)
+        assert set(sizes) == {8}
 
     def test_one_per_layer_is_better_still_and_1_where_nothing_moved(
         self, trial: Callable[..., Run], plain: Run

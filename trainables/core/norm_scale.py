@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables.core.loop import autocast, resolve_precision
+from trainables.core.micro_batch import MicroBatch
 from trainables.core.scoring import validation_scores
 from trainables.core.snapshot import put_back, take
 from trainables.diagnostics.norm_shift import layer_norms
@@ -120,39 +122,67 @@ def fitted(
     Args:
         per_layer: one λ for every layer (1 where tuning left the layer as it was); False = one for all, repeated.
     """
-    tuned, groups = take(model, source), list(scaled_names(model, rescale).values())
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    lam = torch.ones(len(groups) if per_layer else 1, device=data.device, dtype=torch.float64, requires_grad=True)
-    task, count = data.spec.task, data.size("val")
-    dtype = resolve_precision(task.precision, data.device)
-    best, best_loss = lam.detach().clone(), math.inf
-    model.eval()
-
-    def loss() -> float:
-        nonlocal best, best_loss
-        lam.grad, total = None, torch.zeros((), device=data.device, dtype=torch.float64)
-        for images, labels in data.batches("val", batch_size=task.batch_size):
-            values = lam.expand(len(groups))
-            scaled = {
-                name: source[name] + values[i] * (tuned[name] - source[name])
-                for i, names in enumerate(groups)
-                for name in names
-            }
-            with autocast(data.device, dtype):
-                logits = torch.func.functional_call(model, {**state, **scaled}, (images,))
-            part = functional.cross_entropy(logits.float(), labels, reduction="sum") / count
-            torch.autograd.backward(part, inputs=[lam])
-            total += part.detach()
-        if float(total) < best_loss:
-            best, best_loss = lam.detach().clone(), float(total)
-        return float(total)
-
+    loss = _ValidationLoss(model, data, source, rescale, per_layer)
     end = FIT_PASSES
     optimizer = torch.optim.LBFGS(
-        [lam], max_iter=end, max_eval=end, tolerance_grad=1e-5, tolerance_change=1e-6, line_search_fn="strong_wolfe"
+        [loss.lam],
+        max_iter=end,
+        max_eval=end,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-6,
+        line_search_fn="strong_wolfe",
     )
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return best.expand(len(groups)).cpu()
+    return loss.best.expand(loss.layers).cpu()
+
+
+class _ValidationLoss:
+    """Mean cross-entropy of ID validation and its gradient in `lam`; remembers the best point that it was asked for.
+
+    Where memory runs out, a batch goes through the network in pieces.
+    """
+
+    def __init__(
+        self, model: Classifier, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
+    ) -> None:
+        self._model, self._data, self._source, self._micro = model.eval(), data, source, MicroBatch()
+        self._state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self._groups = list(scaled_names(model, rescale).values())
+        self.layers = len(self._groups)
+        size = self.layers if per_layer else 1
+        self.lam = torch.ones(size, device=data.device, dtype=torch.float64, requires_grad=True)
+        self.best, self._best_loss = self.lam.detach().clone(), math.inf
+
+    def __call__(self) -> float:
+        total, gradient = 0.0, torch.zeros_like(self.lam)
+        for images, labels in self._data.batches("val", batch_size=self._data.spec.task.batch_size):
+            work = partial(self._sums, images, labels)
+            loss, slope = self._micro.attempt(work, len(labels), "learning λ on")
+            total, gradient = total + loss, gradient + slope
+        count = self._data.size("val")
+        self.lam.grad = gradient / count
+        if total / count < self._best_loss:
+            self.best, self._best_loss = self.lam.detach().clone(), total / count
+        return total / count
+
+    def _sums(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        """Summed loss of a batch, and its gradient."""
+        total, gradient = 0.0, torch.zeros_like(self.lam)
+        dtype = resolve_precision(self._data.spec.task.precision, self._data.device)
+        for piece in self._micro.pieces(len(labels)):
+            with autocast(self._data.device, dtype):
+                logits = torch.func.functional_call(self._model, self._rescaled(), (images[piece],))
+            loss = functional.cross_entropy(logits.float(), labels[piece], reduction="sum")
+            total, gradient = total + float(loss.detach()), gradient + torch.autograd.grad(loss, self.lam)[0]
+        return total, gradient
+
+    def _rescaled(self) -> dict[str, Tensor]:
+        """All tensors of the network, those of the norms as functions of `lam`."""
+        values, found = self.lam.expand(self.layers), dict(self._state)
+        for i, names in enumerate(self._groups):
+            for name in names:
+                found[name] = self._source[name] + values[i] * (self._state[name] - self._source[name])
+        return found
 
 
 def _check_source(name: str, parameter: Tensor, source_state: Mapping[str, Tensor]) -> None:
