@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with Luthier and its tools (once; the others call it)"
-	@echo "make demo    four strategies on two small networks and real digits"
+	@echo "make demo    five strategies on two small networks and real digits"
 	@echo "make test    all tests"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the measurements behind the README's figures"

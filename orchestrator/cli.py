@@ -173,7 +173,7 @@ def demo(
     trials: Annotated[int, typer.Option(min=4, help="Search trials of each of the two studies.")] = 12,
     progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
 ) -> None:
-    """Tune two small networks on real digits with four strategies: no data, network or GPU needed."""
+    """Tune two small networks on real digits with five strategies: no data, network or GPU needed."""
     from rich.console import Console
 
     from orchestrator.demo import run_demo

@@ -1,4 +1,4 @@
-"""`luthier demo`: the whole promise on two cores, with nothing but this package – real data, four strategies.
+"""`luthier demo`: the whole promise on two cores, with nothing but this package – real data, five strategies.
 
 Two studies, one on a small vision transformer and one on a small BatchNorm network, both pretrained on digits rendered
 from fonts and tuned on handwritten digits; inverted, rotated, noisy, blurred and printed digits are the OOD domains.
@@ -14,18 +14,24 @@ from rich.console import Console
 if TYPE_CHECKING:
     from orchestrator.results import Results
 
-BACKBONES = ("digits_vit", "digits_cnn")
+STRATEGIES: dict[str, list[object]] = {
+    "digits_vit": ["linear_probe", "full", "lp_ft", {"name": "layernorm", "fixed": {"lam_choice": "sweep"}}],
+    "digits_cnn": ["linear_probe", "full", "lp_ft", "daft"],
+}
+"""Per network: LayerNorm tuning means something for the transformer, DAFT for BatchNorm."""
 
 
 def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) -> dict[str, object]:
-    """The fields of one of the demo's studies; `luthier demo` runs one for each of `BACKBONES`."""
+    """The fields of one of the demo's studies; `luthier demo` runs one for each network of `STRATEGIES`."""
+    reference = {"fsr": ["extrapolated"], "fsr_seeds": 2} if backbone == "digits_vit" else {}
     return {
         "name": f"demo-{backbone.removeprefix('digits_')}",
         "data": {"source": "digits"},
         "model": {"name": backbone},
-        "strategies": ["linear_probe", "full", "lp_ft", "daft"],
+        "strategies": STRATEGIES[backbone],
         "search": {"trials": trials, "epochs": epochs, "sampler": "tpe", "scheduler": "asha", "seed": 0},
         "confirm": {"top_k": 4, "seeds": 3},
+        "diagnostics": {"plasticity_source": "printed", **reference},
         "tracking": {"experiment": "luthier-demo"},
         "storage": str(storage),
     }
@@ -47,7 +53,7 @@ def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Co
     shown = console or Console()
     outcomes = []
     with connect():
-        for backbone in BACKBONES:
+        for backbone in STRATEGIES:
             study = Study(**demo_study(backbone, storage, trials))
             shown.rule(f"{study.spec.name}: {backbone}, pretrained on printed digits, tuned on handwritten ones")
             results = study.run(progress=progress)
