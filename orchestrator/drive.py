@@ -62,7 +62,7 @@ class Drive:
         with contextlib.ExitStack() as opened:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
-            (self.folder / "study.yaml").write_text(write_yaml(self._plain_spec()))
+            (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
             cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
             cluster.check_shared(self.folder, self.task.store)
@@ -144,7 +144,7 @@ class Drive:
         """What the study is, for the journal and for later runs to be compared with."""
         return {
             "study": self.spec.name,
-            "spec": self._plain_spec(),
+            "spec": plain_spec(self.spec),
             "backbone": self.task.model.name,
             "dataset": self.spec.data.source,
             "dataset_digest": self.store.digest,
@@ -152,13 +152,6 @@ class Drive:
             "epochs": self.task.epochs,
             "versions": versions(),
         }
-
-    def _plain_spec(self) -> dict[str, Any]:
-        """The study's fields as JSON values, without passwords: they end up in files that people pass on."""
-        fields: dict[str, Any] = self.spec.model_dump(mode="json")
-        if self.spec.tracking.uri:
-            fields["tracking"]["uri"] = redact(self.spec.tracking.uri)
-        return fields
 
     @contextlib.contextmanager
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
@@ -186,6 +179,14 @@ class Drive:
             journal.append("study_finished", state="failed")
             raise
         journal.append("study_finished", state="complete")
+
+
+def plain_spec(spec: StudySpec) -> dict[str, Any]:
+    """A study's fields as JSON values, without passwords: they end up in files that people pass on."""
+    fields: dict[str, Any] = spec.model_dump(mode="json")
+    if spec.tracking.uri:
+        fields["tracking"]["uri"] = redact(spec.tracking.uri)
+    return fields
 
 
 def _trial_folder(trial: Any) -> str:

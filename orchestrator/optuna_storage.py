@@ -20,7 +20,7 @@ from optuna.study import StudyDirection
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
-from orchestrator.replay import Replay, set_aside
+from orchestrator.replay import History, Replay, set_aside
 
 log = logging.getLogger("luthier")
 
@@ -107,7 +107,9 @@ class OptunaStorage:
             self._database = _storage(self.url)
             cached = optuna.storages.get_storage(self._database)
             self.drawn, self.given = (self._open(cached, name) for name in (self._name, f"{self._name}/given"))
-            if replay is None or replay.agrees(*(s.get_trials(deepcopy=False) for s in (self.drawn, self.given))):
+            if replay is None or replay.history.agrees(
+                *(s.get_trials(deepcopy=False) for s in (self.drawn, self.given))
+            ):
                 return None
             return logging.INFO, f"{self.url} is made again from the journal, which knows better."
         except SearchError as error:
@@ -149,3 +151,16 @@ class OptunaStorage:
                 "study another name, or put the old values back."
             )
         return study
+
+
+def disagreement(url: str, name: str, history: History) -> str | None:
+    """What is wrong with the storage of a study, seen from its journal; None = nothing. May write to the database."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        storage = _storage(url)
+        studies = [optuna.load_study(study_name=found, storage=storage) for found in (name, f"{name}/given")]
+        agrees = history.agrees(*(study.get_trials(deepcopy=False) for study in studies))
+        storage.engine.dispose()
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, KeyError, sqlite3.Error) as error:
+        return f"cannot be read ({str(error).partition(chr(10))[0]})"
+    return None if agrees else "does not agree with the journal"

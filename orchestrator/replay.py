@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,36 +38,23 @@ Fate = tuple[str, tuple[float, ...]]
 class History:
     """What the journal says of the search."""
 
-    records: Sequence[TrialRecord] = ()
+    records: Sequence[TrialRecord]
     """All trials, by number."""
-    repeats: Sequence[Mapping[str, Any]] = ()
+    repeats: Sequence[Mapping[str, Any]]
     """`proposal_repeated` events."""
-    order: Mapping[int, int] = field(default_factory=dict)
+    order: Mapping[int, int]
     """Number of a trial → place of its first event in the journal."""
+    metrics: Sequence[str]
+    """The objectives."""
 
     @classmethod
-    def of(cls, events: Sequence[Event]) -> History:
+    def of(cls, events: Sequence[Event], metrics: Sequence[str]) -> History:
         """From a journal's events."""
         order: dict[int, int] = {}
         for event in events:
             if event["kind"] == "trial_suggested":
                 order.setdefault(int(event["number"]), int(event["seq"]))
-        return cls(fold(events), [e for e in events if e["kind"] == "proposal_repeated"], order)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The journal's side of a study's Optuna storage.
-
-    Args:
-        history: what the journal says.
-        proposals: the search, which knows the space of every trial.
-        metrics: the objectives.
-    """
-
-    history: History
-    proposals: Proposals
-    metrics: Sequence[str]
+        return cls(fold(events), [e for e in events if e["kind"] == "proposal_repeated"], order, metrics)
 
     def agrees(self, drawn: Sequence[FrozenTrial], given: Sequence[FrozenTrial]) -> bool:
         """Whether the storage tells the same story: every trial of the journal is there, every ended one ended the
@@ -78,11 +65,42 @@ class Replay:
             for trial in every
             if trial.state.is_finished() and "interrupted" not in trial.user_attrs
         }
-        mine = {r.number: self._ended(r) for r in self.history.records if not r.resumable}
+        mine = {r.number: self.ended(r) for r in self.records if not r.resumable}
         there = {int(trial.user_attrs["trial"]["number"]) for trial in every}
         repeated = [(t.user_attrs["duplicate_of"], _fate(t)) for t in drawn if "duplicate_of" in t.user_attrs]
-        known = [(e["number"], (e["state"], tuple(e["values"] or ()))) for e in self.history.repeats]
-        return told == mine and {r.number for r in self.history.records} <= there and repeated == known
+        known = [(e["number"], (e["state"], tuple(e["values"] or ()))) for e in self.repeats]
+        return told == mine and {r.number for r in self.records} <= there and repeated == known
+
+    def ended(self, record: TrialRecord) -> Fate:
+        """What `StudySearcher.on_trial_complete` tells Optuna of a trial that ended so."""
+        if record.state == "pruned":
+            steps = self.intermediate(record)
+            return "PRUNED", (steps[max(steps)],) if steps else ()
+        found = [record.metrics.get(f"best/{name}", record.metrics.get(name)) for name in self.metrics]
+        values = tuple(value for value in found if value is not None and math.isfinite(value))
+        if record.state == "complete" and len(values) == len(found):
+            return "COMPLETE", values
+        return "FAIL", ()
+
+    def intermediate(self, record: TrialRecord) -> dict[int, float]:
+        """Unit → value of the objective, as far as it is finite; empty where there are several objectives."""
+        if len(self.metrics) > 1:
+            return {}
+        values = {int(past["unit"]): past.get(self.metrics[0], math.nan) for past in record.history}
+        return {unit: value for unit, value in values.items() if math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The journal's side of a study's Optuna storage.
+
+    Args:
+        history: what the journal says.
+        proposals: the search, which knows the space of every trial.
+    """
+
+    history: History
+    proposals: Proposals
 
     def fill(self, drawn: optuna.Study, given: optuna.Study) -> None:
         """Enter all trials of the journal into two empty studies, in the order of the journal."""
@@ -138,7 +156,7 @@ class Replay:
             "label": record.label,
             "trial": {name: getattr(record, name) for name in fields},
         }
-        state, values = ("FAIL", ()) if record.resumable else self._ended(record)
+        state, values = ("FAIL", ()) if record.resumable else self.history.ended(record)
         attrs |= {"interrupted": True} if record.resumable else {"metrics": dict(record.metrics)}
         return create_trial(
             state=TrialState[state],
@@ -146,25 +164,8 @@ class Replay:
             params={name: record.search_values[name] for name in space},
             distributions=dict(space),
             user_attrs=attrs,
-            intermediate_values=self._intermediate(record),
+            intermediate_values=self.history.intermediate(record),
         )
-
-    def _ended(self, record: TrialRecord) -> Fate:
-        """What `StudySearcher.on_trial_complete` tells Optuna of a trial that ended so."""
-        if record.state == "pruned":
-            steps = self._intermediate(record)
-            return "PRUNED", (steps[max(steps)],) if steps else ()
-        found = [record.metrics.get(f"best/{name}", record.metrics.get(name)) for name in self.metrics]
-        values = tuple(value for value in found if value is not None and math.isfinite(value))
-        if record.state == "complete" and len(values) == len(found):
-            return "COMPLETE", values
-        return "FAIL", ()
-
-    def _intermediate(self, record: TrialRecord) -> dict[int, float]:
-        if len(self.metrics) > 1:
-            return {}
-        values = {int(past["unit"]): past.get(self.metrics[0], math.nan) for past in record.history}
-        return {unit: value for unit, value in values.items() if math.isfinite(value)}
 
 
 def set_aside(database: Path) -> None:

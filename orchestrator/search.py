@@ -97,7 +97,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._searching = searching
         replay = None
         if journal is not None:
-            replay = Replay(History.of(journal.events()), self.proposals, self.metrics)
+            replay = Replay(History.of(journal.events(), self.metrics), self.proposals)
         self.ledger = Ledger(url, study_name, maximise, contents, replay, changed, journal)
         self._journal, self._checkpoints = journal, checkpoints
         self._stages = deque(stages)
