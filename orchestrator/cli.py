@@ -117,13 +117,23 @@ def run(
     context: typer.Context,
     study: StudyFile = Path("study.yaml"),
     progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Continue although this key has changed. May be repeated.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only look whether the study's folder is whole.")] = False,
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
     from orchestrator.outcome import finished, outcome_code
     from orchestrator.study import Study
 
     it = Study.from_yaml(study)
-    results = it.run(progress=progress)
+    if check:
+        from orchestrator.check_study import check_study
+
+        found = check_study(it)
+        context.obj.result(found.to_dict(), found.render)
+        raise typer.Exit(OK if found.sound else FAILED)
+    results = it.run(progress=progress, allow_change=allow_change or ())
     context.obj.result({**results.to_dict(), "folder": str(it.folder)}, lambda console: finished(console, it, results))
     raise typer.Exit(outcome_code(results.records))
 

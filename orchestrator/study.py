@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +65,23 @@ class Study:
             make_built_in(self.spec.model.name)
         return self._store
 
-    def run(self, progress: bool = True) -> Results:
-        """Run the study and return its results.
+    def run(self, progress: bool = True, allow_change: Collection[str] = ()) -> Results:
+        """Run the study, or continue it, and return its results.
 
         Args:
             progress: show a live table (on a terminal) or a line per event on stderr.
+            allow_change: keys that may differ from the last run although numbers depend on them, such as
+                `search.batch_size`, `versions.torch` or `dataset_digest`; a key covers everything below it.
+
+        Raises:
+            ChangedStudyError: others differ.
         """
         from orchestrator.drive import Drive
         from orchestrator.setup import make_task
 
         store = self.prepare()
-        Drive(self.spec, self.folder, store, make_task(self.spec, store), progress).run()
+        task = make_task(self.spec, store)
+        Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
         return self.results()
 
     def results(self) -> Results:
