@@ -50,6 +50,12 @@ class Plan:
     fold_trials: int | None
     """Trials of leave-one-domain-out; None = the number of domains is known only when the data are read."""
     confirm_trials: int
+    reference_trials: int | None
+    """Trials of LayerNorm tuning on other samples, for FSR; None = the number of OOD domains is not known yet."""
+    measured: tuple[str, ...]
+    """What is measured of each trial beside accuracy."""
+    plasticity: bool
+    """Whether the pretrained network's plasticity is measured, once at the start."""
     images: int
     """Images of the source, of all its domains."""
     disk_bytes: int
@@ -58,8 +64,9 @@ class Plan:
 
     @property
     def max_units(self) -> int:
-        """Budget if no trial is stopped (folds of unknown number left out)."""
-        return self.epochs * (self.search_trials + self.confirm_trials + (self.fold_trials or 0))
+        """Budget if no trial is stopped (folds and references of unknown number left out)."""
+        known = self.search_trials + self.confirm_trials + (self.fold_trials or 0) + (self.reference_trials or 0)
+        return self.epochs * known
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -86,16 +93,24 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan's figures, one sentence each."""
         folds = "" if self.fold_trials == 0 else f", {_or_unknown(self.fold_trials)} leave-one-domain-out"
+        references = "" if self.reference_trials == 0 else f", {_or_unknown(self.reference_trials)} reference (FSR)"
         stop = f"; the scheduler may stop a trial after {_units(self.rungs)}" if self.rungs else "; no trial is stopped"
         return [
             f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images.",
-            f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation.",
+            f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
+            f"{references}.",
             f"Budget of a trial: {self.epochs} units of {self.unit}{stop}.",
             f"At most {self.max_units} units in all. Each trial gets {self.resources}.",
             f"Chosen by {self.objective}.",
+            self._diagnostics(),
             f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Study folder: {self.folder}",
         ]
+
+    def _diagnostics(self) -> str:
+        of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
+        start = "; plasticity of the pretrained network, once at the start" if self.plasticity else ""
+        return f"Measured beside accuracy: {of_trials}{start}."
 
 
 def make_plan(spec: StudySpec) -> Plan:
@@ -103,6 +118,7 @@ def make_plan(spec: StudySpec) -> Plan:
     from pathlib import Path
 
     from orchestrator.counts import count_trials, proposals_of
+    from orchestrator.preflight import layer_kinds
     from orchestrator.setup import rungs_of
     from orchestrator.volume import examine, store_bytes
 
@@ -129,6 +145,9 @@ def make_plan(spec: StudySpec) -> Plan:
         rungs=rungs_of(spec),
         fold_trials=counts.folds,
         confirm_trials=counts.confirm,
+        reference_trials=counts.references,
+        measured=tuple(spec.diagnostics.measure),
+        plasticity=spec.diagnostics.plasticity and "transformer_block" in layer_kinds(spec.model.name),
         images=images,
         disk_bytes=store_bytes(spec, images, counts.total),
         resources=f"{spec.resources.cpus:g} CPU{_s(spec.resources.cpus)} and {gpus}",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import search_spaces
+from orchestrator.diagnostics_rules import domain_problems, network_problems
 from orchestrator.errors import PreflightError, Problem, did_you_mean
 from orchestrator.spec import StrategyEntry, StudySpec
 
@@ -17,14 +18,15 @@ def preflight(spec: StudySpec) -> None:
     """Refuse a study that could not run here.
 
     Raises:
-        PreflightError: unknown model or augmentation, weights or data that are not there, a strategy that needs layers
-            which the model lacks, a budget too small for the strategies or their phases, a storage folder that cannot
-            be written, more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at
-            once.
+        PreflightError: unknown model or augmentation, weights or data that are not there, a strategy or diagnostic that
+            needs layers, domains or packages which are not there, a budget too small for the strategies or their
+            phases, a storage folder that cannot be written, more CPUs or GPUs than this machine has (unless RAY_ADDRESS
+            names a cluster). All of them at once.
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
         _model_problems,
+        _package_problems,
         _budget_problems,
         _phase_problems,
         _machine_problems,
@@ -44,14 +46,18 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
             if name not in AUGMENTATIONS:
                 rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
                 yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
-    if data.source == "digits":
-        return
+    from orchestrator.rules import DIGITS_DOMAINS
     from orchestrator.volume import examine
 
-    try:
-        examine(data)
-    except ValueError as error:
-        yield Problem(("data",), str(error))
+    ood: Collection[str] = data.ood or DIGITS_DOMAINS
+    if data.source != "digits":
+        try:
+            marked = examine(data).evaluation_domains
+        except ValueError as error:
+            yield Problem(("data",), str(error))
+            return
+        ood = data.ood or sorted(marked - set(data.id))
+    yield from (Problem(*problem) for problem in domain_problems(spec, ood))
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:
@@ -65,7 +71,7 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
         yield Problem(("model",), str(error))
         return
     needed = {s.name: strategy_class(s.name).needs for s in spec.strategies}
-    if not any(needed.values()):
+    if not any(needed.values()) and not spec.diagnostics.fsr:
         return
     kinds = layer_kinds(spec.model.name)
     for index, entry in enumerate(spec.strategies):
@@ -74,6 +80,21 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
             adapts = kind == "layer_norm" and "batch_norm" in kinds
             way = "Leave it out, or use daft, which adapts BatchNorm to the target data." if adapts else "Leave it out."
             yield Problem(("strategies", index), f"{rule} {way}")
+    yield from (Problem(*problem) for problem in network_problems(spec, kinds))
+
+
+def _package_problems(spec: StudySpec) -> Iterator[Problem]:
+    """Extras of Luthier that a strategy needs and this machine lacks."""
+    from importlib.util import find_spec
+
+    from trainables import strategy_class
+
+    for index, entry in enumerate(spec.strategies):
+        for package, extra in strategy_class(entry.name).packages.items():
+            if find_spec(package) is None:
+                rule = f"{entry.name} needs the package {package}, which is not installed here."
+                way = f'Install it: pip install "luthier[{extra}]", or leave {entry.name} out.'
+                yield Problem(("strategies", index), f"{rule} {way}")
 
 
 def layer_kinds(model: str) -> frozenset[str]:

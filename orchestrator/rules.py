@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import Path as KeyPath
@@ -144,28 +144,40 @@ def check_search(spec: SearchSpec) -> SearchSpec:
     return spec
 
 
-def check_domains(spec: StudySpec) -> StudySpec:
+def check_study(spec: StudySpec) -> StudySpec:
+    """Rules between the sections."""
+    from orchestrator.diagnostics_rules import sample_problems
+
+    problems = [*_objective_problems(spec), *sample_problems(spec)]
+    if problems:
+        raise RuleError(*problems)
+    return spec
+
+
+def _objective_problems(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
     """The objective needs domains that `data` has."""
     search, data, path = spec.search, spec.data, ("search", "objective")
     if search.objective == "leave_one_domain_out" and (data.source == "digits" or len(data.id) == 1):
-        raise RuleError(
-            (path, f"leave_one_domain_out needs at least 2 ID domains, but data.id has 1: "
-                   f"{data.id[0] if data.id else 'handwritten'}. List more domains there, or use id_val.")
-        )  # fmt: skip
+        yield (
+            path,
+            f"leave_one_domain_out needs at least 2 ID domains, but data.id has 1: "
+            f"{data.id[0] if data.id else 'handwritten'}. List more domains there, or use id_val.",
+        )
     domain = search.validation_domain
     known = data.ood or (DIGITS_DOMAINS if data.source == "digits" else ())
     if domain is not None and domain not in known:
         listed = ", ".join(known) or "nothing"
-        raise RuleError(
-            (path, f"val_domain names one of the OOD domains, but got {domain!r} and data.ood lists {listed}."
-                   f"{did_you_mean(domain, known)}")
-        )  # fmt: skip
-    if domain is not None and tuple(known) == (domain,):
-        raise RuleError(
-            (path, f"val_domain:{domain} takes the only OOD domain as validation, so that no OOD test is left. List "
-                   "another domain under data.ood, or use id_val.")
-        )  # fmt: skip
-    return spec
+        yield (
+            path,
+            f"val_domain names one of the OOD domains, but got {domain!r} and data.ood lists {listed}."
+            f"{did_you_mean(domain, known)}",
+        )
+    elif domain is not None and tuple(known) == (domain,):
+        yield (
+            path,
+            f"val_domain:{domain} takes the only OOD domain as validation, so that no OOD test is left. List another "
+            "domain under data.ood, or use id_val.",
+        )
 
 
 def _unknown(key: str, domains: Collection[str], known: Collection[str]) -> list[tuple[KeyPath, str]]:

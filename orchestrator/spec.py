@@ -15,12 +15,12 @@ from orchestrator.diagnostics_spec import DiagnosticsSpec
 from orchestrator.errors import Problem, StudyError
 from orchestrator.rules import (
     check_data,
-    check_domains,
     check_gpus,
     check_name,
     check_objective,
     check_search,
     check_storage,
+    check_study,
     check_tracking_uri,
     named_entry,
 )
@@ -170,7 +170,7 @@ class StudySpec(Section):
     """Folder for everything that studies leave behind: journals, results, the data store, the tracking database.
     Shared by all machines of a cluster. A relative path counts from the study file's folder."""
 
-    _rules = model_validator(mode="after")(check_domains)
+    _rules = model_validator(mode="after")(check_study)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:

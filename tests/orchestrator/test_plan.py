@@ -103,16 +103,31 @@ class TestShown:
         assert law_in_words(law) == words
 
     def test_in_words(self, planned: Callable[..., Plan]) -> None:
-        plan = planned(model={"name": "resnet18"}, data={"image_size": 64})
+        measure = {"measure": ["shift", "distortion"]}
+        plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, diagnostics=measure)
         assert plan.lines() == [
             f"Network: resnet18. Data: {plan.data}, 16 images.",
             "Trials: 20 search (tpe), 9 confirmation.",
             "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
             "At most 261 units in all. Each trial gets 1 CPU and a GPU if there is one.",
             "Chosen by id_val.",
+            "Measured beside accuracy: shift, distortion of each trial.",
             "Disk: about 6 MB for data and records, and a few checkpoints per trial.",
             f"Study folder: {plan.folder}",
         ]
+
+    def test_diagnostics_in_words(self, planned: Callable[..., Plan]) -> None:
+        wanted = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}
+        plan = planned(diagnostics=wanted)
+        assert plan.reference_trials == 2 * (1 + 2 + 1)  # the own sample, two shares, one OOD domain
+        assert plan.max_units == (20 + 9 + 8) * 9
+        assert "Trials: 20 search (tpe), 9 confirmation, 8 reference (FSR)." in plan.lines()
+        assert (
+            "Measured beside accuracy: nothing of each trial; plasticity of the pretrained network, once at the start."
+            in plan.lines()
+        )
+        unknown = planned(data={"ood": []}, diagnostics=wanted)
+        assert unknown.lines()[1].endswith("9 confirmation, an unknown number of reference (FSR).")
 
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
         found = json.loads(json.dumps(planned().to_dict()))
