@@ -105,7 +105,7 @@ class TestErrors:
         assert result.stderr == f"Error: The study 'tiny' has no journal at {journal}. Start it with `luthier run`.\n"
 
     def test_ctrl_c(self, study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupted(self: Study, progress: bool = True) -> Any:
+        def interrupted(self: Study, **options: Any) -> Any:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Study, "run", interrupted)
@@ -116,7 +116,7 @@ class TestErrors:
     def test_a_defect_shows_its_traceback_only_when_asked(
         self, study_file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def broken(self: Study, progress: bool = True) -> Any:
+        def broken(self: Study, **options: Any) -> Any:
             raise KeyError("http://me:secret@host")
 
         monkeypatch.setattr(Study, "run", broken)
