@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.fsr import FULL, ORACLE, OWN
 from orchestrator.records import TrialRecord
+from orchestrator.stages import trial
 from trainables.core.task import Task, TrialSpec, stream_seed
 
 if TYPE_CHECKING:
@@ -42,16 +43,9 @@ class ReferenceStage:
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
         """Seed by seed over all samples, so that an interrupted stage can compare what it has."""
         label, hparams = self._recipe(history)
+        recipe = (label, STRATEGY, hparams)
         return [
-            TrialSpec(
-                task=task,
-                strategy=STRATEGY,
-                label=label,
-                hparams=hparams,
-                seed=reference_seed(self.seed, number),
-                role="reference",
-                sample=sample,
-            )
+            trial(task, recipe, reference_seed(self.seed, number), "reference", sample=sample)
             for number in range(self.seeds)
             for sample, task in self.samples().items()
         ]

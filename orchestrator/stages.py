@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from orchestrator.records import TrialRecord
 from trainables.core.task import Task, TrialSpec, stream_seed
@@ -71,16 +71,8 @@ class FoldStage:
         """Every chosen configuration with every domain held out."""
         searched = [record for record in history if record.role == "search"]
         return [
-            TrialSpec(
-                task=self.task,
-                strategy=strategy,
-                label=label,
-                hparams=dict(hparams),
-                seed=search_seed(self.seed),
-                role="fold",
-                held_out=domain,
-            )
-            for label, strategy, hparams in _chosen(self, searched)
+            trial(self.task, configuration, search_seed(self.seed), "fold", held_out=domain)
+            for configuration in _chosen(self, searched)
             for domain in self.domains
         ]
 
@@ -102,17 +94,33 @@ class ConfirmStage:
         before = [record for record in history if record.role != "confirm"]
         chosen = _chosen(self, before)
         return [
-            TrialSpec(
-                task=self.task,
-                strategy=strategy,
-                label=label,
-                hparams=dict(hparams),
-                seed=confirm_seed(self.seed, number),
-                role="confirm",
-            )
+            trial(self.task, configuration, confirm_seed(self.seed, number), "confirm")
             for number in range(self.seeds)
-            for label, strategy, hparams in chosen
+            for configuration in chosen
         ]
+
+
+def trial(
+    task: Task,
+    configuration: Configuration,
+    seed: int,
+    role: Literal["fold", "confirm", "reference"],
+    *,
+    held_out: str | None = None,
+    sample: str | None = None,
+) -> TrialSpec:
+    """What a stage runs: a configuration on a task, under a seed and in a role (`TrialSpec` says what they mean)."""
+    label, strategy, hparams = configuration
+    return TrialSpec(
+        task=task,
+        strategy=strategy,
+        label=label,
+        hparams=dict(hparams),
+        seed=seed,
+        role=role,
+        held_out=held_out,
+        sample=sample,
+    )
 
 
 def search_seed(seed: int) -> int:
