@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,24 +9,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import search_spaces
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.trainables.norm_trials import RATES, Trial, changed, copies, finish, source_of, trials
 from trainables import strategy_class
 from trainables.core import scoring
-from trainables.core.contract import Curve
-from trainables.core.norm_scale import fitted, scaled_names
-from trainables.core.run import Run
 from trainables.core.scoring import final_scores, validation_scores
 from trainables.core.snapshot import put_back
-from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.core.vit_blocks import component_kinds
-from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norm_shift, layer_norms
+from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norms
 from trainables.layernorm import GRID, rescale_layer_norm
-
-RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
 
 
 class TestConformance(StrategyConformance):
@@ -48,30 +39,8 @@ class TestConformanceOfCycles(TestConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(kind: str = "vit", epochs: int = 2, **hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network(kind)), epochs=epochs, batch_size=16, cache=str(tmp_path))
-        spec = TrialSpec(task=task, strategy="layernorm", hparams={**RATES, **hparams})
-        return Run(spec, store=shapes(), device="cpu")
-
-    return make
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Metrics of the last unit."""
-    metrics: dict[str, Any] = {}
-    while not run.finished:
-        metrics = run.step()
-    return metrics
-
-
-def changed(before: Mapping[str, Tensor], run: Run) -> set[str]:
-    """Names of the tensors that are no longer the same bits."""
-    return {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Trial:
+    return trials(network, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +48,7 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("norms", ["all", "attention"])
 def test_nothing_but_the_chosen_norms_and_the_head_moves(
-    trial: Callable[..., Run], train: str, kinds: tuple[str, ...], norms: str
+    trial: Trial, train: str, kinds: tuple[str, ...], norms: str
 ) -> None:
     run = trial(train=train, norms=norms)
     before = copies(run.model)
@@ -92,64 +61,25 @@ def test_nothing_but_the_chosen_norms_and_the_head_moves(
     assert changed(before, run) == wanted | {"head.weight", "head.bias"}
 
 
-def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial: Callable[..., Run]) -> None:
-    run = trial()
-    images, _ = next(run.data.batches("test"))
-    source = copies(run.model)
-    finish(run)
-    tuned, model = copies(run.model), run.model.eval()
-    rescale_layer_norm(model, source, 1.0, "both")
-    assert changed(tuned, run) == set()
-    rescale_layer_norm(model, source, 0.0, "both")
-    with torch.no_grad():
-        assert torch.equal(model.features(images), run.data.backbone.module(images))
-    assert layer_norm_shift(source, model).total == 0.0
-    put_back(model, tuned)
-    rescale_layer_norm(model, source, 0.0)
-    assert layer_norm_shift(source, model).gamma == 0.0
-    assert layer_norm_shift(source, model).beta > 0.0
-
-
-def test_fsr_of_a_sample_against_itself_is_1(trial: Callable[..., Run]) -> None:
+def test_fsr_of_a_sample_against_itself_is_1(trial: Trial) -> None:
     shift, again = (finish(trial())["ln_shift/last/total"] for _ in range(2))
     assert shift > 0
     assert fine_tuning_shift_ratio(shift, again) == 1.0
 
 
-def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: Callable[..., Run]) -> None:
-    run = trial()
-    source = copies(run.model)
-    finish(run)
-    tuned, model = copies(run.model), run.model
-    rescale_layer_norm(model, source, 1.7)
-    for layer in layer_norms(model):
-        gamma = f"{layer}.weight"
-        expected = source[gamma] + 1.7 * (tuned[gamma] - source[gamma])
-        assert torch.allclose(model.state_dict()[gamma], expected, atol=1e-6)
-    assert all(name.endswith("weight") for name in changed(tuned, run))
-    put_back(model, tuned)
-    per_layer = torch.zeros(len(layer_norms(model)))
-    per_layer[1] = 1.0
-    rescale_layer_norm(model, source, per_layer)
-    shifts = layer_norm_shift(source, model).per_layer
-    assert [name for name, shift in shifts.items() if shift.gamma] == [list(layer_norms(model))[1]]
-
-
-def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: Callable[..., Run]) -> None:
+def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: Trial) -> None:
     metrics = finish(trial(lam=0.0, rescale="both", lr_backbone=1.0))
     run = trial(lam=1.0, rescale="both", lr_backbone=1.0)
     plain = finish(run)
     assert plain["best/val/acc"] == plain["layernorm/val_acc_at_1"] == metrics["layernorm/val_acc_at_1"]
-    source = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
+    source = source_of(run)
     rescale_layer_norm(run.model, source, 0.0, "both")
     assert metrics["best/val/acc"] == validation_scores(run.model, run.data)["val/acc"]
     assert metrics["test/acc"] == final_scores(run.model, run.data)["test/acc"]
 
 
 class TestSweep:
-    def test_the_curve_is_that_of_21_networks_made_by_hand_and_validation_chooses(
-        self, trial: Callable[..., Run]
-    ) -> None:
+    def test_the_curve_is_that_of_21_networks_made_by_hand_and_validation_chooses(self, trial: Trial) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5)
         metrics = finish(run)
         columns = metrics["curves"]["lambda"]["columns"]
@@ -157,7 +87,7 @@ class TestSweep:
         assert len(GRID) == 21
         by_hand = trial(lam=1.0, lr_backbone=0.5)
         assert finish(by_hand)["best/val/acc"] == columns["val/acc"][GRID.index(1.0)]
-        source = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
+        source = source_of(run)
         tuned = copies(by_hand.model)
         for i, lam in enumerate(GRID):
             put_back(by_hand.model, tuned)
@@ -172,7 +102,7 @@ class TestSweep:
         assert metrics["best/val/acc"] == ranked[0][0]
         assert metrics["test/acc"] == columns["test/acc"][GRID.index(ranked[0][2])]
 
-    def test_it_takes_no_training_step(self, trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_takes_no_training_step(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[int] = []
         step = torch.optim.SGD.step
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: (steps.append(1), step(self, *a, **k))[1])
@@ -182,9 +112,7 @@ class TestSweep:
         finish(trial(lam_choice="sweep"))
         assert len(steps) == 2 * alone == 2 * 2 * plain.data.steps_per_epoch
 
-    def test_it_costs_one_pass_over_every_split_and_value(
-        self, trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_costs_one_pass_over_every_split_and_value(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
         passes: Counter[str] = Counter()
         score = scoring.score
 
@@ -201,90 +129,30 @@ class TestSweep:
         assert passes == {"val": 20, "test": 21, "ood/inverted": 21, "ood/noisy": 21}  # λ = 1 is validated anyway
 
     @pytest.mark.parametrize("cycles", [0, 2])
-    def test_its_curve_leaves_every_tensor_as_it_was(self, trial: Callable[..., Run], cycles: int) -> None:
+    def test_its_curve_leaves_every_tensor_as_it_was(
+        self, trial: Trial, cycles: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5, epochs=4, cycles=cycles)
+        hook, different = run.strategy.curves, set[str]()
+
+        def watched(model: Any, data: Any) -> Any:
+            before = copies(model)
+            found = hook(model, data)
+            different.update(changed(before, run))
+            return found
+
+        monkeypatch.setattr(run.strategy, "curves", watched)
         metrics = finish(run)
-        finished = copies(run.model)
-        curve = run.strategy.curves(run.model, run.data)["lambda"]
-        assert isinstance(curve, Curve)
-        assert changed(finished, run) == set()
-        assert curve.columns == metrics["curves"]["lambda"]["columns"]
-        at = GRID.index(1.0 if cycles else metrics["layernorm/lambda"])
-        assert metrics["test/acc"] == curve.columns["test/acc"][at]
-        assert len(set(curve.columns["val/nll"])) > 10
-
-
-class TestLearned:
-    @pytest.fixture
-    def plain(self, trial: Callable[..., Run]) -> Run:
-        """The tuned network whose λ is learned below, at λ = 1."""
-        run = trial(lr_backbone=1.0)
-        finish(run)
-        return run
-
-    def test_one_lambda_is_at_the_minimum_of_the_validation_loss_and_nothing_else_moves(
-        self, trial: Callable[..., Run], plain: Run
-    ) -> None:
-        run = trial(lam_choice="learned", lr_backbone=1.0)
-        lam = finish(run)["layernorm/lambda"]
-        tuned = copies(plain.model)
-        assert changed(tuned, run) == {f"{layer}.weight" for layer in layer_norms(run.model)}
-        source = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
-        losses = {}
-        for step in range(-10, 11):
-            put_back(plain.model, tuned)
-            rescale_layer_norm(plain.model, source, lam + 0.02 * step)
-            losses[step] = validation_scores(plain.model, run.data)["val/nll"]
-        assert min(losses, key=lambda step: losses[step]) == 0
-        put_back(plain.model, tuned)
-        assert losses[0] < validation_scores(plain.model, run.data)["val/nll"]
-
-    def test_it_is_the_same_again_and_does_not_depend_on_the_batches(
-        self, trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        first, again = (finish(trial(lam_choice="learned"))["layernorm/lambda"] for _ in range(2))
-        assert first == again != 1.0
-        run = trial(lr_backbone=1.0)
-        finish(run)
-        source = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
-        names = {name: source[name] for group in scaled_names(run.model, "gamma").values() for name in group}
-        found = []
-        for size in (5, 32):
-            task = dataclasses.replace(run.spec.task, batch_size=size)
-            data = copy.copy(run.data)
-            data.spec = dataclasses.replace(run.spec, task=task)
-            found.append(fitted(run.model, data, names, "gamma", per_layer=False))
-        assert torch.allclose(found[0], found[1], atol=1e-3)
-        sizes, call = [], torch.func.functional_call
-
-        def little_memory(model: nn.Module, state: Any, args: tuple[Tensor]) -> Any:
-            if len(args[0]) > 8:
-                raise torch.OutOfMemoryError
-            sizes.append(len(args[0]))
-            return call(model, state, args)
-
-        monkeypatch.setattr(torch.func, "functional_call", little_memory)
-        assert torch.allclose(fitted(run.model, data, names, "gamma", per_layer=False), found[1], atol=1e-3)
-        assert set(sizes) == {8}
-
-    def test_one_per_layer_is_better_still_and_1_where_nothing_moved(
-        self, trial: Callable[..., Run], plain: Run
-    ) -> None:
-        runs = {scope: trial(lam_choice="learned", lam_scope=scope, lr_backbone=1.0) for scope in ("global", "layer")}
-        metrics = {scope: finish(run) for scope, run in runs.items()}
-        columns = metrics["layer"]["curves"]["layernorm_lambda"]["columns"]
-        assert columns["layer"] == list(layer_norms(plain.model))
-        assert len(set(columns["lambda"])) == len(columns["layer"])
-        assert metrics["layer"]["layernorm/lambda"] == pytest.approx(sum(columns["lambda"]) / len(columns["lambda"]))
-        loss = {scope: validation_scores(run.model, run.data)["val/nll"] for scope, run in runs.items()}
-        assert loss["layer"] < loss["global"]
-        some = finish(trial(lam_choice="learned", lam_scope="layer", lr_backbone=1.0, norms="attention"))
-        by_layer = dict(zip(*some["curves"]["layernorm_lambda"]["columns"].values(), strict=True))
-        assert {name for name, lam in by_layer.items() if lam != 1.0} == {n for n in by_layer if n.endswith("norm1")}
+        assert different == set()
+        columns = metrics["curves"]["lambda"]["columns"]
+        lam = 1.0 if cycles else metrics["layernorm/lambda"]
+        assert cycles or lam != 1.0, "choose rates at which a curve that forgets to put λ back is seen"
+        assert metrics["test/acc"] == columns["test/acc"][GRID.index(lam)]
+        assert len(set(columns["val/nll"])) > 10
 
 
 class TestCycles:
-    def test_head_and_norms_take_turns_and_lambda_ends_each_cycle(self, trial: Callable[..., Run]) -> None:
+    def test_head_and_norms_take_turns_and_lambda_ends_each_cycle(self, trial: Trial) -> None:
         run = trial(epochs=6, cycles=2, lam=0.5)
         source = copies(run.model)
         norms = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in ("weight", "bias")}
@@ -308,7 +176,7 @@ class TestCycles:
         expected = source[layer] + 0.5 * (again.model.state_dict()[layer] - source[layer])
         assert torch.allclose(half.model.state_dict()[layer], expected, atol=1e-7)
 
-    def test_too_few_units(self, trial: Callable[..., Run]) -> None:
+    def test_too_few_units(self, trial: Trial) -> None:
         with pytest.raises(ValueError) as error:
             trial(epochs=3, cycles=2).step()
         assert str(error.value) == (
@@ -317,7 +185,7 @@ class TestCycles:
         )
 
 
-def test_a_network_without_layer_norm_is_refused(trial: Callable[..., Run]) -> None:
+def test_a_network_without_layer_norm_is_refused(trial: Trial) -> None:
     with pytest.raises(ValueError) as error:
         trial(kind="cnn").step()
     assert str(error.value) == (
@@ -344,39 +212,10 @@ def test_a_network_without_layer_norm_is_refused(trial: Callable[..., Run]) -> N
         ),
     ],
 )
-def test_impossible_values(trial: Callable[..., Run], hparams: dict[str, Any], message: str) -> None:
+def test_impossible_values(trial: Trial, hparams: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         trial(**hparams)
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    ("lam", "rescale", "message"),
-    [
-        (float("nan"), "gamma", "λ must be finite, but got nan."),
-        (torch.ones(3), "gamma", "λ is one number, or one for each of the 5 LayerNorms, but got 3."),
-        (0.5, "beta", "rescale must be one of 'gamma', 'both', but got 'beta'."),
-    ],
-)
-def test_what_cannot_be_rescaled(trial: Callable[..., Run], lam: Any, rescale: Any, message: str) -> None:
-    model = trial().model
-    with pytest.raises(ValueError) as error:
-        rescale_layer_norm(model, copies(model), lam, rescale)
-    assert str(error.value) == message
-
-
-def test_a_source_that_does_not_fit_changes_nothing(trial: Callable[..., Run]) -> None:
-    run = trial()
-    source = {name: value + 1 for name, value in copies(run.model).items()}
-    last, before = f"{list(layer_norms(run.model))[-1]}.weight", copies(run.model)
-    for wrong, got in (({}, "none"), ({last: torch.ones(3)}, "one of shape (3,)")):
-        given = {name: value for name, value in source.items() if name != last} | wrong
-        with pytest.raises(ValueError) as error:
-            rescale_layer_norm(run.model, given, 0.5)
-        assert str(error.value) == (
-            f"Rescaling needs the source tensor {last!r} of shape (16,), but the source has {got}."
-        )
-        assert changed(before, run) == set()
 
 
 def test_lambda_is_searched_only_where_it_is_fixed_for_a_trial() -> None:
