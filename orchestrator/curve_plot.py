@@ -19,7 +19,7 @@ FLAGS = frozenset({"absolute"})
 """Columns that say something about a row; they are not drawn."""
 MOST_TICKS = 36
 """Names on an axis; of more, every second, third … is written."""
-X_AXES = {"lambda": "λ", "alpha": "α", "quantile": "share of the images below"}
+X_AXES = {"lambda": "λ", "alpha": "α", "quantile": "share of the images below", "images": "training images"}
 """x axes that are called differently in pictures."""
 Y_AXES = {
     "acc": "accuracy (%)",
@@ -38,8 +38,11 @@ CURVES = {
     "change_by_stage": "relative change",
     "cka": "linear CKA",
     "layernorm_lambda": "λ",
+    "fsr": "LayerNorm shift (L2 norm)",
 }
 """y axis of the curves whose columns have no unit."""
+MINOR = frozenset({"nll", "ece"})
+"""Units whose OOD domains are left to the numbers: the picture is about accuracy."""
 PER_CENT = frozenset({"acc", "ece"})
 BOX = ("q05", "q25", "q50", "q75", "q95")
 """Columns that are drawn as one box per row."""
@@ -49,6 +52,7 @@ BLACK, BLUE, RED, GREY = "#222222", "#4477AA", "#EE6677", "#666666"
 STYLES: Mapping[str, dict[str, Any]] = {
     "val": {"color": BLACK, "linewidth": 2.0},
     "test": {"color": BLUE, "linewidth": 2.0},
+    "calib": {"color": BLUE, "linewidth": 2.0},
     "ood/mean": {"color": RED, "linewidth": 2.0},
     "ood/worst": {"color": RED, "linewidth": 1.2, "linestyle": (0, (4, 2))},
 }
@@ -82,10 +86,12 @@ def figure_of(name: str, curve: Mapping[str, Any], chosen: float | None = None) 
     if not panels:
         raise ValueError(f"A curve needs a column of numbers beside its x axis {x_name!r}, but got {list(columns)}.")
     named = any(isinstance(value, str) for value in x)
-    heights = [2.6, *[1.6] * (len(panels) - 1)]
-    width = min(7.0 + 0.09 * max(0, len(x) - 12), 11.0) if named else 7.0
-    figure = Figure(figsize=(width, 1.1 + sum(heights)), dpi=100, layout="constrained")
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    names = without_shared_path([str(value) for value in x]) if named else []
+    note = textwrap.wrap(str(curve.get("note") or ""), 110)
+    page = _Page(panels, names, len(note))
+    figure = Figure(figsize=(page.width, page.height), dpi=100)
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=page.rows)[:, 0]
+    figure.subplots_adjust(*page.margins, hspace=0.12)
     for axes, (unit, series) in zip(rows, panels.items(), strict=True):
         _panel(axes, x, series, _groups(columns, x_name), 100.0 if unit in PER_CENT else 1.0)
         axes.set_ylabel(Y_AXES.get(unit) or CURVES.get(name, ""), fontsize=9)
@@ -96,11 +102,30 @@ def figure_of(name: str, curve: Mapping[str, Any], chosen: float | None = None) 
     rows[0].set_title(name.replace("_", " "), loc="left", fontsize=10, fontweight="bold")
     rows[-1].set_xlabel(X_AXES.get(x_name, x_name), fontsize=9)
     if named:
-        _name_ticks(rows[-1], [str(value) for value in x])
-    if curve.get("note"):
-        note = textwrap.fill(str(curve["note"]), int(width * 14))
-        figure.supxlabel(note, fontsize=7.5, color=GREY, x=0.01, ha="left")
+        _name_ticks(rows[-1], names)
+    figure.text(0.01, 0.06 / page.height, "\n".join(note), fontsize=7.5, color=GREY, va="bottom")
     return figure
+
+
+class _Page:
+    """Sizes in inches. (matplotlib's own layouts measure every text twice, which is half the time of a picture.)
+
+    Args:
+        panels: see `_panels`.
+        names: of the x axis; empty = it has numbers.
+        note: lines below the picture.
+    """
+
+    def __init__(self, panels: Mapping[str, Mapping[str, Any]], names: Sequence[str], note: int) -> None:
+        self.rows = [2.6, *[1.6] * (len(panels) - 1)]
+        self.width = min(7.8 + 0.09 * max(0, len(names) - 12), 11.0)
+        letters = max(len(name) for series in panels.values() for name in series)
+        upright, longest = _upright(names)
+        bottom = 0.55 + 0.13 * note + (0.054 * longest if upright else 0.0)
+        self.height = 0.35 + sum(self.rows) + bottom
+        right = 1 - min(0.55 + 0.075 * max(letters, 8), 2.2) / self.width
+        self.margins = (0.8 / self.width, bottom / self.height, right, 1 - 0.35 / self.height)
+        """Left, bottom, right and top of the panels, as shares of the page."""
 
 
 def _panels(columns: Columns) -> dict[str, dict[str, list[float]]]:
@@ -112,6 +137,8 @@ def _panels(columns: Columns) -> dict[str, dict[str, list[float]]]:
         if name in FLAGS or not any(map(math.isfinite, numbers)):
             continue
         split, _, unit = name.rpartition("/")
+        if unit in MINOR and split.startswith("ood/"):
+            continue
         if unit in Y_AXES:
             found.setdefault(unit, {})[split or unit] = numbers
         else:
@@ -140,9 +167,11 @@ def _panel(
     else:
         colours = _colours()
         for name, values in series.items():
-            style = STYLES.get(name) or {"color": next(colours), "linewidth": 1.2}
+            style = {"ms": 4 if named else 2.5, **(STYLES.get(name) or {"color": next(colours), "linewidth": 1.2})}
+            if 2 * sum(map(math.isfinite, values)) < len(values):  # single measurements beside a fitted line
+                style |= {"ms": 5.5, "linestyle": "none", "zorder": 3}
             label = {"gamma": "γ", "beta": "β"}.get(name, name)
-            axes.plot(at, [scale * v for v in values], label=label, marker="o", ms=4 if named else 2.5, **style)
+            axes.plot(at, [scale * v for v in values], label=label, marker="o", **style)
     if groups is not None or (len(series) > 1 and tuple(series) != BOX):
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
@@ -161,12 +190,20 @@ def _boxes(axes: Axes, at: Sequence[float], series: Mapping[str, list[float]]) -
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    """Names below the axis, without the path that they all begin with; of many, every second, third …"""
-    step = math.ceil(len(names) / MOST_TICKS)
-    shown, short = range(0, len(names), step), without_shared_path(names)
-    crowded = max(len(short[i]) for i in shown) * len(shown) > 70
-    axes.set_xticks(shown, [short[i] for i in shown], rotation=90 if crowded else 0, fontsize=7 if crowded else 8.5)
+    """Names below the axis; of many, every second, third …"""
+    shown, (upright, _) = _shown(names), _upright(names)
+    axes.set_xticks(shown, [names[i] for i in shown], rotation=90 if upright else 0, fontsize=7 if upright else 8.5)
     axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def _shown(names: Sequence[str]) -> range:
+    return range(0, len(names), math.ceil(len(names) / MOST_TICKS) or 1)
+
+
+def _upright(names: Sequence[str]) -> tuple[bool, int]:
+    """Whether the names only fit upright, and how many letters the longest that is shown has."""
+    lengths = [len(names[i]) for i in _shown(names)] or [0]
+    return max(lengths) * len(lengths) > 70, max(lengths)
 
 
 def without_shared_path(names: Sequence[str]) -> list[str]:

@@ -13,6 +13,9 @@ from orchestrator.records import TrialRecord
 Curves = Mapping[str, Mapping[str, Any]]
 """Name → `columns` (name → values, the x axis first) and `note`."""
 
+NUMBERS_ONLY = frozenset({"change"})
+"""Curves without a picture: a row per tensor is too much for one; `change_by_stage` shows the same."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -38,7 +41,8 @@ def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, 
 
 def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Picture]:
     """Artifact `curves/<name>.png` → what to draw there."""
-    return {f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name)) for name, curve in curves.items()}
+    drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
+    return {f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name)) for name, curve in drawn.items()}
 
 
 def stem(name: str) -> str:

@@ -130,4 +130,4 @@ def _ood_cosine(entry: Competitor) -> float | None:
 
 
 def _cosines(test: Score, ood: float | None) -> str:
-    return f"{test.mean:.2f} on the ID test" + ("" if ood is None else f" and {ood:.2f} on OOD")
+    return f"{test.mean:.3f} on the ID test" + ("" if ood is None else f" and {ood:.3f} on OOD")

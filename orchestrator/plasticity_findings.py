@@ -77,7 +77,12 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None) -> str:
     if full is None or probe is None:
         return f"{head} reaches {own.per_cent()} on the ID test"
     gain = full.mean - probe.mean
-    if gain <= 0 or overlap(full, probe) is not False:
+    if gain <= 0:
+        return (
+            f"{head} reaches {own.per_cent()} on the ID test; full fine-tuning itself gains nothing over linear "
+            f"probing ({full.per_cent()} against {probe.per_cent()}), so that there is no share of a gain to tell"
+        )
+    if overlap(full, probe) is not False:
         return (
             f"{head} reaches {own.per_cent()} on the ID test; full fine-tuning's own gain over linear probing "
             f"({100 * gain:+.1f} points) is within the intervals, so that there is no share of it to tell"

@@ -153,9 +153,7 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind == "study_finished":
         return f"study {event.get('state', 'complete')}"
     if kind == "measured":
-        values = [(key.rpartition("/")[2], value) for key, value in event["metrics"].items() if value is not None]
-        found = ", ".join(f"{key} {value:.2f}" for key, value in sorted(values, key=lambda pair: -pair[1]))
-        return f"{event['what']} measured: {found}"
+        return _measured_line(event)
     if record is None:
         return ""
     name = f"trial {record.number} {record.label}"
@@ -171,6 +169,14 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind in ("trial_failed", "trial_retried"):
         return f"{name}: {kind.removeprefix('trial_')} ({event.get('reason')}) {event.get('error') or ''}".rstrip()
     return ""
+
+
+def _measured_line(event: Mapping[str, Any]) -> str:
+    what = str(event["what"])
+    metrics = {key.removeprefix(f"{what}/"): value for key, value in event["metrics"].items() if value is not None}
+    means = {key: value for key, value in metrics.items() if not key.endswith(("/low", "/high"))}
+    found = ", ".join(f"{key} {value:.2f}" for key, value in sorted(means.items(), key=lambda pair: -pair[1]))
+    return f"{what} measured: {found or 'nothing'}"
 
 
 def validation(record: TrialRecord) -> float | None:

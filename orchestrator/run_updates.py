@@ -175,7 +175,7 @@ class Projection:
         update.tags["status.reason"] = record.reason or "ok"
         if record.error:
             update.tags["status.error"] = clip(record.error)
-        if record.state in ("complete", "pruned"):  # drawn once; a rung's curve is replaced by that of the end
+        if record.state == "complete":  # drawn once; a rung's curve is replaced by that of the end
             update.pictures = pictures(record.curves, record)
         known = [(u["val/acc"], -u["unit"]) for u in record.history if math.isfinite(u.get("val/acc", math.nan))]
         if known and "best/val/acc" not in record.metrics:  # a trial that was stopped early has not said it itself

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.leaderboard import GAINS, REPORTED
+from orchestrator.leaderboard import GAINS, PROBE, REPORTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
     for row in rows:
         if row["seeds"]:
             parts = [f"trial {row['number']}", describe(row["hparams"])]
-            if has_gains(rows) and not wide:
+            if has_gains(rows) and not wide and row["strategy"] != PROBE:
                 found = zip(gains(row), ("", " OOD"), strict=True)
                 parts.insert(1, "gain " + ", ".join(f"{text}{where}" for text, where in found if text != "-"))
             console.print(f"{row['label']}: {', '.join(parts)}", markup=False, highlight=False)

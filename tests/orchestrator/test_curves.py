@@ -58,6 +58,10 @@ class TestArtifacts:
         cyclic = trial(metrics={"layernorm/lambda": 1.5}, hparams={"cycles": 2})
         assert chosen_at(cyclic, "lambda") == 1.0
 
+    def test_a_row_per_tensor_is_kept_as_numbers_only(self) -> None:
+        assert list(curve_texts({"change": SHIFT})) == ["curves/change.json"]
+        assert pictures({"change": SHIFT}) == {}
+
     def test_names_fit_every_store(self) -> None:
         assert stem("../a b/ä") == "curves/_a_b_"
         assert stem("") == "curves/_"
@@ -75,6 +79,17 @@ class TestPictures:
         assert {"test", "ood/noisy"} <= set(lines)
         assert [line.get_xdata() for line in likelihood.get_lines()][-1] == [1.0, 1.0]
         assert accuracy.get_title(loc="right") == "λ = 1 chosen"
+
+    def test_beside_accuracy_only_id_is_drawn(self) -> None:
+        columns = {"alpha": [0.0, 1.0], "test/acc": [0.1, 0.2], "test/nll": [1.0, 2.0], "ood/noisy/nll": [3.0, 4.0]}
+        _, likelihood = figure_of("wise", {"columns": columns, "note": ""}).axes
+        assert [list(line.get_ydata()) for line in likelihood.get_lines()] == [[1.0, 2.0]]  # type: ignore[arg-type]
+
+    def test_single_measurements_beside_a_fit_are_dots(self) -> None:
+        columns = {"images": [1, 2, 3, 4, 5], "shift": [None, 1.0, None, None, 2.0], "fit": [0.5, 1.0, 1.5, 1.8, 2.0]}
+        (axes,) = figure_of("fsr", {"columns": columns, "note": ""}).axes
+        assert [line.get_linestyle() for line in axes.get_lines()] == ["None", "-"]
+        assert axes.get_xlabel() == "training images"
 
     def test_names_are_the_axis_of_layers(self) -> None:
         (axes,) = figure_of("ln_shift", SHIFT).axes

@@ -61,6 +61,7 @@ def test_without_a_terminal_every_event_is_one_line() -> None:
     with Progress(trials=2, epochs=3, console=console) as progress:
         tell(progress, "study_started", study="pets")
         tell(progress, "measured", what="plasticity", metrics={"plasticity/ln1": 0.5, "plasticity/mha": 1.93})
+        tell(progress, "measured", what="fsr", metrics={"fsr/full": 0.61, "fsr/full/low": 0.5, "fsr/oracle/a": None})
         run_trial(progress, 7, 2, "pruned")
         tell(progress, "trial_suggested", trial_id="x", number=8, strategy="full", label="full")
         tell(progress, "trial_started", trial_id="x")
@@ -74,6 +75,7 @@ def test_without_a_terminal_every_event_is_one_line() -> None:
     assert [line[9:] for line in lines] == [
         "study pets started",
         "plasticity measured: mha 1.93, ln1 0.50",
+        "fsr measured: full 0.61",
         "trial 7 daft: started",
         "trial 7 daft: epoch 1/3, val 0.510, 2.0 s",
         "trial 7 daft: epoch 2/3, val 0.520, 4.0 s",
