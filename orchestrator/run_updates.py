@@ -173,8 +173,8 @@ class Projection:
         update.status = "KILLED" if interrupted else STATUS[record.state]
         update.tags["status"] = INTERRUPTED if interrupted else record.state
         update.tags["status.reason"] = record.reason or "ok"
-        if record.error:
-            update.tags["status.error"] = clip(record.error)
+        # Said of every run: one that was interrupted and then ended well must not keep its old error.
+        update.tags["status.error"] = clip(record.error) if record.error else "none"
         if record.state == "complete":  # drawn once; a rung's curve is replaced by that of the end
             update.pictures = pictures(record.curves, record)
         known = [(u["val/acc"], -u["unit"]) for u in record.history if math.isfinite(u.get("val/acc", math.nan))]
