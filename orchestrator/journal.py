@@ -32,6 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.folding import fold
+from trainables.core.durable import sync
 from trainables.core.faults import reach
 
 __all__ = ["Event", "Journal", "JournalError", "fold"]
@@ -152,7 +153,7 @@ class Journal:
             events, self._end = read_from(self.path, 0) if self.path.exists() else ([], 0)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             os.ftruncate(self._descriptor, self._end)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)  # the file's name, too, must survive a power cut
         except BaseException:
             self._lock.release()
             raise
@@ -219,12 +220,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         return _plain(value.item())
     return str(value)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the file's name survive a power cut too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.journal import Event, read_from
+from trainables.core.durable import write_text
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,4 @@ class PositionFile:
 
     def save(self, offset: int, seq: int) -> None:
         """Remember that the event `seq`, which ends before byte `offset`, was delivered."""
-        written = self.path.with_suffix(".tmp")
-        written.write_text(json.dumps({"target": self.target, "offset": offset, "seq": seq}))
-        os.replace(written, self.path)
+        write_text(self.path, json.dumps({"target": self.target, "offset": offset, "seq": seq}))

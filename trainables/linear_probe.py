@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trainables.core.contract import ParamGroup, Phase, Strategy
+from trainables.core.durable import new_file
 from trainables.core.logistic import logistic_path
 
 if TYPE_CHECKING:
@@ -175,11 +174,9 @@ def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
 
 
 def _save(probe: Probe, file: Path) -> None:
-    descriptor, written = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-    os.close(descriptor)
     notes = {"probe": json.dumps({"C": probe.C, "val_accuracy": probe.val_accuracy})}
-    save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=notes)
-    os.replace(written, file)
+    with new_file(file) as written:
+        save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=notes)
 
 
 def _load(file: Path) -> Probe | None:

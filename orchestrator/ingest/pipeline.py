@@ -24,7 +24,8 @@ from orchestrator.ingest.errors import DataError, counted, few
 from orchestrator.ingest.manifest import describe, quarantine_list
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.ingest.source import Outcome, Source
-from orchestrator.ingest.writer import Rows, copy_rows, finish, lay_out, publish
+from orchestrator.ingest.writer import Rows, copy_rows, finish, lay_out
+from trainables.core.durable import new_folder
 from trainables.data.store import DATA, FORMAT, MANIFEST, Store
 
 __all__ = ["IngestRequest", "ingest", "survey"]
@@ -122,8 +123,7 @@ def _build(
     for left in place.parent.glob(f".{place.name}-*"):  # of an ingest that was killed; nobody else holds the lock
         shutil.rmtree(left)
     started = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-"))
-    try:
+    with new_folder(place) as folder:
         offsets = _lay_out(folder / DATA, source, request, assignment)
         job = Job(request.image_size, request.interpolation, folder / DATA, offsets)
         outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)
@@ -133,10 +133,6 @@ def _build(
         seconds = time.perf_counter() - started
         manifest = describe(source, request, assignment, outcomes, folder, seconds)
         finish(folder, manifest)
-        os.chmod(folder, 0o755)
-        publish(folder, place)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     _report(manifest, place)
 
 

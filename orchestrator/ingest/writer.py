@@ -107,32 +107,14 @@ def copy_rows(source: Path, target: Path, old: NDArray[np.int64], new: NDArray[n
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Flush the data file, take its SHA-256 and write the manifest, last.
+    """Take the data file's SHA-256 and write the manifest, last.
 
     Args:
         folder: with `data.arrow`.
         manifest: everything but `bytes` and `sha256`.
     """
     with open(folder / DATA, "rb") as file:
-        os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.fstat(file.fileno()).st_size
-    with open(folder / MANIFEST, "w", encoding="utf-8") as text:
-        json.dump({**manifest, "bytes": size, "sha256": digest}, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
-
-
-def publish(folder: Path, place: Path) -> None:
-    """Rename a complete folder into place, durably."""
-    _sync(folder)
-    os.replace(folder, place)
-    _sync(place.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps({**manifest, "bytes": size, "sha256": digest}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")

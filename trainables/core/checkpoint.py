@@ -10,9 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainables.core.durable import new_folder
 from trainables.core.faults import reach
 
 log = logging.getLogger("luthier")
@@ -73,10 +71,8 @@ def save_state(folder: str | Path, state: RunState) -> None:
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"A checkpoint is written to a new or empty folder, but {target} holds files.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as partial:
         save_file({k: _portable(v) for k, v in state.tensors.items()}, partial / TENSORS)
-        _sync(partial / TENSORS)
         reach("in_checkpoint")
         manifest = {
             "format": FORMAT,
@@ -85,14 +81,6 @@ def save_state(folder: str | Path, state: RunState) -> None:
             "state": state.meta,
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-        _sync(partial / MANIFEST)
-        _sync(partial)
-        partial.chmod(0o755)
-        os.rename(partial, target)  # replaces an empty folder, fails on any other
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def load_state(folder: str | Path) -> RunState:
@@ -150,11 +138,3 @@ def _portable(value: Tensor) -> Tensor:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

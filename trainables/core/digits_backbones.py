@@ -7,10 +7,7 @@ import inspect
 import json
 import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +21,8 @@ from safetensors.torch import save_file
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 from torch.nn import functional
+
+from trainables.core.durable import new_folder
 
 log = logging.getLogger("luthier")
 
@@ -165,7 +164,6 @@ def _augment(images: torch.Tensor) -> torch.Tensor:
 def _publish(model: nn.Module, name: str, folder: Path) -> None:
     base, arguments = NETWORKS[name]
     cfg: dict[str, Any] = model.default_cfg  # type: ignore[assignment]
-    written = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
     config = {
         "architecture": base,
         "num_classes": 10,
@@ -178,14 +176,9 @@ def _publish(model: nn.Module, name: str, folder: Path) -> None:
             "first_conv": cfg["first_conv"],
         },
     }
-    try:
+    with new_folder(folder) as written:
         (written / "config.json").write_text(json.dumps(config, indent=2))
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, written / "model.safetensors")
-        os.chmod(written, 0o755)  # a temporary folder is private, but a cache may be shared
-        os.replace(written, folder)
-    except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
-        raise
 
 
 def _recipe_digest() -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.core.checkpoint import CheckpointError, RunState, load_state, save_state
+from trainables.core.durable import write_text
 
 log = logging.getLogger("luthier")
 
@@ -71,9 +72,7 @@ class Keeper:
         self.folder.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         fields = {"token": token, "pid": os.getpid(), "host": platform.node(), "time": time.time()}
-        fresh = self.folder / f".{OWNER}.{token}"
-        fresh.write_text(json.dumps(fields))
-        os.replace(fresh, self.folder / OWNER)
+        write_text(self.folder / OWNER, json.dumps(fields))
         self._token = token
         for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote or removed
             _remove(leftover)

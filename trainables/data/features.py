@@ -17,6 +17,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainables.core.durable import new_file
+
 if TYPE_CHECKING:
     from trainables.core.backbone import Backbone
     from trainables.data.trial_data import StoreLike
@@ -130,14 +132,6 @@ def _compute(
 
 
 def _write(path: Path, features: NDArray[np.float32]) -> None:
-    written = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(written, "wb") as file:
-            np.save(file, features)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(written, path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
+    with new_file(path) as written, open(written, "wb") as file:  # given a path, np.save would add .npy
+        np.save(file, features)
     _mapped.pop(path, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 from torch import Tensor, nn
 
+from trainables.core.durable import write_text
 from trainables.diagnostics.plasticity import PlasticityReport, measure_pairs
 
 if TYPE_CHECKING:
@@ -108,10 +108,4 @@ def _load(file: Path) -> PlasticityReport | None:
 
 
 def _save(report: PlasticityReport, file: Path) -> None:
-    written = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        written.write_text(json.dumps(report.to_dict()), encoding="utf-8")
-        os.replace(written, file)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
+    write_text(file, json.dumps(report.to_dict()))

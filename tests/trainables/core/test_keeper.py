@@ -182,7 +182,7 @@ def test_a_trial_whose_folder_was_removed_is_over(folder: Path) -> None:
 def test_a_full_disk_costs_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = claimed(folder)
     keeper.unit_done(lambda: state(1))
-    monkeypatch.setattr("trainables.core.checkpoint._sync", full_disk)
+    monkeypatch.setattr("trainables.core.durable.sync", full_disk)
     keeper.unit_done(lambda: state(2))
     assert keeper.problems == [
         f"No checkpoint could be written to {folder / 'unit-000002'}: [Errno 28] No space left on device"
@@ -227,7 +227,7 @@ def test_p3_a_process_killed_while_it_writes_leaves_nothing_that_counts(three: P
         (three / f"unit-00000{unit}").rename(three / f"unit-{unit + 7:06d}")
     # The kernel kills it at that byte of the file; owner.json is smaller than the smallest limit that is of interest.
     assert child(three, limit=max(200, int(size * share))) == -signal.SIGXFSZ
-    left = [p.name for p in three.iterdir() if p.name.startswith(".unit-000001.")]
+    left = [p.name for p in three.iterdir() if p.name.startswith(".unit-000001-")]
     assert len(left) == 1
     assert restored(three)[0] == [3, 2]
     assert not [p for p in three.iterdir() if p.name.startswith(".")]
