@@ -162,3 +162,20 @@ def test_results_of_a_study_that_never_ran_say_so(make: Callable[..., Study]) ->
     study = make(name="never")
     with pytest.raises(FileNotFoundError, match="Run it first"):
         study.results()
+
+
+def test_the_pretrained_network_is_measured_once_and_spoken_of(
+    make: Callable[..., Study], network: Callable[[str], str]
+) -> None:
+    study = make(
+        model={"name": network("vit")}, strategies=["linear_probe"], search={"trials": 1}, confirm={"top_k": 0},
+        diagnostics={"plasticity_source": "noisy", "plasticity_pairs": 8},
+    )  # fmt: skip
+    study.run(progress=False)
+    again = study.run(progress=False)
+    (event,) = [e for e in Journal.read(study.folder / "journal.jsonl") if e["kind"] == "measured"]
+    assert again.measurements["plasticity"]["metrics"] == event["metrics"]
+    (sentence,) = [sentence for sentence in again.findings() if "is the most plastic component" in sentence]
+    assert sentence in again.markdown()
+    pictures = (study.folder.parent / "mlartifacts").glob("*/artifacts/curves/plasticity.png")
+    assert len(list(pictures)) == 1
