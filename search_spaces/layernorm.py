@@ -1,11 +1,15 @@
-"""LayerNorm tuning: the rates of norms and head, how many cycles, and λ where it is fixed for a trial."""
+"""LayerNorm tuning: the rates of norms and head, and λ where it is fixed for a trial.
+
+How many cycles is no part of the search, since a cycle takes two units at least and a study may have fewer: fix
+`cycles`, or take the preset `cyclic`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import FloatDistribution
 
 from search_spaces._law import Law, Preset
 
@@ -31,12 +35,6 @@ SPACE: dict[str, Law] = {
         default=10.0,
         distribution=FloatDistribution(0.1, 100.0, log=True),
         source="benchmarks/head_rate.py",
-    ),
-    # A cycle takes two units at least: a study of fewer than four fixes it.
-    "cycles": Law(
-        default=0,
-        distribution=CategoricalDistribution((0, 1, 2)),
-        source="papers/000, cyclic framework; 0 = norms and head together",
     ),
     # λ < 1 where the sample resembles the pretraining data, λ > 1 where it under-represents the target.
     "lam": Law(
