@@ -12,17 +12,20 @@ _PATTERNS = (
     (
         "infra",
         r"ActorDiedError|ActorUnavailableError|RayActorError|NodeDiedError|WorkerCrashedError|RaySystemError"
-        r"|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
+        r"|actor died|actor is dead|worker process has died|worker died|node (?:has )?died|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
     ),
 )
 """First match wins: an actor that died because memory ran out is `oom`, not `infra`."""
 
+_GUESSES = re.compile(r"Some common causes include.*")
+"""What Ray says of every process that vanished, the kernel's OOM killer first: no evidence of anything."""
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))\b:? ?(.*)$")
 
 
 def classify(text: str) -> str:
     """`nan`, `oom`, `stalled`, `data`, `infra`, or `user` (an error in the study or in a strategy) for the text of a
     failure; an empty text is `infra`, because a process that can say nothing was killed."""
+    text = _GUESSES.sub("", text)
     if not text.strip():
         return "infra"
     for reason, pattern in _PATTERNS:

@@ -46,6 +46,11 @@ def test_a_metric_that_is_not_finite_is_missing() -> None:
         ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", "oom"),
         ("ray.exceptions.ActorDiedError: The actor died unexpectedly: killed by the OOM killer", "oom"),
         ("ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.", "infra"),
+        (
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR. Some common causes "
+            "include: (1) the process was killed by the OOM killer due to high memory usage, (2) ray stop --force",
+            "infra",
+        ),
         ("OSError: [Errno 28] No space left on device", "infra"),
         ("orchestrator.ingest.errors.DataError: class 3 has no image", "data"),
         ("StalledError: no progress for 300 s", "stalled"),
