@@ -25,6 +25,7 @@ import search_spaces
 from tests.synthetic import OOD_DOMAINS, shapes
 from trainables import strategy_class
 from trainables.core.checkpoint import load_state, save_state
+from trainables.core.contract import TrainingConfig
 from trainables.core.run import Run
 from trainables.core.task import ModelSpec, Task, TrialSpec
 
@@ -48,8 +49,8 @@ ONCE = {"cost/trainable_parameters", "cost/training_images", "cost/total_seconds
 
 def same_numbers(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     """Bit equality of two histories, clocks aside."""
-    strip = lambda history: [{k: v for k, v in unit.items() if k not in CLOCK} for unit in history]  # noqa: E731
-    return strip(a) == strip(b)
+    first, second = ([{k: v for k, v in unit.items() if k not in CLOCK} for unit in history] for history in (a, b))
+    return first == second
 
 
 class StrategyConformance:
@@ -219,6 +220,22 @@ class StrategyConformance:
         run.after_step = keep
         run.step()
         return steps > 0
+
+    def test_a_recipe_that_converts_batch_norm_is_followed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not issubclass(strategy_class(self.strategy).Config, TrainingConfig):
+            return  # it has no such recipe
+        converted: list[object] = []
+
+        def convert(model: object, data: object) -> dict[str, float]:
+            converted.append(model)
+            return {}
+
+        monkeypatch.setattr("trainables.daft.convert_on_training_data", convert)
+        for kind in self.kinds():
+            for asked in (False, True):
+                converted.clear()
+                run = Run(self.spec(kind, bn_conversion=asked), store=shapes(), device="cpu")
+                assert converted == ([run.model] if asked else [])
 
     def test_the_features_at_the_start_are_those_of_the_pretrained_network(self) -> None:
         cls = strategy_class(self.strategy)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
-from trainables.core.head import initialise_head
-from trainables.daft import convert_on_training_data
+from trainables.core.contract import ParamGroup, Strategy, TrainingConfig
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
-    from trainables.data.trial_data import TrialData
 
 
 class BitFit(Strategy):
@@ -22,11 +19,6 @@ class BitFit(Strategy):
         """The common recipe; biases take larger steps than weights."""
 
         lr_backbone: float = 1e-2
-
-    def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Convert BatchNorm where asked to, then initialise the head."""
-        report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
-        return {**report, **initialise_head(model, data, self.config.head_init)}
 
     def param_groups(self, model: Classifier) -> list[ParamGroup]:
         """All biases of the backbone, and the head.

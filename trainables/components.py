@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
-from trainables.core.head import initialise_head
 from trainables.core.vit_blocks import COMPONENTS, component_kinds
-from trainables.daft import convert_on_training_data
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
@@ -57,7 +55,7 @@ class Components(Strategy):
                 raise ValueError(f"k must be a whole number from 1 to {len(COMPONENTS)}, but got {self.k!r}.")
 
     def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Choose the components, by measured plasticity where asked to, then initialise the head.
+        """Choose the components, by measured plasticity where asked to.
 
         Raises:
             ValueError: the components are not defined for this network, or have no parameters in it.
@@ -71,10 +69,8 @@ class Components(Strategy):
             self.selected = frozenset(self.config.kinds.split("+"))
         for kind in sorted(self.selected - set(owners.values())):
             raise ValueError(f"A component to be trained must have parameters, but {kind} has none in this network.")
-        report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
         chosen = {f"components/{kind}": float(kind in self.selected) for kind in COMPONENTS}
-        head = initialise_head(model, data, self.config.head_init)
-        return {**report, **head, **chosen, "components/selected": float(len(self.selected))}
+        return {**super().prepare(model, data), **chosen, "components/selected": float(len(self.selected))}
 
     def param_groups(self, model: Classifier) -> list[ParamGroup]:
         """The selected components and the final norm at η_θ, the head at η_w."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.core.contract import Strategy, TrainingConfig
-from trainables.core.head import initialise_head
 from trainables.core.task import stream_seed
 
 if TYPE_CHECKING:
@@ -179,11 +178,6 @@ class Daft(Strategy):
         lr_head: float | None = 1.0
         head_init: Literal["random", "zeros", "linear_probe"] = "zeros"
         bn_conversion: bool = True
-
-    def prepare(self, model: Classifier, data: TrialData) -> Mapping[str, float]:
-        """Convert BatchNorm, then initialise the head."""
-        report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
-        return {**report, **initialise_head(model, data, self.config.head_init)}
 
 
 STRATEGY = Daft

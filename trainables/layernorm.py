@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from trainables.core.contract import Curve, ParamGroup, Phase, Report, Strategy, TrainingConfig
-from trainables.core.head import initialise_head
 from trainables.core.norm_scale import GRID, Rescale, best_lambda, fitted, grid_scores, rescale_layer_norm, scaled_names
 from trainables.core.scoring import final_scores, validation_scores
 from trainables.core.snapshot import put_back, take
@@ -83,9 +82,9 @@ class LayerNorm(Strategy):
                 )
 
     def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Remember the source's norms and initialise the head."""
+        """Remember the source's norms."""
         self.source = take(model, [name for group in scaled_names(model, "both").values() for name in group])
-        return initialise_head(model, data, self.config.head_init)
+        return super().prepare(model, data)
 
     def param_groups(self, model: Classifier) -> list[ParamGroup]:
         """The chosen parameters of the norms at η_θ, the head at η_w."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 
 from trainables.core.contract import ParamGroup, Phase, Strategy
 from trainables.core.durable import new_file
+from trainables.core.head import take_probe
 from trainables.core.logistic import logistic_path
 
 if TYPE_CHECKING:
@@ -222,11 +222,7 @@ class LinearProbe(Strategy):
         """Put the best probe into the head."""
         config = self.config
         path = regularisation_path(config.num_C) if config.C is None else [config.C]
-        probe = best_linear_probe(data, path)
-        with torch.no_grad():
-            model.head.weight.copy_(torch.as_tensor(probe.weight))
-            model.head.bias.copy_(torch.as_tensor(probe.bias))
-        return {"linear_probe/C": probe.C, "linear_probe/val_acc": probe.val_accuracy}
+        return take_probe(model, best_linear_probe(data, path))
 
 
 STRATEGY = LinearProbe

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
-from trainables.core.head import initialise_head
 from trainables.core.vit_blocks import find_blocks
 
 if TYPE_CHECKING:
@@ -45,8 +44,8 @@ class LoRA(Strategy):
                 raise ValueError(f"alpha must be positive, but got {self.alpha!r}.")
 
     def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Initialise the head, then inject the adapters (errors: see `inject`)."""
-        report = initialise_head(model, data, self.config.head_init)
+        """Inject the adapters into the network as it starts (errors: see `inject`)."""
+        report = super().prepare(model, data)
         image, _ = next(data.batches("train", batch_size=1))
         return {**report, "lora/maps": float(inject(model.backbone, self.config, image))}
 

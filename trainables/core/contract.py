@@ -172,8 +172,17 @@ class Strategy:
         return cls.__module__.rpartition(".")[2]
 
     def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Freeze, inject, convert, initialise the head; returns metrics to record once (may be empty)."""
-        return {}
+        """Freeze, inject, convert, initialise the head; returns metrics to record once (may be empty).
+
+        Default: what `bn_conversion` and `head_init` of a `TrainingConfig` say, in this order (a conversion leaves the
+        function, and so the probe, as they were)."""
+        if not isinstance(self.config, TrainingConfig):
+            return {}
+        from trainables.core.head import initialise_head
+        from trainables.daft import convert_on_training_data
+
+        report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
+        return {**report, **initialise_head(model, data, self.config.head_init)}
 
     def param_groups(self, model: Classifier) -> list[ParamGroup]:
         """Exactly what may move. Default: backbone and head, each at its own rate. Nothing selected is an error

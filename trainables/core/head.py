@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
+    from trainables.linear_probe import Probe
 
 
 @torch.no_grad()
@@ -26,7 +27,12 @@ def initialise_head(model: Classifier, data: TrialData, how: str) -> dict[str, f
         return {}
     from trainables.linear_probe import best_linear_probe
 
-    probe = best_linear_probe(data)
+    return take_probe(model, best_linear_probe(data))
+
+
+@torch.no_grad()
+def take_probe(model: Classifier, probe: Probe) -> dict[str, float]:
+    """Copy a linear probe's solution into the head; returns the metrics that name it."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
     return {"linear_probe/C": probe.C, "linear_probe/val_acc": probe.val_accuracy}
