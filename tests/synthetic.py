@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -65,7 +66,7 @@ def shapes() -> MemoryStore:
             domains = np.full(count, names.index(split.removeprefix("ood/")))
         else:
             domains = (np.arange(count) // len(CLASSES)) % len(ID_DOMAINS)
-        images = [_draw(k, names[d], generator) for k, d in zip(labels, domains, strict=True)]
+        images = [_draw(k, names[d], generator) for k, d in zip(labels.tolist(), domains, strict=True)]
         pixels[split], targets[split] = np.stack(images), labels.astype(np.int64)
         sources[split] = domains.astype(np.int64)
     return MemoryStore(pixels, targets, sources)
@@ -85,22 +86,22 @@ def _draw(label: int, domain: str, generator: np.random.Generator) -> NDArray[np
     return np.repeat((np.clip(value, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-NETWORKS = {
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("test_vit", {"img_size": SIDE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}),
     "cnn": ("test_resnet", {"channels": [8, 8, 16, 16], "stem_width": 8}),
 }
 
 
-def _pretrain(model: nn.Module) -> None:
+def _pretrain(model: nn.Module, width: int) -> None:
     generator = np.random.default_rng(1)
-    head = nn.Linear(model.num_features, len(CLASSES))
+    head = nn.Linear(width, len(CLASSES))
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
     for step in range(60):
         labels = np.arange(32) % len(CLASSES)
-        images = np.stack([_draw(k, ("dim", "inverted")[step % 2], generator) for k in labels])
+        images = np.stack([_draw(k, ("dim", "inverted")[step % 2], generator) for k in labels.tolist()])
         inputs = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
         optimizer.zero_grad()
-        functional.cross_entropy(head(model(inputs)), torch.from_numpy(labels)).backward()
+        torch.autograd.backward(functional.cross_entropy(head(model(inputs)), torch.from_numpy(labels)))
         optimizer.step()
 
 
@@ -111,7 +112,7 @@ def write_network(kind: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=0, **arguments)
-        _pretrain(model)
+        _pretrain(model, model.num_features)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     config = {
