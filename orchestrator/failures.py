@@ -12,7 +12,8 @@ _PATTERNS = (
     (
         "infra",
         r"ActorDiedError|ActorUnavailableError|RayActorError|NodeDiedError|WorkerCrashedError|RaySystemError"
-        r"|actor died|actor is dead|worker process has died|worker died|node (?:has )?died|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
+        r"|actor died|actor is dead|worker process has died|worker died|node (?:has )?died"
+        r"|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
     ),
 )
 """First match wins: an actor that died because memory ran out is `oom`, not `infra`."""
