@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 
 def outcome_code(records: Sequence[TrialRecord]) -> int:
-    """0 when every trial did what it should, 3 when some failed, 1 when none was completed."""
+    """0 when every trial did what it should, 3 when some failed, 1 when none was completed.
+
+    A trial that an earlier driver left behind, and that this run did not want any more, has not failed.
+    """
     if not any(record.state == "complete" for record in records):
         return FAILED
-    return PARTIAL if any(record.state == "failed" for record in records) else OK
+    return PARTIAL if any(record.state == "failed" and not record.unfinished for record in records) else OK
 
 
 def finished(console: Console, study: Study, results: Results) -> None:

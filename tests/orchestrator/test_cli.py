@@ -227,6 +227,14 @@ class TestResults:
         ]
         assert outcome_code(records) == code
 
+    @pytest.mark.parametrize(("reason", "code"), [("interrupted", OK), ("infra", PARTIAL), ("nan", PARTIAL)])
+    def test_a_trial_that_an_earlier_driver_left_behind_has_not_failed(self, reason: str, code: int) -> None:
+        """A run that came to its end wanted it no more, such as a confirmation of what is no longer the best."""
+        left = TrialRecord(trial_id="a", number=0, strategy="full", label="full", state="failed", reason=reason)
+        done = TrialRecord(trial_id="b", number=1, strategy="full", label="full", state="complete")
+        assert outcome_code([left, done]) == code
+        assert outcome_code([left]) == FAILED
+
     def test_next_commands_can_be_pasted(self, tmp_path: Path) -> None:
         study = Study(name="a", data={"source": "digits"}, model={"name": "digits_vit"}, strategies=["full"],
                       storage=str(tmp_path / "my studies"))  # fmt: skip
