@@ -49,12 +49,12 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
     )
 
 
-def make_built_in(name: str) -> None:
+def make_built_in(model: ModelSpec) -> None:
     """Pretrain a built-in network here, where a person sees it, not in the first trial, for which others wait."""
-    from trainables.core.digits_backbones import NETWORKS, pretrained_folder
+    from trainables.core.digits_backbones import is_pretrained_here, pretrained_folder
 
-    if name in NETWORKS:
-        pretrained_folder(name)
+    if is_pretrained_here(model):
+        pretrained_folder(model.name)
 
 
 def make_task(spec: StudySpec, store: Store) -> Task:

@@ -58,11 +58,11 @@ class Study:
         if self._store is None:
             from orchestrator.ingest.pipeline import ingest
             from orchestrator.preflight import preflight
-            from orchestrator.setup import ingest_request, make_built_in
+            from orchestrator.setup import ingest_request, make_built_in, model_of
 
             preflight(self.spec)
             self._store = ingest(ingest_request(self.spec), Path(self.spec.storage).absolute() / "data")
-            make_built_in(self.spec.model.name)
+            make_built_in(model_of(self.spec))
         return self._store
 
     def run(self, progress: bool = True, allow_change: Collection[str] = ()) -> Results:

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from trainables.core.digits_backbones import NETWORKS, architecture, pretrained_folder
+from trainables.core.digits_backbones import NETWORKS, architecture, is_pretrained_here, pretrained_folder
 from trainables.core.task import ModelSpec
 from trainables.core.weights import create, folder_architecture, load_weight_file
 
@@ -160,10 +160,9 @@ def _source(spec: ModelSpec) -> str:
 def _load(spec: ModelSpec, image_size: int | None, cache: Path | None) -> nn.Module:
     check_model(spec)
     file = Path(spec.weights) if spec.weights is not None and not Path(spec.weights).is_dir() else None
-    built_in = spec.name in NETWORKS and spec.weights is None
-    if built_in and spec.pretrained:
+    if is_pretrained_here(spec):
         return create(f"local-dir:{pretrained_folder(spec.name, cache)}", pretrained=True, image_size=image_size)
-    if spec.name in NETWORKS and (file is not None or built_in):
+    if spec.name in NETWORKS and (file is not None or spec.weights is None):
         module = architecture(spec.name, image_size=image_size)
     else:
         pretrained = file is None and (spec.pretrained or spec.weights is not None)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from trainables.core.durable import new_folder
+from trainables.core.task import ModelSpec
 
 log = logging.getLogger("luthier")
 
@@ -58,6 +59,11 @@ INPUT = {
     "interpolation": "bilinear",
     "crop_pct": 1.0,
 }
+
+
+def is_pretrained_here(spec: ModelSpec) -> bool:
+    """Whether a model's weights are those that `pretrained_folder` makes: not random ones, and none of its user."""
+    return spec.name in NETWORKS and spec.pretrained and spec.weights is None
 
 
 def architecture(name: str, num_classes: int = 0, image_size: int | None = None) -> nn.Module:
