@@ -143,13 +143,16 @@ def fsr(
     context: typer.Context,
     study: StudyFile = Path("study.yaml"),
     progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Continue although this key has changed. May be repeated.")
+    ] = None,
 ) -> None:
     """Measure how well the training images represent the target (FSR), and the λ that follows from it."""
     from orchestrator.fsr_command import measure_fsr
     from orchestrator.outcome import outcome_code
     from orchestrator.study import Study
 
-    found = measure_fsr(Study.from_yaml(study), progress=progress)
+    found = measure_fsr(Study.from_yaml(study), progress=progress, allow_change=allow_change or ())
     context.obj.result(found.to_dict(), found.render)
     raise typer.Exit(outcome_code(found.records))
 
@@ -229,8 +232,10 @@ def data_check(
 ) -> None:
     """Explain what is found: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
     from orchestrator.ingest.check import check
+    from orchestrator.ingest.shown import shown
 
-    report = check(path)
+    with shown() as progress:
+        report = check(path, progress=progress)
     context.obj.result(report.to_dict(), report.render)
     raise typer.Exit(PREFLIGHT if report.problems else OK)
 

@@ -33,5 +33,5 @@ class DiagnosticsSpec(Section):
     fsr_seeds: Annotated[int, Field(ge=1)] = 3
     """Seeds per reference."""
     fsr_from: Annotated[str, Field(min_length=1)] | None = None
-    """Name of a study in the same storage, on the same network and data, whose FSR gives the second trial of each
-    LayerNorm entry its λ ≈ 1/FSR. null = this study's own FSR, if `luthier fsr` measured it before."""
+    """Name of a study in the same storage, on the same network and training sample, whose FSR gives an early trial of
+    each LayerNorm entry its λ ≈ 1/FSR. null = this study's own FSR, where it was measured before (`luthier fsr`)."""

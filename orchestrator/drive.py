@@ -14,7 +14,8 @@ from orchestrator.changes import check_changes
 from orchestrator.checkpoints import RETRIES, checkpoint_folder, tidy
 from orchestrator.counts import count_trials
 from orchestrator.errors import redact
-from orchestrator.lambda_hint import lambda_hints
+from orchestrator.fsr_record import record_fsr
+from orchestrator.lambda_hint import Hints, lambda_hints
 from orchestrator.setup import entries_of, make_scheduler, metric_of, planned_units, stages_of
 from orchestrator.versions import versions
 from orchestrator.yaml_writer import write_yaml
@@ -62,6 +63,7 @@ class Drive:
         with contextlib.ExitStack() as opened:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
+            hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.stages is None else Hints()
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
             cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
@@ -72,11 +74,12 @@ class Drive:
             with self._followed(journal) as progress, self._ending(journal):
                 resources = {**request, "concurrent": concurrent}
                 told = {change.key: [change.was, change.now] for change in changed}
-                journal.append("study_started", **self._facts(), resources=resources, changed=told)
+                journal.append("study_started", **self._facts(), resources=resources, changed=told, **hints.fields())
                 if self.stages is None:
                     measure_start(self.spec, self.task, journal, request)
-                searcher = self._searcher(journal, any(not change.harmless for change in changed))
+                searcher = self._searcher(journal, hints, any(not change.harmless for change in changed))
                 self._tune(journal, searcher, progress, request, concurrent)
+                record_fsr(journal)
 
     def _tune(
         self,
@@ -119,7 +122,7 @@ class Drive:
             for problem in callback.problems:
                 log.error("The journal of this run is incomplete: %s", problem)
 
-    def _searcher(self, journal: Journal, changed: bool) -> StudySearcher:
+    def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:
         from orchestrator.search import StudySearcher
 
         spec = self.spec
@@ -134,7 +137,7 @@ class Drive:
             metric=metric_of(spec),
             stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
             journal=journal,
-            hints=lambda_hints(spec, self.folder),
+            hints=hints.values,
             searching=self.stages is None,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             changed=changed,

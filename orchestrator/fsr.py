@@ -8,28 +8,30 @@ samples) and `oracle` (labelled data of an OOD domain; analysis only, never used
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orchestrator.leaderboard import mean_interval
 from orchestrator.records import TrialRecord
+from orchestrator.shift_limit import Fit, Floats, ShiftLimit
 
 SHIFT, IMAGES = "ln_shift/last/total", "cost/training_images"
-OWN, FULL, ORACLE = "1", "full", "oracle:"
-"""Names of samples: the study's own, the whole pool, and (before the domain's name) an OOD domain."""
-EXPONENTS = np.geomspace(0.1, 4.0, 60)
-"""Values of c in Shift(n) = a − b·n^(−c). Below 0.1 the curve is a logarithm within any range of n that can be
-measured, and its limit means nothing."""
-BOOTSTRAP = 1000
+OWN, FULL, EXTRAPOLATED, ORACLE = "1", "full", "extrapolated", "oracle:"
+"""Names of samples and references: the study's own, the whole pool, the limit of nested samples, and (before the
+domain's name) an OOD domain."""
 LEVEL = 0.95
 FURTHEST = 3.0
 """A limit beyond this many times the largest measured shift is no measurement any more."""
+GRID, BEYOND = 24, 4.0
+"""Points of a fitted curve between the measured ones, and how many times the largest sample it goes on to."""
+
+Samples = Mapping[str, Mapping[int, TrialRecord]]
+"""Name of a sample → seed → its reference trial."""
 
 
 @dataclass(frozen=True)
@@ -39,83 +41,124 @@ class FsrEstimate:
     reference: str
     """`full`, `extrapolated`, or `oracle:<domain>`."""
     value: float
-    low: float
-    high: float
-    shift: float
+    """NaN = it cannot be told; `note` says why."""
+    low: float = math.nan
+    """NaN = one seed has no interval."""
+    high: float = math.nan
+    """Infinite = the interval is open."""
+    shift: float = math.nan
     """Mean Shift(T, S) of the study's own sample."""
-    reference_shift: float
+    reference_shift: float = math.nan
     """Mean (or fitted) Shift(T*, S)."""
-    seeds: int
+    seeds: int = 0
     note: str = ""
     """What keeps the number from being believed; empty = nothing."""
-    points: tuple[tuple[float, float, float], ...] = field(default=(), compare=False)
-    """Of an extrapolation: (training images, mean shift, fitted shift) per sample."""
+    by_seed: Mapping[int, float] = field(default_factory=dict, compare=False)
+    """Seed → ratio, where trials are compared seed by seed."""
+    curve: Mapping[str, Any] | None = field(default=None, compare=False)
+    """Of an extrapolation: `columns` images, shift (None between the samples) and fit, and `note`."""
 
     @property
     def lam(self) -> float:
         """First guess of λ, 1/FSR (papers/000: λ is negatively correlated with FSR)."""
         return 1 / self.value
 
+    @property
+    def lam_interval(self) -> tuple[float, float]:
+        """1/FSR at the ends of the interval; the upper one is infinite where FSR may be 0."""
+        return 1 / self.high, (1 / self.low if self.low > 0 else math.nan if math.isnan(self.low) else math.inf)
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether labelled OOD images were trained on: nothing may be chosen by it."""
+        return self.reference.startswith(ORACLE)
+
+    def number(self) -> str:
+        """`0.61 ± 0.07`, `0.61 [0.52, 0.75]` where the interval lies askew, or `0.61` of one seed."""
+        below, above = self.value - self.low, self.high - self.value
+        if math.isnan(self.low):
+            return f"{self.value:.2f}"
+        if abs(above - below) < 0.005:
+            return f"{self.value:.2f} ± {above:.2f}"
+        end = "∞)" if math.isinf(self.high) else f"{self.high:.2f}]"
+        return f"{self.value:.2f} [{self.low:.2f}, {end}"
+
     def sentence(self) -> str:
         """What the number means."""
-        spread = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
-        head = f"FSR {self.value:.2f}{spread} ({self._against()})"
+        if math.isnan(self.value):
+            return f"No FSR ({self._against()}): {self.note}"
+        head = f"FSR {self.number()} ({self._against()})"
         if self.note:
             return f"{head}: {self.note}"
         if math.isnan(self.low):
             return f"{head}: one seed is no interval; raise diagnostics.fsr_seeds before believing it."
+        target = "this domain" if self.is_oracle else "the target"
         if self.low <= 1 <= self.high:
-            return f"{head}: the sample may well represent the target; λ = 1 is the first guess."
-        if self.value < 1:
-            why = f"the sample under-represents the target; λ > 1 is expected to help, first guess {self.lam:.2f}"
+            meaning, advice = f"the sample may well represent {target}", "λ = 1 is the first guess"
+        elif self.value < 1:
+            meaning, advice = f"the sample under-represents {target}", "λ > 1 is expected to help"
         else:
-            why = f"the norms moved more than representative data moves them; λ < 1, first guess {self.lam:.2f}"
-        return f"{head}: {why}."
+            meaning, advice = f"the norms moved more than data of {target} move them", "λ < 1 is expected to help"
+        if self.is_oracle:
+            return f"{head}: {meaning}."
+        guess = "" if self.low <= 1 <= self.high else f", first guess λ = {self.lam:.2f}"
+        return f"{head}: {meaning}; {advice}{guess}."
 
     def _against(self) -> str:
-        if self.reference.startswith(ORACLE):
+        if self.is_oracle:
             return f"oracle on {self.reference.removeprefix(ORACLE)}, for analysis only"
         return {FULL: "against the full pool"}.get(self.reference, self.reference)
 
     def metrics(self) -> dict[str, float]:
-        """By the names of the record."""
-        name = self.reference.replace(":", "/")
-        found = {f"fsr/{name}": self.value, f"fsr/{name}/low": self.low, f"fsr/{name}/high": self.high}
+        """By the names of the record; nothing where FSR cannot be told, and no open end."""
+        if math.isnan(self.value):
+            return {}
+        name = f"fsr/{self.reference.replace(':', '/')}"
+        found = {name: self.value, f"{name}/low": self.low, f"{name}/high": self.high}
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
 def estimates(records: Iterable[TrialRecord]) -> list[FsrEstimate]:
     """FSR against every reference that the records hold: full, extrapolated, then the oracles by name.
 
-    Only complete reference trials that moved their LayerNorms count. Several configurations may have references (the
-    study was continued and another one is best now): the one with the latest trial counts.
+    Only complete reference trials that report their shift count. Several configurations may have references (the study
+    was continued and another one is best now): the one with the latest trial counts.
     """
-    runs = [r for r in records if r.role == "reference" and r.state == "complete" and r.metric(SHIFT) is not None]
-    if not runs:
+    samples = reference_samples(records)
+    if OWN not in samples:
         return []
-    latest = max(runs, key=lambda r: r.number).config_hash
+    own = samples[OWN]
+    nested = {name: found for name, found in samples.items() if name not in (OWN, FULL) and not name.startswith(ORACLE)}
+    found = [_ratio(FULL, own, samples[FULL])] if FULL in samples else []
+    if len(nested) >= 2:
+        found.append(_extrapolated(own, nested))
+    return found + [_ratio(name, own, samples[name]) for name in sorted(samples) if name.startswith(ORACLE)]
+
+
+def reference_samples(records: Iterable[TrialRecord]) -> Samples:
+    """The trials that `estimates` looks at."""
+    runs = [r for r in records if r.role == "reference" and r.state == "complete" and r.metric(SHIFT) is not None]
     samples: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
+    latest = max(runs, key=lambda r: r.number).config_hash if runs else None
     for record in runs:
         if record.config_hash == latest and record.sample is not None:
             samples[record.sample][record.seed] = record
-    own = samples.pop(OWN, {})
-    if not own:
-        return []
-    found = []
-    if FULL in samples:
-        found.append(_ratio(FULL, own, samples.pop(FULL)))
-    fractions = {name: found_in for name, found_in in samples.items() if not name.startswith(ORACLE)}
-    if len(fractions) >= 2:
-        found.append(_extrapolated(own, fractions))
-    return found + [_ratio(name, own, samples[name]) for name in sorted(samples) if name.startswith(ORACLE)]
+    return dict(samples)
 
 
 def suggested(found: Sequence[FsrEstimate]) -> FsrEstimate | None:
     """The estimate that a first λ is taken from: the full pool's, else the extrapolation's; never an oracle's, which
     has seen test labels, and none that carries a note or whose interval holds 1."""
-    usable = [e for e in found if not e.reference.startswith(ORACLE) and not e.note and not math.isnan(e.low)]
+    usable = [e for e in found if not e.is_oracle and not e.note and not math.isnan(e.low)]
     best = usable[0] if usable else None
     return None if best is None or best.low <= 1 <= best.high else best
+
+
+def study_metrics(found: Sequence[FsrEstimate]) -> dict[str, float]:
+    """Metrics of the study's own run: every estimate, and `fsr/lambda` where one suggests a λ."""
+    first = suggested(found)
+    values = {name: value for estimate in found for name, value in estimate.metrics().items()}
+    return values if first is None else {**values, "fsr/lambda": first.lam}
 
 
 def _shift(record: TrialRecord) -> float:
@@ -126,93 +169,61 @@ def _shift(record: TrialRecord) -> float:
 
 def _ratio(reference: str, own: Mapping[int, TrialRecord], other: Mapping[int, TrialRecord]) -> FsrEstimate:
     """Mean over seeds of the ratio of two trials of one seed: what the seed does to both cancels."""
-    seeds = sorted(own.keys() & other.keys())
-    pairs = [(_shift(own[seed]), _shift(other[seed])) for seed in seeds]
-    moved = [(mine, theirs) for mine, theirs in pairs if theirs > 0]
-    if not moved:
-        nothing = "the reference's norms did not move: train with a higher rate or for longer."
-        return FsrEstimate(reference, math.nan, math.nan, math.nan, math.nan, 0.0, len(seeds), nothing)
-    mean, half = mean_interval([mine / theirs for mine, theirs in moved], LEVEL)
-    shifts = np.mean(np.array(moved), axis=0)
-    return FsrEstimate(reference, mean, mean - half, mean + half, float(shifts[0]), float(shifts[1]), len(moved))
+    pairs = {seed: (_shift(own[seed]), _shift(other[seed])) for seed in sorted(own.keys() & other.keys())}
+    if not pairs:
+        return FsrEstimate(reference, math.nan, note="no seed has a trial on both samples.")
+    for name, position in (("reference's", 1), ("study's own", 0)):
+        if any(pair[position] <= 0 for pair in pairs.values()):
+            note = f"the {name} norms did not move: train with a higher rate or for longer."
+            return FsrEstimate(reference, math.nan, seeds=len(pairs), note=note)
+    ratios = {seed: mine / theirs for seed, (mine, theirs) in pairs.items()}
+    mean, half = mean_interval(list(ratios.values()), LEVEL)
+    shift, reference_shift = (float(np.mean([pair[i] for pair in pairs.values()])) for i in (0, 1))
+    ends = (mean - half, mean + half)
+    return FsrEstimate(reference, mean, *ends, shift, reference_shift, len(ratios), by_seed=ratios)
 
 
-def _extrapolated(own: Mapping[int, TrialRecord], fractions: Mapping[str, Mapping[int, TrialRecord]]) -> FsrEstimate:
-    """Shift(n) fitted over all samples; the interval is a bootstrap over seeds."""
-    samples = [*fractions.values(), own]
+def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimate:
+    """FSR as the share of the limit of Shift(n); the interval is a bootstrap over seeds."""
+    samples = [*nested.values(), own]
     seeds = sorted(set.intersection(*(set(sample) for sample in samples)))
-    images = np.array([np.mean([sample[seed].metric(IMAGES) or 0.0 for seed in sample]) for sample in samples])
     if not seeds:
-        seeds = sorted(own)
-        shifts = np.array([[np.mean([_shift(r) for r in sample.values()])] for sample in samples])
-    else:
-        shifts = np.array([[_shift(sample[seed]) for seed in seeds] for sample in samples])
-    order = np.argsort(images)
-    images, shifts = images[order], shifts[order]
-    mean = shifts.mean(axis=1)
-    limit, slope, exponent = fit_limit(images, mean)
-    value = mean[-1] / limit if limit > 0 else math.nan
-    low, high = _bootstrap(images, shifts)
-    fitted = limit - slope * images**-exponent
-    points = tuple((float(n), float(s), float(f)) for n, s, f in zip(images, mean, fitted, strict=True))
-    note = _doubt(limit, exponent, float(mean.max()), len(seeds))
-    return FsrEstimate("extrapolated", float(value), low, high, float(mean[-1]), float(limit), len(seeds), note, points)
-
-
-def _doubt(limit: float, exponent: float, largest: float, seeds: int) -> str:
-    if not limit > 0:
-        return "the shifts of the nested samples have no positive limit; add fractions or seeds."
-    if limit > FURTHEST * largest or exponent <= EXPONENTS[0]:
-        return "the shift still grows at the whole sample, so that its limit cannot be told; take `full` or more data."
-    return ""
-
-
-def fit_limit(images: NDArray[np.float64], shifts: NDArray[np.float64]) -> tuple[float, float, float]:
-    """a, b and c of Shift(n) = a − b·n^(−c) by least squares: for every c of `EXPONENTS` a and b are a linear problem,
-    the c of the smallest residual wins (ties: the larger c, whose limit is nearer).
-
-    Raises:
-        ValueError: fewer than three sizes.
-    """
-    if len(images) < 3 or len(set(images.tolist())) < 3:
-        raise ValueError(
-            f"An extrapolation needs three samples of different sizes, but got {sorted(set(images.tolist()))}. Give "
-            "two diagnostics.fsr_fractions at least."
+        return FsrEstimate(EXTRAPOLATED, math.nan, note="no seed has a trial on every nested sample.")
+    images = np.array([[sample[seed].metric(IMAGES) or 1.0 for seed in seeds] for sample in samples]).mean(axis=1)
+    shifts = np.array([[_shift(sample[seed]) for seed in seeds] for sample in samples])
+    mean, at = shifts.mean(axis=1), len(samples) - 1
+    try:
+        limit = ShiftLimit(images)
+    except ValueError as error:
+        note = f"{error} List other diagnostics.fsr_fractions."
+        return FsrEstimate(EXTRAPOLATED, math.nan, shift=float(mean[at]), seeds=len(seeds), note=note)
+    fit, (value,) = limit.fit(mean), limit.share(mean[None], at)
+    low, high = limit.interval(shifts, at, LEVEL)
+    believed = 0 < value < math.inf
+    note = ""
+    if not believed or fit.limit > FURTHEST * mean.max():
+        moves = "falls" if value == math.inf else "grows"
+        note = (
+            f"the shift still {moves} at the whole sample, so that its limit cannot be told; take `full` or more data."
         )
-    best = (math.inf, 0.0, 0.0, 0.0)
-    scale = float(np.exp(np.log(images).mean()))
-    for exponent in reversed(EXPONENTS):
-        powers = (images / scale) ** -exponent
-        design = np.stack([np.ones_like(powers), -powers], axis=1)
-        (limit, slope), *_ = np.linalg.lstsq(design, shifts, rcond=None)
-        residual = float(np.square(design @ (limit, slope) - shifts).sum())
-        if residual < best[0] * (1 - 1e-9) - 1e-18:
-            best = (residual, float(limit), float(slope * scale**exponent), float(exponent))
-    return best[1], best[2], best[3]
+    return FsrEstimate(
+        reference=EXTRAPOLATED,
+        value=float(value) if believed else math.nan,
+        low=low,
+        high=high,
+        shift=float(mean[at]),
+        reference_shift=fit.limit if believed else math.nan,
+        seeds=len(seeds),
+        note=note,
+        curve=_curve(images, mean, fit),
+    )
 
 
-def _bootstrap(images: NDArray[np.float64], shifts: NDArray[np.float64]) -> tuple[float, float]:
-    """Percentiles of FSR over resampled seeds; all resamples where there are few enough to list them."""
-    count = shifts.shape[1]
-    if count < 2:
-        return math.nan, math.nan
-    if count**count <= BOOTSTRAP:
-        draws = [list(draw) for draw in itertools.combinations_with_replacement(range(count), count)]
-        weights = [_permutations(draw) for draw in draws]
-    else:
-        generator = np.random.default_rng(0)
-        draws = generator.integers(0, count, size=(BOOTSTRAP, count)).tolist()
-        weights = [1] * len(draws)
-    ratios = []
-    for draw, weight in zip(draws, weights, strict=True):
-        mean = shifts[:, draw].mean(axis=1)
-        limit = fit_limit(images, mean)[0]
-        ratios += [mean[-1] / limit if limit > 0 else 0.0] * weight
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(ratios, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def _permutations(draw: Sequence[int]) -> int:
-    """In how many orders a multiset can be drawn."""
-    return math.factorial(len(draw)) // math.prod(math.factorial(draw.count(item)) for item in set(draw))
+def _curve(images: Floats, shifts: Floats, fit: Fit) -> dict[str, Any]:
+    """The measured shifts on the fitted curve, which goes on beyond them."""
+    rows: list[tuple[float, float | None]] = [(float(n), float(s)) for n, s in zip(images, shifts, strict=True)]
+    rows += [(float(n), None) for n in np.geomspace(images.min(), BEYOND * images.max(), GRID)[1:]]
+    rows.sort(key=lambda row: row[0])
+    at = np.array([n for n, _ in rows])
+    columns = {"images": at.tolist(), "shift": [shift for _, shift in rows], "fit": fit.at(at).tolist()}
+    return {"columns": columns, "note": f"Shift(n) = {fit.limit:.4g} − {fit.slope:.4g}·n^(−{fit.exponent:.3g})"}

@@ -11,6 +11,7 @@ from typing import Any
 import search_spaces
 from orchestrator.diagnostics_rules import domain_problems, network_problems
 from orchestrator.errors import PreflightError, Problem, did_you_mean
+from orchestrator.lambda_hint import hint_problems
 from orchestrator.spec import StrategyEntry, StudySpec
 
 
@@ -29,6 +30,7 @@ def preflight(spec: StudySpec) -> None:
         _package_problems,
         _budget_problems,
         _phase_problems,
+        hint_problems,
         _machine_problems,
         _storage_problems,
     )

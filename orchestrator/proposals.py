@@ -34,9 +34,10 @@ Proposal = tuple[Trial, TrialSpec]
 class Proposals:
     """Proposes search trials; what comes next follows from the ledger, the seed and the arguments alone.
 
-    Order: the default point of every entry that the sampler searches and the first point of every sweep; hints; what an
-    earlier driver left unfinished; the rest of the sweeps; `ROUNDS` rounds over the searched entries; then the sampler
-    chooses entry and values. A sweep that waits for its own trials holds nobody else up.
+    Order: the default point of every entry that the sampler searches and the first point of every sweep; hints that are
+    new to the study, each with its entry's defaults; what an earlier driver left unfinished; the rest of the sweeps;
+    `ROUNDS` rounds over the searched entries; then the sampler chooses entry and values. A sweep that waits for its own
+    trials holds nobody else up.
 
     Args: see `orchestrator.search.StudySearcher`; `maximise` is per objective.
     """
@@ -90,7 +91,7 @@ class Proposals:
                 if found is not None:
                     return found
         for label, values in self.hints.items():
-            if self._proposed(ledger, label) == 1:
+            if not self._hinted(ledger, label, values):
                 hint = {f"{label}.{key}": value for key, value in values.items()}
                 return self._draw(ledger, self._default(self.searched[label]) | hint)
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
@@ -104,6 +105,13 @@ class Proposals:
 
     def _proposed(self, ledger: Ledger, label: str) -> int:
         return sum(r.label == label and r.role == "search" for r in ledger.records.values())
+
+    def _hinted(self, ledger: Ledger, label: str, values: Mapping[str, Any]) -> bool:
+        """Whether the default point with these values has been proposed, in this run or in an earlier one."""
+        entry = self.searched[label]
+        point = search_spaces.default_point(entry.strategy, entry.fixed) | dict(values)
+        wanted = TrialSpec(task=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
+        return any(r.config_hash == wanted and r.role == "search" for r in ledger.records.values())
 
     def _default(self, entry: Entry) -> dict[str, Any]:
         """Optuna's parameters of an entry's default point (under a flat space with the others' defaults beside)."""
@@ -133,7 +141,8 @@ class Proposals:
                 study.enqueue_trial(dict(given))
             trial = study.ask()
             spec = self.configuration(trial)
-            twin = next((r for r in ledger.records.values() if r.config_hash == spec.config_hash), None)
+            same = (r for r in ledger.records.values() if r.config_hash == spec.config_hash)
+            twin = next((r for r in same if r.role == "search"), None)  # a reference trial may have been there before
             if twin is None:
                 return trial, spec
             ledger.duplicate(trial, twin)

@@ -57,7 +57,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         time_budget_s: seconds from the first proposal after which nothing more is proposed.
         checkpoints: number → folder where that trial keeps its checkpoints; None = trials keep none.
         changed: the study was changed since its last run, and a person allowed it.
-        hints: label → values that its second trial gets, the others at their defaults.
+        hints: label → values that a trial after the default points gets, the others at their defaults.
         searching: False = only the stages run.
 
     Raises:

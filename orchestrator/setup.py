@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orchestrator.fsr_stage import ReferenceStage
     from orchestrator.ingest.pipeline import IngestRequest
     from orchestrator.records import TrialRecord
     from orchestrator.spec import StudySpec
@@ -146,10 +147,11 @@ def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
     return stages
 
 
-def references_of(spec: StudySpec, task: Task, store: Store, references: Sequence[str]) -> Stage:
+def references_of(spec: StudySpec, task: Task, store: Store, references: Sequence[str]) -> ReferenceStage:
     """The reference trials of FSR."""
-    from orchestrator.fsr_stage import ReferenceStage
+    from orchestrator.fsr_stage import STRATEGY, ReferenceStage
 
-    wanted = spec.diagnostics
-    fractions, seed = tuple(wanted.fsr_fractions), spec.search.seed
-    return ReferenceStage(task, store, spec.search.objective, tuple(references), fractions, wanted.fsr_seeds, seed)
+    wanted, rule, seed = spec.diagnostics, spec.search.objective, spec.search.seed
+    fractions, seeds = tuple(wanted.fsr_fractions), wanted.fsr_seeds
+    entry = next((entry for entry in entries_of(spec) if entry.strategy == STRATEGY), None)
+    return ReferenceStage(task, store, rule, tuple(references), fractions, seeds, seed, entry)

@@ -91,8 +91,8 @@ def test_an_entry_that_starts_late_is_not_measured_by_one_that_starts_high() -> 
     assert report(scheduler, daft, 1, 0.2) == CONTINUE
 
 
-@pytest.mark.parametrize("role", ["fold", "confirm"])
-def test_folds_and_confirmations_run_in_full(role: str) -> None:
+@pytest.mark.parametrize("role", ["fold", "confirm", "reference"])
+def test_folds_confirmations_and_references_run_in_full(role: str) -> None:
     scheduler = StudyScheduler("val/acc", True, epochs=9)
     good, again = FakeTrial("a"), FakeTrial("b", role=role)
     add(scheduler, good, again)
