@@ -31,11 +31,7 @@ ALPHA = Knob("α", "wise", "alpha", "wise/alpha")
 
 def choice_findings(records: Sequence[TrialRecord], entries: Sequence[Competitor]) -> Iterator[str]:
     """FSR against every reference, then every λ and α that was chosen on validation."""
-    found: list[FsrEstimate] = []
-    try:
-        found = estimates(records)
-    except ValueError as error:
-        yield f"FSR cannot be told: {error}"
+    found = estimates(records)
     yield from fsr_findings(found)
     for entry in entries:
         if _searched(records, entry):
@@ -47,16 +43,11 @@ def choice_findings(records: Sequence[TrialRecord], entries: Sequence[Competitor
 
 def fsr_findings(found: Sequence[FsrEstimate]) -> Iterator[str]:
     """A sentence per reference; the oracles, which are for analysis only, together in one."""
-    yield from (estimate.sentence() for estimate in found if not estimate.reference.startswith(ORACLE))
-    oracles = [e for e in found if e.reference.startswith(ORACLE) and math.isfinite(e.value)]
+    yield from (estimate.sentence() for estimate in found if not estimate.is_oracle)
+    oracles = [e for e in found if e.is_oracle and math.isfinite(e.value)]
     if oracles:
-        shown = ", ".join(f"{e.reference.removeprefix(ORACLE)} {_ratio(e)}" for e in oracles)
+        shown = ", ".join(f"{e.reference.removeprefix(ORACLE)} {e.number()}" for e in oracles)
         yield f"FSR against labelled OOD images (oracle, for analysis only): {shown}."
-
-
-def _ratio(estimate: FsrEstimate) -> str:
-    interval = "" if math.isnan(estimate.low) else f" [{estimate.low:.2f}, {estimate.high:.2f}]"
-    return f"{estimate.value:.2f}{interval}"
 
 
 def _searched(records: Sequence[TrialRecord], entry: Competitor) -> bool:

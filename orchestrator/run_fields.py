@@ -3,7 +3,6 @@ artifacts. Pure; nothing here imports mlflow."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -102,9 +101,8 @@ def summary(
     records: Sequence[TrialRecord], header: Header, measurements: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[dict[str, str], dict[str, str], dict[str, float]]:
     """Tags, artifacts and metrics of a finished study's own run: the leaderboard and the findings as the run's note, as
-    Markdown and as CSV, the chosen configuration's numbers, and FSR. A study without a complete trial has a note that
+    Markdown and as CSV, the chosen configuration's numbers. A study without a complete trial has a note that
     says so."""
-    from orchestrator.fsr import estimates
     from orchestrator.results import Results
 
     results = Results(records, {**(header.spec() or {}), "name": header.study}, measurements=measurements)
@@ -113,8 +111,6 @@ def summary(
     }
     tags, texts = {}, {}
     try:
-        with contextlib.suppress(ValueError):  # the findings say why there is no FSR
-            metrics |= {name: value for estimate in estimates(records) for name, value in estimate.metrics().items()}
         note = results.markdown()
         table = results.leaderboard()
         best = results.best(results.rule)

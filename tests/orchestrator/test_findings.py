@@ -11,6 +11,7 @@ from rich.console import Console
 
 from orchestrator.comparison import Score, listed, overlap
 from orchestrator.findings import findings
+from orchestrator.fsr import estimates
 from orchestrator.leaderboard import leaderboard, relative_gain
 from orchestrator.records import TrialRecord
 from orchestrator.results import Results
@@ -138,6 +139,8 @@ class TestGain:
         results.render(console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "97.0 ± 2.5" in text
+        assert ("full: trial 0, gain +7.8 %, -18.0 % OOD, -" in text) == (width == 80)
+        assert "linear_probe: trial 100, -" in text
         assert "+7.8 %" in text
         assert "…" not in text
         assert "| gain | gain OOD |" in results.markdown()
@@ -181,6 +184,14 @@ class TestPlasticity:
         assert sentence.endswith(
             "and, trained alone, reaches 92.0 ± 0.0 % on the ID test; full fine-tuning's own gain over linear probing "
             "(+1.0 points) is within the intervals, so that there is no share of it to tell."
+        )
+
+    def test_a_loss_has_no_share(self) -> None:
+        lost = entry(0, "full", (0.80, 0.81, 0.82))
+        (sentence,) = about(said(lost, PROBE, alone("mha", 3, (0.92, 0.92, 0.92)), plasticity=P), "most plastic")
+        assert sentence.endswith(
+            "and, trained alone, reaches 92.0 ± 0.0 % on the ID test; full fine-tuning itself gains nothing over "
+            "linear probing (81.0 ± 2.5 % against 90.0 ± 0.0 %), so that there is no share of a gain to tell."
         )
 
     def test_less_than_linear_probing_is_no_share_either(self) -> None:
@@ -250,10 +261,10 @@ class TestLambda:
         ]
 
     def test_beside_fsr(self) -> None:
-        first, second = said(LN, shift_ratio(0.60, 0.61, 0.62))
-        assert first.startswith(
-            "FSR 0.61 [0.59, 0.63] (against the full pool): the sample under-represents the target;"
-        )
+        references = shift_ratio(0.60, 0.61, 0.62)
+        first, second = said(LN, references)
+        assert [first] == [estimate.sentence() for estimate in estimates(references)]
+        assert first.startswith("FSR 0.61")
         assert second.startswith("ln: best λ on validation was 1.40, as FSR 0.61 suggests λ > 1; against λ = 1 ")
         assert said(LN, shift_ratio(1.20, 1.21, 1.22))[1].startswith(
             "ln: best λ on validation was 1.40, while FSR 1.21 suggests λ < 1; against"
@@ -264,7 +275,7 @@ class TestLambda:
 
     def test_an_oracle_suggests_nothing(self) -> None:
         first, second = said(LN, shift_ratio(0.60, 0.61, 0.62, "oracle:noisy"))
-        assert first == "FSR against labelled OOD images (oracle, for analysis only): noisy 0.61 [0.59, 0.63]."
+        assert first == "FSR against labelled OOD images (oracle, for analysis only): noisy 0.61 ± 0.02."
         assert second.startswith("ln: best λ on validation was 1.40; against")
 
     def test_seeds_that_differ(self) -> None:
@@ -285,14 +296,6 @@ class TestLambda:
             layernorm__lambda=(1.4, 1.4, 1.4),
         )  # fmt: skip
         assert said(cyclic) == ["cyclic: best λ on validation was 1.40."]
-
-    def test_an_fsr_that_cannot_be_told_says_why(self) -> None:
-        same_size = [reference(sample, seed, 1.0) for sample in ("1", "0.25", "0.5") for seed in range(2)]
-        (sentence,) = said(same_size)
-        assert sentence == (
-            "FSR cannot be told: An extrapolation needs three samples of different sizes, but got [100.0]. Give two "
-            "diagnostics.fsr_fractions at least."
-        )
 
 
 class TestWise:
@@ -317,8 +320,8 @@ class TestDistortion:
     def test_who_moved_the_features(self) -> None:
         frozen = moved(9, "linear_probe", 1.0, 1.0, 0.5)
         assert about(said(moved(0, "full", 0.71, 0.62, 0.4), moved(1, "lora", 0.98, 0.95, 0.5), frozen), "cosine") == [
-            "full moved the features most: mean cosine 0.71 on the ID test and 0.62 on OOD before and after; lora "
-            "least of those that move them: 0.98 on the ID test and 0.95 on OOD."
+            "full moved the features most: mean cosine 0.710 on the ID test and 0.620 on OOD before and after; lora "
+            "least of those that move them: 0.980 on the ID test and 0.950 on OOD."
         ]
 
     def test_alone_it_is_no_comparison(self) -> None:
