@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,15 +54,22 @@ class Study:
         preflight(self.spec)
         return make_plan(self.spec)
 
-    def prepare(self) -> Store:
-        """Check everything that can be checked without a cluster and read the data into the store (once)."""
+    def prepare(self, progress: bool = False) -> Store:
+        """Check everything that can be checked without a cluster and read the data into the store (once).
+
+        Args:
+            progress: show on stderr how far reading is.
+        """
         if self._store is None:
             from orchestrator.ingest.pipeline import ingest
+            from orchestrator.ingest.shown import shown
             from orchestrator.preflight import preflight
             from orchestrator.setup import ingest_request, make_built_in, model_of
 
             preflight(self.spec)
-            self._store = ingest(ingest_request(self.spec), Path(self.spec.storage).absolute() / "data")
+            with shown() if progress else contextlib.nullcontext() as report:
+                place = Path(self.spec.storage).absolute() / "data"
+                self._store = ingest(ingest_request(self.spec), place, progress=report)
             make_built_in(model_of(self.spec))
         return self._store
 
@@ -79,7 +87,7 @@ class Study:
         from orchestrator.drive import Drive
         from orchestrator.setup import make_task
 
-        store = self.prepare()
+        store = self.prepare(progress)
         task = make_task(self.spec, store)
         Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
         return self.results()

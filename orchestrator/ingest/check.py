@@ -21,7 +21,7 @@ def check(path: str | Path, workers: int | None = None, progress: Progress | Non
     Args:
         path: folder, `.parquet` or `.npz` file, or the word `digits` where no such path exists.
         workers: decoder processes; None = one per CPU.
-        progress: called from several threads with (images done, images in all).
+        progress: called from several threads with (images done, images in all, unreadable ones).
 
     Raises:
         DataError: nothing there, or nothing that could be read as data.

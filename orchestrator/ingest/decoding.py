@@ -29,8 +29,8 @@ PER_WORKER = 256
 PATIENCE = 300.0
 """Seconds for one request (at most 256 pictures) before its process is taken for hung and killed."""
 
-Progress = Callable[[int, int], None]
-"""Called with (samples done, samples in all)."""
+Progress = Callable[[int, int, int], None]
+"""Called with (samples done, samples in all, samples done that cannot be read)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def decode_all(
 
     Args:
         workers: processes at most; None = one per CPU of this process.
-        progress: called from several threads.
+        progress: called from several threads, see `Progress`.
 
     Returns:
         Outcome by position, in the order of `wanted`.
@@ -65,14 +65,16 @@ def decode_all(
         OSError: the target could not be written.
     """
     found: dict[int, Outcome] = {}
-    lock = threading.Lock()
+    lock, unreadable = threading.Lock(), 0
 
     def done(outcomes: dict[int, Outcome]) -> None:
+        nonlocal unreadable
         with lock:
             found.update(outcomes)
-            count = len(found)
+            unreadable += sum(outcome.reason is not None for outcome in outcomes.values())
+            counts = len(found), len(wanted), unreadable
         if progress is not None:
-            progress(count, len(wanted))
+            progress(*counts)
 
     count = max(1, min(workers or len(os.sched_getaffinity(0)), -(-len(wanted) // PER_WORKER)))
     if isinstance(source, ArraySource):

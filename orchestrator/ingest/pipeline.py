@@ -54,7 +54,7 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
         request: what to read.
         into: folder of the stores; made if it is missing.
         workers: decoder processes; None = one per CPU.
-        progress: called from several threads with (images done, images in all).
+        progress: called from several threads with (images done, images in all, unreadable ones).
 
     Raises:
         DataError: the source is missing or unusable, `into` cannot be written or is too small, or, with

@@ -73,7 +73,7 @@ def test_pixels_go_to_their_offsets_and_nowhere_else(tmp_path: Path) -> None:
     found = np.fromfile(target, np.uint8).reshape(7, -1)
     assert (found[[4, 6]] == 0xAA).all()
     assert not (found[[0, 1, 2, 3, 5]] == 0xAA).all(1).any()
-    assert progress == [(5, 5)]
+    assert progress == [(5, 5, 0)]
 
 
 def test_a_full_disk_is_an_error_and_not_a_quarantine(tmp_path: Path) -> None:
