@@ -71,7 +71,8 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None) -> str:
     own = alone.score(METRIC) if alone is not None else None
     if own is None:
         return ""
-    full = next((score for e in entries if e.strategy == "full" and (score := e.score(METRIC))), None)
+    plain = [e for e in entries if e.strategy == "full" and e.chosen.hparams.get("wise") is None]
+    full = next((score for e in plain if (score := e.score(METRIC))), None)
     probe = next((score for e in entries if e.strategy == PROBE and (score := e.score(METRIC))), None)
     head = " and, trained alone,"
     if full is None or probe is None:

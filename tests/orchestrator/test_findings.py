@@ -178,6 +178,12 @@ class TestPlasticity:
             "their 95 % intervals overlap)."
         )
 
+    def test_full_fine_tuning_is_that_without_wise(self) -> None:
+        better = entry(0, "full_wise", (0.98, 0.98, 0.98), strategy="full", hparams={"wise": "sweep"})
+        plain = entry(7, "full", (0.96, 0.97, 0.98))
+        (sentence,) = about(said(better, PROBE, plain, alone("mha", 3, (0.968,) * 3), plasticity=P), "most plastic")
+        assert "against 97.0 ± 2.5 %" in sentence
+
     def test_a_share_of_nothing_is_not_told(self) -> None:
         weak = entry(0, "full", (0.89, 0.91, 0.93))
         (sentence,) = about(said(weak, PROBE, alone("mha", 3, (0.92, 0.92, 0.92)), plasticity=P), "most plastic")
