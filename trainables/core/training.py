@@ -116,7 +116,12 @@ class PhaseTraining:
         return Progress.of(_by_part(self._continued)["progress"], self.data.device).steps if self._continued else 0
 
     def unit_state(self) -> dict[str, Tensor]:
-        """What the unit under way has gathered, and the random generators; empty between two units."""
+        """What the unit under way has gathered, with the random generators; between two units, nothing of both. How
+        many images fit at once is part of it: another size is another rounding, and trying again draws again."""
+        known = {} if self._micro_batch.size is None else {"memory/size": torch.tensor(self._micro_batch.size)}
+        return known | self._gathered()
+
+    def _gathered(self) -> dict[str, Tensor]:
         if self._progress is None:
             return dict(self._continued)
         parts = {"progress": self._progress.state(), "random": generator_states(self.data.device)}
@@ -126,7 +131,9 @@ class PhaseTraining:
 
     def load_unit_state(self, state: Mapping[str, Tensor]) -> None:
         """Let the next `unit` go on from what `unit_state` returned."""
-        self._continued = dict(state)
+        self._continued = {name: value for name, value in state.items() if name != "memory/size"}
+        if "memory/size" in state:
+            self._micro_batch.size = int(state["memory/size"])
 
     def _observer(self) -> Observer | None:
         if "gradients" not in {*self.strategy.measures, *self.data.spec.task.diagnostics}:

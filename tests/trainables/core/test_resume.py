@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tests.conformance import CLOCK, same_numbers, same_tensors
 from tests.synthetic import shapes, write_shapes
+from trainables.core import faults
 from trainables.core import keeper as keeper_module
 from trainables.core import run as run_module
 from trainables.core.checkpoint import load_state, save_state
@@ -179,6 +180,7 @@ FAULTS = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("middle", [False, True])
 def test_p1_p2_a_trial_killed_again_and_again_gives_every_result_and_the_same(
     config: dict[str, Any], expected: list[dict[str, Any]], tmp_path: Path, middle: bool
@@ -212,6 +214,35 @@ class Restless(Strategy):
     def extra_loss(self, model: Any, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
         noise = torch.rand(()) + random.random() + random.gauss(0, 1) + float(np.random.rand() + np.random.randn())
         return noise * logits.square().mean() * 1e-3
+
+
+def test_p28_how_many_images_fit_at_once_is_remembered(
+    spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the second step, once; whoever goes on must halve the batches too."""
+    monkeypatch.setenv(VARIABLE, "phase=step,step=2,action=oom")
+
+    def out_of_memory_again() -> None:
+        faults._planned.cache_clear()
+        faults._acted.clear()
+
+    def run_of(units: int, run: Run) -> list[dict[str, Any]]:
+        return [run.step() for _ in range(units)]
+
+    out_of_memory_again()
+    whole = run_of(4, Run(spec, device="cpu"))
+    out_of_memory_again()
+    first = Run(spec, device="cpu")
+    start = run_of(2, first)
+    save_state(tmp_path / "state", first.state())
+    second = Run(spec, device="cpu")
+    second.load_state(load_state(tmp_path / "state"))
+    rest = run_of(2, second)
+    monkeypatch.undo()
+    out_of_memory_again()
+    assert [unit["cost/micro_batch"] for unit in whole] == [8.0] * 4
+    assert same_numbers(whole, start + rest)
+    assert not same_numbers(whole, expected), "halves are another rounding"
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
