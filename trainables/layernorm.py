@@ -54,7 +54,7 @@ class LayerNorm(Strategy):
         """λ where `lam_choice` is fixed."""
         lam_choice: Literal["fixed", "sweep", "learned"] = "fixed"
         """fixed = `lam`; sweep = the best of 21 values from 0 to 2 on ID validation; learned = fitted by gradient on ID
-        validation with everything else frozen."""
+        validation, in the same range, with everything else frozen."""
         lam_scope: Literal["global", "layer"] = "global"
         """Of a learned λ: one for all layers, or one per layer; the metric `layernorm/lambda` is then their mean."""
         cycles: int = 0

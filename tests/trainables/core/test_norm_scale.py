@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.trainables.norm_trials import Trial, changed, copies, finish, source_of, trials
-from trainables.core.norm_scale import best_lambda, fitted, rescale_layer_norm, scaled_names
+from trainables.core.norm_scale import GRID, best_lambda, fitted, rescale_layer_norm, scaled_names
 from trainables.core.run import Run
 from trainables.core.scoring import validation_scores
 from trainables.core.snapshot import put_back
@@ -152,6 +152,16 @@ class TestLearned:
         monkeypatch.setattr(torch.func, "functional_call", little_memory)
         assert torch.allclose(fitted(run.model, data, names, "gamma", per_layer=False), found[1], atol=1e-3)
         assert set(sizes) == {8}
+
+    def test_it_stays_in_the_range_of_the_sweep(self, plain: Run) -> None:
+        source = source_of(plain)
+        names = [name for group in scaled_names(plain.model, "gamma").values() for name in group]
+        tuned = copies(plain.model)
+        for away, end in ((0.1, GRID[-1]), (-1.0, GRID[0])):
+            put_back(plain.model, {name: source[name] + away * (tuned[name] - source[name]) for name in names})
+            found = fitted(plain.model, plain.data, {name: source[name] for name in names}, "gamma", per_layer=False)
+            assert torch.allclose(found, torch.full_like(found, end), atol=1e-2)
+            assert bool(((found >= GRID[0]) & (found <= GRID[-1])).all())
 
     def test_one_per_layer_is_better_still_and_1_where_nothing_moved(self, trial: Trial, plain: Run) -> None:
         runs = {scope: trial(lam_choice="learned", lam_scope=scope, lr_backbone=1.0) for scope in ("global", "layer")}
