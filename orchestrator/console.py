@@ -24,6 +24,7 @@ _PREFLIGHT_ERRORS = frozenset(
     {
         "orchestrator.errors.PreflightError",
         "orchestrator.ingest.errors.DataError",
+        "trainables.data.store.StoreError",
         "orchestrator.cluster_auth.ClusterError",
         "orchestrator.resources.ResourceError",
     }

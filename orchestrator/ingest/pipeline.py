@@ -21,6 +21,7 @@ from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import Job, Progress, decode_all
 from orchestrator.ingest.digits import recipe_digest
 from orchestrator.ingest.errors import DataError, counted, few
+from orchestrator.ingest.intact import check_intact, remember_intact
 from orchestrator.ingest.manifest import describe, quarantine_list
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.ingest.source import Outcome, Source
@@ -57,6 +58,7 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
         progress: called from several threads with (images done, images in all, unreadable ones).
 
     Raises:
+        StoreError: the store that is there is damaged.
         DataError: the source is missing or unusable, `into` cannot be written or is too small, or, with
             `on_bad="fail"`, an image is unreadable.
     """
@@ -65,6 +67,7 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
         recipe_digest() if source is None else source.digest
     )  # a built-in source need not be made to be found again
     place = into.absolute() / f"{request.source}-{_key(digest, request)}"
+    fresh = False
     if not _complete(place):
         source = source or open_source(request)
         assignment = assign(source, request)
@@ -72,7 +75,11 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
         with FileLock(f"{place}.lock"):
             if not _complete(place):
                 _build(source, request, assignment, place, workers, progress)
+                remember_intact(Store(place))
+                fresh = True
     store = Store(place)
+    if not fresh:
+        check_intact(store)
     if request.on_bad == "fail" and store.manifest["quarantine"]:
         raise _refused(store.manifest["quarantine"])
     return store

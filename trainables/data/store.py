@@ -59,17 +59,17 @@ class Store:
             size = (self.path / DATA).stat().st_size
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
-                f"A data store is a folder with {DATA} and {MANIFEST}, but {self.path} is none. Run the ingest again."
+                f"A data store is a folder with {DATA} and {MANIFEST}, but {self.path} is none. Run the study again."
             ) from error
         if manifest.get("format") != FORMAT:
             raise StoreError(
                 f"A data store of format {FORMAT} is needed, but {self.path} has format {manifest.get('format')!r}. "
-                "Delete the folder and run the ingest again."
+                f"Delete {self.path}: the next run reads the data again."
             )
         if size != manifest["bytes"]:
             raise StoreError(
                 f"{self.path / DATA} must have {manifest['bytes']} bytes, but it has {size}. "
-                "Delete the folder and run the ingest again."
+                f"Delete {self.path}: the next run reads the data again."
             )
         return manifest
 
@@ -133,7 +133,7 @@ class Store:
         if found != self.digest:
             raise StoreError(
                 f"{self.path / DATA} must have the SHA-256 {self.digest}, but it has {found}: the file is damaged. "
-                "Delete the folder and run the ingest again."
+                f"Delete {self.path}: the next run reads the data again."
             )
 
     @cached_property

@@ -110,7 +110,7 @@ def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as error:
         _ = Store(tmp_path).classes
     assert str(error.value) == (
-        f"A data store is a folder with data.arrow and manifest.json, but {tmp_path} is none. Run the ingest again."
+        f"A data store is a folder with data.arrow and manifest.json, but {tmp_path} is none. Run the study again."
     )
 
 
@@ -120,7 +120,8 @@ def test_another_format(folder: Path) -> None:
     with pytest.raises(StoreError) as error:
         _ = Store(folder).classes
     assert str(error.value) == (
-        f"A data store of format 1 is needed, but {folder} has format 99. Delete the folder and run the ingest again."
+        f"A data store of format 1 is needed, but {folder} has format 99. "
+        f"Delete {folder}: the next run reads the data again."
     )
 
 
@@ -132,7 +133,7 @@ def test_a_cut_file_is_noticed_at_once(folder: Path) -> None:
         _ = Store(folder).classes
     assert str(error.value) == (
         f"{data} must have {len(whole)} bytes, but it has {len(whole) - 100}. "
-        "Delete the folder and run the ingest again."
+        f"Delete {folder}: the next run reads the data again."
     )
 
 

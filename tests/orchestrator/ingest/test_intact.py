@@ -1,0 +1,85 @@
+"""A damaged store is found before a run, at a price that a large one pays once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.ingest import intact
+from orchestrator.ingest.pipeline import IngestRequest, ingest
+from tests.orchestrator.ingest.pictures import domains
+from trainables.data.store import DATA, Store, StoreError
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> IngestRequest:
+    root = domains(tmp_path / "data")
+    return IngestRequest(source="folder", root=str(root), image_size=16, interpolation="bilinear")
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The stores whose whole file was read, in order."""
+    seen: list[Path] = []
+    really = Store.verify
+
+    def verify(store: Store) -> None:
+        seen.append(store.path)
+        really(store)
+
+    monkeypatch.setattr(Store, "verify", verify)
+    return seen
+
+
+def flip_a_bit(store: Store, keep_time: bool = False) -> None:
+    """Damage a pixel; with `keep_time` as a failing disk would do it."""
+    file = store.path / DATA
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    times = (before.st_atime_ns, before.st_mtime_ns if keep_time else before.st_mtime_ns + 1_000_000_000)
+    os.utime(file, ns=times)
+
+
+def test_a_damaged_store_is_an_error_that_says_what_to_do(tmp_path: Path, request_: IngestRequest) -> None:
+    store = ingest(request_, tmp_path / "stores", workers=1)
+    flip_a_bit(store, keep_time=True)
+    found = hashlib.sha256((store.path / DATA).read_bytes()).hexdigest()
+    with pytest.raises(StoreError) as error:
+        ingest(request_, tmp_path / "stores", workers=1)
+    assert str(error.value) == (
+        f"{store.path / DATA} must have the SHA-256 {store.digest}, but it has {found}: the file is damaged. "
+        f"Delete {store.path}: the next run reads the data again."
+    )
+
+
+def test_a_small_store_is_compared_whenever_it_is_found_again(
+    tmp_path: Path, request_: IngestRequest, compared: list[Path]
+) -> None:
+    store = ingest(request_, tmp_path / "stores", workers=1)
+    assert compared == [], "it was hashed when it was written"
+    for _ in range(2):
+        ingest(request_, tmp_path / "stores", workers=1)
+    assert compared == [store.path] * 2
+
+
+def test_a_large_store_is_compared_once_for_each_state_of_its_file(
+    tmp_path: Path, request_: IngestRequest, compared: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intact, "SMALL", 1000)
+    store = ingest(request_, tmp_path / "stores", workers=1)
+    ingest(request_, tmp_path / "stores", workers=1)
+    assert compared == []
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "another machine"))
+    for _ in range(2):
+        ingest(request_, tmp_path / "stores", workers=1)
+    assert compared == [store.path]
+    flip_a_bit(store)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="the file is damaged"):
+            ingest(request_, tmp_path / "stores", workers=1)
+    assert compared == [store.path] * 3
