@@ -200,12 +200,7 @@ def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimat
     fit, (value,) = limit.fit(mean), limit.share(mean[None], at)
     low, high = limit.interval(shifts, at, LEVEL)
     believed = 0 < value < math.inf
-    note = ""
-    if not believed or fit.limit > FURTHEST * mean.max():
-        moves = "falls" if value == math.inf else "grows"
-        note = (
-            f"the shift still {moves} at the whole sample, so that its limit cannot be told; take `full` or more data."
-        )
+    note = "" if believed and fit.limit <= FURTHEST * mean.max() else _endless(shifts[np.argsort(images)])
     return FsrEstimate(
         reference=EXTRAPOLATED,
         value=float(value) if believed else math.nan,
@@ -217,6 +212,19 @@ def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimat
         note=note,
         curve=_curve(images, mean, fit),
     )
+
+
+def _endless(shifts: Floats) -> str:
+    """Why shifts (k, n) of samples, the smallest first, and seeds have no limit; and on which side of 1 FSR lies, where
+    all seeds together tell growth from chance."""
+    change, half = mean_interval((shifts[-1] - shifts[0]).tolist(), LEVEL)
+    if change - half > 0:
+        return (
+            "the shift still grows at the whole sample, which so under-represents the target (λ > 1), but by how much "
+            "cannot be told; take `full` or more data."
+        )
+    moves = "falls" if change < 0 else "grows"
+    return f"the shift still {moves} at the whole sample, so that its limit cannot be told; take `full` or more data."
 
 
 def _curve(images: Floats, shifts: Floats, fit: Fit) -> dict[str, Any]:

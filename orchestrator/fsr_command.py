@@ -86,8 +86,10 @@ class FsrReport:
         if (first := suggested(self.found)) is not None:
             low, high = first.lam_interval
             ends = f"[{low:.2f}, {'∞)' if math.isinf(high) else f'{high:.2f}]'}"
-            say(f"Suggested λ = {first.lam:.2f} {ends}: a search of {self.study} that follows tries it early (another")
-            say("study on the same network and sample: diagnostics.fsr_from).")
+            say(
+                f"Suggested λ = {first.lam:.2f} {ends}: a search of {self.study} that follows tries it early (another "
+                "study on the same network and sample: diagnostics.fsr_from)."
+            )
 
 
 def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[str] = ()) -> FsrReport:

@@ -65,7 +65,11 @@ def head() -> Iterator[Head]:
         yield Head(url=url, gcs=f"127.0.0.1:{gcs}", token=token)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # a busy machine; the head is nobody's but this test's
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from trainables.core.contract import TrainingConfig
 from trainables.core.faults import reach
 from trainables.core.micro_batch import MicroBatch
 from trainables.core.optim import rate_factor, set_rates
+from trainables.core.progress import Progress
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Pairs of inputs (B, …) and int64 labels (B,), both on the device."""
@@ -34,37 +35,6 @@ class Observer(Protocol):
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-@dataclass
-class Progress:
-    """How far a unit has come: sums over its images, which stay on the device."""
-
-    loss_sum: Tensor
-    """float64"""
-    correct: Tensor
-    """int64"""
-    images: int = 0
-    steps: int = 0
-
-    @classmethod
-    def none(cls, device: torch.device) -> Progress:
-        """That of a unit which begins."""
-        return cls(
-            torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-        )
-
-    def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
-        counts = torch.tensor([self.images, self.steps])
-        return {"loss_sum": self.loss_sum, "correct": self.correct, "counts": counts}
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor], device: torch.device) -> Progress:
-        """From a checkpoint; the tensors are copied."""
-        images, steps = state["counts"].tolist()
-        loss_sum, correct = (state[name].to(device, copy=True) for name in ("loss_sum", "correct"))
-        return cls(loss_sum, correct, images, steps)
 
 
 class NonFiniteError(RuntimeError):
@@ -139,21 +109,13 @@ def train_unit(
         micro_batch: how many images fit at once, as far as it is known; kept up to date.
 
     Raises:
-        NonFiniteError: a loss of the unit was NaN or infinite.
-        ValueError: `batches` is empty.
+        NonFiniteError, ValueError: a loss of the unit was NaN or infinite; `batches` is empty.
     """
     parameters = [p for table in optimizer.param_groups for p in table["params"]]
     device = parameters[0].device
-    done = Progress.none(device) if progress is None else progress
-    micro = MicroBatch() if micro_batch is None else micro_batch
+    done, micro = progress or Progress.none(device), micro_batch or MicroBatch()
 
-    def loss_of(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(device, dtype):
-            logits = forward(inputs)
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-            extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
-        return (loss if extra is None else loss + extra), (logits.detach().argmax(1) == labels).sum()
-
+    loss_of = partial(_loss, forward, extra_loss, config.label_smoothing, device, dtype)
     for inputs, labels in batches:
         set_rates(optimizer, rate_factor(first_step + done.steps, total_steps, config))
         work = partial(_gradient, loss_of, inputs, labels, optimizer, micro, done.steps + 1)
@@ -170,10 +132,27 @@ def train_unit(
         raise ValueError("A unit must have at least one batch, but got none.")
     mean_loss = float(done.loss_sum) / done.images
     check_finite(mean_loss, "training loss", f"by step {done.steps} of its unit")
-    observed = observer.means() if observer is not None else {}
+    observed = dict(observer.means()) if observer is not None else {}
     if micro.size is not None:
-        observed = {**observed, "cost/micro_batch": float(micro.size)}
+        observed["cost/micro_batch"] = float(micro.size)
     return UnitResult(mean_loss, int(done.correct) / done.images, done.images, observed)
+
+
+def _loss(
+    forward: Callable[[Tensor], Tensor],
+    extra_loss: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None,
+    label_smoothing: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    inputs: Tensor,
+    labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of a batch and how many of it are right, both still on the device."""
+    with autocast(device, dtype):
+        logits = forward(inputs)
+        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
+    return (loss if extra is None else loss + extra), (logits.detach().argmax(1) == labels).sum()
 
 
 def _gradient(

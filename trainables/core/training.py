@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainables.core.contract import Phase, Strategy, TrainingConfig
-from trainables.core.loop import Batches, Observer, Progress, UnitResult, predict, set_training_mode, train_unit
+from trainables.core.loop import Batches, Observer, UnitResult, predict, set_training_mode, train_unit
 from trainables.core.micro_batch import MicroBatch
 from trainables.core.optim import build_optimizer, freeze_all_but, rate_factor, select_groups, set_rates
+from trainables.core.progress import Progress
 from trainables.core.randomness import generator_states, set_generator_states
 from trainables.core.snapshot import is_pristine
 from trainables.core.task import stream_seed
