@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.records import TrialRecord
+from trainables.core.keeper import KEEP_NOW
 
 RETRIES = 2
 """How often a trial whose process or machine died is tried again within one run of a study. Errors of the trial itself
@@ -19,6 +22,34 @@ are not: they would happen again (`trainables.core.failing`)."""
 def checkpoint_folder(study: Path, number: int) -> Path:
     """Where the trial with this number keeps its checkpoints (`trainables.core.keeper`)."""
     return study / "checkpoints" / f"trial-{number:04d}"
+
+
+def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
+    """Ask running trials for a checkpoint at once, wherever in a unit they are, and wait until they have written it.
+
+    A trial that is not training just now, because it evaluates or hangs, does not answer.
+
+    Args:
+        numbers: of the trials.
+        seconds: the longest wait.
+
+    Returns:
+        How many answered.
+    """
+    asked = [checkpoint_folder(study, number) / KEEP_NOW for number in numbers]
+    open_requests = {request for request in asked if request.parent.is_dir()}
+    for request in open_requests:
+        request.touch()
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    try:
+        while waiting := {request for request in open_requests if request.exists()}:
+            if time.monotonic() >= deadline:
+                break
+            pause.wait(0.02)
+        return len(open_requests) - len(waiting)
+    finally:
+        for request in open_requests:
+            request.unlink(missing_ok=True)
 
 
 def discard(study: Path, number: int) -> None:

@@ -9,13 +9,14 @@ import typer
 from typer.core import TyperGroup
 
 from orchestrator.console import FAILED, OK, PARTIAL, PREFLIGHT, Output
+from orchestrator.driver_process import second_interrupt_leaves
 
 EVERYWHERE = ("--json", "-v", "--verbose")
 """Options that may stand anywhere on the command line."""
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
-    "4 preflight (the study could not run here), 130 interrupted."
+    "4 preflight (the study could not run here), 130 interrupted, 143 terminated."
 )
 
 
@@ -30,7 +31,8 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with second_interrupt_leaves():
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:

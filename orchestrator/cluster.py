@@ -108,9 +108,9 @@ def connect(
         common = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
         opened = _local(cpus, gpus, dashboard, common) if started else _joined(wanted, insecure, common)
         with opened:
-            sigterm_as_interrupt()
             try:
-                yield _describe(started)
+                with sigterm_as_interrupt():
+                    yield _describe(started)
             finally:
                 ray.shutdown()
 

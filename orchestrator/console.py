@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
-from orchestrator.errors import StudyError, dotted, redact
+from orchestrator.errors import StudyError, Terminated, dotted, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-OK, FAILED, USAGE, PARTIAL, PREFLIGHT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, USAGE, PARTIAL, PREFLIGHT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 """Exit codes of every command."""
 
 _PREFLIGHT_ERRORS = frozenset(
@@ -98,7 +98,7 @@ def exit_code(error: BaseException) -> int:
     """The exit code that stands for an error."""
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     if names & _PREFLIGHT_ERRORS:
         return PREFLIGHT
     return USAGE if isinstance(error, StudyError | FileExistsError) else FAILED
@@ -107,7 +107,8 @@ def exit_code(error: BaseException) -> int:
 def message(error: BaseException) -> str:
     """One paragraph without a traceback. Errors that are not meant for a person are named as such."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted. Run the same command again to continue."
+        word = "terminated" if isinstance(error, Terminated) else "interrupted"
+        return f"{word}. Run the same command again to continue."
     if isinstance(error, ValueError | OSError) and str(error):
         return redact(str(error))
     first = str(error).strip().splitlines()[:1]

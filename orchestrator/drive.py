@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.changes import check_changes
-from orchestrator.checkpoints import RETRIES, checkpoint_folder, tidy
+from orchestrator.checkpoints import RETRIES, checkpoint_folder, keep_now, tidy
 from orchestrator.counts import count_trials
 from orchestrator.errors import redact
 from orchestrator.fsr_record import record_fsr
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from trainables.data.store import Store
 
 log = logging.getLogger("luthier")
+
+KEEPING_SECONDS = 5.0
+"""How long Ctrl-C waits for the running trials' checkpoints; a cloud gives little more time before it takes a
+machine."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,10 @@ class Drive:
         )
         try:
             tuner.fit()
+        except KeyboardInterrupt:
+            running = [record.number for record in fold(journal.events()) if record.state == "running"]
+            keep_now(self.folder, running, KEEPING_SECONDS)
+            raise
         finally:
             searcher.close()
             for problem in callback.problems:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
 
+from orchestrator.errors import Terminated
+
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str | None], override: bool = False) -> Iterator[None]:
@@ -48,17 +50,53 @@ def sigterm_restored() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
-def sigterm_as_interrupt() -> None:
-    """From now on SIGTERM does what Ctrl-C does: whoever writes records and closes clusters in `finally` gets to it."""
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM does what Ctrl-C does, so that whoever writes records and closes clusters in `finally`
+    gets to it; what leaves the block is `Terminated`. For after `ray.init`; `sigterm_restored` undoes it."""
+    heard = False
+
+    def hear(signum: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(on_interrupt):  # a shell starts background jobs with SIGINT ignored
+            raise KeyboardInterrupt
+        on_interrupt(signal.SIGINT, frame)
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    except KeyboardInterrupt as error:  # Ray raises one of its own where a signal's handler raised
+        if heard:
+            raise Terminated from error
+        raise
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
-        # A shell starts background jobs with SIGINT ignored.
+@contextlib.contextmanager
+def second_interrupt_leaves() -> Iterator[None]:
+    """For a command: Ctrl-C ends it in good order, the next Ctrl-C at once. A program with a handler of its own, and
+    one that ignores SIGINT, keep that."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    heard = False
+
+    def hear(signum: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        if heard:
+            os.write(2, b"Stopped at once. Run the same command again to continue.\n")
+            os._exit(128 + signal.SIGINT)
+        heard = True
         raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def free_port() -> int:

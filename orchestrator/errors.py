@@ -56,6 +56,10 @@ class PreflightError(StudyError):
     heading = "cannot run here"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: somebody wants this process to end, as Ctrl-C does, but not the person at the keyboard."""
+
+
 def dotted(path: Path) -> str:
     """`("strategies", 2, "fixed")` → `strategies[2].fixed`; positions count from 0."""
     text = ""

@@ -31,6 +31,7 @@ from orchestrator.driver_process import (
     sigterm_as_interrupt,
     sigterm_restored,
 )
+from orchestrator.errors import Terminated
 from orchestrator.resources import trial_slots
 
 SMALL, LARGE, GPU = {"CPU": 2.0}, {"CPU": 32.0}, {"CPU": 4.0, "GPU": 2.0}
@@ -296,22 +297,24 @@ class TestDriverProcess:
     def test_sigterm_acts_like_ctrl_c_and_is_given_back(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
         with sigterm_restored():
-            sigterm_as_interrupt()
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Terminated), sigterm_as_interrupt():
                 os.kill(os.getpid(), signal.SIGTERM)
             heard: list[int] = []
             ctrl_c = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
-            os.kill(os.getpid(), signal.SIGTERM)  # whoever listens for Ctrl-C (Tune does) hears it instead
+            with sigterm_as_interrupt():
+                os.kill(os.getpid(), signal.SIGTERM)  # whoever listens for Ctrl-C (Tune does) hears it instead
             signal.signal(signal.SIGINT, ctrl_c)
             assert heard == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt) as ctrl_c_itself, sigterm_as_interrupt():
+                signal.raise_signal(signal.SIGINT)
+            assert ctrl_c_itself.type is KeyboardInterrupt
         assert signal.getsignal(signal.SIGTERM) == before
 
     def test_sigterm_interrupts_even_where_ctrl_c_is_ignored(self) -> None:
         with sigterm_restored():
-            sigterm_as_interrupt()
             ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
             try:
-                with pytest.raises(KeyboardInterrupt):
+                with pytest.raises(Terminated), sigterm_as_interrupt():
                     os.kill(os.getpid(), signal.SIGTERM)
             finally:
                 signal.signal(signal.SIGINT, ctrl_c)

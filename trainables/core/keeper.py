@@ -40,7 +40,10 @@ SHARE = 10
 passed since: checkpoints cost a trial a tenth of its time at most, and what a crash repeats is one unit or ten times
 the time of a checkpoint, whichever is longer."""
 
-OWNER, QUARANTINE = "owner.json", "quarantine"
+OWNER, QUARANTINE, KEEP_NOW = "owner.json", "quarantine", "keep-now"
+LOOK_SECONDS = 0.2
+"""How often a trial looks whether it is asked, by a file of the name KEEP_NOW beside its checkpoints, to write one at
+once; it removes the file when that is done."""
 _NAME = re.compile(r"unit-\d{6,}(-step-\d{4,})?")
 
 
@@ -66,6 +69,7 @@ class Keeper:
         self._token: str | None = None
         self._within, self._clock = within, clock
         self._last, self._cost = clock(), 0.0
+        self._looked = clock()
 
     def claim(self) -> None:
         """Become the one process that may write here; whoever could before cannot any more."""
@@ -74,6 +78,7 @@ class Keeper:
         fields = {"token": token, "pid": os.getpid(), "host": platform.node(), "time": time.time()}
         write_text(self.folder / OWNER, json.dumps(fields))
         self._token = token
+        (self.folder / KEEP_NOW).unlink(missing_ok=True)
         for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote or removed
             _remove(leftover)
         self._last = self._clock()
@@ -102,7 +107,7 @@ class Keeper:
 
     def unit_done(self, state: Callable[[], RunState]) -> None:
         """Keep the state after a unit, unless checkpoints are too dear for that."""
-        if self._clock() - self._last >= SHARE * self._cost:
+        if self._clock() - self._last >= SHARE * self._cost or self._asked():
             self._write(state)
 
     def finished(self, meta: Mapping[str, Any]) -> None:
@@ -110,9 +115,16 @@ class Keeper:
         self._write(lambda: RunState({}, meta))
 
     def step_done(self, state: Callable[[], RunState]) -> None:
-        """Keep the middle of a unit, if the last checkpoint is long ago."""
-        if self._clock() - self._last >= max(self._within, SHARE * self._cost):
+        """Keep the middle of a unit, if the last checkpoint is long ago or somebody asks for one."""
+        if self._clock() - self._last >= max(self._within, SHARE * self._cost) or self._asked():
             self._write(state)
+
+    def _asked(self) -> bool:
+        now = self._clock()
+        if now - self._looked < LOOK_SECONDS:
+            return False
+        self._looked = now
+        return (self.folder / KEEP_NOW).exists()
 
     def _write(self, make: Callable[[], RunState]) -> None:
         """A disk that is full or failing costs the checkpoint, not the trial.
@@ -135,6 +147,7 @@ class Keeper:
             self._check_owner()  # rather the true reason, if the folder is gone
             self.problems.append(f"No checkpoint could be written to {target}: {error}")
             log.warning("%s. The trial goes on without.", self.problems[-1])
+        (self.folder / KEEP_NOW).unlink(missing_ok=True)
         self._last = self._clock()
         self._cost = self._last - began
 
