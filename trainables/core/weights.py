@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
-"""What a missing, cut or foreign weight file raises, depending on its format."""
+LOADING_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
+    SafetensorError,
+)  # fmt: skip
+"""What a missing, cut or foreign weight file or config.json raises, depending on its format."""
 
 
 def folder_architecture(folder: Path) -> str:
@@ -46,9 +50,13 @@ def load_weight_file(module: nn.Module, path: Path) -> None:
         ValueError: the file cannot be read, or lacks tensors of the network or has them in another shape.
     """
     try:
-        state: dict[str, Tensor] = timm.models.load_state_dict(str(path))
+        # Said, because the default of older timm was to run whatever a pickle names.
+        state: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
         select = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
         state = select(state, module) if select else state
+        foreign = [k for k, v in state.items() if not isinstance(v, Tensor) or v.layout != torch.strided]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is no dense tensor")
     except LOADING_ERRORS as error:
         raise ValueError(
             f"The weight file {path} cannot be read ({_brief(error)}). Give an undamaged .safetensors or .pth file of "
@@ -128,6 +136,9 @@ def _remedy(name: str) -> str:
 
 def _brief(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if "weights_only" in text:  # torch's own way out is to run what the file says
+        named = re.search(r"Unsupported globals: (.+?)\. ", text)
+        return f"it asks for Python objects{f': {named[1]}' if named else ''}; Luthier reads nothing but tensors"
     text = text if len(text) <= 240 else f"{text[:239]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

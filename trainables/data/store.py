@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from trainables.data.splits import fraction_size
 Number = TypeVar("Number", np.uint8, np.int64)
 
 DATA, MANIFEST = "data.arrow", "manifest.json"
+_END = b"ARROW1"
+"""<footer> <its length, 4 bytes> ARROW1"""
 FORMAT = 1
 """Version of the layout; a store of another version is refused."""
 
@@ -60,6 +63,11 @@ class Store:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
                 f"A data store is a folder with {DATA} and {MANIFEST}, but {self.path} is none. Run the study again."
+            ) from error
+        except ValueError as error:
+            raise StoreError(
+                f"{self.path / MANIFEST} must be JSON, but it is not ({error}). Delete {self.path}: the next run reads "
+                "the data again."
             ) from error
         if manifest.get("format") != FORMAT:
             raise StoreError(
@@ -141,8 +149,32 @@ class Store:
         import pyarrow as pa
 
         names = self.splits
-        reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
-        return {name: reader.get_batch(index) for index, name in enumerate(names)}
+        self._check_plain()
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
+            return {name: reader.get_batch(index) for index, name in enumerate(names)}
+        except pa.ArrowException as error:
+            raise self._foreign(f"cannot be read as one ({error})") from error
+
+    def _check_plain(self) -> None:
+        """Refuse extension types before Arrow parses the schema: a type that another library has registered (ray does,
+        in every trial) may run code that lies in the file."""
+        with open(self.path / DATA, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - len(_END) - 4))
+            tail = file.read()
+            length = int.from_bytes(tail[:4], "little")
+            if tail[4:] != _END or length > size:
+                raise self._foreign("does not end like one")
+            file.seek(max(0, size - len(_END) - 4 - length))
+            if b"ARROW:extension:name" in file.read(length):
+                raise self._foreign("has an extension type, which could run code when it is read")
+
+    def _foreign(self, problem: str) -> StoreError:
+        return StoreError(
+            f"{self.path / DATA} must be an Arrow file of plain columns, but it {problem}. Delete {self.path}: the "
+            "next run reads the data again."
+        )
 
     def _column(self, split: str, name: str) -> Any:
         if split not in self._batches:
