@@ -55,10 +55,18 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         journal: the study's journal, shared with the searcher.
         progress: where to show the events; None = nowhere.
         folder: the study's; checkpoints of trials that have ended are removed from it. None = there are none.
+        verdicts: trial id → why the watchdog killed its process; taken out as failures are recorded.
     """
 
-    def __init__(self, journal: Journal, progress: Progress | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        progress: Progress | None = None,
+        folder: Path | None = None,
+        verdicts: dict[str, str] | None = None,
+    ) -> None:
         self.journal, self.folder = journal, folder
+        self._verdicts = {} if verdicts is None else verdicts
         if progress is not None:
             journal.subscribe(progress.event)
         self.problems: list[str] = []
@@ -121,17 +129,21 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
     @_never_raises
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed and will be tried again."""
-        self.journal.append("trial_retried", trial_id=trial.trial_id, **_failure(trial))
+        self.journal.append("trial_retried", trial_id=trial.trial_id, **self._why(trial))
 
     @_never_raises
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed for good."""
-        self._failed(trial, _failure(trial))
+        self._failed(trial, self._why(trial))
 
     @_never_raises
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Close what Tune left open."""
         close_open_trials(self.journal)
+
+    def _why(self, trial: Trial) -> dict[str, Any]:
+        verdict = self._verdicts.pop(trial.trial_id, None)
+        return _failure(trial) if verdict is None else {"reason": "stalled", "error": verdict}
 
     def _failed(self, trial: Trial, why: dict[str, Any]) -> None:
         self.journal.append("trial_failed", trial_id=trial.trial_id, **why)

@@ -19,7 +19,7 @@ from orchestrator.folding import study_header
 log = logging.getLogger("luthier")
 
 HARMLESS = (
-    "name", "storage", "tracking.*", "resources.*", "confirm.*",  # where and how much, not what
+    "name", "storage", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # what is looked at besides
     "data.root", "data.on_bad",  # the data themselves are known by their digest
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",

@@ -14,10 +14,6 @@ from pathlib import Path
 from orchestrator.records import TrialRecord
 from trainables.core.keeper import KEEP_NOW
 
-RETRIES = 2
-"""How often a trial whose process or machine died is tried again within one run of a study. Errors of the trial itself
-are not: they would happen again (`trainables.core.failing`)."""
-
 
 def checkpoint_folder(study: Path, number: int) -> Path:
     """Where the trial with this number keeps its checkpoints (`trainables.core.keeper`)."""

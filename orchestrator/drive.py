@@ -6,12 +6,12 @@ import contextlib
 import functools
 import logging
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.changes import check_changes
-from orchestrator.checkpoints import RETRIES, checkpoint_folder, keep_now, tidy
+from orchestrator.checkpoints import checkpoint_folder, keep_now, tidy
 from orchestrator.counts import count_trials
 from orchestrator.errors import redact
 from orchestrator.fsr_record import record_fsr
@@ -96,15 +96,21 @@ class Drive:
         from ray import tune
 
         from orchestrator.callback import RecordCallback
+        from orchestrator.failure_gate import FailureGate
         from orchestrator.journal import fold
+        from orchestrator.watchdog import Watchdog
         from trainables.core.trial import Trial
 
-        callback = RecordCallback(journal, progress, self.folder)
+        known, limits = fold(journal.events()), self.spec.failures
+        watchdog = Watchdog(limits, asdict(self.task), known)
+        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts)
+        gate = FailureGate(limits.stop_after, limits.stop_share)
+        journal.subscribe(gate.event)
         tuner = tune.Tuner(
             tune.with_resources(Trial, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=make_scheduler(self.spec, fold(journal.events())),
+                scheduler=make_scheduler(self.spec, known),
                 num_samples=-1,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
@@ -113,8 +119,9 @@ class Drive:
             run_config=tune.RunConfig(
                 name="ray",
                 storage_path=str(self.folder),
-                callbacks=[callback],
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[callback, watchdog],
+                stop=gate,
+                failure_config=tune.FailureConfig(max_failures=limits.retries),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 verbose=0,
             ),
@@ -129,6 +136,7 @@ class Drive:
             searcher.close()
             for problem in callback.problems:
                 log.error("The journal of this run is incomplete: %s", problem)
+        gate.check()
 
     def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:
         from orchestrator.search import StudySearcher

@@ -20,7 +20,7 @@ METRIC_GROUPS = frozenset({*_EVERY_TRIAL, *_DIAGNOSTICS})
 
 INTERRUPTED = "interrupted"
 """Reason of a trial that neither finished nor failed by itself: the driver ended first."""
-RESUMED = frozenset({INTERRUPTED, "infra"})
+RESUMED = frozenset({INTERRUPTED, "infra", "stalled", "host_oom"})
 """Reasons of trials that a repeated run goes on with: nothing is known to be wrong with the trials themselves."""
 
 
@@ -52,7 +52,7 @@ class TrialRecord:
     curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Last value of every curve, by name: `columns` (name → values, the x axis first) and `note`."""
     reason: str | None = None
-    """Why the trial failed: `nan`, `oom`, `stalled`, `data`, `user`, `infra` or `interrupted`."""
+    """Why the trial failed: `nan`, `oom`, `host_oom`, `stalled`, `data`, `user`, `infra` or `interrupted`."""
     error: str | None = None
     attempts: int = 0
     """How often the trial was started."""

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from orchestrator.diagnostics_spec import DiagnosticsSpec
 from orchestrator.errors import Problem, StudyError
+from orchestrator.failures_spec import FailuresSpec
 from orchestrator.rules import (
     check_data,
     check_gpus,
@@ -165,6 +166,7 @@ class StudySpec(Section):
     confirm: ConfirmSpec = ConfirmSpec()
     diagnostics: DiagnosticsSpec = DiagnosticsSpec()
     resources: ResourcesSpec = ResourcesSpec()
+    failures: FailuresSpec = FailuresSpec()
     tracking: TrackingSpec = TrackingSpec()
     storage: Annotated[str, BeforeValidator(check_storage)] = "studies"
     """Folder for everything that studies leave behind: journals, results, the data store, the tracking database.

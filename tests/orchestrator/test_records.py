@@ -43,8 +43,8 @@ def test_a_metric_that_is_not_finite_is_missing() -> None:
     [
         ("trainables.core.trial.NonFiniteError: the loss is nan", "nan"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "oom"),
-        ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", "oom"),
-        ("ray.exceptions.ActorDiedError: The actor died unexpectedly: killed by the OOM killer", "oom"),
+        ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", "host_oom"),
+        ("ray.exceptions.ActorDiedError: The actor died unexpectedly: killed by the OOM killer", "host_oom"),
         ("ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.", "infra"),
         (
             "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR. Some common causes "

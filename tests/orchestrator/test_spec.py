@@ -171,7 +171,7 @@ class TestRefused:
             (
                 {"modle": {}},
                 "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
-                "search, confirm, diagnostics, resources, tracking, storage.",
+                "search, confirm, diagnostics, resources, failures, tracking, storage.",
             ),
             ({"search": {"trials": 2.5}}, "search.trials: must be a whole number, but got the number 2.5."),
             ({"search": {"trials": True}}, "search.trials: must be a whole number, but got true."),
