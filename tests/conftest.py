@@ -22,14 +22,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["LUTHIER_CACHE"] = before
 
 
-@pytest.fixture(scope="session", autouse=True)
-def patient_clusters() -> Iterator[None]:
-    """A busy machine may need more than Ray's 20 seconds to start a cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_gcs_server_port_wait_time_s", "120")
-        yield
-
-
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """`network("vit")` and `network("cnn")`: timm names of tiny local networks."""

@@ -227,9 +227,10 @@ def given_trials(configs: list[dict[str, Any]]) -> Any:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
+
+    from tests.clusters import plain_cluster
 
     class Work(tune.Trainable):  # type: ignore[misc]
         """Three units; `nan` raises in the second."""
@@ -249,10 +250,9 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
             return str(self.STOP if trial.config["label"] == "slow" else self.CONTINUE)
 
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        callback = RecordCallback(journal)
-        configs = [config(n) | {"label": label} for n, label in enumerate(("good", "nan", "slow"))]
+    callback = RecordCallback(journal)
+    configs = [config(n) | {"label": label} for n, label in enumerate(("good", "nan", "slow"))]
+    with plain_cluster(cpus=1):
         tune.Tuner(
             tune.with_resources(Work, {"cpu": 1}),
             tune_config=tune.TuneConfig(
@@ -264,8 +264,6 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()  # fmt: skip
-    finally:
-        ray.shutdown()
     assert callback.problems == []
     records = fold(journal.events())
     assert [(r.label, r.state, r.reason, r.unit) for r in records] == [

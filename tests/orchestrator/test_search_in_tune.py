@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from optuna.trial import TrialState
 from ray import tune
 
@@ -18,6 +17,7 @@ from orchestrator.scheduler import StudyScheduler
 from orchestrator.search import StudySearcher
 from orchestrator.selection import top_candidates
 from orchestrator.stages import ConfirmStage, Entry
+from tests.clusters import plain_cluster
 from tests.orchestrator.driving import EPOCHS, accuracy, optuna_trials, searcher, task
 
 pytestmark = pytest.mark.ray
@@ -54,9 +54,8 @@ class Sketch(tune.Trainable):  # type: ignore[misc]
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with plain_cluster(cpus=2):
+        yield
 
 
 def run(search: StudySearcher, folder: Path, scheduler: Any = None) -> Any:

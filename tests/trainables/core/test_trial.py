@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
 import trainables
+from tests.clusters import plain_cluster
 from tests.conformance import CLOCK, same_numbers
 from tests.synthetic import write_shapes
 from trainables.core.loop import NonFiniteError
@@ -169,9 +169,8 @@ def test_the_class_of_a_strategy_needs_no_strategy_in_its_config(
 
 @pytest.fixture(scope="module")
 def cluster(one_thread: None) -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
-    yield
-    ray.shutdown()
+    with plain_cluster(cpus=2):
+        yield
 
 
 class Listed(Searcher):

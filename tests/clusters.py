@@ -1,0 +1,31 @@
+"""A plain Ray cluster of this process for tests that do not go through `orchestrator.cluster.connect`."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from orchestrator.cluster_auth import refresh_ray_auth
+
+
+@contextlib.contextmanager
+def plain_cluster(cpus: int) -> Iterator[None]:
+    """Start a cluster and stop it at the end of the block. It has a token of its own: left alone, Ray would take one from
+    the home folder of the moment and leave its choice in this process for the modules that follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        refresh_ray_auth()
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                object_store_memory=100_000_000,
+            )  # fmt: skip
+            yield
+        finally:
+            ray.shutdown()
+    refresh_ray_auth()
