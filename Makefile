@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.luthier-installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test check bench soak format clean
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with Luthier and its tools (once; the others call it)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the measurements behind the README's figures"
+	@echo "make soak    a study through thirty faults and more, and plain Ray Tune through the same (half an hour)"
 
 setup: $(STAMP)
 
@@ -40,7 +41,12 @@ check: setup
 bench: setup
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m $$script || exit 1; done
 
-BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,\
+  $(filter-out benchmarks/_% benchmarks/soak.py,$(wildcard benchmarks/*.py)))
+
+# Not part of `make bench` and not in CI: it takes long, and wants both cores for itself.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 format: setup
 	$(BIN)/ruff check --fix-only --quiet .

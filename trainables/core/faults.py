@@ -156,5 +156,6 @@ ACTIONS: dict[str, Callable[[], str | None]] = {
     "hang": _hang,
     "hang_gil": _hang_holding_the_interpreter,
     "nan": lambda: "nan",
+    "note": lambda: None,  # only the line in LUTHIER_FAULT_LOG
 }
 """What a fault can do."""

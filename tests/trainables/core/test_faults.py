@@ -73,3 +73,12 @@ def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         f"A fault has phase= one of {', '.join(faults.PHASES)}, action= one of {', '.join(faults.ACTIONS)}, and may "
         "have times= and trial=, unit=, step=, event=, seq=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
     )
+
+
+def test_a_note_does_nothing_but_leave_its_line_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, "phase=before_unit,action=note,times=0")
+    monkeypatch.setenv(faults.LOG, str(tmp_path / "log"))
+    with faults.located(trial=4, unit=2):
+        assert [faults.reach("before_unit") for _ in range(2)] == [None, None]
+    line = f"phase=before_unit,action=note,times=0 @ trial=4,unit=2,pid={os.getpid()}"
+    assert (tmp_path / "log").read_text().splitlines() == [line, line]

@@ -1,0 +1,76 @@
+"""One driver of a soak, `luthier run` or plain Ray Tune, which writes down how long its callbacks hold up Tune's loop.
+
+    python -m benchmarks._soak_driver luthier|plain FOLDER
+
+While a callback of the record or of the tracker runs, no trial of the study gets its next unit. `FOLDER/stalls` gets a
+line, in seconds, whenever one took longer than all before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STALLS = "stalls"
+
+
+class Stopwatch:
+    """Measures functions and keeps the longest time on the disk: the driver may be killed at any moment."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._longest = file, 0.0
+
+    def on(self, owner: type[Any], *names: str) -> None:
+        """Measure these methods of a class from now on."""
+        for name in names:
+            setattr(owner, name, self._measured(getattr(owner, name)))
+
+    def _measured(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._note(time.perf_counter() - began, method.__name__)
+
+        return timed
+
+    def _note(self, seconds: float, name: str) -> None:
+        if seconds > self._longest:
+            self._longest = seconds
+            with self._file.open("a") as file:
+                file.write(f"{seconds:.4f} {name}\n")
+
+
+HOOKS = ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_recover", "on_trial_error")
+
+
+def luthier(folder: Path, watch: Stopwatch) -> None:
+    """`luthier run FOLDER/study.yaml`."""
+    from orchestrator.callback import RecordCallback
+    from orchestrator.cli import app
+    from orchestrator.journal import Journal
+
+    watch.on(RecordCallback, *HOOKS, "on_checkpoint")
+    watch.on(Journal, "append")
+    app(["run", str(folder / "study.yaml"), "--no-progress"])
+
+
+def plain(folder: Path, watch: Stopwatch) -> None:
+    """The study of `benchmarks._soak_plain`."""
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    from benchmarks._soak_plain import run
+
+    watch.on(MLflowLoggerCallback, "setup", "log_trial_start", "log_trial_result", "log_trial_end")
+    sys.exit(run(folder))
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[2])
+    {"luthier": luthier, "plain": plain}[sys.argv[1]](place, Stopwatch(place / STALLS))

@@ -1,0 +1,163 @@
+"""What a careful person writes with plain Ray Tune: the baseline of the soak.
+
+Same network, data, units, trials and places of faults as Luthier's study. A checkpoint with every report, network and
+optimiser and the order of the images included, so that a resumed epoch is the same epoch; the two newest are kept;
+`max_failures` lets a trial try again; after the driver died, the same command restores the experiment and resumes what
+was unfinished or failed; `MLflowLoggerCallback` records.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RETRIES = 3
+NAME = "plain"
+SETTINGS = "plain.json"
+"""`store`, `uri`, `trials`, `units`, `steps` in the folder of the study."""
+FINAL = "final.json"
+"""Number of a trial → its last result; written at the end of the study."""
+METRICS = ("val/acc", "train/loss")
+
+
+def train(config: dict[str, Any]) -> None:
+    """One trial, from its newest checkpoint if it has one."""
+    import torch
+    from ray import tune
+
+    from trainables.core.faults import located, reach
+
+    torch.set_num_threads(1)
+    study = Study(config)
+    first = study.restore(tune.get_checkpoint())
+    for epoch in range(first, config["units"] + 1):
+        with located(trial=config["number"], unit=epoch):
+            reach("before_unit")
+            loss = study.epoch(epoch)
+            metrics = {"val/acc": study.accuracy(), "train/loss": loss, "epoch": epoch}
+            reach("before_checkpoint")
+            with tempfile.TemporaryDirectory() as folder:
+                study.save(Path(folder), epoch)
+                reach("in_checkpoint")
+                tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+            reach("after_checkpoint")
+
+
+class Study:
+    """Network, optimiser and data of one trial."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import torch
+
+        from trainables.core.backbone import load_pretrained, new_classifier
+        from trainables.core.task import ModelSpec
+        from trainables.data.store import Store
+        from trainables.data.transforms import BatchTransform
+
+        self.config = config
+        store, backbone = Store(config["store"]), load_pretrained(ModelSpec(name="digits_cnn"))
+        data = backbone.data_config
+        self.transform = BatchTransform(data.mean, data.std, data.image_size, ())
+        self.images = {split: torch.from_numpy(np.array(store.images(split))) for split in ("train", "val")}
+        self.labels = {split: torch.from_numpy(np.array(store.labels(split))) for split in ("train", "val")}
+        self.model = new_classifier(backbone, len(store.classes), "cpu", seed=config["number"])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config["lr"])
+
+    def epoch(self, number: int, batch: int = 64) -> float:
+        """As many steps as a unit has; which images they see depends on the epoch alone. Returns the mean loss."""
+        import torch
+        from torch.nn import functional
+
+        from trainables.core.faults import reach
+
+        generator = torch.Generator().manual_seed(number)
+        self.model.train()
+        total = 0.0
+        for step in range(1, self.config["steps"] + 1):
+            chosen = torch.randint(len(self.labels["train"]), (batch,), generator=generator)
+            logits = self.model(self.transform(self.images["train"][chosen]))
+            loss = functional.cross_entropy(logits, self.labels["train"][chosen])
+            reach("step", step=step)
+            self.optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            self.optimizer.step()
+            total += float(loss.detach())
+        return total / self.config["steps"]
+
+    def accuracy(self) -> float:
+        """On the validation images."""
+        import torch
+
+        self.model.eval()
+        with torch.no_grad():
+            found = self.model(self.transform(self.images["val"])).argmax(1)
+        return float((found == self.labels["val"]).double().mean())
+
+    def save(self, folder: Path, epoch: int) -> None:
+        """Everything that the next epoch depends on."""
+        from safetensors.torch import save_file
+
+        tensors = {f"model/{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{k}": v.contiguous() for k, v in state.items()}
+        save_file(tensors, folder / "state.safetensors", {"epoch": str(epoch)})
+
+    def restore(self, checkpoint: Any) -> int:
+        """The number of the next epoch."""
+        from safetensors import safe_open
+
+        if checkpoint is None:
+            return 1
+        with checkpoint.as_directory() as folder, safe_open(f"{folder}/state.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            epoch = int(file.metadata()["epoch"])
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model/")})
+        optimizer = self.optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, name = key.split("/")
+                optimizer["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(optimizer)
+        return epoch + 1
+
+
+def run(folder: Path) -> int:
+    """Run or restore the study; returns the exit code: 0, or 3 where trials failed."""
+    import ray
+    from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    given = json.loads((folder / SETTINGS).read_text())
+    ray.init(log_to_driver=False)
+    trainable, path = tune.with_resources(train, {"cpu": 1}), str(folder / NAME)
+    space = {
+        "number": tune.grid_search(list(range(given["trials"]))),
+        "lr": tune.sample_from(lambda config: 10 ** (-4.0 + config["number"] / given["trials"])),
+        **{name: given[name] for name in ("store", "units", "steps")},
+    }
+    if tune.Tuner.can_restore(path):
+        tuner = tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
+    else:
+        callback = MLflowLoggerCallback(tracking_uri=given["uri"], experiment_name=NAME, save_artifact=False)
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(max_concurrent_trials=2),
+            run_config=tune.RunConfig(
+                name=NAME,
+                storage_path=str(folder),
+                callbacks=[callback],
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                verbose=0,
+            ),
+        )
+    grid = tuner.fit()
+    results = [r for r in grid if r.metrics and "epoch" in r.metrics]
+    final = {r.config["number"]: {name: r.metrics[name] for name in ("epoch", *METRICS)} for r in results}
+    (folder / FINAL).write_text(json.dumps(final))
+    return 3 if grid.errors else 0

@@ -1,0 +1,205 @@
+"""A study that is driven to its end through all faults of a schedule, whoever drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks._soak_driver import STALLS
+from benchmarks._soak_faults import BEGUN, Schedule
+from benchmarks._soak_machines import ROOT, Machines, Tracker
+
+LOG = "faults"
+FAILURES = 4
+"""How often a driver may end by itself without success before the study is given up."""
+AWAY = {"node killed": 8.0, "tracker killed": 10.0, "tracker stopped (SIGSTOP)": 10.0}
+"""Seconds until it is mended."""
+FROZEN = 60.0
+"""Seconds after which a stopped trial wakes up, if it still lives."""
+_LINE = re.compile(r"(?P<fault>.*) @ .*trial=(?P<trial>\d+),unit=(?P<unit>\d+).*pid=(?P<pid>\d+)")
+
+
+@dataclass
+class Outcome:
+    """How it went."""
+
+    seconds: float = 0.0
+    drivers: int = 0
+    failures: int = 0
+    """Drivers that ended by themselves without success."""
+    finished: bool = False
+    faults: Counter[str] = field(default_factory=Counter)
+    """Kind → how many hit."""
+    begun: int = 0
+    """Units begun, those begun again included."""
+    repeated: int = 0
+    """Units begun again."""
+    longest_stall: float = 0.0
+    """Seconds for which a callback held up Tune's loop at most."""
+
+
+class Soak:
+    """Drives one study.
+
+    Args:
+        side: `luthier` or `plain`.
+        folder: where its study lies.
+        schedule: what goes wrong.
+        damage: truncates the newest checkpoint of a trial; False = there is none.
+        patience: seconds after which the study is given up.
+    """
+
+    def __init__(
+        self,
+        side: str,
+        folder: Path,
+        schedule: Schedule,
+        machines: Machines,
+        tracker: Tracker,
+        damage: Callable[[], bool],
+        patience: float = 1200.0,
+    ) -> None:
+        self.side, self.folder, self.machines, self.tracker = side, folder, machines, tracker
+        self.outcome = Outcome()
+        self._due, self._damage, self._patience = list(schedule.outside), damage, patience
+        self._mending: list[tuple[float, Callable[[], object]]] = []
+        self._woken: set[int] = set()
+        self._turn = 0
+        self._driver: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> Outcome:
+        """Until the study is done, or given up."""
+        began = time.monotonic()
+        pause = threading.Event()
+        try:
+            self._start()
+            while time.monotonic() - began < self._patience and self._goes_on():
+                self._mend()
+                self._wake()
+                if self._due and not self._mending and self.begun >= self._due[0][0]:
+                    self._hit(self._due.pop(0)[1])
+                pause.wait(0.1)
+        finally:
+            self._stop()
+        self.outcome.seconds = time.monotonic() - began
+        self._count()
+        return self.outcome
+
+    @property
+    def begun(self) -> int:
+        """Different units that were begun."""
+        return len({(line["trial"], line["unit"]) for line in self._lines() if line["fault"] == BEGUN})
+
+    def _lines(self) -> Iterator[re.Match[str]]:
+        file = self.folder / LOG
+        for line in file.read_text().splitlines() if file.exists() else []:
+            if (found := _LINE.fullmatch(line)) is not None:
+                yield found
+
+    def _start(self) -> None:
+        self.outcome.drivers += 1
+        command = [sys.executable, "-m", "benchmarks._soak_driver", self.side, str(self.folder)]
+        settings = {**os.environ, **self.machines.settings}
+        with (self.folder / "driver.log").open("ab") as log:
+            self._driver = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env=settings, start_new_session=True
+            )
+
+    def _goes_on(self) -> bool:
+        assert self._driver is not None
+        code = self._driver.poll()
+        if code is None:
+            return True
+        if code == 0:
+            self.outcome.finished = True
+            return False
+        self._say(f"the driver ended by itself with {code}")
+        self.outcome.failures += 1
+        if self.outcome.failures > FAILURES:
+            return False
+        self._start()
+        return True
+
+    def _hit(self, kind: str) -> None:
+        self._say(kind)
+        self.outcome.faults[kind] += 1
+        if kind.startswith("driver killed"):
+            assert self._driver is not None
+            self._driver.kill()
+            self._driver.wait()
+            if "truncated" in kind and not self._damage():
+                self._say("there was no checkpoint to truncate")
+                self.outcome.faults[kind] -= 1
+                self.outcome.faults["driver killed"] += 1
+            self._start()
+            return
+        self._turn += 1
+        if kind == "node killed":
+            which = self._turn % 2
+            self.machines.kill_node(which)
+            mend: Callable[[], object] = lambda: self.machines.add_node(which)  # noqa: E731
+        elif kind == "tracker killed":
+            self.tracker.kill()
+            mend = self.tracker.start
+        else:
+            self.tracker.send(signal.SIGSTOP)
+            mend = lambda: self.tracker.send(signal.SIGCONT)  # noqa: E731
+        self._mending.append((time.monotonic() + AWAY[kind], mend))
+
+    def _mend(self) -> None:
+        now = time.monotonic()
+        for item in [item for item in self._mending if item[0] <= now]:
+            self._mending.remove(item)
+            item[1]()
+
+    def _wake(self) -> None:
+        """Let a stopped trial go on when its time has come, if nobody has ended it by then."""
+        for line in self._lines():
+            pid = int(line["pid"])
+            if line["fault"].endswith("action=stop") and pid not in self._woken:
+                self._woken.add(pid)
+                self._say(f"process {pid} of trial {line['trial']} is stopped")
+                timer = threading.Timer(FROZEN, _continue, [pid])
+                timer.daemon = True
+                timer.start()
+
+    def _stop(self) -> None:
+        if self._driver is not None and self._driver.poll() is None:
+            self._say("given up")
+            self._driver.kill()
+            self._driver.wait()
+        for _, mend in self._mending:
+            mend()
+
+    def _count(self) -> None:
+        lines = list(self._lines())
+        begun = [(line["trial"], line["unit"]) for line in lines if line["fault"] == BEGUN]
+        self.outcome.begun, self.outcome.repeated = len(begun), len(begun) - len(set(begun))
+        for line in lines:
+            if line["fault"] != BEGUN:
+                parts = dict(part.split("=") for part in line["fault"].split(","))
+                self.outcome.faults[f"{parts['action']} at {parts['phase']}"] += 1
+        stalls = self.folder / STALLS
+        if stalls.exists():
+            self.outcome.longest_stall = max(float(line.split()[0]) for line in stalls.read_text().splitlines())
+
+    def _say(self, what: str) -> None:
+        with (self.folder / "happened").open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {self.begun} units begun: {what}\n")
+
+
+def _continue(pid: int) -> None:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if state == "T":
+            os.kill(pid, signal.SIGCONT)
