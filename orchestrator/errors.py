@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from trainables.core.redaction import redact
+
+__all__ = ["Path", "PreflightError", "Problem", "StudyError", "Terminated", "did_you_mean", "dotted", "redact"]
 
 Path = tuple[str | int, ...]
 
@@ -73,12 +76,3 @@ def did_you_mean(given: object, known: Collection[str]) -> str:
     near = difflib.get_close_matches(str(given).lower(), [name.lower() for name in known], n=1)
     original = {name.lower(): name for name in known}
     return f" Did you mean {original[near[0]]!r}?" if near else ""
-
-
-_CREDENTIALS = re.compile(r"(?<=//)[^/\s'\"@]*:[^/\s'\"]*(?=@)|(?<=//)[^/\s'\"@:]+(?=@)")
-_QUERY_SECRET = re.compile(r"(?i)(?<=[?&])(password|passwd|pwd|token|secret|[a-z_]*key)=[^&\s'\"]+")
-
-
-def redact(text: str) -> str:
-    """The text with user names, passwords and tokens inside URLs replaced by `***`."""
-    return _QUERY_SECRET.sub(r"\1=***", _CREDENTIALS.sub("***", text))

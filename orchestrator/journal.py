@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from orchestrator.folding import fold
 from trainables.core.durable import sync
 from trainables.core.faults import reach
+from trainables.core.redaction import redact
 
 __all__ = ["Event", "Journal", "JournalError", "fold"]
 
@@ -41,6 +42,9 @@ Event = dict[str, Any]
 Listener = Callable[[Event], object]
 
 logger = logging.getLogger("luthier")
+
+FREE_TEXT = ("error", "problem")
+"""Fields whose words are somebody else's, and may quote a secret."""
 
 
 class JournalError(ValueError):
@@ -96,6 +100,7 @@ class Journal:
             if self._descriptor is None:
                 self._open()
             event: Event = {"seq": self._next, "time": time.time(), "kind": kind} | _plain(fields)
+            event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
             reach("before_event", event=kind, seq=self._next)
             self._write((json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n").encode())
             self._next += 1

@@ -6,6 +6,8 @@ import traceback
 
 import torch
 
+from trainables.core.redaction import redact
+
 _MACHINE = ("CUDA error", "CUDA driver error", "NCCL", "CUDNN_STATUS", "CUBLAS_STATUS")
 
 
@@ -25,5 +27,5 @@ def is_passing(error: BaseException) -> bool:
 
 
 def failure_text(error: BaseException, limit: int = 8000) -> str:
-    """The traceback, its end if it is long."""
-    return "".join(traceback.format_exception(error))[-limit:]
+    """The traceback without secrets, its end if it is long."""
+    return redact("".join(traceback.format_exception(error)))[-limit:]

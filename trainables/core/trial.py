@@ -14,6 +14,7 @@ from trainables.core.checkpoint import CheckpointError, RunState, load_newest, s
 from trainables.core.failing import failure_text, is_passing
 from trainables.core.faults import located, reach
 from trainables.core.keeper import WITHIN_SECONDS, Keeper
+from trainables.core.redaction import redact
 from trainables.core.run import Run
 from trainables.core.task import TrialSpec
 
@@ -65,6 +66,8 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
         except Exception as error:
             self._run = None
             if self._keeper is None or is_passing(error):
+                if redact(str(error)) != str(error):  # Tune keeps the text of what is raised here
+                    raise OSError(redact(f"{type(error).__name__}: {error}")) from None
                 raise
             return {"done": True, "failure": failure_text(error)}
         self._iteration = int(metrics["unit"]) - 1  # Tune adds one; a trial that goes on did not begin with this actor
