@@ -15,8 +15,8 @@ class Kind(NamedTuple):
     """Units of one strategy that do the same."""
 
     start: Start
-    phase: int
-    """Index of the strategy's phase; closed-form phases take a moment, others an epoch."""
+    phase: str
+    """Name of the strategy's phase, without the number of a cycle: a head alone is trained faster than all of it."""
     closes: bool
     """Whether the phase has something to do at its end, and this is it."""
     tests: bool
@@ -54,11 +54,19 @@ def _kinds(strategy: str, hparams: str, epochs: int, tested: Sequence[int]) -> t
     try:
         plan = Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
     except (ValueError, TypeError):  # the trial itself will say what is wrong
-        return (Kind("", 0, False, True, True),)
+        return (Kind("", "", False, True, True),)
     found: list[Kind] = []
-    for index, phase in enumerate(plan.phases):
+    for phase in plan.phases:
         for inside in range(phase.units):
             unit = len(found) + 1
             closes = phase.finish is not None and inside + 1 == phase.units
-            found.append(Kind("", index, closes, unit in tested or unit == plan.units, unit == plan.units))
+            found.append(
+                Kind(
+                    "",
+                    phase.name.rstrip(" 0123456789"),
+                    closes,
+                    unit in tested or unit == plan.units,
+                    unit == plan.units,
+                )
+            )
     return tuple(found)
