@@ -14,8 +14,8 @@ from orchestrator.cluster_auth import refresh_ray_auth
 
 @contextlib.contextmanager
 def plain_cluster(cpus: int) -> Iterator[None]:
-    """Start a cluster and stop it at the end of the block. It has a token of its own: left alone, Ray would take one from
-    the home folder of the moment and leave its choice in this process for the modules that follow."""
+    """Start a cluster and stop it at the end of the block. It has a token of its own: left alone, Ray would take one
+    from the home folder of the moment and leave its choice in this process for the modules that follow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
