@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,8 @@ class Results:
             lines += [str(error)]
         if found := self.findings():
             lines += ["", "## Findings", "", *(f"- {sentence}" for sentence in found)]
-        return "\n".join([*lines, "", *(f"- **Warning:** {w}" for w in self.warnings())]).rstrip() + "\n"
+        text = "\n".join([*lines, "", *(f"- **Warning:** {w}" for w in self.warnings())]).rstrip() + "\n"
+        return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # Markdown may hold HTML, and names come from anywhere
 
     def _oracle_mark(self) -> str:
         return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""

@@ -148,11 +148,17 @@ def clip(text: str, limit: int = TAG_LIMIT) -> str:
 
 
 def clean_key(key: str) -> str:
-    """A metric or parameter name that every server takes: letters, digits, `_ - . space : /`, at most 250, no `..` and
-    no leading or trailing slash."""
-    kept = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
-    kept = re.sub(r"/{2,}", "/", re.sub(r"\.{2,}", ".", kept)).strip("/")
-    return kept[:KEY_LIMIT] or "_"
+    """A metric or parameter name that every server takes: letters, digits, `_ - . space :` between slashes, at most
+    250, no `..`. What has to be changed gets four hex digits of its own, so that two names never become one."""
+    parts = [
+        (part, re.sub(r"\.{2,}", ".", re.sub(r"[^\w\-. :]", "_", part, flags=re.ASCII))) for part in key.split("/")
+    ]
+    kept = "/".join(fit if fit and fit == part else f"{fit or '_'}-{_mark(part)}" for part, fit in parts)
+    return kept if len(kept) <= KEY_LIMIT else f"{kept[: KEY_LIMIT - 5]}-{_mark(key)}"
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:4]
 
 
 def param_text(value: Any) -> str:

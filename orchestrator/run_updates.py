@@ -37,6 +37,7 @@ class Projection:
         self._units: dict[str, int] = {}
         self._dropped: dict[str, int] = {}
         self._measured_events: list[Mapping[str, Any]] = []
+        self._renamed: dict[str, str] = {}
 
     def apply(self, event: Mapping[str, Any]) -> list[RunUpdate]:
         """The updates that an event brings, the study's own run before those of its trials."""
@@ -78,7 +79,7 @@ class Projection:
         update, time = self._study_update(), milliseconds(event["time"])
         metrics, curves = event.get("metrics") or {}, event.get("curves") or {}
         finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
-        update.points = [(clean_key(key), value, time, 0) for key, value in declared_metrics(finite).items()]
+        update.points = [(self._key(key), value, time, 0) for key, value in declared_metrics(finite).items()]
         update.texts, update.pictures = curve_texts(curves), pictures(curves)
         return update
 
@@ -88,9 +89,11 @@ class Projection:
         tags, texts, metrics = summary(records, self._header, measurements(self._measured_events))
         update = self._study_update(status=state, **tags)
         update.texts, update.end = texts, milliseconds(event["time"])
+        if self._renamed:
+            update.texts["names.json"] = json.dumps(self._renamed, indent=2, ensure_ascii=False)
         update.status = {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED")
         update.points = [
-            (clean_key(key), value, update.end, 0) for key, value in metrics.items() if math.isfinite(value)
+            (self._key(key), value, update.end, 0) for key, value in metrics.items() if math.isfinite(value)
         ]
         return update
 
@@ -146,7 +149,7 @@ class Projection:
         for key, value in record.hparams.items():
             if (key == "lr" or key.startswith("lr_")) and isinstance(value, (int, float)) and value > 0:
                 shown[f"{key}.log10"] = round(math.log10(value), 3)
-        update.params = {clean_key(key): param_text(value) for key, value in shown.items() if value is not None}
+        update.params = {self._key(key): param_text(value) for key, value in shown.items() if value is not None}
         update.dataset = self._header.dataset()
         if record.attempts > 1:
             update.status = "RUNNING"
@@ -158,7 +161,7 @@ class Projection:
         self._units[update.uid] = unit
         metrics = event["metrics"]
         finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
-        update.points = [(clean_key(key), value, time, unit) for key, value in declared_metrics(finite).items()]
+        update.points = [(self._key(key), value, time, unit) for key, value in declared_metrics(finite).items()]
         dropped = self._dropped.get(update.uid, 0) + len(metrics) - len(finite)
         self._dropped[update.uid] = dropped
         if dropped:
@@ -182,6 +185,13 @@ class Projection:
             value, unit = max(known)
             step = self._units.get(update.uid, record.unit)
             update.points = [("best/val/acc", value, update.end, step), ("best/epoch", -unit, update.end, step)]
+
+    def _key(self, name: str) -> str:
+        """The name as every server takes it; what it stands for is kept where it had to be changed."""
+        key = clean_key(name)
+        if key != name:
+            self._renamed[key] = name
+        return key
 
 
 def _run_name(record: TrialRecord) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
+import re
 from typing import Any
 
 import pytest
 
+from orchestrator.entries import entry_problems
+from orchestrator.results import Results
 from orchestrator.run_fields import Header, RunUpdate, clean_key, clip, param_text, summary
 from orchestrator.run_updates import Projection
 from tests.orchestrator.test_findings import FULL, PROBE, shift_ratio
@@ -156,11 +162,48 @@ def test_what_was_measured_at_the_start_is_in_the_note_at_the_end() -> None:
 
 
 def test_keys_and_values_are_made_fit_for_any_server() -> None:
-    assert clean_key("ood/clip art (é)/acc") == "ood/clip art ___/acc"
-    assert clean_key("../x//y/") == "./x/y"
-    assert clean_key("é") == "_"
+    assert clean_key("ood/clip art: v1.0_x-y/acc") == "ood/clip art: v1.0_x-y/acc"
+    assert clean_key("ood/clip art (é)/acc") == "ood/clip art ___-2ea5/acc"
+    assert clean_key("../x//y/") == ".-5ec1/x/_-e3b0/y/_-e3b0"
     assert len(clean_key("k" * 400)) == 250
     shown = [param_text(value) for value in (3e-05, 1e-07, 0.1, 12, True, "sgd", None, [1, 2])]
     assert shown == ["0.00003", "0.0000001", "0.1", "12", "true", "sgd", "null", "[1, 2]"]
     assert param_text("x" * 900) == "x" * 499 + "…"
     assert clip("short") == "short"
+
+
+def test_c6_names_that_a_server_refuses_stay_apart_and_are_written_down() -> None:
+    odd = ["a,b", "a;b", "a\nb", "../b", "x" * 300, "x" * 301, "é", ""]
+    keys = {f"ood/{name}/acc" for name in odd}
+    assert len({clean_key(key) for key in keys}) == len(keys)
+    assert all(re.fullmatch(r"[\w\-. :/]{1,250}", key, re.ASCII) and ".." not in key for key in map(clean_key, keys))
+    study = Study(study="pets")
+    study.suggest()
+    study.start()
+    (update,) = study.tell("result", trial_id="a", unit=1, metrics=dict.fromkeys(keys, 0.5) | {"val/acc": 1.0})
+    (last,) = study.tell("study_finished", state="complete")
+    names = json.loads(last.texts["names.json"])
+    assert {names.get(key, key) for key, *_ in update.points} == keys | {"val/acc"}
+
+
+def test_c8_names_in_a_note_are_texts_and_no_cell_of_the_table_is_a_formula() -> None:
+    """Names of domains and classes come from folders; a note is Markdown, which may hold HTML."""
+    study = Study(study="pets")
+    evil = "<img src=x onerror=alert(1)>"
+    results = Results([*PROBE, *FULL], {"name": "pets", "search": {"objective": f"val_domain:{evil}"}})
+    assert "<img" not in results.markdown()
+    assert "&lt;img src=x onerror=alert(1)>" in results.markdown()
+    tags, texts, _ = summary([*PROBE, *FULL], study.projection._header)
+    rows = list(csv.reader(io.StringIO(texts["leaderboard.csv"])))
+    assert len(rows) == 3
+    assert [cell for row in rows for cell in row if re.match(r"[=+@\t\r]|-\D", cell)] == []
+    assert tags["mlflow.note.content"].startswith("# pets")
+
+
+@pytest.mark.parametrize("label", ["=cmd()", "+1", "-x", "@sum", "<script>", "a|b", "a,b"])
+def test_c8_a_label_cannot_be_a_formula_or_a_tag(label: str) -> None:
+    problems = entry_problems([{"name": "full", "label": label}])
+    assert [str(problem) for problem in problems] == [
+        f"strategies[0].label: a label has 1 to 50 letters, digits, '_' or '-' and starts with a letter or digit, but "
+        f"got {label!r}."
+    ]
