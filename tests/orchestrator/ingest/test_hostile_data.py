@@ -1,0 +1,163 @@
+"""Data by somebody who means harm, or by chance: what cannot be read costs a sample or the run, never the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from orchestrator.ingest.decoding import Job, decode_all
+from orchestrator.ingest.errors import DataError
+from orchestrator.ingest.folder import open_folder
+from orchestrator.ingest.images import FORMATS
+from orchestrator.ingest.parquet import open_parquet
+from orchestrator.ingest.parquet_table import encoded_images
+from orchestrator.ingest.worker import MEMORY_LIMIT
+from tests.orchestrator.ingest.pictures import domains, encoded, picture
+from trainables.data.store import Store
+
+GREEDY = f"""
+from orchestrator.ingest import images, worker
+images._finish = lambda *arguments: bytearray({MEMORY_LIMIT})
+worker.main()
+"""
+
+
+def reasons(root: Path) -> dict[str, str | None]:
+    """Name → why it is not used, for every picture of a folder."""
+    source = open_folder(root)
+    found = decode_all(source, range(len(source.samples)), Job(16, "nearest"), workers=1)
+    return {source.samples[i].name: outcome.reason for i, outcome in found.items()}
+
+
+def test_d9_a_decoder_has_only_so_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        return real([command[0], "-c", GREEDY], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert set(reasons(domains(tmp_path, ("photo",), 1)).values()) == {"needs more memory than a decoder may take"}
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "IM", "SPIDER", "MSP"])
+def test_d10_a_format_that_is_not_on_the_list_is_not_opened_under_another_name(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ghostscript, which Pillow calls for EPS, is a program that files can steer."""
+    trap = tmp_path / "gs"
+    trap.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    trap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    root = domains(tmp_path / "data", ("photo",), 1)
+    image = picture(7, 32, 32)
+    content = encoded(image.convert({"MSP": "1", "SPIDER": "F"}.get(kind, "RGB")), kind)
+    (root / "photo" / "ant" / "evil.jpg").write_bytes(content)
+    (root / "photo" / "ant" / "evil.eps").write_bytes(content)
+    found = reasons(root)
+    for name in ("photo/ant/evil.jpg", "photo/ant/evil.eps"):
+        assert str(found.pop(name)).startswith(f"not a picture ({', '.join(FORMATS)}): it begins with ")
+    assert set(found.values()) == {None}
+    assert not (tmp_path / "started").exists()
+
+
+def test_d10_a_picture_under_the_name_of_another_format_is_what_it_is(tmp_path: Path) -> None:
+    root = domains(tmp_path, ("photo",), 1)
+    (root / "photo" / "ant" / "png.jpg").write_bytes(encoded(picture(8)))
+    (root / "photo" / "ant" / "svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
+    found = reasons(root)
+    assert found["photo/ant/png.jpg"] is None
+    assert str(found["photo/ant/svg.png"]).startswith("not a picture")
+
+
+def test_d7_a_multi_picture_jpeg_counts_once(tmp_path: Path) -> None:
+    root = domains(tmp_path, ("photo",), 1)
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    (root / "photo" / "ant" / "two.mpo").write_bytes(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]))
+    source = open_folder(root)
+    outcomes = decode_all(source, range(4), Job(16, "nearest"), workers=1)
+    (notes,) = [o.notes for i, o in outcomes.items() if source.samples[i].name.endswith(".mpo")]
+    assert notes == ("animated",)
+
+
+@pytest.mark.parametrize("place", ["../../secret.png", "/etc/passwd", "http://127.0.0.1:9/x.png", "file:///etc/passwd"])
+def test_d29_a_path_in_a_table_leads_nowhere(place: str, tmp_path: Path) -> None:
+    """Hugging Face's tables may name a file in place of its bytes; here a row without bytes has no image."""
+    (tmp_path / "secret.png").write_bytes(encoded(picture(1)))
+    rows = [{"bytes": encoded(picture(n)), "path": f"{n}.png"} for n in range(3)] + [{"bytes": None, "path": place}]
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    pq.write_table(pa.table({"image": rows, "label": [0, 1, 0, 1]}), tmp_path / "a" / "b" / "x.parquet")
+    source = open_parquet(tmp_path / "a" / "b" / "x.parquet")
+    outcomes = decode_all(source, range(4), Job(16, "nearest"), workers=1)
+    assert [outcome.reason for outcome in outcomes.values()] == [None, None, None, "the row has no image bytes"]
+
+
+def read_all(path: Path) -> list[tuple[str, bytes | None]] | None:
+    """Label and image of each row (None = damaged), or None where the table is refused as a whole."""
+    try:
+        source = open_parquet(path)
+    except DataError:
+        return None
+    images: list[bytes | None] = []
+    with contextlib.suppress(pa.ArrowException, OSError, ValueError):  # as a decoder process takes it
+        images += encoded_images(str(path), source.columns[0], 0, range(len(source.samples)))
+    images += [None] * (len(source.samples) - len(images))
+    return [(sample.label, image) for sample, image in zip(source.samples, images, strict=True)]
+
+
+def mutants(content: bytes, count: int, end: int) -> Iterator[bytes]:
+    """The content with one bit flipped at one of its first `end` bytes, `count` times."""
+    chance = random.Random(0)
+    for _ in range(count):
+        changed = bytearray(content)
+        changed[chance.randrange(4, end)] ^= 1 << chance.randrange(8)
+        yield bytes(changed)
+
+
+def test_d22_a_flipped_bit_in_a_table_with_checksums_is_never_taken_for_data(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"image": [encoded(picture(n)) for n in range(6)], "label": [f"class {n % 2}" for n in range(6)]})
+    pq.write_table(table, path, write_page_checksum=True)
+    content = path.read_bytes()
+    whole = read_all(path)
+    assert whole is not None
+    footer = int.from_bytes(content[-8:-4], "little")
+    wrong = 0
+    for mutant in mutants(content, 200, len(content) - 8 - footer):
+        path.write_bytes(mutant)
+        found = read_all(path) or [(label, None) for label, _ in whole]
+        assert [label for label, _ in found] == [label for label, _ in whole]
+        wrong += sum(image not in (None, right) for (_, image), (_, right) in zip(found, whole, strict=True))
+    assert wrong == 0
+
+
+def test_d28_an_archive_of_samples_is_no_source(tmp_path: Path) -> None:
+    """WebDataset shards hold pickles among others; there is no reader for them."""
+    from orchestrator.ingest.check import check
+
+    (tmp_path / "x.tar").write_bytes(b"x")
+    with pytest.raises(DataError) as error:
+        check(tmp_path / "x.tar")
+    assert str(error.value) == (
+        f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.tar is none of these."
+    )
+
+
+def test_d27_what_vanishes_after_it_was_read_is_not_missed(tmp_path: Path) -> None:
+    """Trials read the store: files of the source may go once it is made."""
+    from tests.orchestrator.ingest.pictures import read
+
+    root = domains(tmp_path / "data", count=6)
+    store = read(root, tmp_path / "stores")
+    before = store.images("train").copy()
+    shutil.rmtree(root)
+    assert (Store(store.path).images("train") == before).all()
