@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.changes import check_changes
 from orchestrator.checkpoints import checkpoint_folder, keep_now, tidy
 from orchestrator.counts import count_trials
+from orchestrator.disk import disk_explained
 from orchestrator.errors import redact
 from orchestrator.fsr_record import record_fsr
 from orchestrator.lambda_hint import Hints, lambda_hints
@@ -58,13 +59,14 @@ class Drive:
         Raises:
             JournalError: another process runs this study; nothing was touched.
             ChangedStudyError: it is not the study that was run last; nothing was touched.
+            DiskError: the folder's disk is full or fails.
         """
         from orchestrator.callback import close_open_trials
         from orchestrator.cluster import connect
         from orchestrator.journal import Journal, fold
         from orchestrator.measure import measure_start
 
-        with contextlib.ExitStack() as opened:
+        with disk_explained(self.folder), contextlib.ExitStack() as opened:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
             hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.stages is None else Hints()
@@ -98,6 +100,7 @@ class Drive:
         from orchestrator.callback import RecordCallback
         from orchestrator.failure_gate import FailureGate
         from orchestrator.journal import fold
+        from orchestrator.lost_actors import lost_actors_are_failed_attempts
         from orchestrator.watchdog import Watchdog
         from trainables.core.trial import Trial
 
@@ -127,7 +130,8 @@ class Drive:
             ),
         )
         try:
-            tuner.fit()
+            with lost_actors_are_failed_attempts():
+                tuner.fit()
         except KeyboardInterrupt:
             running = [record.number for record in fold(journal.events()) if record.state == "running"]
             keep_now(self.folder, running, KEEPING_SECONDS)
