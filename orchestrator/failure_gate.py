@@ -12,7 +12,7 @@ from ray.tune import Stopper
 from orchestrator.records import INTERRUPTED
 
 ADVICE = {
-    "nan": "Training diverges: lower the learning rates (fixed: or another preset), or look at the data's values.",
+    "nan": "Training diverges: hold the learning rates at lower values (fixed), or look at the images.",
     "oom": "GPU memory does not suffice: lower search.batch_size or data.image_size, or give a trial more of a GPU "
     "(resources.gpus).",
     "host_oom": "The machines' memory does not suffice: run fewer trials at a time (resources.concurrent), or on "
@@ -21,12 +21,14 @@ ADVICE = {
     "failures.stall_floor.",
     "data": "Look at the data: luthier data check.",
     "infra": "Look at the machines and their logs.",
-    "user": "Look at the study's hyperparameters and, if it is your own, at the strategy's code.",
+    "user": "Look at the values held in the study file (fixed) and, where it is your own, at the strategy's code.",
 }
 """What a person can do about each reason."""
+SHOWN = 5
+"""Trials that are named."""
 
 
-class FailureGateError(RuntimeError, ValueError):
+class FailureGateError(ValueError):
     """A study was stopped because its trials kept failing."""
 
 
@@ -44,7 +46,7 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
     def __init__(self, after: int | None, share: float) -> None:
         self._after, self._share = after, share
         self._started: set[str] = set()
-        self._numbers: dict[str, int] = {}
+        self._names: dict[str, str] = {}
         self._failed: dict[str, tuple[str, str]] = {}
         self.reason: str | None = None
         """The reason that stopped the study, if it was stopped."""
@@ -53,7 +55,7 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
         """Take note of one event of the journal."""
         kind, trial_id = event["kind"], str(event.get("trial_id"))
         if kind == "trial_suggested":
-            self._numbers[trial_id] = int(event["number"])
+            self._names[trial_id] = f"{event['number']} {event.get('label') or event['strategy']}"
         elif kind == "trial_started":
             self._started.add(trial_id)
         elif kind == "trial_failed" and event.get("reason") != INTERRUPTED and trial_id in self._started:
@@ -82,13 +84,13 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
         errors = {trial_id: error for trial_id, (reason, error) in self._failed.items() if reason == self.reason}
         common, count = Counter(map(_shape, errors.values())).most_common(1)[0]
         alike = [trial_id for trial_id, error in errors.items() if _shape(error) == common]
-        numbers = ", ".join(str(self._numbers.get(trial_id, trial_id)) for trial_id in alike)
-        mostly = "all" if count == len(errors) else f"{count} of them"
+        names = ", ".join(self._names.get(trial_id, trial_id) for trial_id in alike[:SHOWN])
+        more = f" and {count - SHOWN} more" if count > SHOWN else ""
         return (
-            f"The study was stopped: {len(errors)} of the {len(self._started)} trials started failed for one reason, "
-            f"{self.reason}, {mostly} alike (trial {numbers}): {errors[alike[0]]} {ADVICE.get(str(self.reason), '')} "
-            f"The same command continues the study, and keeps what is finished; failures.stop_after: null lets a study "
-            "go on whatever fails."
+            f"the study was stopped, because {len(errors)} of the {len(self._started)} trials that were started failed "
+            f"for one reason: {self.reason}. The commonest error ({count}×: {names}{more}) is: "
+            f"{errors[alike[0]].rstrip('.')}. {ADVICE.get(str(self.reason), '')} What has finished is kept, and the "
+            "same command goes on with the rest; failures.stop_after: null lets a study go on whatever fails."
         )
 
     def _judge(self) -> None:

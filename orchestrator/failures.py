@@ -50,8 +50,8 @@ def error_line(text: str, limit: int = 500) -> str:
         pid, ip = (found[1] if (found := pattern.search(text)) else "?" for pattern in _PLACE.values())
         return (
             f"ActorDiedError: process {pid} on {ip} ended without a word: it crashed (a segmentation fault, or a "
-            "library that ends the process), or it was killed from outside. Its own last words, if any, are in Ray's "
-            "worker logs."
+            "library that ends the process), or it was killed from outside (by the kernel, if memory ran out: see "
+            "dmesg there). Its last words, if any, are in Ray's worker logs."
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if _ERROR.match(line)]

@@ -25,7 +25,8 @@ class FailuresSpec(Section):
     """Seconds that a unit may take whose kind nobody has done yet: the first one, which loads the network, and the
     first that ends with an evaluation."""
     stop_after: Annotated[int, Field(ge=1)] | None = 5
-    """Failed trials of one reason after which the study is stopped, if they are `stop_share` of all that this run has
-    started. null = it goes on whatever fails."""
-    stop_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """See `stop_after`."""
+    """Trials that failed for good and for one reason after which the study is stopped, if they are many enough
+    (`stop_share`). Counted within one run. null = it goes on whatever fails."""
+    stop_share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of all trials started that these failures must be. The default lets a study of two strategies go on of
+    which one always fails."""
