@@ -215,16 +215,14 @@ def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimat
 
 
 def _endless(shifts: Floats) -> str:
-    """Why shifts (k, n) of samples, the smallest first, and seeds have no limit; and on which side of 1 FSR lies, where
-    all seeds together tell growth from chance."""
+    """Why shifts (k, n) of samples, the smallest first, and seeds have no limit; and what it would mean if they went on
+    so, where all seeds together tell growth from chance."""
     change, half = mean_interval((shifts[-1] - shifts[0]).tolist(), LEVEL)
-    if change - half > 0:
-        return (
-            "the shift still grows at the whole sample, which so under-represents the target (λ > 1), but by how much "
-            "cannot be told; take `full` or more data."
-        )
     moves = "falls" if change < 0 else "grows"
-    return f"the shift still {moves} at the whole sample, so that its limit cannot be told; take `full` or more data."
+    told = f"the shift still {moves} at the whole sample, so that its limit cannot be told"
+    if change - half > 0:
+        told += " (should it go on growing, the sample under-represents the target: λ > 1)"
+    return f"{told}; take `full` or more data."
 
 
 def _curve(images: Floats, shifts: Floats, fit: Fit) -> dict[str, Any]:

@@ -124,30 +124,26 @@ class TestExtrapolated:
         assert (found.low, found.high) == (again.low, again.high)
 
     @pytest.mark.parametrize(
-        ("shifts", "note"),
+        ("shifts", "moves", "if_so"),
         [
-            (
-                (25, 50, 100),
-                "grows at the whole sample, which so under-represents the target (λ > 1), but by how much ",
-            ),
-            (
-                (1.0, 1.5, 2.0),
-                "grows at the whole sample, which so under-represents the target (λ > 1), but by how much ",
-            ),
-            ((1.0, 1.0001, 1.0002), "grows at the whole sample, so that its limit "),
-            ((4.0, 2.0, 0.5), "falls at the whole sample, so that its limit "),
+            ((25, 50, 100), "grows", " (should it go on growing, the sample under-represents the target: λ > 1)"),
+            ((1.0, 1.5, 2.0), "grows", " (should it go on growing, the sample under-represents the target: λ > 1)"),
+            ((1.0, 1.0001, 1.0002), "grows", ""),
+            ((4.0, 2.0, 0.5), "falls", ""),
         ],
     )
-    def test_a_shift_that_does_not_level_off_gives_no_number(self, shifts: tuple[float, ...], note: str) -> None:
+    def test_a_shift_that_does_not_level_off_gives_no_number(
+        self, shifts: tuple[float, ...], moves: str, if_so: str
+    ) -> None:
         records = [
             reference(10 * i + seed, name, seed, shift * (1 + 0.001 * seed * i), images)
             for i, (name, images, shift) in enumerate(zip(("0.25", "0.5", "1"), (25, 50, 100), shifts, strict=True))
             for seed in range(2)
         ]
         (found,) = estimates(records)
-        assert (
-            found.sentence()
-            == f"No FSR (extrapolated): the shift still {note}cannot be told; take `full` or more data."
+        assert found.sentence() == (
+            f"No FSR (extrapolated): the shift still {moves} at the whole sample, so that its limit cannot be "
+            f"told{if_so}; take `full` or more data."
         )
         assert suggested([found]) is None
         assert found.metrics() == {}
