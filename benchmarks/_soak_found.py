@@ -59,9 +59,7 @@ def plain(study: Path, database: Path, units: int) -> Found:
 def row(whole: Found, disturbed: Found, calm: Outcome, rough: Outcome) -> dict[str, Any]:
     """The figures of the release gate, and what they stand on."""
     count = Counter({point: len(values) for point, values in disturbed.points.items()})
-    same = {point: set(values) for point, values in whole.points.items()} == {
-        point: set(values) for point, values in disturbed.points.items()
-    }
+    same = all(set(values) == set(disturbed.points.get(point, ())) for point, values in whole.points.items())
     return {
         "trials_lost": len(whole.curves.keys() - disturbed.curves.keys()),
         "epochs_repeated": rough.repeated,
@@ -72,7 +70,9 @@ def row(whole: Found, disturbed: Found, calm: Outcome, rough: Outcome) -> dict[s
         "overhead_x": round(rough.seconds / calm.seconds, 2),
         "bit_exact": same and whole.curves == disturbed.curves,
         "max_stall_s": round(rough.longest_stall, 2),
+        "points_extra": len(disturbed.points.keys() - whole.points.keys()),
         "faults": sum(rough.faults.values()),
+        "seconds_per_fault": round((rough.seconds - calm.seconds) / max(1, sum(rough.faults.values())), 1),
         "trials": len(whole.curves),
         "points": len(whole.points),
         "seconds": [round(calm.seconds), round(rough.seconds)],

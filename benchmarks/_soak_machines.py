@@ -90,7 +90,7 @@ class Tracker:
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
             "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(self.folder / "files"),
         ]  # fmt: skip
-        settings = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        settings = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, start_new_session=True)
         for _ in range(int(wait / 0.2)):

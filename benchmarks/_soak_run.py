@@ -72,8 +72,9 @@ class Soak:
         self.side, self.folder, self.machines, self.tracker = side, folder, machines, tracker
         self.outcome = Outcome()
         self._due, self._damage, self._patience = list(schedule.outside), damage, patience
-        self._mending: list[tuple[float, Callable[[], object]]] = []
+        self._mending: threading.Thread | None = None
         self._woken: set[int] = set()
+        self._over = threading.Event()
         self._turn = 0
         self._driver: subprocess.Popen[bytes] | None = None
 
@@ -84,14 +85,14 @@ class Soak:
         try:
             self._start()
             while time.monotonic() - began < self._patience and self._goes_on():
-                self._mend()
                 self._wake()
-                if self._due and not self._mending and self.begun >= self._due[0][0]:
+                whole = self._mending is None or not self._mending.is_alive()
+                if self._due and whole and self.begun >= self._due[0][0]:
                     self._hit(self._due.pop(0)[1])
                 pause.wait(0.1)
+            self.outcome.seconds = time.monotonic() - began
         finally:
             self._stop()
-        self.outcome.seconds = time.monotonic() - began
         self._count()
         return self.outcome
 
@@ -154,13 +155,13 @@ class Soak:
         else:
             self.tracker.send(signal.SIGSTOP)
             mend = lambda: self.tracker.send(signal.SIGCONT)  # noqa: E731
-        self._mending.append((time.monotonic() + AWAY[kind], mend))
+        self._mending = threading.Thread(target=self._mend, args=(kind, mend), daemon=True)
+        self._mending.start()
 
-    def _mend(self) -> None:
-        now = time.monotonic()
-        for item in [item for item in self._mending if item[0] <= now]:
-            self._mending.remove(item)
-            item[1]()
+    def _mend(self, kind: str, mend: Callable[[], object]) -> None:
+        self._over.wait(AWAY[kind])
+        mend()
+        self._say(f"{kind.split()[0]} is back")
 
     def _wake(self) -> None:
         """Let a stopped trial go on when its time has come, if nobody has ended it by then."""
@@ -178,8 +179,9 @@ class Soak:
             self._say("given up")
             self._driver.kill()
             self._driver.wait()
-        for _, mend in self._mending:
-            mend()
+        self._over.set()
+        if self._mending is not None:
+            self._mending.join()
 
     def _count(self) -> None:
         lines = list(self._lines())

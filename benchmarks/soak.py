@@ -11,7 +11,8 @@ where is drawn from the seed and is the same for both. Each side is compared wit
 
     trials_lost       trials that did not use their budget in the end
     epochs_repeated   units that were begun again
-    points_lost       numbers (trial, metric, step) that the tracker lacks;  points_dup: those that it has twice
+    points_lost       numbers (trial, metric, step) that the tracker lacks;  points_dup: those that it has twice;
+                      points_extra: those that the undisturbed study has not
     runs_dup          runs of the tracker beyond one per trial;  zombies: runs that are RUNNING for ever
     overhead_x        wall time as a multiple of the undisturbed one
     bit_exact         every trial's curve and final numbers are those of the undisturbed study, bit for bit
@@ -53,6 +54,7 @@ def study_fields(args: argparse.Namespace, storage: Path, uri: str) -> dict[str,
             "scheduler": "none", "seed": args.seed,
         },
         "confirm": {"top_k": 0},
+        "failures": {"stall_floor": 20},
         "resources": {"cpus": 1, "concurrent": 2},
         "tracking": {"uri": uri, "experiment": STUDY},
         "storage": str(storage),
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=34)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--units", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of one unit")
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of one unit; 20 = an epoch")
     parser.add_argument("--patience", type=float, default=1200.0, help="seconds for one study, then it is given up")
     parser.add_argument("--side", choices=sorted(SIDES), action="append", help="only this one")
     parser.add_argument("--quick", action="store_true", help="six faults on a small study, to try the machinery")
