@@ -1,5 +1,6 @@
 """From Tune's events to the journal and the progress display. Nothing here may raise or block: any exception in a Tune
-callback stops the whole experiment."""
+callback stops the whole experiment. Just that has to happen where the journal cannot be written: trials that went on
+would have results that nobody ever hears of; stopped now, each of them says its last one again."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ray.tune import Callback
 from orchestrator.checkpoints import discard
 from orchestrator.failures import classify, error_line
 from orchestrator.folding import fold, interruption, unfinished
-from orchestrator.journal import Journal
+from orchestrator.journal import Journal, JournalWriteError
 from orchestrator.progress import Progress
 from orchestrator.records import INTERRUPTED, RESUMED, declared_metrics
 
@@ -25,12 +26,15 @@ logger = logging.getLogger("luthier")
 
 
 def _never_raises(hook: Callable[..., None]) -> Callable[..., None]:
-    """Turn any exception of a hook into an entry of `problems` and one line of the log."""
+    """Turn any exception of a hook, but that of a journal that takes no event, into an entry of `problems` and one line
+    of the log."""
 
     @functools.wraps(hook)
     def guarded(self: RecordCallback, *args: Any, **kwargs: Any) -> None:
         try:
             hook(self, *args, **kwargs)
+        except JournalWriteError:
+            raise
         except Exception as error:
             problem = f"{hook.__name__}: {type(error).__name__}: {error}"
             if problem not in self.problems:

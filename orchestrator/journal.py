@@ -36,7 +36,7 @@ from trainables.core.durable import sync
 from trainables.core.faults import reach
 from trainables.core.redaction import redact
 
-__all__ = ["Event", "Journal", "JournalError", "fold"]
+__all__ = ["Event", "Journal", "JournalError", "JournalWriteError", "fold"]
 
 Event = dict[str, Any]
 Listener = Callable[[Event], object]
@@ -49,6 +49,10 @@ FREE_TEXT = ("error", "problem")
 
 class JournalError(ValueError):
     """The journal cannot be read, or is being written by somebody else."""
+
+
+class JournalWriteError(OSError):
+    """The disk did not take an event; the journal is as it was before."""
 
 
 class Journal:
@@ -94,7 +98,8 @@ class Journal:
         """Write one event and return it; when this returns, the event is on the disk.
 
         Raises:
-            OSError: the disk refused (full, gone). The journal is as it was before and can be appended to again.
+            JournalWriteError: the disk refused twice (full, gone). The journal is as it was before and can be appended
+                to again.
         """
         with self._mutex:
             if self._descriptor is None:
@@ -166,6 +171,16 @@ class Journal:
         self._suggested = {str(e["trial_id"]) for e in events if e["kind"] == "trial_suggested"}
 
     def _write(self, line: bytes) -> None:
+        try:
+            self._try_to_write(line)
+        except OSError:  # once more: what a cable or a server does for a moment must not cost an event
+            try:
+                self._try_to_write(line)
+            except OSError as error:
+                raise JournalWriteError(error.errno, error.strerror, str(self.path)) from error
+        self._end += len(line)
+
+    def _try_to_write(self, line: bytes) -> None:
         assert self._descriptor is not None
         try:
             rest = memoryview(line)
@@ -176,7 +191,6 @@ class Journal:
             with contextlib.suppress(OSError):  # the original failure is the one to report
                 os.ftruncate(self._descriptor, self._end)
             raise
-        self._end += len(line)
 
 
 def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[list[Event], int]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from orchestrator.callback import RecordCallback, close_open_trials
 from orchestrator.checkpoints import checkpoint_folder, tidy
-from orchestrator.journal import Journal, fold
+from orchestrator.journal import Journal, JournalWriteError, fold
 from orchestrator.progress import Progress
 from trainables.core.task import ModelSpec, Task, TrialSpec
 
@@ -190,6 +190,27 @@ def test_nothing_raises_whatever_is_wrong(
     full_disk = "on_trial_result: OSError: [Errno 28] No space left on device"
     assert callback.problems.count(full_disk) == 3
     assert caplog.text.count(full_disk) == 1
+
+
+def test_s1_a_result_that_the_journal_does_not_take_stops_the_experiment(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that went on would have a result that nobody ever hears of: stopped now, it says this one again."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise JournalWriteError(28, "No space left on device")
+
+    callback, trial = RecordCallback(journal), tune_trial()
+    monkeypatch.setattr(journal, "append", full)
+    for hook in (callback.on_trial_start, callback.on_trial_complete, callback.on_trial_recover):
+        with pytest.raises(JournalWriteError):
+            hook(0, [], trial)
+    with pytest.raises(JournalWriteError):
+        callback.on_trial_result(0, [], trial, result(1))
+    monkeypatch.undo()
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_result(0, [], trial, result(1))
+    assert [event["unit"] for event in journal.events() if event["kind"] == "result"] == [1]
 
 
 def test_tune_can_pickle_it(journal: Journal) -> None:

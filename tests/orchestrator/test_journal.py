@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.folding import study_header, unfinished
-from orchestrator.journal import Journal, JournalError, fold, read_from
+from orchestrator.journal import Journal, JournalError, JournalWriteError, fold, read_from
 
 
 def suggest(journal: Journal, trial_id: str = "a", number: int = 0, **fields: Any) -> None:
@@ -134,7 +134,7 @@ def test_every_acknowledged_event_survives_sigkill_of_the_writer(tmp_path: Path)
         assert journal.append("note")["seq"] == len(Journal.read(path)) - 1
 
 
-def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s1_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path / "j") as journal:
         journal.append("note")
         before = journal.path.read_bytes()
@@ -147,11 +147,33 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: p
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", half)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(JournalWriteError, match="No space left") as error:
                 journal.append("note", text="x" * 100)
+            assert error.value.errno == 28
         assert journal.path.read_bytes() == before
         assert journal.append("note")["seq"] == 1
     assert [event["seq"] for event in Journal.read(journal.path)] == [0, 1]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_s4_an_event_that_the_disk_refuses_once_is_written_all_the_same(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = getattr(os, call), []
+
+    def once(*arguments: Any) -> Any:
+        if not refused:
+            refused.append(arguments)
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    with Journal(tmp_path / "j") as journal:
+        journal.append("note")
+        monkeypatch.setattr(os, call, once)
+        journal.append("note", text="heard of")
+        journal.append("note")
+    assert refused
+    assert [event["seq"] for event in Journal.read(journal.path)] == [0, 1, 2]
 
 
 def test_a_pickled_journal_is_its_path(tmp_path: Path) -> None:
