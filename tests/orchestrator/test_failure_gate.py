@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,10 +89,15 @@ class TestGate:
 
 @pytest.fixture(scope="module")
 def cluster(one_thread: None) -> Iterator[None]:
-    """Trial 1 fails at its start; every trial fails that gets to a third unit."""
+    """Trial 1 fails at its start, the process of trial 3 crashes in its second unit; every trial fails that gets to a
+    third one."""
     from orchestrator.cluster import connect
 
-    faults = ("trial=1,unit=1,phase=before_unit,action=raise,times=0", "unit=3,phase=before_unit,action=raise,times=0")
+    faults = (
+        "trial=1,unit=1,phase=before_unit,action=raise,times=0",
+        "trial=3,unit=2,phase=step,action=crash,times=0",
+        "unit=3,phase=before_unit,action=raise,times=0",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, ";".join(faults))
         _planned.cache_clear()
@@ -130,17 +136,20 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 class TestStudies:
-    def test_p20_a_poison_configuration_fails_with_its_reason_and_the_others_go_on(
+    def test_p20_p25_a_poison_configuration_and_one_that_crashes_fail_alone_and_the_others_go_on(
         self, run: Callable[..., Result], tmp_path: Path
     ) -> None:
-        done = run(epochs=2, trials=3)
+        done = run(epochs=2, trials=5, retries=1)
         assert done.exit_code == PARTIAL, done.stderr
         records = fold(events(tmp_path))
-        assert [(r.state, r.reason, r.error, r.attempts) for r in records] == [
-            ("complete", None, None, 1),
-            ("failed", "user", "RuntimeError: A fault was injected here.", 1),
-            ("complete", None, None, 1),
-        ]
+        assert [(r.number, r.state, r.reason, r.attempts, r.unit) for r in records] == [
+            (0, "complete", None, 1, 2), (1, "failed", "user", 1, 0), (2, "complete", None, 1, 2),
+            (3, "failed", "infra", 2, 1), (4, "complete", None, 1, 2),
+        ]  # fmt: skip
+        assert records[1].error == "RuntimeError: A fault was injected here."
+        assert re.fullmatch(
+            r"ActorDiedError: process \d+ on \S+ ended without a word: it crashed .*", records[3].error or ""
+        )
 
     def test_p20_a_study_whose_trials_all_fail_alike_is_stopped_and_says_why(
         self, run: Callable[..., Result], tmp_path: Path

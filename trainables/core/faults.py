@@ -144,8 +144,15 @@ def _hang_holding_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(600)  # a PyDLL does not let go of the interpreter's lock
 
 
+def _crash() -> None:
+    import ctypes
+
+    ctypes.string_at(0)  # reads where no memory is
+
+
 ACTIONS: dict[str, Callable[[], str | None]] = {
     "kill": _signal(signal.SIGKILL),
+    "crash": _crash,
     "stop": _signal(signal.SIGSTOP),
     "interrupt": _signal(signal.SIGINT),
     "terminate": _signal(signal.SIGTERM),
