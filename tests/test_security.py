@@ -82,6 +82,8 @@ def digested(folder: Path, **changes: Any) -> None:
     content = (folder / name).read_bytes()
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), **changes}
+    if manifest.pop("digest", None) is not None:
+        manifest["digest"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a trial: only what differs from the pretrained network, verified on reading, without pickle.
 
 A checkpoint is a folder of two files: `tensors.safetensors` and `manifest.json` (format, SHA-256 and size of the
-former, and the trial's plain-data state). It is written under a temporary name, synced and renamed, so that a folder
-of the final name is complete; what was damaged later is found by its digest.
+former, the trial's plain-data state, and the SHA-256 of all this). It is written under a temporary name, synced and
+renamed, so that a folder of the final name is complete; what was damaged later is found by its digests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainables.core.faults import reach
 
 log = logging.getLogger("luthier")
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "tensors.safetensors"
 MANIFEST = "manifest.json"
 
@@ -80,7 +80,9 @@ def save_state(folder: str | Path, state: RunState) -> None:
             "bytes": (partial / TENSORS).stat().st_size,
             "state": state.meta,
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        plain = json.loads(json.dumps(manifest))  # as it will be read
+        text = json.dumps({**plain, "digest": _digest_of(plain)}, indent=1, sort_keys=True)
+        (partial / MANIFEST).write_text(text)
 
 
 def load_state(folder: str | Path) -> RunState:
@@ -93,10 +95,16 @@ def load_state(folder: str | Path) -> RunState:
     try:
         manifest = json.loads((source / MANIFEST).read_text())
         version, digest, meta = manifest["format"], manifest["sha256"], manifest["state"]
+        own = manifest.pop("digest", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"A checkpoint has a readable {MANIFEST}, but {source} has not: {error}") from error
     if version != FORMAT:
         raise CheckpointError(f"Checkpoints of format {FORMAT} can be read, but {source} has format {version!r}.")
+    if own != _digest_of(manifest):
+        raise CheckpointError(
+            f"A checkpoint's {MANIFEST} must match its own digest, but that of {source} does not: the file is damaged. "
+            "Use an earlier checkpoint."
+        )
     try:
         found = _digest(source / TENSORS)
         if found != digest:
@@ -138,3 +146,7 @@ def _portable(value: Tensor) -> Tensor:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -60,6 +60,24 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
         load_state(tmp_path / "checkpoint")
 
 
+def test_s6_no_flipped_bit_of_the_manifest_is_believed(tmp_path: Path) -> None:
+    """A digit of the unit or of an accuracy is as good JSON as the right one."""
+    save_state(tmp_path / "checkpoint", STATE)
+    file = tmp_path / "checkpoint" / "manifest.json"
+    content, silent = file.read_bytes(), []
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            found = load_state(tmp_path / "checkpoint")
+        except CheckpointError:
+            continue
+        if found.meta != STATE.meta:
+            silent.append((bit, found.meta))
+    assert silent == []
+
+
 def test_a_missing_or_foreign_manifest_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"A checkpoint has a readable manifest\.json"):
         load_state(tmp_path / "none")
@@ -68,7 +86,7 @@ def test_a_missing_or_foreign_manifest_is_an_error(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 9}))
     with pytest.raises(CheckpointError) as error:
         load_state(tmp_path / "new")
-    assert str(error.value) == f"Checkpoints of format 1 can be read, but {tmp_path / 'new'} has format 9."
+    assert str(error.value) == f"Checkpoints of format 2 can be read, but {tmp_path / 'new'} has format 9."
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
