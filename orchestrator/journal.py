@@ -1,6 +1,7 @@
 """The append-only record of a study: one JSON object per line, on disk before anything else hears of the event.
 
-Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch) and `kind`; the kinds are
+Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never before that of the event before, wherever the
+clock is set to) and `kind`; the kinds are
 
     study_started{study, spec, versions, dataset_digest, …}            study_finished{state}
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
@@ -104,11 +105,12 @@ class Journal:
         with self._mutex:
             if self._descriptor is None:
                 self._open()
-            event: Event = {"seq": self._next, "time": time.time(), "kind": kind} | _plain(fields)
+            now = max(time.time(), self._latest)
+            event: Event = {"seq": self._next, "time": now, "kind": kind} | _plain(fields)
             event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
             reach("before_event", event=kind, seq=self._next)
             self._write((json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n").encode())
-            self._next += 1
+            self._next, self._latest = self._next + 1, now
             reach("after_event", event=kind, seq=event["seq"])
             if kind == "trial_suggested":
                 self._suggested.add(str(event["trial_id"]))
@@ -168,6 +170,7 @@ class Journal:
             self._lock.release()
             raise
         self._next = int(events[-1]["seq"]) + 1 if events else 0
+        self._latest = float(events[-1]["time"]) if events else 0.0
         self._suggested = {str(e["trial_id"]) for e in events if e["kind"] == "trial_suggested"}
 
     def _write(self, line: bytes) -> None:
