@@ -19,7 +19,6 @@ from trainables.core.task import TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.journal import Journal
-    from orchestrator.replay import Replay
 
 __all__ = ["Identity", "Ledger", "SearchError", "identity"]
 
@@ -40,24 +39,13 @@ def identity(trial: TrialSpec | TrialRecord) -> Identity:
 class Ledger:
     """All trials of a study in Optuna's storage, and those that run now.
 
-    Args: those of `orchestrator.optuna_storage.OptunaStorage`, and
+    Args:
+        storage: where they are kept.
         journal: hears of the sampler's repetitions, which `replay` needs.
-
-    Raises:
-        SearchError: see there.
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        maximise: Sequence[bool],
-        contents: Mapping[str, Any],
-        replay: Replay | None = None,
-        changed: bool = False,
-        journal: Journal | None = None,
-    ) -> None:
-        self._storage = OptunaStorage(url, name, maximise, contents, replay, changed)
+    def __init__(self, storage: OptunaStorage, journal: Journal | None = None) -> None:
+        self._storage = storage
         self._journal = journal
         self.records: dict[str, TrialRecord] = {}
         """Trials of this and earlier drivers by Tune's id, without those that an earlier driver left unfinished."""

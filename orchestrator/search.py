@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from orchestrator.ledger import Ledger, SearchError, identity
+from orchestrator.optuna_storage import OptunaStorage
 from orchestrator.proposals import Proposals, space_contents
 from orchestrator.replay import History, Replay
 from orchestrator.sampling import check_sampler, maximised
@@ -98,7 +99,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         replay = None
         if journal is not None:
             replay = Replay(History.of(journal.events(), self.metrics), self.proposals)
-        self.ledger = Ledger(url, study_name, maximise, contents, replay, changed, journal)
+        storage = OptunaStorage(url, study_name, maximise, contents, replay, changed)
+        self.ledger = Ledger(storage, journal)
         self._journal, self._checkpoints = journal, checkpoints
         self._stages = deque(stages)
         self._queue: deque[TrialSpec] = deque()
