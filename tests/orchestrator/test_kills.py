@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks._killing import Told, run_killed, start, told_by, write_material, write_study
+from benchmarks._killing import Told, _size, run_killed, start, told_by, write_material, write_study
 from benchmarks.kills import row
 from orchestrator import Study
 from orchestrator.journal import Journal, fold
+from trainables.core.checkpoint import load_state
 from trainables.core.faults import LOG, VARIABLE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,6 +30,17 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     file = write_study(tmp_path_factory.mktemp("whole"), material)
     assert run_killed(file, []) == 0
     return told_by(file)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB; the study needs four."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a client of MLflow may still have its file open
 
 
 def events(file: Path) -> list[dict[str, Any]]:
@@ -78,3 +93,28 @@ def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_
     again = {record.number: record for record in fold(events(file))}
     assert (again[1].state, again[1].unit) == ("complete", 4)
     assert [dict(unit)["val/acc"] for unit in again[1].history] == [u["val/acc"] for u in whole.trials[1]["history"]]
+
+
+def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_finishes(
+    material: Path, whole: Told, small_disk: Path, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, material, storage=str(small_disk / "studies"))
+    driver, pause = start(file), threading.Event()
+    while driver.poll() is None and _size(file) < 8:  # the second trial trains
+        pause.wait(0.02)
+    filler = small_disk / "filler"
+    assert subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True).returncode == 1
+    assert driver.wait() == 1
+    log = (file.parent / "driver.log").read_text()
+    assert f"orchestrator.disk.DiskError: A study writes its record to {small_disk}" in log
+    folder = Study.from_yaml(file).folder / "checkpoints"
+    for path in folder.glob("trial-*/unit-*"):
+        load_state(path)  # what is visible is whole
+    assert [record.state for record in fold(events(file))].count("complete") >= 1
+    filler.unlink()
+    assert start(file).wait() == 0
+    found = told_by(file)
+    assert (found.trials, found.search, found.table) == (whole.trials, whole.search, whole.table)
+    assert [run["points"] for run in found.runs if run["name"] != "shapes"] == [
+        run["points"] for run in whole.runs if run["name"] != "shapes"
+    ]

@@ -131,10 +131,11 @@ class Store:
         return fraction_size(self.labels(split), f)
 
     def verify(self) -> None:
-        """Read the whole file and compare its SHA-256 with the manifest's.
+        """Read the whole file and compare its SHA-256 with the manifest's, then the manifest with what the file says of
+        itself: a flipped bit in the name of a class is as good JSON as the right one.
 
         Raises:
-            StoreError: the file has changed since it was written.
+            StoreError: one of the two has changed since it was written.
         """
         with open(self.path / DATA, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -143,6 +144,23 @@ class Store:
                 f"{self.path / DATA} must have the SHA-256 {self.digest}, but it has {found}: the file is damaged. "
                 f"Delete {self.path}: the next run reads the data again."
             )
+
+        wrong = [name for name, value in self._notes().items() if self.manifest.get(name) != value]
+        if wrong:
+            raise StoreError(
+                f"{self.path / MANIFEST} must agree with {DATA}, but they differ in {', '.join(wrong)}: the manifest "
+                f"is damaged. Delete {self.path}: the next run reads the data again."
+            )
+
+    def _notes(self) -> dict[str, Any]:
+        """What `data.arrow` itself says of classes, domains, splits and size; nothing if it was not written by us."""
+        import pyarrow as pa
+
+        self._check_plain()
+        with pa.memory_map(str(self.path / DATA)) as file:
+            found = (pa.ipc.open_file(file).schema.metadata or {}).get(b"luthier", b"{}")
+        notes: dict[str, Any] = json.loads(found)
+        return notes
 
     @cached_property
     def _batches(self) -> dict[str, Any]:

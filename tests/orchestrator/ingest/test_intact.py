@@ -11,7 +11,7 @@ import pytest
 from orchestrator.ingest import intact
 from orchestrator.ingest.pipeline import IngestRequest, ingest
 from tests.orchestrator.ingest.pictures import domains
-from trainables.data.store import DATA, Store, StoreError
+from trainables.data.store import DATA, MANIFEST, Store, StoreError
 
 
 @pytest.fixture
@@ -54,6 +54,18 @@ def test_a_damaged_store_is_an_error_that_says_what_to_do(tmp_path: Path, reques
     assert str(error.value) == (
         f"{store.path / DATA} must have the SHA-256 {store.digest}, but it has {found}: the file is damaged. "
         f"Delete {store.path}: the next run reads the data again."
+    )
+
+
+def test_s6_a_name_that_changed_in_the_manifest_is_found(tmp_path: Path, request_: IngestRequest) -> None:
+    store = ingest(request_, tmp_path / "stores", workers=1)
+    manifest = store.path / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"bee"', '"bed"'))
+    with pytest.raises(StoreError) as error:
+        ingest(request_, tmp_path / "stores", workers=1)
+    assert str(error.value) == (
+        f"{manifest} must agree with data.arrow, but they differ in classes: the manifest is damaged. Delete "
+        f"{store.path}: the next run reads the data again."
     )
 
 
