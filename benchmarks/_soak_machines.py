@@ -21,7 +21,6 @@ from typing import Any
 from orchestrator.driver_process import environment, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-_pause = threading.Event()
 
 
 class Machines:
@@ -79,12 +78,8 @@ class Tracker:
         self.database = folder / "mlflow.db"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, wait: float = 120.0) -> None:
-        """Start, or start again on the same file, and wait until it answers.
-
-        Raises:
-            RuntimeError: it does not within `wait` seconds.
-        """
+    def start(self) -> None:
+        """Start, or start again on the same file; returns at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
@@ -93,10 +88,24 @@ class Tracker:
         settings = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, start_new_session=True)
-        for _ in range(int(wait / 0.2)):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+
+    def answers(self) -> bool:
+        """Whether it does within a second."""
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+            return True
+        return False
+
+    def wait(self, seconds: float = 120.0) -> None:
+        """Until it answers.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        pause = threading.Event()
+        for _ in range(int(seconds / 0.2)):
+            if self.answers():
                 return
-            _pause.wait(0.2)
+            pause.wait(0.2)
         raise RuntimeError(f"The MLflow server did not start:\n{(self.folder / 'server.log').read_text()[-2000:]}")
 
     def send(self, number: int) -> None:
@@ -118,6 +127,7 @@ def tracker(folder: Path) -> Iterator[Tracker]:
     server = Tracker(folder)
     try:
         server.start()
+        server.wait()
         yield server
     finally:
         server.kill()

@@ -72,9 +72,8 @@ class Soak:
         self.side, self.folder, self.machines, self.tracker = side, folder, machines, tracker
         self.outcome = Outcome()
         self._due, self._damage, self._patience = list(schedule.outside), damage, patience
-        self._mending: threading.Thread | None = None
+        self._mending: tuple[float, str, Callable[[], object]] | None = None
         self._woken: set[int] = set()
-        self._over = threading.Event()
         self._turn = 0
         self._driver: subprocess.Popen[bytes] | None = None
 
@@ -86,8 +85,8 @@ class Soak:
             self._start()
             while time.monotonic() - began < self._patience and self._goes_on():
                 self._wake()
-                whole = self._mending is None or not self._mending.is_alive()
-                if self._due and whole and self.begun >= self._due[0][0]:
+                self._mend()
+                if self._due and self.begun >= self._due[0][0] and self._mending is None and self.tracker.answers():
                     self._hit(self._due.pop(0)[1])
                 pause.wait(0.1)
             self.outcome.seconds = time.monotonic() - began
@@ -155,13 +154,14 @@ class Soak:
         else:
             self.tracker.send(signal.SIGSTOP)
             mend = lambda: self.tracker.send(signal.SIGCONT)  # noqa: E731
-        self._mending = threading.Thread(target=self._mend, args=(kind, mend), daemon=True)
-        self._mending.start()
+        self._mending = time.monotonic() + AWAY[kind], f"{kind.split()[0]} is back", mend
 
-    def _mend(self, kind: str, mend: Callable[[], object]) -> None:
-        self._over.wait(AWAY[kind])
-        mend()
-        self._say(f"{kind.split()[0]} is back")
+    def _mend(self, now: bool = False) -> None:
+        """In this thread: Ray starts a machine in the main one only."""
+        if self._mending is not None and (now or time.monotonic() >= self._mending[0]):
+            self._mending[2]()
+            self._say(self._mending[1])
+            self._mending = None
 
     def _wake(self) -> None:
         """Let a stopped trial go on when its time has come, if nobody has ended it by then."""
@@ -179,9 +179,7 @@ class Soak:
             self._say("given up")
             self._driver.kill()
             self._driver.wait()
-        self._over.set()
-        if self._mending is not None:
-            self._mending.join()
+        self._mend(now=True)
 
     def _count(self) -> None:
         lines = list(self._lines())
