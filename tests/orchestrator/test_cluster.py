@@ -45,7 +45,7 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestResources:
-    def test_more_than_the_largest_machine_would_wait_for_ever(self) -> None:
+    def test_c5_more_than_the_largest_machine_would_wait_for_ever(self) -> None:
         with pytest.raises(ResourceError) as caught:
             check_resources(64, 0, [SMALL, LARGE])
         assert str(caught.value) == (

@@ -81,7 +81,7 @@ class TestData:
 
 
 class TestModel:
-    def test_an_unknown_name_with_near_misses(self, problems: Problems) -> None:
+    def test_c4_an_unknown_name_with_near_misses(self, problems: Problems) -> None:
         (message,) = problems(model={"name": "resnet81"})
         assert message.startswith("model: ")
         assert "'resnet81'" in message
@@ -106,7 +106,7 @@ class TestModel:
     def test_layers_of_a_network(self, model: str, kinds: set[str]) -> None:
         assert layer_kinds(model) == kinds
 
-    def test_a_strategy_that_the_network_cannot_serve(
+    def test_c4_a_strategy_that_the_network_cannot_serve(
         self, problems: Problems, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(strategy_class("full"), "needs", frozenset({"layer_norm"}))
@@ -121,7 +121,7 @@ class TestModel:
 
 
 class TestMachines:
-    def test_more_cpus_than_there_are(self, problems: Problems) -> None:
+    def test_c5_more_cpus_than_there_are(self, problems: Problems) -> None:
         here = os.cpu_count() or 1
         (message,) = problems(resources={"cpus": 4096.0})
         assert message.startswith("resources: A trial asks for 4096 CPUs and 0 GPUs, but the largest machine has ")
@@ -131,7 +131,7 @@ class TestMachines:
             "that size to the cluster."
         )
 
-    def test_more_gpus_than_there_are(self, problems: Problems) -> None:
+    def test_c5_more_gpus_than_there_are(self, problems: Problems) -> None:
         (message,) = problems(resources={"gpus": 64})
         assert message.startswith("resources: A trial asks for 1 CPU and 64 GPUs, but the largest machine has ")
 
@@ -158,7 +158,7 @@ class TestBudgetAndStorage:
         ]
         assert problems(strategies=["full", "linear_probe", "lp_ft", "layernorm"], search={"epochs": 1}) == []
 
-    def test_storage_that_is_a_file(self, problems: Problems, tmp_path: Path) -> None:
+    def test_s3_storage_that_is_a_file(self, problems: Problems, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         assert problems(storage=str(tmp_path / "file/studies")) == [
             f"storage: storage is a folder, but {tmp_path}/file is a file. Choose another path."

@@ -161,7 +161,7 @@ def test_what_was_measured_at_the_start_is_in_the_note_at_the_end() -> None:
     assert "- MHA is the most plastic component (P 2.00; FC1 1.00)." in update.tags["mlflow.note.content"]
 
 
-def test_keys_and_values_are_made_fit_for_any_server() -> None:
+def test_c6_c7_keys_and_values_are_made_fit_for_any_server() -> None:
     assert clean_key("ood/clip art: v1.0_x-y/acc") == "ood/clip art: v1.0_x-y/acc"
     assert clean_key("ood/clip art (é)/acc") == "ood/clip art ___-2ea5/acc"
     assert clean_key("../x//y/") == ".-5ec1/x/_-e3b0/y/_-e3b0"

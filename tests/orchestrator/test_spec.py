@@ -69,7 +69,7 @@ class TestAccepted:
         assert spec.tracking_uri == "http://mlflow:5000"
         assert [entry.name for entry in spec.strategies] == ["linear_probe", "full", "lp_ft", "daft"]
 
-    def test_numbers_in_scientific_notation(self, tmp_path: Path) -> None:
+    def test_c2_numbers_in_scientific_notation(self, tmp_path: Path) -> None:
         file = tmp_path / "study.yaml"
         file.write_text(
             "name: a\ndata: {source: digits}\nmodel: {name: digits_vit}\n"
@@ -124,7 +124,7 @@ class TestAccepted:
 
 
 class TestAllAtOnce:
-    def test_every_problem_with_its_line(self, tmp_path: Path) -> None:
+    def test_c1_every_problem_with_its_line(self, tmp_path: Path) -> None:
         file = tmp_path / "study.yaml"
         file.write_text(
             "name: pets\n"
@@ -338,10 +338,10 @@ class TestSecrets:
             ("http://host:8265 and me@example.org", "http://host:8265 and me@example.org"),
         ],
     )
-    def test_credentials_are_hidden(self, text: str, shown: str) -> None:
+    def test_c9_credentials_are_hidden(self, text: str, shown: str) -> None:
         assert redact(text) == shown
 
-    def test_errors_hide_them(self) -> None:
+    def test_c9_errors_hide_them(self) -> None:
         error = StudyError([Problem(("tracking", "uri"), "cannot reach http://me:secret@host.")])
         assert "secret" not in str(error)
         assert "secret" not in str(error.problems[0])

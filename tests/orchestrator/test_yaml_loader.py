@@ -32,7 +32,7 @@ class TestScalars:
             ("null", None), ("~", None), ("", None),
         ],
     )  # fmt: skip
-    def test_numbers_and_words_are_those_of_yaml_1_2(self, word: str, value: object) -> None:
+    def test_c2_numbers_and_words_are_those_of_yaml_1_2(self, word: str, value: object) -> None:
         found = scalar(word)
         assert found == value
         assert type(found) is type(value)
@@ -54,7 +54,7 @@ class TestScalars:
     def test_quoted_numbers_stay_texts(self) -> None:
         assert parse_yaml("a: '12'\nb: \"1e-3\"\nc: |\n  5\n").data == {"a": "12", "b": "1e-3", "c": "5\n"}
 
-    def test_leading_zeros_are_refused(self) -> None:
+    def test_c2_leading_zeros_are_refused(self) -> None:
         assert refusal("search:\n  seed: 012\n") == (
             "study.yaml is not valid: line 2, search.seed: a whole number has no leading zero, but got 012 (octal in "
             "YAML 1.1, decimal in YAML 1.2). Write 12 for the number or '012' for the text."
@@ -95,7 +95,7 @@ class TestRefusals:
             "  line 4, b: this key is given twice, first on line 2. Keep one of them."
         )
 
-    def test_a_tag_cannot_name_a_python_object(self, tmp_path: Path) -> None:
+    def test_c3_a_tag_cannot_name_a_python_object(self, tmp_path: Path) -> None:
         witness = tmp_path / "executed"
         assert refusal(f"a: !!python/object/apply:os.system ['touch {witness}']") == (
             "study.yaml is not valid: line 1: tags are not allowed in a study, but got "
@@ -103,7 +103,7 @@ class TestRefusals:
         )
         assert not witness.exists()
 
-    def test_an_alias_bomb_is_refused_at_once(self) -> None:
+    def test_c3_an_alias_bomb_is_refused_at_once(self) -> None:
         levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert refusal("\n".join(["a0: &a0 [x, x]", *levels])) == (
@@ -145,7 +145,7 @@ class TestRefusals:
             f"{tmp_path}/none.yaml cannot be read: there is no such file. `luthier init` writes one for your data."
         )
 
-    def test_a_data_file_is_not_read_to_its_end(self, tmp_path: Path) -> None:
+    def test_c3_a_data_file_is_not_read_to_its_end(self, tmp_path: Path) -> None:
         file = tmp_path / "big.yaml"
         with file.open("wb") as stream:
             stream.truncate(100 * MAX_BYTES)

@@ -83,7 +83,7 @@ def test_it_can_be_read(messy: DataReport) -> None:
         assert line in text
 
 
-def test_names_are_not_taken_for_markup(tmp_path: Path) -> None:
+def test_c8_names_are_not_taken_for_markup(tmp_path: Path) -> None:
     fill(tmp_path, {"[bold]cat": 3, "<img onerror>": 3})
     (tmp_path / "[bold]cat" / "[red]x.png").touch()
     assert "[bold]cat/[red]x.png: the file is empty" in shown(check(tmp_path, workers=1))

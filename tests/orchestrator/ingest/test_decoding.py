@@ -76,7 +76,7 @@ def test_pixels_go_to_their_offsets_and_nowhere_else(tmp_path: Path) -> None:
     assert progress == [(5, 5, 0)]
 
 
-def test_a_full_disk_is_an_error_and_not_a_quarantine(tmp_path: Path) -> None:
+def test_s1_a_full_disk_is_an_error_and_not_a_quarantine(tmp_path: Path) -> None:
     source = open_folder(domains(tmp_path, ("photo",), 2))
     with pytest.raises(OSError, match="The pixels could not be written to /dev/full"):
         decode_all(source, [0], Job(16, "nearest", Path("/dev/full"), np.zeros(6, np.int64)), workers=1)

@@ -81,7 +81,7 @@ def test_files_of_a_folder_are_domains(tmp_path: Path) -> None:
 
 
 class TestRefusals:
-    def test_object_arrays_are_not_unpickled(self, tmp_path: Path) -> None:
+    def test_s7_object_arrays_are_not_unpickled(self, tmp_path: Path) -> None:
         class Canary:
             def __reduce__(self) -> Any:
                 return (Path(tmp_path / "executed").touch, ())

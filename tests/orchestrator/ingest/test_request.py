@@ -52,7 +52,7 @@ def test_s3_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
     )
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s1_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass
     class Usage:
         free: int = 2**28

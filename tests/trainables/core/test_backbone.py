@@ -202,7 +202,7 @@ class TestWeightFiles:
         )
 
     @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
-    def test_a_cut_file_is_refused(self, trained: nn.Module, ending: str, tmp_path: Path) -> None:
+    def test_s11_a_cut_file_is_refused(self, trained: nn.Module, ending: str, tmp_path: Path) -> None:
         path = tmp_path / f"cut{ending}"
         if ending == ".pth":
             torch.save(trained.state_dict(), path)
@@ -213,7 +213,7 @@ class TestWeightFiles:
         assert message.startswith(f"The weight file {path} cannot be read (")
         assert message.endswith("). Give an undamaged .safetensors or .pth file of this architecture.")
 
-    def test_a_pickle_with_code_is_refused(self, tmp_path: Path) -> None:
+    def test_s7_a_pickle_with_code_is_refused(self, tmp_path: Path) -> None:
         class Harmful:
             def __reduce__(self) -> tuple[object, tuple[str]]:
                 return os.mkdir, (str(tmp_path / "executed"),)
@@ -251,7 +251,7 @@ class TestFolders:
             "pretrained would start at random; give complete weights in model.weights."
         )
 
-    def test_a_folder_with_a_cut_file_is_refused(self, network: Callable[[str], str], tmp_path: Path) -> None:
+    def test_s11_a_folder_with_a_cut_file_is_refused(self, network: Callable[[str], str], tmp_path: Path) -> None:
         source = Path(network("cnn").removeprefix("local-dir:"))
         (tmp_path / "config.json").write_text((source / "config.json").read_text())
         (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:3000])
@@ -260,7 +260,7 @@ class TestFolders:
         assert message.endswith("Give a folder with undamaged weights of the architecture in its config.json.")
 
 
-def test_weights_that_the_hub_cannot_give_or_gave_cut_are_an_error_with_a_command(tmp_path: Path) -> None:
+def test_s11_weights_that_the_hub_cannot_give_or_gave_cut_are_an_error_with_a_command(tmp_path: Path) -> None:
     """Offline with an empty cache, and with a cache whose download was cut: never random weights."""
     snapshot = tmp_path / "hub" / "models--timm--test_vit2.r160_in1k"
     (snapshot / "refs").mkdir(parents=True)

@@ -179,7 +179,7 @@ def test_a_trial_whose_folder_was_removed_is_over(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s1_a_full_disk_costs_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = claimed(folder)
     keeper.unit_done(lambda: state(1))
     monkeypatch.setattr("trainables.core.durable.sync", full_disk)
