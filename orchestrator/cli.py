@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from orchestrator.command_group import Commands
 from orchestrator.console import FAILED, OK, PARTIAL, PREFLIGHT, Output
-from orchestrator.driver_process import second_interrupt_leaves
-
-EVERYWHERE = ("--json", "-v", "--verbose")
-"""Options that may stand anywhere on the command line."""
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
@@ -20,31 +16,9 @@ EXIT_CODES = (
 )
 
 
-class _Commands(TyperGroup):
-    """All commands: global options anywhere, and errors as one paragraph with an exit code."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        end = args.index("--") if "--" in args else len(args)
-        moved = [arg for arg in args[:end] if arg in EVERYWHERE]
-        rest = [arg for arg in args[:end] if arg not in EVERYWHERE]
-        return super().parse_args(ctx, [*moved, *rest, *args[end:]])
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with second_interrupt_leaves():
-                return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if hasattr(error, "exit_code"):  # a usage error: typer shows it
-                raise
-            output = ctx.obj if isinstance(ctx.obj, Output) else Output()
-            raise typer.Exit(output.error(error)) from None
-
-
 app = typer.Typer(
     name="luthier",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -125,6 +99,7 @@ def run(
     check: Annotated[bool, typer.Option("--check", help="Only look whether the study's folder is whole.")] = False,
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
+    from orchestrator.following import waiting
     from orchestrator.outcome import finished, outcome_code
     from orchestrator.study import Study
 
@@ -136,7 +111,8 @@ def run(
         context.obj.result(found.to_dict(), found.render)
         raise typer.Exit(OK if found.sound else FAILED)
     results = it.run(progress=progress, allow_change=allow_change or ())
-    context.obj.result({**results.to_dict(), "folder": str(it.folder)}, lambda console: finished(console, it, results))
+    told = {"folder": str(it.folder), "tracking": {"missing": waiting(it.spec, it.folder).to_dict()}}
+    context.obj.result({**results.to_dict(), **told}, lambda console: finished(console, it, results))
     raise typer.Exit(outcome_code(results.records))
 
 
@@ -179,6 +155,26 @@ def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> N
     events = read_journal(spec, folder)
     found = Results(fold(events), spec, measurements=measurements(events))
     context.obj.result({**found.to_dict(), "folder": str(folder)}, found.render)
+
+
+@app.command()
+def sync(
+    context: typer.Context,
+    study: StudyPlace = Path("study.yaml"),
+    tracking_uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="Deliver to this server instead of the study's own.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every number with the server's.")] = False,
+    give_up: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Stop when the server takes nothing for so long.")
+    ] = 60.0,
+) -> None:
+    """Deliver to MLflow what it lacks of a study, from its journal. Adds nothing twice."""
+    from orchestrator.sync_command import sync as deliver
+
+    done = deliver(study, tracking_uri, verify, give_up)
+    context.obj.result(done.to_dict(), done.render)
+    raise typer.Exit(OK if done.whole else FAILED)
 
 
 @app.command()

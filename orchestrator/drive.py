@@ -179,8 +179,8 @@ class Drive:
     @contextlib.contextmanager
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
         """MLflow and the progress display, as long as the study runs."""
+        from orchestrator.following import follow
         from orchestrator.progress import Progress
-        from orchestrator.tracking import follow
 
         shown = None
         if self.progress:

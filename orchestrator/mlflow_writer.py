@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,32 +11,17 @@ from typing import Any
 
 from orchestrator.curves import Picture
 from orchestrator.errors import redact
+from orchestrator.mlflow_client import dataset_input, experiment_id, prepare_process, sqlite_file
+from orchestrator.outstanding import Ledger
 from orchestrator.run_fields import RunUpdate
 
 UID_TAG = "luthier.trial_uid"
 STUDY_TAG = "luthier.study_uid"
 
+Point = tuple[str, float, int, int]
+"""(metric, value, time, step)."""
+
 logger = logging.getLogger("luthier")
-
-
-def _prepare_process() -> None:
-    """Bounded requests instead of MLflow's seven retries of two minutes; no telemetry; no chatter on the terminal."""
-    for name, value in {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to the command's result
-    }.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file behind a `sqlite:///…` URI, None for any other."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
 class MlflowWriter:
@@ -50,10 +34,18 @@ class MlflowWriter:
         experiment: name; made if it does not exist.
         study_uid: tag value of the study.
         artifact_location: where a new experiment keeps its artifacts; None = the server decides.
+        ledger: counts what was missing on the server; None = nobody wants to know.
     """
 
-    def __init__(self, uri: str, experiment: str, study_uid: str, artifact_location: str | None = None) -> None:
-        _prepare_process()
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        study_uid: str,
+        artifact_location: str | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        prepare_process()
         from mlflow import MlflowClient
 
         if (database := sqlite_file(uri)) is not None:
@@ -62,10 +54,16 @@ class MlflowWriter:
         """Writes that the server will never take; each was logged."""
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._study_uid = study_uid
-        self.experiment_id = self._experiment(experiment, artifact_location)
+        self.experiment_id = experiment_id(self._client, experiment, artifact_location)
+        self.doubtful = False
+        """Whether a run was asked for whose answer has not come: the server may make it yet."""
+        self._ledger = ledger
         self._runs: dict[str, str] = {}
         self._deleted: set[str] = set()
-        self._load_runs()
+        self._unsure: dict[str, set[str] | None] = {}
+        self._there: dict[tuple[str, str], set[Point]] = {}
+        self._listed: dict[tuple[str, str], set[str]] = {}
+        self.load_runs()
 
     def write(self, update: RunUpdate) -> None:
         """Bring the numbers and the state of one run up to date; a run that a person deleted stays deleted. What is
@@ -73,12 +71,17 @@ class MlflowWriter:
         if update.uid in self._deleted:
             return
         run_id = self._runs.get(update.uid) or self._create(update)
+        update.points = self._missing(run_id, update)
+        for key in [place for place in self._there if place[0] == run_id]:
+            del self._there[key]
+        self._unsure[update.uid] = None  # until the server has answered
         self._log(run_id, update)
+        del self._unsure[update.uid]  # from here on only this writer adds to it
         if update.uid in self._deleted:
             return
         update.points, update.params = [], {}
         if update.dataset is not None:
-            inputs = [_dataset_input(*update.dataset)]
+            inputs = [dataset_input(*update.dataset)]
             self._attempt(lambda: self._client.log_inputs(run_id, inputs))
             update.dataset = None
         if update.status == "RUNNING":
@@ -93,11 +96,13 @@ class MlflowWriter:
         if run_id is None or update.uid in self._deleted:
             return
         for name in list(update.texts):
+            self._count_artifact(run_id, update.uid, name)
             self._client.log_text(run_id, update.texts[name], name)
             del update.texts[name]
         for name in list(update.pictures):
             content = _drawn(update.pictures[name])
             if content is not None:
+                self._count_artifact(run_id, update.uid, name)
                 with tempfile.TemporaryDirectory() as folder:
                     file = Path(folder) / PurePosixPath(name).name
                     file.write_bytes(content)
@@ -112,25 +117,7 @@ class MlflowWriter:
         """MLflow's id of a run, once it is known."""
         return self._runs.get(uid)
 
-    def _experiment(self, name: str, artifact_location: str | None) -> str:
-        from mlflow.exceptions import MlflowException
-
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(self._client.create_experiment(name, artifact_location=artifact_location))
-            except MlflowException as error:  # another process was faster
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = self._client.get_experiment_by_name(name)
-        if found is None or found.lifecycle_stage != "active":
-            raise ValueError(
-                f"An MLflow experiment must be active, but {name!r} was deleted. "
-                "Restore it (mlflow experiments restore), or set tracking.experiment to another name."
-            )
-        return str(found.experiment_id)
-
-    def _load_runs(self) -> None:
+    def load_runs(self) -> None:
         """Learn the study's runs. A run may exist twice if the server made it but its answer was lost: the one that
         nothing was written to is deleted."""
         from mlflow.entities import ViewType
@@ -151,7 +138,10 @@ class MlflowWriter:
             if not active:
                 self._deleted.add(uid)
                 continue
-            first, *others = sorted(active, key=lambda run: (-_size(run), run.info.run_id))
+            mine = self._runs.get(uid)
+            first, *others = sorted(active, key=lambda run: (run.info.run_id != mine, -_size(run), run.info.run_id))
+            if mine is None:
+                self._unsure[uid] = set(first.data.metrics)
             self._runs[uid] = first.info.run_id
             for run in others:
                 if not _size(run):
@@ -161,9 +151,39 @@ class MlflowWriter:
         tags = dict(update.tags) | {UID_TAG: update.uid, STUDY_TAG: self._study_uid}
         if update.parent is not None and update.parent in self._runs:
             tags["mlflow.parentRunId"] = self._runs[update.parent]
+        if self._ledger is not None:
+            self._ledger.runs.add(update.uid)
+        self.doubtful = True
         run = self._client.create_run(self.experiment_id, update.start, tags, update.name)
         run_id = self._runs[update.uid] = str(run.info.run_id)
+        self.doubtful = False
         return run_id
+
+    def _missing(self, run_id: str, update: RunUpdate) -> list[Point]:
+        """Points of an update that its run lacks. A run that was there before this writer, or whose last request has
+        failed, may have got some of them; not every server takes the same point twice for one."""
+        there = set[Point]()
+        if update.uid in self._unsure:
+            keys = self._unsure[update.uid]
+            for key in {key for key, *_ in update.points if keys is None or key in keys}:
+                if (run_id, key) not in self._there:
+                    history = self._client.get_metric_history(run_id, key)
+                    self._there[run_id, key] = {(key, p.value, p.timestamp, p.step) for p in history}
+                there |= self._there[run_id, key]
+        missing = [point for point in update.points if point not in there]
+        if self._ledger is not None:
+            self._ledger.points |= {(update.uid, key, time, step) for key, _, time, step in missing}
+        return missing
+
+    def _count_artifact(self, run_id: str, uid: str, name: str) -> None:
+        if self._ledger is None:
+            return
+        folder = str(PurePosixPath(name).parent)
+        if (run_id, folder) not in self._listed:
+            listed = self._client.list_artifacts(run_id, None if folder == "." else folder)
+            self._listed[run_id, folder] = {file.path for file in listed}
+        if name not in self._listed[run_id, folder]:
+            self._ledger.artifacts.add((uid, name))
 
     def _log(self, run_id: str, update: RunUpdate) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -210,10 +230,3 @@ def _drawn(picture: Picture) -> bytes | None:
 
 def _size(run: Any) -> int:
     return len(run.data.metrics) + len(run.data.params)
-
-
-def _dataset_input(name: str, digest: str, source: str) -> Any:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=source)  # 36 = the server's limit
-    return DatasetInput(dataset=dataset, tags=[InputTag(key="mlflow.data.context", value="training")])

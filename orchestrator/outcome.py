@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.console import FAILED, OK, PARTIAL
 from orchestrator.errors import redact
+from orchestrator.following import how_to_sync, lacking, waiting
 from orchestrator.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def finished(console: Console, study: Study, results: Results) -> None:
     """Print the leaderboard, and where everything lies."""
     results.render(console)
     lines = [f"Study folder: {study.folder}", *next_commands(study)]
+    if left := waiting(study.spec, study.folder):
+        lines.append(f"{lacking(left)}. {how_to_sync(study.spec, study.folder)}")
     for line in lines:
         console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
 

@@ -21,8 +21,8 @@ def preflight(spec: StudySpec) -> None:
     Raises:
         PreflightError: unknown model or augmentation, weights or data that are not there, a strategy or diagnostic that
             needs layers, domains or packages which are not there, a budget too small for the strategies or their
-            phases, a storage folder that cannot be written, more CPUs or GPUs than this machine has (unless RAY_ADDRESS
-            names a cluster). All of them at once.
+            phases, a storage folder that cannot be written, a tracking server that refuses these credentials, more
+            CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at once.
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -33,6 +33,7 @@ def preflight(spec: StudySpec) -> None:
         hint_problems,
         _machine_problems,
         _storage_problems,
+        _tracking_problems,
     )
     problems = [problem for check in checks for problem in check(spec)]
     if problems:
@@ -184,3 +185,9 @@ def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
         yield Problem(("storage",), f"storage is a folder, but {nearest} is a file. Choose another path.")
     elif not os.access(nearest, os.W_OK):
         yield Problem(("storage",), f"nothing can be written to {nearest} by this user. Choose another path.")
+
+
+def _tracking_problems(spec: StudySpec) -> Iterator[Problem]:
+    from orchestrator.tracking_check import access_problems
+
+    yield from access_problems(spec.tracking_uri, spec.experiment)

@@ -32,6 +32,7 @@ class Projection:
         """Value of the tag `luthier.study_uid`; known from the first event on."""
         self._header = Header(study, {})
         self._start = 0
+        self._last, self._open = 0.0, True
         self._trials: dict[str, TrialRecord] = {}
         self._uids: dict[str, str] = {}
         self._units: dict[str, int] = {}
@@ -42,7 +43,9 @@ class Projection:
     def apply(self, event: Mapping[str, Any]) -> list[RunUpdate]:
         """The updates that an event brings, the study's own run before those of its trials."""
         updates = []
-        kind = event["kind"]
+        kind, self._last = event["kind"], event["time"]
+        if kind in ("study_started", "study_finished"):
+            self._open = kind == "study_started"
         if kind == "study_started":
             self._header = Header(str(event.get("study") or self._header.study), dict(event))
         if self.study_uid is None:
@@ -59,6 +62,22 @@ class Projection:
             self._suggest(event)
         elif str(event.get("trial_id")) in self._trials:
             updates += self._trial_event(event)
+        return updates
+
+    def abandoned(self) -> list[RunUpdate]:
+        """What the runs that the events leave open are when nobody writes events any more: interrupted. Without
+        numbers: the study's next run says those itself, at its own time."""
+        if self.study_uid is None or not self._open:
+            return []
+        end = milliseconds(self._last)
+        updates = [self._study_update(status=INTERRUPTED)]
+        for trial_id, record in self._trials.items():
+            if record.state == "running":
+                tags = {"status": INTERRUPTED, "status.reason": INTERRUPTED}
+                uid, start = self._uids[trial_id], milliseconds(record.started or self._last)
+                updates.append(RunUpdate(uid, _run_name(record), start, self.study_uid, self._tags(record) | tags))
+        for update in updates:
+            update.status, update.end = "KILLED", end
         return updates
 
     def _study_update(self, **tags: str) -> RunUpdate:

@@ -6,53 +6,31 @@ is not delivered stays in the journal, and `MlflowFollower` on the same journal 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
+from orchestrator.delivery_lock import DeliveryLock
 from orchestrator.errors import redact
-from orchestrator.journal import Event, read_from
-from orchestrator.mlflow_writer import MlflowWriter, sqlite_file
+from orchestrator.journal import read_from
+from orchestrator.mlflow_writer import MlflowWriter
+from orchestrator.outstanding import Amount, Ledger, outstanding, updates_of
+from orchestrator.pending import Pending
 from orchestrator.position import PositionFile
-from orchestrator.run_fields import RunUpdate, digest
+from orchestrator.run_fields import digest
 from orchestrator.run_updates import Projection
-
-if TYPE_CHECKING:
-    from orchestrator.journal import Journal
-    from orchestrator.spec import StudySpec
 
 logger = logging.getLogger("luthier")
 
 LONGEST_WAIT = 10.0
 """Seconds between attempts on a server that does not answer."""
-CLOSING_SECONDS = 20.0
-"""How long the end of a study waits for a tracking server that is behind."""
-
-
-@contextlib.contextmanager
-def follow(spec: StudySpec, journal: Journal | Path) -> Iterator[MlflowFollower]:
-    """A follower for the block's duration, as the study says (`tracking.uri`, `tracking.experiment`). A SQLite file
-    keeps its artifacts in `mlartifacts` beside it. What could not be delivered at the end is said on the log."""
-    uri, path = spec.tracking_uri, journal if isinstance(journal, Path) else journal.path
-    database = sqlite_file(uri)
-    artifacts = None if database is None else (database.parent / "mlartifacts").as_uri()
-    follower = MlflowFollower(path, uri, spec.experiment, spec.name, artifacts).start()
-    try:
-        yield follower
-    finally:
-        left = follower.close(CLOSING_SECONDS)
-        if left:
-            logger.warning(
-                "MLflow is %d events behind (%s). Nothing is lost: the next run of this study delivers them.",
-                left,
-                follower.problem or "it is slow",
-            )
+PATIENCE = 3.0
+"""Seconds that `close` waits for a server that fails; one that takes the record gets the whole time."""
+WARN_EVERY = 600.0
+"""Seconds between two warnings about a server that fails now and then."""
+DUPLICATES_AFTER = 60.0
+"""Seconds after which a server has made every run that it was asked for, also if its answer was lost."""
 
 
 class MlflowFollower:
@@ -69,6 +47,10 @@ class MlflowFollower:
         study: name of the study's run, used if the journal does not say.
         artifact_location: for a new experiment; None = the server decides.
         poll: seconds between looks at the journal.
+        position: name of the position file beside the journal; None = that of the study's own server.
+        replay: begin with the first event, whatever the position says.
+        ledger: counts what the server lacked; None = nobody wants to know.
+        abandoned: nobody writes the journal any more: at its end, close the runs that it leaves open.
     """
 
     def __init__(
@@ -79,30 +61,33 @@ class MlflowFollower:
         study: str = "study",
         artifact_location: str | None = None,
         poll: float = 0.5,
+        *,
+        position: str | None = None,
+        replay: bool = False,
+        ledger: Ledger | None = None,
+        abandoned: bool = False,
     ) -> None:
         self.journal = Path(journal).absolute()
         self.uri, self.experiment, self.artifact_location = uri, experiment, artifact_location
         self.problem: str | None = None
         """What the server's last failure was; None after a success."""
         self.experiment_id: str | None = None
-        self.run_id: str | None = None
-        """MLflow's id of the study's run, once it exists."""
-        name = f"{self.journal.name}.mlflow.json"
-        self.position = PositionFile(
-            self.journal.with_name(name), digest([uri, experiment])
-        )  # a URI may hold a password
+        name = position or f"{self.journal.name}.mlflow.json"
+        self.position = PositionFile(self.journal.with_name(name), digest([uri, experiment]))  # it may hold a password
         self._poll = poll
         self._study = study
         self._projection = Projection(study)
         self._writer: MlflowWriter | None = None
-        self._pending: dict[str, RunUpdate] = {}
-        self._artifacts: dict[str, RunUpdate] = {}
+        self._pending = Pending()
         self._read = self._delivered = 0
         self._seq = -1
         self._refused = 0
-        self._lock = FileLock(f"{self.position.path}.lock", timeout=0, thread_local=False)
+        self._replay, self._ledger, self._abandoned = replay, ledger, abandoned
+        self._warned = float("-inf")
+        self._doubtful: float | None = None
+        self.lock = DeliveryLock(self.position.path, self.journal)
         self._stop = threading.Event()
-        self._deadline = float("inf")
+        self._deadline, self._closed, self._patience = float("inf"), float("inf"), PATIENCE
         self._thread = threading.Thread(target=self._follow, name="luthier-mlflow", daemon=True)
 
     @property
@@ -117,20 +102,45 @@ class MlflowFollower:
         """Writes that the server will never take (each was logged)."""
         return self._refused + (self._writer.refused if self._writer else 0)
 
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the study's run, once it exists."""
+        uid = self._projection.study_uid
+        return self._writer.run_id(uid) if self._writer is not None and uid is not None else None
+
     def start(self) -> MlflowFollower:
         """Begin to follow; returns at once."""
         self._thread.start()
         return self
 
-    def close(self, timeout: float = 30.0) -> int:
-        """Deliver what is left for at most `timeout` seconds, end the thread, and return how many events are not
-        delivered (0 = MLflow is complete). Closing again only counts again."""
+    def waiting(self) -> Amount:
+        """What the backlog would add to the server."""
+        return outstanding(self.journal, self._delivered, self._study)
+
+    def added(self) -> Amount:
+        """What the server lacked and has got (with a ledger)."""
+        return self._ledger.amount(self._pending) if self._ledger is not None else Amount()
+
+    def close(self, timeout: float = 30.0, patience: float = PATIENCE) -> int:
+        """Deliver what is left, end the thread, and return how many events are not delivered (0 = MLflow is complete).
+        Closing again only counts again.
+
+        Args:
+            timeout: seconds to wait at most.
+            patience: seconds to wait while the server fails.
+        """
         if not self._stop.is_set():
-            self._deadline = time.monotonic() + timeout
+            self._closed, self._patience = time.monotonic(), patience
+            self._deadline = self._closed + timeout
             self._stop.set()
-            if self._thread.is_alive():
-                self._thread.join(timeout)
+            while self._thread.is_alive() and not self._given_up():
+                self._thread.join(0.05)
         return self.backlog
+
+    def _given_up(self) -> bool:
+        now = time.monotonic()
+        failing = self.problem is not None and now - max(self._pending.progress, self._closed) >= self._patience
+        return now >= self._deadline or failing
 
     def __enter__(self) -> MlflowFollower:
         return self.start()
@@ -142,75 +152,56 @@ class MlflowFollower:
         try:
             self._loop()
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def _loop(self) -> None:
         failures = 0
-        events, self._delivered = self.position.load(self.journal)
+        events, self._delivered = ([], 0) if self._replay else self.position.load(self.journal)
         self._read = self._delivered
         for event in events:
-            self._updates(event)
+            updates_of(self._projection, event, self.journal)
         while True:
-            stopping = self._stop.is_set()
+            stopping, began = self._stop.is_set(), time.monotonic()
             try:
-                self._advance()
+                self._advance(stopping)
                 failures, self.problem = 0, None
                 if stopping:
                     return
             except Exception as error:  # whatever a tracking server does must not end the record
-                failures += 1
-                self._note(error, first=failures == 1)
-                self._refused += self._writer.refused if self._writer else 0
-                self._writer = None  # runs may have been made whose answer was lost: look them up again
+                failures = 1 if self._pending.progress >= began else failures + 1
+                self._note(error)
             if stopping:
-                if time.monotonic() >= self._deadline:
+                if self._given_up():
                     return
                 time.sleep(min(0.5, self._poll))
             else:
                 self._stop.wait(min(self._poll * 2**failures, LONGEST_WAIT))
 
-    def _advance(self) -> None:
+    def _advance(self, stopping: bool) -> None:
         """Read what is new, write it, remember it."""
         if not self.journal.exists():
             return
-        self._claim()
-        waiting = self._pending or self._artifacts or self.journal.stat().st_size > self._read
-        if self._delivered and self._writer is None and waiting:
+        self.lock.claim()
+        waiting = self._pending or self.journal.stat().st_size > self._read
+        if self._delivered and self._writer is None and (waiting or self._ledger is not None):
             self._find_again()
         events, self._read = read_from(self.journal, self._read)
         for event in events:
             self._seq = event["seq"]
-            for update in self._updates(event):
-                _add(self._pending, update)
-        if self._pending or self._artifacts:
-            self._write_pending()
+            self._pending.add(updates_of(self._projection, event, self.journal))
+        if stopping and self._abandoned:
+            self._pending.add(self._projection.abandoned())
+        self._drop_duplicates(stopping)
+        if self._pending:
+            assert self._projection.study_uid is not None
+            self._pending.deliver(self._connected(self._projection.study_uid), self._projection.study_uid)
         if self._delivered != self._read:
             self._delivered = self._read
             self.position.save(self._delivered, self._seq)
 
-    def _updates(self, event: Event) -> list[RunUpdate]:
-        try:
-            return self._projection.apply(event)
-        except Exception:  # one event that makes no sense must not hold back all others
-            logger.exception("MLflow is not told of event %s of %s", event["seq"], self.journal)
-            return []
-
-    def _write_pending(self) -> None:
-        assert self._projection.study_uid is not None
-        writer = self._connected(self._projection.study_uid)
-        while self._pending:  # numbers first: an artifact store that is down holds none back
-            uid = next(iter(self._pending))
-            writer.write(self._pending[uid])
-            _add(self._artifacts, self._pending.pop(uid))
-        self.run_id = writer.run_id(self._projection.study_uid)
-        while self._artifacts:
-            uid = next(iter(self._artifacts))
-            writer.attach(self._artifacts[uid])
-            del self._artifacts[uid]
-
     def _connected(self, study_uid: str) -> MlflowWriter:
         if self._writer is None:
-            self._writer = MlflowWriter(self.uri, self.experiment, study_uid, self.artifact_location)
+            self._writer = MlflowWriter(self.uri, self.experiment, study_uid, self.artifact_location, self._ledger)
             self.experiment_id = self._writer.experiment_id
         return self._writer
 
@@ -221,28 +212,31 @@ class MlflowFollower:
         if not self._connected(self._projection.study_uid).knows(self._projection.study_uid):
             self._projection = Projection(self._study)
             self._pending.clear()
-            self._artifacts.clear()
             self._read = self._delivered = 0
 
-    def _claim(self) -> None:
-        """One follower per journal; its lock ends with the process."""
-        if not self._lock.is_locked:
-            try:
-                self._lock.acquire(blocking=False)
-            except Timeout:
-                raise RuntimeError(f"another process is delivering {self.journal}") from None
+    def _drop_duplicates(self, stopping: bool) -> None:
+        """A server that hung may make a run after all, long after the one that was asked for in its place."""
+        if self._doubtful is None or self._writer is None:
+            return
+        if stopping or time.monotonic() - self._doubtful > DUPLICATES_AFTER:
+            self._writer.load_runs()
+            self._doubtful = None
 
-    def _note(self, error: Exception, first: bool) -> None:
+    def _note(self, error: Exception) -> None:
+        """Say it, if it has not been said lately, and look everything up again where the server may know more than was
+        heard of it, or less than it knew."""
+        now, writer = time.monotonic(), self._writer
         self.problem = redact(f"{type(error).__name__}: {error}".partition("\n")[0])[:300]
-        if first:
+        if now - self._warned > WARN_EVERY:
+            self._warned = now
             logger.warning(
                 "MLflow does not take the record (%s). The study goes on; the journal keeps what is missing.",
                 self.problem,
             )
-
-
-def _add(updates: dict[str, RunUpdate], update: RunUpdate) -> None:
-    if update.uid in updates:
-        updates[update.uid].absorb(update)
-    else:
-        updates[update.uid] = update
+        if writer is None:
+            return
+        if writer.doubtful:
+            self._doubtful = now
+        if writer.doubtful or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            self._refused += writer.refused
+            self._writer = None

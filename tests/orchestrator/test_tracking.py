@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import logging
-import math
+import os
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,43 +18,11 @@ from typing import Any
 import pytest
 
 from orchestrator import mlflow_writer
+from orchestrator.following import follow
 from orchestrator.journal import Journal
-from orchestrator.tracking import MlflowFollower, follow
-
-SPEC = {
-    "name": "pets",
-    "data": {"source": "digits"},
-    "model": {"name": "digits_vit"},
-    "search": {"epochs": 3, "batch_size": 64},
-}
-
-
-def write_study(journal: Journal, trials: int = 4, finish: bool = True) -> None:
-    """Complete, pruned, failed and interrupted trials in turn; trial 0 has a NaN in unit 1."""
-    journal.append("study_started", study="pets", spec=SPEC, versions={"ray": "1"}, dataset_digest="d" * 64)
-    for number in range(trials):
-        trial_id, ending = f"t{number}", number % 4
-        suggest(journal, trial_id, number)
-        journal.append("trial_started", trial_id=trial_id, node=None, pid=None)
-        for unit in range(1, 4 if ending == 0 else 3):
-            metrics = {"val/acc": 0.5 + unit / 10, "train/loss": math.nan if (number, unit) == (0, 1) else 1 / unit}
-            if unit == 3:
-                metrics |= {"best/val/acc": 0.8, "best/epoch": 3, "test/acc": 0.7, "ood/mean/acc": 0.6, "pid": 3}
-            journal.append("result", trial_id=trial_id, unit=unit, metrics=metrics, node="n1")
-        if ending < 2:
-            journal.append("trial_finished", trial_id=trial_id, state=("complete", "pruned")[ending])
-        else:
-            journal.append("trial_failed", trial_id=trial_id, reason=("nan", "interrupted")[ending - 2], error="E: x")
-    if finish:
-        journal.append("study_finished", state="complete")
-
-
-def suggest(journal: Journal, trial_id: str, number: int) -> None:
-    journal.append(
-        "trial_suggested", trial_id=trial_id, number=number, strategy="full", label="full", seed=7, role="search",
-        hparams={"lr_backbone": 1e-4, "lr_head": 0.01, "momentum": 0.9}, held_out=None, config_hash=f"h{number}",
-        search_values={},
-    )  # fmt: skip
+from orchestrator.spec import StudySpec
+from orchestrator.tracking import MlflowFollower
+from tests.orchestrator.tracked import SPEC, contents, fail_with, serve, suggest, wait_until, write_study
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +49,6 @@ def follower(journal: Journal, database: Path, **options: Any) -> MlflowFollower
     return MlflowFollower(
         journal.path, f"sqlite:///{database}", "pets", "pets", artifacts, **({"poll": 0.02} | options)
     )
-
-
-def contents(database: Path) -> dict[str, list[Any]]:
-    """Everything of the active runs that a person can see, run by run, without MLflow's random ids."""
-    with sqlite3.connect(database) as connection:
-
-        def rows(query: str) -> list[Any]:
-            return sorted(connection.execute(query).fetchall(), key=repr)
-
-        of = "join runs r using (run_uuid) where r.lifecycle_stage = 'active'"
-        return {
-            "runs": rows("select name, status, start_time, end_time from runs where lifecycle_stage = 'active'"),
-            "metrics": rows(f"select r.name, key, value, timestamp, step from metrics {of}"),
-            "params": rows(f"select r.name, key, value from params {of}"),
-            "tags": rows(f"select r.name, key, value from tags {of} and key != 'mlflow.parentRunId'"),
-            "inputs": rows("select destination_id, source_id from inputs"),
-        }
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline, tick = time.monotonic() + seconds, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        tick.wait(0.02)
 
 
 def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, database: Path) -> None:
@@ -286,31 +228,6 @@ def test_what_a_server_refuses_for_ever_does_not_hold_back_the_rest(
     assert 0.875 in [row[2] for row in contents(database)["metrics"]]
 
 
-def serve(answer: Callable[[http.server.BaseHTTPRequestHandler], object]) -> http.server.ThreadingHTTPServer:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answer(self)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *args: Any) -> None:
-            """Keep the test's output clean."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-def fail_with(status: int, body: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
-    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
-        request.send_response(status)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body)
-
-    return answer
-
-
 @pytest.fixture(params=["500", "502 html", "401", "silent", "refused"])
 def broken_server(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "refused":
@@ -351,15 +268,14 @@ def test_a_broken_server_stalls_nothing_and_the_backlog_is_delivered_later(
 def test_the_driver_is_told_how_much_is_missing(
     journal: Journal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Spec:
-        name, experiment, tracking_uri = "pets", "pets", "http://127.0.0.1:9"
-
-    monkeypatch.setattr("orchestrator.tracking.CLOSING_SECONDS", 0.3)
-    with caplog.at_level(logging.WARNING), follow(Spec(), journal):  # type: ignore[arg-type]
+    fields = {"name": "pets", "data": {"source": "digits"}, "model": {"name": "digits_vit"}, "strategies": ["full"]}
+    spec = StudySpec.from_fields(fields | {"tracking": {"uri": "http://127.0.0.1:9"}})
+    monkeypatch.setattr("orchestrator.following.CLOSING_SECONDS", 0.3)
+    with caplog.at_level(logging.WARNING), follow(spec, journal):
         write_study(journal)
-    count = len(journal.events())
-    assert f"MLflow is {count} events behind" in caplog.text
-    assert "Nothing is lost: the next run of this study delivers them." in caplog.text
+    assert "MLflow lacks 5 runs, 34 points and 4 artifacts of this study (MlflowException: " in caplog.text
+    way = f"Nothing is lost: the journal keeps them. Deliver them later: luthier sync {journal.path.parent}"
+    assert way in caplog.text
 
 
 def test_an_event_that_makes_no_sense_is_skipped(
@@ -381,7 +297,11 @@ def test_two_followers_of_one_journal_do_not_write_at_once(journal: Journal, dat
         wait_until(lambda: first.backlog == 0)
         second = follower(journal, database).start()
         wait_until(lambda: second.problem is not None)
-        assert second.problem == f"RuntimeError: another process is delivering {journal.path}"
+        assert second.problem is not None
+        assert second.problem.startswith(
+            "DeliveryError: One process at a time delivers a journal, but process "
+            f"{os.getpid()} on {socket.gethostname()} (since 2"
+        )
         assert first.close(60) == 0
         wait_until(lambda: second.backlog == 0)
         assert second.close(60) == 0
