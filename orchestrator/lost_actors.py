@@ -3,6 +3,9 @@
 Tune (Ray 2.60) takes two kinds of error for a failed attempt: that of a dead actor and that of the trial's own code.
 Any other ends the whole experiment with "Caught unexpected exception", and one of them is `OutOfMemoryError`: what
 Ray's memory monitor leaves when it kills a process because its machine runs out of memory.
+
+And it takes the death of a process that waited for its next trial for two failures of that trial: it queues the trial
+again, then gives it up for good, with all its retries left.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ class LostActorError(RayActorError):  # type: ignore[misc]  # ray is untyped
 
 @contextlib.contextmanager
 def lost_actors_are_failed_attempts() -> Iterator[None]:
-    """Hand Tune every other error of Ray's as that of a dead actor, for the length of a block."""
+    """Hand Tune every other error of Ray's as that of a dead actor, and each one once, for the length of a block."""
     from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.tune.execution.tune_controller import TuneController
 
-    known = RayActorManager._actor_task_failed
+    known, known_of_trial = RayActorManager._actor_task_failed, TuneController._process_trial_failure
+    last: dict[str, BaseException] = {}
 
     def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
@@ -41,8 +46,14 @@ def lost_actors_are_failed_attempts() -> Iterator[None]:
             exception = LostActorError(f"{kind.__module__}.{kind.__qualname__}: {exception}")
         known(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    RayActorManager._actor_task_failed = failed
+    def trial_failed(self: Any, trial: Any, exception: Exception) -> None:
+        if last.get(trial.trial_id) is not exception:
+            last[trial.trial_id] = exception
+            self._resetting_trials.discard(trial)  # else it would wait for ever for the process that is gone
+            known_of_trial(self, trial, exception=exception)
+
+    RayActorManager._actor_task_failed, TuneController._process_trial_failure = failed, trial_failed
     try:
         yield
     finally:
-        RayActorManager._actor_task_failed = known
+        RayActorManager._actor_task_failed, TuneController._process_trial_failure = known, known_of_trial

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray import tune
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from typer.testing import CliRunner, Result
 
@@ -18,9 +21,11 @@ from orchestrator.cli import app
 from orchestrator.console import FAILED, PARTIAL
 from orchestrator.failure_gate import FailureGate, FailureGateError
 from orchestrator.failures import classify, error_line
+from orchestrator.failures_spec import FailuresSpec
 from orchestrator.folding import fold, study_header
 from orchestrator.journal import Journal
 from orchestrator.lost_actors import LostActorError, lost_actors_are_failed_attempts
+from orchestrator.watchdog import Watchdog
 from tests.synthetic import write_images
 from trainables.core.failing import failure_text
 from trainables.core.faults import VARIABLE, _planned
@@ -172,6 +177,60 @@ class TestStudies:
         done = run(epochs=3, trials=2)
         assert done.exit_code == FAILED
         assert [record.state for record in fold(events(tmp_path))] == ["failed", "failed"]
+
+
+class Short(tune.Trainable):  # type: ignore[misc]
+    """Two results, in a process that is used again."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.units = 0
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.units = 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        self.units += 1
+        return {"unit": self.units, "process": os.getpid(), "done": self.units == 2}
+
+
+class Idle(tune.Callback):  # type: ignore[misc]
+    """Sends a signal to the first process that waits for its next trial."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.process, self.retried = number, 0, list[str]()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if not self.process:
+            self.process = trial.last_result["process"]
+            os.kill(self.process, self.number)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.retried.append(trial.trial_id)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_p1_p9_a_process_lost_between_two_trials_costs_neither(number: int, tmp_path: Path) -> None:
+    idle, dog = Idle(number), Watchdog(FailuresSpec(stall_floor=5.0, stall_first=10.0))
+    tuner = tune.Tuner(
+        tune.with_resources(Short, {"cpu": 1}),
+        param_space={"_number": tune.grid_search([0, 1, 2])},
+        tune_config=tune.TuneConfig(max_concurrent_trials=1, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[idle, dog],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=9),
+        ),
+    )  # fmt: skip
+    with lost_actors_are_failed_attempts():
+        results = tuner.fit()
+    assert [(result.error, result.metrics["unit"]) for result in results] == [(None, 2)] * 3
+    assert len(idle.retried) >= 1
+    assert not Path(f"/proc/{idle.process}").exists()
+    assert any(f"Its process {idle.process} on" in text for text in dog.verdicts.values()) is (number == signal.SIGSTOP)
 
 
 class Task:
