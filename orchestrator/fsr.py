@@ -69,6 +69,11 @@ class FsrEstimate:
         return 1 / self.high, (1 / self.low if self.low > 0 else math.nan if math.isnan(self.low) else math.inf)
 
     @property
+    def may_be_one(self) -> bool:
+        """Whether the interval holds 1, as it is written: an extrapolation that has levelled off ends just below it."""
+        return round(self.low, 2) <= 1 <= round(self.high, 2)
+
+    @property
     def is_oracle(self) -> bool:
         """Whether labelled OOD images were trained on: nothing may be chosen by it."""
         return self.reference.startswith(ORACLE)
@@ -93,7 +98,7 @@ class FsrEstimate:
         if math.isnan(self.low):
             return f"{head}: one seed is no interval; raise diagnostics.fsr_seeds before believing it."
         target = "this domain" if self.is_oracle else "the target"
-        if self.low <= 1 <= self.high:
+        if self.may_be_one:
             meaning, advice = f"the sample may well represent {target}", "λ = 1 is the first guess"
         elif self.value < 1:
             meaning, advice = f"the sample under-represents {target}", "λ > 1 is expected to help"
@@ -101,7 +106,7 @@ class FsrEstimate:
             meaning, advice = f"the norms moved more than data of {target} move them", "λ < 1 is expected to help"
         if self.is_oracle:
             return f"{head}: {meaning}."
-        guess = "" if self.low <= 1 <= self.high else f", first guess λ = {self.lam:.2f}"
+        guess = "" if self.may_be_one else f", first guess λ = {self.lam:.2f}"
         return f"{head}: {meaning}; {advice}{guess}."
 
     def _against(self) -> str:
@@ -151,7 +156,7 @@ def suggested(found: Sequence[FsrEstimate]) -> FsrEstimate | None:
     has seen test labels, and none that carries a note or whose interval holds 1."""
     usable = [e for e in found if not e.is_oracle and not e.note and not math.isnan(e.low)]
     best = usable[0] if usable else None
-    return None if best is None or best.low <= 1 <= best.high else best
+    return None if best is None or best.may_be_one else best
 
 
 def study_metrics(found: Sequence[FsrEstimate]) -> dict[str, float]:

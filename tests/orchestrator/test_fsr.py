@@ -207,13 +207,20 @@ class TestSentences:
                 "FSR 0.95 ± 0.15 (extrapolated): the sample may well represent the target; λ = 1 is the first guess.",
             ),
             (
+                (0.997, 0.65, 0.9999),
+                "FSR 1.00 [0.65, 1.00] (extrapolated): the sample may well represent the target; λ = 1 is the first "
+                "guess.",
+            ),
+            (
                 (0.5, math.nan, math.nan),
                 "FSR 0.50 (extrapolated): one seed is no interval; raise diagnostics.fsr_seeds before believing it.",
             ),
         ],
     )
     def test_what_the_number_means(self, values: tuple[float, float, float], sentence: str) -> None:
-        assert self.estimate(*values, "extrapolated").sentence() == sentence
+        estimate = self.estimate(*values, "extrapolated")
+        assert estimate.sentence() == sentence
+        assert (suggested([estimate]) is None) == ("first guess λ" not in sentence)
         assert self.estimate(*values).sentence() == sentence.replace("extrapolated", "against the full pool")
 
     @pytest.mark.parametrize(
