@@ -27,7 +27,9 @@ def spec(**sections: Any) -> StudySpec:
     return StudySpec.from_fields(fields | sections)
 
 
-def test_a_second_driver_is_refused_before_it_touches_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p10_a_second_driver_is_refused_before_it_touches_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "tiny"
     store: Any = SimpleNamespace(digest="d", domains=["handwritten"], splits=["train"])
 

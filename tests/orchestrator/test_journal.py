@@ -102,7 +102,7 @@ def test_a_damaged_line_inside_is_an_error(tmp_path: Path) -> None:
         Journal.read(path)
 
 
-def test_two_writers_are_refused(tmp_path: Path) -> None:
+def test_p10_two_writers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "j"
     message = (
         f"A study is written by one process at a time, but another one holds {path}. "

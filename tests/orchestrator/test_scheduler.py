@@ -112,7 +112,7 @@ def test_a_short_trial_that_finished_by_itself_sets_no_bar() -> None:
     assert report(scheduler, other, 1, 0.2) == CONTINUE
 
 
-def test_what_is_not_finite_or_missing_is_left_to_the_trial() -> None:
+def test_p24_what_is_not_finite_or_missing_is_left_to_the_trial() -> None:
     scheduler = StudyScheduler("val/acc", True, epochs=9)
     a, b = FakeTrial("a"), FakeTrial("b")
     add(scheduler, a, b)

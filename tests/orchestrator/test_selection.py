@@ -43,7 +43,7 @@ def test_id_val_ranks_by_best_validation_accuracy_then_nll_then_number() -> None
     assert numbers(selection.id_val(reversed(records))) == [2, 3, 1, 4, 0]
 
 
-def test_only_complete_search_trials_with_a_finite_value_are_candidates() -> None:
+def test_p23_p24_only_complete_search_trials_with_a_finite_value_are_candidates() -> None:
     records = [
         trial(0, 0.5),
         trial(1, 0.9, state="pruned"),
