@@ -18,7 +18,11 @@ from orchestrator.spec import StudySpec
 from orchestrator.yaml_loader import parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-WRITTEN = ("README.md", "CONTRIBUTING.md", "docs/study.md", "docs/cluster.md", "docs/decisions.md")
+WRITTEN = (
+    "README.md", "CONTRIBUTING.md", "docs/study.md", "docs/cluster.md", "docs/decisions.md", "docs/reliability.md",
+)  # fmt: skip
+FAULTS = {"P": 30, "S": 11, "D": 30, "C": 9, "N": 2}
+"""Rows of docs/reliability.md: letter → how many."""
 
 
 def text(name: str) -> str:
@@ -51,6 +55,17 @@ def test_links_lead_somewhere(document: str) -> None:
     folder = (ROOT / document).parent
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text(document)) if "://" not in link]
     assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_every_fault_has_a_test_of_its_name_or_a_reason() -> None:
+    rows = re.findall(r"^\| ([A-Z]\d+) \|(.*)$", text("docs/reliability.md"), re.MULTILINE)
+    assert [row for row, _ in rows] == [f"{letter}{n + 1}" for letter, count in FAULTS.items() for n in range(count)]
+    for row, cells in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", cells)
+        for file, name in named:
+            assert f"def {name}(" in text(f"tests/{file}"), f"{row}: {file} has no {name}"
+        own = [name for _, name in named if f"_{row.lower()}_" in name]
+        assert own or re.search(r"\| not built: \w", cells), f"{row} has neither a test named after it nor a reason"
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
