@@ -17,7 +17,8 @@ _PATTERNS = (
     (
         "infra",
         r"ActorDiedError|ActorUnavailableError|RayActorError|NodeDiedError|WorkerCrashedError|RaySystemError"
-        r"|actor died|actor is dead|worker process has died|worker died|node (?:has )?died"
+        r"|actor died|actor is dead|actor (?:\w+ )?is (?:temporarily )?unavailable"
+        r"|worker process has died|worker died|node (?:has )?died"
         r"|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
     ),
 )

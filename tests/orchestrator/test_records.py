@@ -63,6 +63,16 @@ def test_failures_are_classified(text: str, reason: str) -> None:
     assert classify(text) == reason
 
 
+def test_p4_an_actor_that_went_with_its_machine_is_no_fault_of_the_trial() -> None:
+    """Tune writes down what the error says, not what it is called. The soak lost a trial to this."""
+    from ray.exceptions import ActorUnavailableError
+
+    why = "The actor is temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: 14."
+    said = str(ActorUnavailableError(why, b"0" * 16))
+    assert "ActorUnavailableError" not in said
+    assert classify(said) == "infra"
+
+
 def test_the_error_line_is_the_last_that_names_an_error() -> None:
     text = (
         "Failure # 1\nTraceback (most recent call last):\nKeyError: 1\n\nValueError: C must be positive\n    at end\n"
