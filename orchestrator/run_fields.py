@@ -18,6 +18,9 @@ from orchestrator.curves import Picture
 from orchestrator.records import TrialRecord
 
 TAG_LIMIT, PARAM_LIMIT, KEY_LIMIT = 5000, 500, 250
+"""Characters that every server takes; newer ones take more."""
+LONG_FOLDER = "long"
+"""Artifacts with the whole text of what was too long."""
 
 logger = logging.getLogger("luthier")
 
@@ -94,7 +97,7 @@ class Header:
             "dataset": self.dataset_name,
             "dataset_digest": str(self.fields.get("dataset_digest") or ""),
         }
-        return {key: clip(value) for key, value in found.items() if value}
+        return {key: value for key, value in found.items() if value}
 
 
 def summary(
@@ -129,7 +132,7 @@ def summary(
     except Exception as error:  # a summary that cannot be made must not hold back the record
         logger.exception("The summary of the study could not be made")
         note = f"# {header.study}\n\nThe summary could not be made: {type(error).__name__}: {error}\n"
-    return {**tags, "mlflow.note.content": clip(note)}, texts, metrics
+    return {**tags, "mlflow.note.content": note}, texts, metrics
 
 
 def digest(parts: Any) -> str:
@@ -142,9 +145,15 @@ def milliseconds(seconds: float) -> int:
     return int(seconds * 1000)
 
 
-def clip(text: str, limit: int = TAG_LIMIT) -> str:
-    """The text, its end replaced by an ellipsis where it is too long for the server."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def within_limits(update: RunUpdate) -> RunUpdate:
+    """The update, its tags and parameters cut where they are too long for a server. What was cut says so at its end,
+    and is an artifact as a whole."""
+    for texts, limit in ((update.tags, TAG_LIMIT), (update.params, PARAM_LIMIT)):
+        for key in [key for key, text in texts.items() if len(text) > limit]:
+            place = f"{LONG_FOLDER}/{clean_key(key).replace('/', '.')}.txt"
+            update.texts[place], sign = texts[key], f"… (whole: {place})"
+            texts[key] = texts[key][: limit - len(sign)] + sign
+    return update
 
 
 def clean_key(key: str) -> str:
@@ -165,4 +174,4 @@ def param_text(value: Any) -> str:
     """A parameter as text; numbers as plain decimals (0.00003, not 3e-05), so that every view reads them as numbers."""
     if isinstance(value, float):
         return format(Decimal(repr(value)), "f")
-    return clip(value if isinstance(value, str) else json.dumps(value, default=str), PARAM_LIMIT)
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -14,7 +14,16 @@ from typing import Any
 from orchestrator.curves import curve_texts, pictures
 from orchestrator.folding import advance, measurements, suggested
 from orchestrator.records import INTERRUPTED, TrialRecord, declared_metrics
-from orchestrator.run_fields import Header, RunUpdate, clean_key, clip, digest, milliseconds, param_text, summary
+from orchestrator.run_fields import (
+    Header,
+    RunUpdate,
+    clean_key,
+    digest,
+    milliseconds,
+    param_text,
+    summary,
+    within_limits,
+)
 
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 """MLflow's run status: FINISHED used its whole budget, KILLED was stopped before (pruned or interrupted)."""
@@ -62,7 +71,7 @@ class Projection:
             self._suggest(event)
         elif str(event.get("trial_id")) in self._trials:
             updates += self._trial_event(event)
-        return updates
+        return [within_limits(update) for update in updates]
 
     def abandoned(self) -> list[RunUpdate]:
         """What the runs that the events leave open are when nobody writes events any more: interrupted. Without
@@ -78,7 +87,7 @@ class Projection:
                 updates.append(RunUpdate(uid, _run_name(record), start, self.study_uid, self._tags(record) | tags))
         for update in updates:
             update.status, update.end = "KILLED", end
-        return updates
+        return [within_limits(update) for update in updates]
 
     def _study_update(self, **tags: str) -> RunUpdate:
         assert self.study_uid is not None
@@ -157,7 +166,7 @@ class Projection:
             "number": record.number,
         }
         shown |= {name: value for name in ("held_out", "sample") if (value := getattr(record, name))}
-        return self._header.tags() | {key: clip(str(value)) for key, value in shown.items()}
+        return self._header.tags() | {key: str(value) for key, value in shown.items()}
 
     def _begin(self, update: RunUpdate, record: TrialRecord) -> None:
         update.tags |= {"status": "running", "status.attempts": str(record.attempts), "tune_trial_id": record.trial_id}
@@ -196,7 +205,7 @@ class Projection:
         update.tags["status"] = INTERRUPTED if interrupted else record.state
         update.tags["status.reason"] = record.reason or "ok"
         # Said of every run: one that was interrupted and then ended well must not keep its old error.
-        update.tags["status.error"] = clip(record.error) if record.error else "none"
+        update.tags["status.error"] = record.error or "none"
         if record.state == "complete":  # drawn once; a rung's curve is replaced by that of the end
             update.pictures = pictures(record.curves, record)
         known = [(u["val/acc"], -u["unit"]) for u in record.history if math.isfinite(u.get("val/acc", math.nan))]

@@ -87,7 +87,7 @@ class TestErrors:
         assert result.stdout == ""
         assert result.stderr == (
             f"Error: {study_file} is not valid: line 5, serch: unknown key. Did you mean 'search'? Known here: name, "
-            "data, model, strategies, search, confirm, diagnostics, resources, tracking, storage.\n"
+            "data, model, strategies, search, confirm, diagnostics, resources, failures, tracking, storage.\n"
         )
 
     def test_the_same_as_json(self, study_file: Path) -> None:

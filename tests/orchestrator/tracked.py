@@ -41,27 +41,30 @@ def write_study(journal: Journal, trials: int = 4, finish: bool = True) -> None:
         journal.append("study_finished", state="complete")
 
 
-def suggest(journal: Journal, trial_id: str, number: int) -> None:
+def suggest(journal: Journal, trial_id: str, number: int, **hparams: Any) -> None:
     journal.append(
         "trial_suggested", trial_id=trial_id, number=number, strategy="full", label="full", seed=7, role="search",
-        hparams={"lr_backbone": 1e-4, "lr_head": 0.01, "momentum": 0.9}, held_out=None, config_hash=f"h{number}",
-        search_values={},
+        hparams={"lr_backbone": 1e-4, "lr_head": 0.01, "momentum": 0.9, **hparams}, held_out=None,
+        config_hash=f"h{number}", search_values={},
     )  # fmt: skip
 
 
-def contents(database: Path) -> dict[str, list[Any]]:
-    """Everything of the active runs that a person can see, run by run, without MLflow's random ids."""
+def contents(database: Path, experiment: str | None = None) -> dict[str, list[Any]]:
+    """Everything of the active runs (of one experiment) that a person can see, run by run, without MLflow's random
+    ids."""
     with sqlite3.connect(database) as connection:
 
         def rows(query: str) -> list[Any]:
-            return sorted(connection.execute(query).fetchall(), key=repr)
+            return sorted(connection.execute(query, {"name": experiment}).fetchall(), key=repr)
 
-        of = "join runs r using (run_uuid) where r.lifecycle_stage = 'active'"
+        chosen = "(:name is null or experiment_id = (select experiment_id from experiments where name = :name))"
+        active = f"lifecycle_stage = 'active' and {chosen}"
+        of = f"join (select run_uuid, name as run from runs where {active}) using (run_uuid)"
         return {
-            "runs": rows("select name, status, start_time, end_time from runs where lifecycle_stage = 'active'"),
-            "metrics": rows(f"select r.name, key, value, timestamp, step from metrics {of}"),
-            "params": rows(f"select r.name, key, value from params {of}"),
-            "tags": rows(f"select r.name, key, value from tags {of} and key != 'mlflow.parentRunId'"),
+            "runs": rows(f"select name, status, start_time, end_time from runs where {active}"),
+            "metrics": rows(f"select run, key, value, timestamp, step from metrics {of}"),
+            "params": rows(f"select run, key, value from params {of}"),
+            "tags": rows(f"select run, key, value from tags {of} where key != 'mlflow.parentRunId'"),
             "inputs": rows("select destination_id, source_id from inputs"),
         }
 
