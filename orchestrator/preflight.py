@@ -179,12 +179,16 @@ def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
-    folder = Path(spec.storage).expanduser().absolute()
+    folder = Path(spec.storage).expanduser().absolute() / spec.name
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not nearest.is_dir():
         yield Problem(("storage",), f"storage is a folder, but {nearest} is a file. Choose another path.")
     elif not os.access(nearest, os.W_OK):
         yield Problem(("storage",), f"nothing can be written to {nearest} by this user. Choose another path.")
+    for file in (folder / "journal.jsonl", folder / "optuna.db"):
+        if file.exists() and not (file.is_file() and os.access(file, os.R_OK | os.W_OK)):
+            rule = f"the study goes on in {file}, which this user cannot read and write."
+            yield Problem(("storage",), f"{rule} Mend its permissions, or choose another name.")
 
 
 def _tracking_problems(spec: StudySpec) -> Iterator[Problem]:

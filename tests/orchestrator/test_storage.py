@@ -57,3 +57,17 @@ def test_s3_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.Monkey
         f"The study 's' cannot run here: storage: nothing can be written to {tmp_path} by this user. Choose another "
         "path."
     )
+
+
+def test_s3_a_journal_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "s" / "journal.jsonl"
+    journal.parent.mkdir()
+    journal.touch()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **o: Path(path) != journal and real(path, mode, **o))
+    with pytest.raises(PreflightError) as error:
+        preflight(Study(**FIELDS, storage=str(tmp_path)).spec)
+    assert str(error.value) == (
+        f"The study 's' cannot run here: storage: the study goes on in {journal}, which this user cannot read and "
+        "write. Mend its permissions, or choose another name."
+    )
