@@ -74,6 +74,7 @@ class Journal:
         self._mutex = threading.RLock()
         self._descriptor: int | None = None
         self._listeners: list[Listener] = []
+        self._next, self._latest = 0, 0.0
         self._open()
 
     @staticmethod
@@ -169,8 +170,8 @@ class Journal:
         except BaseException:
             self._lock.release()
             raise
-        self._next: int = int(events[-1]["seq"]) + 1 if events else 0
-        self._latest: float = float(events[-1]["time"]) if events else 0.0
+        self._next = int(events[-1]["seq"]) + 1 if events else 0
+        self._latest = float(events[-1]["time"]) if events else 0.0
         self._suggested = {str(e["trial_id"]) for e in events if e["kind"] == "trial_suggested"}
 
     def _write(self, line: bytes) -> None:
