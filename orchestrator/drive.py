@@ -171,6 +171,7 @@ class Drive:
             "backbone": self.task.model.name,
             "dataset": self.spec.data.source,
             "dataset_digest": self.store.digest,
+            "images_left_out": len(self.store.manifest.get("quarantine") or ()),
             "seed": self.spec.search.seed,
             "epochs": self.task.epochs,
             "versions": versions(),

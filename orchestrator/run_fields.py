@@ -96,6 +96,7 @@ class Header:
             "backbone": str(self.spec("model", "name") or ""),
             "dataset": self.dataset_name,
             "dataset_digest": str(self.fields.get("dataset_digest") or ""),
+            "dataset_left_out": str(self.fields.get("images_left_out") or ""),
         }
         return {key: value for key, value in found.items() if value}
 

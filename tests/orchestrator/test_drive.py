@@ -31,7 +31,7 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "tiny"
-    store: Any = SimpleNamespace(digest="d", domains=["handwritten"], splits=["train"])
+    store: Any = SimpleNamespace(digest="d", domains=["handwritten"], splits=["train"], manifest={})
 
     def connect() -> Any:
         raise AssertionError("a cluster was started")

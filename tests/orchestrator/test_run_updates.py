@@ -170,6 +170,13 @@ def test_c6_c7_keys_and_values_are_made_fit_for_any_server() -> None:
     assert shown == ["0.00003", "0.0000001", "0.1", "12", "true", "sgd", "null", "[1, 2]"]
 
 
+def test_d1_every_run_says_how_many_images_were_left_out() -> None:
+    study = Study(study="pets", images_left_out=3)
+    study.suggest()
+    assert study.start().tags["dataset_left_out"] == "3"
+    assert "dataset_left_out" not in Study(study="pets", images_left_out=0).projection._header.tags()
+
+
 def test_c6_names_that_a_server_refuses_stay_apart_and_are_written_down() -> None:
     odd = ["a,b", "a;b", "a\nb", "../b", "x" * 300, "x" * 301, "é", ""]
     keys = {f"ood/{name}/acc" for name in odd}
