@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks._killing import Told, _size, run_killed, start, told_by, write_material, write_study
@@ -118,3 +119,22 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     assert [run["points"] for run in found.runs if run["name"] != "shapes"] == [
         run["points"] for run in whole.runs if run["name"] != "shapes"
     ]
+
+
+def test_p8_when_rays_head_process_dies_the_run_ends_with_a_word_and_loses_nothing(
+    material: Path, whole: Told, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, material)
+    driver = start(file, RAY_gcs_rpc_server_reconnect_timeout_s="3")  # Ray's own default is a minute
+    pause = threading.Event()
+    while driver.poll() is None and _size(file) < 8:
+        pause.wait(0.02)
+    (head,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name() == "gcs_server"]
+    head.kill()
+    assert driver.wait(timeout=120) == 1
+    assert "GCS may have been killed" in (file.parent / "driver.log").read_text()
+    before = len(events(file))
+    assert before >= 8
+    assert start(file).wait() == 0
+    assert row(whole, told_by(file), 1, concurrent=1)["differences"] == []
+    assert [event["seq"] for event in events(file)] == list(range(len(events(file))))
