@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import redact
+
+QUOTES = "'\""
+
 
 def prepare_process() -> None:
     """Bounded requests instead of MLflow's seven retries of two minutes (the follower tries again, and has to know of
@@ -27,6 +31,16 @@ def prepare_process() -> None:
 def sqlite_file(uri: str) -> Path | None:
     """The file behind a `sqlite:///…` URI, None for any other."""
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def trouble(error: Exception) -> str:
+    """One line about a failure, without secrets, and without what the libraries below have wrapped around it."""
+    text = f"{type(error).__name__}: {error}".partition("\n")[0]
+    _, wrapped, cause = text.rpartition("(Caused by ")
+    if wrapped:
+        name, _, said = cause.partition("(")
+        text = f"{name}: {said.rpartition('): ')[2].rstrip(')').strip(QUOTES)}"
+    return redact(text)[:300]
 
 
 def experiment_id(client: Any, name: str, artifact_location: str | None = None) -> str:

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from orchestrator.delivery_lock import DeliveryLock
-from orchestrator.errors import redact
 from orchestrator.journal import read_from
+from orchestrator.mlflow_client import trouble
 from orchestrator.mlflow_writer import MlflowWriter
 from orchestrator.outstanding import Amount, Ledger, outstanding, updates_of
 from orchestrator.pending import Pending
@@ -226,7 +226,7 @@ class MlflowFollower:
         """Say it, if it has not been said lately, and look everything up again where the server may know more than was
         heard of it, or less than it knew."""
         now, writer = time.monotonic(), self._writer
-        self.problem = redact(f"{type(error).__name__}: {error}".partition("\n")[0])[:300]
+        self.problem = trouble(error)
         if now - self._warned > WARN_EVERY:
             self._warned = now
             logger.warning(

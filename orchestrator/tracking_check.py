@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.errors import Problem, redact
-from orchestrator.mlflow_client import deleted, prepare_process
+from orchestrator.mlflow_client import deleted, prepare_process, trouble
 
 logger = logging.getLogger("luthier")
 
@@ -30,7 +30,7 @@ def access_problems(uri: str, experiment: str, quiet: bool = False) -> Iterator[
     try:
         response = _ask(uri, experiment)
     except Exception as error:  # whatever a network does
-        trouble = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        why = trouble(error)
     else:
         if response.status_code in (401, 403):
             yield Problem(("tracking", "uri"), _refused(uri, experiment, response.status_code))
@@ -40,13 +40,13 @@ def access_problems(uri: str, experiment: str, quiet: bool = False) -> Iterator[
             if (found.get("experiment") or {}).get("lifecycle_stage") == "deleted":
                 yield Problem(("tracking", "experiment"), deleted(experiment))
             return
-        trouble = f"HTTP {response.status_code}: {response.text.strip()[:80]!r}"
+        why = f"HTTP {response.status_code}: {response.text.strip()[:80]!r}"
     if not quiet:
         logger.warning(
             "MLflow at %s does not answer as it should (%s). The study runs without it: the journal keeps every "
             "number, and they are delivered when it is back, or later by `luthier sync`.",
             redact(uri),
-            redact(trouble),
+            redact(why),
         )
 
 

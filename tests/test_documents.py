@@ -87,7 +87,10 @@ def test_every_command_and_exit_code_is_documented() -> None:
     page = text("docs/study.md")
     for command in commands():
         assert f"`luthier {command}" in page
-    codes = (console.OK, console.FAILED, console.USAGE, console.PARTIAL, console.PREFLIGHT, console.INTERRUPTED)
+    codes = (
+        console.OK, console.FAILED, console.USAGE, console.PARTIAL, console.PREFLIGHT, console.INTERRUPTED,
+        console.TERMINATED,
+    )  # fmt: skip
     assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [str(code) for code in codes]
 
 
