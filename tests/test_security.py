@@ -27,6 +27,7 @@ from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.journal import Journal, JournalError
+from orchestrator.portable_study import resolved_study
 from orchestrator.position import PositionFile
 from tests.orchestrator.driving import drive, searcher
 from tests.synthetic import shapes, write_images, write_shapes
@@ -255,6 +256,8 @@ class TestStudyFiles:
         file.write_text(f"name: s\ndata:\n  source: {tag.format(marker=marker)}\n")
         with pytest.raises(StudyError) as error:
             Study.from_yaml(file)
+        with pytest.raises(StudyError, match="tags are not allowed"):
+            resolved_study(file)  # what is sent to a cluster
         assert re.search(rf"^{file} .*line 3: tags are not allowed in a study, but got '", str(error.value))
         assert str(error.value).endswith("Remove it.")
 

@@ -23,6 +23,7 @@ from PIL import Image
 from orchestrator.ingest.images import square, to_eight_bit
 from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Source
 from orchestrator.ingest.worker import write_at
+from trainables.core.redaction import is_secret
 
 PER_WORKER = 256
 """Samples that are worth the start of one more process."""
@@ -168,7 +169,7 @@ class _Decoder:
             stderr=self._errors,
             text=True,
             env={
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if not is_secret(name)},  # a picture may win
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
                 "OMP_NUM_THREADS": "1",
             },

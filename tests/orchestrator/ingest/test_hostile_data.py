@@ -39,13 +39,39 @@ def reasons(root: Path) -> dict[str, str | None]:
     return {source.samples[i].name: outcome.reason for i, outcome in found.items()}
 
 
-def test_d9_a_decoder_has_only_so_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+CURIOUS = """
+import os
+from orchestrator.ingest import images, worker
+def tell(*arguments):
+    names = ("HF_TOKEN", "DB_PASSWORD", "LANG")
+    raise images.BadImageError(" ".join(f"{name}={os.environ.get(name)}" for name in names))
+images._finish = tell
+worker.main()
+"""
+
+
+def started(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """From now on decoders run this script."""
     real = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> Any:
-        return real([command[0], "-c", GREEDY], **options)
+        return real([command[0], "-c", script], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
+
+
+def test_c9_a_picture_that_takes_a_decoder_over_finds_no_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "DB_PASSWORD", "LANG"):
+        monkeypatch.setenv(name, "planted-7f3a")
+    started(monkeypatch, CURIOUS)
+    found = reasons(domains(tmp_path, ("photo",), 1))
+    assert set(found.values()) == {"HF_TOKEN=None DB_PASSWORD=None LANG=planted-7f3a"}
+
+
+def test_d9_a_decoder_has_only_so_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(monkeypatch, GREEDY)
     assert set(reasons(domains(tmp_path, ("photo",), 1)).values()) == {"needs more memory than a decoder may take"}
 
 
