@@ -214,7 +214,7 @@ class Idle(tune.Callback):  # type: ignore[misc]
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_p1_p9_a_process_lost_between_two_trials_costs_neither(number: int, tmp_path: Path) -> None:
-    idle, dog = Idle(number), Watchdog(FailuresSpec(stall_floor=5.0, stall_first=10.0))
+    idle, dog = Idle(number), Watchdog(FailuresSpec(stall_floor=3.0, stall_first=6.0))
     tuner = tune.Tuner(
         tune.with_resources(Short, {"cpu": 1}),
         param_space={"_number": tune.grid_search([0, 1, 2])},
