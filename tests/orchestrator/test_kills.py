@@ -14,6 +14,7 @@ import pytest
 from benchmarks._killing import Told, _size, run_killed, start, told_by, write_material, write_study
 from benchmarks.kills import row
 from orchestrator import Study
+from orchestrator.check_study import check_study
 from orchestrator.journal import Journal, fold
 from trainables.core.checkpoint import load_state
 from trainables.core.faults import LOG, VARIABLE
@@ -121,9 +122,10 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     ]
 
 
-def test_p8_when_rays_head_process_dies_the_run_ends_with_a_word_and_loses_nothing(
-    material: Path, whole: Told, tmp_path: Path
+def test_p8_when_rays_head_process_dies_the_run_ends_with_a_word_and_its_folder_is_whole(
+    material: Path, tmp_path: Path
 ) -> None:
+    """What the same command does then is that of any dead driver: P5."""
     file = write_study(tmp_path, material)
     driver = start(file, RAY_gcs_rpc_server_reconnect_timeout_s="3")  # Ray's own default is a minute
     pause = threading.Event()
@@ -133,8 +135,6 @@ def test_p8_when_rays_head_process_dies_the_run_ends_with_a_word_and_loses_nothi
     head.kill()
     assert driver.wait(timeout=120) == 1
     assert "GCS may have been killed" in (file.parent / "driver.log").read_text()
-    before = len(events(file))
-    assert before >= 8
-    assert start(file).wait() == 0
-    assert row(whole, told_by(file), 1, concurrent=1)["differences"] == []
-    assert [event["seq"] for event in events(file)] == list(range(len(events(file))))
+    study = Study.from_yaml(file)
+    assert len(events(file)) >= 8
+    assert [finding for finding in check_study(study).findings if finding.level == "problem"] == []
