@@ -22,7 +22,7 @@ from orchestrator.journal import Journal
 from trainables.core.faults import VARIABLE
 from trainables.core.keeper import KEEP_NOW
 
-STEPS = 600
+STEPS = 1500
 
 
 def command(file: Path, **environment: str) -> subprocess.Popen[str]:
@@ -52,10 +52,23 @@ def attempts(file: Path) -> int:
     return sum(event["kind"] == "trial_started" for event in events(file))
 
 
-def kept(file: Path) -> list[int]:
-    """The steps within the first unit at which checkpoints were written."""
+def kept(file: Path) -> int:
+    """The latest step within the first unit at which a checkpoint was written; 0 = none."""
     names = [path.name for path in checkpoint_folder(Study.from_yaml(file).folder, 0).glob("unit-*")]
-    return sorted(int(name.removeprefix("unit-000000-step-")) for name in names)
+    return max((int(name.removeprefix("unit-000000-step-")) for name in names), default=0)
+
+
+def wait_until_training(file: Path, process: subprocess.Popen[str]) -> int:
+    """The step of a checkpoint for which the trial was asked here: from now on it answers."""
+    folder, before = checkpoint_folder(Study.from_yaml(file).folder, 0), kept(file)
+
+    def answered() -> bool:
+        if folder.exists():
+            (folder / KEEP_NOW).touch()  # again and again: a process that takes the trial over begins by removing it
+        return kept(file) > before
+
+    wait_until(answered, process)
+    return kept(file)
 
 
 @pytest.mark.ray
@@ -67,30 +80,30 @@ def test_p7_signals_end_a_study_in_good_order_and_no_step_is_done_twice(tmp_path
     file = write_study(tmp_path, material, strategies=["full"], search=search, confirm={"top_k": 0})
 
     process = command(file)
-    wait_until(lambda: attempts(file) == 1, process)
+    asked = wait_until_training(file, process)
     os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 143, told
     assert "terminated. Run the same command again to continue." in told
     assert events(file)[-1]["state"] == "interrupted"
-    (first,) = kept(file)
-    assert 0 < first < STEPS
+    first = kept(file)
+    assert asked < first < STEPS
 
     guard = f"trial=0,unit=1,step={first},phase=step,action=raise"
     process = command(file, **{VARIABLE: guard})
-    wait_until(lambda: attempts(file) == 2, process)
-    os.killpg(process.pid, signal.SIGINT)
-    wait_until(lambda: len(kept(file)) == 2, process)
+    asked = wait_until_training(file, process)
     children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_until(lambda: kept(file) > asked, process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert psutil.wait_procs(children, timeout=90)[1] == []  # they look for their parent now and then
 
-    done = kept(file)[-1]
-    assert first < done < STEPS
+    done = kept(file)
+    assert asked < done < STEPS
     process = command(file, **{VARIABLE: re.sub(r"step=\d+", f"step={done}", guard)})
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=200)
     assert process.returncode == 0, told
     (result,) = [event for event in events(file) if event["kind"] == "result"]
     assert result["unit"] == 1
