@@ -112,9 +112,13 @@ class Table:
 
     def _column(self, column: str) -> list[Any]:
         try:
-            return list(self.reader.read(columns=[column]).column(0).to_pylist())
+            values = list(self.reader.read(columns=[column]).column(0).to_pylist())
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"The column {column!r} of {self.name} is damaged: {error}") from error
+        rows = sum(self.group_sizes)
+        if len(values) != rows:  # the counts stand in the footer, which has no checksum
+            raise DataError(f"The column {column!r} of {self.name} is damaged: {len(values)} values for {rows} rows.")
+        return values
 
     def _class_names(self) -> list[str] | None:
         """Names that Hugging Face's `datasets` notes for integer labels, or None."""

@@ -20,7 +20,7 @@ from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.folder import open_folder
 from orchestrator.ingest.images import FORMATS
 from orchestrator.ingest.parquet import open_parquet
-from orchestrator.ingest.parquet_table import encoded_images
+from orchestrator.ingest.parquet_table import Table, encoded_images
 from orchestrator.ingest.worker import MEMORY_LIMIT
 from tests.orchestrator.ingest.pictures import domains, encoded, picture
 from trainables.data.store import Store
@@ -140,30 +140,51 @@ def read_all(path: Path) -> list[tuple[str, bytes | None]] | None:
     return [(sample.label, image) for sample, image in zip(source.samples, images, strict=True)]
 
 
-def mutants(content: bytes, count: int, end: int) -> Iterator[bytes]:
-    """The content with one bit flipped at one of its first `end` bytes, `count` times."""
+def mutants(content: bytes, count: int, first: int, end: int) -> Iterator[bytes]:
+    """The content with one bit flipped at one of the bytes from `first` to `end`, `count` times."""
     chance = random.Random(0)
     for _ in range(count):
         changed = bytearray(content)
-        changed[chance.randrange(4, end)] ^= 1 << chance.randrange(8)
+        changed[chance.randrange(first, end)] ^= 1 << chance.randrange(8)
         yield bytes(changed)
 
 
-def test_d22_a_flipped_bit_in_a_table_with_checksums_is_never_taken_for_data(tmp_path: Path) -> None:
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Six pictures of two classes, with checksums."""
     path = tmp_path / "x.parquet"
-    table = pa.table({"image": [encoded(picture(n)) for n in range(6)], "label": [f"class {n % 2}" for n in range(6)]})
-    pq.write_table(table, path, write_page_checksum=True)
-    content = path.read_bytes()
-    whole = read_all(path)
+    found = pa.table({"image": [encoded(picture(n)) for n in range(6)], "label": [f"class {n % 2}" for n in range(6)]})
+    pq.write_table(found, path, write_page_checksum=True)
+    return path
+
+
+def test_d22_a_flipped_bit_in_a_table_with_checksums_is_never_taken_for_data(table: Path) -> None:
+    content, whole = table.read_bytes(), read_all(table)
     assert whole is not None
     footer = int.from_bytes(content[-8:-4], "little")
     wrong = 0
-    for mutant in mutants(content, 200, len(content) - 8 - footer):
-        path.write_bytes(mutant)
-        found = read_all(path) or [(label, None) for label, _ in whole]
+    for mutant in mutants(content, 200, 4, len(content) - 8 - footer):
+        table.write_bytes(mutant)
+        found = read_all(table) or [(label, None) for label, _ in whole]
         assert [label for label, _ in found] == [label for label, _ in whole]
         wrong += sum(image not in (None, right) for (_, image), (_, right) in zip(found, whole, strict=True))
     assert wrong == 0
+
+
+def test_d22_whatever_is_wrong_with_a_footer_is_an_error_for_people(table: Path) -> None:
+    """It has no checksum: names, types and counts of rows may be any."""
+    content = table.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little")
+    for mutant in mutants(content, 600, len(content) - 8 - footer, len(content)):
+        table.write_bytes(mutant)
+        read_all(table)  # raises nothing but DataError
+
+
+def test_d22_a_footer_that_promises_other_rows_is_named(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Table, "group_sizes", [7])
+    with pytest.raises(DataError) as error:
+        open_parquet(table)
+    assert str(error.value) == "The column 'label' of x.parquet is damaged: 6 values for 7 rows."
 
 
 def test_d28_an_archive_of_samples_is_no_source(tmp_path: Path) -> None:
