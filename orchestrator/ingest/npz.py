@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +21,11 @@ from orchestrator.ingest.source import DEFAULT_DOMAIN, ArraySource, Sample
 
 SPLITS = ("train", "val", "test")
 _RUN_BYTES = 16 * 2**20
+_DAMAGED = (
+    OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
+    zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+)  # fmt: skip
+"""What a damaged archive, or the header of an array in it, raises."""
 _PIXELS = (np.dtype(np.uint8), np.dtype("<u2"))
 
 
@@ -41,18 +50,28 @@ class NpzSource(ArraySource):
         for part in self.parts:
             row_bytes = int(np.prod(part.shape[1:])) * part.dtype.itemsize
             rows = max(1, _RUN_BYTES // row_bytes)
-            with zipfile.ZipFile(part.file) as archive, archive.open(f"{part.member}.npy") as stream:
+            with _readable(part), zipfile.ZipFile(part.file) as archive, archive.open(f"{part.member}.npy") as stream:
                 _header(stream)
                 for start in range(0, part.shape[0], rows):
                     count = min(rows, part.shape[0] - start)
                     data = stream.read(count * row_bytes)
                     if len(data) < count * row_bytes:
-                        raise DataError(
-                            f"{part.member} in {shown(str(part.file))} ends too early; the file is damaged."
-                        )
+                        raise EOFError("it ends too early")
                     pixels = np.frombuffer(data, part.dtype).reshape(count, *part.shape[1:])
                     yield first + start, pixels[..., 0] if pixels.ndim == 4 and pixels.shape[3] == 1 else pixels
             first += part.shape[0]
+
+
+@contextlib.contextmanager
+def _readable(part: _Part) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except _DAMAGED as error:
+        raise DataError(
+            f"{part.member} in {shown(str(part.file))} is damaged ({error}). Give an undamaged file."
+        ) from error
 
 
 def open_npz(root: Path) -> NpzSource:
@@ -106,7 +125,7 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part, list[str]]]:
                 yield split, part, labels
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise DataError(
             f"{name} must be an .npz file of plain arrays, but it cannot be read as one: {error}"
         ) from error

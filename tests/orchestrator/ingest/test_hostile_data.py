@@ -6,10 +6,12 @@ import contextlib
 import random
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +21,7 @@ from orchestrator.ingest.decoding import Job, decode_all
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.folder import open_folder
 from orchestrator.ingest.images import FORMATS
+from orchestrator.ingest.npz import open_npz
 from orchestrator.ingest.parquet import open_parquet
 from orchestrator.ingest.parquet_table import Table, encoded_images
 from orchestrator.ingest.worker import MEMORY_LIMIT
@@ -185,6 +188,26 @@ def test_d22_a_footer_that_promises_other_rows_is_named(table: Path, monkeypatch
     with pytest.raises(DataError) as error:
         open_parquet(table)
     assert str(error.value) == "The column 'label' of x.parquet is damaged: 6 values for 7 rows."
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_d22_whatever_is_wrong_with_an_npz_file_is_an_error_for_people(save: Any, tmp_path: Path) -> None:
+    path, chance, outcomes = tmp_path / "x.npz", random.Random(0), Counter[str]()
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
+    save(path, train_images=pixels, train_labels=np.arange(12) % 2)
+    content = path.read_bytes()
+    for _ in range(150):
+        changed = bytearray(content)
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        try:
+            found = np.concatenate([run for _, run in open_npz(path).arrays()])
+        except DataError as error:
+            outcomes["refused" if "x.npz" in str(error) else "refused without a name"] += 1
+        else:
+            outcomes["same" if np.array_equal(found, pixels) else "wrong"] += 1
+    assert outcomes["refused"] > 100
+    assert set(outcomes) <= {"refused", "same"}
 
 
 def test_d28_an_archive_of_samples_is_no_source(tmp_path: Path) -> None:
