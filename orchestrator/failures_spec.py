@@ -17,8 +17,8 @@ class FailuresSpec(Section):
     run. Errors of the trial itself are not: they would happen again."""
     stall_factor: Annotated[float, Field(gt=1)] | None = 3.0
     """A trial hangs if a unit takes longer than this many times the median of its own units of the same kind (or the
-    slowest such unit of another trial of its entry, where it has done none). Doubled at each retry for that. null =
-    hung trials are waited for."""
+    slowest such unit of another trial of its entry, where it has done none), and longer than its slowest unit of any
+    kind. Doubled at each retry for that. null = hung trials are waited for."""
     stall_floor: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that any unit may take, however fast the others were."""
     stall_first: Annotated[float, Field(gt=0)] = 1800.0

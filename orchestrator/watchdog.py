@@ -78,6 +78,7 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         self._known_actors: set[str] = set()
         self._units: dict[Identity, int] = {}
         self._stalls: dict[Identity, int] = defaultdict(int)
+        self._slowest: dict[Identity, float] = defaultdict(float)
         self._own: dict[tuple[Identity, Kind], list[float]] = defaultdict(list)
         self._entry: dict[tuple[str, Kind], list[float]] = defaultdict(list)
         for record in history:
@@ -120,6 +121,8 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         else:
             seconds = max(limits.stall_floor, (limits.stall_factor or 0.0) * typical) * patience
             why = f"{whose} {typical:.3g} s"
+        if (slowest := self._slowest[identity]) > seconds:  # units of any kind may bring a checkpoint to a slow disk
+            seconds, why = slowest, f"the trial's slowest unit took {slowest:.3g} s"
         return seconds, f"{seconds:.3g} s are allowed, because {why}"
 
     def _typical(self, identity: Identity, label: str, kind: Kind) -> tuple[float | None, str]:
@@ -169,8 +172,9 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         logger.warning("Trial %s hangs. %s", _identity(trial), verdict)
 
     def _note(self, config: Mapping[str, Any], unit: int, start: Start, seconds: float) -> None:
-        kind = kind_of(config, unit, start)
-        self._own[config.get("_number", ""), kind].append(seconds)
+        kind, identity = kind_of(config, unit, start), config.get("_number", "")
+        self._slowest[identity] = max(self._slowest[identity], seconds)
+        self._own[identity, kind].append(seconds)
         self._entry[_label(config), kind].append(seconds)
 
     def _recall(self, record: TrialRecord, task: Mapping[str, Any]) -> None:

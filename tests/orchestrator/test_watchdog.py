@@ -79,7 +79,7 @@ def driver() -> Driver:
 
 def test_p9_p26_a_unit_of_three_times_the_median_is_a_hang(driver: Driver) -> None:
     trial = driver.trial()
-    for unit, seconds in enumerate((40, 10, 12, 11), start=1):
+    for unit, seconds in enumerate((30, 10, 12, 11), start=1):
         driver.unit(trial, unit, seconds)
     driver.wait(33)
     assert driver.killed == []
@@ -185,6 +185,16 @@ def test_kinds_say_what_a_unit_consists_of() -> None:
     assert kind_of({"strategy": "full", "hparams": {"no": 1}}, 3, "warm") == Kind("warm", "", False, True, True)
 
 
+def test_p9_no_unit_is_a_hang_that_takes_no_longer_than_the_slowest_one_before(driver: Driver) -> None:
+    trial = driver.trial()
+    for unit, seconds in enumerate((100, 10, 10), start=1):  # the first one also wrote a checkpoint to a slow disk
+        driver.unit(trial, unit, seconds)
+    driver.wait(100)
+    assert driver.killed == []
+    driver.wait(0.5)
+    assert "100 s are allowed, because the trial's slowest unit took 100 s." in driver.dog.verdicts["t0"]
+
+
 def test_p9_time_in_which_the_driver_itself_stood_still_does_not_count(driver: Driver) -> None:
     trial = driver.trial()
     driver.unit(trial, 1, 1)
@@ -197,32 +207,34 @@ def test_p9_time_in_which_the_driver_itself_stood_still_does_not_count(driver: D
 
 def test_p9_a_retry_starts_anew_with_twice_the_patience(driver: Driver) -> None:
     trial = driver.trial()
-    for unit, seconds in enumerate((30, 10, 10), start=1):
-        driver.unit(trial, unit, seconds)
-    driver.wait(30.5)
+    for unit in (1, 2, 3):
+        driver.unit(trial, unit, 30)
+    driver.wait(90.5)
     assert driver.killed == ["p0"]
     driver.placed(trial, None)
     del driver.dog.verdicts["t0"]
     driver.placed(trial, "p1")
     driver.unit(trial, 3, 25)  # from the checkpoint, again: no unit was done
-    driver.wait(150)
+    driver.wait(100)
+    driver.unit(trial, 4, 60)
     assert driver.killed == ["p0"], "the first unit of its first process took 30 s: 3 · 30 · 2 s are allowed"
-    driver.unit(trial, 4, 20)
-    driver.wait(60)
+    driver.wait(180)
     assert driver.killed == ["p0"]
     driver.wait(0.5)
     assert driver.killed == ["p0", "p1"]
-    assert "unit 5 has not ended after 60.5 s; 60 s are allowed" in driver.dog.verdicts["t0"]
+    assert "unit 5 has not ended after 180 s; 180 s are allowed" in driver.dog.verdicts["t0"]
 
 
 def test_p9_times_of_earlier_runs_count() -> None:
-    seconds = (50.0, 10.0, 10.0)
+    seconds = (25.0, 10.0, 10.0)
     history = tuple({"unit": float(u), "cost/unit_seconds": s} for u, s in enumerate(seconds, start=1))
     record = TrialRecord(trial_id="old", number=0, strategy="full", label="full", history=history)
     driver = Driver([record])
     trial = driver.trial(0)
-    driver.unit(trial, 4, 300)
-    driver.wait(30.5)
+    driver.unit(trial, 4, 22)
+    driver.wait(30)
+    assert driver.killed == []
+    driver.wait(0.5)
     assert driver.killed == ["p0"]
 
 
