@@ -1,7 +1,7 @@
 """The append-only record of a study: one JSON object per line, on disk before anything else hears of the event.
 
 Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never before that of the event before, wherever the
-clock is set to) and `kind`; the kinds are
+clock is set to) and `kind`; its line ends with a checksum (orchestrator/journal_line.py). The kinds are
 
     study_started{study, spec, versions, dataset_digest, …}            study_finished{state}
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
@@ -20,7 +20,6 @@ turns events into trial records.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -33,6 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.folding import fold
+from orchestrator.journal_line import decode, encode
 from trainables.core.durable import sync
 from trainables.core.faults import reach
 from trainables.core.redaction import redact
@@ -110,7 +110,7 @@ class Journal:
             event: Event = {"seq": self._next, "time": now, "kind": kind} | _plain(fields)
             event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
             reach("before_event", event=kind, seq=self._next)
-            self._write((json.dumps(event, allow_nan=False, ensure_ascii=False) + "\n").encode())
+            self._write(encode(event))
             self._next, self._latest = self._next + 1, now
             reach("after_event", event=kind, seq=event["seq"])
             if kind == "trial_suggested":
@@ -213,9 +213,7 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
     events: list[Event] = []
     for index, line in enumerate(lines):
         try:
-            event = json.loads(line)
-            if not isinstance(event, dict) or not {"seq", "time", "kind"} <= event.keys():
-                raise ValueError("not an event")
+            event = decode(line)
         except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
             if index == len(lines) - 1:
                 break

@@ -102,6 +102,39 @@ def test_a_damaged_line_inside_is_an_error(tmp_path: Path) -> None:
         Journal.read(path)
 
 
+def test_s6_no_flipped_bit_of_a_journal_is_believed(tmp_path: Path) -> None:
+    """A digit of an accuracy, a letter of a key: as good JSON as the right ones. What follows the last whole line may
+    be cut off as torn: one event, or two where the newline between them is another byte."""
+    with Journal(tmp_path / "j") as journal:
+        suggest(journal)
+        journal.append("result", trial_id="a", unit=1, metrics={"val/acc": 0.8125})
+        journal.append("trial_finished", trial_id="a", state="complete")
+    content, whole = journal.path.read_bytes(), journal.events()
+    believed, refused = [], 0
+    for bit in range(0, 8 * len(content), 3):  # two or three of every byte
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        journal.path.write_bytes(changed)
+        try:
+            found = Journal.read(journal.path)
+        except JournalError:
+            refused += 1
+            continue
+        known = [{k: v for k, v in event.items() if k in right} for event, right in zip(found, whole, strict=False)]
+        if known != whole[: len(known)] or len(known) < len(whole) - 2:
+            believed.append((bit, found))
+    assert believed == []
+    assert refused > len(content)
+
+
+def test_a_journal_of_before_lines_had_checksums_is_read(tmp_path: Path) -> None:
+    (tmp_path / "j").write_text('{"seq": 0, "time": 1.0, "kind": "note", "text": "é"}\n')
+    with Journal(tmp_path / "j") as journal:
+        journal.append("note", text="ü")
+    assert [event["text"] for event in Journal.read(journal.path)] == ["é", "ü"]
+    assert re.search(rb', "crc": "[0-9a-f]{8}"}\n$', journal.path.read_bytes())
+
+
 def test_p10_two_writers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "j"
     message = (
