@@ -21,7 +21,7 @@ from benchmarks._soak_machines import ROOT, Machines, Tracker
 
 LOG = "faults"
 FAILURES = 4
-"""How often a driver may end by itself without success before the study is given up."""
+"""How often a driver may end by itself without success, while nothing is broken, before the study is given up."""
 AWAY = {"node killed": 8.0, "tracker killed": 10.0, "tracker stopped (SIGSTOP)": 10.0}
 """Seconds until it is mended."""
 FROZEN = 60.0
@@ -74,7 +74,7 @@ class Soak:
         self._due, self._damage, self._patience = list(schedule.outside), damage, patience
         self._mending: tuple[float, str, Callable[[], object]] | None = None
         self._woken: set[int] = set()
-        self._turn = 0
+        self._turn = self._futile = 0
         self._driver: subprocess.Popen[bytes] | None = None
 
     def run(self) -> Outcome:
@@ -125,7 +125,13 @@ class Soak:
             return False
         self._say(f"the driver ended by itself with {code}")
         self.outcome.failures += 1
-        if self.outcome.failures > FAILURES:
+        if self._mending is not None or not self.tracker.answers():
+            while self._mending is not None or not self.tracker.answers():  # as a person would
+                self._mend()
+                threading.Event().wait(0.1)
+        else:
+            self._futile += 1
+        if self._futile > FAILURES:
             return False
         self._start()
         return True
