@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from typer.testing import CliRunner, Result
 
 from orchestrator import mlflow_writer
 from orchestrator.cli import app
-from orchestrator.console import FAILED, OK, PREFLIGHT
+from orchestrator.console import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.delivery_lock import DeliveryError
 from orchestrator.drive import plain_spec
 from orchestrator.following import follow, sync_command, waiting
 from orchestrator.journal import Journal
-from orchestrator.spec import StudySpec
+from orchestrator.spec import StudySpec, TrackingSpec
+from orchestrator.study import Study
 from orchestrator.sync_command import sync
 from orchestrator.yaml_writer import write_yaml
 from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
@@ -119,6 +121,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     assert "MLflow lacks 5 runs, 34 points and 4 artifacts of this study (" in caplog.text
     assert f"Deliver them later: luthier sync {folder}" in caplog.text
     assert waiting(spec, folder).to_dict() == ALL
+    wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
     gone = luthier("sync", folder, "--give-up", "1")
     assert gone.exit_code == FAILED
     lines = gone.stdout.splitlines()
@@ -128,6 +131,29 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == ALL
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == NOTHING
     assert waiting(spec, folder).to_dict() == ALL  # at the study's own server, still
+
+
+def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = make_study(storage, "http://127.0.0.1:9")
+    monkeypatch.setattr(Study, "run", lambda self, **options: self.results())
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    code = PARTIAL  # one of the trials has failed, whatever MLflow does
+    shown = luthier("run", folder / "study.yaml")
+    assert shown.exit_code == code
+    assert shown.stdout.splitlines()[-1] == (
+        "MLflow lacks 5 runs, 34 points and 4 artifacts of this study. Nothing is lost: the journal keeps them. "
+        f"Deliver them later: luthier sync {folder}"
+    )
+    told = luthier("run", folder / "study.yaml", "--json")
+    assert (told.exit_code, json.loads(told.stdout)["tracking"]) == (code, {"missing": ALL})
+    synced(folder, "--tracking-uri", f"sqlite:///{storage / 'mlflow.db'}")
+    spec = spec.model_copy(update={"tracking": TrackingSpec()})
+    (folder / "study.yaml").write_text(write_yaml(plain_spec(spec)))
+    synced(folder)
+    assert "MLflow lacks" not in luthier("run", folder / "study.yaml").stdout
 
 
 def test_p5_sync_closes_the_runs_of_a_dead_driver_and_the_next_run_opens_them_again(storage: Path) -> None:
@@ -154,6 +180,7 @@ def test_p5_sync_closes_the_runs_of_a_dead_driver_and_the_next_run_opens_them_ag
 
 DRIVER = """
 import sys
+import threading
 from pathlib import Path
 from orchestrator.following import follow
 from orchestrator.journal import Journal
@@ -198,6 +225,20 @@ def test_p12_a_running_study_is_refused_by_name_and_its_copy_elsewhere_is_not(st
         driver.kill()
         driver.wait()
     assert synced(folder)["added"] == NOTHING
+
+
+def test_p12_a_driver_that_has_only_just_begun_keeps_its_right_to_deliver(storage: Path) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+        with pytest.raises(DeliveryError) as refused:
+            sync(folder)
+    assert str(refused.value) == (
+        f"One process at a time delivers a journal, but another process is delivering {folder / 'journal.jsonl'}. "
+        "Nothing has to be done; or wait until it ends."
+    )
+    assert contents(storage / "mlflow.db")["runs"] == []
+    assert synced(folder)["added"] == ALL
 
 
 def test_p14_a_password_that_the_folder_does_not_keep_is_asked_for(storage: Path) -> None:
