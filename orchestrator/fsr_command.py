@@ -65,6 +65,7 @@ class FsrReport:
 
     def render(self, console: Console) -> None:
         """Print the shift of every sample, a sentence per reference, and the λ that a search takes."""
+        from rich.markup import escape
         from rich.table import Table
 
         def say(text: str) -> None:
@@ -79,7 +80,7 @@ class FsrReport:
         for row in self.samples():
             spread = "" if row["ci95"] is None else f" ± {row['ci95']:.3f}"
             name = {"1": "1 (the study's own)"}.get(row["sample"], row["sample"])
-            table.add_row(name, f"{row['images'] or 0:.0f}", f"{row['shift']:.3f}{spread}", str(row["seeds"]))
+            table.add_row(escape(name), f"{row['images'] or 0:.0f}", f"{row['shift']:.3f}{spread}", str(row["seeds"]))
         console.print(table)
         for estimate in self.found:
             say(estimate.sentence())

@@ -74,6 +74,7 @@ class Plan:
 
     def render(self, console: Console) -> None:
         """Print the plan for a person."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=f"{self.study}: what would be trained", title_justify="left")
@@ -85,7 +86,7 @@ class Plan:
                 searched = f"the sweep {entry.preset!r}" if entry.preset else "nothing: one configuration"
             fixed = "\n".join(f"{key} = {value}" for key, value in entry.fixed.items()) or "–"
             name = entry.label if entry.label == entry.strategy else f"{entry.label} ({entry.strategy})"
-            table.add_row(name, str(entry.given), searched, fixed)
+            table.add_row(name, str(entry.given), escape(searched), escape(fixed))
         console.print(table)
         for line in self.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -184,6 +184,13 @@ class TestReport:
         assert found[0].sentence() in text
         assert "Suggested λ = 1.64 [1.47, 1.85]: a search of pets that follows tries it early" in text
 
+    def test_c8_the_name_of_a_domain_is_no_markup(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        row = {"sample": "oracle:[/red]cat", "images": 4.0, "shift": 1.0, "ci95": None, "seeds": 1}
+        monkeypatch.setattr(FsrReport, "samples", lambda self: [row])
+        console = Console(width=100, record=True)
+        FsrReport("pets", [FsrEstimate("full", 0.61, 0.54, 0.68, 1.0, 1.6, 3)], []).render(console)
+        assert "oracle:[/red]cat" in console.export_text()
+
     def test_nothing_to_say(self) -> None:
         console = Console(width=100, record=True)
         FsrReport("pets", [], []).render(console)
