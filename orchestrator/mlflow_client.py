@@ -25,6 +25,7 @@ def prepare_process() -> None:
     }.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs, it raises, too
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
