@@ -199,6 +199,8 @@ class TestSafeReads:
             "import numpy as np\nnp.lib.format.read_array(file, allow_pickle=True)",
             "import pandas as pd\npd.read_pickle(file)",
             "import mlflow\nmlflow.pyfunc.load_model(uri)",
+            "import optuna\noptuna.samplers.CmaEsSampler()",
+            "from optuna.storages import JournalStorage\nJournalStorage(file)",
             "import os\nos.system(text)",
             "import subprocess\nsubprocess.run(text, shell=True)",
         ],

@@ -18,8 +18,9 @@ NAMES = frozenset({
     "yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader", "yaml.CLoader", "yaml.CFullLoader", "yaml.CUnsafeLoader",
     "torch.save", "torch.jit.load", "torch.hub.load", "torch.export.load", "torch.serialization.load",
     "pandas.read_pickle", "timm.models.load_checkpoint", "timm.models.resume_checkpoint",
+    "optuna.storages.JournalStorage", "optuna.samplers.CmaEsSampler",
 })  # fmt: skip
-"""Functions that do so, in modules that have other uses."""
+"""Functions and classes that do so, in modules that have other uses (Optuna's two unpickle what they stored)."""
 IMPORTS_BY_STRING = frozenset({"importlib.import_module", "importlib.__import__"})
 GUARDED = {
     "torch.load": ("weights_only", "True"),
