@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from orchestrator.console import FAILED, PARTIAL
+from orchestrator.drive import Drive
 from orchestrator.failure_gate import FailureGate, FailureGateError
 from orchestrator.failures import classify, error_line
 from orchestrator.failures_spec import FailuresSpec
@@ -117,10 +118,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(cluster: None, images: Path, network: Callable[[str], str], tmp_path: Path) -> Callable[..., Result]:
-    """`luthier run` of a study of a few fields."""
+def fields(images: Path, network: Callable[[str], str], tmp_path: Path) -> Callable[..., Path]:
+    """The file of a study of a few fields."""
 
-    def command(epochs: int, trials: int, **failures: Any) -> Result:
+    def written(epochs: int, trials: int, **failures: Any) -> Path:
         fields = {
             "name": "poison", "storage": str(tmp_path), "strategies": ["full"], "model": {"name": network("cnn")},
             "data": {"root": str(images), "id": ["bright", "dim"], "ood": ["inverted", "noisy"]},
@@ -129,9 +130,15 @@ def run(cluster: None, images: Path, network: Callable[[str], str], tmp_path: Pa
             "failures": failures,
         }  # fmt: skip
         (tmp_path / "study.yaml").write_text(json.dumps(fields))
-        return CliRunner().invoke(app, ["run", str(tmp_path / "study.yaml"), "--no-progress"])
+        return tmp_path / "study.yaml"
 
-    return command
+    return written
+
+
+@pytest.fixture
+def run(cluster: None, fields: Callable[..., Path]) -> Callable[..., Result]:
+    """`luthier run` of such a study."""
+    return lambda **given: CliRunner().invoke(app, ["run", str(fields(**given)), "--no-progress"])
 
 
 def events(tmp_path: Path) -> list[dict[str, Any]]:
@@ -173,10 +180,21 @@ class TestStudies:
         ended = [record for record in fold(heard) if record.reason == "user"]
         assert len(ended) == 3
 
-    def test_p20_a_study_without_one_good_trial_has_failed(self, run: Callable[..., Result], tmp_path: Path) -> None:
-        done = run(epochs=3, trials=2)
-        assert done.exit_code == FAILED
-        assert [record.state for record in fold(events(tmp_path))] == ["failed", "failed"]
+
+def test_p20_a_study_without_one_good_trial_has_failed(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_fail(drive: Drive) -> None:
+        with Journal(drive.folder / "journal.jsonl") as journal:
+            for number in range(2):
+                journal.append("trial_suggested", trial_id=f"t{number}", number=number, strategy="full")
+                journal.append("trial_started", trial_id=f"t{number}")
+                journal.append("trial_failed", trial_id=f"t{number}", reason="user", error="ValueError: no")
+
+    monkeypatch.setattr(Drive, "run", all_fail)
+    done = CliRunner().invoke(app, ["run", str(fields(epochs=3, trials=2)), "--no-progress"])
+    assert done.exit_code == FAILED, done.stderr
+    assert [record.state for record in fold(events(tmp_path))] == ["failed", "failed"]
 
 
 class Short(tune.Trainable):  # type: ignore[misc]
@@ -195,15 +213,15 @@ class Short(tune.Trainable):  # type: ignore[misc]
 
 
 class Idle(tune.Callback):  # type: ignore[misc]
-    """Sends a signal to the first process that waits for its next trial."""
+    """Sends these signals, one after each trial, to the process that now waits for its next one."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.process, self.retried = number, 0, list[str]()
+    def __init__(self, *signals: int) -> None:
+        self.signals, self.processes, self.retried = list(signals), list[int](), list[str]()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if not self.process:
-            self.process = trial.last_result["process"]
-            os.kill(self.process, self.number)
+        if self.signals:
+            self.processes.append(trial.last_result["process"])
+            os.kill(self.processes[-1], self.signals.pop(0))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.retried.append(trial.trial_id)
@@ -212,9 +230,9 @@ class Idle(tune.Callback):  # type: ignore[misc]
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_p1_p9_a_process_lost_between_two_trials_costs_neither(number: int, tmp_path: Path) -> None:
-    idle, dog = Idle(number), Watchdog(FailuresSpec(stall_floor=3.0, stall_first=6.0))
+def test_p1_p9_a_process_lost_between_two_trials_costs_neither(tmp_path: Path) -> None:
+    idle = Idle(signal.SIGKILL, signal.SIGSTOP)
+    dog = Watchdog(FailuresSpec(stall_floor=3.0, stall_first=6.0))
     tuner = tune.Tuner(
         tune.with_resources(Short, {"cpu": 1}),
         param_space={"_number": tune.grid_search([0, 1, 2])},
@@ -228,9 +246,13 @@ def test_p1_p9_a_process_lost_between_two_trials_costs_neither(number: int, tmp_
     with lost_actors_are_failed_attempts():
         results = tuner.fit()
     assert [(result.error, result.metrics["unit"]) for result in results] == [(None, 2)] * 3
-    assert len(idle.retried) >= 1
-    assert not Path(f"/proc/{idle.process}").exists()
-    assert any(f"Its process {idle.process} on" in text for text in dog.verdicts.values()) is (number == signal.SIGSTOP)
+    assert len(set(idle.retried)) >= 2
+    killed, stopped = idle.processes
+    assert not Path(f"/proc/{killed}").exists()
+    assert not Path(f"/proc/{stopped}").exists()
+    found = [text for text in dog.verdicts.values() if f"Its process {stopped} on" in text]
+    assert len(found) == 1
+    assert "unit 1 has not ended" in found[0]
 
 
 class Task:
