@@ -191,13 +191,13 @@ class MlflowFollower:
             self._pending.add(updates_of(self._projection, event, self.journal))
         if stopping and self._abandoned:
             self._pending.add(self._projection.abandoned())
-        self._drop_duplicates(stopping)
         if self._pending:
             assert self._projection.study_uid is not None
             self._pending.deliver(self._connected(self._projection.study_uid), self._projection.study_uid)
         if self._delivered != self._read:
             self._delivered = self._read
             self.position.save(self._delivered, self._seq)
+        self._drop_duplicates(stopping)
 
     def _connected(self, study_uid: str) -> MlflowWriter:
         if self._writer is None:

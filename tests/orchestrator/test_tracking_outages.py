@@ -125,8 +125,9 @@ def test_p13_a_stopped_server_costs_no_unit_more_than_a_second_and_gets_everythi
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("experiment", ["late", "late-at-the-end"])
 def test_p13_a_run_that_a_server_makes_late_is_not_there_twice(
-    server: Server, journal: Journal, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: str, server: Server, journal: Journal, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -143,11 +144,17 @@ def test_p13_a_run_that_a_server_makes_late_is_not_there_twice(
         return made
 
     monkeypatch.setattr(MlflowClient, "create_run", create)
-    with MlflowFollower(journal.path, server.uri, "late", poll=0.02) as following:
+    following = MlflowFollower(journal.path, server.uri, experiment, poll=0.02)
+    if experiment == "late":
+        following.start()
         train(journal)
-        assert following.close(60) == 0
+        wait_until(lambda: len(late) == 2)
+    else:  # both requests in the last moments of the study
+        train(journal)
+        following.start()
+    assert following.close(60, patience=30) == 0
     assert len(late) == 2
-    check(server, journal, template, tmp_path, "late")
+    check(server, journal, template, tmp_path, experiment)
 
 
 KINDS = ("429", "500", "502", "503", "html", "rst", "lost", "slow", "401", "403")
