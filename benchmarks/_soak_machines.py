@@ -55,16 +55,20 @@ def machines(settings: Mapping[str, str]) -> Iterator[Machines]:
     }
     folder = tempfile.mkdtemp(prefix="soak-", dir="/tmp")  # unix sockets lie in it: the path must be short
     with environment({**own, **settings}, override=True):
+        from ray._private.utils import get_ray_address_file, read_ray_address
         from ray.cluster_utils import Cluster
 
         refresh_ray_auth()
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder}
         cluster = Cluster(initialize_head=True, head_node_args=head)
+        address = cluster.address
         try:
             yield Machines(cluster, token)
         finally:
             for node in reversed(cluster.list_all_nodes()):
                 cluster.remove_node(node, allow_graceful=False)  # nothing on it is worth its 30 s of draining
+            if read_ray_address() == address:
+                Path(get_ray_address_file(None)).unlink()  # of a cluster that is gone: `ray.init()` would look for it
             refresh_ray_auth()
             shutil.rmtree(folder, ignore_errors=True)
 
