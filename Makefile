@@ -29,9 +29,9 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/luthier demo
 
-# Two at a time, a file never split: a module shares the cluster that it starts.
+# Two at a time, a file never split: a module shares the cluster that it starts. Slow modules first (tests/conftest.py).
 test: setup
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,9 @@ from orchestrator.cluster_auth import refresh_ray_auth
 @contextlib.contextmanager
 def plain_cluster(cpus: int) -> Iterator[None]:
     """Start a cluster and stop it at the end of the block. It has a token of its own: left alone, Ray would take one
-    from the home folder of the moment and leave its choice in this process for the modules that follow."""
+    from the home folder of the moment and leave its choice in this process for the modules that follow. Tune leaves a
+    handler that swallows the next Ctrl-C; it is taken away."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -28,4 +31,5 @@ def plain_cluster(cpus: int) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGINT, on_interrupt)
     refresh_ray_auth()
