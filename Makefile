@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.luthier-installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak format clean
+.PHONY: help setup demo test test-long check bench soak format clean
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with Luthier and its tools (once; the others call it)"
 	@echo "make demo    five strategies on two small networks and real digits"
-	@echo "make test    all tests"
+	@echo "make test    all tests but the longest"
+	@echo "make test-long  real studies killed, starved and stopped: another ten minutes"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the measurements behind the README's figures"
 	@echo "make soak    a study through thirty faults and more, and plain Ray Tune through the same (half an hour)"
@@ -31,7 +32,10 @@ demo: setup
 
 # Two at a time, a file never split: a module shares the cluster that it starts. Slow modules first (tests/conftest.py).
 test: setup
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: setup
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m long
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -147,6 +147,7 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
+@pytest.mark.long
 class TestStudies:
     def test_p20_p25_a_poison_configuration_and_one_that_crashes_fail_alone_and_the_others_go_on(
         self, run: Callable[..., Result], tmp_path: Path

@@ -73,6 +73,7 @@ def wait_until_training(file: Path, process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_p7_signals_end_a_study_in_good_order_and_no_step_is_done_twice(tmp_path: Path) -> None:
     search = {"trials": 1, "epochs": 1, "steps_per_unit": STEPS, "scheduler": "none"}

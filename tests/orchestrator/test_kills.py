@@ -63,6 +63,7 @@ def test_p5_p6_p15_a_driver_killed_three_times_and_started_again_gives_the_same_
     assert not list((Study.from_yaml(file).folder / "checkpoints").glob("*"))
 
 
+@pytest.mark.long
 def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
     material: Path, whole: Told, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
     assert [e["reason"] for e in events(file) if e["kind"] == "trial_retried"] == ["infra"] * len(faults)
 
 
+@pytest.mark.long
 def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_on_with_it(
     material: Path, whole: Told, tmp_path: Path
 ) -> None:
@@ -97,6 +99,7 @@ def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_
     assert [dict(unit)["val/acc"] for unit in again[1].history] == [u["val/acc"] for u in whole.trials[1]["history"]]
 
 
+@pytest.mark.long
 def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_finishes(
     material: Path, whole: Told, small_disk: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +125,7 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     ]
 
 
+@pytest.mark.long
 def test_p8_when_rays_head_process_dies_the_run_ends_with_a_word_and_its_folder_is_whole(
     material: Path, tmp_path: Path
 ) -> None:

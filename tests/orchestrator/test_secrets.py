@@ -101,6 +101,7 @@ def server(tmp_path: Path) -> Iterator[int]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_c9_a_real_study_leaves_and_prints_none(server: int, one_thread: None, tmp_path: Path) -> None:
     material = write_material(tmp_path / "material")

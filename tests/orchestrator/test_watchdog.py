@@ -346,6 +346,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_p9_p26_p27_stopped_deadlocked_and_stuck_trials_are_found_and_end_whole(
     tmp_path: Path, one_thread: None
