@@ -14,6 +14,7 @@ from orchestrator.errors import redact
 from orchestrator.mlflow_client import dataset_input, experiment_id, prepare_process, sqlite_file
 from orchestrator.outstanding import Ledger
 from orchestrator.run_fields import RunUpdate
+from orchestrator.tracking_file import ensure_tracking_file
 
 UID_TAG = "luthier.trial_uid"
 STUDY_TAG = "luthier.study_uid"
@@ -49,7 +50,7 @@ class MlflowWriter:
         from mlflow import MlflowClient
 
         if (database := sqlite_file(uri)) is not None:
-            database.parent.mkdir(parents=True, exist_ok=True)
+            ensure_tracking_file(database)
         self.refused = 0
         """Writes that the server will never take; each was logged."""
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
