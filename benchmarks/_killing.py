@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from orchestrator import Study
-from orchestrator.journal import Journal, fold
+from orchestrator.record.journal import Journal, fold
 from tests.synthetic import CLASSES, shapes, write_network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +180,7 @@ def _lasting(unit: Any) -> dict[str, float]:
 
 
 def _drive(file: Path) -> None:
-    from orchestrator.cluster import connect
+    from orchestrator.cluster.connection import connect
 
     with connect(cpus=2, dashboard=False):
         Study.from_yaml(file).run(progress=False)

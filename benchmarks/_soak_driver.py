@@ -52,9 +52,9 @@ HOOKS = ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_rec
 
 def luthier(folder: Path, watch: Stopwatch) -> None:
     """`luthier run FOLDER/study.yaml`."""
-    from orchestrator.callback import RecordCallback
     from orchestrator.cli import app
-    from orchestrator.journal import Journal
+    from orchestrator.record.journal import Journal
+    from orchestrator.running.callback import RecordCallback
 
     watch.on(RecordCallback, *HOOKS, "on_checkpoint")
     watch.on(Journal, "append")

@@ -33,7 +33,7 @@ class Found:
 
 def luthier(study: Path, database: Path, units: int) -> Found:
     """From the journal and the tracking database."""
-    from orchestrator.journal import Journal, fold
+    from orchestrator.record.journal import Journal, fold
 
     curves = {
         json.dumps([r.label, r.hparams, r.seed], sort_keys=True): [

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.driver_process import environment, free_port
+from orchestrator.cluster.driver_process import environment, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ class Machines:
 @contextlib.contextmanager
 def machines(settings: Mapping[str, str]) -> Iterator[Machines]:
     """A cluster for the length of a block; `settings` is part of its processes' environment."""
-    from orchestrator.cluster_auth import refresh_ray_auth
+    from orchestrator.cluster.auth import refresh_ray_auth
 
     token = secrets.token_hex(32)
     own = {

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--baseline-trials", type=int, default=10)
     args = parser.parse_args()
-    from orchestrator.cluster import connect
+    from orchestrator.cluster.connection import connect
 
     global PlainProbe
     PlainProbe = _plain_probe()

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import Study
-from orchestrator.cluster import connect
-from orchestrator.leaderboard import mean_interval, measured
-from orchestrator.spec import load_study
+from orchestrator.cluster.connection import connect
+from orchestrator.results.leaderboard import mean_interval, measured
+from orchestrator.study_file.spec import load_study
 
 if TYPE_CHECKING:
-    from orchestrator.results import Results
+    from orchestrator.results.study_results import Results
 
 STUDY = Path(__file__).with_suffix(".yaml")
 FRACTIONS = (0.02, 0.05, 0.1, 1.0)
@@ -58,7 +58,7 @@ def _mean(runs: Sequence[Any], metric: str) -> tuple[float, float]:
 
 def shift_ratios(results: Results) -> dict[str, dict[str, float]]:
     """FSR per reference."""
-    from orchestrator.fsr import estimates
+    from orchestrator.results.fsr import estimates
 
     return {e.reference: {"value": e.value, "low": e.low, "high": e.high} for e in estimates(results.records)}
 

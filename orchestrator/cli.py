@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.command_group import Commands
-from orchestrator.console import FAILED, OK, PARTIAL, PREFLIGHT, Output
+from orchestrator.commands.command_group import Commands
+from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT, Output
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
@@ -67,7 +67,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file for your data."""
-    from orchestrator.init_study import write_study
+    from orchestrator.commands.init import write_study
 
     written = write_study(data, output, model=model, name=name, force=force)
     context.obj.result(
@@ -99,13 +99,13 @@ def run(
     check: Annotated[bool, typer.Option("--check", help="Only look whether the study's folder is whole.")] = False,
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
-    from orchestrator.following import waiting
-    from orchestrator.outcome import finished, outcome_code
+    from orchestrator.commands.outcome import finished, outcome_code
     from orchestrator.study import Study
+    from orchestrator.tracking.following import waiting
 
     it = Study.from_yaml(study)
     if check:
-        from orchestrator.check_study import check_study
+        from orchestrator.commands.check import check_study
 
         found = check_study(it)
         context.obj.result(found.to_dict(), found.render)
@@ -126,8 +126,8 @@ def fsr(
     ] = None,
 ) -> None:
     """Measure how well the training images represent the target (FSR), and the λ that follows from it."""
-    from orchestrator.fsr_command import measure_fsr
-    from orchestrator.outcome import outcome_code
+    from orchestrator.commands.fsr import measure_fsr
+    from orchestrator.commands.outcome import outcome_code
     from orchestrator.study import Study
 
     found = measure_fsr(Study.from_yaml(study), progress=progress, allow_change=allow_change or ())
@@ -138,7 +138,7 @@ def fsr(
 @app.command()
 def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
     """Show where a study stands, from its journal alone."""
-    from orchestrator.status import status as status_of
+    from orchestrator.commands.status import status as status_of
 
     now = status_of(study)
     context.obj.result(now.to_dict(), now.render)
@@ -147,9 +147,9 @@ def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> No
 @app.command()
 def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
     """Show the leaderboard, what the study found, and warnings, from the journal alone."""
-    from orchestrator.folding import fold, measurements
-    from orchestrator.results import Results
-    from orchestrator.status import find_study, read_journal
+    from orchestrator.commands.status import find_study, read_journal
+    from orchestrator.record.folding import fold, measurements
+    from orchestrator.results.study_results import Results
 
     spec, folder = find_study(study)
     events = read_journal(spec, folder)
@@ -170,7 +170,7 @@ def sync(
     ] = 60.0,
 ) -> None:
     """Deliver to MLflow what it lacks of a study, from its journal. Adds nothing twice."""
-    from orchestrator.sync_command import sync as deliver
+    from orchestrator.commands.sync import sync as deliver
 
     done = deliver(study, tracking_uri, verify, give_up)
     context.obj.result(done.to_dict(), done.render)
@@ -187,8 +187,8 @@ def demo(
     """Tune two small networks on real digits with five strategies: no data, network or GPU needed."""
     from rich.console import Console
 
-    from orchestrator.demo import run_demo
-    from orchestrator.outcome import outcome_code
+    from orchestrator.commands.demo import run_demo
+    from orchestrator.commands.outcome import outcome_code
 
     console = Console(stderr=context.obj.as_json)
     outcomes = run_demo(storage, trials=trials, progress=progress, console=console)
@@ -213,7 +213,7 @@ def submit(
     """Send a study to a cluster as a Ray job."""
     import sys
 
-    from orchestrator.submit import submit as send
+    from orchestrator.commands.submit import submit as send
 
     out = sys.stderr if context.obj.as_json else sys.stdout
     code = send(
@@ -230,7 +230,7 @@ def data_check(
 ) -> None:
     """Explain what is found: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
     from orchestrator.ingest.check import check
-    from orchestrator.ingest.shown import shown
+    from orchestrator.running.ingest_progress import shown
 
     with shown() as progress:
         report = check(path, progress=progress)

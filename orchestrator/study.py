@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.spec import StudySpec, load_study
+from orchestrator.study_file.spec import StudySpec, load_study
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan
-    from orchestrator.results import Results
+    from orchestrator.planning.plan import Plan
+    from orchestrator.results.study_results import Results
     from trainables.data.store import Store
 
 
@@ -48,8 +48,8 @@ class Study:
         Raises:
             StudyError: the study could not run (unknown model, missing data, …).
         """
-        from orchestrator.plan import make_plan
-        from orchestrator.preflight import preflight
+        from orchestrator.planning.plan import make_plan
+        from orchestrator.planning.preflight import preflight
 
         preflight(self.spec)
         return make_plan(self.spec)
@@ -62,9 +62,9 @@ class Study:
         """
         if self._store is None:
             from orchestrator.ingest.pipeline import ingest
-            from orchestrator.ingest.shown import shown
-            from orchestrator.preflight import preflight
-            from orchestrator.setup import ingest_request, make_built_in, model_of
+            from orchestrator.planning.preflight import preflight
+            from orchestrator.planning.setup import ingest_request, make_built_in, model_of
+            from orchestrator.running.ingest_progress import shown
 
             preflight(self.spec)
             with shown() if progress else contextlib.nullcontext() as report:
@@ -84,8 +84,8 @@ class Study:
         Raises:
             ChangedStudyError: others differ.
         """
-        from orchestrator.drive import Drive
-        from orchestrator.setup import make_task
+        from orchestrator.planning.setup import make_task
+        from orchestrator.running.drive import Drive
 
         store = self.prepare(progress)
         task = make_task(self.spec, store)
@@ -98,9 +98,9 @@ class Study:
         Raises:
             FileNotFoundError: the study has not been run.
         """
-        from orchestrator.folding import fold, measurements
-        from orchestrator.journal import Journal
-        from orchestrator.results import Results
+        from orchestrator.record.folding import fold, measurements
+        from orchestrator.record.journal import Journal
+        from orchestrator.results.study_results import Results
 
         journal = self.folder / "journal.jsonl"
         if not journal.exists():

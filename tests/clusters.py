@@ -1,4 +1,4 @@
-"""A plain Ray cluster of this process for tests that do not go through `orchestrator.cluster.connect`."""
+"""A plain Ray cluster of this process for tests that do not go through `orchestrator.cluster.connection.connect`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from orchestrator.cluster_auth import refresh_ray_auth
+from orchestrator.cluster.auth import refresh_ray_auth
 
 
 @contextlib.contextmanager

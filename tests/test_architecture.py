@@ -21,7 +21,12 @@ FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 250, 400, 60
 MAY_IMPORT_RAY = "trainables/core/trial.py"
 MAY_READ_WEIGHTS = "trainables/core/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
-REGISTRIES = ("orchestrator/shipping.py", "search_spaces/__init__.py", "trainables/__init__.py")
+LAYERS = (
+    "errors", "cluster", "ingest", "record", "study_file", "search", "results", "tracking", "planning", "running",
+    "study", "commands", "cli",
+)  # fmt: skip
+"""The parts of `orchestrator`; each may import those before it."""
+REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/__init__.py")
 """Import modules of this package by name, each after a look at the list of those that there are."""
 
 UNFINISHED = ("TO" + "DO", "FIX" + "ME", "dum" + "my", "place" + "holder")
@@ -91,6 +96,20 @@ class TestImports:
             for file, tree in parsed(folder)
             for module in imported(tree)
             if module.partition(".")[0] in forbidden and not (file == MAY_IMPORT_RAY and module.startswith("ray"))
+        ]
+        assert found == []
+
+    def test_the_parts_of_the_orchestrator_import_downwards_only(self) -> None:
+        """Also inside functions and for types alone."""
+        there = {file.stem for file in (ROOT / "orchestrator").iterdir()}
+        assert there - {"__init__", "__pycache__", "py"} == set(LAYERS)
+        parts = [(file, file.split("/")[1].removesuffix(".py"), tree) for file, tree in parsed("orchestrator")]
+        found = [
+            f"{file} imports {module}"
+            for file, part, tree in parts
+            for module in imported(tree)
+            if part in LAYERS and module.startswith("orchestrator.")
+            if LAYERS.index(module.split(".")[1]) > LAYERS.index(part)
         ]
         assert found == []
 

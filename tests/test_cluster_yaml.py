@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.machines import Cluster, MachineKind, autoscaled_kinds
-from orchestrator.resources import ResourceError
+from orchestrator.cluster.machines import Cluster, MachineKind, autoscaled_kinds
+from orchestrator.cluster.resources import ResourceError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,10 +12,11 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import trainables
-from orchestrator import cli, console
-from orchestrator.reference import DOCUMENTS, filled, rows, sections, written
-from orchestrator.spec import StudySpec
-from orchestrator.yaml_loader import parse_yaml
+from orchestrator import cli
+from orchestrator.commands import console
+from orchestrator.commands.reference import DOCUMENTS, filled, rows, sections, written
+from orchestrator.study_file.spec import StudySpec
+from orchestrator.study_file.yaml_loader import parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN = (
@@ -37,7 +38,7 @@ def commands() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_tables_are_those_of_the_code(document: str) -> None:
-    assert text(document) == filled(text(document)), "run: python -m orchestrator.reference"
+    assert text(document) == filled(text(document)), "run: python -m orchestrator.commands.reference"
 
 
 def test_every_part_of_a_study_has_its_table() -> None:

@@ -26,9 +26,9 @@ from orchestrator import Study
 from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.request import IngestRequest, open_source
-from orchestrator.journal import Journal, JournalError
-from orchestrator.portable_study import resolved_study
-from orchestrator.position import PositionFile
+from orchestrator.record.journal import Journal, JournalError
+from orchestrator.study_file.portable import resolved_study
+from orchestrator.tracking.position import PositionFile
 from tests.orchestrator.driving import drive, searcher
 from tests.synthetic import shapes, write_images, write_shapes
 from trainables.core.backbone import load_pretrained
@@ -287,7 +287,7 @@ class TestRecords:
 
     def test_s7_optunas_database(self, evil: bytes, marker: Path, tmp_path: Path) -> None:
         """A pickle in its place is replaced; a state that Optuna's CMA-ES would unpickle is never asked for."""
-        from orchestrator.journal import Journal as Written
+        from orchestrator.record.journal import Journal as Written
 
         with Written(tmp_path / "journal.jsonl") as journal:
             (tmp_path / "optuna.db").write_bytes(evil)
@@ -306,7 +306,7 @@ class TestRecords:
             second.close()
 
     def test_s7_the_sampler_that_unpickles_is_not_offered(self) -> None:
-        from orchestrator.sampling import SAMPLERS, make_sampler
+        from orchestrator.search.sampling import SAMPLERS, make_sampler
 
         made = {type(make_sampler(name, 0, 20)).__name__ for name in SAMPLERS}
         assert made <= {"TPESampler", "GPSampler", "NSGAIISampler", "RandomSampler"}
@@ -342,8 +342,8 @@ class TestCaches:
 
 def test_s7_the_study_folder_of_a_stranger(evil: bytes, marker: Path, tmp_path: Path) -> None:
     """What looks at a study's folder reads the journal and JSON; pickles of Tune, models of MLflow are left alone."""
-    from orchestrator.check_study import check_study
-    from orchestrator.status import status
+    from orchestrator.commands.check import check_study
+    from orchestrator.commands.status import status
 
     study = Study(
         name="s", data={"source": "digits"}, model={"name": "digits_cnn"}, strategies=["full"], storage=str(tmp_path)

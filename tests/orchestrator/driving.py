@@ -12,8 +12,8 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from orchestrator.search import StudySearcher
-from orchestrator.stages import Entry
+from orchestrator.search.searcher import StudySearcher
+from orchestrator.search.stages import Entry
 from trainables.core.task import ModelSpec, Task
 
 EPOCHS = 4

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.driver_process import free_port
+from orchestrator.cluster.driver_process import free_port
 
 Faults = dict[int, str]
 """Number of a request, from 0 → what happens to it: an HTTP status, `html` (status 200), `rst`, `lost` (done, but the

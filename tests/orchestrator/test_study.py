@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from orchestrator import Study
-from orchestrator.journal import Journal
-from orchestrator.results import Results
+from orchestrator.record.journal import Journal
+from orchestrator.results.study_results import Results
 from tests.synthetic import write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -21,7 +21,7 @@ COSTS = ("cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "c
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    from orchestrator.cluster import connect
+    from orchestrator.cluster.connection import connect
 
     with connect(cpus=2, dashboard=False):
         yield

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.journal import Journal
+from orchestrator.record.journal import Journal
 
 SPEC = {
     "name": "pets",

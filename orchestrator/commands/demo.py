@@ -1,0 +1,62 @@
+"""`luthier demo`: the whole promise on two cores, with nothing but this package – real data, five strategies.
+
+Two studies, one on a small vision transformer and one on a small BatchNorm network, both pretrained on digits rendered
+from fonts and tuned on handwritten digits; inverted, rotated, noisy, blurred and printed digits are the OOD domains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from orchestrator.results.study_results import Results
+
+STRATEGIES: dict[str, list[object]] = {
+    "digits_vit": ["linear_probe", "full", "lp_ft", {"name": "layernorm", "fixed": {"lam_choice": "sweep"}}],
+    "digits_cnn": ["linear_probe", "full", "lp_ft", "daft"],
+}
+"""Per network: LayerNorm tuning means something for the transformer, DAFT for BatchNorm."""
+
+
+def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) -> dict[str, object]:
+    """The fields of one of the demo's studies; `luthier demo` runs one for each network of `STRATEGIES`."""
+    reference = {"fsr": ["extrapolated"], "fsr_seeds": 2} if backbone == "digits_vit" else {}
+    return {
+        "name": f"demo-{backbone.removeprefix('digits_')}",
+        "data": {"source": "digits"},
+        "model": {"name": backbone},
+        "strategies": STRATEGIES[backbone],
+        "search": {"trials": trials, "epochs": epochs, "sampler": "tpe", "scheduler": "asha", "seed": 0},
+        "confirm": {"top_k": 4, "seeds": 3},
+        "diagnostics": {"plasticity_source": "printed", **reference},
+        "tracking": {"experiment": "luthier-demo"},
+        "storage": str(storage),
+    }
+
+
+def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Console | None = None) -> list[Results]:
+    """Run both demo studies on one cluster and print leaderboards and the next commands.
+
+    Args:
+        storage: folder for the studies, the store and the tracking database.
+        trials: search trials per study.
+        progress: show the live table.
+        console: where to print; None = stdout.
+    """
+    from orchestrator.cluster.connection import connect
+    from orchestrator.commands.outcome import finished
+    from orchestrator.study import Study
+
+    shown = console or Console()
+    outcomes = []
+    with connect():
+        for backbone in STRATEGIES:
+            study = Study(**demo_study(backbone, storage, trials))
+            shown.rule(f"{study.spec.name}: {backbone}, pretrained on printed digits, tuned on handwritten ones")
+            results = study.run(progress=progress)
+            finished(shown, study, results)
+            outcomes.append(results)
+    return outcomes

@@ -1,0 +1,147 @@
+"""`luthier fsr`: the reference trials of a study alone, and what they say."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.planning.fsr_stage import STRATEGY
+from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, reference_samples, suggested
+from orchestrator.results.leaderboard import mean_interval
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.record.records import TrialRecord
+    from orchestrator.study import Study
+    from orchestrator.study_file.spec import StudySpec
+
+log = logging.getLogger("luthier")
+
+
+@dataclass(frozen=True)
+class FsrReport:
+    """What the references say."""
+
+    study: str
+    found: Sequence[FsrEstimate]
+    records: Sequence[TrialRecord]
+    """The reference trials."""
+
+    def samples(self) -> list[dict[str, Any]]:
+        """One row per sample, the smallest first: `sample, images, shift, ci95, seeds`."""
+        rows = []
+        for name, trials in reference_samples(self.records).items():
+            values = [value for trial in trials.values() if (value := trial.metric(SHIFT)) is not None]
+            images = next(iter(trials.values())).metric(IMAGES)
+            mean, half = mean_interval(values)
+            rows.append({"sample": name, "images": images, "shift": mean, "ci95": _finite(half), "seeds": len(values)})
+        return sorted(rows, key=lambda row: (row["images"] or 0, row["sample"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values; what is not known, and the open end of an interval, is null."""
+        first = suggested(self.found)
+        rows = [
+            {
+                "reference": e.reference,
+                "fsr": _finite(e.value),
+                "low": _finite(e.low),
+                "high": _finite(e.high),
+                "shift": _finite(e.shift),
+                "reference_shift": _finite(e.reference_shift),
+                "seeds": e.seeds,
+                "by_seed": {str(seed): ratio for seed, ratio in e.by_seed.items()},
+                "note": e.note,
+                "sentence": e.sentence(),
+            }
+            for e in self.found
+        ]
+        ends = [_finite(end) for end in first.lam_interval] if first is not None else None
+        lam = None if first is None else first.lam
+        return {"study": self.study, "samples": self.samples(), "fsr": rows, "lambda": lam, "lambda_interval": ends}
+
+    def render(self, console: Console) -> None:
+        """Print the shift of every sample, a sentence per reference, and the λ that a search takes."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        def say(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        if not self.found:
+            say("Too few reference trials have finished for an FSR. `luthier status` says why.")
+            return
+        table = Table(title=f"{self.study}: shift of the LayerNorms by training sample", title_justify="left")
+        for column in ("sample", "images", "shift", "seeds"):
+            table.add_column(column, justify="left" if column == "sample" else "right")
+        for row in self.samples():
+            spread = "" if row["ci95"] is None else f" ± {row['ci95']:.3f}"
+            name = {"1": "1 (the study's own)"}.get(row["sample"], row["sample"])
+            table.add_row(escape(name), f"{row['images'] or 0:.0f}", f"{row['shift']:.3f}{spread}", str(row["seeds"]))
+        console.print(table)
+        for estimate in self.found:
+            say(estimate.sentence())
+        if (first := suggested(self.found)) is not None:
+            low, high = first.lam_interval
+            ends = f"[{low:.2f}, {'∞)' if math.isinf(high) else f'{high:.2f}]'}"
+            say(
+                f"Suggested λ = {first.lam:.2f} {ends}: a search of {self.study} that follows tries it early (another "
+                "study on the same network and sample: diagnostics.fsr_from)."
+            )
+
+
+def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[str] = ()) -> FsrReport:
+    """Run what is missing of a study's reference trials, in its own folder and journal, and read them all.
+
+    References are those of the study file; where it names none, `extrapolated`, and `full` where the study trains on a
+    fraction of its pool. What a call trained is not trained again by the next one, nor by `luthier run`, as long as the
+    same LayerNorm configuration is the best.
+
+    Args:
+        allow_change: see `orchestrator.study.Study.run`.
+
+    Raises:
+        PreflightError: the study could not run, its network has no LayerNorm, or its training sample is too small to be
+            compared with shares of itself; nothing was spent.
+    """
+    from orchestrator.errors import PreflightError, Problem
+    from orchestrator.planning.setup import make_task, references_of
+    from orchestrator.running.drive import Drive
+
+    spec = study.spec
+    _check_network(spec)
+    store = study.prepare(progress)
+    if not any(entry.name == STRATEGY for entry in spec.strategies):
+        log.warning("%s has no %s entry: the strategy's default point is measured.", spec.name, STRATEGY)
+    names: list[str] = [*spec.diagnostics.fsr]
+    if not names:
+        names = ["extrapolated", "full"] if spec.data.train_fraction < 1 else ["extrapolated"]
+    task = make_task(spec, store)
+    stage = references_of(spec, task, store, names)
+    if not stage.samples():
+        rule = "FSR needs other samples to compare the study's own with, but there are none of another size."
+        way = "List other diagnostics.fsr_fractions, or train on more images."
+        problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way}")
+        raise PreflightError([problem], f"The study {spec.name!r}")
+    Drive(spec, study.folder, store, task, progress, stages=[stage], allow_change=allow_change).run()
+    records = [r for r in study.results().records if r.role == "reference"]
+    return FsrReport(spec.name, estimates(records), records)
+
+
+def _check_network(spec: StudySpec) -> None:
+    from orchestrator.errors import PreflightError, Problem
+    from orchestrator.planning.preflight import layer_kinds, preflight
+
+    preflight(spec)
+    kinds = layer_kinds(spec.model.name)
+    if "layer_norm" not in kinds:
+        rule = f"FSR is measured by tuning LayerNorms, but {spec.model.name} has none."
+        way = " `luthier run` reports the shift of its BatchNorms as bn_shift." if "batch_norm" in kinds else ""
+        raise PreflightError([Problem(("model", "name"), rule + way)], f"The study {spec.name!r}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,123 @@
+"""A first study file for a person's own data, with every key explained where it stands."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.commands.reference import Row, rows, sections, written
+
+DIGITS_MODEL, MODEL = "digits_vit", "resnet18"
+"""What a new study starts from; any timm name can take its place."""
+
+_HEAD = """\
+# A Luthier study. Every key is here; those that you do not need can be left out (docs/study.md has the defaults).
+# Check it:      luthier plan {file}
+# Run it:        luthier run {file}
+# Where is it:   luthier status {file}
+"""
+
+
+def write_study(
+    data: Path | None, output: Path, *, model: str | None = None, name: str | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Write a study file for the images at `data` (None = the built-in digits).
+
+    Returns:
+        What was written, as JSON values: `study_file`, and the `fields` that were chosen.
+
+    Raises:
+        FileExistsError: the file exists (unless `force`).
+        StudyError: a name that a study cannot have.
+        DataError: `data` holds no images that a study could use.
+    """
+    from orchestrator.study_file.spec import StudySpec
+
+    if output.exists() and not force:
+        raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
+    fields = _digits(model) if data is None else _found(data, model)
+    fields["name"] = name or fields["name"]
+    StudySpec.from_fields(fields)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render(fields, output), encoding="utf-8")
+    return {"study_file": str(output), "fields": fields}
+
+
+def render(fields: Mapping[str, Any], file: Path) -> str:
+    """The text of a study file: every key with what it means, at the given value or its default."""
+    lines = [_HEAD.format(file=file)]
+    for row in rows("study"):
+        if row.key == "name":
+            lines += _key(row, fields, "")
+    for section in [s for s in sections() if s != "study"]:
+        lines.append("")
+        if section == "strategies":
+            lines += _strategies(fields["strategies"])
+            continue
+        lines += _comment(sections()[section].__doc__ or "", "")
+        given = fields.get(section, {})
+        lines.append(f"{section}:")
+        for row in rows(section):
+            lines += _key(row, given, "  ")
+    for row in rows("study"):
+        if row.key == "storage":
+            lines += ["", *_key(row, fields, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _key(row: Row, given: Mapping[str, Any], indent: str) -> list[str]:
+    lines = _comment(row.meaning.replace("\\|", "|"), indent)
+    return [*lines, f"{indent}{row.key}: {written(given[row.key]) if row.key in given else row.default}"]
+
+
+def _strategies(names: list[str]) -> list[str]:
+    lines = ["# Ways of fine-tuning that compete under one budget. Instead of a name, an entry may be"]
+    lines += ["#   {name: daft, label: daft_no_conversion, fixed: {bn_conversion: false}}", "strategies:"]
+    return [*lines, *(f"  - {name}" for name in names)]
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    plain = re.sub(r"\s+", " ", text).strip()
+    return textwrap.wrap(plain, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+
+
+def _digits(model: str | None) -> dict[str, Any]:
+    return {
+        "name": "digits",
+        "data": {"source": "digits"},
+        "model": {"name": model or DIGITS_MODEL},
+        "strategies": _strategy_names(),
+        "search": {"trials": 16, "epochs": 4},
+    }
+
+
+def _found(data: Path, model: str | None) -> dict[str, Any]:
+    """Fields for real data. OOD is what the source marks so; else all domains but the largest, for the person to
+    look at."""
+    from orchestrator.ingest.check import detect
+    from orchestrator.ingest.request import IngestRequest, open_source
+
+    source = open_source(IngestRequest(source=detect(data), root=str(data)))
+    domains = Counter(sample.domain for sample in source.samples)
+    outside = sorted(source.evaluation_domains & set(domains))
+    if not outside and len(domains) > 1:
+        outside = sorted(set(domains) - {domains.most_common(1)[0][0]})
+    inside = sorted(set(domains) - set(outside))
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", data.resolve().stem).strip("-._") or "study"
+    return {
+        "name": stem,
+        "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside},
+        "model": {"name": model or MODEL},
+        "strategies": _strategy_names(),
+        "search": {"trials": 40, "epochs": 20},
+    }
+
+
+def _strategy_names() -> list[str]:
+    from trainables import strategies
+
+    return strategies()

@@ -1,0 +1,217 @@
+"""Send a study to a cluster as a Ray job, follow it, and return its exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlsplit
+
+from orchestrator.cluster import shipping
+from orchestrator.cluster.auth import ClusterError, check_access, find_token, probe_dashboard
+from orchestrator.cluster.driver_process import environment
+from orchestrator.cluster.job import ENDED, INTERRUPTED, Follower
+from orchestrator.study_file.portable import cautions, resolved_study
+from orchestrator.study_file.yaml_writer import write_yaml
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ENTRYPOINT = "python -m orchestrator.cli run study.yaml"
+STOP_SECONDS = 30
+AGENT_PATIENCE_S = 30.0
+_FOLDER = "luthier.study_folder"
+
+
+def submit(
+    study_path: str | Path,
+    address: str | None = None,
+    *,
+    token: str | None = None,
+    follow: bool = True,
+    stop_on_interrupt: bool | None = None,
+    insecure: bool = False,
+    entrypoint: str = ENTRYPOINT,
+    out: TextIO | None = None,
+    notes: TextIO | None = None,
+) -> int:
+    """Submit a study file to the cluster behind a dashboard address.
+
+    The job carries Luthier's packages and a copy of the study with absolute paths; data, weights and storage stay
+    where they are and must be visible to the machines of the cluster. A study that is already running there is
+    followed, not started twice; one that has ended is started again and continues from its journal.
+
+    Args:
+        study_path: the study file.
+        address: `http://host:8265`; None = RAY_API_SERVER_ADDRESS, or RAY_ADDRESS when that is a URL.
+        token: the cluster's token; None = as in `orchestrator.cluster.auth.find_token`.
+        follow: print the job's output to `out` until it ends; False returns 0 as soon as it is accepted.
+        stop_on_interrupt: what Ctrl-C does to the job: True stops it, False leaves it running, None asks on a
+            terminal and leaves it running elsewhere. A second Ctrl-C always returns at once.
+        insecure: submit even to a network cluster that asks for no token.
+        entrypoint: shell command of the job; its folder holds the packages and `study.yaml`.
+        out: where the job's output goes (None = stdout).
+        notes: where our own lines go (None = stderr).
+
+    Returns:
+        The job's exit code; 130 when it was stopped or when following was interrupted.
+
+    Raises:
+        StudyError: the study file is wrong.
+        ClusterError: the cluster cannot be reached, asks for a token that is missing or wrong, asks for none, or does
+            not take jobs.
+    """
+    out, notes = out or sys.stdout, notes or sys.stderr
+    fields = resolved_study(study_path)
+    url = dashboard_url(address)
+    host = urlsplit(url).hostname or ""
+    token = token or find_token()
+    check_access(url, host, probe_dashboard(url, token), insecure)
+    for line in cautions(fields, url):
+        print(f"Warning: {line}", file=notes)
+    client = _client(url, token)
+    _compare_versions(client, notes)
+    job = _start(client, fields, entrypoint, notes)
+    # Ray's own command sends the token only when it is told to.
+    stop = f"{'RAY_AUTH_MODE=token ' if token else ''}ray job stop --address {url} {job}"
+    print(f"Follow it (again) with the same command; stop it with: {stop}", file=notes)
+    if not follow:
+        return 0
+    return _follow_with_interrupts(Follower(client, job, out), stop_on_interrupt, notes)
+
+
+def dashboard_url(address: str | None) -> str:
+    """The URL of a cluster's dashboard from what the user gave.
+
+    Raises:
+        ClusterError: nothing was given, or another kind of address.
+    """
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if given and "://" not in given and address:
+        given = f"http://{given}"
+    parts = urlsplit(given)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ClusterError(
+            f"Submitting needs the address of the cluster's dashboard, but got {given or 'none'!r}. "
+            "Give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS."
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def submission_id(fields: Mapping[str, Any], attempt: int) -> str:
+    """The job's name: the same study gives the same name, so that it cannot be started twice at a time."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(fields["name"]))
+    return f"luthier-{name}-{digest}-{attempt}"
+
+
+def _client(url: str, token: str | None) -> JobSubmissionClient:
+    """A job client for exactly this address and token, whatever the environment says."""
+    # Ray lets RAY_ADDRESS override the address that it is given, unless this variable is set.
+    with environment({"RAY_API_SERVER_ADDRESS": url}, override=True):
+        from ray.job_submission import JobSubmissionClient
+
+        for module in (
+            "dashboard.modules.dashboard_sdk",
+            "dashboard.modules.job.sdk",
+            "_private.runtime_env.packaging",
+        ):
+            logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
+        return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+def _compare_versions(client: JobSubmissionClient, notes: TextIO) -> None:
+    import ray
+
+    theirs = getattr(client, "_server_ray_version", None) or ray.__version__
+    if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
+        print(f"Warning: the cluster runs Ray {theirs}, Luthier here was tested with {ray.__version__}.", file=notes)
+
+
+def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: str, notes: TextIO) -> str:
+    """Submit the job, or find it running; returns its submission id."""
+    jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
+    attempt = 1
+    while (known := jobs.get(submission_id(fields, attempt))) and known.status.value in ENDED:
+        attempt += 1
+    name, folder = submission_id(fields, attempt), f"{fields['storage']}/{fields['name']}"
+    if known:
+        print(f"{name} is {known.status.value.lower()} on the cluster already; following it.", file=notes)
+        return name
+    for other in jobs.values():
+        if (other.metadata or {}).get(_FOLDER) == folder and other.status.value not in ENDED:
+            # Two drivers of one study folder would write one journal.
+            raise ClusterError(
+                f"The study {fields['name']!r} is running on the cluster as {other.submission_id}, from another "
+                "version of its file. Wait for it, stop it with `ray job stop`, or give this study another name."
+            )
+    with tempfile.TemporaryDirectory(prefix="luthier-submit-") as code:
+        size = shipping.copy_packages(Path(code))
+        (Path(code) / "study.yaml").write_text(write_yaml(fields))
+        _submit_when_ready(client, name, entrypoint, code, {"study": str(fields["name"]), _FOLDER: folder})
+    print(f"Submitted {name} ({size / 2**20:.1f} MiB of code).", file=notes)
+    return name
+
+
+def _submit_when_ready(
+    client: JobSubmissionClient, job: str, entrypoint: str, folder: str, metadata: dict[str, str]
+) -> None:
+    """Submit; for the first seconds of a cluster's life its job agent is not there yet."""
+    deadline = time.monotonic() + AGENT_PATIENCE_S
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=job,
+                metadata=metadata,
+                runtime_env={
+                    "working_dir": folder,
+                    # Ray's own way to stop a job is SIGTERM and, 3 s later, SIGKILL: Tune would save nothing.
+                    "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                },
+            )
+            return
+        except (OSError, RuntimeError) as error:
+            if "No available agent" not in str(error):
+                raise ClusterError(f"The cluster refused the job: {error}") from error
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"The cluster is up, but for {AGENT_PATIENCE_S:.0f} s no agent of it took the job. Usually another "
+                    "Ray on the head node holds the agent's port: restart the head with "
+                    "`ray start --head --dashboard-agent-listen-port=<a free port>` (see docs/cluster.md)."
+                ) from error
+        time.sleep(1.0)
+
+
+def _follow_with_interrupts(follower: Follower, stop: bool | None, notes: TextIO) -> int:
+    """Follow the job; at the first Ctrl-C stop it or let it run, at the second return."""
+    try:
+        return follower.run()
+    except KeyboardInterrupt:
+        print(file=notes)
+    try:
+        if _ask_to_stop(follower.job, notes) if stop is None else stop:
+            stop = True
+            print(f"Stopping {follower.job}; it saves its state first (up to {STOP_SECONDS} s).", file=notes)
+            follower.client.stop_job(follower.job)
+            return follower.run()
+    except KeyboardInterrupt:
+        print(file=notes)
+    ending = "has been told to stop" if stop else "goes on running on the cluster"
+    print(f"{follower.job} {ending}.", file=notes)
+    return INTERRUPTED
+
+
+def _ask_to_stop(job: str, notes: TextIO) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    print(f"Stop {job} too? It goes on running otherwise. [y/N] ", end="", file=notes, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

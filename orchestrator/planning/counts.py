@@ -1,0 +1,88 @@
+"""How many trials a study runs, known before the first one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.search.proposals import Proposals
+    from orchestrator.study_file.spec import StudySpec
+
+
+@dataclass(frozen=True)
+class TrialCounts:
+    """Trials of a study that goes to its end, if none fails and the search space is not used up before."""
+
+    search: int
+    folds: int | None
+    """Of leave-one-domain-out; None = the number of domains is known only when the data are read."""
+    confirm: int
+    references: int | None = 0
+    """For FSR; None = the number of OOD domains is known only when the data are read."""
+
+    @property
+    def total(self) -> int:
+        """All of them, but those of unknown number."""
+        return self.search + (self.folds or 0) + self.confirm + (self.references or 0)
+
+
+def count_trials(spec: StudySpec, proposals: Proposals | None = None) -> TrialCounts:
+    """The trials that a study would run.
+
+    Args:
+        proposals: `proposals_of(spec)`, if it is known.
+
+    Raises:
+        ValueError: the budget does not hold the sweeps and the default points.
+    """
+    known = proposals or proposals_of(spec)
+    search = given_trials(known) if known.exhausted else spec.search.trials
+    # No more configurations can be confirmed than were searched.
+    confirm = min(spec.confirm.top_k, search) * spec.confirm.seeds
+    return TrialCounts(search, _folds(spec, search), confirm, _references(spec))
+
+
+def given_trials(proposals: Proposals) -> int:
+    """Trials that are run whatever the sampler thinks: default points and whole sweeps."""
+    return sum(sweep.preset.size for sweep in proposals.sweeps.values()) + len(proposals.searched)
+
+
+def proposals_of(spec: StudySpec) -> Proposals:
+    """The search of a study before its first trial: which entries are swept, which are searched.
+
+    Raises:
+        ValueError: the budget does not hold the sweeps and the default points.
+    """
+    from orchestrator.planning.setup import entries_of, model_of
+    from orchestrator.search.proposals import Proposals
+    from trainables.core.task import Task
+
+    task = Task(store="", model=model_of(spec), epochs=spec.search.epochs)
+    return Proposals(entries_of(spec), task, spec.search.trials, spec.search.sampler, spec.search.seed, [True])
+
+
+def _folds(spec: StudySpec, search: int) -> int | None:
+    from orchestrator.planning.setup import FOLDED
+
+    if spec.search.objective != "leave_one_domain_out":
+        return 0
+    return min(FOLDED, search) * len(spec.data.id) if spec.data.id else None
+
+
+def _references(spec: StudySpec) -> int | None:
+    """One sample per reference and nested share beside the study's own; see `orchestrator.planning.fsr_stage`."""
+    from orchestrator.study_file.rules import DIGITS_DOMAINS
+
+    wanted = spec.diagnostics
+    if not wanted.fsr:
+        return 0
+    samples = 1 + ("full" in wanted.fsr)
+    if "extrapolated" in wanted.fsr:
+        samples += len(set(wanted.fsr_fractions))
+    if "oracle" in wanted.fsr:
+        domains = spec.data.ood or (DIGITS_DOMAINS if spec.data.source == "digits" else ())
+        if not domains:
+            return None
+        samples += len(domains)
+    return samples * wanted.fsr_seeds

@@ -1,0 +1,208 @@
+"""What a study would do and cost: trials, budget, disk, and what would be trained. Nothing is spent to know it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.search.proposals import Proposals
+    from orchestrator.study_file.spec import StudySpec
+    from search_spaces import Law
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    """What one entry of `strategies` would do."""
+
+    label: str
+    strategy: str
+    given: int
+    """Trials that it gets whatever the sampler thinks: its default point, or its whole sweep."""
+    preset: str | None
+    fixed: Mapping[str, Any]
+    searched: Mapping[str, str]
+    """Hyperparameter → range and default, in words."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a study, as upper limits: a scheduler stops many trials earlier."""
+
+    study: str
+    folder: str
+    backbone: str
+    data: str
+    entries: tuple[PlannedEntry, ...]
+    sampler: str
+    objective: str
+    search_trials: int
+    epochs: int
+    """Budget of one trial, in units."""
+    unit: str
+    """What one unit is, in words."""
+    rungs: tuple[int, ...]
+    """Units after which a trial may be stopped."""
+    fold_trials: int | None
+    """Trials of leave-one-domain-out; None = the number of domains is known only when the data are read."""
+    confirm_trials: int
+    reference_trials: int | None
+    """Trials of LayerNorm tuning on other samples, for FSR; None = the number of OOD domains is not known yet."""
+    measured: tuple[str, ...]
+    """What is measured of each trial beside accuracy."""
+    plasticity: bool
+    """Whether the pretrained network's plasticity is measured, once at the start."""
+    images: int
+    """Images of the source, of all its domains."""
+    disk_bytes: int
+    """Estimated size of the data store plus records, without checkpoints."""
+    resources: str
+
+    @property
+    def max_units(self) -> int:
+        """Budget if no trial is stopped (folds and references of unknown number left out)."""
+        known = self.search_trials + self.confirm_trials + (self.fold_trials or 0) + (self.reference_trials or 0)
+        return self.epochs * known
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {**dataclasses.asdict(self), "max_units": self.max_units}
+
+    def render(self, console: Console) -> None:
+        """Print the plan for a person."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"{self.study}: what would be trained", title_justify="left")
+        for column in ("entry", "trials given", "searched (default; range)", "fixed"):
+            table.add_column(column, overflow="fold")
+        for entry in self.entries:
+            searched = "\n".join(f"{key}: {text}" for key, text in entry.searched.items())
+            if not searched:
+                searched = f"the sweep {entry.preset!r}" if entry.preset else "nothing: one configuration"
+            fixed = "\n".join(f"{key} = {value}" for key, value in entry.fixed.items()) or "–"
+            name = entry.label if entry.label == entry.strategy else f"{entry.label} ({entry.strategy})"
+            table.add_row(name, str(entry.given), escape(searched), escape(fixed))
+        console.print(table)
+        for line in self.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def lines(self) -> list[str]:
+        """The plan's figures, one sentence each."""
+        folds = "" if self.fold_trials == 0 else f", {_or_unknown(self.fold_trials)} leave-one-domain-out"
+        references = "" if self.reference_trials == 0 else f", {_or_unknown(self.reference_trials)} reference (FSR)"
+        stop = f"; the scheduler may stop a trial after {_units(self.rungs)}" if self.rungs else "; no trial is stopped"
+        return [
+            f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images.",
+            f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
+            f"{references}.",
+            f"Budget of a trial: {self.epochs} units of {self.unit}{stop}.",
+            f"At most {self.max_units} units in all. Each trial gets {self.resources}.",
+            f"Chosen by {self.objective}.",
+            self._diagnostics(),
+            f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
+            f"Study folder: {self.folder}",
+        ]
+
+    def _diagnostics(self) -> str:
+        of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
+        start = "; plasticity of the pretrained network, once at the start" if self.plasticity else ""
+        return f"Measured beside accuracy: {of_trials}{start}."
+
+
+def make_plan(spec: StudySpec) -> Plan:
+    """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
+    from pathlib import Path
+
+    from orchestrator.planning.counts import count_trials, proposals_of
+    from orchestrator.planning.preflight import layer_kinds
+    from orchestrator.planning.setup import rungs_of
+    from orchestrator.planning.volume import examine, store_bytes
+
+    proposals = proposals_of(spec)
+    counts = count_trials(spec, proposals)
+    search, data = spec.search, spec.data
+    images = len(examine(data).samples)
+    gpus = (
+        "a GPU if there is one"
+        if spec.resources.gpus == "auto"
+        else f"{spec.resources.gpus:g} GPU{_s(spec.resources.gpus)}"
+    )
+    return Plan(
+        study=spec.name,
+        folder=str(Path(spec.storage).absolute() / spec.name),
+        backbone=spec.model.name,
+        data=data.root or f"built-in {data.source}",
+        entries=tuple(_planned(entry.label, entry.name, entry.fixed, proposals) for entry in spec.strategies),
+        sampler=search.sampler,
+        objective=search.objective,
+        search_trials=counts.search,
+        epochs=search.epochs,
+        unit="one epoch" if search.steps_per_unit is None else f"{search.steps_per_unit} optimiser steps",
+        rungs=rungs_of(spec),
+        fold_trials=counts.folds,
+        confirm_trials=counts.confirm,
+        reference_trials=counts.references,
+        measured=tuple(spec.diagnostics.measure),
+        plasticity=spec.diagnostics.plasticity and "transformer_block" in layer_kinds(spec.model.name),
+        images=images,
+        disk_bytes=store_bytes(spec, images, counts.total),
+        resources=f"{spec.resources.cpus:g} CPU{_s(spec.resources.cpus)} and {gpus}",
+    )
+
+
+def _planned(label: str, strategy: str, fixed: Mapping[str, Any], proposals: Proposals) -> PlannedEntry:
+    import search_spaces
+
+    sweep = proposals.sweeps.get(label)
+    if sweep is not None:
+        swept: dict[str, list[Any]] = {}
+        for step in sweep.preset.steps:
+            for key, values in step.items():
+                swept.setdefault(key, []).extend(values)
+        held = {k: v for k, v in {**sweep.preset.fixed, **fixed}.items() if k not in swept}
+        shown = {key: ", ".join(map(_plain, values)) for key, values in swept.items()}
+        name = sweep.entry.preset or ("paper" if swept else None)
+        return PlannedEntry(label, strategy, sweep.preset.size, name, held, shown)
+    laws = search_spaces.space(strategy)
+    searched = {key: law_in_words(laws[key]) for key in search_spaces.searched(strategy, fixed)}
+    return PlannedEntry(label, strategy, 1, None, dict(fixed), searched)
+
+
+def law_in_words(law: Law) -> str:
+    """A hyperparameter's default and range: `0.003; 0.0001 to 0.3, log`."""
+    from optuna.distributions import CategoricalDistribution
+
+    distribution: Any = law.distribution
+    if isinstance(distribution, CategoricalDistribution):
+        return f"{law.default}; {', '.join(map(str, distribution.choices))}"
+    scale = ", log" if distribution.log else ""
+    return f"{_plain(law.default)}; {_plain(distribution.low)} to {_plain(distribution.high)}{scale}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _s(count: float) -> str:
+    return "" if count == 1 else "s"
+
+
+def _or_unknown(count: int | None) -> str:
+    return "an unknown number of" if count is None else str(count)
+
+
+def _units(rungs: tuple[int, ...]) -> str:
+    return f"unit {rungs[0]}" if len(rungs) == 1 else f"units {', '.join(map(str, rungs))}"
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size //= 1000
+    return f"{size} TB"

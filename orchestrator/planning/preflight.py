@@ -1,0 +1,197 @@
+"""What can be checked about a study before anything is spent: no cluster is started and no image is decoded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import search_spaces
+from orchestrator.errors import PreflightError, Problem, did_you_mean
+from orchestrator.planning.lambda_hint import hint_problems
+from orchestrator.study_file.diagnostics_rules import domain_problems, network_problems
+from orchestrator.study_file.spec import StrategyEntry, StudySpec
+
+
+def preflight(spec: StudySpec) -> None:
+    """Refuse a study that could not run here.
+
+    Raises:
+        PreflightError: unknown model or augmentation, weights or data that are not there, a strategy or diagnostic that
+            needs layers, domains or packages which are not there, a budget too small for the strategies or their
+            phases, a storage folder that cannot be written, a tracking server that refuses these credentials, more
+            CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at once.
+    """
+    checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
+        _data_problems,
+        _model_problems,
+        _package_problems,
+        _budget_problems,
+        _phase_problems,
+        hint_problems,
+        _machine_problems,
+        _storage_problems,
+        _tracking_problems,
+    )
+    problems = [problem for check in checks for problem in check(spec)]
+    if problems:
+        raise PreflightError(problems, f"The study {spec.name!r}")
+
+
+def _data_problems(spec: StudySpec) -> Iterator[Problem]:
+    data = spec.data
+    if data.augment:
+        from trainables.data.transforms import AUGMENTATIONS
+
+        for index, name in enumerate(data.augment):
+            if name not in AUGMENTATIONS:
+                rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
+                yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
+    from orchestrator.planning.volume import examine
+    from orchestrator.study_file.rules import DIGITS_DOMAINS
+
+    ood: Collection[str] = data.ood or DIGITS_DOMAINS
+    if data.source != "digits":
+        try:
+            marked = examine(data).evaluation_domains
+        except ValueError as error:
+            yield Problem(("data",), str(error))
+            return
+        ood = data.ood or sorted(marked - set(data.id))
+    yield from (Problem(*problem) for problem in domain_problems(spec, ood))
+
+
+def _model_problems(spec: StudySpec) -> Iterator[Problem]:
+    from orchestrator.planning.setup import model_of
+    from trainables import strategy_class
+    from trainables.core.backbone import check_model
+
+    try:
+        check_model(model_of(spec))
+    except ValueError as error:
+        yield Problem(("model",), str(error))
+        return
+    needed = {s.name: strategy_class(s.name).needs for s in spec.strategies}
+    if not any(needed.values()) and not spec.diagnostics.fsr:
+        return
+    kinds = layer_kinds(spec.model.name)
+    for index, entry in enumerate(spec.strategies):
+        for kind in sorted(needed[entry.name] - kinds):
+            rule = f"{entry.name} needs a network with {kind} layers, but {spec.model.name} has none."
+            adapts = kind == "layer_norm" and "batch_norm" in kinds
+            way = "Leave it out, or use daft, which adapts BatchNorm to the target data." if adapts else "Leave it out."
+            yield Problem(("strategies", index), f"{rule} {way}")
+    yield from (Problem(*problem) for problem in network_problems(spec, kinds))
+
+
+def _package_problems(spec: StudySpec) -> Iterator[Problem]:
+    """Extras of Luthier that a strategy needs and this machine lacks."""
+    from importlib.util import find_spec
+
+    from trainables import strategy_class
+
+    for index, entry in enumerate(spec.strategies):
+        for package, extra in strategy_class(entry.name).packages.items():
+            if find_spec(package) is None:
+                rule = f"{entry.name} needs the package {package}, which is not installed here."
+                way = f'Install it: pip install "luthier[{extra}]", or leave {entry.name} out.'
+                yield Problem(("strategies", index), f"{rule} {way}")
+
+
+def layer_kinds(model: str) -> frozenset[str]:
+    """Which of `layer_norm`, `batch_norm`, `attention` and `transformer_block` (one whose components are defined, see
+    `trainables.core.vit_blocks`) a network has; no weights are made or read.
+
+    Args:
+        model: a name that `trainables.core.backbone.check_model` accepts.
+    """
+    import timm
+    import torch
+
+    from trainables.core.digits_backbones import NETWORKS, architecture
+    from trainables.core.vit_blocks import find_blocks
+    from trainables.diagnostics.norm_shift import batch_norms, layer_norms
+
+    with torch.device("meta"):
+        network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
+    norms = {"layer_norm": layer_norms(network), "batch_norm": batch_norms(network)}
+    found = {kind for kind, layers in norms.items() if layers}
+    if any("attention" in type(module).__name__.lower() for module in network.modules()):
+        found.add("attention")
+    with suppress(ValueError):
+        find_blocks(network)
+        found.add("transformer_block")
+    return frozenset(found)
+
+
+def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
+    from orchestrator.planning.counts import proposals_of
+
+    try:
+        proposals_of(spec)
+    except ValueError as error:
+        yield Problem(("search", "trials"), str(error))
+
+
+def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
+    """What a strategy refuses at this budget: at its default point, or at a choice that the search may make."""
+    from trainables import strategy_class
+    from trainables.core.plan import Plan
+
+    for index, entry in enumerate(spec.strategies):
+        for hparams in _points(entry):
+            try:
+                Plan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+            except ValueError as error:
+                yield Problem(("strategies", index), str(error))
+                break
+
+
+def _points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
+    """Configurations of an entry: all of its preset, or the default point and each choice and whole number's ends."""
+    if entry.preset is not None:
+        preset = search_spaces.preset(entry.name, entry.preset)
+        fixed = {**preset.fixed, **entry.fixed}
+        yield from ({**fixed, **point} for step in range(len(preset.steps)) for point in preset.points(step))
+        return
+    yield search_spaces.default_point(entry.name, entry.fixed)
+    for key in search_spaces.searched(entry.name, entry.fixed):
+        for value in search_spaces.space(entry.name)[key].discrete_ends():
+            yield search_spaces.default_point(entry.name, {**entry.fixed, key: value})
+
+
+def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return
+    import torch
+
+    from orchestrator.cluster.resources import check_resources
+
+    wanted = spec.resources.gpus
+    gpus = 0.0 if wanted == "auto" else float(wanted)
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    try:
+        check_resources(spec.resources.cpus, gpus, [here])
+    except ValueError as error:
+        yield Problem(("resources",), str(error))
+
+
+def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
+    folder = Path(spec.storage).expanduser().absolute() / spec.name
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir():
+        yield Problem(("storage",), f"storage is a folder, but {nearest} is a file. Choose another path.")
+    elif not os.access(nearest, os.W_OK):
+        yield Problem(("storage",), f"nothing can be written to {nearest} by this user. Choose another path.")
+    for file in (folder / "journal.jsonl", folder / "optuna.db"):
+        if file.exists() and not (file.is_file() and os.access(file, os.R_OK | os.W_OK)):
+            rule = f"the study goes on in {file}, which this user cannot read and write."
+            yield Problem(("storage",), f"{rule} Mend its permissions, or choose another name.")
+
+
+def _tracking_problems(spec: StudySpec) -> Iterator[Problem]:
+    from orchestrator.tracking.access import access_problems
+
+    yield from access_problems(spec.tracking_uri, spec.experiment)

@@ -1,0 +1,60 @@
+"""Curves of a trial, or of a study, as small artifacts: the numbers as JSON, and what to draw of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.record.records import TrialRecord
+
+Curves = Mapping[str, Mapping[str, Any]]
+"""Name → `columns` (name → values, the x axis first) and `note`."""
+
+NUMBERS_ONLY = frozenset({"change"})
+"""Curves without a picture: a row per tensor is too much for one; `change_by_stage` shows the same."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A curve that is to be drawn."""
+
+    name: str
+    curve: Mapping[str, Any]
+    chosen: float | None
+    """x of the point that the trial chose."""
+
+
+def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, str]:
+    """Artifact `curves/<name>.json` → its text: columns, note, and the chosen x where the trial chose one."""
+    texts = {}
+    for name, curve in curves.items():
+        values = {"columns": curve["columns"], "note": curve.get("note", "")}
+        chosen = chosen_at(record, name)
+        if chosen is not None:
+            values["chosen"] = chosen
+        texts[f"{stem(name)}.json"] = json.dumps(values, indent=1, ensure_ascii=False)
+    return texts
+
+
+def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Picture]:
+    """Artifact `curves/<name>.png` → what to draw there."""
+    drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
+    return {f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name)) for name, curve in drawn.items()}
+
+
+def stem(name: str) -> str:
+    """A curve's artifact without its ending, fit for any artifact store."""
+    return f"curves/{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:100] or '_'}"
+
+
+def chosen_at(record: TrialRecord | None, name: str) -> float | None:
+    """x of the point of a curve that the trial's result stands at, None where the trial did not choose one there."""
+    if record is None:
+        return None
+    if name == "lambda":
+        # In the cyclic framework the sweep starts from weights that were rescaled already: those of λ = 1.
+        return 1.0 if record.hparams.get("cycles") else record.metric("layernorm/lambda")
+    return record.metric("wise/alpha") if name == "wise" else None

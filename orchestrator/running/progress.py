@@ -1,0 +1,207 @@
+"""What a person sees while a study runs: a live table on a terminal, one line per event otherwise."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.record.folding import advance, suggested
+from orchestrator.record.records import TrialRecord
+
+RECENT = 5
+"""Ended trials that the live table keeps showing."""
+
+
+class Progress:
+    """Fed with the journal's events; writes to stderr, because stdout belongs to the command's result.
+
+    Colour follows the terminal and the NO_COLOR convention. A pickled copy is silent.
+
+    Args:
+        trials: trials that the study will run at most, for the ETA; None = unknown.
+        epochs: units of budget of one trial.
+        console: default: stderr.
+        units: units that a trial really takes, where they may be fewer than its budget (linear probing takes one);
+            None = `epochs`.
+    """
+
+    def __init__(
+        self,
+        trials: int | None = None,
+        epochs: int | None = None,
+        console: Console | None = None,
+        units: Callable[[TrialRecord], int | None] | None = None,
+    ) -> None:
+        self.trials, self.epochs = trials, epochs
+        self._planned = units
+        self._console: Console | None = console or Console(stderr=True)
+        self._live: Live | None = None
+        self._records: dict[str, TrialRecord] = {}
+        self._began = time.monotonic()
+
+    def start(self) -> None:
+        """Show the live table, if this is a terminal that can."""
+        self._began = time.monotonic()
+        console = self._console
+        if console is not None and console.is_terminal and not console.is_dumb_terminal and self._live is None:
+            self._live = Live(
+                get_renderable=self.render, console=console, refresh_per_second=2, vertical_overflow="ellipsis"
+            )
+            self._live.start()
+
+    def stop(self) -> None:
+        """Leave the last state of the table on the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> Progress:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_console": None, "_live": None, "_planned": None}
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take note of one event of the journal."""
+        record = self._update(event)
+        if self._console is None or self._live is not None:
+            return
+        line = event_line(event, record, self._units(record))
+        if line:
+            clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+            self._console.print(f"{clock} {line}", markup=False, highlight=False, soft_wrap=True)
+
+    def _update(self, event: Mapping[str, Any]) -> TrialRecord | None:
+        trial_id = event.get("trial_id")
+        if trial_id is None:
+            return None
+        record = self._records.get(str(trial_id))
+        if event["kind"] == "trial_suggested":
+            record = suggested(event)
+        elif record is not None:
+            record = advance(record, event)
+        if record is not None:
+            self._records[record.trial_id] = record
+        return record
+
+    def _units(self, record: TrialRecord | None) -> int | None:
+        return self.epochs if self._planned is None or record is None else self._planned(record)
+
+    def _snapshot(self) -> list[TrialRecord]:
+        return list(self._records.values())  # one step, so that the display's thread sees no half-made change
+
+    @property
+    def spend(self) -> float:
+        """Seconds inside units of budget, over all trials."""
+        return sum(spent(record) for record in self._snapshot())
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds until the study ends at the rate so far; None until a trial has ended or if the total is unknown."""
+        ended = sum(not r.unfinished for r in self._snapshot())
+        if not ended or self.trials is None:
+            return None
+        running = sum(r.unit / (self._units(r) or math.inf) for r in self._snapshot() if r.unfinished)
+        return (time.monotonic() - self._began) * max(self.trials - ended - running, 0.0) / (ended + running)
+
+    def render(self) -> RenderableType:
+        """The live table: running trials, the last ended ones, and a line for the study."""
+        records = self._snapshot()
+        active = [r for r in records if r.state in ("running", "suggested")]
+        ended = sorted((r for r in records if r not in active), key=lambda r: r.ended or 0.0)[-RECENT:]
+        table = Table(box=None, pad_edge=False)
+        for header in ("trial", "strategy", "epoch", "val", "spend", "state"):
+            table.add_column(header, justify="left" if header in ("strategy", "state") else "right")
+        for record in [*ended, *sorted(active, key=lambda r: r.number)]:
+            style = "dim" if record.state in ("complete", "pruned") else "red" if record.state == "failed" else None
+            table.add_row(*_row(record, self._units(record)), style=style)
+        return Group(table, Text(self.summary(), style="bold"))
+
+    def summary(self) -> str:
+        """The study on one line: trials ended, best validation accuracy, spend and ETA."""
+        records = self._snapshot()
+        ended = sum(not r.unfinished for r in records)
+        total = "?" if self.trials is None else str(self.trials)
+        parts = [f"{ended}/{total} trials"]
+        if failed := sum(r.state == "failed" for r in records):
+            parts.append(f"{failed} failed")
+        searched = [(value, r) for r in records if r.role == "search" and (value := validation(r)) is not None]
+        if searched:
+            value, best = max(searched, key=lambda pair: pair[0])
+            parts.append(f"best val {value:.3f} ({best.label})")
+        eta = self.eta
+        return ", ".join([*parts, f"spend {duration(self.spend)}", f"ETA {'-' if eta is None else duration(eta)}"])
+
+
+def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int | None) -> str:
+    """One line for a log, empty for events that need none."""
+    kind = event["kind"]
+    if kind == "study_started":
+        return f"study {event.get('study', '')} started"
+    if kind == "study_finished":
+        return f"study {event.get('state', 'complete')}"
+    if kind == "measured":
+        return _measured_line(event)
+    if record is None:
+        return ""
+    name = f"trial {record.number} {record.label}"
+    value = validation(record)
+    val = "" if value is None else f", val {value:.3f}"
+    if kind == "trial_started":
+        return f"{name}: {'started' if record.attempts == 1 else f'started again (attempt {record.attempts})'}"
+    if kind == "result":
+        return f"{name}: epoch {record.unit}/{epochs or '?'}{val}, {duration(spent(record))}"
+    if kind == "trial_finished":
+        length = "1 epoch" if record.unit == 1 else f"{record.unit} epochs"
+        return f"{name}: {record.state} after {length}{val}, {duration(spent(record))}"
+    if kind in ("trial_failed", "trial_retried"):
+        return f"{name}: {kind.removeprefix('trial_')} ({event.get('reason')}) {event.get('error') or ''}".rstrip()
+    return ""
+
+
+def _measured_line(event: Mapping[str, Any]) -> str:
+    what = str(event["what"])
+    metrics = {key.removeprefix(f"{what}/"): value for key, value in event["metrics"].items() if value is not None}
+    means = {key: value for key, value in metrics.items() if not key.endswith(("/low", "/high"))}
+    found = ", ".join(f"{key} {value:.2f}" for key, value in sorted(means.items(), key=lambda pair: -pair[1]))
+    return f"{what} measured: {found or 'nothing'}"
+
+
+def validation(record: TrialRecord) -> float | None:
+    """Accuracy on ID validation: the best where it is known, else the last."""
+    best = record.metric("best/val/acc")
+    return record.metric("val/acc") if best is None else best
+
+
+def spent(record: TrialRecord) -> float:
+    """Seconds inside the units of one trial."""
+    return sum(past.get("cost/unit_seconds", 0.0) for past in record.history)
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _row(record: TrialRecord, epochs: int | None) -> tuple[str, ...]:
+    value = validation(record)
+    state = f"{record.state} ({record.reason})" if record.reason else record.state
+    shown = record.label if record.role == "search" else f"{record.label} [{record.role}]"
+    val = "-" if value is None else f"{value:.3f}"
+    unit = f"{record.unit}/{epochs or '?'}"
+    return str(record.number), escape(shown), unit, val, duration(spent(record)), escape(state)

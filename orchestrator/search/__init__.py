@@ -1,0 +1,1 @@
+"""What to try next: Optuna behind a Tune searcher, rebuilt from the journal whenever the two disagree."""

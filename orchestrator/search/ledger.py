@@ -1,0 +1,176 @@
+"""The Optuna side of a study: which trials exist, in what state, and what they are worth.
+
+Everything here is rebuilt from Optuna's storage (optuna_storage.py), and that from the journal where there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from orchestrator.record.records import TrialRecord, declared_metrics
+from orchestrator.search.optuna_storage import OptunaStorage, SearchError
+from trainables.core.task import TrialSpec
+
+if TYPE_CHECKING:
+    from orchestrator.record.journal import Journal
+
+__all__ = ["Identity", "Ledger", "SearchError", "identity"]
+
+_STATES: dict[TrialState, Any] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+Identity = tuple[str, int, str, str | None, str | None]
+"""(config_hash, seed, role, held_out, sample): what makes a trial the same trial for a resumed study."""
+
+
+def identity(trial: TrialSpec | TrialRecord) -> Identity:
+    """What a resumed study knows a trial by."""
+    return trial.config_hash, trial.seed, trial.role, trial.held_out, trial.sample
+
+
+class Ledger:
+    """All trials of a study in Optuna's storage, and those that run now.
+
+    Args:
+        storage: where they are kept.
+        journal: hears of the sampler's repetitions, which `replay` needs.
+    """
+
+    def __init__(self, storage: OptunaStorage, journal: Journal | None = None) -> None:
+        self._storage = storage
+        self._journal = journal
+        self.records: dict[str, TrialRecord] = {}
+        """Trials of this and earlier drivers by Tune's id, without those that an earlier driver left unfinished."""
+        self.values: dict[str, list[float]] = {}
+        """Objectives of complete trials by Tune's id."""
+        self.interrupted: dict[Identity, TrialRecord] = {}
+        """Trials that an earlier driver left unfinished and that have not been proposed again."""
+        self._heard: dict[Identity, dict[int, float]] = {}
+        self._live: dict[str, Trial] = {}
+        self._reported: dict[str, int] = {}
+        self._next = 0
+        self.drawn, self.given = self._storage.drawn, self._storage.given
+        for study in (self.drawn, self.given):
+            self._read(study)
+
+    @property
+    def running(self) -> list[TrialRecord]:
+        """Trials that this driver has started and that have not ended."""
+        return [self.records[trial_id] for trial_id in self._live]
+
+    @property
+    def finished(self) -> list[TrialRecord]:
+        """Trials that ended (complete, pruned or failed), in order of their numbers."""
+        done = (record for trial_id, record in self.records.items() if trial_id not in self._live)
+        return sorted(done, key=lambda record: record.number)
+
+    def start(self, trial_id: str, trial: Trial, spec: TrialSpec) -> TrialRecord:
+        """Enter a proposed trial. One that an earlier driver left unfinished gets its old number again."""
+        before = self.interrupted.pop(identity(spec), None)
+        number = self._next if before is None else before.number
+        self._next = max(self._next, number + 1)
+        record = TrialRecord(
+            trial_id=trial_id,
+            number=number,
+            strategy=spec.strategy,
+            label=spec.label or spec.strategy,
+            hparams=dict(spec.hparams),
+            seed=spec.seed,
+            role=spec.role,
+            held_out=spec.held_out,
+            sample=spec.sample,
+            config_hash=spec.config_hash,
+            state="running",
+            search_values=dict(trial.params),
+        )
+        fields = ("number", "strategy", "hparams", "seed", "role", "held_out", "sample")
+        trial.set_user_attr("tune_trial_id", trial_id)
+        trial.set_user_attr("config_hash", record.config_hash)
+        trial.set_user_attr("label", record.label)
+        trial.set_user_attr("trial", {key: getattr(record, key) for key in fields})
+        self.records[trial_id] = record
+        self._live[trial_id] = trial
+        if before is not None:  # it goes on: Optuna is to see the whole of it
+            for unit, value in self._heard.pop(identity(spec), {}).items():
+                self.report(trial_id, unit, value)
+        return record
+
+    def report(self, trial_id: str, unit: int, value: float) -> None:
+        """Keep an intermediate value; a unit that was reported before is ignored."""
+        trial = self._live.get(trial_id)
+        if trial is not None and unit > self._reported.get(trial_id, -1) and len(trial.study.directions) == 1:
+            trial.report(value, unit)
+            self._reported[trial_id] = unit
+
+    def end(
+        self, trial_id: str, state: TrialState, values: Sequence[float] | None, result: Mapping[str, Any] | None
+    ) -> None:
+        """Tell Optuna how a trial ended. Unknown or ended trials are ignored."""
+        trial = self._live.pop(trial_id, None)
+        if trial is None:
+            return
+        metrics = declared_metrics(result or {})
+        trial.set_user_attr("metrics", metrics)
+        trial.study.tell(trial, list(values) if values is not None else None, state=state)
+        self.records[trial_id] = dataclasses.replace(self.records[trial_id], state=_STATES[state], metrics=metrics)
+        if state == TrialState.COMPLETE and values is not None:
+            self.values[trial_id] = list(values)
+
+    def duplicate(self, trial: Trial, twin: TrialRecord) -> None:
+        """Tell a proposal whose configuration is known already the known value (FAIL where there is none yet)."""
+        trial.set_user_attr("duplicate_of", twin.number)
+        values = self.values.get(twin.trial_id)
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        if self._journal is not None:
+            told = {"search_values": dict(trial.params), "values": values, "state": state.name}
+            self._journal.append("proposal_repeated", number=twin.number, **told)
+        trial.study.tell(trial, values, state=state)
+
+    def close(self) -> None:
+        """Withdraw the trials that still run: Optuna gets FAIL, and the next driver proposes them again."""
+        for trial_id, trial in list(self._live.items()):
+            trial.set_user_attr("interrupted", True)
+            trial.study.tell(trial, state=TrialState.FAIL)
+            del self._live[trial_id]
+            del self.records[trial_id]
+        self._storage.close()
+
+    def _read(self, study: optuna.Study) -> None:
+        """Take over what an earlier driver left: ended trials as they are, unfinished ones as FAIL, to be repeated."""
+        while any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
+            study.ask()  # a waiting trial cannot be told; asked for, it is a running one
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state == TrialState.RUNNING:
+                self._storage.interrupt(study, trial.number)
+        for trial in study.get_trials(deepcopy=False):
+            self._take_over(trial)
+
+    def _take_over(self, trial: FrozenTrial) -> None:
+        attrs = trial.user_attrs
+        if "trial" not in attrs or "duplicate_of" in attrs:
+            return
+        record = TrialRecord(
+            trial_id=attrs["tune_trial_id"],
+            label=attrs["label"],
+            config_hash=attrs["config_hash"],
+            state=_STATES[trial.state],
+            metrics=attrs.get("metrics", {}),
+            search_values=dict(trial.params),
+            **attrs["trial"],
+        )
+        self._next = max(self._next, record.number + 1)
+        if attrs.get("interrupted"):
+            self.interrupted[identity(record)] = record
+            self._heard[identity(record)] = dict(sorted(trial.intermediate_values.items()))
+            return
+        self.interrupted.pop(identity(record), None)
+        self.records[record.trial_id] = record
+        if trial.state == TrialState.COMPLETE:
+            self.values[record.trial_id] = list(trial.values)

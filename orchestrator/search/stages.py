@@ -1,0 +1,142 @@
+"""What a study runs besides its search: the entries that compete, and the stages that follow the search."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from orchestrator.record.records import TrialRecord
+from trainables.core.task import Task, TrialSpec, stream_seed
+
+log = logging.getLogger(__name__)
+
+Configuration = tuple[str, str, Mapping[str, Any]]
+"""(label, strategy, hparams)"""
+Choose = Callable[[list[TrialRecord]], Sequence[TrialRecord | Configuration]]
+"""Picks configurations from the finished trials of a search, best first; ValueError = nothing can be picked."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a study's `strategies`."""
+
+    label: str
+    """Unique within the study; empty = the strategy's name."""
+    strategy: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Hyperparameters that are not searched."""
+    preset: str | None = None
+    """Run this published sweep of the strategy in place of a search."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label or self.strategy)
+
+
+class Stage(Protocol):
+    """Trials that depend on finished ones. Runs in the same Tuner as the search, after it."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
+        """The trials to run now, in order; called whenever nothing else runs.
+
+        A stage keeps no state: it says what it wants given everything that has finished, and what was run before
+        (also by an earlier driver) is left out by the caller. The stage is over once nothing new is wanted.
+        """
+
+
+@dataclass(frozen=True)
+class FoldStage:
+    """Leave one domain out: each chosen configuration once per ID domain, trained without that domain."""
+
+    task: Task
+    choose: Choose
+    domains: tuple[str, ...]
+    seed: int
+    """The study's seed; folds use the seed of the search trials, so that only the data differ."""
+    name: str = "folds"
+
+    def __post_init__(self) -> None:
+        if len(self.domains) < 2:
+            raise ValueError(
+                f"Leaving one domain out needs at least 2 ID domains, but got {len(self.domains)}: "
+                f"{', '.join(self.domains) or 'none'}. List more under data.id, or select by id_val."
+            )
+
+    def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
+        """Every chosen configuration with every domain held out."""
+        searched = [record for record in history if record.role == "search"]
+        return [
+            trial(self.task, configuration, search_seed(self.seed), "fold", held_out=domain)
+            for configuration in _chosen(self, searched)
+            for domain in self.domains
+        ]
+
+
+@dataclass(frozen=True)
+class ConfirmStage:
+    """The chosen configurations again, on fresh seeds: what the leaderboard's intervals are computed from."""
+
+    task: Task
+    choose: Choose
+    seeds: int
+    """How many fresh seeds per configuration."""
+    seed: int
+    """The study's seed."""
+    name: str = "confirm"
+
+    def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
+        """Seed by seed, so that an interrupted confirmation has looked at all configurations equally often."""
+        before = [record for record in history if record.role != "confirm"]
+        chosen = _chosen(self, before)
+        return [
+            trial(self.task, configuration, confirm_seed(self.seed, number), "confirm")
+            for number in range(self.seeds)
+            for configuration in chosen
+        ]
+
+
+def trial(
+    task: Task,
+    configuration: Configuration,
+    seed: int,
+    role: Literal["fold", "confirm", "reference"],
+    *,
+    held_out: str | None = None,
+    sample: str | None = None,
+) -> TrialSpec:
+    """What a stage runs: a configuration on a task, under a seed and in a role (`TrialSpec` says what they mean)."""
+    label, strategy, hparams = configuration
+    return TrialSpec(
+        task=task,
+        strategy=strategy,
+        label=label,
+        hparams=dict(hparams),
+        seed=seed,
+        role=role,
+        held_out=held_out,
+        sample=sample,
+    )
+
+
+def search_seed(seed: int) -> int:
+    """The seed of every search trial: one for all, so that configurations are compared on equal draws."""
+    return stream_seed(seed, "search")
+
+
+def confirm_seed(seed: int, number: int) -> int:
+    """The seed of the confirmation runs with this number (0, 1 …); the search has never seen it."""
+    return stream_seed(seed, "confirm", number)
+
+
+def _chosen(stage: FoldStage | ConfirmStage, history: list[TrialRecord]) -> list[Configuration]:
+    try:
+        picked = stage.choose(history)
+    except ValueError as error:
+        log.warning("Nothing to run for the stage %r: %s", stage.name, error)
+        return []
+    return [(c.label, c.strategy, c.hparams) if isinstance(c, TrialRecord) else c for c in picked]

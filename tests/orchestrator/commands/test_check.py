@@ -1,0 +1,214 @@
+"""`luthier run --check`, and studies whose data or settings are not those of the last run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from orchestrator import Study
+from orchestrator.cli import app
+from orchestrator.commands.check import check_study
+from orchestrator.commands.console import FAILED, OK, PREFLIGHT
+from orchestrator.record.changes import ChangedStudyError
+from orchestrator.record.checkpoints import checkpoint_folder
+from orchestrator.record.journal import Journal
+from orchestrator.record.versions import versions
+from orchestrator.running.drive import plain_spec
+from tests.orchestrator.driving import searcher
+from tests.synthetic import write_shapes
+from trainables.core.checkpoint import RunState, save_state
+from trainables.core.keeper import Keeper
+from trainables.data.store import Store
+
+FIELDS: dict[str, Any] = {
+    "name": "s",
+    "data": {"source": "digits"},
+    "model": {"name": "digits_vit"},
+    "strategies": ["linear_probe", "full"],
+    "search": {"trials": 4, "epochs": 4},
+}
+
+
+def facts(study: Study, digest: str) -> dict[str, Any]:
+    return {
+        "study": "s", "spec": plain_spec(study.spec), "dataset_digest": digest, "versions": versions(),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Trial 0 is complete, trial 1 was interrupted after two units; everything is whole."""
+    study = Study(**FIELDS, storage=str(tmp_path))
+    store = Store(write_shapes(tmp_path / "data" / "digits-1"))
+    with Journal(study.folder / "journal.jsonl") as journal:
+        journal.append("study_started", **facts(study, store.digest))
+        search = searcher(study.folder, ("linear_probe", "full"), journal=journal, trials=4)
+        for trial_id, ends in (("a", True), ("b", False)):
+            search.suggest(trial_id)
+            journal.append("trial_started", trial_id=trial_id)
+            for unit in (1,) if ends else (1, 2):
+                journal.append("result", trial_id=trial_id, unit=unit, metrics={"val/acc": 0.5})
+                search.on_trial_result(trial_id, {"val/acc": 0.5, "unit": unit})
+            if ends:
+                search.on_trial_complete(trial_id, {"val/acc": 0.5, "unit": 1, "finished": True})
+                journal.append("trial_finished", trial_id=trial_id, state="complete")
+        search.close()
+        journal.append("trial_failed", trial_id="b", reason="interrupted", error="The driver ended at unit 2.")
+        journal.append("study_finished", state="interrupted")
+    keeper = Keeper(checkpoint_folder(study.folder, 1))
+    keeper.claim()
+    for unit in (1, 2):
+        save_state(keeper.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
+    return study
+
+
+def said(study: Study, what: str) -> list[tuple[str, str]]:
+    return [(f.level, f.message) for f in check_study(study).findings if f.what == what]
+
+
+def test_a_study_that_is_whole(study: Study) -> None:
+    found = check_study(study)
+    assert found.sound
+    assert said(study, "journal") == [
+        ("ok", "11 events, 2 trials, 1 of them ended; to be continued: trial 1 full at unit 2")
+    ]
+    assert said(study, "study") == [("ok", "study file, code and packages are those of the last run")]
+    assert said(study, "data") == [("ok", f"{study.folder.parent / 'data' / 'digits-1'} is whole")]
+    assert said(study, "search") == [("ok", f"{study.folder / 'optuna.db'} agrees with the journal")]
+    kept = checkpoint_folder(study.folder, 1)
+    assert said(study, "checkpoints") == [
+        ("ok", f"{kept / 'unit-000001'} is whole: unit 1"), ("ok", f"{kept / 'unit-000002'} is whole: unit 2"),
+    ]  # fmt: skip
+    assert said(study, "tracking") == [("note", "11 events are not in MLflow yet; the next run delivers them.")]
+
+
+def test_nothing_is_changed_by_looking(study: Study) -> None:
+    def everything() -> dict[str, bytes]:
+        root = study.folder.parent
+        return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+    before = everything()
+    check_study(study)
+    assert everything() == before
+
+
+def test_every_damage_is_found(study: Study) -> None:
+    folder = study.folder
+    os.truncate(folder / "journal.jsonl", (folder / "journal.jsonl").stat().st_size - 7)
+    file = checkpoint_folder(folder, 1) / "unit-000002" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    (folder / "optuna.db").write_bytes(b"no database" * 100)
+    (checkpoint_folder(folder, 0) / "unit-000001").mkdir(parents=True)
+    put_aside = folder / "checkpoints" / "quarantine" / "trial-0000-unit-000009"
+    put_aside.mkdir(parents=True)
+    (put_aside / "problem.txt").write_text("flipped\n")
+    store = folder.parent / "data" / "digits-1" / "data.arrow"
+    content = bytearray(store.read_bytes())
+    content[len(content) // 2] ^= 1
+    store.write_bytes(content)
+    assert [level for level, _ in said(study, "journal")] == ["note", "ok"]
+    assert said(study, "data")[0][0] == "problem"
+    assert "the file is damaged" in said(study, "data")[0][1]
+    assert said(study, "search")[0][0] == "note"
+    assert "cannot be read" in said(study, "search")[0][1]
+    assert [level for level, _ in said(study, "checkpoints")] == ["note", "ok", "problem", "note"]
+    assert said(study, "checkpoints")[-1] == ("note", f"{put_aside} was put aside: flipped")
+    assert not check_study(study).sound
+
+
+def test_p29_what_the_next_run_would_refuse_is_a_problem(study: Study) -> None:
+    other = Study(**{**FIELDS, "search": {"trials": 9, "epochs": 5}}, storage=study.spec.storage)
+    assert said(other, "study") == [
+        ("note", "search.trials: 4 -> 9 (no number depends on it)"),
+        ("problem", "search.epochs: 4 -> 5 (needs --allow-change search.epochs)"),
+    ]
+
+
+@pytest.mark.parametrize("harm", [False, True])
+def test_the_command_says_it_and_its_exit_code_tells(study: Study, tmp_path: Path, harm: bool) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({**FIELDS, "storage": str(tmp_path)}))
+    if harm:
+        (checkpoint_folder(study.folder, 1) / "unit-000002" / "manifest.json").unlink()
+    result = CliRunner().invoke(app, ["run", str(file), "--check", "--json"])
+    assert result.exit_code == (FAILED if harm else OK)
+    report = json.loads(result.stdout)
+    assert report["sound"] is not harm
+    assert {f["what"] for f in report["findings"]} == {"journal", "study", "data", "search", "checkpoints", "tracking"}
+
+
+def test_a_study_that_never_ran_has_nothing_to_check(tmp_path: Path) -> None:
+    study = Study(**FIELDS, storage=str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        check_study(study)
+    assert str(error.value) == f"The study 's' has no journal in {study.folder}. Run it first."
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    for domain in ("day", "night"):
+        for label in ("cat", "dog"):
+            (root / domain / label).mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (16, 16), (number * 20, 9, 9)).save(root / domain / label / f"{number}.png")
+    return root
+
+
+def test_d26_data_that_changed_since_the_last_run_are_refused(
+    pictures: Path, one_thread: None, network: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect() -> Any:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr("orchestrator.cluster.connection.connect", connect)
+    fields = {
+        "name": "s", "data": {"root": str(pictures), "ood": ["night"]}, "model": {"name": network("cnn")},
+        "strategies": ["linear_probe"], "search": {"trials": 1}, "storage": str(tmp_path / "studies"),
+    }  # fmt: skip
+    first = Study(**fields)
+    digest = first.prepare().digest
+    with Journal(first.folder / "journal.jsonl") as journal:
+        journal.append("study_started", **facts(first, digest))
+        journal.append("trial_started", trial_id="a")
+    shutil.copy(pictures / "day" / "cat" / "1.png", pictures / "day" / "cat" / "again.png")
+    again = Study(**fields)
+    before = {p: p.read_bytes() for p in first.folder.iterdir() if not p.name.endswith(".lock")}
+    with pytest.raises(ChangedStudyError) as error:
+        again.run(progress=False)
+    assert again.prepare().digest != digest
+    assert str(error.value) == (
+        f"The study 's' was changed since its last run: dataset_digest: {digest} -> {again.prepare().digest}\n"
+        "Put the old values back, or give the study another name. If its trials may differ in this, run it with "
+        "--allow-change dataset_digest"
+    )
+    assert {p: p.read_bytes() for p in first.folder.iterdir() if not p.name.endswith(".lock")} == before
+    with pytest.raises(AssertionError, match="a cluster was started"):
+        again.run(progress=False, allow_change=["dataset_digest"])
+
+
+def test_p29_the_command_refuses_with_exit_code_4(
+    pictures: Path, one_thread: None, network: Callable[[str], str], tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "name": "s", "data": {"root": str(pictures), "ood": ["night"]}, "model": {"name": network("cnn")},
+        "strategies": ["linear_probe"], "search": {"trials": 1}, "storage": str(tmp_path / "studies"),
+    }  # fmt: skip
+    study = Study(**fields)
+    with Journal(study.folder / "journal.jsonl") as journal:
+        journal.append("study_started", **facts(study, study.prepare().digest))
+        journal.append("trial_started", trial_id="a")
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({**fields, "search": {"trials": 1, "batch_size": 8}}))
+    result = CliRunner().invoke(app, ["run", str(file)])
+    assert result.exit_code == PREFLIGHT
+    assert "search.batch_size: 64 -> 8\n" in result.stderr
+    assert result.stderr.endswith("run it with --allow-change search.batch_size\n")

@@ -1,0 +1,263 @@
+"""`luthier sync`: later, in a process of its own, MLflow gets what the journal has; nothing twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from orchestrator.cli import app
+from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
+from orchestrator.commands.sync import sync
+from orchestrator.record.journal import Journal
+from orchestrator.running.drive import plain_spec
+from orchestrator.study import Study
+from orchestrator.study_file.spec import StudySpec, TrackingSpec
+from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.tracking import writer as mlflow_writer
+from orchestrator.tracking.delivery_lock import DeliveryError
+from orchestrator.tracking.following import follow, sync_command, waiting
+from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
+
+NOTHING = {"runs": 0, "points": 0, "artifacts": 0}
+ALL = {"runs": 5, "points": 34, "artifacts": 4}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty tracking database; making one takes seconds."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "template", "none")
+    return path
+
+
+@pytest.fixture
+def storage(template: Path, tmp_path: Path) -> Path:
+    (tmp_path / "studies").mkdir()
+    shutil.copy(template, tmp_path / "studies" / "mlflow.db")
+    return tmp_path / "studies"
+
+
+def make_study(storage: Path, uri: str | None = None) -> tuple[StudySpec, Path]:
+    """A study's spec, and its folder with the copy of its file, as a run leaves it."""
+    fields: dict[str, Any] = {"name": "pets", "data": {"source": "digits"}, "model": {"name": "digits_vit"}}
+    fields |= {"strategies": ["full"], "storage": str(storage), "tracking": {"uri": uri}}
+    spec = StudySpec.from_fields(fields)
+    (storage / "pets").mkdir()
+    (storage / "pets" / "study.yaml").write_text(write_yaml(plain_spec(spec)))
+    return spec, storage / "pets"
+
+
+def luthier(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def synced(*args: str | Path) -> dict[str, Any]:
+    """The report of a sync that leaves nothing."""
+    done = luthier("sync", *args, "--json")
+    assert done.exit_code == OK, done.output
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert (report["missing"], report["events_missing"], report["problem"]) == (NOTHING, 0, None)
+    return report
+
+
+def test_p12_sync_delivers_everything_and_a_second_one_adds_nothing(storage: Path) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    assert synced(folder)["added"] == ALL
+    before = contents(storage / "mlflow.db")
+    assert synced(folder)["added"] == NOTHING
+    assert synced(folder, "--verify")["added"] == NOTHING
+    (folder / "journal.jsonl.mlflow.json").unlink()
+    assert synced(folder)["added"] == NOTHING
+    after = contents(storage / "mlflow.db")
+    assert len(before.pop("inputs")) == len(after.pop("inputs"))
+    assert after == before
+    assert [run[1] for run in after["runs"]].count("RUNNING") == 0
+
+
+def test_p12_points_that_a_server_lost_are_found_by_verify_alone(storage: Path) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    synced(folder)
+    before = contents(storage / "mlflow.db")
+    with sqlite3.connect(storage / "mlflow.db") as connection:
+        lost = connection.execute("delete from metrics where step = 2").rowcount
+    assert lost == 14
+    assert synced(folder)["added"] == NOTHING
+    assert synced(folder, "--verify")["added"] == {"runs": 0, "points": lost, "artifacts": 0}
+    assert contents(storage / "mlflow.db")["metrics"] == before["metrics"]
+
+
+def test_p12_an_emptied_server_gets_everything_again(storage: Path, template: Path) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    synced(folder)
+    shutil.copy(template, storage / "mlflow.db")
+    shutil.rmtree(storage / "mlartifacts")
+    assert synced(folder)["added"] == ALL
+
+
+def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
+    storage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec, folder = make_study(storage, "http://127.0.0.1:9")
+    with Journal(folder / "journal.jsonl") as journal, caplog.at_level(logging.WARNING), follow(spec, journal):
+        write_study(journal)
+    assert "MLflow lacks 5 runs, 34 points and 4 artifacts of this study (" in caplog.text
+    assert f"Deliver them later: luthier sync {folder}" in caplog.text
+    assert waiting(spec, folder).to_dict() == ALL
+    wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
+    gone = luthier("sync", folder, "--give-up", "1")
+    assert gone.exit_code == FAILED
+    lines = gone.stdout.splitlines()
+    assert lines[:2] == ["pets → http://127.0.0.1:9, experiment pets", "Added: nothing"]
+    assert lines[2].startswith("Still missing: 5 runs, 34 points and 4 artifacts (NewConnectionError: Failed to")
+    elsewhere = f"sqlite:///{storage / 'mlflow.db'}"
+    assert synced(folder, "--tracking-uri", elsewhere)["added"] == ALL
+    assert synced(folder, "--tracking-uri", elsewhere)["added"] == NOTHING
+    assert waiting(spec, folder).to_dict() == ALL  # at the study's own server, still
+
+
+def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = make_study(storage, "http://127.0.0.1:9")
+    monkeypatch.setattr(Study, "run", lambda self, **options: self.results())
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    code = PARTIAL  # one of the trials has failed, whatever MLflow does
+    shown = luthier("run", folder / "study.yaml")
+    assert shown.exit_code == code
+    assert shown.stdout.splitlines()[-1] == (
+        "MLflow lacks 5 runs, 34 points and 4 artifacts of this study. Nothing is lost: the journal keeps them. "
+        f"Deliver them later: luthier sync {folder}"
+    )
+    told = luthier("run", folder / "study.yaml", "--json")
+    assert (told.exit_code, json.loads(told.stdout)["tracking"]) == (code, {"missing": ALL})
+    synced(folder, "--tracking-uri", f"sqlite:///{storage / 'mlflow.db'}")
+    spec = spec.model_copy(update={"tracking": TrackingSpec()})
+    (folder / "study.yaml").write_text(write_yaml(plain_spec(spec)))
+    synced(folder)
+    assert "MLflow lacks" not in luthier("run", folder / "study.yaml").stdout
+
+
+def test_p5_sync_closes_the_runs_of_a_dead_driver_and_the_next_run_opens_them_again(storage: Path) -> None:
+    spec, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal, trials=1, finish=False)
+        suggest(journal, "t1", 1)
+        journal.append("trial_started", trial_id="t1", node=None, pid=None)
+        journal.append("result", trial_id="t1", unit=1, metrics={"val/acc": 0.5})
+    synced(folder)
+    states = {run[0]: run[1] for run in contents(storage / "mlflow.db")["runs"]}
+    assert states == {"pets": "KILLED", "0000-full": "FINISHED", "0001-full": "KILLED"}
+    tags = [row[1:] for row in contents(storage / "mlflow.db")["tags"] if row[0] == "0001-full"]
+    assert ("status", "interrupted") in tags
+    with Journal(folder / "journal.jsonl") as journal, follow(spec, journal):
+        journal.append("trial_failed", trial_id="t1", reason="interrupted", error="the driver died")
+        journal.append("study_started", study="pets", spec={}, dataset_digest="d" * 64)
+        suggest(journal, "t1-again", 1)
+        journal.append("trial_started", trial_id="t1-again", node=None, pid=None)
+        wait_until(lambda: waiting(spec, folder).runs == 0 and not waiting(spec, folder))
+    states = {run[0]: run[1] for run in contents(storage / "mlflow.db")["runs"]}
+    assert states == {"pets": "RUNNING", "0000-full": "FINISHED", "0001-full": "RUNNING"}
+
+
+DRIVER = """
+import sys
+import threading
+from pathlib import Path
+from orchestrator.tracking.following import follow
+from orchestrator.record.journal import Journal
+from orchestrator.study_file.spec import load_study
+from tests.orchestrator.tracked import write_study
+folder = Path(sys.argv[1])
+with Journal(folder / "journal.jsonl") as journal, follow(load_study(folder / "study.yaml"), journal) as follower:
+    write_study(journal, finish=False)
+    while follower.backlog:
+        follower._thread.join(0.05)
+    print("delivered", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_p12_a_running_study_is_refused_by_name_and_its_copy_elsewhere_is_not(storage: Path, template: Path) -> None:
+    _, folder = make_study(storage)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert driver.stdin is not None
+    assert driver.stdout is not None
+    try:
+        assert driver.stdout.readline() == "delivered\n"
+        before = contents(storage / "mlflow.db")
+        with pytest.raises(DeliveryError) as refused:
+            sync(folder)
+        assert str(refused.value).startswith(
+            f"One process at a time delivers a journal, but process {driver.pid} on {socket.gethostname()} (since 2"
+        )
+        assert str(refused.value).endswith(
+            f") is delivering {folder / 'journal.jsonl'}. Nothing has to be done; or wait until it ends."
+        )
+        assert contents(storage / "mlflow.db") == before
+        shutil.copy(template, storage / "copy.db")
+        report = synced(folder, "--tracking-uri", f"sqlite:///{storage / 'copy.db'}")
+        assert (report["running"], report["added"]["runs"]) == (True, 5)
+        assert ("pets", "RUNNING") in [run[:2] for run in contents(storage / "copy.db")["runs"]]
+        driver.stdin.close()
+        assert driver.wait(60) == 0
+    finally:
+        driver.kill()
+        driver.wait()
+    assert synced(folder)["added"] == NOTHING
+
+
+def test_p12_a_driver_that_has_only_just_begun_keeps_its_right_to_deliver(storage: Path) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+        with pytest.raises(DeliveryError) as refused:
+            sync(folder)
+    assert str(refused.value) == (
+        f"One process at a time delivers a journal, but another process is delivering {folder / 'journal.jsonl'}. "
+        "Nothing has to be done; or wait until it ends."
+    )
+    assert contents(storage / "mlflow.db")["runs"] == []
+    assert synced(folder)["added"] == ALL
+
+
+def test_p14_a_password_that_the_folder_does_not_keep_is_asked_for(storage: Path) -> None:
+    spec, folder = make_study(storage, "http://me:hunter2@127.0.0.1:9")
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    assert sync_command(spec, folder) == "luthier sync STUDY.yaml (the study file: its tracking URI holds a password)"
+    done = luthier("sync", folder)
+    assert done.exit_code == PREFLIGHT
+    assert done.stderr == (
+        "Error: The study 'pets' cannot run here: tracking.uri: the copy of a study file in the study's folder keeps "
+        "no password, but the tracking URI has one. Name the study file itself (luthier sync STUDY.yaml), or give "
+        "--tracking-uri without it and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.\n"
+    )
+
+
+def test_a_study_that_has_not_run(storage: Path) -> None:
+    _, folder = make_study(storage)
+    done = luthier("sync", folder)
+    assert done.exit_code == FAILED
+    assert "has no journal at" in done.stderr
+    assert os.listdir(folder) == ["study.yaml"]

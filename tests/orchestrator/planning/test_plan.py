@@ -1,0 +1,146 @@
+"""A plan counts what a study would do; the expected numbers are counted by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from PIL import Image
+from rich.console import Console
+
+import search_spaces
+from orchestrator.planning.plan import Plan, law_in_words, make_plan
+from orchestrator.planning.volume import TRIAL_BYTES
+from orchestrator.study_file.spec import StudySpec
+from search_spaces import Law
+
+
+def write_images(root: Path, counts: dict[str, int], side: int = 8) -> Path:
+    """`{"photo/cat": 3}` → three one-coloured images below root/photo/cat."""
+    for place, count in counts.items():
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            shade = (40 * number % 255, len(place) * 9 % 255, 90)
+            Image.new("RGB", (side, side), shade).save(root / place / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def planned(tmp_path: Path, network: Callable[[str], str]) -> Callable[..., Plan]:
+    root = write_images(tmp_path / "pets", {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")})
+
+    def make(**sections: Any) -> Plan:
+        fields: dict[str, Any] = {
+            "name": "pets",
+            "data": {"root": str(root), "id": ["photo"], "ood": ["sketch"], "image_size": 32},
+            "model": {"name": network("vit")},
+            "strategies": ["linear_probe", "full"],
+            "search": {"trials": 20, "epochs": 9},
+            "storage": str(tmp_path / "studies"),
+        }
+        for key, value in sections.items():
+            fields[key] = {**fields[key], **value} if isinstance(fields.get(key), dict) else value
+        return make_plan(StudySpec.from_fields(fields))
+
+    return make
+
+
+class TestCounts:
+    def test_trials_and_units(self, planned: Callable[..., Plan]) -> None:
+        plan = planned()
+        assert (plan.search_trials, plan.confirm_trials, plan.fold_trials) == (20, 9, 0)
+        assert plan.rungs == (1, 3)
+        assert plan.max_units == (20 + 9) * 9
+
+    def test_without_a_scheduler_nothing_is_stopped(self, planned: Callable[..., Plan]) -> None:
+        assert planned(search={"scheduler": "none"}).rungs == ()
+
+    def test_published_sweeps_alone_take_their_own_number_of_trials(self, planned: Callable[..., Plan]) -> None:
+        # Papers' sweeps: 8 rates of FT; 10 backbone rates of DAFT, then 4 head rates.
+        plan = planned(strategies=["full", "daft"], search={"trials": 50, "sampler": "paper"})
+        assert [entry.given for entry in plan.entries] == [8, 14]
+        assert plan.search_trials == 22
+
+    def test_leave_one_domain_out_runs_folds(self, planned: Callable[..., Plan]) -> None:
+        two = {"id": ["photo", "sketch"], "ood": []}
+        assert planned(data=two, search={"objective": "leave_one_domain_out"}).fold_trials == 5 * 2
+
+    def test_disk_is_pixels_and_records(self, planned: Callable[..., Plan]) -> None:
+        plan = planned()
+        assert plan.images == 16
+        assert plan.disk_bytes == int(16 * 32 * 32 * 3 * 1.05) + 29 * TRIAL_BYTES
+
+
+class TestEntries:
+    def test_ranges_and_fixed_values(self, planned: Callable[..., Plan]) -> None:
+        entries = [{"name": "full", "label": "slow", "fixed": {"lr_backbone": 1e-3}}, "linear_probe"]
+        slow, probe = planned(strategies=entries).entries
+        assert (slow.label, slow.strategy, dict(slow.fixed)) == ("slow", "full", {"lr_backbone": 0.001})
+        assert list(slow.searched) == ["lr_head"]
+        assert probe.searched == {}
+
+    def test_a_preset_shows_its_values(self, planned: Callable[..., Plan]) -> None:
+        (entry,) = planned(strategies=[{"name": "full", "preset": "paper"}]).entries
+        assert entry.searched == {"lr_backbone": "0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001"}
+        assert entry.fixed == {"lr_head": None}
+
+
+class TestShown:
+    @pytest.mark.parametrize(
+        ("law", "words"),
+        [
+            (Law(3e-3, FloatDistribution(1e-4, 0.3, log=True)), "0.003; 0.0001 to 0.3, log"),
+            (Law(2, IntDistribution(1, 8)), "2; 1 to 8"),
+            (Law("sgd", CategoricalDistribution(("sgd", "adamw"))), "sgd; sgd, adamw"),
+        ],
+    )
+    def test_a_range_in_words(self, law: Law, words: str) -> None:
+        assert law_in_words(law) == words
+
+    def test_in_words(self, planned: Callable[..., Plan]) -> None:
+        measure = {"measure": ["shift", "distortion"]}
+        plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, diagnostics=measure)
+        assert plan.lines() == [
+            f"Network: resnet18. Data: {plan.data}, 16 images.",
+            "Trials: 20 search (tpe), 9 confirmation.",
+            "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
+            "At most 261 units in all. Each trial gets 1 CPU and a GPU if there is one.",
+            "Chosen by id_val.",
+            "Measured beside accuracy: shift, distortion of each trial.",
+            "Disk: about 6 MB for data and records, and a few checkpoints per trial.",
+            f"Study folder: {plan.folder}",
+        ]
+
+    def test_diagnostics_in_words(self, planned: Callable[..., Plan]) -> None:
+        wanted = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}
+        plan = planned(diagnostics=wanted)
+        assert plan.reference_trials == 2 * (1 + 2 + 1)  # the own sample, two shares, one OOD domain
+        assert plan.max_units == (20 + 9 + 8) * 9
+        assert "Trials: 20 search (tpe), 9 confirmation, 8 reference (FSR)." in plan.lines()
+        assert (
+            "Measured beside accuracy: nothing of each trial; plasticity of the pretrained network, once at the start."
+            in plan.lines()
+        )
+        unknown = planned(data={"ood": []}, diagnostics=wanted)
+        assert unknown.lines()[1].endswith("9 confirmation, an unknown number of reference (FSR).")
+
+    def test_as_json(self, planned: Callable[..., Plan]) -> None:
+        found = json.loads(json.dumps(planned().to_dict()))
+        assert found["max_units"] == 261
+        assert found["entries"][1]["searched"]["lr_backbone"] == law_in_words(
+            search_spaces.space("full")["lr_backbone"]
+        )
+
+    def test_as_a_table(self, planned: Callable[..., Plan]) -> None:
+        out = io.StringIO()
+        planned().render(Console(file=out, width=120))
+        assert "nothing: one configuration" in out.getvalue()
+        assert f"lr_backbone: {law_in_words(search_spaces.space('full')['lr_backbone'])}" in out.getvalue()
+
+    def test_nothing_is_written(self, planned: Callable[..., Plan]) -> None:
+        assert not Path(planned().folder).exists()

@@ -1,0 +1,144 @@
+"""Real studies whose driver or trials are killed with SIGKILL, against the same study that nobody killed."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks._killing import Told, _size, run_killed, start, told_by, write_material, write_study
+from benchmarks.kills import row
+from orchestrator import Study
+from orchestrator.commands.check import check_study
+from orchestrator.record.journal import Journal, fold
+from trainables.core.checkpoint import load_state
+from trainables.core.faults import LOG, VARIABLE
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    file = write_study(tmp_path_factory.mktemp("whole"), material)
+    assert run_killed(file, []) == 0
+    return told_by(file)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB; the study needs four."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a client of MLflow may still have its file open
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return Journal.read(Study.from_yaml(file).folder / "journal.jsonl")
+
+
+def test_p5_p6_p15_a_driver_killed_three_times_and_started_again_gives_the_same_study(
+    material: Path, whole: Told, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, material)
+    hits = run_killed(file, [(3, 0.0), (7, 0.3), (12, 0.05)])  # before its first result, inside trials, at their end
+    assert row(whole, told_by(file), hits, concurrent=1) == {
+        "kills": 3, "trials": 8, "trials_lost": 0, "runs_dup": 0, "points_dup": 0, "points_lost": 0, "zombies": 0,
+        "histories_compared": 8, "bit_exact": True, "differences": [],
+    }  # fmt: skip
+    units = [(e["trial_id"], e["unit"]) for e in events(file) if e["kind"] == "result"]
+    assert len(units) == sum(len(trial["history"]) for trial in whole.trials)
+    assert not list((Study.from_yaml(file).folder / "checkpoints").glob("*"))
+
+
+@pytest.mark.long
+def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
+    material: Path, whole: Told, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, material)
+    faults = (
+        "trial=1,unit=2,step=3,phase=step,action=kill",
+        "trial=1,unit=4,phase=before_checkpoint,action=kill",
+        "trial=2,unit=3,phase=after_checkpoint,action=kill",
+        "trial=2,unit=1,phase=in_checkpoint,action=kill",
+        "trial=6,unit=1,phase=after_checkpoint,action=kill",
+    )
+    driver = start(file, **{VARIABLE: ";".join(faults), LOG: str(tmp_path / "faults")})
+    assert driver.wait() == 0
+    assert len((tmp_path / "faults").read_text().splitlines()) == len(faults)
+    assert row(whole, told_by(file), 0, concurrent=1)["differences"] == []
+    assert [e["reason"] for e in events(file) if e["kind"] == "trial_retried"] == ["infra"] * len(faults)
+
+
+@pytest.mark.long
+def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_on_with_it(
+    material: Path, whole: Told, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, material, search={"trials": 3})
+    driver = start(file, **{VARIABLE: "trial=1,unit=2,phase=before_unit,action=kill,times=0"})
+    assert driver.wait() == 0
+    records = fold(events(file))
+    assert [(r.number, r.state, r.reason, r.attempts, r.unit) for r in records[:3]] == [
+        (0, "complete", None, 1, 1), (1, "failed", "infra", 3, 1), (2, "complete", None, 1, 4),
+    ]  # fmt: skip
+    assert start(file).wait() == 0
+    again = {record.number: record for record in fold(events(file))}
+    assert (again[1].state, again[1].unit) == ("complete", 4)
+    assert [dict(unit)["val/acc"] for unit in again[1].history] == [u["val/acc"] for u in whole.trials[1]["history"]]
+
+
+@pytest.mark.long
+def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_finishes(
+    material: Path, whole: Told, small_disk: Path, tmp_path: Path
+) -> None:
+    file = write_study(tmp_path, material, storage=str(small_disk / "studies"))
+    driver, pause = start(file), threading.Event()
+    while driver.poll() is None and _size(file) < 8:  # the second trial trains
+        pause.wait(0.02)
+    filler = small_disk / "filler"
+    assert subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True).returncode == 1
+    assert driver.wait() == 1
+    log = (file.parent / "driver.log").read_text()
+    assert f"orchestrator.running.disk.DiskError: A study writes its record to {small_disk}" in log
+    folder = Study.from_yaml(file).folder / "checkpoints"
+    for path in folder.glob("trial-*/unit-*"):
+        load_state(path)  # what is visible is whole
+    assert [record.state for record in fold(events(file))].count("complete") >= 1
+    filler.unlink()
+    assert start(file).wait() == 0
+    found = told_by(file)
+    assert (found.trials, found.search, found.table) == (whole.trials, whole.search, whole.table)
+    assert [run["points"] for run in found.runs if run["name"] != "shapes"] == [
+        run["points"] for run in whole.runs if run["name"] != "shapes"
+    ]
+
+
+@pytest.mark.long
+def test_p8_when_rays_head_process_dies_the_run_ends_with_a_word_and_its_folder_is_whole(
+    material: Path, tmp_path: Path
+) -> None:
+    """What the same command does then is that of any dead driver: P5."""
+    file = write_study(tmp_path, material)
+    driver = start(file, RAY_gcs_rpc_server_reconnect_timeout_s="3")  # Ray's own default is a minute
+    pause = threading.Event()
+    while driver.poll() is None and _size(file) < 8:
+        pause.wait(0.02)
+    (head,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name() == "gcs_server"]
+    head.kill()
+    assert driver.wait(timeout=120) == 1
+    assert "GCS may have been killed" in (file.parent / "driver.log").read_text()
+    study = Study.from_yaml(file)
+    assert len(events(file)) >= 8
+    assert [finding for finding in check_study(study).findings if finding.level == "problem"] == []

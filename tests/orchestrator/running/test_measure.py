@@ -1,0 +1,132 @@
+"""The pretrained network is measured once per study, on the cluster, and never at the price of the study."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.record.folding import measurements
+from orchestrator.record.journal import Journal
+from orchestrator.running import measure
+from orchestrator.running.measure import measure_start, pretrained_plasticity
+from orchestrator.study_file.spec import StudySpec
+from tests.synthetic import write_shapes
+from trainables.core.task import ModelSpec, Task
+from trainables.core.vit_blocks import COMPONENTS
+
+REQUEST = {"cpu": 1.0, "gpu": 0.0}
+FOUND = {"metrics": {"plasticity/mha": 1.5}, "curves": {}}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal(tmp_path / "journal.jsonl") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("store") / "shapes")
+
+
+def spec(model: str, **diagnostics: Any) -> StudySpec:
+    fields: dict[str, Any] = {"name": "s", "data": {"source": "digits"}, "model": {"name": model}}
+    return StudySpec.from_fields({**fields, "strategies": ["full"], "diagnostics": diagnostics})
+
+
+def task(store: Path, model: str, **fields: Any) -> Task:
+    return Task(store=str(store), model=ModelSpec(name=model), plasticity_pairs=8, **fields)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Requests that would have gone to the cluster; each is answered with `FOUND`."""
+    requests: list[Any] = []
+
+    def answer(task: Task, request: Any) -> dict[str, Any]:
+        requests.append(request)
+        return FOUND
+
+    monkeypatch.setattr(measure, "_on_cluster", answer)
+    return requests
+
+
+def test_a_measurement_is_in_the_journal_and_is_not_repeated(journal: Journal, asked: list[Any]) -> None:
+    for _ in range(2):
+        measure_start(spec("digits_vit"), task(Path("none"), "digits_vit"), journal, REQUEST)
+    assert asked == [REQUEST]
+    assert [e["kind"] for e in journal.events()] == ["measured"]
+    assert measurements(journal.events()) == {"plasticity": FOUND}
+
+
+def test_who_does_not_want_it_is_not_asked(journal: Journal, asked: list[Any]) -> None:
+    measure_start(spec("digits_vit", plasticity=False), task(Path("none"), "digits_vit"), journal, REQUEST)
+    assert (asked, journal.events()) == ([], [])
+
+
+def test_a_network_without_blocks_is_one_line_and_no_failure(
+    journal: Journal, asked: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "luthier"):
+        measure_start(spec("digits_cnn"), task(Path("none"), "digits_cnn"), journal, REQUEST)
+    assert (asked, journal.events()) == ([], [])
+    (line,) = caplog.records
+    assert (line.levelname, line.getMessage()) == (
+        "INFO",
+        "Plasticity is that of transformer blocks, and digits_cnn has none that are defined: it is left out.",
+    )
+
+
+def test_a_measurement_that_fails_costs_a_warning_and_is_tried_again_by_the_next_run(
+    journal: Journal, asked: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(task: Task, request: Any) -> dict[str, Any]:
+        raise RuntimeError("CUDA out of memory\ntraceback")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(measure, "_on_cluster", fail)
+        measure_start(spec("digits_vit"), task(Path("none"), "digits_vit"), journal, REQUEST)
+    assert journal.events() == []
+    assert caplog.messages == [
+        "The plasticity of the pretrained network could not be measured (RuntimeError: CUDA out of memory). The study "
+        "goes on without it."
+    ]
+    measure_start(spec("digits_vit"), task(Path("none"), "digits_vit"), journal, REQUEST)
+    assert asked == [REQUEST]
+
+
+def test_the_numbers_are_those_of_the_diagnostic(store: Path, network: Callable[[str], str], tmp_path: Path) -> None:
+    found = pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path)))
+    assert set(found["metrics"]) == {f"plasticity/{kind}" for kind in COMPONENTS}
+    assert all(value > 0 for value in found["metrics"].values())
+    columns = found["curves"]["plasticity"]["columns"]
+    for kind in COMPONENTS:
+        assert sum(columns[kind]) / len(columns[kind]) == pytest.approx(found["metrics"][f"plasticity/{kind}"])
+    (kept,) = tmp_path.rglob("plasticity-*.json")
+    before = kept.stat().st_mtime_ns
+    assert pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path))) == found
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.ray
+def test_it_runs_as_a_task_of_the_cluster_with_a_trials_resources(
+    store: Path, network: Callable[[str], str], journal: Journal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from orchestrator.cluster.connection import connect
+
+    shared = task(store, network("vit"), cache=str(tmp_path))
+    with connect(cpus=1, dashboard=False):
+        measure_start(spec(network("vit")), shared, journal, REQUEST)
+        assert measurements(journal.events())["plasticity"] == pretrained_plasticity(shared)
+        wrong = task(store, network("vit"), cache=str(tmp_path), plasticity_source="sketch")
+        with Journal(tmp_path / "other.jsonl") as other:
+            measure_start(spec(network("vit")), wrong, other, REQUEST)
+            assert other.events() == []
+    assert caplog.messages == [
+        "The plasticity of the pretrained network could not be measured (ValueError: plasticity_source must be one of "
+        "the OOD domains (inverted, noisy), but got 'sketch'.). The study goes on without it."
+    ]
