@@ -1,7 +1,7 @@
 """A study through thirty faults and more, for Luthier and for plain Ray Tune with Ray's MLflow callback.
 
     make soak
-    python -m benchmarks.soak --seed 2023 --faults 34
+    python -m benchmarks.soak --seed 2023 --faults 32
 
 Twelve trials of ten units on a cluster of two machines with one CPU each, an MLflow server beside it; everything runs
 on this machine. Trials are killed within an epoch, before, while and after writing a checkpoint; their disk is full or
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -115,10 +116,10 @@ def main() -> None:
     """Soak both sides and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=2023)
-    parser.add_argument("--faults", type=int, default=34)
+    parser.add_argument("--faults", type=int, default=32)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--units", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of one unit; 20 = an epoch")
+    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of one unit: a few seconds")
     parser.add_argument("--patience", type=float, default=1200.0, help="seconds for one study, then it is given up")
     parser.add_argument("--side", choices=sorted(SIDES), action="append", help="only this one")
     parser.add_argument("--quick", action="store_true", help="six faults on a small study, to try the machinery")
@@ -126,6 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.faults, args.trials, args.units, args.steps = min(args.faults, 6), 4, 4, 20
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its processes and folders go with it
     schedule = draw(args.seed, args.faults, args.trials, args.units, args.steps)
     print(json.dumps(schedule.kinds, indent=1), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
