@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestrator.search.proposals import Proposals
+    from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.spec import StudySpec
 
 
@@ -27,39 +27,36 @@ class TrialCounts:
         return self.search + (self.folds or 0) + self.confirm + (self.references or 0)
 
 
-def count_trials(spec: StudySpec, proposals: Proposals | None = None) -> TrialCounts:
+def count_trials(spec: StudySpec, space: SearchSpace | None = None) -> TrialCounts:
     """The trials that a study would run.
 
     Args:
-        proposals: `proposals_of(spec)`, if it is known.
+        space: `space_of(spec)`, if it is known.
 
     Raises:
         ValueError: the budget does not hold the sweeps and the default points.
     """
-    known = proposals or proposals_of(spec)
-    search = given_trials(known) if known.exhausted else spec.search.trials
+    known = space or space_of(spec)
+    search = spec.search.trials if known.searched else known.given
     # No more configurations can be confirmed than were searched.
     confirm = min(spec.confirm.top_k, search) * spec.confirm.seeds
     return TrialCounts(search, _folds(spec, search), confirm, _references(spec))
 
 
-def given_trials(proposals: Proposals) -> int:
-    """Trials that are run whatever the sampler thinks: default points and whole sweeps."""
-    return sum(sweep.preset.size for sweep in proposals.sweeps.values()) + len(proposals.searched)
-
-
-def proposals_of(spec: StudySpec) -> Proposals:
-    """The search of a study before its first trial: which entries are swept, which are searched.
+def space_of(spec: StudySpec) -> SearchSpace:
+    """The space of a study: which entries are swept, which are searched.
 
     Raises:
         ValueError: the budget does not hold the sweeps and the default points.
     """
     from orchestrator.planning.setup import entries_of, model_of
-    from orchestrator.search.proposals import Proposals
+    from orchestrator.search.space import SearchSpace
     from trainables.core.task import Task
 
     task = Task(store="", model=model_of(spec), epochs=spec.search.epochs)
-    return Proposals(entries_of(spec), task, spec.search.trials, spec.search.sampler, spec.search.seed, [True])
+    space = SearchSpace(entries_of(spec), task, spec.search.sampler, spec.search.seed, [True])
+    space.check_budget(spec.search.trials)
+    return space
 
 
 def _folds(spec: StudySpec, search: int) -> int | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.search.proposals import Proposals
+    from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.spec import StudySpec
     from search_spaces import Law
 
@@ -118,13 +118,13 @@ def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
     from pathlib import Path
 
-    from orchestrator.planning.counts import count_trials, proposals_of
+    from orchestrator.planning.counts import count_trials, space_of
     from orchestrator.planning.preflight import layer_kinds
     from orchestrator.planning.setup import rungs_of
     from orchestrator.planning.volume import examine, store_bytes
 
-    proposals = proposals_of(spec)
-    counts = count_trials(spec, proposals)
+    space = space_of(spec)
+    counts = count_trials(spec, space)
     search, data = spec.search, spec.data
     images = len(examine(data).samples)
     gpus = (
@@ -137,7 +137,7 @@ def make_plan(spec: StudySpec) -> Plan:
         folder=str(Path(spec.storage).absolute() / spec.name),
         backbone=spec.model.name,
         data=data.root or f"built-in {data.source}",
-        entries=tuple(_planned(entry.label, entry.name, entry.fixed, proposals) for entry in spec.strategies),
+        entries=tuple(_planned(entry.label, entry.name, entry.fixed, space) for entry in spec.strategies),
         sampler=search.sampler,
         objective=search.objective,
         search_trials=counts.search,
@@ -155,10 +155,10 @@ def make_plan(spec: StudySpec) -> Plan:
     )
 
 
-def _planned(label: str, strategy: str, fixed: Mapping[str, Any], proposals: Proposals) -> PlannedEntry:
+def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchSpace) -> PlannedEntry:
     import search_spaces
 
-    sweep = proposals.sweeps.get(label)
+    sweep = space.sweeps.get(label)
     if sweep is not None:
         swept: dict[str, list[Any]] = {}
         for step in sweep.preset.steps:

@@ -127,10 +127,10 @@ def layer_kinds(model: str) -> frozenset[str]:
 
 
 def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.planning.counts import proposals_of
+    from orchestrator.planning.counts import space_of
 
     try:
-        proposals_of(spec)
+        space_of(spec)
     except ValueError as error:
         yield Problem(("search", "trials"), str(error))
 

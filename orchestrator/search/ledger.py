@@ -13,7 +13,8 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from orchestrator.record.records import TrialRecord, declared_metrics
-from orchestrator.search.optuna_storage import OptunaStorage, SearchError
+from orchestrator.search.optuna_storage import OptunaStorage
+from orchestrator.search.space import SearchError
 from trainables.core.task import TrialSpec
 
 if TYPE_CHECKING:

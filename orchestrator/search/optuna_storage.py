@@ -21,15 +21,12 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.search.replay import History, Replay, set_aside
+from orchestrator.search.space import SearchError
 
 log = logging.getLogger("luthier")
 
 LOCK_SECONDS = 30
 """How long SQLite waits for somebody else's transaction."""
-
-
-class SearchError(ValueError):
-    """The search cannot be run as asked."""
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import distribution_to_json
-from optuna.trial import BaseTrial, Trial
+from optuna.trial import Trial
 
 import search_spaces
 from orchestrator.record.records import TrialRecord
-from orchestrator.search.ledger import Ledger, SearchError, identity
-from orchestrator.search.paper_sweep import Later, Sweep, sweep_of
-from orchestrator.search.sampling import FLAT, LEARNING, make_sampler
-from orchestrator.search.stages import Entry, search_seed
-from trainables.core.task import Task, TrialSpec, stream_seed
+from orchestrator.search.ledger import Ledger, identity
+from orchestrator.search.paper_sweep import Later, Sweep
+from orchestrator.search.sampling import LEARNING, make_sampler
+from orchestrator.search.space import SearchSpace
+from orchestrator.search.stages import search_seed
+from trainables.core.task import TrialSpec, stream_seed
 
 log = logging.getLogger(__name__)
 
@@ -39,43 +37,23 @@ class Proposals:
     `ROUNDS` rounds over the searched entries; then the sampler chooses entry and values. A sweep that waits for its own
     trials holds nobody else up.
 
-    Args: see `orchestrator.search.searcher.StudySearcher`; `maximise` is per objective.
+    Args:
+        space: what may be proposed.
+        trials: search trials in all.
+        hints: see `orchestrator.search.searcher.StudySearcher`.
+
+    Raises:
+        SearchError: the budget does not hold the default points and sweeps.
     """
 
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        task: Task,
-        trials: int,
-        sampler: str,
-        seed: int,
-        maximise: Sequence[bool],
-        hints: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        repeated = sorted(label for label, n in Counter(e.label for e in entries).items() if n > 1)
-        if repeated or not entries:
-            got = f"{', '.join(repeated)} twice" if repeated else "no entry"
-            raise SearchError(f"A study needs entries with distinct labels, but got {got}. Add or change `label`.")
-        self.task, self.trials, self.sampler, self.seed = task, trials, sampler, seed
-        self.sweeps: dict[str, Sweep] = {}
-        self.searched: dict[str, Entry] = {}
-        for entry in entries:
-            sweep = sweep_of(entry, sampler, task, maximise[0])
-            if sweep is None:
-                self.searched[entry.label] = entry
-            else:
-                self.sweeps[entry.label] = sweep
-        self.labels = tuple(entry.label for entry in entries)
-        given = sum(sweep.preset.size for sweep in self.sweeps.values()) + len(self.searched)
-        if trials < given:
-            raise SearchError(
-                f"The default points and sweeps of {', '.join(self.labels)} take {given} trials, but search.trials is "
-                f"{trials}. Raise it to {given} or more, or leave entries out."
-            )
-        self.exhausted = not self.searched
-        self.hints = {label: values for label, values in (hints or {}).items() if label in self.searched}
-        spare = trials - given
-        self._rounds = min(ROUNDS, spare // (2 * len(self.searched))) if self.searched and sampler != "random" else 0
+    def __init__(self, space: SearchSpace, trials: int, hints: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        space.check_budget(trials)
+        self.space, self.trials = space, trials
+        searched = space.searched
+        self.exhausted = not searched
+        self.hints = {label: values for label, values in (hints or {}).items() if label in searched}
+        spare = trials - space.given
+        self._rounds = min(ROUNDS, spare // (2 * len(searched))) if searched and space.sampler != "random" else 0
 
     def next(self, ledger: Ledger) -> Proposal | None:
         """The next search trial; None = wait for running trials, or, where none runs, the search is over."""
@@ -83,21 +61,21 @@ class Proposals:
         running = [r for r in ledger.running if r.role == "search"]
         if len(finished) + len(running) >= self.trials:
             return None
-        for label in self.labels:
+        for label in self.space.labels:
             if not self._proposed(ledger, label):
-                if label in self.searched:
-                    return self._draw(ledger, self._default(self.searched[label]))
-                found = self._from_sweep(ledger, self.sweeps[label], finished, running)
+                if label in self.space.searched:
+                    return self._draw(ledger, self.space.default(self.space.searched[label]))
+                found = self._from_sweep(ledger, self.space.sweeps[label], finished, running)
                 if found is not None:
                     return found
         for label, values in self.hints.items():
             if not self._hinted(ledger, label, values):
                 hint = {f"{label}.{key}": value for key, value in values.items()}
-                return self._draw(ledger, self._default(self.searched[label]) | hint)
+                return self._draw(ledger, self.space.default(self.space.searched[label]) | hint)
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
-            if record.role == "search" and record.label in self.searched and record.search_values:
+            if record.role == "search" and record.label in self.space.searched and record.search_values:
                 return self._draw(ledger, dict(record.search_values))
-        for sweep in self.sweeps.values():
+        for sweep in self.space.sweeps.values():
             found = self._from_sweep(ledger, sweep, finished, running)
             if found is not None:
                 return found
@@ -108,24 +86,14 @@ class Proposals:
 
     def _hinted(self, ledger: Ledger, label: str, values: Mapping[str, Any]) -> bool:
         """Whether the default point with these values has been proposed, in this run or in an earlier one."""
-        entry = self.searched[label]
+        entry = self.space.searched[label]
         point = search_spaces.default_point(entry.strategy, entry.fixed) | dict(values)
-        wanted = TrialSpec(task=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
+        wanted = TrialSpec(task=self.space.task, strategy=entry.strategy, label=label, hparams=point).config_hash
         return any(r.config_hash == wanted and r.role == "search" for r in ledger.records.values())
-
-    def _default(self, entry: Entry) -> dict[str, Any]:
-        """Optuna's parameters of an entry's default point (under a flat space with the others' defaults beside)."""
-        point: dict[str, Any] = {"strategy": entry.label}
-        for other in self.searched.values() if self.sampler in FLAT else [entry]:
-            fixed = set(other.fixed)
-            for key, value in search_spaces.default_point(other.strategy, other.fixed).items():
-                if key not in fixed:
-                    point[f"{other.label}.{key}"] = value
-        return point
 
     def _round(self, ledger: Ledger) -> dict[str, Any]:
         """The entry whose turn it is in the first rounds; empty = the sampler may choose."""
-        counts = {label: self._proposed(ledger, label) for label in self.searched}
+        counts = {label: self._proposed(ledger, label) for label in self.space.searched}
         fewest = min(counts, key=lambda label: counts[label])
         return {"strategy": fewest} if counts[fewest] <= self._rounds else {}
 
@@ -135,12 +103,12 @@ class Proposals:
             study = ledger.drawn
             # Interrupted trials do not count, so that a continued study draws what an uninterrupted one would have.
             number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
-            sampler = self.sampler if attempt < ATTEMPTS // 2 else "random"
-            study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number), self.trials)
+            sampler = self.space.sampler if attempt < ATTEMPTS // 2 else "random"
+            study.sampler = make_sampler(sampler, stream_seed(self.space.seed, "sampler", number), self.trials)
             if given:
                 study.enqueue_trial(dict(given))
             trial = study.ask()
-            spec = self.configuration(trial)
+            spec = self.space.configuration(trial)
             same = (r for r in ledger.records.values() if r.config_hash == spec.config_hash)
             twin = next((r for r in same if r.role == "search"), None)  # a reference trial may have been there before
             if twin is None:
@@ -152,21 +120,6 @@ class Proposals:
         self.exhausted = True
         return None
 
-    def configuration(self, trial: BaseTrial) -> TrialSpec:
-        """The search trial that an Optuna trial means; asks it for entry and values."""
-        label = trial.suggest_categorical("strategy", tuple(self.searched))
-        drawn: dict[str, dict[str, Any]] = {}
-        for other in self.searched.values() if self.sampler in FLAT else [self.searched[label]]:
-            drawn[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
-        entry = self.searched[label]
-        return TrialSpec(
-            task=self.task,
-            strategy=entry.strategy,
-            label=label,
-            hparams=drawn[label],
-            seed=search_seed(self.seed),
-        )
-
     def _from_sweep(
         self, ledger: Ledger, sweep: Sweep, finished: Mapping[str, TrialRecord], running: Sequence[TrialRecord]
     ) -> Proposal | None:
@@ -174,14 +127,14 @@ class Proposals:
         point = sweep.next(finished, {r.config_hash for r in running}, values)
         if isinstance(point, Later):
             return None
-        spec = sweep.spec_of(point, search_seed(self.seed))
-        if self.sampler in LEARNING:
+        spec = sweep.spec_of(point, search_seed(self.space.seed))
+        if self.space.sampler in LEARNING:
             return ledger.given.ask(), spec
-        if self.sampler != "paper":
+        if self.space.sampler != "paper":
             return ledger.drawn.ask(), spec
         # Only for people who open the study in optuna-dashboard: the sweep's values as parameters.
         grids = {f"{sweep.entry.label}.{key}": grid for step in sweep.preset.steps for key, grid in step.items()}
-        shown: dict[str, tuple[Any, Sequence[Any]]] = {"strategy": (sweep.entry.label, self.labels)}
+        shown: dict[str, tuple[Any, Sequence[Any]]] = {"strategy": (sweep.entry.label, self.space.labels)}
         for name, grid in grids.items():
             value = point[name.rpartition(".")[2]]
             if value in grid:
@@ -191,19 +144,3 @@ class Proposals:
         for name, (_, choices) in shown.items():
             trial.suggest_categorical(name, choices)
         return trial, spec
-
-
-def space_contents(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What the entries search, as JSON, to tell studies apart."""
-    return {
-        entry.label: {
-            "strategy": entry.strategy,
-            "fixed": dict(entry.fixed),
-            "preset": entry.preset,
-            "space": {
-                key: json.loads(distribution_to_json(law.distribution))
-                for key, law in search_spaces.space(entry.strategy).items()
-            },
-        }
-        for entry in entries
-    }

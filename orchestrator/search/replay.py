@@ -23,10 +23,10 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from orchestrator.record.folding import fold
 from orchestrator.record.records import TrialRecord
 from orchestrator.search.sampling import LEARNING
+from orchestrator.search.space import SearchSpace
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Event
-    from orchestrator.search.proposals import Proposals
 
 log = logging.getLogger("luthier")
 
@@ -96,11 +96,11 @@ class Replay:
 
     Args:
         history: what the journal says.
-        proposals: the search, which knows the space of every trial.
+        searched: what is searched.
     """
 
     history: History
-    proposals: Proposals
+    searched: SearchSpace
 
     def fill(self, drawn: optuna.Study, given: optuna.Study) -> None:
         """Enter all trials of the journal into two empty studies, in the order of the journal."""
@@ -123,15 +123,15 @@ class Replay:
     def space(self, record: TrialRecord) -> dict[str, BaseDistribution] | None:
         """The distributions of a trial's search values, maybe none; None = the sampler must not learn from it: it was
         given to the search, or lies outside of what is searched now."""
-        proposals, values = self.proposals, record.search_values
+        searched, values = self.searched, record.search_values
         if record.role != "search":
             return None
-        sweep = proposals.sweeps.get(record.label)
+        sweep = searched.sweeps.get(record.label)
         if sweep is None:
             return self._searched_space(values)
-        if proposals.sampler in LEARNING:
+        if searched.sampler in LEARNING:
             return None
-        choices: dict[str, Sequence[Any]] = {"strategy": proposals.labels}
+        choices: dict[str, Sequence[Any]] = {"strategy": searched.labels}
         for step in sweep.preset.steps:
             choices |= {f"{record.label}.{key}": tuple(grid) for key, grid in step.items()}
         return {
@@ -143,7 +143,7 @@ class Replay:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # Optuna only warns of a value outside of its range
-                self.proposals.configuration(trial)
+                self.searched.configuration(trial)
         except (ValueError, KeyError, UserWarning):
             return None
         return dict(trial.distributions) if trial.distributions.keys() == values.keys() else None

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from orchestrator.search.ledger import Ledger, SearchError, identity
+from orchestrator.search.ledger import Ledger, identity
 from orchestrator.search.optuna_storage import OptunaStorage
-from orchestrator.search.proposals import Proposals, space_contents
+from orchestrator.search.proposals import Proposals
 from orchestrator.search.replay import History, Replay
 from orchestrator.search.sampling import check_sampler, maximised
+from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
 from trainables.core.task import Task, TrialSpec
 
@@ -94,11 +95,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self.epochs = task.epochs if epochs is None else epochs
         self.max_concurrent: int | None = None
         contents = _contents(entries, task, self.epochs, self.metrics, seed)
-        self.proposals = Proposals(entries, task, trials, sampler, seed, maximise, hints or {})
+        space = SearchSpace(entries, task, sampler, seed, maximise)
+        self.proposals = Proposals(space, trials, hints)
         self._searching = searching
         replay = None
         if journal is not None:
-            replay = Replay(History.of(journal.events(), self.metrics), self.proposals)
+            replay = Replay(History.of(journal.events(), self.metrics), space)
         storage = OptunaStorage(url, study_name, maximise, contents, replay, changed)
         self.ledger = Ledger(storage, journal)
         self._journal, self._checkpoints = journal, checkpoints

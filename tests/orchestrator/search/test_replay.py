@@ -23,9 +23,9 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.results.selection import top_candidates
 from orchestrator.running.callback import RecordCallback, close_open_trials
 from orchestrator.search import optuna_storage
-from orchestrator.search.ledger import SearchError
 from orchestrator.search.replay import set_aside
 from orchestrator.search.scheduler import StudyScheduler
+from orchestrator.search.space import SearchError
 from orchestrator.search.stages import ConfirmStage, Entry
 from tests.orchestrator.driving import EPOCHS, accuracy, optuna_trials, searcher, task
 from trainables.core import faults

@@ -20,7 +20,8 @@ from ray.tune.search import Searcher
 
 import search_spaces
 from orchestrator.record.journal import Journal
-from orchestrator.search.searcher import Entry, SearchError, StudySearcher
+from orchestrator.search.searcher import Entry, StudySearcher
+from orchestrator.search.space import SearchError
 from tests.orchestrator.driving import (
     EPOCHS,
     Config,
