@@ -15,7 +15,7 @@ from orchestrator.commands.status import find_study, read_journal
 from orchestrator.errors import PreflightError, Problem, redact
 from orchestrator.tracking.access import access_problems
 from orchestrator.tracking.following import follower_of
-from orchestrator.tracking.outstanding import Amount, Ledger
+from orchestrator.tracking.outstanding import Additions, Amount
 from orchestrator.tracking.run_fields import digest
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def sync(
     if "//***@" in target:
         raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
     running = _is_running(journal)
-    options: dict[str, Any] = {"ledger": Ledger(), "abandoned": not running, "replay": verify, "poll": 0.2}
+    options: dict[str, Any] = {"additions": Additions(), "abandoned": not running, "replay": verify, "poll": 0.2}
     if target != own:
         options["position"] = f"{journal.name}.mlflow-{digest([target, spec.experiment])}.json"
     follower = follower_of(spec, journal, target, **options)

@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.record.journal import read_from
 from orchestrator.tracking.client import trouble
 from orchestrator.tracking.delivery_lock import DeliveryLock
-from orchestrator.tracking.outstanding import Amount, Ledger, outstanding, updates_of
+from orchestrator.tracking.outstanding import Additions, Amount, outstanding, updates_of
 from orchestrator.tracking.pending import Pending
 from orchestrator.tracking.position import PositionFile
 from orchestrator.tracking.run_fields import digest
@@ -49,7 +49,7 @@ class MlflowFollower:
         poll: seconds between looks at the journal.
         position: name of the position file beside the journal; None = that of the study's own server.
         replay: begin with the first event, whatever the position says.
-        ledger: counts what the server lacked; None = nobody wants to know.
+        additions: counts what the server lacked; None = nobody wants to know.
         abandoned: nobody writes the journal any more: at its end, close the runs that it leaves open.
     """
 
@@ -64,7 +64,7 @@ class MlflowFollower:
         *,
         position: str | None = None,
         replay: bool = False,
-        ledger: Ledger | None = None,
+        additions: Additions | None = None,
         abandoned: bool = False,
     ) -> None:
         self.journal = Path(journal).absolute()
@@ -82,7 +82,7 @@ class MlflowFollower:
         self._read = self._delivered = 0
         self._seq = -1
         self._refused = 0
-        self._replay, self._ledger, self._abandoned = replay, ledger, abandoned
+        self._replay, self._additions, self._abandoned = replay, additions, abandoned
         self._warned = float("-inf")
         self._doubtful: float | None = None
         self.lock = DeliveryLock(self.position.path, self.journal)
@@ -118,8 +118,8 @@ class MlflowFollower:
         return outstanding(self.journal, self._delivered, self._study)
 
     def added(self) -> Amount:
-        """What the server lacked and has got (with a ledger)."""
-        return self._ledger.amount(self._pending) if self._ledger is not None else Amount()
+        """What the server lacked and has got (counted by `additions`)."""
+        return self._additions.amount(self._pending) if self._additions is not None else Amount()
 
     def close(self, timeout: float = 30.0, patience: float = PATIENCE) -> int:
         """Deliver what is left, end the thread, and return how many events are not delivered (0 = MLflow is complete).
@@ -183,7 +183,7 @@ class MlflowFollower:
             return
         self.lock.claim()
         waiting = self._pending or self.journal.stat().st_size > self._read
-        if self._delivered and self._writer is None and (waiting or self._ledger is not None):
+        if self._delivered and self._writer is None and (waiting or self._additions is not None):
             self._find_again()
         events, self._read = read_from(self.journal, self._read)
         for event in events:
@@ -201,7 +201,7 @@ class MlflowFollower:
 
     def _connected(self, study_uid: str) -> MlflowWriter:
         if self._writer is None:
-            self._writer = MlflowWriter(self.uri, self.experiment, study_uid, self.artifact_location, self._ledger)
+            self._writer = MlflowWriter(self.uri, self.experiment, study_uid, self.artifact_location, self._additions)
             self.experiment_id = self._writer.experiment_id
         return self._writer
 

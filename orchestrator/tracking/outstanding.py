@@ -34,7 +34,7 @@ class Amount:
 
 
 @dataclass
-class Ledger:
+class Additions:
     """What was found missing on the server and sent. One that an answer was lost of is sent again and counted once."""
 
     runs: set[str] = field(default_factory=set)

@@ -97,8 +97,17 @@ class Header:
             "dataset": self.dataset_name,
             "dataset_digest": str(self.fields.get("dataset_digest") or ""),
             "dataset_left_out": str(self.fields.get("images_left_out") or ""),
+            "dataset_leaks": str(self.fields.get("images_leaked") or ""),
+            "n_classes": str(self.fields.get("classes") or ""),
+            "n_classes_present": self._classes_present(),
         }
         return {key: value for key, value in found.items() if value}
+
+    def _classes_present(self) -> str:
+        """`test 10, ood/printed 9`: over how many classes the numbers of each split are; fewer than `n_classes` where
+        a domain has no image of a class."""
+        present = self.fields.get("classes_present") or {}
+        return ", ".join(f"{split} {count}" for split, count in present.items() if split not in ("train", "val"))
 
 
 def summary(

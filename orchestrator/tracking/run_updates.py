@@ -2,6 +2,10 @@
 
 Times come from the journal and steps are units of budget, so writing an update twice changes nothing: MLflow keeps one
 point for one (key, step, timestamp, value).
+
+A point cannot be taken back, a tag or an artifact can be replaced. So numbers that sum up are written when they are
+final: a study that is continued ends with the points of one that nothing disturbed. One that never is has the points of
+its units, `status` = interrupted (or failed), and the leaderboard so far as its note.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ class Projection:
         self._units: dict[str, int] = {}
         self._dropped: dict[str, int] = {}
         self._measured_events: list[Mapping[str, Any]] = []
+        self._summed: dict[str, float] = {}
         self._renamed: dict[str, str] = {}
 
     def apply(self, event: Mapping[str, Any]) -> list[RunUpdate]:
@@ -120,9 +125,10 @@ class Projection:
         if self._renamed:
             update.texts["names.json"] = json.dumps(self._renamed, indent=2, ensure_ascii=False)
         update.status = {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED")
-        update.points = [
-            (self._key(key), value, update.end, 0) for key, value in metrics.items() if math.isfinite(value)
-        ]
+        if state == "complete":  # any other is continued by the same command; again, if more trials are asked for
+            new = {k: v for k, v in metrics.items() if math.isfinite(v) and self._summed.get(k) != v}
+            update.points = [(self._key(key), value, update.end, 0) for key, value in new.items()]
+            self._summed |= new
         return update
 
     def _suggest(self, event: Mapping[str, Any]) -> None:
@@ -208,6 +214,8 @@ class Projection:
         update.tags["status.error"] = record.error or "none"
         if record.state == "complete":  # drawn once; a rung's curve is replaced by that of the end
             update.pictures = pictures(record.curves, record)
+        if record.resumable:
+            return
         known = [(u["val/acc"], -u["unit"]) for u in record.history if math.isfinite(u.get("val/acc", math.nan))]
         if known and "best/val/acc" not in record.metrics:  # a trial that was stopped early has not said it itself
             value, unit = max(known)

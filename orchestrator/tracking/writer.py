@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.errors import redact
 from orchestrator.results.curves import Picture
 from orchestrator.tracking.client import dataset_input, experiment_id, prepare_process, sqlite_file
-from orchestrator.tracking.outstanding import Ledger
+from orchestrator.tracking.outstanding import Additions
 from orchestrator.tracking.run_fields import RunUpdate
 from orchestrator.tracking.sqlite_file import ensure_tracking_file
 
@@ -35,7 +35,7 @@ class MlflowWriter:
         experiment: name; made if it does not exist.
         study_uid: tag value of the study.
         artifact_location: where a new experiment keeps its artifacts; None = the server decides.
-        ledger: counts what was missing on the server; None = nobody wants to know.
+        additions: counts what was missing on the server; None = nobody wants to know.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MlflowWriter:
         experiment: str,
         study_uid: str,
         artifact_location: str | None = None,
-        ledger: Ledger | None = None,
+        additions: Additions | None = None,
     ) -> None:
         prepare_process()
         from mlflow import MlflowClient
@@ -58,7 +58,7 @@ class MlflowWriter:
         self.experiment_id = experiment_id(self._client, experiment, artifact_location)
         self.doubtful = False
         """Whether a run was asked for whose answer has not come: the server may make it yet."""
-        self._ledger = ledger
+        self._additions = additions
         self._runs: dict[str, str] = {}
         self._deleted: set[str] = set()
         self._unsure: dict[str, set[str] | None] = {}
@@ -152,8 +152,8 @@ class MlflowWriter:
         tags = dict(update.tags) | {UID_TAG: update.uid, STUDY_TAG: self._study_uid}
         if update.parent is not None and update.parent in self._runs:
             tags["mlflow.parentRunId"] = self._runs[update.parent]
-        if self._ledger is not None:
-            self._ledger.runs.add(update.uid)
+        if self._additions is not None:
+            self._additions.runs.add(update.uid)
         self.doubtful = True
         run = self._client.create_run(self.experiment_id, update.start, tags, update.name)
         run_id = self._runs[update.uid] = str(run.info.run_id)
@@ -172,19 +172,19 @@ class MlflowWriter:
                     self._there[run_id, key] = {(key, p.value, p.timestamp, p.step) for p in history}
                 there |= self._there[run_id, key]
         missing = [point for point in update.points if point not in there]
-        if self._ledger is not None:
-            self._ledger.points |= {(update.uid, key, time, step) for key, _, time, step in missing}
+        if self._additions is not None:
+            self._additions.points |= {(update.uid, key, time, step) for key, _, time, step in missing}
         return missing
 
     def _count_artifact(self, run_id: str, uid: str, name: str) -> None:
-        if self._ledger is None:
+        if self._additions is None:
             return
         folder = str(PurePosixPath(name).parent)
         if (run_id, folder) not in self._listed:
             listed = self._client.list_artifacts(run_id, None if folder == "." else folder)
             self._listed[run_id, folder] = {file.path for file in listed}
         if name not in self._listed[run_id, folder]:
-            self._ledger.artifacts.add((uid, name))
+            self._additions.artifacts.add((uid, name))
 
     def _log(self, run_id: str, update: RunUpdate) -> None:
         from mlflow.entities import Metric, Param, RunTag

@@ -31,7 +31,7 @@ from orchestrator.tracking.following import follow, sync_command, waiting
 from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
 
 NOTHING = {"runs": 0, "points": 0, "artifacts": 0}
-ALL = {"runs": 5, "points": 34, "artifacts": 4}
+ALL = {"runs": 5, "points": 32, "artifacts": 4}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_p12_points_that_a_server_lost_are_found_by_verify_alone(storage: Path) 
     before = contents(storage / "mlflow.db")
     with sqlite3.connect(storage / "mlflow.db") as connection:
         lost = connection.execute("delete from metrics where step = 2").rowcount
-    assert lost == 14
+    assert lost == 12
     assert synced(folder)["added"] == NOTHING
     assert synced(folder, "--verify")["added"] == {"runs": 0, "points": lost, "artifacts": 0}
     assert contents(storage / "mlflow.db")["metrics"] == before["metrics"]
@@ -118,7 +118,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     spec, folder = make_study(storage, "http://127.0.0.1:9")
     with Journal(folder / "journal.jsonl") as journal, caplog.at_level(logging.WARNING), follow(spec, journal):
         write_study(journal)
-    assert "MLflow lacks 5 runs, 34 points and 4 artifacts of this study (" in caplog.text
+    assert "MLflow lacks 5 runs, 32 points and 4 artifacts of this study (" in caplog.text
     assert f"Deliver them later: luthier sync {folder}" in caplog.text
     assert waiting(spec, folder).to_dict() == ALL
     wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
@@ -126,7 +126,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     assert gone.exit_code == FAILED
     lines = gone.stdout.splitlines()
     assert lines[:2] == ["pets → http://127.0.0.1:9, experiment pets", "Added: nothing"]
-    assert lines[2].startswith("Still missing: 5 runs, 34 points and 4 artifacts (NewConnectionError: Failed to")
+    assert lines[2].startswith("Still missing: 5 runs, 32 points and 4 artifacts (NewConnectionError: Failed to")
     elsewhere = f"sqlite:///{storage / 'mlflow.db'}"
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == ALL
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == NOTHING
@@ -144,7 +144,7 @@ def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
     shown = luthier("run", folder / "study.yaml")
     assert shown.exit_code == code
     assert shown.stdout.splitlines()[-1] == (
-        "MLflow lacks 5 runs, 34 points and 4 artifacts of this study. Nothing is lost: the journal keeps them. "
+        "MLflow lacks 5 runs, 32 points and 4 artifacts of this study. Nothing is lost: the journal keeps them. "
         f"Deliver them later: luthier sync {folder}"
     )
     told = luthier("run", folder / "study.yaml", "--json")

@@ -273,7 +273,7 @@ def test_the_driver_is_told_how_much_is_missing(
     monkeypatch.setattr("orchestrator.tracking.following.CLOSING_SECONDS", 0.3)
     with caplog.at_level(logging.WARNING), follow(spec, journal):
         write_study(journal)
-    assert "MLflow lacks 5 runs, 34 points and 4 artifacts of this study (NewConnectionError: Failed to" in caplog.text
+    assert "MLflow lacks 5 runs, 32 points and 4 artifacts of this study (NewConnectionError: Failed to" in caplog.text
     way = f"Nothing is lost: the journal keeps them. Deliver them later: luthier sync {journal.path.parent}"
     assert way in caplog.text
 

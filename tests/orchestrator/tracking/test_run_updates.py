@@ -110,6 +110,53 @@ def test_the_best_value_of_a_pruned_trial_is_that_of_its_earliest_best_unit() ->
     ]
 
 
+def undisturbed_or_not(endings: tuple[str, ...]) -> set[tuple[str, str, int, float]]:
+    """(run, metric, step, value) of a study of three trials that is told in parts; each of `endings` is how a run ended
+    that another one continued, and what the failure of the trials in it was called."""
+    study = Study()
+    points = set[tuple[str, str, int, float]]()
+
+    def tell(kind: str, **fields: Any) -> None:
+        for update in study.tell(kind, **fields):
+            points.update((update.name, key, step, value) for key, value, _, step in update.points)
+
+    units = {f"{number}": range(1, 6) for number in range(3)}
+    for part, ending in enumerate([*endings, "complete"]):
+        tell("study_started", study="pets")
+        for trial, left in units.items():
+            if part and len(left) == 5:  # the first trial has ended long ago
+                continue
+            study.suggest(f"{trial}-{part}", number=int(trial), label="full")
+            study.start(f"{trial}-{part}")
+            for unit in left if ending == "complete" or trial == "0" else left[:2]:
+                metrics = {"val/acc": 0.5 + unit / 10 - int(trial) / 50}
+                if unit == 5 and trial == "0":
+                    metrics |= {"best/val/acc": 1.0, "best/epoch": 5.0, "test/acc": 0.9}
+                tell("result", trial_id=f"{trial}-{part}", unit=unit, metrics=metrics)
+            units[trial] = left[2:] if ending != "complete" and trial != "0" else left
+        for trial in units:
+            if trial == "0" and part == 0:
+                tell("trial_finished", trial_id="0-0", state="complete")
+            elif trial != "0" and ending == "complete":
+                tell("trial_finished", trial_id=f"{trial}-{part}", state="pruned")
+            elif trial != "0":
+                reason = "interrupted" if ending in ("killed", "interrupted") else ending
+                tell("trial_failed", trial_id=f"{trial}-{part}", reason=reason, error="E")
+        if ending != "killed":
+            tell("study_finished", state={"interrupted": ending, "complete": ending}.get(ending, "failed"))
+    return points
+
+
+@pytest.mark.parametrize("first", ["killed", "interrupted", "infra", "stalled", "host_oom"])
+def test_p15_a_study_that_is_continued_has_the_points_of_an_undisturbed_one_and_no_other(first: str) -> None:
+    whole = undisturbed_or_not(())
+    assert {row for row in whole if row[0] == "0001-full" and row[1].startswith("best/")} == {
+        ("0001-full", "best/val/acc", 5, 0.98), ("0001-full", "best/epoch", 5, 5.0),
+    }  # fmt: skip
+    assert undisturbed_or_not((first,)) == whole
+    assert undisturbed_or_not((first, "interrupted")) == whole
+
+
 def test_updates_of_one_run_can_be_merged() -> None:
     first = RunUpdate("u", "n", 1, tags={"status": "running"}, points=[("a", 1.0, 1, 1)], dataset=("d", "x", "s"))
     first.absorb(
