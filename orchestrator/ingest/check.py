@@ -4,33 +4,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.ingest.assign import assign
 from orchestrator.ingest.decoding import Job, Progress, decode_all
-from orchestrator.ingest.duplicates import find_duplicates
-from orchestrator.ingest.errors import DataError, existing
+from orchestrator.ingest.duplicates import find_duplicates, in_words
+from orchestrator.ingest.errors import DataError, counted, existing, few
 from orchestrator.ingest.report import DataReport, Sizes
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.ingest.source import Outcome, Source
 
 
-def check(path: str | Path, workers: int | None = None, progress: Progress | None = None) -> DataReport:
+def check(
+    path: str | Path,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    label: str | None = None,
+    fail_on_leak: bool = False,
+) -> DataReport:
     """Open every image of a source and explain what was found; nothing is written.
 
     Args:
         path: folder, `.parquet` or `.npz` file, or the word `digits` where no such path exists.
         workers: decoder processes; None = one per CPU.
         progress: called from several threads with (images done, images in all, unreadable ones).
+        label: column with the classes of a Parquet source; None = the one with a usual name.
+        fail_on_leak: the same image in several splits or domains is a problem.
 
     Raises:
         DataError: nothing there, or nothing that could be read as data.
     """
-    request = IngestRequest(source=detect(Path(path)), root=str(path))
+    request = IngestRequest(source=detect(Path(path)), root=str(path), label=label)
     source = open_source(request)
     # Pictures are decoded as for a store, but to a thumbnail: what is wanted is whether they can be.
     outcomes = decode_all(source, range(len(source.samples)), Job(side=8, interpolation="nearest"), workers, progress)
-    return _report(Path(path), source, request, outcomes)
+    report = _report(Path(path), source, request, outcomes)
+    return replace(report, problems=[*report.problems, *_leaks(report)]) if fail_on_leak else report
+
+
+def _leaks(report: DataReport) -> list[str]:
+    found = report.duplicates
+    count = found["across_groups"]
+    rule = "No image may lie in more than one split or domain (--fail-on-leak), but "
+    what = f"{counted(count, 'image')} {'does' if count == 1 else 'do'}: {few(map(in_words, found['across']))}"
+    return [f"{rule}{what}. Remove the copies; --json lists them all."] if count else []
 
 
 def detect(path: Path) -> str:
@@ -60,6 +78,7 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         domains.setdefault(domain, {})[label] = count
     splits = Counter(samples[i].split for i in good if samples[i].split is not None)
     bad = [i for i in outcomes if outcomes[i].reason is not None]
+    place_of, problems = _places(source, request, bad)
     return DataReport(
         path=str(path),
         source=source.kind,
@@ -73,18 +92,19 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         notes=dict(Counter(note for i in good for note in outcomes[i].notes).most_common()),
         unreadable=[{"name": samples[i].name, "reason": str(outcomes[i].reason)} for i in bad],
         ignored=[left._asdict() for left in source.ignored],
-        duplicates=find_duplicates(samples, outcomes, {i: samples[i].split or "" for i in good}).to_dict(),
-        problems=_problems(source, request, bad),
+        duplicates=find_duplicates(samples, outcomes, place_of).to_dict(),
+        problems=problems,
     )
 
 
-def _problems(source: Source, request: IngestRequest, bad: list[int]) -> list[str]:
-    """Why a study with default settings would refuse the data."""
+def _places(source: Source, request: IngestRequest, bad: list[int]) -> tuple[dict[int, str], list[str]]:
+    """The split of each sample in a study with default settings (if that would refuse the data: as the source says),
+    and why it would."""
     try:
-        assign(source, request, bad)
+        assignment = assign(source, request, bad)
     except DataError as error:
-        return [str(error)]
-    return []
+        return {i: sample.split or "" for i, sample in enumerate(source.samples)}, [str(error)]
+    return {int(i): name for name, positions in assignment.splits.items() for i in positions}, []
 
 
 def _sizes(outcomes: list[Outcome]) -> Sizes | None:

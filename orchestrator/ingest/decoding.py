@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.ingest.images import square, to_eight_bit
+from orchestrator.ingest.images import pixels_digest, square, to_eight_bit
 from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Source
 from orchestrator.ingest.worker import write_at
 from trainables.core.redaction import is_secret
@@ -133,12 +133,12 @@ class _Decoder:
                 yield from self.outcomes(request, [item])
             return
         if reply is None:
-            yield Outcome(f"the decoder died of it (exit status {self._status})", b"", 0, 0, "", ())
+            yield Outcome(f"the decoder died of it (exit status {self._status})", b"", b"", 0, 0, "", ())
             return
         if "error" in reply:
             raise OSError(f"The pixels could not be written to {self._job.target}: {reply['error']}")
-        for reason, digest, width, height, kind, notes in reply["outcomes"]:
-            yield Outcome(reason, bytes.fromhex(digest), width, height, kind, tuple(notes))
+        for reason, digest, pixels, width, height, kind, notes in reply["outcomes"]:
+            yield Outcome(reason, bytes.fromhex(digest), bytes.fromhex(pixels), width, height, kind, tuple(notes))
 
     def close(self) -> None:
         """End the process."""
@@ -200,13 +200,14 @@ def _decode_arrays(
 
     def one(position: int, pixels: NDArray[Any]) -> Outcome:
         eight = to_eight_bit(pixels) if pixels.dtype == np.uint16 else pixels
-        image = square(Image.fromarray(eight).convert("RGB"), job.side, job.interpolation)
+        whole = Image.fromarray(eight).convert("RGB")
+        image = square(whole, job.side, job.interpolation)
         offset = job.offset(position)
         if descriptor is not None and offset is not None:
             write_at(descriptor, image.tobytes(), offset)
         digest = hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
         notes = ("sixteen_bit",) if pixels.dtype == np.uint16 else ()
-        return Outcome(None, digest, pixels.shape[1], pixels.shape[0], "array", notes)
+        return Outcome(None, digest, pixels_digest(whole), pixels.shape[1], pixels.shape[0], "array", notes)
 
     try:
         with ThreadPoolExecutor(count) as pool:

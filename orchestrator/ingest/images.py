@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Picture:
 
     pixels: NDArray[np.uint8]
     """(side, side, 3)."""
+    digest: bytes
+    """See `pixels_digest`."""
     width: int
     """Of the original after its EXIF orientation, in pixels."""
     height: int
@@ -91,6 +94,11 @@ def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
+def pixels_digest(image: Image.Image) -> bytes:
+    """SHA-256 of an RGB image at its full size, whatever file it came from."""
+    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
+
+
 def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
     """Shorter side to `side`, then the centre square; roundings as torchvision's `Resize` and `CenterCrop`."""
     width, height = image.size
@@ -129,7 +137,7 @@ def _finish(image: Image.Image, side: int, interpolation: str) -> Picture:
     flat, how = _to_rgb(turned, kind)
     notes += [how] if how else []
     pixels = np.asarray(square(flat, side, interpolation))
-    return Picture(pixels, *turned.size, kind, tuple(notes))
+    return Picture(pixels, pixels_digest(flat), *turned.size, kind, tuple(notes))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -16,6 +16,8 @@ from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Outcome, Source
 from trainables.data.store import DATA, FORMAT
 
+DESCRIPTION = 2
+"""Version of what `describe` says. A store that says less is made again; its data and digest stay what they were."""
 STATISTICS_IMAGES = 4096
 """How many training images the channel statistics are taken over; a prefix is a stratified sample."""
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ingest.errors import DataError, few, shown
+from orchestrator.ingest.errors import DataError, counted, few, shown
 from orchestrator.ingest.parquet_table import Table
 from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Sample
 
@@ -36,11 +36,14 @@ class ParquetSource(EncodedSource):
                 yield request, rows[start : start + _CHUNK]
 
 
-def open_parquet(root: Path) -> ParquetSource:
+def open_parquet(root: Path, label: str | None = None) -> ParquetSource:
     """List the rows of one Parquet file, or of all below a folder.
 
     The split comes from a column `split`, or from the names of the files where all are called after one
     (`train-00000-of-00002.parquet`).
+
+    Args:
+        label: the column with the classes; None = the first of `LABEL_COLUMNS`.
 
     Raises:
         DataError: no or damaged files, extension types, missing columns, labels that are no classes.
@@ -51,18 +54,20 @@ def open_parquet(root: Path) -> ParquetSource:
     base = root.parent if root.is_file() else root
     names = [shown(str(file.relative_to(base))) for file in files]
     by_file = _splits_by_name(files)
-    digest, samples, columns = hashlib.sha256(), list[Sample](), list[str]()
+    digest, samples, columns, labels = hashlib.sha256(), list[Sample](), list[str](), list[str]()
     order: list[str] | None = None
     for number, (file, name) in enumerate(zip(files, names, strict=True)):
         status = file.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        table = Table(file, name)
+        table = Table(file, name, label)
         columns.append(table.image)
+        labels.append(table.label)
         order = table.class_names or order
         samples += _samples(table, number, by_file[number] if by_file else None)
+    image_column, label_column = (few(map(shown, sorted(set(found)))) for found in (columns, labels))
     return ParquetSource(
         kind="parquet",
-        layout=f"{len(files)} Parquet file{'s' * (len(files) > 1)}, image column {few(sorted(set(columns)))}",
+        layout=f"{counted(len(files), 'Parquet file')}, image column {image_column}, label column {label_column}",
         samples=samples,
         digest=digest.hexdigest(),
         class_order=order,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator.ingest.errors import DataError, few, shown
+from orchestrator.ingest.errors import DataError, did_you_mean, few, shown
 from orchestrator.ingest.source import SPLIT_NAMES
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "image_bytes", "bytes")
@@ -28,17 +28,18 @@ class Table:
     Args:
         file: the file.
         name: how messages call it.
+        label: the column with the classes; None = the first of `LABEL_COLUMNS` that is there.
 
     Raises:
         DataError: see `open_checked`; or a column is missing.
     """
 
-    def __init__(self, file: Path, name: str) -> None:
+    def __init__(self, file: Path, name: str, label: str | None = None) -> None:
         self.name = name
         self.reader = open_checked(file, name)
         self.schema = self.reader.schema_arrow
         self.image = self._image_column()
-        self.label = self._named(LABEL_COLUMNS, "a label column")
+        self.label = self._label_column() if label is None else self._declared(label)
         self.class_names = self._class_names()
 
     @property
@@ -80,13 +81,20 @@ class Table:
             f"{' or '.join(IMAGE_COLUMNS)} if there are several; but {self.name} has {self._schema_text()}."
         )
 
-    def _named(self, names: Sequence[str], what: str) -> str:
-        for name in names:
+    def _label_column(self) -> str:
+        for name in LABEL_COLUMNS:
             if name in self.schema.names and name != self.image:
                 return name
         raise DataError(
-            f"A Parquet file needs {what}, called {' or '.join(names)}, but {self.name} has {self._schema_text()}."
+            f"A Parquet file needs a label column, called {' or '.join(LABEL_COLUMNS)}, or named by data.label; but "
+            f"{self.name} has {self._schema_text()}."
         )
+
+    def _declared(self, label: str) -> str:
+        if label in self.schema.names and label != self.image:
+            return label
+        near = did_you_mean(label, [name for name in self.schema.names if name != self.image])
+        raise DataError(f"The label column is {label!r} (data.label), but {self.name} has {self._schema_text()}.{near}")
 
     def _schema_text(self) -> str:
         return ", ".join(f"{shown(f.name)} ({f.type})" for f in self.schema)

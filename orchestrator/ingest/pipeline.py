@@ -20,9 +20,10 @@ from filelock import FileLock
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import Job, Progress, decode_all
 from orchestrator.ingest.digits import recipe_digest
+from orchestrator.ingest.duplicates import in_words
 from orchestrator.ingest.errors import DataError, counted, few
 from orchestrator.ingest.intact import check_intact, remember_intact
-from orchestrator.ingest.manifest import describe, quarantine_list
+from orchestrator.ingest.manifest import DESCRIPTION, describe, quarantine_list
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.ingest.source import Outcome, Source
 from orchestrator.ingest.writer import Rows, copy_rows, finish, lay_out
@@ -59,8 +60,9 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
 
     Raises:
         StoreError: the store that is there is damaged.
-        DataError: the source is missing or unusable, `into` cannot be written or is too small, or, with
-            `on_bad="fail"`, an image is unreadable.
+        DataError: the source is missing or unusable, `into` cannot be written or is too small; with
+            `on_bad="fail"`, an image is unreadable; with `on_leak="fail"`, an image is in training and in what is
+            measured.
     """
     source = None if request.source == "digits" else open_source(request)
     digest = (
@@ -82,14 +84,17 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
         check_intact(store)
     if request.on_bad == "fail" and store.manifest["quarantine"]:
         raise _refused(store.manifest["quarantine"])
+    if request.on_leak == "fail" and store.manifest["duplicates"]["leaks"]:
+        raise _leaking(store)
+    _warn(store.manifest)
     return store
 
 
 def _key(digest: str, request: IngestRequest) -> str:
-    """Sixteen hex digits. Where the source lies does not matter, nor what is to happen to bad images."""
+    """Sixteen hex digits. Where the source lies does not matter, nor what is to happen to bad or leaked images."""
     fields = dataclasses.asdict(request)
-    del fields["root"], fields["on_bad"]
-    return hashlib.sha256(json.dumps([FORMAT, digest, fields], sort_keys=True).encode()).hexdigest()[:16]
+    del fields["root"], fields["on_bad"], fields["on_leak"]
+    return hashlib.sha256(json.dumps([FORMAT, DESCRIPTION, digest, fields], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _complete(place: Path) -> bool:
@@ -190,9 +195,36 @@ def _listed(quarantine: list[dict[str, str]]) -> str:
 
 def _report(manifest: Mapping[str, Any], place: Path) -> None:
     log.info("%d images (%.0f/s) → %s", sum(manifest["counts"].values()), manifest["images_per_second"], place)
+
+
+def _leaking(store: Store) -> DataError:
+    found = store.manifest["duplicates"]
+    count = found["leaks_groups"]
+    return DataError(
+        f"No image may be in more than one of training, validation and what is measured (data.on_leak: fail), but "
+        f"{counted(count, 'image')} {'is' if count == 1 else 'are'}: {few(map(in_words, found['leaks']))}. Remove the "
+        f"copies ({store.path / MANIFEST} lists them all), or allow them with data.on_leak: report."
+    )
+
+
+def _warn(manifest: Mapping[str, Any]) -> None:
+    """What a person should know before every run, and not only the one that reads the data."""
     if manifest["quarantine"]:
         count = counted(len(manifest["quarantine"]), "unreadable image")
         log.warning("%s left out: %s", count, _listed(manifest["quarantine"]))
-    if manifest["duplicates"]["across"]:
-        groups = [" = ".join(group["names"]) for group in manifest["duplicates"]["across"]]
-        log.warning("The same bytes in different splits or domains: %s", few(groups))
+    classes = len(manifest["classes"])
+    lacking = [
+        f"{split} has {len(c)} of {classes}" for split, c in manifest["class_counts"].items() if len(c) < classes
+    ]
+    if lacking:
+        log.warning("Not all classes are everywhere, and numbers are over those that are: %s", few(lacking))
+    found = manifest["duplicates"]
+    if found["leaks"]:
+        log.warning(
+            "%s in more than one of training, validation and what is measured, which flatters the numbers: %s. "
+            "data.on_leak: fail refuses such data.",
+            counted(found["leaks_groups"], "image"), few(map(in_words, found["leaks"])),
+        )  # fmt: skip
+    if found["contradictory"]:
+        count = counted(found["contradictory_groups"], "image")
+        log.warning("%s in more than one class: %s", count, few(map(in_words, found["contradictory"])))

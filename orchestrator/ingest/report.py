@@ -7,6 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.ingest.duplicates import in_words
+from orchestrator.ingest.errors import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -117,13 +120,13 @@ class DataReport:
 
         unreadable = [f"{entry['name']}: {entry['reason']}" for entry in self.unreadable]
         _print_list(console, f"Unreadable, will be left out: {len(unreadable)}", unreadable)
-        for key, text in (("across", "In several splits or domains"), ("contradictory", "In several classes")):
-            groups = [" = ".join(group["names"]) for group in self.duplicates[key]]
-            _print_list(console, f"{text}, byte for byte: {self.duplicates[f'{key}_groups']} group(s)", groups)
+        drawn = "" if self.splits else " as they would be drawn by default"
+        for key, text in (("across", f"splits{drawn} or domains"), ("contradictory", "classes")):
+            title = f"The same image in several {text}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
+            _print_list(console, title, [in_words(group) for group in self.duplicates[key]])
         if self.duplicates["repeats"]:
-            console.print(
-                f"{self.duplicates['repeats']} images repeat another one of the same domain, split and class."
-            )
+            repeats = counted(self.duplicates["repeats"], "image")
+            console.print(f"Repeats of another image of the same domain, split and class: {repeats}")
         reasons = Counter(_kind(entry["reason"]) for entry in self.ignored)
         if reasons:
             listed = ", ".join(f"{escape(reason)}: {count}" for reason, count in reasons.most_common())

@@ -35,16 +35,26 @@ class IngestRequest:
     """Decides splits and order."""
     on_bad: Literal["quarantine", "fail"] = "quarantine"
     """What to do with unreadable images: leave them out and list them, or refuse the source."""
+    on_leak: Literal["report", "fail"] = "report"
+    """What to do if the same image is in training and in what is measured: say so, or refuse the source."""
+    label: str | None = None
+    """Column with the classes of a Parquet source; None = the one with a usual name."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("source", self.source, SOURCES),
             ("interpolation", self.interpolation, tuple(INTERPOLATIONS)),
             ("on_bad", self.on_bad, ("quarantine", "fail")),
+            ("on_leak", self.on_leak, ("report", "fail")),
         ):
             if value not in known:
                 hint = did_you_mean(value, known)
                 raise DataError(f"{name} must be one of {', '.join(known)}, but got {value!r}.{hint}")
+        if self.label is not None and self.source != "parquet":
+            raise DataError(
+                f"Only Parquet files have a label column to choose, but label is {self.label!r} and the source is "
+                f"{self.source!r}. Leave label out."
+            )
         if self.image_size < 1:
             raise DataError(f"image_size must be at least 1 pixel, but got {self.image_size}.")
 
@@ -74,7 +84,7 @@ def open_source(request: IngestRequest) -> Source:
     if request.source == "parquet":
         from orchestrator.ingest.parquet import open_parquet
 
-        return open_parquet(root)
+        return open_parquet(root, request.label)
     from orchestrator.ingest.npz import open_npz
 
     return open_npz(root)

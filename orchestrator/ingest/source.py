@@ -53,6 +53,8 @@ class Outcome(NamedTuple):
     """Why it is in quarantine; None = it was decoded."""
     sha256: bytes
     """Of the encoded bytes (of the pixels, where a source has no encoded bytes)."""
+    pixels: bytes
+    """SHA-256 of the upright RGB image at its full size: the same for the same picture saved in another way."""
     width: int
     height: int
     format: str

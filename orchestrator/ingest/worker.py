@@ -7,7 +7,8 @@ First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic"
 Reply:          {"ready": true}
 Each request:   {"reader": "files", "root": …, "items": [[path, offset or null], …]}
                 {"reader": "parquet", "file": …, "column": …, "group": …, "items": [[row, offset or null], …]}
-Reply:          {"outcomes": [[reason or null, sha256 hex, width, height, format, [notes]], …]}, or {"error": text}
+Reply:          {"outcomes": [[reason or null, sha256 hex, pixels' hex, width, height, format, [notes]], …]}
+                or {"error": text}
 """
 
 from __future__ import annotations
@@ -104,15 +105,15 @@ def _outcome(
     data: bytes | BadImageError, offset: int | None, target: int | None, side: int, interpolation: str
 ) -> list[Any]:
     if isinstance(data, BadImageError):
-        return [str(data), "", 0, 0, "", []]
+        return [str(data), "", "", 0, 0, "", []]
     digest = hashlib.sha256(data).hexdigest()
     try:
         picture = decode(data, side, interpolation)
     except BadImageError as error:
-        return [str(error), digest, 0, 0, "", []]
+        return [str(error), digest, "", 0, 0, "", []]
     if target is not None and offset is not None:
         write_at(target, picture.pixels.tobytes(), offset)
-    return [None, digest, picture.width, picture.height, picture.format, list(picture.notes)]
+    return [None, digest, picture.digest.hex(), picture.width, picture.height, picture.format, list(picture.notes)]
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:

@@ -47,6 +47,8 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
         test_fraction=data.test_fraction,
         seed=data.seed,
         on_bad=data.on_bad,
+        on_leak=data.on_leak,
+        label=data.label,
     )
 
 

@@ -32,6 +32,7 @@ def examine(data: DataSpec) -> Source:
             val_fraction=data.val_fraction,
             test_fraction=data.test_fraction,
             seed=data.seed,
+            label=data.label,
         )
     )
 

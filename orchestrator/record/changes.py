@@ -21,7 +21,7 @@ log = logging.getLogger("luthier")
 HARMLESS = (
     "name", "storage", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # what is looked at besides
-    "data.root", "data.on_bad",  # the data themselves are known by their digest
+    "data.root", "data.on_bad", "data.on_leak", "data.label",  # the data themselves are known by their digest
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",
 )  # fmt: skip
 """Keys, or patterns of keys, that no number of a trial depends on. So it is with `search.trials`, as long as it is

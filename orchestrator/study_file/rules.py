@@ -98,6 +98,11 @@ def check_data(spec: DataSpec) -> DataSpec:
             (("root",), f"root is a path on this machine, but got the URL {spec.root!r}. Copy the data to a folder "
                         "that all machines can read.")
         )  # fmt: skip
+    if spec.label is not None and spec.source != "parquet":
+        problems.append(
+            (("label",), f"only Parquet files have a label column to choose, but the source is {spec.source!r}. Remove "
+                         "one of the two.")
+        )  # fmt: skip
     for key, domains in (("id", spec.id), ("ood", spec.ood)):
         problems += [
             ((key, i), f"the domain {d!r} is listed twice.") for i, d in enumerate(domains) if d in domains[:i]

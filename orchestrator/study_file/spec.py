@@ -57,6 +57,12 @@ class DataSpec(Section):
     """Decides the splits."""
     on_bad: Literal["quarantine", "fail"] = "quarantine"
     """Unreadable or dangerous images: quarantine leaves them out and lists them; fail refuses the data."""
+    on_leak: Literal["report", "fail"] = "report"
+    """The same image, pixel for pixel, in more than one of training, validation and what is measured (test and OOD):
+    report warns and names them; fail refuses the data."""
+    label: str | None = None
+    """Column of Parquet files that holds the classes. null = the first of `label`, `labels`, `class`, `target`,
+    `category`, `fine_label`, `coarse_label`."""
     augment: list[str] = []
     """Training augmentations: any of `flip`, `crop`."""
 

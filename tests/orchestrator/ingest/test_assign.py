@@ -106,6 +106,7 @@ class TestClasses:
     def test_d18_a_class_may_be_missing_in_an_ood_domain(self) -> None:
         found = plan(source({**TWO, ("clay", "dog"): 3}), ood=("clay", "art"))
         assert found.labels[found.splits["ood/clay"]].tolist() == [1, 1, 1]
+        assert found.classes == ["cat", "dog"]
 
     def test_d19_a_class_only_in_ood(self) -> None:
         assert refusal(source({**TWO, ("art", "fox"): 3}), ood=("art",)) == (

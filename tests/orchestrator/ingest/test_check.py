@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from orchestrator.ingest.check import check, detect
@@ -75,8 +76,8 @@ def test_it_can_be_read(messy: DataReport) -> None:
         "27 readable images, 2 domain(s), 3 classes",
         "Unreadable, will be left out: 1",
         "  photo/bee/zero.jpg: the file is empty",
-        "In several classes, byte for byte: 1 group(s)",
-        "  photo/ant/0000.png = sketch/cat/copy.png",
+        "The same image in several classes: 1 group",
+        "  photo/ant/0000.png (train) = sketch/cat/copy.png (train)",
         "1 with transparency; put on white",
         "A study can use this.",
     ):
@@ -99,7 +100,7 @@ def test_problems_say_why_a_study_would_refuse(tmp_path: Path) -> None:
 
 
 def test_d25_duplicates_across_given_splits(tmp_path: Path) -> None:
-    fill(tmp_path, {f"{split}/{name}": 2 for split in ("train", "test") for name in ("cat", "dog")})
+    fill(tmp_path, {f"{split}/{name}": 2 for split in ("train", "val", "test") for name in ("cat", "dog")})
     (tmp_path / "test/cat/leak.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
     (tmp_path / "train/cat/again.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
     found = check(tmp_path, workers=1).duplicates
@@ -107,6 +108,32 @@ def test_d25_duplicates_across_given_splits(tmp_path: Path) -> None:
     assert group["names"] == ["test/cat/leak.png", "train/cat/0000.png", "train/cat/again.png"]
     assert group["places"] == ["test", "train", "train"]
     assert (found["contradictory"], found["repeats"]) == ([], 1)
+
+
+def test_d25_a_picture_saved_again_is_the_same_image(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{split}/{name}": 3 for split in ("train", "test") for name in ("cat", "dog")})
+    picture(0).save(tmp_path / "test/cat/saved.bmp")
+    picture(0).convert("RGBA").save(tmp_path / "test/cat/thumb.tif", compression="tiff_lzw")
+    picture(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "test/cat/mirrored.png")
+    report = check(tmp_path, workers=1)
+    (group,) = report.duplicates["across"]
+    assert group["names"] == ["test/cat/saved.bmp", "test/cat/thumb.tif", "train/cat/0000.png"]
+    assert (group["same"], report.duplicates["leaks_groups"], report.problems) == ("pixels", 1, [])
+    assert (
+        "test/cat/saved.bmp (test) = test/cat/thumb.tif (test) = train/cat/0000.png (train) (equal pixels, other bytes)"
+        in shown(report)
+    )
+
+
+def test_d25_fail_on_leak_makes_a_problem_of_it(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{split}/{name}": 3 for split in ("train", "test") for name in ("cat", "dog")})
+    assert check(tmp_path, workers=1, fail_on_leak=True).problems == []
+    (tmp_path / "test/cat/leak.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
+    assert check(tmp_path, workers=1).problems == []
+    assert check(tmp_path, workers=1, fail_on_leak=True).problems == [
+        "No image may lie in more than one split or domain (--fail-on-leak), but 1 image does: test/cat/leak.png (test)"
+        " = train/cat/0000.png (train). Remove the copies; --json lists them all."
+    ]
 
 
 class TestDetect:

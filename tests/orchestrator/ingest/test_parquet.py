@@ -80,6 +80,20 @@ class TestReading:
         assert {k: store.manifest["counts"][k] for k in ("test",)} == {"test": 10}
         assert store.manifest["counts"]["train"] + store.manifest["counts"]["val"] == 20
 
+    def test_d30_the_label_column_that_the_study_names(self, tmp_path: Path) -> None:
+        clean = [0, 1] * 12
+        noisy = [1, *clean[1:]]
+        path = write(tmp_path / "x.parquet", image=images(24), label=noisy, label_clean=clean)
+        for column, wanted in ((None, noisy), ("label", noisy), ("label_clean", clean)):
+            store = read(path, tmp_path / "stores", "parquet", label=column)
+            found = {
+                int(name.partition("#")[2]): int(label)
+                for split in store.splits
+                for name, label in zip(store.names(split), store.labels(split), strict=True)
+            }
+            assert [found[row] for row in range(24)] == wanted
+            assert store.manifest["layout"].endswith(f"label column {column or 'label'}")
+
     def test_numbers_are_sorted_as_numbers(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.parquet", image=images(33), label=[i % 11 for i in range(33)])
         assert read(path, tmp_path / "stores", "parquet").classes == [str(i) for i in range(11)]
@@ -148,8 +162,20 @@ class TestRefusals:
         )
         assert refusal(write(tmp_path / "y.parquet", image=images(1), lable=[0])) == (
             "A Parquet file needs a label column, called label or labels or class or target or category or fine_label "
-            "or coarse_label, but y.parquet has image (binary), lable (int64)."
+            "or coarse_label, or named by data.label; but y.parquet has image (binary), lable (int64)."
         )
+
+    def test_d30_a_label_column_that_is_not_there(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.parquet", image=images(1), label=[0], label_clean=[0])
+        for wrong in ("label_claen", "image"):
+            with pytest.raises(DataError) as error:
+                open_parquet(path, wrong)
+            assert str(error.value).startswith(
+                f"The label column is {wrong!r} (data.label), but x.parquet has image (binary), label (int64), "
+                "label_clean (int64)."
+            )
+        with pytest.raises(DataError, match="Did you mean 'label_clean'"):
+            open_parquet(path, "label_claen")
 
     @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"PAR1 and then nothing PAR1"])
     def test_d21_no_parquet_file(self, tmp_path: Path, content: bytes) -> None:

@@ -172,7 +172,50 @@ class TestQuarantine:
         assert [group["names"] for group in found["across"]] == [names]
         assert [group["names"] for group in found["contradictory"]] == [names]
         assert found["across"][0]["places"][1:] == ["ood/sketch", "ood/sketch"]
-        assert "The same bytes in different splits or domains: " + " = ".join(names) in caplog.text
+        place = found["leaks"][0]["places"][0]
+        assert (
+            "1 image in more than one of training, validation and what is measured, which flatters the numbers: "
+            f"{names[0]} ({place}) = " in caplog.text
+        )
+
+
+def test_d18_a_domain_that_lacks_a_class_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path / "data", {"photo/ant": 4, "photo/bee": 4, "ood/art/ant": 2})
+    store = read(tmp_path / "data", tmp_path / "stores")
+    assert {split: len(classes) for split, classes in store.manifest["class_counts"].items()}["ood/art"] == 1
+    assert "Not all classes are everywhere, and numbers are over those that are: ood/art has 1 of 2" in caplog.text
+
+
+class TestLeaks:
+    def test_d25_on_leak_fail_names_them_also_when_the_store_is_already_there(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        root = tmp_path / "data"
+        fill(root, {f"{split}/{name}": 2 for split in ("train", "val", "test") for name in CLASSES})
+        (root / "test" / "ant" / "copy.png").write_bytes((root / "train" / "ant" / "0000.png").read_bytes())
+        picture(2).save(root / "val" / "ant" / "copy.bmp")
+        for _ in range(2):
+            store = read(root, tmp_path / "stores")
+            assert caplog.text.count("which flatters the numbers") == 1, "said before every run"
+            caplog.clear()
+            with pytest.raises(DataError) as error:
+                read(root, tmp_path / "stores", on_leak="fail")
+            assert str(error.value) == (
+                "No image may be in more than one of training, validation and what is measured (data.on_leak: fail), "
+                "but 2 images are: test/ant/copy.png (test) = train/ant/0000.png (train), train/bee/0002.png (train) = "
+                f"val/ant/copy.bmp (val) (equal pixels, other bytes). Remove the copies ({store.path}/manifest.json "
+                "lists them all), or allow them with data.on_leak: report."
+            )
+
+    def test_d25_copies_among_what_is_measured_or_among_training_images_leak_nothing(self, tmp_path: Path) -> None:
+        root = tmp_path / "data"
+        fill(root, {f"{split}/{name}": 2 for split in ("train", "val", "test") for name in CLASSES})
+        fill(root, {"ood/art/ant": 1, "ood/clay/ant": 1}, first=100)
+        for copy in ("ood/art/ant/copy.png", "ood/clay/ant/copy.png"):
+            (root / copy).write_bytes((root / "test" / "ant" / "0012.png").read_bytes())
+        (root / "train" / "ant" / "copy.png").write_bytes((root / "train" / "ant" / "0000.png").read_bytes())
+        found = read(root, tmp_path / "stores", on_leak="fail").manifest["duplicates"]
+        assert (found["across_groups"], found["leaks_groups"], found["repeats"]) == (1, 0, 1)
 
 
 class TestOnce:

@@ -137,7 +137,8 @@ class TestAllAtOnce:
         )
         with pytest.raises(StudyError) as caught:
             load_study(file)
-        keys = "source, root, id, ood, image_size, val_fraction, test_fraction, train_fraction, seed, on_bad, augment"
+        keys = "source, root, id, ood, image_size, val_fraction, test_fraction, train_fraction, seed, on_bad, "
+        keys += "on_leak, label, augment"
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
@@ -233,6 +234,11 @@ class TestRefused:
                 "data.ood[0]: digits has the OOD domains inverted, rotated, noisy, blurred, printed, but got "
                 "'noise'. Did "
                 "you mean 'noisy'?",
+            ),
+            (
+                {"data": {"label": "label_clean"}},
+                "data.label: only Parquet files have a label column to choose, but the source is 'folder'. Remove one "
+                "of the two.",
             ),
             (
                 {"data": {"root": "s3://bucket/pets"}},

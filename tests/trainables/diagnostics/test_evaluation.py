@@ -47,6 +47,14 @@ def test_a_predictor_that_is_right_as_often_as_it_says_is_calibrated() -> None:
     assert found["ece"] == pytest.approx(0, abs=1e-6)
 
 
+def test_d18_a_class_without_images_leaves_numbers_over_those_that_are_there() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(40, 5, generator=random), torch.tensor([0, 3]).repeat(20)
+    found = classification_metrics(logits, labels)
+    assert found == pytest.approx(plain(logits, labels), rel=1e-5, abs=1e-6)
+    assert all(math.isfinite(value) for value in found.values())
+
+
 def test_one_that_is_sure_and_always_wrong() -> None:
     found = classification_metrics(torch.tensor([[50.0, -50.0]]).repeat(4, 1), torch.ones(4, dtype=torch.int64))
     assert found == pytest.approx({"acc": 0.0, "nll": 100.0, "ece": 1.0})
