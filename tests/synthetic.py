@@ -89,7 +89,12 @@ def _draw(label: int, domain: str, generator: np.random.Generator) -> NDArray[np
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("test_vit", {"img_size": SIDE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}),
     "cnn": ("test_resnet", {"channels": [8, 8, 16, 16], "stem_width": 8}),
+    "hybrid": (
+        "xcit_nano_12_p8_224",
+        {"img_size": SIDE, "patch_size": 8, "embed_dim": 16, "depth": 1, "cls_attn_layers": 1, "num_heads": 2},
+    ),
 }
+"""`hybrid` has both kinds of norm: BatchNorm in its stem and between its tokens, LayerNorm in its blocks."""
 
 
 def _pretrain(model: nn.Module, width: int) -> None:

@@ -45,6 +45,8 @@ class LayerNorm(Strategy):
 
         lr_backbone: float = 0.1
         """Learning rate of γ and β."""
+        bn_mode: Literal["train", "eval"] = "eval"
+        """eval = where the network has BatchNorm as well, its statistics stay the pretrained ones."""
         norms: Literal["all", "attention"] = "all"
         """all = every norm, the final one included; attention = the norm before each block's attention."""
         train: Literal["both", "gamma", "beta"] = "both"

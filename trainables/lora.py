@@ -29,6 +29,8 @@ class LoRA(Strategy):
 
         lr_backbone: float = 1e-1
         """Learning rate of A and B."""
+        bn_mode: Literal["train", "eval"] = "eval"
+        """eval = where the network has BatchNorm as well, its statistics stay the pretrained ones."""
         rank: int = 8
         alpha: float | None = None
         """Numerator of the scale α/r; None = 2·rank, a scale of 2."""

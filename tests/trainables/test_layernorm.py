@@ -61,6 +61,15 @@ def test_nothing_but_the_chosen_norms_and_the_head_moves(
     assert changed(before, run) == wanted | {"head.weight", "head.bias"}
 
 
+def test_statistics_of_batch_norm_stay_as_they_were(trial: Trial) -> None:
+    run = trial(kind="hybrid")
+    before = copies(run.model)
+    finish(run)
+    assert any(name.endswith("running_mean") for name in before)
+    wanted = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in ("weight", "bias")}
+    assert changed(before, run) == wanted | {"head.weight", "head.bias"}
+
+
 def test_fsr_of_a_sample_against_itself_is_1(trial: Trial) -> None:
     shift, again = (finish(trial())["ln_shift/last/total"] for _ in range(2))
     assert shift > 0
@@ -101,6 +110,10 @@ class TestSweep:
         assert metrics["layernorm/lambda"] == ranked[0][2]
         assert metrics["best/val/acc"] == ranked[0][0]
         assert metrics["test/acc"] == columns["test/acc"][GRID.index(ranked[0][2])]
+
+    def test_its_curve_is_that_of_the_tuned_network_also_where_weights_are_interpolated_then(self, trial: Trial) -> None:
+        plain = finish(trial(lam_choice="sweep", lr_backbone=0.5))["curves"]["lambda"]
+        assert finish(trial(lam_choice="sweep", lr_backbone=0.5, wise=0.3))["curves"]["lambda"] == plain
 
     def test_it_takes_no_training_step(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[int] = []

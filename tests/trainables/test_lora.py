@@ -154,6 +154,14 @@ def test_a_checkpoint_holds_adapters_and_head_and_nothing_of_the_backbone(trial:
     assert names == {n for n in run.model.state_dict() if ".lora_" in n or n.startswith("head.")}
 
 
+def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Run]) -> None:
+    run = trial(kind="hybrid", targets="mlp")
+    before = {name: value.clone() for name, value in run.model.named_buffers()}
+    assert any(name.endswith("running_mean") for name in before)
+    finish(run)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.named_buffers())
+
+
 def test_alpha_is_twice_the_rank_unless_it_is_given(trial: Callable[..., Run]) -> None:
     for hparams, scale in (({"rank": 4}, 2.0), ({"rank": 4, "alpha": 32.0}, 8.0)):
         layers = [m for m in trial(**hparams).model.modules() if hasattr(m, "scaling")]

@@ -14,7 +14,8 @@ Who calls what, when (`trainables.core.run.Run`, once per trial and in this orde
 7. `finalize(model, data)`: once, after the best unit's weights were put back, before validation, test and OOD
    evaluation of the result. It leaves a network of the pretrained one's structure, under the same tensor names. (At
    units of `task.evaluate_at` before the last, the same happens to a copy of model and strategy, which is thrown away.)
-8. `curves(model, data)`: once, at the very end; evaluates the network at other points and puts every tensor back.
+8. `curves(model, data)`: once, on the finalised network of the last unit, before WiSE interpolates it; evaluates the
+   network at other points and puts every tensor back.
 
 Shapes: images are float32 (B, 3, H, W), already normalised; logits (B, K); labels int64 (B,).
 """

@@ -51,12 +51,13 @@ def final(model: Classifier, strategy: Strategy, data: TrialData, best: Best, st
     last = take(model, best.tensors)
     put_back(model, best.tensors)
     report, curves = split(strategy.finalize(model, data))
+    looked_at = strategy.curves(model, data)
     wise = _wise(model, strategy, data, start)
     report |= split(wise.apply())[0] if wise else {}
     diagnosis = Diagnosis(strategy, data)
     scores = _scores(model, strategy, data, best, diagnosis.watch)
     measured = diagnosis.report(model, start, best.tensors, last)
-    for found in (strategy.curves(model, data), wise.curve() if wise else {}, measured):
+    for found in (looked_at, wise.curve() if wise else {}, measured):
         metrics, more = split(found)
         report |= metrics
         curves |= more

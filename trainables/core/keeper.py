@@ -173,7 +173,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """The folders that hold, or should hold, a checkpoint; oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
 
 
 def _remove(path: Path) -> None:

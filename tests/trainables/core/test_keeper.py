@@ -65,6 +65,13 @@ def three(folder: Path) -> Path:
     return folder
 
 
+def test_steps_of_five_digits_are_newer_than_those_of_four(folder: Path) -> None:
+    keeper = claimed(folder, within=0.0)
+    for step in (9_000, 9_900, 10_000, 100_000):
+        keeper.step_done(lambda step=step: state(0, step))  # type: ignore[misc]
+    assert names(folder) == ["unit-000000-step-10000", "unit-000000-step-100000"]
+
+
 def test_the_two_newest_stay(three: Path) -> None:
     assert KEPT == 2
     assert names(three) == ["unit-000002", "unit-000003"]
