@@ -111,7 +111,7 @@ class TestSweep:
         assert metrics["best/val/acc"] == ranked[0][0]
         assert metrics["test/acc"] == columns["test/acc"][GRID.index(ranked[0][2])]
 
-    def test_its_curve_is_that_of_the_tuned_network_also_where_weights_are_interpolated_then(self, trial: Trial) -> None:
+    def test_its_curve_is_that_of_the_tuned_network_also_with_wise(self, trial: Trial) -> None:
         plain = finish(trial(lam_choice="sweep", lr_backbone=0.5))["curves"]["lambda"]
         assert finish(trial(lam_choice="sweep", lr_backbone=0.5, wise=0.3))["curves"]["lambda"] == plain
 
