@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.commands.reference import Row, rows, sections, written
+from orchestrator.errors import PreflightError, Problem
 
 DIGITS_MODEL, MODEL = "digits_vit", "resnet18"
 """What a new study starts from; any timm name can take its place."""
@@ -33,6 +34,7 @@ def write_study(
     Raises:
         FileExistsError: the file exists (unless `force`).
         StudyError: a name that a study cannot have.
+        PreflightError: a network that is not known.
         DataError: `data` holds no images that a study could use.
     """
     from orchestrator.study_file.spec import StudySpec
@@ -56,7 +58,7 @@ def render(fields: Mapping[str, Any], file: Path) -> str:
     for section in [s for s in sections() if s != "study"]:
         lines.append("")
         if section == "strategies":
-            lines += _strategies(fields["strategies"])
+            lines += _strategies(fields["strategies"], fields["model"]["name"])
             continue
         lines += _comment(sections()[section].__doc__ or "", "")
         given = fields.get(section, {})
@@ -74,10 +76,11 @@ def _key(row: Row, given: Mapping[str, Any], indent: str) -> list[str]:
     return [*lines, f"{indent}{row.key}: {written(given[row.key]) if row.key in given else row.default}"]
 
 
-def _strategies(names: list[str]) -> list[str]:
+def _strategies(names: list[str], model: str) -> list[str]:
     lines = ["# Ways of fine-tuning that compete under one budget. Instead of a name, an entry may be"]
     lines += ["#   {name: daft, label: daft_no_conversion, fixed: {bn_conversion: false}}", "strategies:"]
-    return [*lines, *(f"  - {name}" for name in names)]
+    left = [f"  # {name}: {reason}" for name, reason in _unfit(model).items() if name not in names]
+    return [*lines, *(f"  - {name}" for name in names), *left]
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -90,7 +93,7 @@ def _digits(model: str | None) -> dict[str, Any]:
         "name": "digits",
         "data": {"source": "digits"},
         "model": {"name": model or DIGITS_MODEL},
-        "strategies": _strategy_names(),
+        "strategies": _strategy_names(model or DIGITS_MODEL),
         "search": {"trials": 16, "epochs": 4},
     }
 
@@ -112,12 +115,39 @@ def _found(data: Path, model: str | None) -> dict[str, Any]:
         "name": stem,
         "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside},
         "model": {"name": model or MODEL},
-        "strategies": _strategy_names(),
+        "strategies": _strategy_names(model or MODEL),
         "search": {"trials": 40, "epochs": 20},
     }
 
 
-def _strategy_names() -> list[str]:
+def _strategy_names(model: str) -> list[str]:
     from trainables import strategies
 
-    return strategies()
+    unfit = _unfit(model)
+    return [name for name in strategies() if name not in unfit]
+
+
+def _unfit(model: str) -> dict[str, str]:
+    """Strategies that this network cannot be tuned by here, and why; none where only a download would tell."""
+    if ":" in model:
+        return {}
+    from importlib.util import find_spec
+
+    from orchestrator.planning.preflight import layer_kinds
+    from trainables import strategies, strategy_class
+    from trainables.core.backbone import check_model
+    from trainables.core.task import ModelSpec
+
+    try:
+        check_model(ModelSpec(name=model, pretrained=False))
+    except ValueError as error:
+        raise PreflightError([Problem(("model",), str(error))]) from None
+    kinds, found = layer_kinds(model), dict[str, str]()
+    for name in strategies():
+        lacking = sorted(strategy_class(name).needs - kinds)
+        extras = [extra for package, extra in strategy_class(name).packages.items() if find_spec(package) is None]
+        if lacking:
+            found[name] = f"needs {lacking[0]} layers, of which {model} has none"
+        elif extras:
+            found[name] = f'needs pip install "luthier[{extras[0]}]"'
+    return found

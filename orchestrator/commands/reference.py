@@ -107,7 +107,9 @@ def filled(document: str) -> str:
 def _row(key: str, info: FieldInfo) -> Row:
     meaning = re.sub(r"\s+", " ", info.description or "").replace("|", "\\|")
     default = "" if info.is_required() else written(info.get_default(call_default_factory=True))
-    return Row(key, _kind(info.annotation, info.metadata), "= name" if key == "label" else default, meaning)
+    if key == "label" and info.is_required():  # of an entry, which is given its name
+        default = "= name"
+    return Row(key, _kind(info.annotation, info.metadata), default, meaning)
 
 
 def _kind(hint: Any, metadata: typing.Sequence[Any] = ()) -> str:

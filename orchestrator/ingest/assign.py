@@ -110,9 +110,9 @@ def _roles(
     filled = {s.domain for i, s in enumerate(source.samples) if i not in bad} if bad else set(listed)
     empty = [d for d in (*inside, *outside) if d not in filled]
     if empty:
-        readable = "readable " if bad else ""
+        none = "no readable one" if bad else "none"
         raise DataError(
-            f"Every domain needs images, but there is no {readable}one in {few(empty)}. Add some, remove the folder, "
+            f"Every domain needs images, but there is {none} in {few(empty)}. Add some, remove the folder, "
             "or name the domains to use in data.id and data.ood."
         )
     return inside, outside, sorted({*known} - {*inside} - {*outside})

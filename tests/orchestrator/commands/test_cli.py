@@ -262,6 +262,22 @@ class TestInit:
         assert (spec.name, spec.data.root, spec.model.name) == ("my-pets", str(tmp_path / "my pets"), "resnet50")
         assert (spec.data.id, spec.data.ood) == (["photo"], ["sketch"])
 
+    @pytest.mark.parametrize("model", ["resnet18", "digits_vit"])
+    def test_what_it_writes_can_be_planned_as_it_is(self, tmp_path: Path, model: str) -> None:
+        root = write_images(tmp_path / "pets", {"sketch/cat": 4, "sketch/dog": 4, "photo/cat": 5, "photo/dog": 5})
+        file = tmp_path / "study.yaml"
+        assert luthier("init", root, "-o", file, "--model", model).exit_code == OK
+        result = luthier("plan", file, "--json")
+        assert (result.exit_code, result.stderr) == (OK, "")
+        assert ("lora" in file.read_text()) and ("- lora" in file.read_text()) is (model == "digits_vit")
+
+    def test_a_network_that_is_not_known(self, tmp_path: Path) -> None:
+        result = luthier("init", "--model", "resnet81", "-o", tmp_path / "study.yaml")
+        assert result.exit_code == PREFLIGHT
+        assert result.stderr.startswith("Error: The study cannot run here: model: ")
+        assert "'resnet18'" in result.stderr
+        assert not (tmp_path / "study.yaml").exists()
+
     def test_images_that_are_not_there(self, tmp_path: Path) -> None:
         result = luthier("init", tmp_path / "none", "-o", tmp_path / "study.yaml")
         assert result.exit_code == PREFLIGHT

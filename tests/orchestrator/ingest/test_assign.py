@@ -87,7 +87,7 @@ class TestRoles:
 
     def test_empty_domain(self) -> None:
         text = (
-            "Every domain needs images, but there is no one in clay. Add some, remove the folder, or name the domains "
+            "Every domain needs images, but there is none in clay. Add some, remove the folder, or name the domains "
             "to use in data.id and data.ood."
         )
         listed = source(TWO, empty_domains=("clay",))

@@ -66,7 +66,7 @@ class TestData:
         (tmp_path / "pets/painting").mkdir(parents=True)
         (message,) = problems(data={"ood": ["painting"]})
         assert message.startswith("data: ")
-        assert "there is no one in painting" in message
+        assert "there is none in painting" in message
 
     def test_a_domain_that_is_not_there(self, problems: Problems) -> None:
         (message,) = problems(data={"ood": ["painting"]})
