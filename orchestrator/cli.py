@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.command_group import Commands
-from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT, Output
+from orchestrator.commands.console import FAILED, OK, PARTIAL, Output
+from orchestrator.commands.data import data_app
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
     "4 preflight (the study could not run here), 130 interrupted, 143 terminated."
 )
-
 
 app = typer.Typer(
     name="luthier",
@@ -25,7 +25,6 @@ app = typer.Typer(
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before a study uses them.")
 app.add_typer(data_app, name="data")
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (docs/study.md).")]
@@ -158,6 +157,24 @@ def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> N
 
 
 @app.command()
+def report(
+    context: typer.Context,
+    study: StudyPlace = Path("study.yaml"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write. Default: report.html in the folder.")
+    ] = None,
+) -> None:
+    """Write a study as one HTML page that opens anywhere, from the journal alone."""
+    from orchestrator.commands.status import find_study, read_journal
+    from orchestrator.report.page import write_report
+
+    spec, folder = find_study(study)
+    read_journal(spec, folder)
+    place = str(write_report(folder, output))
+    context.obj.result({"report": place}, lambda console: console.print(f"Wrote {place}", markup=False, soft_wrap=True))
+
+
+@app.command()
 def sync(
     context: typer.Context,
     study: StudyPlace = Path("study.yaml"),
@@ -222,23 +239,6 @@ def submit(
     if context.obj.as_json:
         context.obj.result({"study": str(study), "exit_code": code}, lambda console: None)
     raise typer.Exit(code)
-
-
-@data_app.command("check")
-def data_check(
-    context: typer.Context,
-    path: Annotated[Path, typer.Argument(help="Folder, Parquet or .npz file.")],
-    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column of Parquet files.")] = None,
-    fail_on_leak: Annotated[bool, typer.Option("--fail-on-leak", help="Exit 4 if splits share an image.")] = False,
-) -> None:
-    """Explain what is found: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
-    from orchestrator.ingest.check import check
-    from orchestrator.running.ingest_progress import shown
-
-    with shown() as progress:
-        report = check(path, progress=progress, label=label, fail_on_leak=fail_on_leak)
-    context.obj.result(report.to_dict(), report.render)
-    raise typer.Exit(PREFLIGHT if report.problems else OK)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan
     from orchestrator.results.study_results import Results
     from trainables.data.store import Store
+
+logger = logging.getLogger("luthier")
 
 
 class Study:
@@ -90,7 +94,22 @@ class Study:
         store = self.prepare(progress)
         task = make_task(self.spec, store)
         Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
+        self.report()
         return self.results()
+
+    def report(self) -> Path | None:
+        """Write `report.html` into the study's folder and return its place; where that fails, a warning and None, for
+        a page is no reason to lose the results of a study."""
+        from orchestrator.report.page import write_report
+
+        try:
+            return write_report(self.folder)
+        except Exception as error:
+            logger.warning(
+                "The report was not written (%s: %s). Make it again: luthier report %s",
+                type(error).__name__, error, shlex.quote(str(self.folder)),
+            )  # fmt: skip
+            return None
 
     def results(self) -> Results:
         """Leaderboard, best configuration and warnings, from the journal alone: no cluster, no tracking server.

@@ -22,8 +22,8 @@ MAY_IMPORT_RAY = "trainables/core/trial.py"
 MAY_READ_WEIGHTS = "trainables/core/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "errors", "cluster", "ingest", "record", "study_file", "search", "results", "tracking", "planning", "running",
-    "study", "commands", "cli",
+    "errors", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking", "planning",
+    "running", "study", "commands", "cli",
 )  # fmt: skip
 """The parts of `orchestrator`; each may import those before it."""
 REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/__init__.py")

@@ -31,11 +31,18 @@ def outcome_code(records: Sequence[TrialRecord]) -> int:
 def finished(console: Console, study: Study, results: Results) -> None:
     """Print the leaderboard, and where everything lies."""
     results.render(console)
-    lines = [f"Study folder: {study.folder}", *next_commands(study)]
+    lines = [f"Study folder: {study.folder}", *_report_line(study), *next_commands(study)]
     if left := waiting(study.spec, study.folder):
         lines.append(f"{lacking(left)}. {how_to_sync(study.spec, study.folder)}")
     for line in lines:
         console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _report_line(study: Study) -> list[str]:
+    from orchestrator.report.page import REPORT
+
+    page = study.folder / REPORT
+    return [f"Report: {page}"] if page.exists() else []
 
 
 def next_commands(study: Study) -> list[str]:

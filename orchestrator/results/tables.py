@@ -26,7 +26,7 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
     """The leaderboard's lines in Markdown."""
     titles = ["strategy", "hyperparameters", "seeds", *SCORES, *(GAIN_TITLES if has_gains(rows) else ())]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    return [*lines, *("| " + " | ".join([*_cells(row), *gains(row)]) + " |" for row in rows)]
+    return [*lines, *("| " + " | ".join([*cells(row), *gains(row)]) + " |" for row in rows)]
 
 
 def print_table(console: Console, rows: Sequence[Row]) -> None:
@@ -40,7 +40,7 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
     for title in ("seeds", *SCORES, *(GAIN_TITLES if wide else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        label, _, *numbers = _cells(row)
+        label, _, *numbers = cells(row)
         table.add_row(label, *numbers, *(gains(row) if wide else ()))
     table.caption = "per cent; mean ± 95 % interval over fresh seeds, or the search trial where there is one seed"
     if wide:
@@ -64,6 +64,13 @@ def gains(row: Row) -> list[str]:
     """Relative gains over linear probing in per cent, as text; empty where the study has no linear probe."""
     found = [float(row[name]) for name in GAINS if name in row]
     return ["-" if math.isnan(value) else f"{100 * value:+.1f} %" for value in found]
+
+
+def cells(row: Row) -> list[str]:
+    """Label, hyperparameters, seeds and `SCORES` of a row as text; numbers in per cent, "-" where there is none."""
+    values = [_percent(row["val/acc"], math.nan)]
+    values += [_percent(row[metric], row[f"{metric}/ci95"]) for metric in REPORTED]
+    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *values]
 
 
 def describe(hparams: Mapping[str, Any]) -> str:
@@ -92,12 +99,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cells(row: Row) -> list[str]:
-    values = [_percent(row["val/acc"], math.nan)]
-    values += [_percent(row[metric], row[f"{metric}/ci95"]) for metric in REPORTED]
-    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *values]
 
 
 def _percent(mean: float, half: float) -> str:

@@ -1,0 +1,197 @@
+"""The report of a study: one self-contained HTML page, from its journal alone.
+
+Whatever a study file, a data set or a failing trial may bring in – names, messages, paths – is escaped by the template,
+and the page's content security policy lets it load nothing and run no script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import redact
+from orchestrator.record.folding import fold, measurements, study_header
+from orchestrator.record.journal import Event, Journal
+from orchestrator.record.records import TrialRecord
+from orchestrator.report import figures
+from orchestrator.results.curve_plot import figure_of
+from orchestrator.results.curves import NUMBERS_ONLY
+from orchestrator.results.selection import Choice, per_label
+from orchestrator.results.study_results import Results
+from orchestrator.results.tables import GAIN_TITLES, SCORES, cells, describe, gains, has_gains
+from trainables.core.durable import write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+logger = logging.getLogger("luthier")
+
+REPORT = "report.html"
+MOST_TRIALS = 500
+"""Rows of the table of trials; a longer one would make the page slow, and `luthier results --json` has them all."""
+WIDE = 8.0
+"""Inches from which on a picture has a row of its own."""
+
+
+def write_report(folder: Path, place: Path | None = None) -> Path:
+    """Write the page of the study in a folder, from the journal there, and return its place.
+
+    Args:
+        place: where to; None = `report.html` in that folder.
+
+    Raises:
+        FileNotFoundError: no journal.
+        ValueError: see `report_html`.
+    """
+    page = report_html(Journal.read(folder / "journal.jsonl"))
+    place = place or folder / REPORT
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, page)
+    return place
+
+
+def report_html(events: Sequence[Event]) -> str:
+    """The page of a study.
+
+    Args:
+        events: its journal (`orchestrator.record.journal.Journal.read`); of a running study as far as it has come.
+
+    Raises:
+        ValueError: the journal does not begin with a study.
+    """
+    header = study_header(events)
+    if not header:
+        raise ValueError("A report needs a study, but this journal does not tell of one. Run the study first.")
+    records, measured = fold(events), measurements(events)
+    spec = header.get("spec") or {}
+    results = Results(records, {**spec, "name": header["study"]}, measurements=measured)
+    table, rows, chosen = _leaderboard(results)
+    script = _script()
+    return _template().render(
+        name=header["study"],
+        state=header["state"],
+        facts=list(_facts(header, records)),
+        findings=results.findings(),
+        warnings=results.warnings(),
+        table=table,
+        pictures=list(_pictures(rows, records, chosen, measured)),
+        trials=[_trial(record) for record in records[:MOST_TRIALS]],
+        left_out=max(0, len(records) - MOST_TRIALS),
+        failures=_failures(records),
+        spec=_spec_text(spec),
+        versions=", ".join(f"{key} {value}" for key, value in (header.get("versions") or {}).items()),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _leaderboard(results: Results) -> tuple[dict[str, Any], list[dict[Any, Any]], dict[str, Choice]]:
+    """The leaderboard for the template, its rows and the chosen configurations; before a trial is complete, why there
+    is none."""
+    try:
+        rows = results.leaderboard().to_dict("records")
+        chosen = per_label(results.records, results.rule)
+    except ValueError as error:
+        return {"problem": str(error)}, [], {}
+    titles = ["strategy", "seeds", *SCORES, *(GAIN_TITLES if has_gains(rows) else ()), "chosen configuration"]
+    shown = []
+    for row in rows:
+        label, hparams, *numbers = cells(row)
+        shown.append([label, *numbers, *gains(row), f"trial {row['number']}: {hparams}" if row["seeds"] else "–"])
+    return {"titles": titles, "rows": shown, "line": results.regret_line()}, rows, chosen
+
+
+def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterator[tuple[str, str]]:
+    """What the study was, as (name, text)."""
+    spec = header.get("spec") or {}
+    yield "backbone", str(header.get("backbone") or (spec.get("model") or {}).get("name", ""))
+    yield "data", f"{header.get('dataset')} (digest {str(header.get('dataset_digest'))[:12]})"
+    if header.get("images_left_out"):
+        yield "images left out", str(header["images_left_out"])
+    states = Counter(record.state for record in records)
+    yield "trials", ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"
+    again = sum(max(0, record.attempts - 1) for record in records)
+    if again:
+        yield "started again", f"{again} times, after faults or interruptions"
+    yield "started", time.strftime("%Y-%m-%d %H:%M", time.localtime(header["first_started"]))
+    if header.get("ended"):
+        yield "ended", time.strftime("%Y-%m-%d %H:%M", time.localtime(header["ended"]))
+
+
+def _pictures(
+    rows: Sequence[Mapping[Any, Any]],
+    records: Sequence[TrialRecord],
+    chosen: Mapping[str, Choice],
+    measured: Mapping[str, Mapping[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    colour = figures.colours([row["label"] for row in rows])
+    drawn: list[tuple[str, str, Callable[[], Any]]] = [
+        ("In and out of distribution", "mean, 95 % interval", lambda: figures.id_and_ood(rows, colour)),
+        ("Training", "all runs of the chosen configurations", lambda: figures.training(records, chosen, colour)),
+        ("Learning rates", "search trials; ring: the chosen one", lambda: figures.learning_rates(records, chosen)),
+    ]
+    curves = {name: curve for found in measured.values() for name, curve in (found.get("curves") or {}).items()}
+    for name in [name for name in curves if name not in NUMBERS_ONLY]:
+        drawn.append(("Measured", name.replace("_", " "), functools.partial(figure_of, name, curves[name])))
+    for title, note, draw in drawn:
+        try:
+            figure = draw()
+        except Exception as error:  # a picture that cannot be drawn must not cost the page
+            logger.warning("The report is made without the picture %r (%s: %s)", title, type(error).__name__, error)
+            continue
+        if figure is not None:
+            wide = figure.get_figwidth() > WIDE
+            yield {"title": title, "note": note, "source": figures.data_uri(figure), "wide": wide}
+
+
+def _trial(record: TrialRecord) -> list[str]:
+    scores = [record.metric(name) for name in (figures.VAL, "test/acc", "ood/mean/acc")]
+    role = record.role if record.held_out is None else f"{record.role} ({record.held_out})"
+    seconds = None if record.started is None or record.ended is None else record.ended - record.started
+    return [
+        str(record.number),
+        record.label,
+        role,
+        record.state if record.reason is None else f"{record.state}: {record.reason}",
+        *("–" if score is None else f"{100 * score:.1f}" for score in scores),
+        str(record.unit),
+        "–" if seconds is None else f"{seconds:.0f}",
+        describe(record.hparams),
+    ]
+
+
+def _failures(records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
+    """(trial, its error) of every trial that failed by itself."""
+    failed = [record for record in records if record.state == "failed" and not record.unfinished]
+    return [(f"trial {r.number}, {r.label}: {r.reason}", redact(r.error or "no message")) for r in failed]
+
+
+def _spec_text(spec: Mapping[str, Any]) -> str:
+    import yaml
+
+    return redact(yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True))
+
+
+def _script() -> str:
+    return _source("sorting.js")
+
+
+@functools.cache
+def _template() -> Template:
+    from jinja2 import Environment
+
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_source("report.html"))
+
+
+@functools.cache
+def _source(name: str) -> str:
+    from importlib.resources import files
+
+    return (files("orchestrator.report") / name).read_text(encoding="utf-8")
