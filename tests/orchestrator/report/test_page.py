@@ -1,4 +1,4 @@
-"""The report of a study: its numbers are those of the journal, and nothing that a name brings in is more than a name."""
+"""The report of a study: its numbers are those of the journal, and a name in it is a name and nothing else."""
 
 from __future__ import annotations
 
