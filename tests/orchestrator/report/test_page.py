@@ -111,7 +111,7 @@ def test_the_leaderboard_is_that_of_the_results(tmp_path: Path) -> None:
     assert found.count["img"] == 3
 
 
-def test_names_and_messages_are_text_and_nothing_else(tmp_path: Path) -> None:
+def test_c8_names_and_messages_are_text_in_the_report_and_nothing_else(tmp_path: Path) -> None:
     """MLflow had this hole (CVE-2023-6568); names of classes, domains and entries come from anywhere."""
     plain = Elements(report_html(Journal.read(write(tmp_path / "a") / "journal.jsonl")))
     folder = write(tmp_path / "b", labels=(HOSTILE, "$x_$"), dataset=SCRIPT, backbone=HOSTILE)
