@@ -69,7 +69,19 @@ def report_html(events: Sequence[Event]) -> str:
     header = study_header(events)
     if not header:
         raise ValueError("A report needs a study, but this journal does not tell of one. Run the study first.")
-    records, measured = fold(events), measurements(events)
+    return page_of(header, fold(events), measurements(events))
+
+
+def page_of(
+    header: Mapping[str, Any], records: Sequence[TrialRecord], measured: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The page of a study whose journal was read already.
+
+    Args:
+        header: `orchestrator.record.folding.study_header`.
+        records: its trials, by number.
+        measured: `orchestrator.record.folding.measurements`.
+    """
     spec = header.get("spec") or {}
     results = Results(records, {**spec, "name": header["study"]}, measurements=measured)
     table, rows, chosen = _leaderboard(results)
