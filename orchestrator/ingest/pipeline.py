@@ -217,7 +217,7 @@ def _warn(manifest: Mapping[str, Any]) -> None:
         f"{split} has {len(c)} of {classes}" for split, c in manifest["class_counts"].items() if len(c) < classes
     ]
     if lacking:
-        log.warning("Not all classes are everywhere, and numbers are over those that are: %s", few(lacking))
+        log.warning("Numbers are over the classes that have images, which are not all everywhere: %s", few(lacking))
     found = manifest["duplicates"]
     if found["leaks"]:
         log.warning(

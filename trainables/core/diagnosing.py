@@ -76,6 +76,10 @@ class Diagnosis:
         from trainables.diagnostics.cka import SMALLEST_BATCH, block_cka, cka_report
 
         data, model = self._data, model.eval()
+        if data.size("test") < SMALLEST_BATCH:  # no fault of the trial, whose scores are known by now
+            rule = "CKA is left out: it needs at least %d images, but the ID test has %d"
+            log.warning(rule, SMALLEST_BATCH, data.size("test"))
+            return {}
         unchanged = is_pristine(model.backbone, data.reference)
         after = data.reference if unchanged else model.backbone
         size, count = (SMALLEST_BATCH, 1) if unchanged else (CKA_BATCH, CKA_IMAGES // CKA_BATCH)  # 1 on any images

@@ -269,7 +269,9 @@ class TestInit:
         assert luthier("init", root, "-o", file, "--model", model).exit_code == OK
         result = luthier("plan", file, "--json")
         assert (result.exit_code, result.stderr) == (OK, "")
-        assert ("lora" in file.read_text()) and ("- lora" in file.read_text()) is (model == "digits_vit")
+        text = file.read_text()
+        assert ("- lora" in text) is (model == "digits_vit")
+        assert ("# lora: needs transformer_block layers, of which resnet18 has none" in text) is (model == "resnet18")
 
     def test_a_network_that_is_not_known(self, tmp_path: Path) -> None:
         result = luthier("init", "--model", "resnet81", "-o", tmp_path / "study.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.conformance import same_numbers, same_tensors
-from tests.synthetic import shapes
+from tests.synthetic import MemoryStore, shapes
 from trainables.core import run as run_module
 from trainables.core.checkpoint import load_state, save_state
 from trainables.core.run import Run
@@ -34,10 +35,10 @@ class Curious(Full):
 def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
     """`make("full", "cnn", diagnostics=(…))`: two units on the tiny networks."""
 
-    def make(strategy: str = "full", kind: str = "vit", **fields: Any) -> Run:
+    def make(strategy: str = "full", kind: str = "vit", store: MemoryStore | None = None, **fields: Any) -> Run:
         model = ModelSpec(name=network(kind))
         task = Task(store="memory", model=model, epochs=2, batch_size=16, cache=str(tmp_path), **fields)
-        return Run(TrialSpec(task=task, strategy=strategy, seed=1), store=shapes(), device="cpu")
+        return Run(TrialSpec(task=task, strategy=strategy, seed=1), store=store or shapes(), device="cpu")
 
     return make
 
@@ -65,6 +66,21 @@ def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable
         assert measured(first) == set()
         assert measured(last) == groups
         assert set(last.get("curves", {})) == {curve for name in names for curve in CURVES[name]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_d17_test_sets_of_a_few_images_cost_no_trial(
+    make: Callable[..., Run], count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder with three images per class gives two classes a test split of two images."""
+    store = shapes()
+    for split in ("val", "test", "ood/inverted", "ood/noisy"):
+        store.pixels[split], store.targets[split] = store.pixels[split][:count], store.targets[split][:count]
+        store.sources[split] = store.sources[split][:count]
+    last = finish(make(store=store, diagnostics=("shift", "distortion", "cka")))[-1]
+    assert measured(last) == {"distortion", "change"}
+    assert math.isfinite(last["test/acc"])
+    assert f"CKA is left out: it needs at least 4 images, but the ID test has {count}" in caplog.text
 
 
 def test_a_strategy_may_measure_more(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
