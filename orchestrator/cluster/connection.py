@@ -52,9 +52,11 @@ KNOBS: Mapping[str, str] = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Our own progress display replaces Tune's tables; the newer reporter prints some even when it is told not to.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # The journal is the truth; Tune's own snapshot of the experiment is never restored from.
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    # On Ctrl-C Tune would save that snapshot and return as if the study were complete; let KeyboardInterrupt through.
+    # A trial's process would sit in a folder of Tune's, and not take its next trial once that folder has gone.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # What a trial died of is in the journal, in one line; Tune prints Ray's traceback of every attempt.
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # On Ctrl-C Tune would return as if the study were complete; let KeyboardInterrupt through.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_THRESHOLD_S": "10",
     # A validation domain is measured at rungs and at the end; Tune would stop everything at the first unit without it.

@@ -60,6 +60,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         progress: where to show the events; None = nowhere.
         folder: the study's; checkpoints of trials that have ended are removed from it. None = there are none.
         verdicts: trial id → why the watchdog killed its process; taken out as failures are recorded.
+        errors: trial id → what Tune says of its last failure.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         progress: Progress | None = None,
         folder: Path | None = None,
         verdicts: dict[str, str] | None = None,
+        errors: Mapping[str, str] | None = None,
     ) -> None:
         self.journal, self.folder = journal, folder
         self._verdicts = {} if verdicts is None else verdicts
+        self._errors = {} if errors is None else errors
         if progress is not None:
             journal.subscribe(progress.event)
         self.problems: list[str] = []
@@ -147,7 +150,10 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
     def _why(self, trial: Trial) -> dict[str, Any]:
         verdict = self._verdicts.pop(trial.trial_id, None)
-        return _failure(trial) if verdict is None else {"reason": "stalled", "error": verdict}
+        if verdict is not None:
+            return {"reason": "stalled", "error": verdict}
+        text = self._errors.get(trial.trial_id, "")
+        return {"reason": classify(text), "error": error_line(text)}
 
     def _failed(self, trial: Trial, why: dict[str, Any]) -> None:
         self.journal.append("trial_failed", trial_id=trial.trial_id, **why)
@@ -190,11 +196,3 @@ def _announcement(trial: Trial) -> dict[str, Any]:
         "config_hash": spec.config_hash,
         "search_values": {},
     }
-
-
-def _failure(trial: Trial) -> dict[str, Any]:
-    """Reason and message of a trial's last failure, from Tune's text file (its pickled twin is never opened)."""
-    text = ""
-    if trial.error_file and (path := Path(trial.error_file)).exists():
-        text = path.read_text(errors="replace").rpartition("Failure # ")[2]
-    return {"reason": classify(text), "error": error_line(text)}

@@ -101,12 +101,14 @@ class Drive:
         from orchestrator.running.callback import RecordCallback
         from orchestrator.running.failure_gate import FailureGate
         from orchestrator.running.lost_actors import lost_actors_are_failed_attempts
+        from orchestrator.running.tune_files import nowhere, tune_keeps_no_files
         from orchestrator.running.watchdog import Watchdog
         from trainables.core.trial import Trial
 
         known, limits = fold(journal.events()), self.spec.failures
         watchdog = Watchdog(limits, asdict(self.task), known)
-        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts)
+        errors: dict[str, str] = {}
+        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors)
         gate = FailureGate(limits.stop_after, limits.stop_share)
         journal.subscribe(gate.event)
         tuner = tune.Tuner(
@@ -121,7 +123,7 @@ class Drive:
             ),
             run_config=tune.RunConfig(
                 name="ray",
-                storage_path=str(self.folder),
+                **nowhere(),
                 callbacks=[callback, watchdog],
                 stop=gate,
                 failure_config=tune.FailureConfig(max_failures=limits.retries),
@@ -130,7 +132,7 @@ class Drive:
             ),
         )
         try:
-            with lost_actors_are_failed_attempts():
+            with lost_actors_are_failed_attempts(), tune_keeps_no_files(errors):
                 tuner.fit()
         except KeyboardInterrupt:
             running = [record.number for record in fold(journal.events()) if record.state == "running"]

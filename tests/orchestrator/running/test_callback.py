@@ -17,6 +17,7 @@ from orchestrator.record.checkpoints import checkpoint_folder, tidy
 from orchestrator.record.journal import Journal, JournalWriteError, fold
 from orchestrator.running.callback import RecordCallback, close_open_trials
 from orchestrator.running.progress import Progress
+from orchestrator.running.tune_files import nowhere, tune_keeps_no_files
 from trainables.core.task import ModelSpec, Task, TrialSpec
 
 
@@ -26,9 +27,9 @@ def config(number: int = 0, **fields: Any) -> dict[str, Any]:
     return spec.to_dict() | {"_number": number}
 
 
-def tune_trial(trial_id: str = "t0", error: Path | None = None, **fields: Any) -> Any:
+def tune_trial(trial_id: str = "t0", **fields: Any) -> Any:
     """What the callback uses of `ray.tune.experiment.Trial`."""
-    known = {"config": config(), "trial_id": trial_id, "last_result": {}, "error_file": error and str(error)}
+    known = {"config": config(), "trial_id": trial_id, "last_result": {}}
     return SimpleNamespace(**(known | fields))
 
 
@@ -83,16 +84,13 @@ def test_a_trial_stopped_before_its_budget_is_pruned(journal: Journal) -> None:
     assert [record.state for record in fold(journal.events())] == ["pruned"]
 
 
-def test_failures_carry_reason_and_message_of_the_last_attempt(journal: Journal, tmp_path: Path) -> None:
-    error = tmp_path / "error.txt"
-    callback, trial = RecordCallback(journal), tune_trial(error=error)
+def test_failures_carry_reason_and_message_of_the_last_attempt(journal: Journal) -> None:
+    errors = {"t0": "ray.exceptions.ActorDiedError: The actor died."}
+    callback, trial = RecordCallback(journal, errors=errors), tune_trial()
     callback.on_trial_start(0, [], trial)
-    error.write_text("Failure # 1 (occurred at x)\nray.exceptions.ActorDiedError: The actor died.\n")
     callback.on_trial_recover(0, [], trial)
     callback.on_trial_start(0, [], trial)
-    error.write_text(
-        error.read_text() + "Failure # 2 (occurred at y)\nTraceback\nmodule.NonFiniteError: the loss is nan\n"
-    )
+    errors["t0"] = "Traceback\nmodule.NonFiniteError: the loss is nan\n"
     callback.on_trial_error(0, [], trial)
     told = [(e["kind"], e["reason"], e["error"]) for e in journal.events() if "reason" in e]
     assert told == [
@@ -271,9 +269,10 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
             return str(self.STOP if trial.config["label"] == "slow" else self.CONTINUE)
 
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    callback = RecordCallback(journal)
+    errors: dict[str, str] = {}
+    callback = RecordCallback(journal, errors=errors)
     configs = [config(n) | {"label": label} for n, label in enumerate(("good", "nan", "slow"))]
-    with plain_cluster(cpus=1):
+    with plain_cluster(cpus=1), tune_keeps_no_files(errors):
         tune.Tuner(
             tune.with_resources(Work, {"cpu": 1}),
             tune_config=tune.TuneConfig(
@@ -281,7 +280,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                storage_path=str(tmp_path / "ray"), callbacks=[callback], verbose=0,
+                **nowhere(), callbacks=[callback], verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()  # fmt: skip

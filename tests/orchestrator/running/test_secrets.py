@@ -67,7 +67,7 @@ def test_c9_a_failure_that_quotes_secrets_is_kept_without_them(tmp_path: Path) -
 
 @pytest.mark.usefixtures("planted")
 def test_c9_an_error_that_tune_keeps_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tune writes what a trial raises to `error.txt` in the study's folder."""
+    """Tune hands on what a trial raises."""
     from trainables.core.trial import Trial
 
     def fail(self: Trial) -> Any:
