@@ -19,6 +19,7 @@ from orchestrator.tracking.pending import Pending
 from orchestrator.tracking.position import PositionFile
 from orchestrator.tracking.run_fields import digest
 from orchestrator.tracking.run_updates import Projection
+from orchestrator.tracking.sqlite_file import TrackingFileError
 from orchestrator.tracking.writer import MlflowWriter
 
 logger = logging.getLogger("luthier")
@@ -237,6 +238,7 @@ class MlflowFollower:
             return
         if writer.doubtful:
             self._doubtful = now
-        if writer.doubtful or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+        gone = isinstance(error, TrackingFileError) or getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+        if writer.doubtful or gone:
             self._refused += writer.refused
             self._writer = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import tempfile
@@ -14,7 +15,7 @@ from orchestrator.results.curves import Picture
 from orchestrator.tracking.client import dataset_input, experiment_id, prepare_process, sqlite_file
 from orchestrator.tracking.outstanding import Additions
 from orchestrator.tracking.run_fields import RunUpdate
-from orchestrator.tracking.sqlite_file import ensure_tracking_file
+from orchestrator.tracking.sqlite_file import TrackingFile
 
 UID_TAG = "luthier.trial_uid"
 STUDY_TAG = "luthier.study_uid"
@@ -49,13 +50,14 @@ class MlflowWriter:
         prepare_process()
         from mlflow import MlflowClient
 
-        if (database := sqlite_file(uri)) is not None:
-            ensure_tracking_file(database)
+        database = sqlite_file(uri)
+        self._file = TrackingFile(database, uri) if database is not None else None
         self.refused = 0
         """Writes that the server will never take; each was logged."""
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self._study_uid = study_uid
-        self.experiment_id = experiment_id(self._client, experiment, artifact_location)
+        with self._file.opening() if self._file is not None else contextlib.nullcontext():
+            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self.experiment_id = experiment_id(self._client, experiment, artifact_location)
         self.doubtful = False
         """Whether a run was asked for whose answer has not come: the server may make it yet."""
         self._additions = additions
@@ -69,6 +71,8 @@ class MlflowWriter:
     def write(self, update: RunUpdate) -> None:
         """Bring the numbers and the state of one run up to date; a run that a person deleted stays deleted. What is
         written is taken out of the update, so that after a failure the next attempt goes on from there."""
+        if self._file is not None:
+            self._file.check()
         if update.uid in self._deleted:
             return
         run_id = self._runs.get(update.uid) or self._create(update)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from orchestrator.record.journal import Journal
 from orchestrator.tracking import sqlite_file
-from orchestrator.tracking.sqlite_file import ensure_tracking_file
+from orchestrator.tracking.follower import MlflowFollower
+from orchestrator.tracking.sqlite_file import TrackingFileError, ensure_tracking_file
 from orchestrator.tracking.writer import MlflowWriter
+from tests.orchestrator.tracked import contents, wait_until, write_study
 
 
 def tables(file: Path) -> set[str]:
@@ -48,7 +54,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from alembic.script import ScriptDirectory
-from orchestrator.tracking.sqlite_file import ensure_tracking_file
+from orchestrator.record.journal import Journal
+from orchestrator.tracking.follower import MlflowFollower
+from orchestrator.tracking.sqlite_file import TrackingFileError, ensure_tracking_file
 import alembic.operations.batch as batch
 real, calls = batch.BatchOperationsImpl.flush, []
 def flush(self):
@@ -65,14 +73,12 @@ def test_p16_a_process_killed_while_it_makes_the_file_leaves_none(tmp_path: Path
     file = tmp_path / "mlflow.db"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
-    left = file.with_name(".mlflow.db.new")
-    assert left.exists()
-    assert not file.exists()
+    assert list(tmp_path.iterdir()) == []
     MlflowWriter(f"sqlite:///{file}", "pets", "pets")
     assert {"runs", "metrics"} <= tables(file)
-    assert not left.exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_p16_the_file_of_another_mlflow_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, real = tmp_path / "mlflow.db", sqlite_file._migrate
 
@@ -83,8 +89,10 @@ def test_p16_the_file_of_another_mlflow_is_not_replaced(tmp_path: Path, monkeypa
     monkeypatch.setattr(sqlite_file, "_migrate", migrate)
     ensure_tracking_file(file)
     assert file.read_text() == "of a server that was faster"
+    assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.usefixtures("quick")
 def test_p16_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: Path, target: Path) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -92,3 +100,90 @@ def test_p16_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "link", link)
     ensure_tracking_file(tmp_path / "mlflow.db")
     assert {"runs", "metrics"} <= tables(tmp_path / "mlflow.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def half_made(template: Path, file: Path, age: float) -> bytes:
+    """What an MLflow leaves that is killed in the middle of a migration: its change is there, its name is not."""
+    shutil.copy(template, file)
+    with sqlite3.connect(file) as connection:
+        connection.execute("update alembic_version set version_num = '451aebb31d03'")
+        connection.execute("drop table trace_tags")
+    os.utime(file, (time.time() - age,) * 2)
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty tracking database; making one takes seconds."""
+    file = tmp_path_factory.mktemp("template") / "mlflow.db"
+    MlflowWriter(f"sqlite:///{file}", "template", "none")
+    return file
+
+
+@pytest.fixture
+def quick(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables come from a copy."""
+    monkeypatch.setattr(sqlite_file, "_migrate", lambda draft: shutil.copyfile(template, draft))
+
+
+def test_p16_a_file_that_another_mlflow_is_making_is_not_touched(template: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    before = half_made(template, file, age=0)
+    with pytest.raises(TrackingFileError) as refused:
+        MlflowWriter(f"sqlite:///{file}", "pets", "pets")
+    assert str(refused.value) == (
+        f"Another MLflow is making {file}, or was killed while it did; if that was so, move the file away."
+    )
+    assert file.read_bytes() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_p16_a_half_made_file_holds_up_no_study_and_moving_it_away_is_enough(
+    template: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, artifacts = tmp_path / "mlflow.db", (tmp_path / "artifacts").as_uri()
+    half_made(template, file, age=3600)
+    told = (
+        f"TrackingFileError: MLflow cannot open {file} (table experiment_tags already exists): it was left half-made, "
+        "or is no tracking file. Move it away: the next attempt makes a new one, and the journal has every number."
+    )
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal, caplog.at_level(logging.WARNING):
+        write_study(journal, finish=False)
+        with MlflowFollower(path, f"sqlite:///{file}", "pets", "pets", artifacts, poll=0.02) as following:
+            wait_until(lambda: following.problem is not None)
+            assert told[:300] in caplog.text
+            file.rename(tmp_path / "away.db")
+            wait_until(lambda: following.backlog == 0)
+            journal.append("study_finished", state="complete")
+            assert following.close(60) == 0
+    assert len(contents(file)["runs"]) == 5
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("left", ["nothing", "an empty file"])
+def test_p16_a_file_that_is_removed_under_a_running_study_is_made_and_filled_again(
+    left: str, template: Path, tmp_path: Path
+) -> None:
+    """MLflow would go on writing to the one that nobody finds any more."""
+    file, path = tmp_path / "mlflow.db", tmp_path / "journal.jsonl"
+    shutil.copy(template, file)
+    with Journal(path) as journal:
+        write_study(journal, finish=False)
+        following = MlflowFollower(
+            path, f"sqlite:///{file}", "pets", "pets", (tmp_path / "artifacts").as_uri(), poll=0.02
+        )
+        with following:
+            wait_until(lambda: following.backlog == 0)
+            assert len(contents(file)["runs"]) == 5
+            file.unlink()
+            if left == "an empty file":
+                (tmp_path / "new").touch()
+                os.utime(tmp_path / "new", (0, 0))
+                (tmp_path / "new").rename(file)
+            journal.append("study_finished", state="complete")
+            assert following.close(60, patience=30) == 0
+    found = contents(file)
+    assert len(found["runs"]) == 5
+    assert len(found["metrics"]) == 32
