@@ -63,19 +63,14 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("study.yaml"),
     model: Annotated[str | None, typer.Option(help="A timm model name.")] = None,
     name: Annotated[str | None, typer.Option(help="The study's name. Default: that of the data.")] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column of Parquet files.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented study file for your data."""
-    from orchestrator.commands.init import write_study
+    from orchestrator.commands.init import announced, write_study
 
-    written = write_study(data, output, model=model, name=name, force=force)
-    context.obj.result(
-        written,
-        lambda console: console.print(
-            f"Wrote {written['study_file']}. Look at it, then: luthier plan {written['study_file']}",
-            markup=False, highlight=False, soft_wrap=True,
-        ),
-    )  # fmt: skip
+    written = write_study(data, output, model=model, name=name, label=label, force=force)
+    context.obj.result(written, announced(written))
 
 
 @app.command()

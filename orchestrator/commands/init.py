@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.reference import Row, rows, sections, written
 from orchestrator.errors import PreflightError, Problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DIGITS_MODEL, MODEL = "digits_vit", "resnet18"
 """What a new study starts from; any timm name can take its place."""
@@ -24,9 +27,18 @@ _HEAD = """\
 
 
 def write_study(
-    data: Path | None, output: Path, *, model: str | None = None, name: str | None = None, force: bool = False
+    data: Path | None,
+    output: Path,
+    *,
+    model: str | None = None,
+    name: str | None = None,
+    label: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write a study file for the images at `data` (None = the built-in digits).
+
+    Args:
+        label: the label column of Parquet files, where its name is no usual one.
 
     Returns:
         What was written, as JSON values: `study_file`, and the `fields` that were chosen.
@@ -41,12 +53,18 @@ def write_study(
 
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
-    fields = _digits(model) if data is None else _found(data, model)
+    fields = _digits(model) if data is None else _found(data, model, label)
     fields["name"] = name or fields["name"]
     StudySpec.from_fields(fields)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(render(fields, output), encoding="utf-8")
     return {"study_file": str(output), "fields": fields}
+
+
+def announced(written: Mapping[str, Any]) -> Callable[[Console], None]:
+    """What a person is told."""
+    text = f"Wrote {written['study_file']}. Look at it, then: luthier plan {written['study_file']}"
+    return lambda console: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def render(fields: Mapping[str, Any], file: Path) -> str:
@@ -98,13 +116,13 @@ def _digits(model: str | None) -> dict[str, Any]:
     }
 
 
-def _found(data: Path, model: str | None) -> dict[str, Any]:
+def _found(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
     """Fields for real data. OOD is what the source marks so; else all domains but the largest, for the person to
     look at."""
     from orchestrator.ingest.check import detect
     from orchestrator.ingest.request import IngestRequest, open_source
 
-    source = open_source(IngestRequest(source=detect(data), root=str(data)))
+    source = open_source(IngestRequest(source=detect(data), root=str(data), label=label))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
     if not outside and len(domains) > 1:
@@ -113,7 +131,7 @@ def _found(data: Path, model: str | None) -> dict[str, Any]:
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", data.resolve().stem).strip("-._") or "study"
     return {
         "name": stem,
-        "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside},
+        "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside, "label": label},
         "model": {"name": model or MODEL},
         "strategies": _strategy_names(model or MODEL),
         "search": {"trials": 40, "epochs": 20},

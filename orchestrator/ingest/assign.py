@@ -133,7 +133,10 @@ def _classes(source: Source, inner: Integers, outer: Integers, inside: list[str]
         )
     if len(learnt) < 2:
         only = few(sorted(learnt)) or "none"
-        raise DataError(f"There must be at least two classes, but the ID images have only {only}{note}.")
+        raise DataError(
+            f"There must be at least two classes, but the ID images have only {only}{note}. Add "
+            "images of another class, or more domains to data.id."
+        )
     order = [name for name in source.class_order or () if name in learnt]
     return order + _by_name(learnt - {*order})
 

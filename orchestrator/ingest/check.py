@@ -63,7 +63,10 @@ def detect(path: Path) -> str:
     kinds = {".parquet": "parquet", ".npz": "npz"}
     if root.is_file():
         if root.suffix.lower() not in kinds:
-            raise DataError(f"Data must be a folder, a .parquet file or an .npz file, but {path} is none of these.")
+            raise DataError(
+                f"Data must be a folder, a .parquet file or an .npz file, but {path} is none of these. Unpack archives "
+                "into <class>/<image>, and put the images that a table names there too."
+            )
         return kinds[root.suffix.lower()]
     if any(root.glob("*.npz")):
         return "npz"
@@ -100,6 +103,8 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
 def _places(source: Source, request: IngestRequest, bad: list[int]) -> tuple[dict[int, str], list[str]]:
     """The split of each sample in a study with default settings (if that would refuse the data: as the source says),
     and why it would."""
+    if len(bad) == len(source.samples):
+        return {}, [f"Images must be readable, but none of {len(bad)} is."]
     try:
         assignment = assign(source, request, bad)
     except DataError as error:

@@ -12,6 +12,8 @@ from typing import Any
 
 from orchestrator.ingest.source import Outcome, Sample
 
+SHOWN = 6
+"""Images of one group that are shown to a person."""
 LISTED = 1000
 """Groups that are named; the counts hold for all."""
 
@@ -51,8 +53,9 @@ class Duplicates:
 
 def in_words(group: Mapping[str, Any]) -> str:
     """A named group: `a.png (train) = b.bmp (test)`; says so where only the pixels are the same."""
-    named = zip(group["names"], group["places"], strict=True)
-    equal = " = ".join(f"{name} ({place})" if place else name for name, place in named)
+    named = list(zip(group["names"], group["places"], strict=True))
+    equal = " = ".join(f"{name} ({place})" if place else name for name, place in named[:SHOWN])
+    equal += f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
     return equal + (" (equal pixels, other bytes)" if group["same"] == "pixels" else "")
 
 

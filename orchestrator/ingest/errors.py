@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+OTHER = "Set data.source to what is there."
+"""The way out where a folder holds nothing of the kind of source that was named."""
+
 
 class DataError(ValueError):
     """Data that no study could use: the rule, what was found, the way out."""
@@ -34,9 +37,9 @@ def few(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + more
 
 
-def counted(count: int, noun: str) -> str:
-    """`1 image`, `2 images`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def counted(count: int, noun: str, several: str = "") -> str:
+    """`1 image`, `2 images`; `several` is the plural where it is not made with an s."""
+    return f"{count} {noun if count == 1 else several or f'{noun}s'}"
 
 
 def existing(path: Path) -> Path:

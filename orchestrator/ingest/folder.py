@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.ingest.errors import DataError, few, shown
 from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Left, Sample
-from orchestrator.ingest.walk import File, Tree, walk
+from orchestrator.ingest.walk import NO_IMAGE, File, Tree, walk
 
 EXTENSIONS = frozenset(
     f".{e}"
@@ -90,7 +90,9 @@ def _grouped(root: Path, tree: Tree) -> _Groups:
         Left(shown(file.name), "directly in the root, so it has no class") for file in tree.files if not file.folders
     ]
     if not tops:
-        found = "they lie directly in the root" if tree.files else "there is none"
+        others = sorted(left.name for left in tree.ignored if left.reason == NO_IMAGE)
+        none = "there is none" + (f", only {few(others)}" if others else "")
+        found = "they lie directly in the root" if tree.files else none
         raise DataError(
             f"Images must lie in folders named after their classes, but in {shown(str(root))} {found}. "
             f"The layouts understood are {LAYOUTS}."

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.ingest.errors import DataError, few, shown
+from orchestrator.ingest.errors import OTHER, DataError, few, shown
 from orchestrator.ingest.source import DEFAULT_DOMAIN, ArraySource, Sample
 
 SPLITS = ("train", "val", "test")
@@ -82,7 +82,7 @@ def open_npz(root: Path) -> NpzSource:
     """
     files = [root] if root.is_file() else sorted(p for p in root.glob("*.npz") if p.is_file())
     if not files:
-        raise DataError(f"An npz source needs files that end in .npz, but {shown(str(root))} holds none.")
+        raise DataError(f"An npz source needs files that end in .npz, but {shown(str(root))} holds none. {OTHER}")
     digest, parts, samples = hashlib.sha256(), list[_Part](), list[Sample]()
     for file in files:
         status = file.stat()
@@ -108,6 +108,8 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part, list[str]]]:
     """Split, images and labels of one file."""
     name = shown(file.name)
     try:
+        if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle, and say how to load it unsafely
+            raise ValueError("it is no zip archive")
         with np.load(file, allow_pickle=False) as archive, zipfile.ZipFile(file) as members:
             if "train_images" not in archive.files or "train_labels" not in archive.files:
                 raise DataError(
@@ -127,7 +129,8 @@ def _parts(file: Path) -> Iterator[tuple[str, _Part, list[str]]]:
         raise
     except _DAMAGED as error:
         raise DataError(
-            f"{name} must be an .npz file of plain arrays, but it cannot be read as one: {error}"
+            f"{name} must be an .npz file of plain arrays, but it cannot be read as one: {str(error).rstrip('.')}. "
+            "Give an undamaged file, as numpy.savez writes it."
         ) from error
 
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ingest.errors import DataError, counted, few, shown
+from orchestrator.ingest.errors import OTHER, DataError, counted, few, shown
 from orchestrator.ingest.parquet_table import Table
 from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Sample
 
@@ -50,7 +50,9 @@ def open_parquet(root: Path, label: str | None = None) -> ParquetSource:
     """
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*.parquet") if p.is_file())
     if not files:
-        raise DataError(f"A Parquet source needs files that end in .parquet, but {shown(str(root))} holds none.")
+        raise DataError(
+            f"A Parquet source needs files that end in .parquet, but {shown(str(root))} holds none. {OTHER}"
+        )
     base = root.parent if root.is_file() else root
     names = [shown(str(file.relative_to(base))) for file in files]
     by_file = _splits_by_name(files)

@@ -78,7 +78,8 @@ class Table:
             return (known or images)[0]
         raise DataError(
             f"A Parquet file needs an image column (binary, or a struct with a binary field 'bytes'), called "
-            f"{' or '.join(IMAGE_COLUMNS)} if there are several; but {self.name} has {self._schema_text()}."
+            f"{' or '.join(IMAGE_COLUMNS)} if there are several; but {self.name} has {self._schema_text()}. "
+            "Paths are not followed: save the encoded images."
         )
 
     def _label_column(self) -> str:
@@ -86,8 +87,8 @@ class Table:
             if name in self.schema.names and name != self.image:
                 return name
         raise DataError(
-            f"A Parquet file needs a label column, called {' or '.join(LABEL_COLUMNS)}, or named by data.label; but "
-            f"{self.name} has {self._schema_text()}."
+            f"A Parquet file needs a label column, called {' or '.join(LABEL_COLUMNS)}, but {self.name} has "
+            f"{self._schema_text()}. Name yours in data.label (in commands: --label)."
         )
 
     def _declared(self, label: str) -> str:
@@ -106,8 +107,10 @@ class Table:
             kind = kind.value_type
         textual = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         if not (textual or pa.types.is_integer(kind)):
+            way = " Name another column in data.label, or save names." if column == self.label else ""
             raise DataError(
                 f"The column {column!r} must hold names or whole numbers from 0, but in {self.name} it holds {kind}."
+                f"{way}"
             )
         values = self._column(column)
         wrong = [i for i, v in enumerate(values) if v is None or v == "" or (not textual and v < 0)]
@@ -169,7 +172,10 @@ def open_checked(file: Path, name: str) -> Any:
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{name} must be a Parquet file, but it cannot be read as one: {error}") from error
+        raise DataError(
+            f"{name} must be a Parquet file, but it cannot be read as one: {str(error).rstrip('.')}. Give an undamaged "
+            "Parquet file."
+        ) from error
 
 
 def _footer(file: Path) -> bytes:
@@ -179,7 +185,9 @@ def _footer(file: Path) -> bytes:
         stream.seek(max(0, size - 8))
         tail = stream.read(8)
         if size < 12 or tail[4:] != b"PAR1":
-            raise ValueError("it does not end like one" if size else "it is empty")
+            raise ValueError(
+                "it does not end with PAR1, so it was cut or is another kind of file" if size else "it is empty"
+            )
         length = int.from_bytes(tail[:4], "little")
         if length > size - 12:
             raise ValueError("its footer is longer than the file")

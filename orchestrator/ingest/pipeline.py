@@ -35,15 +35,14 @@ __all__ = ["IngestRequest", "ingest", "survey"]
 log = logging.getLogger("luthier")
 
 
-def survey(request: IngestRequest) -> Source:
-    """List a source and check that a study could use it; no image is opened.
+def survey(request: IngestRequest) -> tuple[Source, Assignment]:
+    """List a source, check that a study could use it and decide who goes where; no image is opened.
 
     Raises:
         DataError: see `ingest`, but for what only decoding shows.
     """
     source = open_source(request)
-    assign(source, request)
-    return source
+    return source, assign(source, request)
 
 
 def ingest(request: IngestRequest, into: Path, workers: int | None = None, progress: Progress | None = None) -> Store:
@@ -83,7 +82,7 @@ def ingest(request: IngestRequest, into: Path, workers: int | None = None, progr
     if not fresh:
         check_intact(store)
     if request.on_bad == "fail" and store.manifest["quarantine"]:
-        raise _refused(store.manifest["quarantine"])
+        raise _refused(store.manifest["quarantine"], request)
     if request.on_leak == "fail" and store.manifest["duplicates"]["leaks"]:
         raise _leaking(store)
     _warn(store.manifest)
@@ -168,7 +167,7 @@ def _without(
     """Splits without the quarantined samples, and the file written anew for them."""
     quarantine = quarantine_list(source, outcomes)
     if request.on_bad == "fail" or len(bad) == len(outcomes):
-        raise _refused(quarantine)
+        raise _refused(quarantine, request)
     try:
         assignment = assign(source, request, bad)
     except DataError as error:
@@ -182,10 +181,10 @@ def _without(
     return assignment
 
 
-def _refused(quarantine: list[dict[str, str]]) -> DataError:
+def _refused(quarantine: list[dict[str, str]], request: IngestRequest) -> DataError:
     return DataError(
         f"All images must be readable, but {counted(len(quarantine), 'image')} cannot be read: {_listed(quarantine)}. "
-        "Replace or remove what `luthier data check` lists."
+        f"Replace or remove what `luthier data check {request.root}` lists."
     )
 
 

@@ -79,7 +79,8 @@ class DataReport:
         from rich.markup import escape
 
         console.print(f"[bold]{escape(self.path)}[/bold]: {escape(self.source)}, {escape(self.layout)}")
-        console.print(f"{self.images} readable images, {len(self.domains)} domain(s), {len(self.classes)} classes")
+        counts = counted(len(self.domains), "domain"), counted(len(self.classes), "class", "classes")
+        console.print(f"{counted(self.images, 'readable image')}, {', '.join(counts)}")
         if self.splits:
             console.print("Splits of the source: " + ", ".join(f"{name} {n}" for name, n in self.splits.items()))
         else:
@@ -93,7 +94,7 @@ class DataReport:
             console.print(f"{count} {NOTES[note]}")
         self._print_lists(console)
         for problem in self.problems:
-            console.print(f"[bold red]Problem:[/bold red] {escape(problem)}")
+            console.print(f"[bold red]Problem:[/bold red] {escape(problem)}", soft_wrap=True)
         if not self.problems:
             console.print("[green]A study can use this.[/green]")
 
@@ -105,12 +106,12 @@ class DataReport:
         for domain, counts in self.domains.items():
             role = " (OOD)" if domain in self.ood_domains else ""
             missing = sorted(set(self.classes) - set(counts))
-            span = f"{min(counts.values())} to {max(counts.values())}" if counts else "-"
+            least, most = min(counts.values(), default=0), max(counts.values(), default=0)
             table.add_row(
                 escape(domain) + role,
                 str(sum(counts.values())),
                 str(len(counts)),
-                span,
+                str(most) if least == most else f"{least} to {most}",
                 escape(", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")),
             )
         console.print(table)
@@ -120,8 +121,8 @@ class DataReport:
 
         unreadable = [f"{entry['name']}: {entry['reason']}" for entry in self.unreadable]
         _print_list(console, f"Unreadable, will be left out: {len(unreadable)}", unreadable)
-        drawn = "" if self.splits else " as they would be drawn by default"
-        for key, text in (("across", f"splits{drawn} or domains"), ("contradictory", "classes")):
+        drawn = "splits" if self.splits else "splits (as a study draws them by default)"
+        for key, text in (("across", f"{drawn} or domains"), ("contradictory", "classes")):
             title = f"The same image in several {text}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
             _print_list(console, title, [in_words(group) for group in self.duplicates[key]])
         if self.duplicates["repeats"]:
@@ -130,7 +131,7 @@ class DataReport:
         reasons = Counter(_kind(entry["reason"]) for entry in self.ignored)
         if reasons:
             listed = ", ".join(f"{escape(reason)}: {count}" for reason, count in reasons.most_common())
-            console.print(f"Not used as images: {listed}")
+            console.print(f"Not used as images: {listed}", soft_wrap=True)
 
 
 def _kind(reason: str) -> str:
@@ -144,6 +145,6 @@ def _print_list(console: Console, title: str, lines: list[str]) -> None:
         return
     console.print(f"[yellow]{escape(title)}[/yellow]")
     for line in lines[:LISTED]:
-        console.print(f"  {escape(line)}")
+        console.print(f"  {escape(line)}", soft_wrap=True)
     if len(lines) > LISTED:
         console.print(f"  and {len(lines) - LISTED} more (all with --json)")

@@ -77,8 +77,8 @@ def open_source(request: IngestRequest) -> Source:
 
         if not root.is_dir():
             raise DataError(
-                f"The source 'folder' needs a folder, but {root} is a file. "
-                "For .parquet and .npz files set data.source."
+                f"The source 'folder' needs a folder, but {root} is a file. Set data.source to what it is: parquet or "
+                "npz."
             )
         return open_folder(root)
     if request.source == "parquet":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from orchestrator.ingest.errors import DataError, shown
 from orchestrator.ingest.source import Left
 
+NO_IMAGE = "no image file by its extension"
 MAX_DEPTH = 6
 """Folders below the root; deeper ones are listed, not entered."""
 
@@ -114,7 +115,7 @@ def _reason_to_skip(entry: os.DirEntry[str], home: str, suffixes: frozenset[str]
     if not stat.S_ISREG(entry.stat().st_mode):
         return "a special file (pipe, socket or device)"
     if os.path.splitext(entry.name)[1].lower() not in suffixes:
-        return "no image file by its extension"
+        return NO_IMAGE
     return None
 
 

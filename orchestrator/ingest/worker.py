@@ -98,7 +98,7 @@ def _rows(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int 
         except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
             failure = BadImageError(f"row group {request['group']} is damaged: {error}")
             data = None
-        yield failure or data or BadImageError("the row has no image bytes"), offset
+        yield failure or data or BadImageError("the row has no image bytes (paths are not followed)"), offset
 
 
 def _outcome(

@@ -58,9 +58,14 @@ class Plan:
     """Whether the pretrained network's plasticity is measured, once at the start."""
     images: int
     """Images of the source, of all its domains."""
+    classes: int
+    splits: Mapping[str, int]
+    """`train`, `val`, `test` and `ood/<domain>` → images, before any is found to be unreadable."""
+    id_domains: tuple[str, ...]
     disk_bytes: int
     """Estimated size of the data store plus records, without checkpoints."""
     resources: str
+    train_fraction: float = 1.0
 
     @property
     def max_units(self) -> int:
@@ -97,7 +102,8 @@ class Plan:
         references = "" if self.reference_trials == 0 else f", {_or_unknown(self.reference_trials)} reference (FSR)"
         stop = f"; the scheduler may stop a trial after {_units(self.rungs)}" if self.rungs else "; no trial is stopped"
         return [
-            f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images.",
+            f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images in {self.classes} classes.",
+            self._images(),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
             f"Budget of a trial: {self.epochs} units of {self.unit}{stop}.",
@@ -107,6 +113,14 @@ class Plan:
             f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Study folder: {self.folder}",
         ]
+
+    def _images(self) -> str:
+        outside = {name.removeprefix("ood/"): n for name, n in self.splits.items() if name.startswith("ood/")}
+        ood = ", ".join(f"{count:,} of {name}" for name, count in outside.items()) or "none"
+        train, val, test = (f"{self.splits[name]:,}" for name in ("train", "val", "test"))
+        share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
+        domains = ", ".join(self.id_domains)
+        return f"Images of {domains}: {train} to train on{share}, {val} for validation, {test} for the ID test; OOD: {ood}."
 
     def _diagnostics(self) -> str:
         of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
@@ -126,7 +140,8 @@ def make_plan(spec: StudySpec) -> Plan:
     space = space_of(spec)
     counts = count_trials(spec, space)
     search, data = spec.search, spec.data
-    images = len(examine(data).samples)
+    source, assignment = examine(data)
+    images = len(source.samples)
     gpus = (
         "a GPU if there is one"
         if spec.resources.gpus == "auto"
@@ -150,6 +165,10 @@ def make_plan(spec: StudySpec) -> Plan:
         measured=tuple(spec.diagnostics.measure),
         plasticity=spec.diagnostics.plasticity and "transformer_block" in layer_kinds(spec.model.name),
         images=images,
+        classes=len(assignment.classes),
+        splits={name: len(rows) for name, rows in assignment.splits.items()},
+        id_domains=tuple(assignment.id_domains),
+        train_fraction=data.train_fraction,
         disk_bytes=store_bytes(spec, images, counts.total),
         resources=f"{spec.resources.cpus:g} CPU{_s(spec.resources.cpus)} and {gpus}",
     )

@@ -55,7 +55,7 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     ood: Collection[str] = data.ood or DIGITS_DOMAINS
     if data.source != "digits":
         try:
-            marked = examine(data).evaluation_domains
+            marked = examine(data)[0].evaluation_domains
         except ValueError as error:
             yield Problem(("data",), str(error))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from orchestrator.ingest.assign import Assignment
     from orchestrator.ingest.source import Source
     from orchestrator.study_file.spec import DataSpec, StudySpec
 
@@ -14,8 +15,8 @@ TRIAL_BYTES = 200_000
 """Journal lines, Optuna rows and MLflow rows of one trial, without its checkpoints."""
 
 
-def examine(data: DataSpec) -> Source:
-    """What a source offers to a study, by names and headers alone: no image is decoded.
+def examine(data: DataSpec) -> tuple[Source, Assignment]:
+    """What a source offers to a study, and what the study makes of it, by names and headers alone: no image is decoded.
 
     Raises:
         DataError: the source is missing or has no images, a domain is missing or empty, a class is never ID or has too

@@ -144,7 +144,8 @@ class TestClasses:
 
     def test_one_class(self) -> None:
         assert refusal(source({("id", "cat"): 9})) == (
-            "There must be at least two classes, but the ID images have only cat."
+            "There must be at least two classes, but the ID images have only cat. Add images of another class, or more "
+            "domains to data.id."
         )
 
     def test_names_that_are_numbers_are_sorted_as_such_and_the_source_may_have_an_order(self) -> None:

@@ -73,7 +73,7 @@ def test_it_is_json(messy: DataReport) -> None:
 def test_it_can_be_read(messy: DataReport) -> None:
     text = shown(messy)
     for line in (
-        "27 readable images, 2 domain(s), 3 classes",
+        "27 readable images, 2 domains, 3 classes",
         "Unreadable, will be left out: 1",
         "  photo/bee/zero.jpg: the file is empty",
         "The same image in several classes: 1 group",
@@ -153,5 +153,6 @@ class TestDetect:
         with pytest.raises(DataError) as error:
             detect(tmp_path / "x.csv")
         assert str(error.value) == (
-            f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.csv is none of these."
+            f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.csv is none of these. Unpack "
+            "archives into <class>/<image>, and put the images that a table names there too."
         )

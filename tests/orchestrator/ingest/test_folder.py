@@ -91,6 +91,16 @@ class TestLayouts:
             f"The layouts understood are {LAYOUTS}."
         )
 
+    def test_files_that_are_no_images(self, tmp_path: Path) -> None:
+        for name in ("a.tar", "b.tar", "labels.csv"):
+            (tmp_path / name).touch()
+        with pytest.raises(DataError) as error:
+            open_folder(tmp_path)
+        assert str(error.value).startswith(
+            f"Images must lie in folders named after their classes, but in {tmp_path} there is none, only a.tar, "
+            "b.tar, labels.csv. The layouts understood are "
+        )
+
     def test_no_images(self, tmp_path: Path) -> None:
         (tmp_path / "cat").mkdir()
         with pytest.raises(DataError, match=r"but in .* there is none"):

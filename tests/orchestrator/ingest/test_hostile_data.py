@@ -127,7 +127,10 @@ def test_d29_a_path_in_a_table_leads_nowhere(place: str, tmp_path: Path) -> None
     pq.write_table(pa.table({"image": rows, "label": [0, 1, 0, 1]}), tmp_path / "a" / "b" / "x.parquet")
     source = open_parquet(tmp_path / "a" / "b" / "x.parquet")
     outcomes = decode_all(source, range(4), Job(16, "nearest"), workers=1)
-    assert [outcome.reason for outcome in outcomes.values()] == [None, None, None, "the row has no image bytes"]
+    assert [outcome.reason for outcome in outcomes.values()] == [
+        *[None] * 3,
+        "the row has no image bytes (paths are not followed)",
+    ]
 
 
 def read_all(path: Path) -> list[tuple[str, bytes | None]] | None:
@@ -218,7 +221,8 @@ def test_d28_an_archive_of_samples_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         check(tmp_path / "x.tar")
     assert str(error.value) == (
-        f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.tar is none of these."
+        f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.tar is none of these. Unpack "
+        "archives into <class>/<image>, and put the images that a table names there too."
     )
 
 

@@ -96,6 +96,14 @@ class TestRefusals:
         (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 truncated")
         assert refusal(tmp_path / "x.npz").startswith("x.npz must be an .npz file of plain arrays, but it cannot be")
 
+    def test_another_kind_of_file(self, tmp_path: Path) -> None:
+        """NumPy takes it for a pickle, and says how to load it unsafely."""
+        (tmp_path / "x.npz").write_text("label,image")
+        assert refusal(tmp_path / "x.npz") == (
+            "x.npz must be an .npz file of plain arrays, but it cannot be read as one: it is no zip archive. Give an "
+            "undamaged file, as numpy.savez writes it."
+        )
+
     def test_missing_arrays(self, tmp_path: Path) -> None:
         assert refusal(save(tmp_path / "x.npz", images=np.zeros(3))) == (
             "An .npz file needs the arrays train_images and train_labels, and may have val_ and test_ ones, but x.npz "
@@ -130,4 +138,6 @@ class TestRefusals:
         )
 
     def test_an_empty_folder(self, tmp_path: Path) -> None:
-        assert refusal(tmp_path) == f"An npz source needs files that end in .npz, but {tmp_path} holds none."
+        assert refusal(tmp_path) == (
+            f"An npz source needs files that end in .npz, but {tmp_path} holds none. Set data.source to what is there."
+        )

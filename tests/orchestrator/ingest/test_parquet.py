@@ -104,7 +104,7 @@ class TestReading:
         store = read(write(tmp_path / "x.parquet", image=data, label=["a", "b"] * 12), tmp_path / "stores", "parquet")
         found = {entry["name"]: entry["reason"] for entry in store.manifest["quarantine"]}
         assert set(found) == {"x.parquet#3", "x.parquet#5", "x.parquet#7"}
-        assert found["x.parquet#3"] == "the row has no image bytes"
+        assert found["x.parquet#3"] == "the row has no image bytes (paths are not followed)"
         assert found["x.parquet#7"].startswith("truncated or damaged")
 
     def test_d22_a_flipped_bit_in_a_page_is_found(self, tmp_path: Path) -> None:
@@ -124,11 +124,13 @@ class TestRefusals:
         [
             (
                 pa.array([0.5] * 4),
-                "The column 'label' must hold names or whole numbers from 0, but in x.parquet it holds double.",
+                "The column 'label' must hold names or whole numbers from 0, but in x.parquet it holds double. Name "
+                "another column in data.label, or save names.",
             ),
             (
                 pa.array([True] * 4),
-                "The column 'label' must hold names or whole numbers from 0, but in x.parquet it holds bool.",
+                "The column 'label' must hold names or whole numbers from 0, but in x.parquet it holds bool. Name "
+                "another column in data.label, or save names.",
             ),
             (
                 pa.array([0, 1, None, None]),
@@ -158,11 +160,12 @@ class TestRefusals:
         assert refusal(write(tmp_path / "x.parquet", text=["a"], label=[0])) == (
             "A Parquet file needs an image column (binary, or a struct with a binary field 'bytes'), called image or "
             "img or images or picture or image_bytes or bytes if there are several; but x.parquet has text (string), "
-            "label (int64)."
+            "label (int64). Paths are not followed: save the encoded images."
         )
         assert refusal(write(tmp_path / "y.parquet", image=images(1), lable=[0])) == (
             "A Parquet file needs a label column, called label or labels or class or target or category or fine_label "
-            "or coarse_label, or named by data.label; but y.parquet has image (binary), lable (int64)."
+            "or coarse_label, but y.parquet has image (binary), lable (int64). Name yours in data.label (in commands: "
+            "--label)."
         )
 
     def test_d30_a_label_column_that_is_not_there(self, tmp_path: Path) -> None:
@@ -180,9 +183,9 @@ class TestRefusals:
     @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"PAR1 and then nothing PAR1"])
     def test_d21_no_parquet_file(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "x.parquet").write_bytes(content)
-        assert refusal(tmp_path / "x.parquet").startswith(
-            "x.parquet must be a Parquet file, but it cannot be read as one: "
-        )
+        text = refusal(tmp_path / "x.parquet")
+        assert text.startswith("x.parquet must be a Parquet file, but it cannot be read as one: ")
+        assert text.endswith(". Give an undamaged Parquet file.")
 
     def test_d21_a_truncated_file(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.parquet", image=images(4), label=[0, 1, 0, 1])
@@ -241,4 +244,7 @@ class TestRefusals:
         )
 
     def test_a_folder_without_any(self, tmp_path: Path) -> None:
-        assert refusal(tmp_path) == f"A Parquet source needs files that end in .parquet, but {tmp_path} holds none."
+        assert refusal(tmp_path) == (
+            f"A Parquet source needs files that end in .parquet, but {tmp_path} holds none. Set data.source to what is "
+            "there."
+        )

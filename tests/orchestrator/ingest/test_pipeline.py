@@ -135,7 +135,7 @@ class TestQuarantine:
         (root / "photo" / "bee" / "zero.png").touch()
         text = (
             "All images must be readable, but 1 image cannot be read: photo/bee/zero.png (the file is empty). "
-            "Replace or remove what `luthier data check` lists."
+            f"Replace or remove what `luthier data check {root}` lists."
         )
         for _ in range(2):
             with pytest.raises(DataError) as error:
@@ -272,7 +272,8 @@ class TestOnce:
 def test_survey_lists_and_judges_without_opening_an_image(tmp_path: Path) -> None:
     root = domains(tmp_path / "data", ("photo",), 3)
     bad_files(root / "photo" / "bee")
-    assert len(survey(IngestRequest(source="folder", root=str(root))).samples) == 16
+    source, assignment = survey(IngestRequest(source="folder", root=str(root)))
+    assert (len(source.samples), len(assignment.used)) == (16, 16)
     fill(root, {"art/fox": 1})
     with pytest.raises(DataError, match="'fox' occurs only in OOD domains"):
         survey(IngestRequest(source="folder", root=str(root), ood=("art",)))

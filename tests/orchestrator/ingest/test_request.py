@@ -35,8 +35,8 @@ def test_s3_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     request = IngestRequest(source="folder", root=str(tmp_path / "x.txt"))
     assert refusal(request, tmp_path) == (
-        f"The source 'folder' needs a folder, but {tmp_path}/x.txt is a file. For .parquet and .npz files set "
-        "data.source."
+        f"The source 'folder' needs a folder, but {tmp_path}/x.txt is a file. Set data.source to what it is: "
+        "parquet or npz."
     )
 
 

@@ -106,7 +106,8 @@ class TestShown:
         measure = {"measure": ["shift", "distortion"]}
         plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, diagnostics=measure)
         assert plan.lines() == [
-            f"Network: resnet18. Data: {plan.data}, 16 images.",
+            f"Network: resnet18. Data: {plan.data}, 16 images in 2 classes.",
+            "Images of photo: 4 to train on, 2 for validation, 2 for the ID test; OOD: 8 of sketch.",
             "Trials: 20 search (tpe), 9 confirmation.",
             "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
             "At most 261 units in all. Each trial gets 1 CPU and a GPU if there is one.",
@@ -127,7 +128,7 @@ class TestShown:
             in plan.lines()
         )
         unknown = planned(data={"ood": []}, diagnostics=wanted)
-        assert unknown.lines()[1].endswith("9 confirmation, an unknown number of reference (FSR).")
+        assert unknown.lines()[2].endswith("9 confirmation, an unknown number of reference (FSR).")
 
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
         found = json.loads(json.dumps(planned().to_dict()))
