@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
-from trainables.core.vit_blocks import find_blocks
+from trainables.core.vit_blocks import Block, find_blocks, linear_width
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
@@ -35,7 +35,7 @@ class LoRA(Strategy):
         alpha: float | None = None
         """Numerator of the scale α/r; None = 2·rank, a scale of 2."""
         targets: Literal["attention", "mlp", "all"] = "attention"
-        """attention = all maps of the attention (fused or separate query, key, value, and the output projection); mlp =
+        """attention = the maps of query, key and value (fused or separate) and the output projection; mlp =
         the feed-forward maps; all = both."""
 
         def __post_init__(self) -> None:
@@ -119,17 +119,25 @@ def target_names(backbone: nn.Module, targets: str) -> list[str]:
         ValueError: no block can be found, or nothing matches.
     """
     kinds = {"attention": ("mha",), "mlp": ("fc1", "fc2"), "all": ("mha", "fc1", "fc2")}[targets]
-    inside = {
-        id(inner)
-        for block in find_blocks(backbone)
-        for kind in kinds
-        for part in block.component(kind)
-        for inner in part.modules()
-    }
+    maps = [part for block in find_blocks(backbone) for kind in kinds for part in _maps(block, kind)]
+    inside = {id(inner) for part in maps for inner in part.modules()}
     found = [n for n, m in backbone.named_modules() if id(m) in inside and isinstance(m, nn.Linear)]
     if not found:
-        raise ValueError(f"LoRA needs linear maps to adapt, but targets={targets!r} matches none in this network.")
+        raise ValueError(
+            f"LoRA needs linear maps to adapt, but targets={targets!r} matches none in this network. Use other "
+            "targets, or another strategy."
+        )
     return found
+
+
+def _maps(block: Block, kind: str) -> tuple[nn.Module, ...]:
+    """The linear maps of a component. Beside those over the channels of tokens, attention may hold small networks that
+    turn positions into biases, and maps over its heads: they are no part of the method."""
+    if kind != "mha":
+        return block.component(kind)
+    entering = linear_width(block.fc1[0])
+    assert entering is not None
+    return tuple(m for m in block.mha.children() if (width := linear_width(m)) and max(width) >= entering[0])
 
 
 def merge(backbone: nn.Module) -> None:

@@ -175,6 +175,9 @@ def test_alpha_is_twice_the_rank_unless_it_is_given(trial: Callable[..., Run]) -
         ("beit_base_patch16_224", {"attn.qkv", "attn.proj"}, {"mlp.fc1", "mlp.fc2"}),
         ("eva02_tiny_patch14_224", {"attn.qkv", "attn.proj"}, {"mlp.fc1", "mlp.fc2"}),
         ("swin_tiny_patch4_window7_224", {"attn.qkv", "attn.proj"}, {"mlp.fc1", "mlp.fc2"}),
+        ("vit_relpos_small_patch16_224", {"attn.qkv", "attn.proj"}, {"mlp.fc1", "mlp.fc2"}),
+        ("swinv2_cr_tiny_224", {"attn.qkv", "attn.proj"}, {"mlp.fc1", "mlp.fc2"}),
+        ("convit_tiny", {"attn.qkv", "attn.qk", "attn.v", "attn.proj"}, {"mlp.fc1", "mlp.fc2"}),
         ("xcit_nano_12_p16_224", {"attn.qkv", "attn.proj", "attn.q", "attn.k", "attn.v"}, {"mlp.fc1", "mlp.fc2"}),
     ],
 )
@@ -184,6 +187,17 @@ def test_targets_in_other_families(architecture: str, attention: set[str], mlp: 
     for targets, ends in (("attention", attention), ("mlp", mlp)):
         found = target_names(network, targets)
         assert {".".join(name.split(".")[-2:]) for name in found} == ends
+
+
+def test_maps_of_positions_alone_are_no_attention_to_adapt() -> None:
+    with torch.device("meta"):
+        network = timm.create_model("coatnet_rmlp_0_rw_224", num_classes=0)  # its queries are 1x1 convolutions
+    with pytest.raises(ValueError) as error:
+        target_names(network, "attention")
+    assert str(error.value) == (
+        "LoRA needs linear maps to adapt, but targets='attention' matches none in this network. Use other targets, or "
+        "another strategy."
+    )
 
 
 def test_a_map_whose_weight_is_read_without_calling_it_is_refused(tmp_path: Path, one_thread: None) -> None:

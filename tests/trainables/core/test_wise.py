@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.conformance import same_numbers, same_tensors
 from tests.synthetic import shapes
-from trainables.core.checkpoint import load_state, save_state
+from trainables.core.checkpoint import load_state, same_bits, save_state
 from trainables.core.run import Run
 from trainables.core.scoring import final_scores, validation_scores
 from trainables.core.snapshot import put_back
@@ -107,6 +107,16 @@ def test_a_resumed_trial_knows_its_start(trial: Callable[..., Run], tmp_path: Pa
     second.load_state(load_state(tmp_path / "checkpoint"))
     assert same_numbers(history[1:], [second.step()])
     assert same_tensors(whole.model.state_dict(), second.model.state_dict())
+
+
+def test_the_ends_are_copies_of_the_bits_whatever_stands_at_the_other_end() -> None:
+    model = nn.BatchNorm1d(2)
+    start, tuned = copies(model), copies(model)
+    start["running_mean"][:] = torch.tensor([-0.0, 1e38])
+    tuned["running_mean"][:] = torch.tensor([1.0, -3e38])
+    for alpha, end in ((0.0, start), (1.0, tuned)):
+        interpolate(model, start, tuned, alpha)
+        assert all(same_bits(value, end[name]) for name, value in model.state_dict().items())
 
 
 def test_counters_keep_their_tuned_value() -> None:

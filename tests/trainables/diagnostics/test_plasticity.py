@@ -198,6 +198,13 @@ def test_the_network_is_left_as_it_was_and_measured_in_eval_mode() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_it_is_measured_in_full_precision_whatever_surrounds_it() -> None:
+    model, (x, y) = network("vit_tiny_patch16_224"), pair(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measure_plasticity(model, x, y)
+    assert found == measure_plasticity(model, x, y)
+
+
 @pytest.mark.parametrize("probe", ["embedding", "in_situ"])
 def test_memory_does_not_grow_with_the_number_of_pairs(probe: Any) -> None:
     model, (x, y) = network("vit_tiny_patch16_224"), pair(4)
