@@ -106,8 +106,8 @@ class Plan:
             self._images(),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
-            f"Budget of a trial: {self.epochs} units of {self.unit}{stop}.",
-            f"At most {self.max_units} units in all. Each trial gets {self.resources}.",
+            f"Budget of a trial: {_counted(self.epochs)} of {self.unit}{stop}.",
+            f"At most {_counted(self.max_units)} in all. Each trial gets {self.resources}.",
             f"Chosen by {self.objective}.",
             self._diagnostics(),
             f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
@@ -120,7 +120,8 @@ class Plan:
         train, val, test = (f"{self.splits[name]:,}" for name in ("train", "val", "test"))
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
         domains = ", ".join(self.id_domains)
-        return f"Images of {domains}: {train} to train on{share}, {val} for validation, {test} for the ID test; OOD: {ood}."
+        inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
+        return f"Images of {domains}: {inside}; OOD: {ood}."
 
     def _diagnostics(self) -> str:
         of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
@@ -138,9 +139,11 @@ def make_plan(spec: StudySpec) -> Plan:
     from orchestrator.planning.volume import examine, store_bytes
 
     space = space_of(spec)
-    counts = count_trials(spec, space)
     search, data = spec.search, spec.data
     source, assignment = examine(data)
+    # The domains that the study leaves to the data are known now.
+    domains = {"id": assignment.id_domains, "ood": assignment.ood_domains}
+    counts = count_trials(spec.model_copy(update={"data": data.model_copy(update=domains)}), space)
     images = len(source.samples)
     gpus = (
         "a GPU if there is one"
@@ -213,6 +216,10 @@ def _s(count: float) -> str:
 
 def _or_unknown(count: int | None) -> str:
     return "an unknown number of" if count is None else str(count)
+
+
+def _counted(units: int) -> str:
+    return f"{units} unit{_s(units)}"
 
 
 def _units(rungs: tuple[int, ...]) -> str:

@@ -55,11 +55,14 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     ood: Collection[str] = data.ood or DIGITS_DOMAINS
     if data.source != "digits":
         try:
-            marked = examine(data)[0].evaluation_domains
+            inside = examine(data)[1]
         except ValueError as error:
             yield Problem(("data",), str(error))
             return
-        ood = data.ood or sorted(marked - set(data.id))
+        ood = inside.ood_domains
+        if spec.search.objective == "leave_one_domain_out" and len(inside.id_domains) < 2:
+            rule = f"leave_one_domain_out needs at least 2 ID domains, but the data have 1: {inside.id_domains[0]}."
+            yield Problem(("search", "objective"), f"{rule} Use id_val.")
     yield from (Problem(*problem) for problem in domain_problems(spec, ood))
 
 

@@ -69,7 +69,8 @@ def _message(kind: str, path: KeyPath, value: Any, context: Mapping[str, Any], m
     if kind == "missing":
         return f"is required, but missing.{_EXAMPLES.get(path[-1], '')}"
     if kind in _WANTED:
-        return wrong_type(_WANTED[kind], value)
+        inner = _FIRST_KEYS.get(path[-1]) if isinstance(value, str) and kind in ("dict_type", "model_type") else None
+        return wrong_type(_WANTED[kind], value) + (f" Write {{{inner}: {value}}}." if inner else "")
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         return f"must be {words} {context[key]:g}, but got {value!r}."
@@ -83,6 +84,8 @@ def _message(kind: str, path: KeyPath, value: Any, context: Mapping[str, Any], m
     return f"{context.get('error', kind)}, got {described(value)}."
 
 
+_FIRST_KEYS: dict[str | int, str] = {"data": "root", "model": "name"}
+"""What a text in place of a section is meant for."""
 _EXAMPLES: dict[str | int, str] = {
     "name": " Give the study (or model, or strategy) a name.",
     "data": " Say where your images are: data: {root: /path/to/images}, or data: {source: digits}.",
@@ -98,6 +101,8 @@ def _way_out(wanted: str, value: Any) -> str:
         if _parses(int, value) or wanted == "a whole number":
             return " Remove the quotes."
         return " Remove the quotes. (YAML 1.1 readers take 1e-3 for a text even without quotes: write 1.0e-3 there.)"
+    if wanted == "a whole number" and isinstance(value, float) and value.is_integer():
+        return f" Write {value:.0f}."
     if wanted == "a list" and isinstance(value, str):
         return f" Write [{value}]."
     if wanted == "a text" and isinstance(value, bool | int | float):

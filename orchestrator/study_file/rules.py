@@ -175,7 +175,7 @@ def _objective_problems(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
         yield (
             path,
             f"val_domain names one of the OOD domains, but got {domain!r} and data.ood lists {listed}."
-            f"{did_you_mean(domain, known)}",
+            + (did_you_mean(domain, known) or " List it there."),
         )
     elif domain is not None and tuple(known) == (domain,):
         yield (

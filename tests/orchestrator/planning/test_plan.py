@@ -70,6 +70,10 @@ class TestCounts:
         two = {"id": ["photo", "sketch"], "ood": []}
         assert planned(data=two, search={"objective": "leave_one_domain_out"}).fold_trials == 5 * 2
 
+    def test_domains_that_the_study_does_not_list_are_those_of_the_data(self, planned: Callable[..., Plan]) -> None:
+        none = {"id": [], "ood": []}
+        assert planned(data=none, search={"objective": "leave_one_domain_out"}).fold_trials == 5 * 2
+
     def test_disk_is_pixels_and_records(self, planned: Callable[..., Plan]) -> None:
         plan = planned()
         assert plan.images == 16

@@ -74,6 +74,13 @@ class TestData:
         assert "'painting'" in message
         assert "photo, sketch" in message
 
+    def test_one_domain_that_leave_one_domain_out_finds_only_when_it_looks(self, problems: Problems) -> None:
+        one = {"id": [], "ood": ["sketch"]}
+        assert problems(data=one, search={"objective": "leave_one_domain_out"}) == [
+            "search.objective: leave_one_domain_out needs at least 2 ID domains, but the data have 1: photo. Use "
+            "id_val."
+        ]
+
     def test_an_unknown_augmentation(self, problems: Problems) -> None:
         assert problems(data={"augment": ["flipp"]}) == [
             "data.augment[0]: an augmentation is one of flip, crop, but got 'flipp'. Did you mean 'flip'?"

@@ -187,6 +187,19 @@ class TestRefused:
             ),
             ({"search": {"reduction": 1}}, "search.reduction: must be greater than 1, but got 1."),
             ({"search": {"trials": None}}, "search.trials: must be a whole number, but got nothing."),
+            (
+                {"model": "resnet18"},
+                "model: must be a mapping of keys to values, but got the text 'resnet18'. Write {name: resnet18}.",
+            ),
+            (
+                {"search": {"epochs": 1e1}},
+                "search.epochs: must be a whole number, but got the number 10.0. Write 10.",
+            ),
+            (
+                {"data": {"ood": []}, "search": {"objective": "val_domain:art"}},
+                "search.objective: val_domain names one of the OOD domains, but got 'art' and data.ood lists nothing. "
+                "List it there.",
+            ),
             ({"search": []}, "search: must be a mapping of keys to values, but got the list []."),
             (
                 {"search": {"sampler": "TPE"}},
