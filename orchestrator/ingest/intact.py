@@ -7,8 +7,8 @@ import json
 import logging
 from pathlib import Path
 
+from trainables.core.cache import cache_root
 from trainables.core.durable import write_text
-from trainables.data.features import cache_root
 from trainables.data.store import DATA, Store
 
 log = logging.getLogger("luthier")

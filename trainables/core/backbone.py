@@ -101,7 +101,7 @@ def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path 
     Args:
         spec: which network and weights.
         image_size: side of its images; None = its own.
-        cache: where the demo networks are kept, see `trainables.data.features.cache_root`.
+        cache: where the demo networks are kept, see `trainables.core.cache.cache_root`.
 
     Raises:
         ValueError: the weights cannot be loaded (they are never replaced by random ones), or the network does not take

@@ -22,6 +22,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 from torch.nn import functional
 
+from trainables.core.cache import cache_root
 from trainables.core.durable import new_folder
 from trainables.core.task import ModelSpec
 
@@ -83,10 +84,8 @@ def pretrained_folder(name: str, cache: str | Path | None = None) -> Path:
 
     Args:
         name: one of `NETWORKS`.
-        cache: see `trainables.data.features.cache_root`.
+        cache: see `trainables.core.cache.cache_root`.
     """
-    from trainables.data.features import cache_root
-
     folder = cache_root(cache) / "backbones" / f"{name}-{_recipe_digest()}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from trainables.core.backbone import Backbone, backbone_data_config, load_pretra
 from trainables.core.task import ModelSpec
 
 if TYPE_CHECKING:
-    from trainables.data.trial_data import StoreLike
+    from trainables.data.store_like import StoreLike
 
 _replicas: dict[tuple[str, torch.device], Backbone] = {}
 

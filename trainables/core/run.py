@@ -27,7 +27,7 @@ from trainables.core.training import PhaseTraining, load_optimizer_state
 from trainables.data.trial_data import TrialData
 
 if TYPE_CHECKING:
-    from trainables.data.trial_data import StoreLike
+    from trainables.data.store_like import StoreLike
 
 
 class Run:

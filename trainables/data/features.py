@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,12 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainables.core.cache import cache_root
 from trainables.core.durable import new_file
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Backbone
-    from trainables.data.trial_data import StoreLike
+    from trainables.data.store_like import StoreLike
 
 log = logging.getLogger("luthier")
 
@@ -30,11 +30,6 @@ KEPT = 64
 """Arrays that a process keeps mapped."""
 
 _mapped: OrderedDict[Path, NDArray[np.float32]] = OrderedDict()
-
-
-def cache_root(root: str | Path | None = None) -> Path:
-    """The folder for features and demo networks: `root`, `$LUTHIER_CACHE`, or `~/.cache/luthier`."""
-    return Path(root or os.environ.get("LUTHIER_CACHE") or Path.home() / ".cache" / "luthier")
 
 
 class FeatureCache:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from trainables.data.trial_data import Indices, StoreLike
+    from trainables.data.store_like import Indices, StoreLike
 
 RESIDENT_BYTES = 4 * 2**30
 """How many bytes of uint8 images a process keeps on its GPU for all of its trials; larger splits are sent batch by

@@ -9,7 +9,7 @@ import numpy as np
 from trainables.core.task import TrialSpec
 
 if TYPE_CHECKING:
-    from trainables.data.trial_data import Indices, StoreLike
+    from trainables.data.store_like import Indices, StoreLike
 
 HELD_OUT = "held_out"
 """Name of the split that a `fold` trial is judged by: the training and validation images of the domain left out."""

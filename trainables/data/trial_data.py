@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,42 +16,14 @@ from torch import Tensor, nn
 from trainables.core.task import TrialSpec, stream_seed
 from trainables.data.pixels import gather_images, to_device
 from trainables.data.samples import batch_positions, select_samples
+from trainables.data.store_like import Indices, StoreLike
 
 if TYPE_CHECKING:
     from trainables.core.backbone import Backbone
 
-Indices = NDArray[np.int64]
-
 _SCALE_SAMPLES = 1024
 """How many training images the mean squared feature norm is taken over. The training split is stored in nested
 stratified order, so that any prefix is a stratified sample."""
-
-
-class StoreLike(Protocol):
-    """What is needed of `trainables.data.store.Store`; anything in memory will do as well."""
-
-    @property
-    def classes(self) -> list[str]: ...
-
-    @property
-    def domains(self) -> list[str]: ...
-
-    @property
-    def splits(self) -> list[str]: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def image_size(self) -> int: ...
-
-    def images(self, split: str) -> NDArray[np.uint8]: ...
-
-    def labels(self, split: str) -> Indices: ...
-
-    def domain_ids(self, split: str) -> Indices: ...
-
-    def fraction(self, split: str, fraction: float, /) -> int: ...
 
 
 class TrialData:

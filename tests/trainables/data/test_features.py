@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tests.synthetic import MemoryStore, shapes
 from trainables.core.backbone import Backbone, load_pretrained
+from trainables.core.cache import cache_root
 from trainables.core.task import ModelSpec
 from trainables.data import features as module
-from trainables.data.features import FeatureCache, cache_root
+from trainables.data.features import FeatureCache
 
 
 @pytest.fixture
