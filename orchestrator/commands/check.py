@@ -186,11 +186,13 @@ def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
 
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:
-    from orchestrator.tracking.follower import MlflowFollower
+    """As far as this folder knows what was delivered; the server is not asked."""
+    from orchestrator.tracking.following import follower_of, lacking, sync_command, waiting
 
-    spec = study.spec
-    follower = MlflowFollower(journal, spec.tracking_uri, spec.experiment, spec.name)
-    events, _ = follower.position.load(journal)
-    behind = len(read_from(journal, 0)[0]) - len(events)
-    message = f"{behind} events are not in MLflow yet; the next run delivers them." if behind else "MLflow has it all"
-    yield Finding("tracking", "note" if behind else "ok", message)
+    behind = len(read_from(journal, follower_of(study.spec, journal).position.load(journal)[1])[0])
+    if not behind:
+        yield Finding("tracking", "ok", "MLflow has it all")
+        return
+    command = sync_command(study.spec, study.folder)
+    message = f"{lacking(waiting(study.spec, study.folder))}. The next run delivers them, or at once: {command}"
+    yield Finding("tracking", "note", message)

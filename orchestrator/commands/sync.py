@@ -13,13 +13,21 @@ from filelock import FileLock, Timeout
 from orchestrator.cluster.driver_process import environment
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.errors import PreflightError, Problem, redact
+from orchestrator.record.journal import read_from
 from orchestrator.tracking.access import access_problems
+from orchestrator.tracking.client import trouble
+from orchestrator.tracking.delivery_lock import DeliveryError, DeliveryLock
 from orchestrator.tracking.following import follower_of
 from orchestrator.tracking.outstanding import Additions, Amount
 from orchestrator.tracking.run_fields import digest
+from orchestrator.tracking.run_updates import Projection
+from orchestrator.tracking.server_name import server_name
+from orchestrator.tracking.writer import MlflowWriter
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from orchestrator.study_file.spec import StudySpec
 
 GIVE_UP_SECONDS = 60.0
 """How long a server may take nothing before sync gives up."""
@@ -110,34 +118,66 @@ def sync(
     read_journal(spec, folder)
     journal, own = folder / "journal.jsonl", spec.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
     target = own if uri is None else uri
+    copy = server_name(target) != server_name(own)
     if "//***@" in target:
         raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
     running = _is_running(journal)
-    options: dict[str, Any] = {"additions": Additions(), "abandoned": not running, "replay": verify, "poll": 0.2}
-    if target != own:
-        options["position"] = f"{journal.name}.mlflow-{digest([target, spec.experiment])}.json"
+    options: dict[str, Any] = {"additions": Additions(), "replay": verify, "poll": 0.2}
+    options["abandoned"] = lambda: not _is_running(journal)  # it may begin while this delivers
+    if copy:
+        options["position"] = f"{journal.name}.mlflow-{digest([server_name(target), spec.experiment])}.json"
+    copies = DeliveryLock(journal, copy=True)
+    if running and copy:
+        options["lock"] = copies
     follower = follower_of(spec, journal, target, **options)
     with environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_SECONDS)}):
-        follower.lock.claim(refuse=running and target == own)
+        copies.claim()
         try:
+            follower.lock.claim(refuse=running and not copy)
             if problems := list(access_problems(target, spec.experiment, quiet=True)):
                 raise PreflightError(problems, f"The study {spec.name!r}")
+            if running and copy:
+                _refuse_its_own_server(spec, journal, target)
             events = follower.start().close(math.inf, give_up)
         finally:
             follower.lock.release()
-    missing = follower.waiting() if events else Amount()
-    problem = follower.problem if events else None
+            copies.release()
     return SyncReport(
         study=spec.name,
         uri=redact(target),
         experiment=spec.experiment,
         added=follower.added(),
-        missing=missing,
+        missing=follower.waiting() if events else Amount(),
         events=events,
         refused=follower.refused,
         running=running,
-        problem=problem,
+        problem=follower.problem if events else None,
     )
+
+
+def _refuse_its_own_server(spec: StudySpec, journal: Path, target: str) -> None:
+    """The server of a running study may have other names than that in the study file. What tells servers apart is the
+    id that each gave to the study's run.
+
+    Raises:
+        DeliveryError: it is that server, or this cannot be told.
+    """
+    own = follower_of(spec, journal)
+    known, projection = own.position.run(), Projection(spec.name)
+    for event in read_from(journal, 0)[0][:1]:
+        projection.apply(event)
+    try:
+        if known is None or projection.study_uid is None:
+            raise LookupError("its own server has not been told of it yet")
+        found = MlflowWriter(target, spec.experiment, projection.study_uid).run_id(projection.study_uid)
+    except Exception as error:  # whatever a tracking server does
+        why = str(error) if isinstance(error, LookupError) else trouble(error)
+        raise DeliveryError(
+            f"A running study is copied only to another server than its own, but whether {redact(target)} is one "
+            f"cannot be told ({why}). Try again later, or when the study has ended."
+        ) from error
+    if found == known:
+        own.lock.claim(refuse=True)
 
 
 def _is_running(journal: Path) -> bool:

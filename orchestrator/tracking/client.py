@@ -31,7 +31,8 @@ def prepare_process() -> None:
 
 def sqlite_file(uri: str) -> Path | None:
     """The file behind a `sqlite:///…` URI, None for any other."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path).absolute() if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
 
 
 def trouble(error: Exception) -> str:

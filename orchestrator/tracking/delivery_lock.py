@@ -1,4 +1,7 @@
-"""Who delivers a journal to a tracking server: one process at a time, and the others can say which one."""
+"""Who delivers a journal: one process at a time, and the others can say which one.
+
+One for all servers, since the same server may have several names, and two that make runs on it at once make them twice.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,13 @@ class DeliveryLock:
     """Held by a process, gone with it.
 
     Args:
-        position: the position file that the lock is for.
-        journal: what is delivered, for the message.
+        journal: what is delivered.
+        copy: the lock of those who copy it to another server while the study's driver holds the first one.
     """
 
-    def __init__(self, position: Path, journal: Path) -> None:
-        self.path, self._journal = position.with_name(f"{position.name}.lock"), journal
+    def __init__(self, journal: Path, copy: bool = False) -> None:
+        name = "mlflow-copy" if copy else "mlflow.json"
+        self.path, self._journal = journal.with_name(f"{journal.name}.{name}.lock"), journal
         self._lock = FileLock(str(self.path), timeout=0, thread_local=False)
 
     def claim(self, refuse: bool = False) -> None:

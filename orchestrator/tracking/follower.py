@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.record.journal import read_from
@@ -19,6 +20,7 @@ from orchestrator.tracking.pending import Pending
 from orchestrator.tracking.position import PositionFile
 from orchestrator.tracking.run_fields import digest
 from orchestrator.tracking.run_updates import Projection
+from orchestrator.tracking.server_name import server_name
 from orchestrator.tracking.sqlite_file import TrackingFileError
 from orchestrator.tracking.writer import MlflowWriter
 
@@ -51,7 +53,8 @@ class MlflowFollower:
         position: name of the position file beside the journal; None = that of the study's own server.
         replay: begin with the first event, whatever the position says.
         additions: counts what the server lacked; None = nobody wants to know.
-        abandoned: nobody writes the journal any more: at its end, close the runs that it leaves open.
+        lock: held while this follower delivers; None = the journal's.
+        abandoned: whether nobody writes the journal any more: at its end, close the runs that it leaves open.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class MlflowFollower:
         position: str | None = None,
         replay: bool = False,
         additions: Additions | None = None,
-        abandoned: bool = False,
+        abandoned: Callable[[], bool] | None = None,
+        lock: DeliveryLock | None = None,
     ) -> None:
         self.journal = Path(journal).absolute()
         self.uri, self.experiment, self.artifact_location = uri, experiment, artifact_location
@@ -74,7 +78,7 @@ class MlflowFollower:
         """What the server's last failure was; None after a success."""
         self.experiment_id: str | None = None
         name = position or f"{self.journal.name}.mlflow.json"
-        self.position = PositionFile(self.journal.with_name(name), digest([uri, experiment]))  # it may hold a password
+        self.position = PositionFile(self.journal.with_name(name), digest([server_name(uri), experiment]))
         self._poll = poll
         self._study = study
         self._projection = Projection(study)
@@ -86,7 +90,7 @@ class MlflowFollower:
         self._replay, self._additions, self._abandoned = replay, additions, abandoned
         self._warned = float("-inf")
         self._doubtful: float | None = None
-        self.lock = DeliveryLock(self.position.path, self.journal)
+        self.lock = lock or DeliveryLock(self.journal)
         self._stop = threading.Event()
         self._deadline, self._closed, self._patience = float("inf"), float("inf"), PATIENCE
         self._thread = threading.Thread(target=self._follow, name="luthier-mlflow", daemon=True)
@@ -190,14 +194,14 @@ class MlflowFollower:
         for event in events:
             self._seq = event["seq"]
             self._pending.add(updates_of(self._projection, event, self.journal))
-        if stopping and self._abandoned:
+        if stopping and self._abandoned is not None and self._abandoned():
             self._pending.add(self._projection.abandoned())
         if self._pending:
             assert self._projection.study_uid is not None
             self._pending.deliver(self._connected(self._projection.study_uid), self._projection.study_uid)
         if self._delivered != self._read:
             self._delivered = self._read
-            self.position.save(self._delivered, self._seq)
+            self.position.save(self._delivered, self._seq, self.run_id)
         self._drop_duplicates(stopping)
 
     def _connected(self, study_uid: str) -> MlflowWriter:

@@ -65,7 +65,7 @@ def waiting(spec: StudySpec, folder: Path) -> Amount:
 
 def lacking(amount: Amount) -> str:
     """The beginning of a sentence about what has not been delivered."""
-    return f"MLflow lacks {amount} of this study"
+    return f"MLflow lacks {amount or 'the latest states'} of this study"
 
 
 def how_to_sync(spec: StudySpec, folder: Path) -> str:

@@ -34,6 +34,17 @@ class PositionFile:
         fits = position["target"] == self.target and end == offset and bool(events) and events[-1]["seq"] == seq
         return (events, offset) if fits else ([], 0)
 
-    def save(self, offset: int, seq: int) -> None:
-        """Remember that the event `seq`, which ends before byte `offset`, was delivered."""
-        write_text(self.path, json.dumps({"target": self.target, "offset": offset, "seq": seq}))
+    def save(self, offset: int, seq: int, run: str | None) -> None:
+        """Remember that the event `seq`, which ends before byte `offset`, was delivered.
+
+        Args:
+            run: the server's id of the study's run, which no other server has.
+        """
+        write_text(self.path, json.dumps({"target": self.target, "offset": offset, "seq": seq, "run": run}))
+
+    def run(self) -> str | None:
+        """The server's id of the study's run; None if it is not known."""
+        try:
+            return str(json.loads(self.path.read_text())["run"] or "") or None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None

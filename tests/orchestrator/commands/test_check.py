@@ -22,6 +22,7 @@ from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
 from orchestrator.record.versions import versions
 from orchestrator.running.drive import plain_spec
+from orchestrator.tracking.following import follower_of, waiting
 from tests.orchestrator.driving import searcher
 from tests.synthetic import write_shapes
 from trainables.core.checkpoint import RunState, save_state
@@ -87,7 +88,27 @@ def test_a_study_that_is_whole(study: Study) -> None:
     assert said(study, "checkpoints") == [
         ("ok", f"{kept / 'unit-000001'} is whole: unit 1"), ("ok", f"{kept / 'unit-000002'} is whole: unit 2"),
     ]  # fmt: skip
-    assert said(study, "tracking") == [("note", "11 events are not in MLflow yet; the next run delivers them.")]
+    command = f"luthier sync {study.folder}"
+    left = waiting(study.spec, study.folder)
+    assert (left.runs, left.points) == (3, 5)
+    message = f"MLflow lacks {left} of this study. The next run delivers them, or at once: "
+    assert said(study, "tracking") == [("note", message + command)]
+
+
+def test_p12_what_mlflow_lacks_is_said_with_the_command_until_it_is_there(study: Study) -> None:
+    def deliver() -> None:
+        assert follower_of(study.spec, study.folder / "journal.jsonl").start().close(60) == 0
+
+    deliver()
+    assert said(study, "tracking") == [("ok", "MLflow has it all")]
+    with Journal(study.folder / "journal.jsonl") as journal:
+        journal.append("trial_retried", trial_id="b", reason="infra", error="gone")
+    assert said(study, "tracking") == [
+        ("note", "MLflow lacks the latest states of this study. The next run delivers them, or at once: luthier sync "
+                 f"{study.folder}")
+    ]  # fmt: skip
+    deliver()
+    assert said(study, "tracking") == [("ok", "MLflow has it all")]
 
 
 def test_nothing_is_changed_by_looking(study: Study) -> None:

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
+from orchestrator.commands import sync as sync_command_module
 from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
@@ -26,12 +27,12 @@ from orchestrator.study import Study
 from orchestrator.study_file.spec import StudySpec, TrackingSpec
 from orchestrator.study_file.yaml_writer import write_yaml
 from orchestrator.tracking import writer as mlflow_writer
-from orchestrator.tracking.delivery_lock import DeliveryError
+from orchestrator.tracking.delivery_lock import DeliveryError, DeliveryLock
 from orchestrator.tracking.following import follow, sync_command, waiting
 from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
 
 NOTHING = {"runs": 0, "points": 0, "artifacts": 0}
-ALL = {"runs": 5, "points": 32, "artifacts": 4}
+ALL = {"runs": 5, "points": 32, "artifacts": 5}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     spec, folder = make_study(storage, "http://127.0.0.1:9")
     with Journal(folder / "journal.jsonl") as journal, caplog.at_level(logging.WARNING), follow(spec, journal):
         write_study(journal)
-    assert "MLflow lacks 5 runs, 32 points and 4 artifacts of this study (" in caplog.text
+    assert "MLflow lacks 5 runs, 32 points and 5 artifacts of this study (" in caplog.text
     assert f"Deliver them later: luthier sync {folder}" in caplog.text
     assert waiting(spec, folder).to_dict() == ALL
     wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
@@ -126,7 +127,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     assert gone.exit_code == FAILED
     lines = gone.stdout.splitlines()
     assert lines[:2] == ["pets → http://127.0.0.1:9, experiment pets", "Added: nothing"]
-    assert lines[2].startswith("Still missing: 5 runs, 32 points and 4 artifacts (NewConnectionError: Failed to")
+    assert lines[2].startswith("Still missing: 5 runs, 32 points and 5 artifacts (NewConnectionError: Failed to")
     elsewhere = f"sqlite:///{storage / 'mlflow.db'}"
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == ALL
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == NOTHING
@@ -144,7 +145,7 @@ def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
     shown = luthier("run", folder / "study.yaml")
     assert shown.exit_code == code
     assert shown.stdout.splitlines()[-1] == (
-        "MLflow lacks 5 runs, 32 points and 4 artifacts of this study. Nothing is lost: the journal keeps them. "
+        "MLflow lacks 5 runs, 32 points and 5 artifacts of this study. Nothing is lost: the journal keeps them. "
         f"Deliver them later: luthier sync {folder}"
     )
     told = luthier("run", folder / "study.yaml", "--json")
@@ -241,6 +242,67 @@ def test_p12_a_driver_that_has_only_just_begun_keeps_its_right_to_deliver(storag
     assert synced(folder)["added"] == ALL
 
 
+def test_p12_a_running_study_is_not_copied_to_its_own_server_under_another_name(storage: Path) -> None:
+    """Two that deliver to one server at once would make its runs twice."""
+    spec, folder = make_study(storage)
+    (storage.parent / "link").symlink_to(storage)
+    os.link(storage / "mlflow.db", storage / "alias.db")  # as a server's other host name: no spelling tells
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+        with pytest.raises(DeliveryError) as early:
+            sync(folder, f"sqlite:///{storage / 'alias.db'}")
+        with follow(spec, journal) as follower:
+            wait_until(lambda: not follower.backlog)
+            before = contents(storage / "mlflow.db")
+            for name in ("alias.db", "../link/mlflow.db"):
+                with pytest.raises(DeliveryError) as refused:
+                    sync(folder, f"sqlite:///{storage / name}")
+                assert str(refused.value).startswith(
+                    f"One process at a time delivers a journal, but process {os.getpid()} on {socket.gethostname()} "
+                )
+            assert contents(storage / "mlflow.db") == before
+    assert str(early.value) == (
+        "A running study is copied only to another server than its own, but whether "
+        f"sqlite:///{storage / 'alias.db'} is one cannot be told (its own server has not been told of it yet). Try "
+        "again later, or when the study has ended."
+    )
+    assert sorted(path.name for path in folder.glob("*.mlflow*")) == [
+        "journal.jsonl.mlflow-copy.lock", "journal.jsonl.mlflow.json", "journal.jsonl.mlflow.json.lock",
+    ]  # fmt: skip
+
+
+def test_p12_two_syncs_of_one_journal_wait_for_each_other_whatever_their_servers_are_called(storage: Path) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal)
+    held = DeliveryLock(folder / "journal.jsonl")
+    held.claim()
+    with pytest.raises(DeliveryError, match=f"but process {os.getpid()} on"):
+        sync(folder, f"sqlite:///{storage / 'other.db'}")
+    held.release()
+    assert synced(folder, "--tracking-uri", f"sqlite:///{storage.parent}/studies/../studies/mlflow.db")["added"] == ALL
+    assert synced(folder)["added"] == NOTHING
+    assert [path.name for path in folder.glob("*.mlflow*.json")] == ["journal.jsonl.mlflow.json"]
+
+
+def test_p5_sync_closes_no_run_of_a_study_that_has_begun_meanwhile(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = make_study(storage)
+    with Journal(folder / "journal.jsonl") as journal:
+        write_study(journal, finish=False)
+    started, real = list[Journal](), sync_command_module.access_problems
+
+    def slow(*args: Any, **options: Any) -> Any:
+        started.append(Journal(folder / "journal.jsonl"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(sync_command_module, "access_problems", slow)
+    assert sync(folder).whole
+    started[0].close()
+    assert ("pets", "RUNNING") in [run[:2] for run in contents(storage / "mlflow.db")["runs"]]
+
+
 def test_p14_a_password_that_the_folder_does_not_keep_is_asked_for(storage: Path) -> None:
     spec, folder = make_study(storage, "http://me:hunter2@127.0.0.1:9")
     with Journal(folder / "journal.jsonl") as journal:
@@ -253,6 +315,9 @@ def test_p14_a_password_that_the_folder_does_not_keep_is_asked_for(storage: Path
         "no password, but the tracking URI has one. Name the study file itself (luthier sync STUDY.yaml), or give "
         "--tracking-uri without it and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.\n"
     )
+    without = luthier("sync", folder, "--tracking-uri", "http://127.0.0.1:9", "--give-up", "1")
+    assert without.exit_code == FAILED
+    assert without.stdout.startswith("pets → http://127.0.0.1:9, experiment pets\nAdded: nothing\nStill missing: ")
 
 
 def test_a_study_that_has_not_run(storage: Path) -> None:
