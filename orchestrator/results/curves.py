@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.record.records import TrialRecord
 
@@ -17,6 +17,19 @@ NUMBERS_ONLY = frozenset({"change"})
 """Curves without a picture: a row per tensor is too much for one; `change_by_stage` shows the same."""
 
 
+class Drawn(Protocol):
+    """An artifact that takes a moment to make: it is made when it is delivered."""
+
+    @property
+    def name(self) -> str:
+        """What it is called when it cannot be made."""
+        ...
+
+    def content(self) -> bytes:
+        """The whole file (any exception: it cannot be made)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Picture:
     """A curve that is to be drawn."""
@@ -25,6 +38,12 @@ class Picture:
     curve: Mapping[str, Any]
     chosen: float | None
     """x of the point that the trial chose."""
+
+    def content(self) -> bytes:
+        """A PNG (ValueError: nothing in the curve can be drawn)."""
+        from orchestrator.results.curve_plot import draw
+
+        return draw(self.name, self.curve, self.chosen)
 
 
 def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, str]:
@@ -39,7 +58,7 @@ def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, 
     return texts
 
 
-def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Picture]:
+def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Drawn]:
     """Artifact `curves/<name>.png` → what to draw there."""
     drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
     return {f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name)) for name, curve in drawn.items()}

@@ -47,7 +47,7 @@ class Additions:
         points, artifacts = set(self.points), set(self.artifacts)
         for update in waiting:
             points -= {(update.uid, key, time, step) for key, _, time, step in update.points}
-            artifacts -= {(update.uid, name) for name in (*update.texts, *update.pictures)}
+            artifacts -= {(update.uid, name) for name in (*update.texts, *update.drawn)}
         return Amount(len(self.runs), len(points), len(artifacts))
 
 
@@ -64,7 +64,7 @@ def outstanding(journal: Path, offset: int, study: str = "study") -> Amount:
         for update in updates_of(projection, event, journal):
             runs.add(update.uid)
             points += len(update.points)
-            artifacts |= {(update.uid, name) for name in (*update.texts, *update.pictures)}
+            artifacts |= {(update.uid, name) for name in (*update.texts, *update.drawn)}
     return Amount(len(runs - known), points, len(artifacts))
 
 

@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.curves import Picture
+from orchestrator.results.curves import Drawn
 
 TAG_LIMIT, PARAM_LIMIT, KEY_LIMIT = 5000, 500, 250
 """Characters that every server takes; newer ones take more."""
@@ -44,8 +44,8 @@ class RunUpdate:
     """(name, digest, source)."""
     texts: dict[str, str] = field(default_factory=dict)
     """Artifacts, by file name."""
-    pictures: dict[str, Picture] = field(default_factory=dict)
-    """Artifacts that have to be drawn, by file name."""
+    drawn: dict[str, Drawn] = field(default_factory=dict)
+    """Artifacts that are made when they are delivered, by file name."""
     status: str | None = None
     end: int | None = None
 
@@ -55,7 +55,7 @@ class RunUpdate:
         self.params |= later.params
         self.points += later.points
         self.texts |= later.texts
-        self.pictures |= later.pictures
+        self.drawn |= later.drawn
         self.dataset = later.dataset or self.dataset
         if later.status is not None:
             self.status, self.end = later.status, later.end

@@ -113,15 +113,20 @@ class Projection:
         metrics, curves = event.get("metrics") or {}, event.get("curves") or {}
         finite = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
         update.points = [(self._key(key), value, time, 0) for key, value in declared_metrics(finite).items()]
-        update.texts, update.pictures = curve_texts(curves), pictures(curves)
+        update.texts, update.drawn = curve_texts(curves), pictures(curves)
         return update
 
     def _study_finished(self, event: Mapping[str, Any]) -> RunUpdate:
+        from orchestrator.report.page import REPORT, Page
+
         state = str(event.get("state") or "complete")
         records = sorted(self._trials.values(), key=lambda record: record.number)
-        tags, texts, metrics = summary(records, self._header, measurements(self._measured_events))
+        measured = measurements(self._measured_events)
+        tags, texts, metrics = summary(records, self._header, measured)
         update = self._study_update(status=state, **tags)
         update.texts, update.end = texts, milliseconds(event["time"])
+        header = {**self._header.fields, "state": state, "first_started": self._start / 1000, "ended": event["time"]}
+        update.drawn[REPORT] = Page(header, records, measured)
         if self._renamed:
             update.texts["names.json"] = json.dumps(self._renamed, indent=2, ensure_ascii=False)
         update.status = {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED")
@@ -213,7 +218,7 @@ class Projection:
         # Said of every run: one that was interrupted and then ended well must not keep its old error.
         update.tags["status.error"] = record.error or "none"
         if record.state == "complete":  # drawn once; a rung's curve is replaced by that of the end
-            update.pictures = pictures(record.curves, record)
+            update.drawn = pictures(record.curves, record)
         if record.resumable:
             return
         known = [(u["val/acc"], -u["unit"]) for u in record.history if math.isfinite(u.get("val/acc", math.nan))]

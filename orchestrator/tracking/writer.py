@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from orchestrator.errors import redact
-from orchestrator.results.curves import Picture
+from orchestrator.results.curves import Drawn
 from orchestrator.tracking.client import dataset_input, experiment_id, prepare_process, sqlite_file
 from orchestrator.tracking.outstanding import Additions
 from orchestrator.tracking.run_fields import RunUpdate
@@ -104,15 +104,16 @@ class MlflowWriter:
             self._count_artifact(run_id, update.uid, name)
             self._client.log_text(run_id, update.texts[name], name)
             del update.texts[name]
-        for name in list(update.pictures):
-            content = _drawn(update.pictures[name])
+        for name in list(update.drawn):
+            content = _content(update.drawn[name])
             if content is not None:
                 self._count_artifact(run_id, update.uid, name)
                 with tempfile.TemporaryDirectory() as folder:
                     file = Path(folder) / PurePosixPath(name).name
                     file.write_bytes(content)
-                    self._client.log_artifact(run_id, str(file), str(PurePosixPath(name).parent))
-            del update.pictures[name]
+                    folder_there = str(PurePosixPath(name).parent)
+                    self._client.log_artifact(run_id, str(file), None if folder_there == "." else folder_there)
+            del update.drawn[name]
 
     def knows(self, uid: str) -> bool:
         """True if the server has, or had until a person deleted it, the run of that uid."""
@@ -223,13 +224,11 @@ class MlflowWriter:
         return True
 
 
-def _drawn(picture: Picture) -> bytes | None:
-    from orchestrator.results.curve_plot import draw
-
+def _content(artifact: Drawn) -> bytes | None:
     try:
-        return draw(picture.name, picture.curve, picture.chosen)
-    except Exception as error:  # whatever is in a curve, the record of the study goes on
-        logger.warning("The curve %r is kept as numbers only (%s: %s)", picture.name, type(error).__name__, error)
+        return artifact.content()
+    except Exception as error:  # whatever is in a curve or a record, the record of the study goes on
+        logger.warning("%r is not drawn, its numbers are kept (%s: %s)", artifact.name, type(error).__name__, error)
         return None
 
 

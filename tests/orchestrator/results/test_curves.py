@@ -214,7 +214,7 @@ def test_a_picture_that_cannot_be_drawn_holds_nothing_back(
     with caplog.at_level(logging.WARNING):
         assert follow().start().close(60) == 0
     assert sorted(artifacts(tmp_path)) == ["lambda.json", "lambda.png", "odd.json"]
-    assert "The curve 'odd' is kept as numbers only (ValueError: A curve needs a column of numbers" in caplog.text
+    assert "'odd' is not drawn, its numbers are kept (ValueError: A curve needs a column of numbers" in caplog.text
 
 
 def test_an_artifact_store_that_is_down_holds_back_no_number(

@@ -96,7 +96,7 @@ def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, da
     assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "d" * 36)
     assert parent.data.tags["mlflow.note.content"].startswith("# pets\n")
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
-        "leaderboard.csv", "leaderboard.md", "study.json", "versions.json",
+        "leaderboard.csv", "leaderboard.md", "report.html", "study.json", "versions.json",
     }  # fmt: skip
     assert parent.data.metrics["test/acc"] == 0.7
 
@@ -273,7 +273,7 @@ def test_the_driver_is_told_how_much_is_missing(
     monkeypatch.setattr("orchestrator.tracking.following.CLOSING_SECONDS", 0.3)
     with caplog.at_level(logging.WARNING), follow(spec, journal):
         write_study(journal)
-    assert "MLflow lacks 5 runs, 32 points and 4 artifacts of this study (NewConnectionError: Failed to" in caplog.text
+    assert "MLflow lacks 5 runs, 32 points and 5 artifacts of this study (NewConnectionError: Failed to" in caplog.text
     way = f"Nothing is lost: the journal keeps them. Deliver them later: luthier sync {journal.path.parent}"
     assert way in caplog.text
 
