@@ -230,7 +230,7 @@ class StrategyConformance:
             converted.append(model)
             return {}
 
-        monkeypatch.setattr("trainables.daft.convert_on_training_data", convert)
+        monkeypatch.setattr("trainables.core.contract.convert_on_training_data", convert)
         for kind in self.kinds():
             for asked in (False, True):
                 converted.clear()

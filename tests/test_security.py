@@ -332,8 +332,8 @@ class TestCaches:
         assert np.array_equal(found, wanted)
 
     def test_s7_solutions_and_measurements_are_made_again(self, evil: bytes, tmp_path: Path) -> None:
+        from trainables.core.probe import _load as load_probe
         from trainables.diagnostics.start_plasticity import _load as load_plasticity
-        from trainables.linear_probe import _load as load_probe
 
         (tmp_path / "stored").write_bytes(evil)
         assert load_probe(tmp_path / "stored") is None

@@ -30,6 +30,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from trainables.core.batch_norm import convert_on_training_data
+from trainables.core.head import initialise_head
+
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
@@ -179,9 +182,6 @@ class Strategy:
         function, and so the probe, as they were)."""
         if not isinstance(self.config, TrainingConfig):
             return {}
-        from trainables.core.head import initialise_head
-        from trainables.daft import convert_on_training_data
-
         report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
         return {**report, **initialise_head(model, data, self.config.head_init)}
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainables.core.probe import Probe, best_linear_probe
+
 if TYPE_CHECKING:
     from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
-    from trainables.linear_probe import Probe
 
 
 @torch.no_grad()
@@ -25,8 +26,6 @@ def initialise_head(model: Classifier, data: TrialData, how: str) -> dict[str, f
         model.head.weight.zero_()
         model.head.bias.zero_()
         return {}
-    from trainables.linear_probe import best_linear_probe
-
     return take_probe(model, best_linear_probe(data))
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import trainables.linear_probe
+import trainables.core.head
 from trainables.core.backbone import Classifier
 from trainables.core.head import initialise_head
-from trainables.linear_probe import Probe
+from trainables.core.probe import Probe
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_zeros(model: Classifier, data: Any) -> None:
 def test_the_linear_probes_solution(model: Classifier, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias = torch.arange(12.0).reshape(3, 4), torch.arange(3.0)
     probe = Probe(weight.numpy(), bias.numpy(), C=0.25, val_accuracy=0.5)
-    monkeypatch.setattr(trainables.linear_probe, "best_linear_probe", lambda given: probe if given is data else None)
+    monkeypatch.setattr(trainables.core.head, "best_linear_probe", lambda given: probe if given is data else None)
     assert initialise_head(model, data, "linear_probe") == {"linear_probe/C": 0.25, "linear_probe/val_acc": 0.5}
     assert torch.equal(model.head.weight, weight)
     assert torch.equal(model.head.bias, bias)
