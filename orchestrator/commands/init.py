@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.reference import Row, rows, sections, written
 from orchestrator.errors import PreflightError, Problem
+from orchestrator.study_file.rules import RESERVED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,22 +50,32 @@ def write_study(
         StudyError: a name that a study cannot have.
         PreflightError: a network that is not known.
         DataError: `data` holds no images that a study could use.
+        OSError: the file cannot be written.
     """
+    from orchestrator.ingest.check import detect
     from orchestrator.study_file.spec import StudySpec
 
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
-    fields = _digits(model) if data is None else _found(data, model, label)
+    fields = _digits(model) if data is None or detect(data) == "digits" else _found(data, model, label)
     fields["name"] = name or fields["name"]
     StudySpec.from_fields(fields)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render(fields, output), encoding="utf-8")
+    text = render(fields, output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"The study file needs a place that can be written, but {output} is none ({error.strerror}). Give another "
+            "with --output."
+        ) from error
     return {"study_file": str(output), "fields": fields}
 
 
 def announced(written: Mapping[str, Any]) -> Callable[[Console], None]:
     """What a person is told."""
-    text = f"Wrote {written['study_file']}. Look at it, then: luthier plan {written['study_file']}"
+    file = written["study_file"]
+    text = f"Wrote {file}. Look at it, then: luthier plan {shlex.quote(file)}"
     return lambda console: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -128,7 +140,9 @@ def _found(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
     if not outside and len(domains) > 1:
         outside = sorted(set(domains) - {domains.most_common(1)[0][0]})
     inside = sorted(set(domains) - set(outside))
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", data.resolve().stem).strip("-._") or "study"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", data.resolve().stem).strip("-._")[:100] or "study"
+    if stem.lower() in RESERVED:
+        stem += "-study"
     return {
         "name": stem,
         "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside, "label": label},

@@ -41,7 +41,8 @@ class Change:
     harmless: bool
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.was)} -> {_shown(self.now)}"
+        said = " (images, classes or splits are others)" if self.key == "dataset_digest" else ""
+        return f"{self.key}: {_shown(self.was)} -> {_shown(self.now)}{said}"
 
 
 class ChangedStudyError(PreflightError):

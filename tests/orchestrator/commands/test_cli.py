@@ -273,6 +273,27 @@ class TestInit:
         assert ("- lora" in text) is (model == "digits_vit")
         assert ("# lora: needs transformer_block layers, of which resnet18 has none" in text) is (model == "resnet18")
 
+    @pytest.mark.parametrize(("folder", "name"), [("data", "data-study"), ("x" * 120, "x" * 100), ("...", "study")])
+    def test_a_folder_whose_name_no_study_can_have(self, tmp_path: Path, folder: str, name: str) -> None:
+        root = write_images(tmp_path / folder, {"cat": 4, "dog": 4})
+        result = luthier("init", root, "-o", tmp_path / "a study.yaml")
+        assert result.stdout.endswith(f"then: luthier plan '{tmp_path}/a study.yaml'\n")
+        assert Study.from_yaml(tmp_path / "a study.yaml").spec.name == name
+
+    def test_the_digits_by_their_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert luthier("init", "digits").exit_code == OK
+        assert Study.from_yaml("study.yaml").spec.data.source == "digits"
+
+    def test_a_file_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        result = luthier("init", "-o", tmp_path / "file" / "study.yaml")
+        assert result.exit_code == FAILED
+        assert result.stderr == (
+            f"Error: The study file needs a place that can be written, but {tmp_path}/file/study.yaml is none (File "
+            "exists). Give another with --output.\n"
+        )
+
     def test_a_network_that_is_not_known(self, tmp_path: Path) -> None:
         result = luthier("init", "--model", "resnet81", "-o", tmp_path / "study.yaml")
         assert result.exit_code == PREFLIGHT

@@ -58,7 +58,7 @@ def test_p29_every_difference_is_said_and_refused_with_exit_code_4() -> None:
         "  strategies.daft-1.fixed.lr_head: 0.1 -> 0.2\n"
         "  strategies.daft-1.fixed.momentum: none -> 0.5\n"
         f"  versions.torch: {versions()['torch']} -> 3.0.0\n"
-        f"  dataset_digest: {'ab' * 32} -> {'cd' * 32}\n"
+        f"  dataset_digest: {'ab' * 32} -> {'cd' * 32} (images, classes or splits are others)\n"
         "Put the old values back, or give the study another name. If its trials may differ in this, run it with "
         "--allow-change search.batch_size --allow-change strategies.daft-1.fixed.lr_head --allow-change "
         "strategies.daft-1.fixed.momentum --allow-change versions.torch --allow-change dataset_digest"
