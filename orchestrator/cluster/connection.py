@@ -68,6 +68,12 @@ KNOBS: Mapping[str, str] = {
 }
 """Environment of Ray and Tune while connected; a variable that the user has set already wins."""
 
+LOCAL_KNOBS: Mapping[str, str] = {
+    # Seconds after which Ray ends a process whose head has gone: that of a local cluster never comes back.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
+"""Likewise, for a cluster that this process starts."""
+
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -98,15 +104,15 @@ def connect(
     Raises:
         ClusterError: the cluster cannot or must not be joined.
     """
-    with environment(KNOBS), sigterm_restored():
+    wanted = address or os.environ.get("RAY_ADDRESS") or "local"
+    started = wanted == "local"
+    with environment({**KNOBS, **(LOCAL_KNOBS if started else {})}), sigterm_restored():
         import ray
 
         keep_aws_keys_private()
         if ray.is_initialized():
             yield _describe(started=False)
             return
-        wanted = address or os.environ.get("RAY_ADDRESS") or "local"
-        started = wanted == "local"
         common = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
         opened = _local(cpus, gpus, dashboard, common) if started else _joined(wanted, insecure, common)
         with opened:

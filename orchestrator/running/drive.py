@@ -100,6 +100,7 @@ class Drive:
         from orchestrator.record.journal import fold
         from orchestrator.running.callback import RecordCallback
         from orchestrator.running.failure_gate import FailureGate
+        from orchestrator.running.head_watch import HeadWatch
         from orchestrator.running.lost_actors import lost_actors_are_failed_attempts
         from orchestrator.running.tune_files import nowhere, tune_keeps_no_files
         from orchestrator.running.watchdog import Watchdog
@@ -124,7 +125,7 @@ class Drive:
             run_config=tune.RunConfig(
                 name="ray",
                 **nowhere(),
-                callbacks=[callback, watchdog],
+                callbacks=[callback, watchdog, HeadWatch()],
                 stop=gate,
                 failure_config=tune.FailureConfig(max_failures=limits.retries),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
