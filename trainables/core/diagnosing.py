@@ -89,12 +89,10 @@ class Diagnosis:
         return cka_report(block_cka(data.reference, after, images, dtype))
 
     def _plasticity(self, model: Classifier) -> dict[str, float | Curve]:
-        from trainables.core.vit_blocks import find_blocks
         from trainables.diagnostics.start_plasticity import plasticity_after
 
         try:
-            find_blocks(model.backbone)
+            return plasticity_after(model, self._data).record()
         except ValueError as reason:  # no fault of the trial, whose scores are known by now
             log.warning("Plasticity after tuning is left out: %s", reason)
             return {}
-        return plasticity_after(model, self._data).record()

@@ -48,6 +48,7 @@ class Probes:
         self._outputs: dict[tuple[int, str], Tensor] = {}
         self._by_shape: dict[torch.Size, Tensor] = {}
         self._latest: dict[int, Tensor] = {}
+        self._normed: dict[int, int] = {}
 
     def __enter__(self) -> Probes:
         for probe in self._probes:
@@ -85,7 +86,7 @@ class Probes:
         return found.reshape(len(COMPONENTS), len(self._blocks), pairs)
 
     def _clear(self) -> None:
-        for store in (self._inputs, self._outputs, self._by_shape, self._latest):
+        for store in (self._inputs, self._outputs, self._by_shape, self._latest, self._normed):
             store.clear()
 
     def _wrapped(self, probe: _Probe, function: Function) -> Function:
@@ -97,6 +98,7 @@ class Probes:
                 x = self._embedding_for(probe, tokens)
                 self._add(probe, x, self._apply(probe, function, x, args, kwargs))
             else:
+                self._check_whole(probe, tokens)
                 self._add(probe, tokens, output)
             return output
 
@@ -106,6 +108,20 @@ class Probes:
         if probe.kind == "fc2":
             x = self._padded(probe, x)
         return function(x, *args, **kwargs)
+
+    def _check_whole(self, probe: _Probe, tokens: Tensor) -> None:
+        """Refuse attention over more tokens than came out of its norm: outputs for the filling would count."""
+        if probe.kind == "ln1":
+            self._normed[probe.block] = tokens.numel()
+        own = self._normed.get(probe.block, tokens.numel())
+        if probe.kind == "mha" and tokens.numel() > own:
+            each = 2 * self._pairs * tokens.shape[-1]
+            self._refuse(
+                probe,
+                f"its windows are filled up, from {own // each} tokens an image to {tokens.numel() // each}, and what "
+                "comes of the filling is thrown away",
+                "Use images of a size that whole windows cover, or another network.",
+            )
 
     def _add(self, probe: _Probe, tokens: Tensor, output: Any) -> None:
         key = (probe.block, probe.kind)
@@ -157,9 +173,10 @@ class Probes:
         behind = x.ndim - 1 - axis % x.ndim
         return pad(x, [0, 0] * behind + [0, missing])
 
-    def _refuse(self, probe: _Probe, why: str) -> NoReturn:
+    def _refuse(self, probe: _Probe, why: str, way_out: str = "Use another network.") -> NoReturn:
         name = self._blocks[probe.block].name
-        way_out = "Use probe='in_situ'." if self._embedding and probe.method == "forward" else "Use another network."
+        if self._embedding and probe.method == "forward":
+            way_out = "Use probe='in_situ'."
         raise ValueError(
             f"Plasticity is that of functions of an image's tokens, but {probe.kind} of {name} is none: {why}. "
             f"{way_out}"

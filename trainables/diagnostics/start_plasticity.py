@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("luthier")
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is measured changes, so that older files are not read."""
 BATCH = 64
 """Pairs at a time."""

@@ -145,3 +145,14 @@ def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: P
 def test_components_report_their_gradient_norms_without_being_asked(make: Callable[..., Run]) -> None:
     first = make("components", diagnostics=()).step()
     assert {name for name in first if name.startswith("grad_norm/")} > {"grad_norm/final_norm", "grad_norm/head"}
+
+
+def test_plasticity_that_cannot_be_measured_costs_no_trial(
+    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(model: object, data: object) -> None:
+        raise ValueError("Its windows are filled up.")
+
+    monkeypatch.setattr("trainables.diagnostics.start_plasticity.plasticity_after", refused)
+    assert "test/acc" in finish(make(diagnostics=("plasticity",)))[-1]
+    assert "Plasticity after tuning is left out: Its windows are filled up." in caplog.text

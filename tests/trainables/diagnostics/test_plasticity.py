@@ -277,6 +277,12 @@ def test_attention_that_is_no_function_of_an_images_tokens_is_refused() -> None:
         "Plasticity is that of functions of an image's tokens, but mha of stages.0.blocks.0.0 is none: tokens (4, 256, "
         "8) enter the block, which makes them (36, 49, 8) for it. Use probe='in_situ'."
     )
+    assert refusal(model, x, y, probe="in_situ") == (
+        "Plasticity is that of functions of an image's tokens, but mha of stages.0.blocks.0.0 is none: its windows are "
+        "filled up, from 256 tokens an image to 441, and what comes of the filling is thrown away. Use images of a "
+        "size that whole windows cover, or another network."
+    )
+    model = timm.create_model("davit_tiny", num_classes=0, window_size=2, **davit)
     assert len(measure_plasticity(model, x, y, "in_situ").blocks) == 8
     model = timm.create_model("gcvit_xxtiny", num_classes=0, img_size=64, window_size=(2, 2, 2, 2))
     for probe in ("embedding", "in_situ"):
