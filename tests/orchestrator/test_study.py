@@ -121,6 +121,9 @@ def test_mlflow_has_one_run_per_trial_below_the_study(first: tuple[Study, Result
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all(run.data.metrics["best/val/acc"] >= 0 for run in children)
     assert {run.data.tags["strategy"] for run in children} == {"linear_probe", "full", "lp_ft", "daft"}
+    assert {(run.data.tags["n_classes"], run.data.tags["n_classes_present"]) for run in runs} == {
+        ("4", "test 4, ood/inverted 4, ood/noisy 4")
+    }
 
 
 def test_leave_one_domain_out_runs_folds_and_chooses_by_them(make: Callable[..., Study]) -> None:
