@@ -25,6 +25,7 @@ from orchestrator.running.drive import Drive
 from orchestrator.running.failure_gate import FailureGate, FailureGateError
 from orchestrator.running.failures import classify, error_line
 from orchestrator.running.lost_actors import LostActorError, lost_actors_are_failed_attempts
+from orchestrator.running.tune_files import tune_keeps_no_files
 from orchestrator.running.watchdog import Watchdog
 from orchestrator.study_file.failures import FailuresSpec
 from tests.synthetic import write_images
@@ -292,6 +293,43 @@ def test_p22_a_process_killed_for_memory_is_a_failed_attempt_and_not_the_end_of_
     )
     with pytest.raises(RuntimeError, match="Caught unexpected exception"):
         manager()._actor_task_failed(tracked_actor_task=Task(), exception=killed)
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Exception], bool]]:
+    """Ends an attempt of a trial with one retry after so many units; whether Tune would try it again."""
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
+
+    controller, trial = SimpleNamespace(_resetting_trials=set()), Trial("full", stub=True, max_failures=1)
+    monkeypatch.setattr(Trial, "last_result", {}, raising=False)
+    monkeypatch.setattr(
+        TuneController, "_process_trial_failure", lambda self, trial, exception: trial.handle_error(exception)
+    )
+
+    def ended(unit: int, error: Exception) -> bool:
+        monkeypatch.setattr(Trial, "last_result", {"unit": unit} if unit else {})
+        TuneController._process_trial_failure(controller, trial, exception=error)
+        return bool(trial.should_recover())
+
+    with tune_keeps_no_files({}), lost_actors_are_failed_attempts():
+        yield ended
+
+
+def memory() -> Exception:
+    return LostActorError(
+        "ray.exceptions.OutOfMemoryError: 2 worker(s) were killed due to the node running low on memory."
+    )
+
+
+def test_p22_a_trial_that_goes_on_between_two_kills_for_memory_has_no_part_in_them(attempts: Any) -> None:
+    assert all(attempts(unit, memory()) for unit in range(9))
+    assert attempts(8, ActorDiedError())  # its own, the only one that it has
+    assert not attempts(9, ActorDiedError())
+
+
+def test_p22_a_trial_that_is_killed_for_memory_in_one_unit_again_and_again_fails(attempts: Any) -> None:
+    assert [attempts(3, memory()) for _ in range(3)] == [True, True, False]
 
 
 def test_p22_memory_that_the_machine_does_not_have_is_told_from_that_of_a_gpu() -> None:
