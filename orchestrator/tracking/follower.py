@@ -211,10 +211,12 @@ class MlflowFollower:
         return self._writer
 
     def _find_again(self) -> None:
-        """Connect to a server that was told of this study before. If it knows nothing of it (another server behind the
-        same address, an emptied database), it is told everything."""
-        assert self._projection.study_uid is not None
-        if not self._connected(self._projection.study_uid).knows(self._projection.study_uid):
+        """Connect to a server that was told of this study before. If it knows nothing of it, or another run of it
+        (another server behind the same address, an emptied database), it is told everything."""
+        assert (uid := self._projection.study_uid) is not None
+        known, writer = self.position.run(), self._connected(uid)
+        if not writer.knows(uid) or (known and writer.run_id(uid) not in (known, None)):
+            self.position.forget()  # first: from here on the server knows the study, but not what it was told before
             self._projection = Projection(self._study)
             self._pending.clear()
             self._read = self._delivered = 0

@@ -42,6 +42,10 @@ class PositionFile:
         """
         write_text(self.path, json.dumps({"target": self.target, "offset": offset, "seq": seq, "run": run}))
 
+    def forget(self) -> None:
+        """Begin again with the first event."""
+        self.path.unlink(missing_ok=True)
+
     def run(self) -> str | None:
         """The server's id of the study's run; None if it is not known."""
         try:

@@ -211,6 +211,33 @@ def test_an_emptied_server_is_told_everything_again(journal: Journal, database: 
     assert len(contents(database)["runs"]) == 5
 
 
+def test_p15_a_driver_killed_while_it_tells_an_emptied_server_everything_leaves_the_rest_to_the_next(
+    journal: Journal, database: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new server knows the study then; what was delivered to the old one is not there all the same."""
+    from mlflow import MlflowClient
+
+    write_study(journal, finish=False)
+    assert follower(journal, database).start().close(60) == 0
+    whole, real, calls = contents(database), MlflowClient.log_batch, list[str]()
+    database.unlink()
+    shutil.copy(template, database)
+    journal.append("study_started", study="pets", spec=SPEC, dataset_digest="d" * 64)
+
+    def log_batch(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
+        calls.append(run_id)
+        if len(calls) == 3:
+            raise SystemExit  # ends the follower's thread, as a kill ends its process
+        real(self, run_id, **parts)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    assert follower(journal, database).start().close(60) > 0
+    monkeypatch.undo()
+    assert len(contents(database)["runs"]) == 3
+    assert follower(journal, database).start().close(60) == 0
+    assert contents(database)["metrics"] == whole["metrics"]
+
+
 def test_what_a_server_refuses_for_ever_does_not_hold_back_the_rest(
     journal: Journal, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
