@@ -20,12 +20,13 @@ _NUMBERS = {
 
 
 class DiskError(OSError):
-    """The study's folder takes no more data, or fails."""
+    """The study's folder takes no more data, fails, or has gone."""
 
 
 @contextlib.contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
-    """Turn whatever a full or failing disk made of the block into a `DiskError`; everything else passes.
+    """Turn whatever a full or failing disk, or a journal that was removed, made of the block into a `DiskError`;
+    everything else passes.
 
     Args:
         folder: the study's.
@@ -33,6 +34,11 @@ def disk_explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and str(error.filename) == str(folder / "journal.jsonl"):
+            raise DiskError(
+                f"A study writes its record to {folder}, but the journal there has gone: it was removed or moved while "
+                "the study ran. Put it back and run the same command again; without it the study begins anew."
+            ) from error
         full = _is_full(error)
         free = shutil.disk_usage(folder).free if full else 0
         if full is None or free > ROOM:

@@ -70,3 +70,12 @@ def test_everything_else_passes(raised: Any, tmp_path: Path) -> None:
     with pytest.raises(type(raised)) as error, disk_explained(tmp_path):
         raise raised
     assert error.value is raised
+
+
+def test_a_journal_that_was_removed_under_a_study_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DiskError) as error, disk_explained(tmp_path):
+        open(str(tmp_path / "journal.jsonl"), "rb")  # noqa: SIM115  # there is none
+    assert str(error.value) == (
+        f"A study writes its record to {tmp_path}, but the journal there has gone: it was removed or moved while the "
+        "study ran. Put it back and run the same command again; without it the study begins anew."
+    )
