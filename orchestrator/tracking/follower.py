@@ -98,9 +98,7 @@ class MlflowFollower:
     @property
     def backlog(self) -> int:
         """Events of the journal that are not delivered."""
-        if not self.journal.exists():
-            return 0
-        return len(read_from(self.journal, self._delivered)[0])
+        return len(read_from(self.journal, self._delivered)[0]) if self.journal.exists() else 0
 
     @property
     def refused(self) -> int:
@@ -213,8 +211,9 @@ class MlflowFollower:
     def _find_again(self) -> None:
         """Connect to a server that was told of this study before. If it knows nothing of it, or another run of it
         (another server behind the same address, an emptied database), it is told everything."""
-        assert (uid := self._projection.study_uid) is not None
-        known, writer = self.position.run(), self._connected(uid)
+        uid, known = self._projection.study_uid, self.position.run()
+        assert uid is not None
+        writer = self._connected(uid)
         if not writer.knows(uid) or (known and writer.run_id(uid) not in (known, None)):
             self.position.forget()  # first: from here on the server knows the study, but not what it was told before
             self._projection = Projection(self._study)
