@@ -1,5 +1,4 @@
-"""A trial goes on bit for bit from after any of its steps, under settings that touch the order of what is drawn. (Every fifth
-step of a trial is tried; units have three, so that all places in a unit come up.)"""
+"""A trial goes on bit for bit from after any of its steps, under settings that touch the order of what is drawn."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def kept_after_every_step(run: Run, folder: Path) -> tuple[list[dict[str, Any]],
 
 CASES = [
     ("layernorm", "vit", CYCLES, {"precision": "bfloat16"}, 7),
-    ("layernorm", "hybrid", {"cycles": 2, "lam_choice": "learned", "lam_scope": "layer"}, {}, 64),
+    ("layernorm", "hybrid", {"cycles": 2, "lam_choice": "learned", "lam_scope": "layer"}, {"augment": ()}, 64),
     ("lp_ft", "hybrid", {"wise": 0.5}, {"precision": "bfloat16"}, 64),
     ("components", "vit", {"kinds": "auto", "bn_conversion": True}, {"precision": "bfloat16"}, 7),
     ("lora", "hybrid", {"targets": "mlp", "bn_conversion": True, "optimizer": "adamw", "wise": "sweep"}, {}, 7),
@@ -91,7 +90,7 @@ def test_p28_it_goes_on_bit_for_bit_from_after_any_step(
     expected = finish(whole)
     history, kept = kept_after_every_step(make(strategy, kind, hparams, **fields), tmp_path)
     assert same_numbers(history, expected)
-    for units, folder in kept[1::5]:
+    for units, folder in kept[1::5]:  # units of three steps: every place in a unit comes up
         again = make(strategy, kind, hparams, **fields)
         again.load_state(load_state(folder))
         torch.rand(3)
