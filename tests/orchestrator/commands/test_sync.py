@@ -127,6 +127,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     assert gone.exit_code == FAILED
     lines = gone.stdout.splitlines()
     assert lines[:2] == ["pets → http://127.0.0.1:9, experiment pets", "Added: nothing"]
+    wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
     assert lines[2].startswith("Still missing: 5 runs, 32 points and 5 artifacts (NewConnectionError: Failed to")
     elsewhere = f"sqlite:///{storage / 'mlflow.db'}"
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == ALL
