@@ -14,7 +14,8 @@ class FailuresSpec(Section):
 
     retries: Annotated[int, Field(ge=0)] = 2
     """How often a trial whose process or machine died, or that hung, is tried again from its last checkpoint within one
-    run. Errors of the trial itself are not: they would happen again."""
+    run. A process that Ray ended because its machine ran out of memory costs no retry, once per unit: its neighbour may
+    have taken the memory. Errors of the trial itself are not tried again: they would happen again."""
     stall_factor: Annotated[float, Field(gt=1)] | None = 3.0
     """A trial hangs if a unit takes longer than this many times the median of its own units of the same kind (or the
     slowest such unit of another trial of its entry, where it has done none), and longer than its slowest unit of any
