@@ -358,6 +358,7 @@ due to SIGSEGV or another unexpected error.
 
 def test_p25_of_a_process_that_ended_without_a_word_it_is_said_where_it_was() -> None:
     assert classify(VANISHED) == "infra"
+    assert classify("trainables.core.keeper.FencedError: another process has taken trial 3 over") == "infra"
     assert error_line(VANISHED) == (
         "ActorDiedError: process 6457 on 192.0.2.2 ended without a word: it crashed (a segmentation fault, or a "
         "library that ends the process), or it was killed from outside (by the kernel, if memory ran out: see dmesg "
