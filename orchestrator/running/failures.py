@@ -18,8 +18,8 @@ _PATTERNS = (
         "infra",
         r"ActorDiedError|ActorUnavailableError|RayActorError|NodeDiedError|WorkerCrashedError|RaySystemError"
         r"|actor died|actor is dead|actor (?:\w+ )?is (?:temporarily )?unavailable"
-        r"|worker process has died|worker died|node (?:has )?died"
-        r"|FencedError|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
+        r"|worker process has died|worker died|node (?:has )?died|FencedError"
+        r"|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
     ),
 )
 """First match wins: an actor that died because memory ran out is `host_oom`, not `infra`; `oom` is a GPU's memory."""
