@@ -86,7 +86,8 @@ def ensure_tracking_file(file: Path) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         status = file.stat()
-        if time.time() - status.st_mtime < SETTLED_SECONDS:
+        # A file says when it was written by the clock on the wall; one from the future is of a clock that was set back.
+        if abs(time.time() - status.st_mtime) < SETTLED_SECONDS:
             raise TrackingFileError(
                 f"Another MLflow is making {file}, or was killed while it did; if that was so, move the file away."
             )

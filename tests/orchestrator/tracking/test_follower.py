@@ -211,6 +211,7 @@ def test_an_emptied_server_is_told_everything_again(journal: Journal, database: 
     assert len(contents(database)["runs"]) == 5
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_p15_a_driver_killed_while_it_tells_an_emptied_server_everything_leaves_the_rest_to_the_next(
     journal: Journal, database: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,12 @@ def quick(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_file, "_migrate", lambda draft: shutil.copyfile(template, draft))
 
 
+def test_s8_a_half_made_file_from_the_future_is_not_waited_for(template: Path, tmp_path: Path) -> None:
+    half = half_made(template, tmp_path / "mlflow.db", age=-3600)
+    ensure_tracking_file(tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").read_bytes() == half
+
+
 def test_p16_a_file_that_another_mlflow_is_making_is_not_touched(template: Path, tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
     before = half_made(template, file, age=0)
