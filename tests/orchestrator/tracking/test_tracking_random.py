@@ -155,6 +155,7 @@ class World:
         return client, client.get_experiment_by_name("pets")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("seed", range(3))
 def test_p11_p12_p15_whatever_happens_the_server_ends_with_what_the_journal_says(
