@@ -161,12 +161,13 @@ def report(
 ) -> None:
     """Write a study as one HTML page that opens anywhere, from the journal alone."""
     from orchestrator.commands.status import find_study, read_journal
-    from orchestrator.report.page import write_report
+    from orchestrator.report.page import REPORT, write_report
 
     spec, folder = find_study(study)
-    read_journal(spec, folder)
-    place = str(write_report(folder, output))
-    context.obj.result({"report": place}, lambda console: console.print(f"Wrote {place}", markup=False, soft_wrap=True))
+    place = output or folder / REPORT
+    write_report(read_journal(spec, folder), place)
+    told = f"Wrote {place}"
+    context.obj.result({"report": str(place)}, lambda console: console.print(told, markup=False, soft_wrap=True))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from orchestrator.study_file.spec import StudySpec, load_study
 
 if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan
+    from orchestrator.record.journal import Event
     from orchestrator.results.study_results import Results
     from trainables.data.store import Store
 
@@ -94,22 +95,9 @@ class Study:
         store = self.prepare(progress)
         task = make_task(self.spec, store)
         Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
-        self.report()
-        return self.results()
-
-    def report(self) -> Path | None:
-        """Write `report.html` into the study's folder and return its place; where that fails, a warning and None, for
-        a page is no reason to lose the results of a study."""
-        from orchestrator.report.page import write_report
-
-        try:
-            return write_report(self.folder)
-        except Exception as error:
-            logger.warning(
-                "The report was not written (%s: %s). Make it again: luthier report %s",
-                type(error).__name__, error, shlex.quote(str(self.folder)),
-            )  # fmt: skip
-            return None
+        events = self._events()
+        self._report(events)
+        return self._results(events)
 
     def results(self) -> Results:
         """Leaderboard, best configuration and warnings, from the journal alone: no cluster, no tracking server.
@@ -117,12 +105,30 @@ class Study:
         Raises:
             FileNotFoundError: the study has not been run.
         """
-        from orchestrator.record.folding import fold, measurements
+        return self._results(self._events())
+
+    def _events(self) -> list[Event]:
         from orchestrator.record.journal import Journal
-        from orchestrator.results.study_results import Results
 
         journal = self.folder / "journal.jsonl"
         if not journal.exists():
             raise FileNotFoundError(f"The study {self.spec.name!r} has no journal at {journal}. Run it first.")
-        events = Journal.read(journal)
+        return Journal.read(journal)
+
+    def _results(self, events: list[Event]) -> Results:
+        from orchestrator.record.folding import fold, measurements
+        from orchestrator.results.study_results import Results
+
         return Results(fold(events), self.spec, measurements=measurements(events))
+
+    def _report(self, events: list[Event]) -> None:
+        """A page that cannot be made is a warning: it is no reason to lose the results of a study."""
+        from orchestrator.report.page import REPORT, write_report
+
+        try:
+            write_report(events, self.folder / REPORT)
+        except Exception as error:
+            logger.warning(
+                "The report was not written (%s: %s). Make it again: luthier report %s",
+                type(error).__name__, error, shlex.quote(str(self.folder)),
+            )  # fmt: skip

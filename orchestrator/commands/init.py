@@ -54,13 +54,16 @@ def write_study(
     """
     from orchestrator.ingest.check import detect
     from orchestrator.study_file.spec import StudySpec
+    from trainables import strategies
 
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
     fields = _digits(model) if data is None or detect(data) == "digits" else _found(data, model, label)
     fields["name"] = name or fields["name"]
+    unfit = _unfit(fields["model"]["name"])
+    fields["strategies"] = [strategy for strategy in strategies() if strategy not in unfit]
     StudySpec.from_fields(fields)
-    text = render(fields, output)
+    text = render(fields, output, unfit)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -79,8 +82,12 @@ def announced(written: Mapping[str, Any]) -> Callable[[Console], None]:
     return lambda console: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def render(fields: Mapping[str, Any], file: Path) -> str:
-    """The text of a study file: every key with what it means, at the given value or its default."""
+def render(fields: Mapping[str, Any], file: Path, unfit: Mapping[str, str]) -> str:
+    """The text of a study file: every key with what it means, at the given value or its default.
+
+    Args:
+        unfit: strategies that are left out, and why.
+    """
     lines = [_HEAD.format(file=file)]
     for row in rows("study"):
         if row.key == "name":
@@ -88,7 +95,7 @@ def render(fields: Mapping[str, Any], file: Path) -> str:
     for section in [s for s in sections() if s != "study"]:
         lines.append("")
         if section == "strategies":
-            lines += _strategies(fields["strategies"], fields["model"]["name"])
+            lines += _strategies(fields["strategies"], unfit)
             continue
         lines += _comment(sections()[section].__doc__ or "", "")
         given = fields.get(section, {})
@@ -106,10 +113,10 @@ def _key(row: Row, given: Mapping[str, Any], indent: str) -> list[str]:
     return [*lines, f"{indent}{row.key}: {written(given[row.key]) if row.key in given else row.default}"]
 
 
-def _strategies(names: list[str], model: str) -> list[str]:
+def _strategies(names: list[str], unfit: Mapping[str, str]) -> list[str]:
     lines = ["# Ways of fine-tuning that compete under one budget. Instead of a name, an entry may be"]
     lines += ["#   {name: daft, label: daft_no_conversion, fixed: {bn_conversion: false}}", "strategies:"]
-    left = [f"  # {name}: {reason}" for name, reason in _unfit(model).items() if name not in names]
+    left = [f"  # {name}: {reason}" for name, reason in unfit.items()]
     return [*lines, *(f"  - {name}" for name in names), *left]
 
 
@@ -123,7 +130,6 @@ def _digits(model: str | None) -> dict[str, Any]:
         "name": "digits",
         "data": {"source": "digits"},
         "model": {"name": model or DIGITS_MODEL},
-        "strategies": _strategy_names(model or DIGITS_MODEL),
         "search": {"trials": 16, "epochs": 4},
     }
 
@@ -147,16 +153,8 @@ def _found(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
         "name": stem,
         "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside, "label": label},
         "model": {"name": model or MODEL},
-        "strategies": _strategy_names(model or MODEL),
         "search": {"trials": 40, "epochs": 20},
     }
-
-
-def _strategy_names(model: str) -> list[str]:
-    from trainables import strategies
-
-    unfit = _unfit(model)
-    return [name for name in strategies() if name not in unfit]
 
 
 def _unfit(model: str) -> dict[str, str]:

@@ -132,7 +132,7 @@ def _rates_panel(axes: Axes, rates: Sequence[str], trials: Sequence[TrialRecord]
 def _tried(records: Sequence[TrialRecord], label: str) -> tuple[list[str], list[TrialRecord]] | None:
     """(rates that differ between the entry's search trials, those trials); None where there are none."""
     mine = [r for r in records if r.label == label and r.role == "search" and r.metric(VAL) is not None]
-    mine = [r for r in mine if all(_rate(r, name) is None or _rate(r, name) > 0 for name in RATES)]  # type: ignore[operator]
+    mine = [r for r in mine if all((rate := _rate(r, name)) is None or rate > 0 for name in RATES)]
     rates = [name for name in RATES if len({_rate(r, name) for r in mine} - {None}) > 1]
     mine = [r for r in mine if all(_rate(r, name) is not None for name in rates)]
     return (rates, mine) if rates and len(mine) > 1 else None

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
 from orchestrator.record.folding import fold, measurements, study_header
-from orchestrator.record.journal import Event, Journal
 from orchestrator.record.records import TrialRecord
 from orchestrator.report import figures
 from orchestrator.results.curve_plot import figure_of
@@ -32,6 +31,8 @@ from trainables.core.durable import write_text
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from orchestrator.record.journal import Event
+
 logger = logging.getLogger("luthier")
 
 REPORT = "report.html"
@@ -41,21 +42,11 @@ WIDE = 8.0
 """Inches from which on a picture has a row of its own."""
 
 
-def write_report(folder: Path, place: Path | None = None) -> Path:
-    """Write the page of the study in a folder, from the journal there, and return its place.
-
-    Args:
-        place: where to; None = `report.html` in that folder.
-
-    Raises:
-        FileNotFoundError: no journal.
-        ValueError: see `report_html`.
-    """
-    page = report_html(Journal.read(folder / "journal.jsonl"))
-    place = place or folder / REPORT
+def write_report(events: Sequence[Event], place: Path) -> None:
+    """Write the page of a study (arguments and errors: see `report_html`); the folder of `place` is made."""
+    page = report_html(events)
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text(place, page)
-    return place
 
 
 def report_html(events: Sequence[Event]) -> str:
@@ -86,7 +77,7 @@ def page_of(
     spec = header.get("spec") or {}
     results = Results(records, {**spec, "name": header["study"]}, measurements=measured)
     table, rows, chosen = _leaderboard(results)
-    script = _script()
+    script = _source("sorting.js")
     return _template().render(
         name=header["study"],
         state=header["state"],
@@ -204,10 +195,6 @@ def _spec_text(spec: Mapping[str, Any]) -> str:
     import yaml
 
     return redact(yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True))
-
-
-def _script() -> str:
-    return _source("sorting.js")
 
 
 @functools.cache

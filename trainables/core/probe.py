@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from trainables.core.cache import made_once
 from trainables.core.durable import new_file
 from trainables.core.logistic import logistic_path
 
@@ -95,15 +95,7 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     path = regularisation_path(100) if path is None else path
     name = hashlib.sha256(json.dumps([FORMAT, list(path)]).encode()).hexdigest()[:12]
     file = data.solution_folder / f"linear_probe-{name}.safetensors"
-    found = _load(file)
-    if found is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            found = _load(file)
-            if found is None:
-                found = _choose(data, path)
-                _save(found, file)
-    return found
+    return made_once(file, _load, lambda: _choose(data, path), _save)
 
 
 def _choose(data: TrialData, path: Sequence[float]) -> Probe:

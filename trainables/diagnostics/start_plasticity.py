@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
 from torch import Tensor, nn
 
+from trainables.core.cache import made_once
 from trainables.core.durable import write_text
 from trainables.diagnostics.plasticity import PlasticityReport, measure_pairs
 
@@ -39,15 +39,7 @@ def plasticity_of(data: TrialData) -> PlasticityReport:
     settings = [FORMAT, task.plasticity_probe, task.plasticity_source, task.plasticity_pairs, data.device.type]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     file = data.solution_folder / f"plasticity-{name}.json"
-    found = _load(file)
-    if found is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            found = _load(file)
-            if found is None:
-                found = plasticity_after(data.reference, data)
-                _save(found, file)
-    return found
+    return made_once(file, _load, lambda: plasticity_after(data.reference, data), _save)
 
 
 def plasticity_after(model: nn.Module, data: TrialData) -> PlasticityReport:

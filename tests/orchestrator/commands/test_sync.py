@@ -26,21 +26,12 @@ from orchestrator.running.drive import plain_spec
 from orchestrator.study import Study
 from orchestrator.study_file.spec import StudySpec, TrackingSpec
 from orchestrator.study_file.yaml_writer import write_yaml
-from orchestrator.tracking import writer as mlflow_writer
 from orchestrator.tracking.delivery_lock import DeliveryError, DeliveryLock
 from orchestrator.tracking.following import follow, sync_command, waiting
 from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
 
 NOTHING = {"runs": 0, "points": 0, "artifacts": 0}
 ALL = {"runs": 5, "points": 32, "artifacts": 5}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty tracking database; making one takes seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "template", "none")
-    return path
 
 
 @pytest.fixture

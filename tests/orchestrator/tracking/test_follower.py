@@ -19,23 +19,9 @@ import pytest
 
 from orchestrator.record.journal import Journal
 from orchestrator.study_file.spec import StudySpec
-from orchestrator.tracking import writer as mlflow_writer
 from orchestrator.tracking.follower import MlflowFollower
 from orchestrator.tracking.following import follow
 from tests.orchestrator.tracked import SPEC, contents, fail_with, serve, suggest, wait_until, write_study
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty tracking database; making one takes seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "template", "none")
-    return path
-
-
-@pytest.fixture
-def database(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
 
 
 @pytest.fixture

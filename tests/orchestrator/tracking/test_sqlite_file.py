@@ -113,14 +113,6 @@ def half_made(template: Path, file: Path, age: float) -> bytes:
     return file.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty tracking database; making one takes seconds."""
-    file = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowWriter(f"sqlite:///{file}", "template", "none")
-    return file
-
-
 @pytest.fixture
 def quick(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables come from a copy."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import socket
 import sqlite3
@@ -16,22 +15,8 @@ from typing import Any
 import pytest
 
 from orchestrator.record.journal import Journal
-from orchestrator.tracking import writer as mlflow_writer
 from orchestrator.tracking.follower import MlflowFollower
 from tests.orchestrator.tracked import SPEC, contents, suggest, write_study
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty tracking database; making one takes seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "template", "none")
-    return path
-
-
-@pytest.fixture
-def database(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
 
 
 def deliver(journal: Path, database: Path) -> MlflowFollower:

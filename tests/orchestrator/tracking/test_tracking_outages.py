@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from orchestrator.record.journal import Journal
-from orchestrator.tracking import writer as mlflow_writer
 from orchestrator.tracking.follower import MlflowFollower
 from tests.orchestrator.outages import Server, proxy
 from tests.orchestrator.tracked import SPEC, contents, suggest, wait_until
@@ -30,14 +29,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
     finally:
         started.kill()
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty tracking database; making one takes seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "template", "none")
-    return path
 
 
 @pytest.fixture
