@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("orchestrator", "trainables", "search_spaces")
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 250, 400, 60
 
-MAY_IMPORT_RAY = "trainables/core/trial.py"
-MAY_READ_WEIGHTS = "trainables/core/weights.py"
+MAY_IMPORT_RAY = "trainables/engine/tune_trainable.py"
+MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
     "errors", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking", "planning",
@@ -129,7 +129,7 @@ class TestImports:
             "import sys\n"
             "for name in ('ray', 'mlflow', 'optuna', 'pyarrow', 'orchestrator', 'search_spaces'):\n"
             "    sys.modules[name] = None\n"
-            "import trainables.core.loop, trainables.core.optim, trainables.core.contract\n"
+            "import trainables.engine.loop, trainables.engine.optim, trainables.engine.contract\n"
         )
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert ended.returncode == 0, ended.stderr

@@ -1,6 +1,6 @@
 """What runs inside one trial. The public files of this folder are the strategies; the folder is the registry.
 
-Nothing here imports ray, mlflow, optuna or the orchestrator, with one exception: `core/trial.py` is the
+Nothing here imports ray, mlflow, optuna or the orchestrator, with one exception: `engine/tune_trainable.py` is the
 `ray.tune.Trainable`, so that the training core also runs where only torch and timm are installed.
 """
 
@@ -12,7 +12,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainables.core.contract import Strategy
+    from trainables.engine.contract import Strategy
 
 
 def strategies() -> list[str]:
@@ -39,10 +39,10 @@ def strategy_class(name: str) -> type[Strategy]:
 def trainable(name: str) -> type[Any]:
     """The `ray.tune.Trainable` class of one strategy, ready for a `tune.Tuner` of your own.
 
-    Its config holds `task` (see `trainables.core.task.Task`), `hparams` (the strategy's `Config` fields) and
+    Its config holds `task` (see `trainables.specs.trial_spec.Task`), `hparams` (the strategy's `Config` fields) and
     `seed`. Raises ValueError for an unknown name.
     """
     strategy_class(name)
-    from trainables.core.trial import trainable_class
+    from trainables.engine.tune_trainable import trainable_class
 
     return trainable_class(name)
