@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trainables import strategy_class
 from trainables.data.trial_data import TrialData
 from trainables.engine.best_weights import Best, changed_start, movable_names, take
 from trainables.engine.budget import Plan, Position
@@ -20,6 +19,7 @@ from trainables.engine.loop import check_finite
 from trainables.engine.optim import current_rates
 from trainables.engine.phase_trainer import PhaseTraining, load_optimizer_state
 from trainables.engine.process_cache import on_device, open_store, pretrained_for
+from trainables.engine.registry import strategy_class
 from trainables.engine.rng_state import isolated_randomness
 from trainables.engine.trial_state import best_of, check_same, identity, misfits, pack, put_weights, unpack
 from trainables.models.backbone import Classifier, new_classifier

@@ -73,9 +73,10 @@ def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fault_injection.VARIABLE, "phase=stepp,action=kill")
     with pytest.raises(ValueError) as error:
         fault_injection.reach("step")
+    phases, actions = ", ".join(fault_injection.PHASES), ", ".join(fault_injection.ACTIONS)
     assert str(error.value) == (
-        f"A fault has phase= one of {', '.join(fault_injection.PHASES)}, action= one of {', '.join(fault_injection.ACTIONS)}, "
-        "and may have times= and trial=, unit=, step=, event=, seq=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
+        f"A fault has phase= one of {phases}, action= one of {actions}, and may "
+        "have times= and trial=, unit=, step=, event=, seq=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
     )
 
 
