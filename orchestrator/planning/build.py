@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Entry, Stage
     from orchestrator.study_file.spec import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import ModelSpec, Task
+    from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 
 FOLDED = 5
@@ -60,12 +60,12 @@ def make_built_in(model: ModelSpec) -> None:
         pretrained_folder(model.name)
 
 
-def make_task(spec: StudySpec, store: Store) -> Task:
+def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
     """What all trials share."""
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
     search = spec.search
-    return Task(
+    return SharedTrialSettings(
         store=str(store.path),
         model=model_of(spec),
         image_size=spec.data.image_size,
@@ -104,15 +104,15 @@ def rungs_of(spec: StudySpec) -> tuple[int, ...]:
     return rungs(search.epochs, search.grace, search.reduction) if search.scheduler == "asha" else ()
 
 
-def planned_units(task: Task) -> Callable[[TrialRecord], int]:
+def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
     """Trial → units that it takes: its budget, or fewer where its strategy needs no more (linear probing takes one)."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     @functools.cache
     def units(strategy: str, hparams: str) -> int:
         try:
-            return Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
+            return BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
         except ValueError:  # the trial itself will say what is wrong
             return task.epochs
 
@@ -131,7 +131,7 @@ def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
     return StudyScheduler(metric_of(spec), True, search.epochs, search.grace, search.reduction, history)
 
 
-def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
+def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:
     """What follows the search: folds for leave-one-domain-out, then the best configurations on fresh seeds."""
     from orchestrator.results.selection import top_candidates
     from orchestrator.search.stages import ConfirmStage, FoldStage
@@ -149,7 +149,9 @@ def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
     return stages
 
 
-def references_of(spec: StudySpec, task: Task, store: Store, references: Sequence[str]) -> ReferenceStage:
+def references_of(
+    spec: StudySpec, task: SharedTrialSettings, store: Store, references: Sequence[str]
+) -> ReferenceStage:
     """The reference trials of FSR."""
     from orchestrator.planning.fsr import STRATEGY, ReferenceStage
 

@@ -56,9 +56,9 @@ def space_of(spec: StudySpec) -> SearchSpace:
     """
     from orchestrator.planning.build import entries_of, model_of
     from orchestrator.search.space import SearchSpace
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
-    task = Task(store="", model=model_of(spec), epochs=spec.search.epochs)
+    task = SharedTrialSettings(store="", model=model_of(spec), epochs=spec.search.epochs)
     space = SearchSpace(entries_of(spec), task, spec.search.sampler, spec.search.seed, [True])
     space.check_budget(spec.search.trials)
     return space

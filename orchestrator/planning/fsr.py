@@ -22,7 +22,7 @@ from orchestrator.record.records import TrialRecord, fold, study_header
 from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, estimates, suggested
 from orchestrator.search.stages import Entry, trial
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.study_file.spec import StudySpec
@@ -46,7 +46,7 @@ class ReferenceStage:
     or, without such an entry, that of the strategy.
     """
 
-    task: Task
+    task: SharedTrialSettings
     store: Store
     rule: str
     references: tuple[str, ...]
@@ -77,12 +77,12 @@ class ReferenceStage:
             for sample, task in samples.items()
         ]
 
-    def samples(self) -> dict[str, Task]:
+    def samples(self) -> dict[str, SharedTrialSettings]:
         """Name of each sample → what its trials share; empty where there is none to compare the study's own with."""
         share = self.task.train_fraction
         steps = self.task.steps_per_unit or max(1, self._size(share) // self.task.batch_size)
         own = dataclasses.replace(self.task, steps_per_unit=steps, evaluate_at=(), diagnostics=("shift",))
-        found: dict[str, Task] = {}
+        found: dict[str, SharedTrialSettings] = {}
         if EXTRAPOLATED in self.references:
             found |= {f"{f:g}": dataclasses.replace(own, train_fraction=share * f) for f in self._nested()}
         if FULL in self.references:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.spec import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 log = logging.getLogger("luthier")
 
@@ -45,7 +45,7 @@ class Drive:
     spec: StudySpec
     folder: Path
     store: Store
-    task: Task
+    task: SharedTrialSettings
     progress: bool = True
     stages: Sequence[Stage] | None = None
     """Run these alone, without the search; None = the whole study."""
@@ -106,7 +106,7 @@ class Drive:
             tune_keeps_no_files,
         )
         from orchestrator.running.watchdog import Watchdog
-        from trainables.engine.tune_trainable import Trial
+        from trainables.engine.tune_trainable import TuneTrainable
 
         known, limits = fold(journal.events()), self.spec.failures
         watchdog = Watchdog(limits, asdict(self.task), known)
@@ -115,7 +115,7 @@ class Drive:
         gate = FailureGate(limits.stop_after, limits.stop_share)
         journal.subscribe(gate.event)
         tuner = tune.Tuner(
-            tune.with_resources(Trial, request),
+            tune.with_resources(TuneTrainable, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=make_scheduler(self.spec, known),

@@ -63,7 +63,7 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
         unit: 1-based.
         start: what comes before it.
     """
-    task = config.get("task") or {}
+    task = config.get("shared") or {}
     hparams = json.dumps(dict(config.get("hparams") or {}), sort_keys=True, default=str)
     plain = _kinds(
         str(config.get("strategy")), hparams, int(task.get("epochs") or 1), tuple(task.get("evaluate_at") or ())
@@ -74,10 +74,10 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
 @functools.cache
 def _kinds(strategy: str, hparams: str, epochs: int, tested: Sequence[int]) -> tuple[Kind, ...]:
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     try:
-        plan = Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
+        plan = BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
     except (ValueError, TypeError):  # the trial itself will say what is wrong
         return (Kind("", "", False, True, True),)
     found: list[Kind] = []
@@ -248,7 +248,7 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
     def _recall(self, record: TrialRecord, task: Mapping[str, Any]) -> None:
         """Take over the times of an earlier run. Which were the first of a process nobody knows any more, but for the
         first of all; where it was a cold start, the time is only longer than that of a warm one."""
-        config = {"task": task, "_number": record.number, "label": record.label}
+        config = {"shared": task, "_number": record.number, "label": record.label}
         config |= {"strategy": record.strategy, "hparams": record.hparams}
         for past in record.history:
             if "cost/unit_seconds" in past:

@@ -11,7 +11,7 @@ import search_spaces
 from orchestrator.record.records import TrialRecord
 from orchestrator.search.stages import Entry
 from search_spaces import Preset
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Sweep:
         ValueError: the entry fixes what the preset sweeps.
     """
 
-    def __init__(self, entry: Entry, preset: Preset, task: Task, maximise: bool = True) -> None:
+    def __init__(self, entry: Entry, preset: Preset, task: SharedTrialSettings, maximise: bool = True) -> None:
         clash = sorted(preset.swept & set(entry.fixed))
         if clash:
             raise ValueError(
@@ -93,7 +93,7 @@ class Sweep:
     def spec_of(self, hparams: Mapping[str, Any], seed: int = 0) -> TrialSpec:
         """One configuration of this entry as a trial."""
         return TrialSpec(
-            task=self.task, strategy=self.entry.strategy, label=self.entry.label, hparams=hparams, seed=seed
+            shared=self.task, strategy=self.entry.strategy, label=self.entry.label, hparams=hparams, seed=seed
         )
 
     def _end_early(self, step: int, points: int) -> None:
@@ -105,7 +105,7 @@ class Sweep:
         self.ended_early = True
 
 
-def sweep_of(entry: Entry, sampler: str, task: Task, maximise: bool = True) -> Sweep | None:
+def sweep_of(entry: Entry, sampler: str, task: SharedTrialSettings, maximise: bool = True) -> Sweep | None:
     """The sweep that an entry runs under a sampler, or None where the sampler draws its configurations.
 
     An entry with a preset runs it under every sampler. With the sampler `paper` every entry has one: its preset

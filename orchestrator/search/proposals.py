@@ -89,7 +89,7 @@ class Proposals:
         """Whether the default point with these values has been proposed, in this run or in an earlier one."""
         entry = self.space.searched[label]
         point = search_spaces.default_point(entry.strategy, entry.fixed) | dict(values)
-        wanted = TrialSpec(task=self.space.task, strategy=entry.strategy, label=label, hparams=point).config_hash
+        wanted = TrialSpec(shared=self.space.task, strategy=entry.strategy, label=label, hparams=point).config_hash
         return any(r.config_hash == wanted and r.role == "search" for r in ledger.records.values())
 
     def _round(self, ledger: Ledger) -> dict[str, Any]:

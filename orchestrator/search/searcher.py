@@ -20,7 +20,7 @@ from orchestrator.search.proposals import Proposals
 from orchestrator.search.sampling import check_sampler, maximised
 from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
@@ -69,7 +69,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def __init__(
         self,
         entries: Sequence[Entry],
-        task: Task,
+        task: SharedTrialSettings,
         url: str,
         study_name: str,
         trials: int,
@@ -206,7 +206,9 @@ def _unit(result: Mapping[str, Any]) -> int:
     return int(result.get("unit", result.get("training_iteration", 0)))
 
 
-def _contents(entries: Sequence[Entry], task: Task, epochs: int, metrics: Sequence[str], seed: int) -> dict[str, Any]:
+def _contents(
+    entries: Sequence[Entry], task: SharedTrialSettings, epochs: int, metrics: Sequence[str], seed: int
+) -> dict[str, Any]:
     """What trials must have in common to be comparable: not where the data lie, but what is done with them."""
     shared = dataclasses.asdict(task)
     for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):

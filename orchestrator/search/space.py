@@ -14,7 +14,7 @@ import search_spaces
 from orchestrator.search.paper_sweep import Sweep, sweep_of
 from orchestrator.search.sampling import FLAT
 from orchestrator.search.stages import Entry, search_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 
 class SearchError(ValueError):
@@ -31,7 +31,9 @@ class SearchSpace:
         ValueError: an unknown strategy or preset.
     """
 
-    def __init__(self, entries: Sequence[Entry], task: Task, sampler: str, seed: int, maximise: Sequence[bool]) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], task: SharedTrialSettings, sampler: str, seed: int, maximise: Sequence[bool]
+    ) -> None:
         repeated = sorted(label for label, n in Counter(e.label for e in entries).items() if n > 1)
         if repeated or not entries:
             got = f"{', '.join(repeated)} twice" if repeated else "no entry"
@@ -84,7 +86,7 @@ class SearchSpace:
             drawn[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
         entry = self.searched[label]
         return TrialSpec(
-            task=self.task,
+            shared=self.task,
             strategy=entry.strategy,
             label=label,
             hparams=drawn[label],

@@ -10,26 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from tests.synthetic import shapes
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
-Trial = Callable[..., Run]
+MakeTrial = Callable[..., Trial]
 """`trial(kind="vit", epochs=2, **hparams)`"""
 
 
-def trials(network: Callable[[str], str], folder: Path) -> Trial:
+def trials(network: Callable[[str], str], folder: Path) -> MakeTrial:
     """Trials whose caches lie in `folder`; `network` is the fixture."""
 
-    def make(kind: str = "vit", epochs: int = 2, **hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network(kind)), epochs=epochs, batch_size=16, cache=str(folder))
-        spec = TrialSpec(task=task, strategy="layernorm", hparams={**RATES, **hparams})
-        return Run(spec, store=shapes(), device="cpu")
+    def make(kind: str = "vit", epochs: int = 2, **hparams: Any) -> Trial:
+        task = SharedTrialSettings(
+            store="m", model=ModelSpec(name=network(kind)), epochs=epochs, batch_size=16, cache=str(folder)
+        )
+        spec = TrialSpec(shared=task, strategy="layernorm", hparams={**RATES, **hparams})
+        return Trial(spec, store=shapes(), device="cpu")
 
     return make
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Trial) -> dict[str, Any]:
     """Metrics of the last unit."""
     metrics: dict[str, Any] = {}
     while not run.finished:
@@ -37,7 +39,7 @@ def finish(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def changed(before: Mapping[str, Tensor], run: Run) -> set[str]:
+def changed(before: Mapping[str, Tensor], run: Trial) -> set[str]:
     """Names of the tensors that are no longer the same bits."""
     return {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
 
@@ -46,6 +48,6 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def source_of(run: Run) -> dict[str, Tensor]:
+def source_of(run: Trial) -> dict[str, Tensor]:
     """The pretrained tensors by the classifier's names."""
     return {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}

@@ -16,10 +16,10 @@ from torch.nn import functional
 from tests.conformance import StrategyConformance, same_tensors
 from tests.synthetic import shapes
 from trainables.engine.optim import rate_factor, resolved_rate
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.lora import LoRA, inject, merge, target_names
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
@@ -37,17 +37,17 @@ class TestConformanceOfAllTargets(TestConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(kind: str = "vit", **hparams: Any) -> Run:
+def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Trial]:
+    def make(kind: str = "vit", **hparams: Any) -> Trial:
         model = ModelSpec(name=network(kind))
-        task = Task(store="m", model=model, epochs=2, batch_size=16, cache=str(tmp_path / "cache"))
-        spec = TrialSpec(task=task, strategy="lora", hparams={**RATES, "rank": 4, **hparams})
-        return Run(spec, store=shapes(), device="cpu")
+        task = SharedTrialSettings(store="m", model=model, epochs=2, batch_size=16, cache=str(tmp_path / "cache"))
+        spec = TrialSpec(shared=task, strategy="lora", hparams={**RATES, "rank": 4, **hparams})
+        return Trial(spec, store=shapes(), device="cpu")
 
     return make
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Trial) -> dict[str, Any]:
     """Metrics of the last unit."""
     metrics: dict[str, Any] = {}
     while not run.finished:
@@ -68,7 +68,7 @@ class ByHand(nn.Module):
         return out
 
 
-def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., Run]) -> None:
+def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., Trial]) -> None:
     peft, plain = trial(alpha=6.0), trial(alpha=6.0)
     model = plain.model
     start = {name: value.clone() for name, value in model.backbone.named_parameters() if "lora_" in name}
@@ -112,7 +112,7 @@ def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., R
 
 
 @pytest.mark.parametrize("targets", ["attention", "mlp", "all"])
-def test_exactly_the_adapters_of_the_targets_and_the_head_move(trial: Callable[..., Run], targets: str) -> None:
+def test_exactly_the_adapters_of_the_targets_and_the_head_move(trial: Callable[..., Trial], targets: str) -> None:
     run = trial(targets=targets)
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     run.step()
@@ -124,7 +124,7 @@ def test_exactly_the_adapters_of_the_targets_and_the_head_move(trial: Callable[.
     assert run.model.head.weight.requires_grad
 
 
-def test_merging_keeps_the_function_and_gives_back_the_plain_structure(trial: Callable[..., Run]) -> None:
+def test_merging_keeps_the_function_and_gives_back_the_plain_structure(trial: Callable[..., Trial]) -> None:
     run = trial(targets="all")
     run.step()
     images, _ = next(run.data.batches("test"))
@@ -137,7 +137,9 @@ def test_merging_keeps_the_function_and_gives_back_the_plain_structure(trial: Ca
     assert kinds == [type(module) for module in run.data.reference.modules()]
 
 
-def test_a_finished_trial_is_a_plain_network_and_is_restored_as_one(trial: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_finished_trial_is_a_plain_network_and_is_restored_as_one(
+    trial: Callable[..., Trial], tmp_path: Path
+) -> None:
     run = trial()
     finish(run)
     assert run.model.backbone.state_dict().keys() == run.data.reference.state_dict().keys()
@@ -148,14 +150,14 @@ def test_a_finished_trial_is_a_plain_network_and_is_restored_as_one(trial: Calla
     assert same_tensors(run.model.state_dict(), again.model.state_dict())
 
 
-def test_a_checkpoint_holds_adapters_and_head_and_nothing_of_the_backbone(trial: Callable[..., Run]) -> None:
+def test_a_checkpoint_holds_adapters_and_head_and_nothing_of_the_backbone(trial: Callable[..., Trial]) -> None:
     run = trial()
     run.step()
     names = {name.partition("/")[2] for name in run.state().tensors if name.startswith("model/")}
     assert names == {n for n in run.model.state_dict() if ".lora_" in n or n.startswith("head.")}
 
 
-def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Run]) -> None:
+def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Trial]) -> None:
     run = trial(kind="hybrid", targets="mlp")
     before = {name: value.clone() for name, value in run.model.named_buffers()}
     assert any(name.endswith("running_mean") for name in before)
@@ -163,7 +165,7 @@ def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Run]) -
     assert all(torch.equal(value, before[name]) for name, value in run.model.named_buffers())
 
 
-def test_alpha_is_twice_the_rank_unless_it_is_given(trial: Callable[..., Run]) -> None:
+def test_alpha_is_twice_the_rank_unless_it_is_given(trial: Callable[..., Trial]) -> None:
     for hparams, scale in (({"rank": 4}, 2.0), ({"rank": 4, "alpha": 32.0}, 8.0)):
         layers = [m for m in trial(**hparams).model.modules() if hasattr(m, "scaling")]
         assert {layer.scaling["default"] for layer in layers} == {scale}
@@ -215,7 +217,7 @@ def test_a_map_whose_weight_is_read_without_calling_it_is_refused(tmp_path: Path
 
 
 def test_without_peft_the_message_says_how_to_get_it(
-    trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError) as error:
@@ -232,12 +234,12 @@ def test_without_peft_the_message_says_how_to_get_it(
         ({"targets": "qkv"}, "targets must be one of 'attention', 'mlp', 'all', but got 'qkv'."),
     ],
 )
-def test_impossible_values(trial: Callable[..., Run], hparams: dict[str, Any], message: str) -> None:
+def test_impossible_values(trial: Callable[..., Trial], hparams: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         trial(**hparams)
     assert str(error.value) == message
 
 
-def test_a_network_without_blocks_is_refused(trial: Callable[..., Run]) -> None:
+def test_a_network_without_blocks_is_refused(trial: Callable[..., Trial]) -> None:
     with pytest.raises(ValueError, match="no block of attention and feed-forward"):
         trial(kind="cnn").step()

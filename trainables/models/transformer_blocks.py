@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainables.models.backbone import Classifier
+from trainables.models.task_model import TaskModel
 
 COMPONENTS = ("ln1", "mha", "ln2", "fc1", "fc2")
 """Attention norm, attention with its projections, feed-forward norm, first and second linear layer."""
@@ -66,7 +66,7 @@ def find_blocks(network: nn.Module) -> list[Block]:
     """All transformer blocks in the order of the network.
 
     Args:
-        network: a timm network or a `Classifier`; names are paths in it.
+        network: a timm network or a `TaskModel`; names are paths in it.
 
     Raises:
         ValueError: no transformer block, or a block whose components are not defined.
@@ -129,7 +129,7 @@ def component_kinds(model: nn.Module) -> dict[str, str]:
         for kind in COMPONENTS:
             owners |= {id(inner): kind for part in block.component(kind) for inner in part.modules()}
     owners |= {id(norm): "final_norm" for norm in final_norms(model, blocks).values()}
-    if isinstance(model, Classifier):
+    if isinstance(model, TaskModel):
         owners |= {id(inner): "head" for inner in model.head.modules()}
     modules = dict(model.named_modules())
     inside = {id(inner) for block in blocks for inner in block.module.modules()}
@@ -237,7 +237,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _undefined(network: nn.Module, why: str) -> str:
-    inner = network.backbone if isinstance(network, Classifier) else network
+    inner = network.backbone if isinstance(network, TaskModel) else network
     config = getattr(inner, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(inner).__name__
     return (

@@ -12,35 +12,37 @@ import torch
 from tests.conformance import same_numbers, same_tensors
 from tests.synthetic import shapes
 from trainables.engine import loop, weight_interpolation
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 AWKWARD = {"epochs": 5, "steps_per_unit": 3, "augment": ("flip", "crop"), "evaluate_at": (2,)}
 """Units of three steps where an epoch has four, so that units begin and end in the middle of one."""
 CYCLES = {"cycles": 2, "lam_choice": "sweep", "wise": "sweep"}
-Make = Callable[..., Run]
+Make = Callable[..., Trial]
 
 
 @pytest.fixture
 def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Make:
-    def make(strategy: str, kind: str, hparams: Mapping[str, Any], **fields: Any) -> Run:
+    def make(strategy: str, kind: str, hparams: Mapping[str, Any], **fields: Any) -> Trial:
         model = ModelSpec(name=network(kind))
-        task = Task(store="m", model=model, batch_size=16, cache=str(tmp_path / "cache"), **{**AWKWARD, **fields})
-        spec = TrialSpec(task=task, strategy=strategy, hparams=hparams, seed=5)
-        return Run(spec, store=shapes(), device="cpu")
+        task = SharedTrialSettings(
+            store="m", model=model, batch_size=16, cache=str(tmp_path / "cache"), **{**AWKWARD, **fields}
+        )
+        spec = TrialSpec(shared=task, strategy=strategy, hparams=hparams, seed=5)
+        return Trial(spec, store=shapes(), device="cpu")
 
     return make
 
 
-def finish(run: Run) -> list[dict[str, Any]]:
+def finish(run: Trial) -> list[dict[str, Any]]:
     history = []
     while not run.finished:
         history.append(run.step())
     return history
 
 
-def kept_after_every_step(run: Run, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[int, Path]]]:
+def kept_after_every_step(run: Trial, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[int, Path]]]:
     """All results of `run`, and (units done, checkpoint) after each of its steps and units."""
     history: list[dict[str, Any]] = []
     found: list[tuple[int, Path]] = []
@@ -78,14 +80,14 @@ def test_p28_it_goes_on_bit_for_bit_from_after_any_step(
     fields: Mapping[str, Any],
     fits: int,
 ) -> None:
-    real = loop._loss
+    real = loop._batch_loss
 
     def limited(*arguments: Any) -> Any:
         if len(arguments[-1]) > fits:
             raise torch.OutOfMemoryError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_loss", limited)
+    monkeypatch.setattr(loop, "_batch_loss", limited)
     whole = make(strategy, kind, hparams, **fields)
     expected = finish(whole)
     history, kept = kept_after_every_step(make(strategy, kind, hparams, **fields), tmp_path)

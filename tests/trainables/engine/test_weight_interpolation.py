@@ -14,25 +14,27 @@ from tests.conformance import same_numbers, same_tensors
 from tests.synthetic import shapes
 from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import final_scores, validation_scores
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.engine.weight_interpolation import ALPHA_GRID, interpolate
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, same_bits, save_state
 
 CASES = [("lp_ft", "vit"), ("daft", "cnn"), ("full", "cnn"), ("layernorm", "vit"), ("lora", "vit"), ("bitfit", "vit")]
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(strategy: str, kind: str, **hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network(kind)), epochs=2, batch_size=16, cache=str(tmp_path))
-        spec = TrialSpec(task=task, strategy=strategy, hparams={"lr_backbone": 0.02, **hparams})
-        return Run(spec, store=shapes(), device="cpu")
+def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Trial]:
+    def make(strategy: str, kind: str, **hparams: Any) -> Trial:
+        task = SharedTrialSettings(
+            store="m", model=ModelSpec(name=network(kind)), epochs=2, batch_size=16, cache=str(tmp_path)
+        )
+        spec = TrialSpec(shared=task, strategy=strategy, hparams={"lr_backbone": 0.02, **hparams})
+        return Trial(spec, store=shapes(), device="cpu")
 
     return make
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Trial) -> dict[str, Any]:
     """Metrics of the last unit."""
     metrics: dict[str, Any] = {}
     while not run.finished:
@@ -44,7 +46,7 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def start_of(run: Run) -> dict[str, Tensor]:
+def start_of(run: Trial) -> dict[str, Tensor]:
     """Tensors when training starts; a network with adapters starts from the pretrained one."""
     state = copies(run.model)
     plain = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
@@ -54,7 +56,7 @@ def start_of(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_alpha_1_is_the_tuned_network_and_alpha_0_the_start(
-    trial: Callable[..., Run], strategy: str, kind: str
+    trial: Callable[..., Trial], strategy: str, kind: str
 ) -> None:
     plain = trial(strategy, kind)
     tuned = finish(plain)
@@ -70,7 +72,7 @@ def test_alpha_1_is_the_tuned_network_and_alpha_0_the_start(
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("lp_ft", "vit"), ("daft", "cnn"), ("lora", "vit")])
-def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Run], strategy: str, kind: str) -> None:
+def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Trial], strategy: str, kind: str) -> None:
     run = trial(strategy, kind, wise="sweep")
     start = start_of(run)
     metrics = finish(run)
@@ -97,7 +99,7 @@ def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Run], s
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("daft", "cnn"), ("lora", "vit")])
-def test_a_resumed_trial_knows_its_start(trial: Callable[..., Run], tmp_path: Path, strategy: str, kind: str) -> None:
+def test_a_resumed_trial_knows_its_start(trial: Callable[..., Trial], tmp_path: Path, strategy: str, kind: str) -> None:
     whole = trial(strategy, kind, wise="sweep")
     history = [whole.step(), whole.step()]
     first = trial(strategy, kind, wise="sweep")
@@ -132,7 +134,7 @@ def test_counters_keep_their_tuned_value() -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, "best", True])
-def test_impossible_values(trial: Callable[..., Run], value: Any) -> None:
+def test_impossible_values(trial: Callable[..., Trial], value: Any) -> None:
     with pytest.raises(ValueError) as error:
         trial("full", "vit", wise=value)
     assert str(error.value) == f"wise must be 'sweep', a number from 0 to 1, or nothing, but got {value!r}."
