@@ -35,10 +35,10 @@ from benchmarks._golden_studies import STUDIES, fields, write_images
 # Everything of Luthier that this file uses:
 from orchestrator import Study
 from orchestrator.cluster.connection import connect
-from orchestrator.planning.setup import make_task, references_of
+from orchestrator.planning.build import make_task, references_of
 from orchestrator.record.records import TrialRecord
-from trainables.core.run import Run
-from trainables.core.task import Task, TrialSpec
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import Task, TrialSpec
 
 FIXED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Environment of this process and of the trials' ones."""
