@@ -161,7 +161,7 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
     from trainables.storage.checkpoint_format import CheckpointError, load_state
-    from trainables.storage.checkpoint_store import QUARANTINE, checkpoints
+    from trainables.storage.checkpoint_store import QUARANTINE, list_checkpoints
 
     for record in records:
         place = checkpoint_folder(folder, record.number)
@@ -169,7 +169,7 @@ def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
             if place.exists():
                 yield Finding("checkpoints", "note", f"{place} is of a trial that has ended; the next run removes it.")
             continue
-        for path in checkpoints(place):
+        for path in list_checkpoints(place):
             try:
                 meta = load_state(path).meta
                 where = f"unit {meta['unit']}" + (f", step {meta['step']}" if meta["step"] else "")
