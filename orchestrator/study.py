@@ -9,7 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.study_file.spec import StudySpec, load_study
+from orchestrator.study_file.load import load_study
+from orchestrator.study_file.schema import StudySpec
 
 if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.record.folding import fold, study_header
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord
-from orchestrator.study_file.spec import StudySpec, load_study
+from orchestrator.study_file.load import load_study
+from orchestrator.study_file.schema import StudySpec
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,7 +20,7 @@ from orchestrator.record.journal import Journal
 from orchestrator.results.fsr import estimates, suggested
 
 if TYPE_CHECKING:
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 log = logging.getLogger("luthier")
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.search.space import SearchSpace
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from search_spaces import Law
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.fsr_stage import ReferenceStage
     from orchestrator.record.records import TrialRecord
     from orchestrator.search.stages import Entry, Stage
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.core.task import ModelSpec, Task
     from trainables.data.store import Store
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from orchestrator.ingest.assign import Assignment
     from orchestrator.ingest.source import Source
-    from orchestrator.study_file.spec import DataSpec, StudySpec
+    from orchestrator.study_file.schema import DataSpec, StudySpec
 
 OVERHEAD = 1.05
 """Labels, domains, indices and the manifest beside the pixels."""

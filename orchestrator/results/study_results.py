@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 NearEdge = Callable[..., list[str]]
 """(strategy, hparams, fixed=…, preset=…) → one sentence per value at an edge, as `search_spaces.near_edge`."""

@@ -19,7 +19,7 @@ from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
 from orchestrator.record.versions import versions
 from orchestrator.running.disk import disk_explained
 from orchestrator.running.fsr_record import record_fsr
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.yaml_text import write_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.running.progress import Progress
     from orchestrator.search.searcher import StudySearcher
     from orchestrator.search.stages import Stage
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.core.task import Task
     from trainables.data.store import Store
 

@@ -19,7 +19,7 @@ from orchestrator.errors import PreflightError
 from orchestrator.record.folding import measurements, study_header
 from orchestrator.record.journal import Journal
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.yaml_text import write_yaml
 from tests.synthetic import write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.commands.console import PREFLIGHT, exit_code
 from orchestrator.record.changes import ChangedStudyError, changes, check_changes
 from orchestrator.record.versions import code_digest, versions
-from orchestrator.study_file.spec import StudySpec
+from orchestrator.study_file.schema import StudySpec
 
 
 def header(**fields: Any) -> dict[str, Any]:

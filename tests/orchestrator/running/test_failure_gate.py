@@ -27,7 +27,7 @@ from orchestrator.running.failures import classify, error_line
 from orchestrator.running.lost_actors import LostActorError, lost_actors_are_failed_attempts
 from orchestrator.running.tune_files import tune_keeps_no_files
 from orchestrator.running.watchdog import Watchdog
-from orchestrator.study_file.failures import FailuresSpec
+from orchestrator.study_file.schema import FailuresSpec
 from tests.synthetic import write_images
 from trainables.core.failing import failure_text
 from trainables.core.faults import VARIABLE, _planned

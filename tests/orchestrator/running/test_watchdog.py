@@ -23,7 +23,7 @@ from orchestrator.running import watchdog
 from orchestrator.running.callback import RecordCallback
 from orchestrator.running.unit_kinds import Kind, kind_of
 from orchestrator.running.watchdog import Watchdog
-from orchestrator.study_file.failures import FailuresSpec
+from orchestrator.study_file.schema import FailuresSpec
 from tests.orchestrator.driving import task
 from tests.trainables.core.test_keeper import state
 from trainables.core.faults import LOG, VARIABLE
