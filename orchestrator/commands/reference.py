@@ -94,7 +94,7 @@ def strategy_table() -> str:
 
     import search_spaces
     import trainables
-    from orchestrator.planning.plan import law_in_words
+    from orchestrator.planning.plan import range_in_words
 
     folder = Path(trainables.__file__).parent
     lines = ["| strategy | what it does | searched: default; range | published sweeps |", "|---|---|---|---|"]
@@ -102,9 +102,9 @@ def strategy_table() -> str:
         text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or ""
         # The papers' texts are not part of the repository; their authors' names stay.
         summary = re.sub(r" \(papers/\d+[^)]*\)|, papers/\d+", "", re.sub(r"\s+", " ", text.split("\n\n")[0]))
-        laws = [f"`{key}` {law_in_words(law)}" for key, law in search_spaces.space(name).items()]
+        ranges = [f"`{key}` {range_in_words(value)}" for key, value in search_spaces.space(name).items()]
         presets = [f"`{key}` ({_trials(preset.size)})" for key, preset in search_spaces.presets(name).items()]
-        lines.append(f"| `{name}` | {summary} | {'<br>'.join(laws) or '–'} | {'<br>'.join(presets) or '–'} |")
+        lines.append(f"| `{name}` | {summary} | {'<br>'.join(ranges) or '–'} | {'<br>'.join(presets) or '–'} |")
     return "\n".join(lines)
 
 
