@@ -70,8 +70,9 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     found = suggested(estimates(fold(Journal.read(journal))))
     if found is None:
         return Hints()
-    distribution = search_spaces.space(STRATEGY)["lam"].distribution
-    lam = round(min(max(found.lam, getattr(distribution, "low", found.lam)), getattr(distribution, "high", found.lam)), 3)
+    lam_range = search_spaces.space(STRATEGY)["lam"].distribution
+    low, high = getattr(lam_range, "low", found.lam), getattr(lam_range, "high", found.lam)
+    lam = round(min(max(found.lam, low), high), 3)
     said = f"{source.name}: {found.sentence()}"
     log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), said)
     return Hints({label: {"lam": lam} for label in searched}, said)
