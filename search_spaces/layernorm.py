@@ -41,7 +41,7 @@ SPACE: dict[str, Hyperparameter] = {
         default=1.0,
         distribution=FloatDistribution(0.0, 2.0),
         when=_has_fixed_lambda,
-        source="Tan et al. (2025) have λ on both sides of 1 and no range; trainables/core/norm_scale.py, GRID",
+        source="Tan et al. (2025) have λ on both sides of 1 and no range; LAMBDA_GRID of trainables.engine",
     ),
 }
 

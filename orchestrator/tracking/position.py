@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.record.journal import Event, read_from
-from trainables.core.durable import write_text
+from trainables.storage.atomic_files import write_text
 
 
 @dataclass(frozen=True)

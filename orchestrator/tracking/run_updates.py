@@ -15,8 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.record.folding import advance, measurements, suggested
-from orchestrator.record.records import INTERRUPTED, TrialRecord, declared_metrics
+from orchestrator.record.records import INTERRUPTED, TrialRecord, advance, declared_metrics, measurements, suggested
 from orchestrator.results.curves import curve_texts, pictures
 from orchestrator.tracking.run_fields import (
     Header,

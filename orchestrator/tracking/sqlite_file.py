@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainables.core.durable import sync
+from trainables.storage.atomic_files import sync
 
 LOCK_SECONDS = 60.0
 """How long a study waits for another one that makes the file; it takes seconds."""

@@ -22,7 +22,7 @@ from orchestrator.commands import sync as sync_command_module
 from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
-from orchestrator.running.drive import plain_spec
+from orchestrator.running.study_run import plain_spec
 from orchestrator.study import Study
 from orchestrator.study_file.schema import StudySpec, TrackingSpec
 from orchestrator.study_file.yaml_text import write_yaml
