@@ -13,7 +13,7 @@ from typer.main import get_command
 
 import trainables
 from orchestrator import cli
-from orchestrator.commands import console
+from orchestrator.commands import exit_status
 from orchestrator.commands.reference import DOCUMENTS, filled, rows, sections, yaml_value
 from orchestrator.study_file.schema import StudySpec
 from orchestrator.study_file.yaml_text import parse_yaml
@@ -89,8 +89,8 @@ def test_every_command_and_exit_code_is_documented() -> None:
     for command in commands():
         assert f"`luthier {command}" in page
     codes = (
-        console.OK, console.FAILED, console.USAGE, console.PARTIAL, console.PREFLIGHT, console.INTERRUPTED,
-        console.TERMINATED,
+        exit_status.OK, exit_status.FAILED, exit_status.USAGE, exit_status.PARTIAL, exit_status.PREFLIGHT,
+        exit_status.INTERRUPTED, exit_status.TERMINATED,
     )  # fmt: skip
     assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [str(code) for code in codes]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from orchestrator import Study, cli
-from orchestrator.commands.console import OK, PREFLIGHT
+from orchestrator.commands.exit_status import OK, PREFLIGHT
 from orchestrator.commands.fsr import FsrReport, measure_fsr
 from orchestrator.errors import PreflightError
 from orchestrator.record.journal import Journal

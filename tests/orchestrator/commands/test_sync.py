@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from orchestrator.commands import sync as sync_command_module
-from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
+from orchestrator.commands.exit_status import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec

@@ -18,7 +18,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
-from orchestrator.commands.console import FAILED, PARTIAL
+from orchestrator.commands.exit_status import FAILED, PARTIAL
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold, study_header
 from orchestrator.running.failure_policy import FailureGate, FailureGateError, classify, error_line

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from orchestrator import Study
 from orchestrator.cli import app
-from orchestrator.commands.console import PREFLIGHT
+from orchestrator.commands.exit_status import PREFLIGHT
 from orchestrator.errors import PreflightError
 from orchestrator.planning.preflight import preflight
 from orchestrator.study_file.yaml_text import write_yaml
