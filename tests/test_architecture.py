@@ -15,7 +15,7 @@ import trainables
 from tests.unsafe_code import unsafe
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("orchestrator", "trainables", "search_spaces")
+PACKAGES = ("luthier", "orchestrator", "trainables", "search_spaces")
 MAY_IMPORT_RAY = "trainables/engine/tune_trainable.py"
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""

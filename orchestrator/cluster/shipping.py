@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.cluster.auth import ClusterError
 
-PACKAGES = ("orchestrator", "trainables", "search_spaces")
+PACKAGES = ("luthier", "orchestrator", "trainables", "search_spaces")
 EXCLUDES = ("__pycache__", "*.pyc")
 """For Ray, in .gitignore's language; no pattern for hidden files, for to Ray `.*` means the whole folder."""
 LIMIT_BYTES = 100 * 2**20

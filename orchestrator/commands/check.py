@@ -75,10 +75,12 @@ def check_study(study: Study) -> StudyCheck:
     Raises:
         FileNotFoundError: the study has not been run.
     """
-    folder = study.folder
-    if not (folder / "journal.jsonl").exists():
-        raise FileNotFoundError(f"The study {study.spec.name!r} has no journal in {folder}. Run it first.")
-    return StudyCheck(study.spec.name, folder, tuple(_findings(study)))
+    journal = study.folder / "journal.jsonl"
+    if not journal.exists():
+        raise FileNotFoundError(
+            f"The study {study.spec.name!r} has no journal at {journal}. Start it with `luthier run`."
+        )
+    return StudyCheck(study.spec.name, study.folder, tuple(_findings(study)))
 
 
 def _findings(study: Study) -> Iterator[Finding]:

@@ -78,7 +78,7 @@ def read_yaml(path: str | Path) -> Document:
 
 
 def parse_yaml(text: str, source: str = "The study") -> Document:
-    """Parse the text of a study file (errors: see `read_yaml`).
+    r"""Parse the text of a study file (errors: see `read_yaml`).
 
     >>> document = parse_yaml("name: pets\nsearch: {trials: 60}\n")
     >>> document.data

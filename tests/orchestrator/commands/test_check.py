@@ -169,7 +169,10 @@ def test_a_study_that_never_ran_has_nothing_to_check(tmp_path: Path) -> None:
     study = Study(**FIELDS, storage=str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
         check_study(study)
-    assert str(error.value) == f"The study 's' has no journal in {study.folder}. Run it first."
+    assert (
+        str(error.value)
+        == f"The study 's' has no journal at {study.folder}/journal.jsonl. Start it with `luthier run`."
+    )
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ class TestStatus:
         write_journal(study_file.parent / "studies/tiny", failed=True)
         lines = luthier("status", study_file).stdout.splitlines()
         assert lines[1:] == [
-            "Trials: 1 complete, 1 failed, 1 running; 40 search trials are asked for",
+            "Trials: 1 complete, 1 failed, 1 running; 40 search trials planned",
             "Best on ID validation so far: trial 2 full, unit 1, val 70.0 %",
             "Running:",
             "  trial 2 full, unit 1, val 70.0 %",
