@@ -240,6 +240,15 @@ class TestResults:
         assert result.exit_code == OK
         assert json.loads(result.stdout)["best"]["number"] == 0
 
+    def test_the_numbers_of_every_trial_as_json(self, study_file: Path) -> None:
+        write_journal(study_file.parent / "studies/tiny")
+        records = json.loads(luthier("results", study_file, "--json").stdout)["records"]
+        assert [(r["number"], r["state"], r["hparams"], r["metrics"]["best/val/acc"]) for r in records] == [
+            (0, "complete", {"lr_backbone": 0.0}, 0.5),
+            (1, "pruned", {"lr_backbone": 0.1}, pytest.approx(0.6)),
+            (2, "running", {"lr_backbone": 0.2}, pytest.approx(0.7)),
+        ]
+
     @pytest.mark.parametrize(
         ("states", "code"),
         [(("complete",), OK), (("complete", "pruned"), OK), (("complete", "failed"), PARTIAL), (("failed",), FAILED)],

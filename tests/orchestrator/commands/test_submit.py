@@ -170,12 +170,17 @@ class TestRealCluster:
             assert (cluster.started, cluster.dashboard) == (False, head.url)
             assert os.environ["RAY_AUTH_MODE"] == "token"
             sent = ray.get_runtime_context().runtime_env["py_modules"]
-            assert len(set(sent)) == 3
+            assert len(set(sent)) == 4
             assert all(module.startswith("gcs://") for module in sent)
-            assert ray.get(ray.remote(_shipped_packages).remote()) == ["orchestrator", "search_spaces", "trainables"]
+            assert ray.get(ray.remote(_shipped_packages).remote()) == [
+                "luthier",
+                "orchestrator",
+                "search_spaces",
+                "trainables",
+            ]
             assert cluster.trial_slots(1, 0) == 2
-            cluster.check_shared(Path.cwd(), "s3://bucket/luthier")
-            with pytest.raises(ClusterError, match=r"^Data and storage .*, but \S+ does not see /no/such/data\. Put"):
+            cluster.check_shared(Path.cwd())
+            with pytest.raises(ClusterError, match=r"^Data and storage .*, but \S+ does not see /no/such/data\. Give"):
                 cluster.check_shared("/no/such/data")
             with connect() as inner:
                 assert inner.address == cluster.address
