@@ -27,7 +27,7 @@ from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.study_file.portable import resolved_study
+from orchestrator.study_file.load import resolved_study
 from orchestrator.tracking.position import PositionFile
 from tests.orchestrator.driving import drive, searcher
 from tests.synthetic import shapes, write_images, write_shapes

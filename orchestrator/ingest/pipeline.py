@@ -37,7 +37,7 @@ log = logging.getLogger("luthier")
 SMALL = 2**30
 """Bytes that are compared before every run: a second or two. What is larger is compared once on each machine for each
 state of the file (size and time of modification): a disk that changes bits later is then found by
-`luthier run --check` alone."""
+`luthier check` alone."""
 
 
 def check_intact(store: Store) -> None:

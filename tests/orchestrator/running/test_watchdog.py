@@ -21,7 +21,7 @@ from orchestrator.record.records import TrialRecord, fold
 from orchestrator.running import watchdog
 from orchestrator.running.journal_callback import RecordCallback
 from orchestrator.running.watchdog import Kind, Watchdog, kind_of
-from orchestrator.study_file.failures import FailuresSpec
+from orchestrator.study_file.schema import FailuresSpec
 from tests.orchestrator.driving import task
 from tests.trainables.storage.test_checkpoint_store import state
 from trainables.specs.errors import FencedError

@@ -143,8 +143,8 @@ def test_a_strategy_without_choices_is_proposed_once(tmp_path: Path) -> None:
 def test_the_search_ends_when_nothing_is_left_to_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    law = search_spaces.Law("sgd", optuna.distributions.CategoricalDistribution(("sgd", "adamw")))
-    monkeypatch.setattr("search_spaces.full.SPACE", {"optimizer": law})
+    optimizer = search_spaces.Hyperparameter("sgd", optuna.distributions.CategoricalDistribution(("sgd", "adamw")))
+    monkeypatch.setattr("search_spaces.full.SPACE", {"optimizer": optimizer})
     found = drive(searcher(tmp_path, ("full",), trials=10))
     assert sorted(c["hparams"]["optimizer"] for c in found) == ["adamw", "sgd"]
     assert "16 proposals in a row were known already: the search ends early." in caplog.text

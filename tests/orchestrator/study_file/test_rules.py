@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import PreflightError, StudyError
 from orchestrator.planning.preflight import preflight
-from orchestrator.study_file.spec import StudySpec
+from orchestrator.study_file.schema import StudySpec
 from tests.orchestrator.planning.test_plan import write_images
 from trainables import strategy_class
 
