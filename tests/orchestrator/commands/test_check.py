@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.support.synthetic import write_shapes
 from orchestrator import Study
 from orchestrator.cli import app
 from orchestrator.commands.check import check_study
@@ -22,8 +23,7 @@ from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
 from orchestrator.tracking.following import follower_of, waiting
-from tests.orchestrator.driving import searcher
-from tests.synthetic import write_shapes
+from tests.support.driving import searcher
 from trainables.data.store import Store
 from trainables.storage.checkpoint_format import RunState, save_state
 from trainables.storage.checkpoint_store import CheckpointStore

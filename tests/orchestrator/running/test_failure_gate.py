@@ -17,6 +17,7 @@ from ray import tune
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from typer.testing import CliRunner, Result
 
+from benchmarks.support.synthetic import write_images
 from orchestrator.cli import app
 from orchestrator.commands.exit_status import FAILED, PARTIAL
 from orchestrator.record.journal import Journal
@@ -26,7 +27,6 @@ from orchestrator.running.ray_internals import LostActorError, lost_actors_are_f
 from orchestrator.running.study_run import Drive
 from orchestrator.running.watchdog import Watchdog
 from orchestrator.study_file.schema import FailuresSpec
-from tests.synthetic import write_images
 from trainables.specs.errors import failure_text
 from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 
