@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +14,11 @@ import yaml
 
 import search_spaces
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial
 from trainables.components import Components
 from trainables.diagnostics.plasticity import plasticity_of
 from trainables.engine.trial import Trial
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
-from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 
 class TestConformance(StrategyConformance):
@@ -30,14 +29,8 @@ class TestConformance(StrategyConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Trial]:
-    def make(kind: str = "vit", **hparams: Any) -> Trial:
-        task = SharedTrialSettings(
-            store="m", model=ModelSpec(name=network(kind)), epochs=1, batch_size=16, cache=str(tmp_path)
-        )
-        return Trial(TrialSpec(shared=task, strategy="components", hparams=hparams), store=shapes(), device="cpu")
-
-    return make
+def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
+    return partial(make_trial, "components", task={"epochs": 1})
 
 
 def moved(run: Trial) -> set[str]:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial
 from trainables.daft import ConversionReport, convert_batch_norm
 from trainables.engine.trial import Trial
-from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 RANDOM = ("resnet18", "regnety_002", "mobilenetv3_small_100")
 
@@ -297,13 +296,9 @@ def test_nothing_to_take_statistics_from_is_an_error_and_changes_nothing() -> No
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Any) -> Callable[..., Trial]:
+def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
     def make(strategy: str, epochs: int = 1, augment: tuple[str, ...] = (), **hparams: Any) -> Trial:
-        model = ModelSpec(name=network("cnn"))
-        task = SharedTrialSettings(
-            store="memory", model=model, epochs=epochs, batch_size=16, augment=augment, cache=str(tmp_path)
-        )
-        return Trial(TrialSpec(shared=task, strategy=strategy, hparams=hparams), store=shapes(), device="cpu")
+        return make_trial(strategy, "cnn", task={"epochs": epochs, "augment": augment}, **hparams)
 
     return make
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +11,16 @@ import torch
 
 import search_spaces
 from tests.conformance import StrategyConformance
-from tests.trainables.norm_trials import RATES, MakeTrial, changed, copies, finish, source_of, trials
+from tests.support.trials import (
+    LAYERNORM_RATES,
+    MakeLayerNormTrial,
+    MakeTrial,
+    changed,
+    copies,
+    finish,
+    layernorm_trials,
+    source_of,
+)
 from trainables import strategy_class
 from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norms
 from trainables.engine import evaluation
@@ -25,7 +33,7 @@ from trainables.models.transformer_blocks import component_kinds
 class TestConformance(StrategyConformance):
     strategy = "layernorm"
     networks = ("vit",)
-    learning: ClassVar[Mapping[str, Any]] = RATES
+    learning: ClassVar[Mapping[str, Any]] = LAYERNORM_RATES
     reports = frozenset(["layernorm/*"])
 
 
@@ -39,8 +47,8 @@ class TestConformanceOfCycles(TestConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> MakeTrial:
-    return trials(network, tmp_path)
+def trial(make_trial: MakeTrial) -> MakeLayerNormTrial:
+    return layernorm_trials(make_trial)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,7 @@ def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Ma
 )
 @pytest.mark.parametrize("norms", ["all", "attention"])
 def test_nothing_but_the_chosen_norms_and_the_head_moves(
-    trial: MakeTrial, train: str, kinds: tuple[str, ...], norms: str
+    trial: MakeLayerNormTrial, train: str, kinds: tuple[str, ...], norms: str
 ) -> None:
     run = trial(train=train, norms=norms)
     before = copies(run.model)
@@ -61,7 +69,7 @@ def test_nothing_but_the_chosen_norms_and_the_head_moves(
     assert changed(before, run) == wanted | {"head.weight", "head.bias"}
 
 
-def test_statistics_of_batch_norm_stay_as_they_were(trial: MakeTrial) -> None:
+def test_statistics_of_batch_norm_stay_as_they_were(trial: MakeLayerNormTrial) -> None:
     run = trial(kind="hybrid")
     before = copies(run.model)
     finish(run)
@@ -70,13 +78,13 @@ def test_statistics_of_batch_norm_stay_as_they_were(trial: MakeTrial) -> None:
     assert changed(before, run) == wanted | {"head.weight", "head.bias"}
 
 
-def test_fsr_of_a_sample_against_itself_is_1(trial: MakeTrial) -> None:
+def test_fsr_of_a_sample_against_itself_is_1(trial: MakeLayerNormTrial) -> None:
     shift, again = (finish(trial())["ln_shift/last/total"] for _ in range(2))
     assert shift > 0
     assert fine_tuning_shift_ratio(shift, again) == 1.0
 
 
-def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: MakeTrial) -> None:
+def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: MakeLayerNormTrial) -> None:
     metrics = finish(trial(lam=0.0, rescale="both", lr_backbone=1.0))
     run = trial(lam=1.0, rescale="both", lr_backbone=1.0)
     plain = finish(run)
@@ -88,7 +96,9 @@ def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: MakeTrial) ->
 
 
 class TestSweep:
-    def test_the_curve_is_that_of_21_networks_made_by_hand_and_validation_chooses(self, trial: MakeTrial) -> None:
+    def test_the_curve_is_that_of_21_networks_made_by_hand_and_validation_chooses(
+        self, trial: MakeLayerNormTrial
+    ) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5)
         metrics = finish(run)
         columns = metrics["curves"]["lambda"]["columns"]
@@ -111,11 +121,11 @@ class TestSweep:
         assert metrics["best/val/acc"] == ranked[0][0]
         assert metrics["test/acc"] == columns["test/acc"][LAMBDA_GRID.index(ranked[0][2])]
 
-    def test_its_curve_is_that_of_the_tuned_network_also_with_wise(self, trial: MakeTrial) -> None:
+    def test_its_curve_is_that_of_the_tuned_network_also_with_wise(self, trial: MakeLayerNormTrial) -> None:
         plain = finish(trial(lam_choice="sweep", lr_backbone=0.5))["curves"]["lambda"]
         assert finish(trial(lam_choice="sweep", lr_backbone=0.5, wise=0.3))["curves"]["lambda"] == plain
 
-    def test_it_takes_no_training_step(self, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_takes_no_training_step(self, trial: MakeLayerNormTrial, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[int] = []
         step = torch.optim.SGD.step
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: (steps.append(1), step(self, *a, **k))[1])
@@ -126,7 +136,7 @@ class TestSweep:
         assert len(steps) == 2 * alone == 2 * 2 * plain.data.steps_per_epoch
 
     def test_it_costs_one_pass_over_every_split_and_value(
-        self, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+        self, trial: MakeLayerNormTrial, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         passes: Counter[str] = Counter()
         score = evaluation.score
@@ -145,7 +155,7 @@ class TestSweep:
 
     @pytest.mark.parametrize("cycles", [0, 2])
     def test_its_curve_leaves_every_tensor_as_it_was(
-        self, trial: MakeTrial, cycles: int, monkeypatch: pytest.MonkeyPatch
+        self, trial: MakeLayerNormTrial, cycles: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5, epochs=4, cycles=cycles)
         hook, different = run.strategy.curves, set[str]()
@@ -167,7 +177,7 @@ class TestSweep:
 
 
 class TestCycles:
-    def test_head_and_norms_take_turns_and_lambda_ends_each_cycle(self, trial: MakeTrial) -> None:
+    def test_head_and_norms_take_turns_and_lambda_ends_each_cycle(self, trial: MakeLayerNormTrial) -> None:
         run = trial(epochs=6, cycles=2, lam=0.5)
         source = copies(run.model)
         norms = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in ("weight", "bias")}
@@ -191,7 +201,7 @@ class TestCycles:
         expected = source[layer] + 0.5 * (again.model.state_dict()[layer] - source[layer])
         assert torch.allclose(half.model.state_dict()[layer], expected, atol=1e-7)
 
-    def test_too_few_units(self, trial: MakeTrial) -> None:
+    def test_too_few_units(self, trial: MakeLayerNormTrial) -> None:
         with pytest.raises(ValueError) as error:
             trial(epochs=3, cycles=2).step()
         assert str(error.value) == (
@@ -200,7 +210,7 @@ class TestCycles:
         )
 
 
-def test_a_network_without_layer_norm_is_refused(trial: MakeTrial) -> None:
+def test_a_network_without_layer_norm_is_refused(trial: MakeLayerNormTrial) -> None:
     with pytest.raises(ValueError) as error:
         trial(kind="cnn").step()
     assert str(error.value) == (
@@ -227,7 +237,7 @@ def test_a_network_without_layer_norm_is_refused(trial: MakeTrial) -> None:
         ),
     ],
 )
-def test_impossible_values(trial: MakeTrial, hparams: dict[str, Any], message: str) -> None:
+def test_impossible_values(trial: MakeLayerNormTrial, hparams: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         trial(**hparams)
     assert str(error.value) == message

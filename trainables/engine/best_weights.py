@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup
 from trainables.specs.metrics import TaskMetrics
-from trainables.storage.checkpoint_format import same_bits
+from trainables.storage.checkpoint_format import bitwise_equal
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Snapshot:
         """
         tensors: dict[str, Tensor] = {}
         for name, value in model.state_dict().items():
-            copies = (source[name] for source in (pristine, kept) if same_bits(value, source.get(name)))
+            copies = (source[name] for source in (pristine, kept) if bitwise_equal(value, source.get(name)))
             copy = next(copies, None)
             tensors[name] = value.clone() if copy is None else copy
         return cls({module: dict(module.named_children()) for module in model.modules()}, tensors)
@@ -117,7 +117,7 @@ def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str,
         pristine: the pretrained tensors by the classifier's names.
     """
     state = {k: v for k, v in model.state_dict().items() if k in pristine or k.startswith("head.")}
-    return {name: value.clone() for name, value in state.items() if not same_bits(value, pristine.get(name))}
+    return {name: value.clone() for name, value in state.items() if not bitwise_equal(value, pristine.get(name))}
 
 
 @torch.no_grad()
@@ -136,4 +136,4 @@ def is_pristine(module: nn.Module, reference: nn.Module) -> bool:
     if any(child._forward_hooks or child._forward_pre_hooks for child in module.modules()):
         return False
     state, pristine = module.state_dict(), reference.state_dict()
-    return state.keys() == pristine.keys() and all(same_bits(state[name], pristine[name]) for name in state)
+    return state.keys() == pristine.keys() and all(bitwise_equal(state[name], pristine[name]) for name in state)

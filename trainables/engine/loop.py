@@ -19,7 +19,7 @@ from trainables.engine.optim import rate_factor, set_rates
 from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast
 from trainables.specs.errors import NonFiniteError
-from trainables.specs.fault_injection import reach
+from trainables.specs.fault_injection import fault_point
 
 if TYPE_CHECKING:
     from trainables.tasks.base import MetricAccumulator, Task, TrainingMetrics
@@ -215,7 +215,7 @@ def _accumulate_gradient(
     for piece in micro_batch.pieces(len(inputs)):
         loss, outputs = batch_loss(inputs[piece], targets[piece])
         metrics.update(outputs, targets[piece])
-        if reach("step", step=step) == "nan":
+        if fault_point("step", step=step) == "nan":
             loss = loss * torch.nan
         if len(inputs[piece]) < len(inputs):
             loss = loss * (len(inputs[piece]) / len(inputs))

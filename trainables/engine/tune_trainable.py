@@ -11,12 +11,12 @@ import torch
 from ray.tune import Trainable
 
 from trainables.engine.trial import Trial
-from trainables.specs.errors import failure_text, is_passing
-from trainables.specs.fault_injection import located, reach
+from trainables.specs.errors import failure_text, is_retryable
+from trainables.specs.fault_injection import fault_context, fault_point
 from trainables.specs.redaction import redact
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, save_state
-from trainables.storage.checkpoint_store import WITHIN_SECONDS, Keeper
+from trainables.storage.checkpoint_store import MID_UNIT_INTERVAL_S, CheckpointStore
 
 
 class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
@@ -38,7 +38,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
     _trial: Trial | None
     _state: RunState | None
     _config: dict[str, Any]
-    _keeper: Keeper | None
+    _checkpoint_store: CheckpointStore | None
 
     fixed_strategy: ClassVar[str | None] = None
     """The strategy of all trials of this class; None = the config's `strategy`."""
@@ -64,15 +64,15 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
             metrics = self._next()
         except Exception as error:
             self._trial = None
-            if self._keeper is not None and not is_passing(error):
+            if self._checkpoint_store is not None and not is_retryable(error):
                 return {"done": True, "failure": failure_text(error)}
             if redact(str(error)) != str(error):  # Tune stores the text of what is raised here
                 raise OSError(redact(f"{type(error).__name__}: {error}")) from None
             raise
         self._iteration = int(metrics["unit"]) - 1  # Tune increments this; a resumed trial does not start at 0
-        if self._keeper is not None and self._keeper.problems:
-            metrics["checkpoint_problems"] = self._keeper.problems
-            self._keeper.problems = []
+        if self._checkpoint_store is not None and self._checkpoint_store.problems:
+            metrics["checkpoint_problems"] = self._checkpoint_store.problems
+            self._checkpoint_store.problems = []
         return {**metrics, "done": metrics["finished"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -90,7 +90,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         """Release the network when the actor ends."""
         self._trial = None
         self._state = None
-        self._keeper = None
+        self._checkpoint_store = None
 
     def __repr__(self) -> str:
         number = self._config.get("_number")
@@ -106,7 +106,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         self._config = dict(config)
         self._trial = None
         self._state = None
-        self._keeper = None
+        self._checkpoint_store = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
@@ -116,18 +116,18 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
     def _next(self) -> dict[str, Any]:
         resumes = self._trial is None
         trial = self._built_trial()
-        if resumes and self._keeper is not None and trial.result is not None:
+        if resumes and self._checkpoint_store is not None and trial.result is not None:
             return dict(trial.result)
-        with located(trial=self._config.get("_number", -1), unit=trial.unit + 1):
-            reach("before_unit")
+        with fault_context(trial=self._config.get("_number", -1), unit=trial.unit + 1):
+            fault_point("before_unit")
             metrics = trial.step()
-            if self._keeper is not None:
-                reach("before_checkpoint")
+            if self._checkpoint_store is not None:
+                fault_point("before_checkpoint")
                 if trial.finished:
-                    self._keeper.finished(trial.state_without_tensors())
+                    self._checkpoint_store.save_result(trial.state_without_tensors())
                 else:
-                    self._keeper.unit_done(trial.state)
-                reach("after_checkpoint")
+                    self._checkpoint_store.save_after_unit(trial.state)
+                fault_point("after_checkpoint")
         return metrics
 
     def _built_trial(self) -> Trial:
@@ -146,20 +146,22 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def _resumed_trial(self) -> Trial:
         """The trial as of its newest usable checkpoint, or a new one."""
-        keeper = Keeper(self._config["_checkpoints"], self._config.get("_checkpoint_seconds", WITHIN_SECONDS))
-        keeper.claim()
-        self._keeper = keeper
+        checkpoint_store = CheckpointStore(
+            self._config["_checkpoints"], self._config.get("_checkpoint_seconds", MID_UNIT_INTERVAL_S)
+        )
+        checkpoint_store.acquire()
+        self._checkpoint_store = checkpoint_store
         trial = self._new_trial()
-        for path, state in keeper.states():
+        for path, state in checkpoint_store.valid_states():
             try:
                 trial.load_state(state)
                 if not trial.finished:
                     _ = trial.model  # built now: weights and data are checked, too
                 break
             except CheckpointError as error:
-                keeper.quarantine(path, f"{path}: {error}")
+                checkpoint_store.quarantine(path, f"{path}: {error}")
                 trial = self._new_trial()
-        trial.after_step = lambda: keeper.step_done(trial.state)
+        trial.after_step = lambda: checkpoint_store.save_after_step(trial.state)
         return trial
 
     def _take_resources(self) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.trainables.norm_trials import MakeTrial, changed, copies, finish, source_of, trials
+from tests.support.trials import MakeLayerNormTrial, MakeTrial, changed, copies, finish, layernorm_trials, source_of
 from trainables.diagnostics.norm_shift import layer_norm_shift, layer_norms
 from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import validation_scores
@@ -22,11 +20,11 @@ from trainables.specs.metrics import CLASSIFICATION
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> MakeTrial:
-    return trials(network, tmp_path)
+def trial(make_trial: MakeTrial) -> MakeLayerNormTrial:
+    return layernorm_trials(make_trial)
 
 
-def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial: MakeTrial) -> None:
+def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial: MakeLayerNormTrial) -> None:
     run = trial()
     images, _ = next(run.data.batches("test"))
     source = copies(run.model)
@@ -46,7 +44,7 @@ def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial
     assert layer_norm_shift(source, model).beta > 0.0
 
 
-def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: MakeTrial) -> None:
+def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: MakeLayerNormTrial) -> None:
     run = trial()
     source = copies(run.model)
     finish(run)
@@ -73,14 +71,14 @@ def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: MakeTrial) -> N
         (0.5, "beta", "rescale must be one of 'gamma', 'both', but got 'beta'."),
     ],
 )
-def test_what_cannot_be_rescaled(trial: MakeTrial, lam: Any, rescale: Any, message: str) -> None:
+def test_what_cannot_be_rescaled(trial: MakeLayerNormTrial, lam: Any, rescale: Any, message: str) -> None:
     model = trial().model
     with pytest.raises(ValueError) as error:
         rescale_layer_norm(model, copies(model), lam, rescale)
     assert str(error.value) == message
 
 
-def test_a_source_that_does_not_fit_changes_nothing(trial: MakeTrial) -> None:
+def test_a_source_that_does_not_fit_changes_nothing(trial: MakeLayerNormTrial) -> None:
     run = trial()
     source = {name: value + 1 for name, value in copies(run.model).items()}
     last, before = f"{list(layer_norms(run.model))[-1]}.weight", copies(run.model)
@@ -103,14 +101,14 @@ def test_ties_go_to_the_lower_nll_then_to_the_nearest_to_1() -> None:
 
 class TestLearned:
     @pytest.fixture
-    def plain(self, trial: MakeTrial) -> Trial:
+    def plain(self, trial: MakeLayerNormTrial) -> Trial:
         """The tuned network whose λ is learned below, at λ = 1."""
         run = trial(lr_backbone=1.0)
         finish(run)
         return run
 
     def test_one_lambda_is_at_the_minimum_of_the_validation_loss_and_nothing_else_moves(
-        self, trial: MakeTrial, plain: Trial
+        self, trial: MakeLayerNormTrial, plain: Trial
     ) -> None:
         run = trial(lam_choice="learned", lr_backbone=1.0)
         lam = finish(run)["layernorm/lambda"]
@@ -127,7 +125,7 @@ class TestLearned:
         assert losses[0] < validation_scores(plain.model, run.data)["val/nll"]
 
     def test_it_is_the_same_again_and_does_not_depend_on_the_batches(
-        self, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+        self, trial: MakeLayerNormTrial, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, again = (finish(trial(lam_choice="learned"))["layernorm/lambda"] for _ in range(2))
         assert first == again != 1.0
@@ -164,7 +162,9 @@ class TestLearned:
             assert torch.allclose(found, torch.full_like(found, end), atol=1e-2)
             assert bool(((found >= LAMBDA_GRID[0]) & (found <= LAMBDA_GRID[-1])).all())
 
-    def test_one_per_layer_is_better_still_and_1_where_nothing_moved(self, trial: MakeTrial, plain: Trial) -> None:
+    def test_one_per_layer_is_better_still_and_1_where_nothing_moved(
+        self, trial: MakeLayerNormTrial, plain: Trial
+    ) -> None:
         runs = {scope: trial(lam_choice="learned", lam_scope=scope, lr_backbone=1.0) for scope in ("global", "layer")}
         metrics = {scope: finish(run) for scope, run in runs.items()}
         columns = metrics["layer"]["curves"]["layernorm_lambda"]["columns"]

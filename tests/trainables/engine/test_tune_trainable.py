@@ -15,9 +15,9 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 
 import trainables
-from tests.clusters import plain_cluster
-from tests.conformance import CLOCK, same_numbers
-from tests.synthetic import write_shapes
+from benchmarks.support.synthetic import write_shapes
+from tests.support.clusters import plain_cluster
+from tests.support.trials import CLOCK, history_of, same_numbers
 from trainables.engine.trial import Trial
 from trainables.engine.tune_trainable import TuneTrainable, trainable_class
 from trainables.specs.errors import NonFiniteError
@@ -54,14 +54,7 @@ def specs(task: SharedTrialSettings) -> list[TrialSpec]:
 @pytest.fixture(scope="module")
 def expected(specs: list[TrialSpec]) -> list[list[dict[str, Any]]]:
     """Every trial on its own, without ray."""
-    return [finish(Trial(spec, device="cpu")) for spec in specs]
-
-
-def finish(run: Trial) -> list[dict[str, Any]]:
-    history = []
-    while not run.finished:
-        history.append(run.step())
-    return history
+    return [history_of(Trial(spec, device="cpu")) for spec in specs]
 
 
 def train(trial: Any) -> list[dict[str, Any]]:
