@@ -64,7 +64,7 @@ def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
     assert metrics.loss is not None, "a task with a closed-form probe names the metric that is its loss"
     values = score(model, data, TRAIN, uses_cached_features(model, data))
     trained = {metric.on(TRAIN): values[metric.key] for metric in metrics.training}
-    return {TRAIN_LOSS: values[metrics.loss.key], **trained}
+    return {TRAIN_LOSS.name: values[metrics.loss.key], **trained}
 
 
 def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:

@@ -14,8 +14,6 @@ from typing import Any, Literal
 TRAIN = "train"
 VAL = "val"
 TEST = "test"
-TRAIN_LOSS = "train/loss"
-"""Recorded name of the mean loss over the images of a unit; every task has one."""
 HELD_OUT = "held_out"
 """The ID domain that a leave-one-domain-out fold leaves out of training and validation."""
 OOD_MEAN = "ood/mean"
