@@ -314,8 +314,10 @@ ZOMBIE = """
 import sys
 from pathlib import Path
 from tests.trainables.storage.test_checkpoint_store import CheckpointStore, state
-store = CheckpointStore(Path(sys.argv[1])); store.acquire()
-for unit in (1, 2, 3): store._cost = 0; store.save_after_unit(lambda: state(unit))
+store = CheckpointStore(Path(sys.argv[1]), clock=lambda: 0.0)
+store.acquire()
+for unit in (1, 2, 3):
+    store.save_after_unit(lambda: state(unit))
 """
 
 
@@ -326,10 +328,9 @@ def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(
         [sys.executable, "-c", ZOMBIE, str(folder)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     os.waitid(os.P_PID, zombie.pid, os.WSTOPPED)
-    owner = CheckpointStore(folder)
+    owner = CheckpointStore(folder, clock=lambda: 0.0)
     owner.acquire()
     for unit in (1, 2):
-        owner._cost = 0.0
         owner.save_after_unit(lambda unit=unit: state(unit))
     before = contents(folder)
     zombie.send_signal(signal.SIGCONT)
