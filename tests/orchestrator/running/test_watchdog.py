@@ -321,10 +321,9 @@ def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(
         text=True,
     )
     os.waitid(os.P_PID, zombie.pid, os.WSTOPPED)
-    owner = CheckpointStore(folder)
+    owner = CheckpointStore(folder, clock=lambda: 0.0)
     owner.acquire()
     for unit in (1, 2):
-        owner._cost = 0.0
         owner.save_after_unit(lambda unit=unit: state(unit))
     before = contents(folder)
     zombie.send_signal(signal.SIGCONT)
