@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import search_spaces
 from benchmarks.support.synthetic import OOD_DOMAINS, shapes
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables import strategy_class
@@ -123,6 +122,7 @@ class StrategyConformance:
         return {unit for unit, solved in enumerate(kinds) if solved}
 
     def test_the_default_config_is_valid_and_the_search_space_holds_only_its_fields(self) -> None:
+        search_spaces = pytest.importorskip("search_spaces", reason="a machine for training alone may lack Optuna")
         cls = strategy_class(self.strategy)
         fields = {f.name for f in dataclasses.fields(cls.Config())}
         assert set(search_spaces.space(self.strategy)) <= fields
@@ -136,6 +136,7 @@ class StrategyConformance:
         fields = ", ".join(f.name for f in dataclasses.fields(strategy_class(self.strategy).Config))
         assert str(error.value) == f"{self.strategy} has no hyperparameter 'no_such_knob'. It has {fields}."
 
+    @pytest.mark.thorough
     def test_one_seed_gives_one_result_whatever_else_the_process_did(self, kind: str) -> None:
         _, first = self.whole(kind)
         torch.manual_seed(99)
@@ -145,6 +146,7 @@ class StrategyConformance:
         assert same_numbers(first, second)
         assert torch.equal(torch.random.get_rng_state(), before)
 
+    @pytest.mark.thorough
     def test_a_fresh_process_gives_the_same_result(self) -> None:
         spec = self.spec(self.networks[0])
         _, here = self.whole(self.networks[0])
@@ -202,6 +204,7 @@ class StrategyConformance:
             images, labels = next(run.data.batches("train", batch_size=64))
             return float(torch.nn.functional.cross_entropy(model(images), labels))
 
+    @pytest.mark.thorough
     def test_a_resumed_trial_continues_bit_for_bit(self, kind: str) -> None:
         """From the state after every unit; after the last one it is finished, with the same weights."""
         spec = self.spec(kind)
@@ -217,6 +220,7 @@ class StrategyConformance:
             assert same_numbers(history, start + rest), f"after unit {units}"
             assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("position", ["first", "last"])
     def test_p28_a_trial_cut_off_in_the_middle_of_a_unit_continues_bit_for_bit(self, kind: str, position: str) -> None:
         spec = self.spec(kind)

@@ -23,6 +23,9 @@ from trainables.engine.tune_trainable import Trial, trainable_class
 from trainables.specs.errors import NonFiniteError
 from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
+pytestmark = pytest.mark.usefixtures("cpu_only")
+"""A Tune trial chooses its device by itself; the numbers that it must equal are those of a run on the CPU."""
+
 POINTS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("full", {"lr_backbone": 0.02}, 0),
     ("daft", {"lr_head": 0.1}, 0),
