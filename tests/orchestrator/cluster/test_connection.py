@@ -74,7 +74,10 @@ class TestResources:
 
     @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (0.5, 0), (32, 0), (4, 2), (1, 0.25), (0, 1)])
     def test_what_fits_passes(self, cpus: float, gpus: float) -> None:
+        """It raises nothing; a request for more than the largest machine has beyond it does."""
         check_resources(cpus, gpus, [SMALL, LARGE, GPU])
+        with pytest.raises(ResourceError):
+            check_resources(cpus + 32.5, gpus, [SMALL, LARGE, GPU])
 
     def test_one_and_a_half_gpus(self) -> None:
         with pytest.raises(ResourceError) as caught:
