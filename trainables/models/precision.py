@@ -9,9 +9,11 @@ import torch
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast type: "auto" is bfloat16 on a GPU that has it, float32 elsewhere."""
+    """The autocast type: "auto" is bfloat16 on a GPU whose hardware has it, float32 elsewhere."""
     if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # By default torch counts emulation as support, which is slower than float32 (T4, V100).
+        in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if in_hardware else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
