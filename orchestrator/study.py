@@ -69,10 +69,10 @@ class Study:
             from orchestrator.ingest.pipeline import ingest
             from orchestrator.planning.build import ingest_request, make_built_in, model_of
             from orchestrator.planning.preflight import preflight
-            from orchestrator.running.progress import shown
+            from orchestrator.running.progress import ingest_progress
 
             preflight(self.spec)
-            with shown() if progress else contextlib.nullcontext() as report:
+            with ingest_progress() if progress else contextlib.nullcontext() as report:
                 place = Path(self.spec.storage).absolute() / "data"
                 self._store = ingest(ingest_request(self.spec), place, progress=report)
             make_built_in(model_of(self.spec))
@@ -90,11 +90,11 @@ class Study:
             ChangedStudyError: others differ.
         """
         from orchestrator.planning.build import make_task
-        from orchestrator.running.study_run import Drive
+        from orchestrator.running.study_run import StudyRun
 
         store = self.prepare(progress)
         task = make_task(self.spec, store)
-        Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
+        StudyRun(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
         events = self._events()
         self._report(events)
         return self._results(events)

@@ -95,10 +95,9 @@ def ensure_token() -> str:
 def refresh_ray_auth() -> None:
     """Make a Ray that is already imported see RAY_AUTH_MODE and the token as they are now (it caches both)."""
     if "ray" in sys.modules:
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+        from orchestrator.ray_internals import refresh_authentication
 
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        refresh_authentication()
 
 
 def is_loopback(host: str) -> bool:
@@ -113,6 +112,8 @@ def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access
     """Ask the head of a cluster (`host:6379`) one question, first without the token, then with it."""
     import grpc  # type: ignore[import-untyped]
 
+    from orchestrator.ray_internals import CHECK_ALIVE
+
     def ask(metadata: list[tuple[str, str]]) -> grpc.StatusCode:
         try:
             question(b"", timeout=timeout_s, metadata=metadata, wait_for_ready=False)
@@ -122,7 +123,7 @@ def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access
 
     # A proxy for the web is not on the way to the cluster; Ray switches it off in the same way.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        question = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        question = channel.unary_unary(CHECK_ALIVE)
         answer = ask([])
         if answer == grpc.StatusCode.OK:
             return "open"

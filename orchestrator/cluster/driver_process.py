@@ -104,17 +104,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def keep_aws_keys_private() -> None:
-    """Stop Tune from writing this process's AWS keys into each trial's public description.
-
-    Tune copies them from the environment into the runtime environment of every trial actor, which the dashboard and
-    the state API show in clear. Workers find their credentials as any process does: an instance role, or the
-    environment that the cluster was started in.
-    """
-    from ray.tune.execution import class_cache
-
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
-        {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    )
