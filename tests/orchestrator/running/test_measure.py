@@ -93,7 +93,7 @@ def test_a_measurement_that_fails_costs_a_warning_and_is_tried_again_by_the_next
     assert journal.events() == []
     assert caplog.messages == [
         "The plasticity of the pretrained network could not be measured (RuntimeError: CUDA out of memory). The study "
-        "goes on without it."
+        "continues without it."
     ]
     measure_start(spec("digits_vit"), task(Path("none"), "digits_vit"), journal, REQUEST)
     assert asked == [REQUEST]
