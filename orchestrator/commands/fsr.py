@@ -109,7 +109,7 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
     """
     from orchestrator.errors import PreflightError, Problem
     from orchestrator.planning.build import make_task, references_of
-    from orchestrator.running.study_run import Drive
+    from orchestrator.running.study_run import StudyRun
 
     spec = study.spec
     _check_network(spec)
@@ -126,7 +126,7 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
         way = "List other diagnostics.fsr_fractions, or train on more images."
         problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way}")
         raise PreflightError([problem], f"The study {spec.name!r}")
-    Drive(spec, study.folder, store, task, progress, stages=[stage], allow_change=allow_change).run()
+    StudyRun(spec, study.folder, store, task, progress, stages=[stage], allow_change=allow_change).run()
     records = [r for r in study.results().records if r.role == "reference"]
     return FsrReport(spec.name, estimates(records), records)
 

@@ -146,7 +146,9 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
 def _compare_versions(client: JobSubmissionClient, notes: TextIO) -> None:
     import ray
 
-    theirs = getattr(client, "_server_ray_version", None) or ray.__version__
+    from orchestrator.ray_internals import server_version
+
+    theirs = server_version(client) or ray.__version__
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         print(f"Warning: the cluster runs Ray {theirs}, Luthier here was tested with {ray.__version__}.", file=notes)
 

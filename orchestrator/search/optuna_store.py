@@ -257,8 +257,11 @@ class OptunaStorage:
 
     def interrupt(self, study: optuna.Study, number: int) -> None:
         """End a running trial that nobody runs any more; a later one continues it."""
-        trial = study.get_trials(deepcopy=False)[number]
-        study._storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
+        database = self._database
+        assert database is not None
+        study_id = database.get_study_id_from_name(study.study_name)
+        trial_id = database.get_trial_id_from_study_id_trial_number(study_id, number)
+        database.set_trial_user_attr(trial_id, "interrupted", True)
         study.tell(number, state=optuna.trial.TrialState.FAIL)
 
     def close(self) -> None:

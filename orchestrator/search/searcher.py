@@ -178,7 +178,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher for `restore`, which this one refuses; the copy holds nothing."""
-        return {"_metric": self._metric, "_mode": self._mode}
+        return {}
 
     def _staged(self) -> TrialSpec | None:
         """The next trial of the stages; called only when the search is over. None = the study is over."""

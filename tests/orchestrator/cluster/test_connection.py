@@ -33,12 +33,12 @@ from orchestrator.cluster.connection import (
 from orchestrator.cluster.driver_process import (
     environment,
     free_port,
-    keep_aws_keys_private,
     sigterm_as_interrupt,
     sigterm_restored,
 )
 from orchestrator.cluster.resources import trial_slots
 from orchestrator.errors import Terminated
+from orchestrator.ray_internals import keep_aws_keys_private
 
 SMALL, LARGE, GPU = {"CPU": 2.0}, {"CPU": 32.0}, {"CPU": 4.0, "GPU": 2.0}
 
