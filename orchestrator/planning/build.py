@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.record.records import TrialRecord
     from orchestrator.search.searcher import SearchSettings
     from orchestrator.search.stages import Choose, Entry, Stage
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
     from trainables.specs.trial_spec import ModelSpec, Task
 

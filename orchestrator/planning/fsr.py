@@ -25,7 +25,7 @@ from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import Task, TrialSpec
 
 if TYPE_CHECKING:
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
 
 
@@ -195,11 +195,13 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     estimate = suggested(estimates(fold(Journal.read(journal))))
     if estimate is None:
         return Hints()
-    law = search_spaces.space(STRATEGY)["lam"].distribution
-    lam = round(min(max(estimate.lam, getattr(law, "low", estimate.lam)), getattr(law, "high", estimate.lam)), 3)
-    said = f"{source.name}: {estimate.sentence()}"
-    log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), said)
-    return Hints({label: {"lam": lam} for label in searched}, said)
+    lam_range = search_spaces.space(STRATEGY)["lam"].distribution
+    low = getattr(lam_range, "low", estimate.lam)
+    high = getattr(lam_range, "high", estimate.lam)
+    lam = round(min(max(estimate.lam, low), high), 3)
+    reason = f"{source.name}: {estimate.sentence()}"
+    log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), reason)
+    return Hints({label: {"lam": lam} for label in searched}, reason)
 
 
 def hint_problems(spec: StudySpec, digest: str | None = None) -> Iterator[Problem]:

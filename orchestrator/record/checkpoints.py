@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.record.records import TrialRecord
-from trainables.storage.checkpoint_store import KEEP_NOW
+from trainables.storage.checkpoint_store import SAVE_REQUEST_FILE
 
 
 def checkpoint_folder(study: Path, number: int) -> Path:
@@ -32,7 +32,7 @@ def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
     Returns:
         Number of trials that wrote a checkpoint.
     """
-    asked = [checkpoint_folder(study, number) / KEEP_NOW for number in numbers]
+    asked = [checkpoint_folder(study, number) / SAVE_REQUEST_FILE for number in numbers]
     open_requests = {request for request in asked if request.parent.is_dir()}
     for request in open_requests:
         request.touch()

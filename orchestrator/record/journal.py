@@ -37,7 +37,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.record.records import fold
-from trainables.specs.fault_injection import reach
+from trainables.specs.fault_injection import fault_point
 from trainables.specs.redaction import redact
 from trainables.storage.atomic_files import sync
 
@@ -145,11 +145,11 @@ class Journal:
             now = max(time.time(), self._latest)
             event: Event = {"seq": self._next, "time": now, "kind": kind} | _plain(fields)
             event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
-            reach("before_event", event=kind, seq=self._next)
+            fault_point("before_event", event=kind, seq=self._next)
             self._write(encode(event))
             self._next += 1
             self._latest = now
-            reach("after_event", event=kind, seq=event["seq"])
+            fault_point("after_event", event=kind, seq=event["seq"])
             if kind == "trial_suggested":
                 self._suggested.add(str(event["trial_id"]))
             for listener in self._listeners:

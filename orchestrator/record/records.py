@@ -7,12 +7,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
-
-if TYPE_CHECKING:
-    from orchestrator.study_file.spec import StudySpec
 
 State = Literal["suggested", "running", "complete", "pruned", "failed"]
 
@@ -83,11 +80,11 @@ class TrialRecord:
         return value if value is not None and math.isfinite(value) else None
 
 
-def metrics_of(study: StudySpec | Mapping[str, Any] | None) -> TaskMetrics:
+def metrics_of(study: object) -> TaskMetrics:
     """The metrics of a study's task.
 
     Args:
-        study: the study file or its fields. Journals from before there were tasks name none: they are classification.
+        study: a `StudySpec` or its fields. Journals from before there were tasks name none: they are classification.
 
     Raises:
         ValueError: the study's task is unknown here.

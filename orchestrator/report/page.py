@@ -38,7 +38,7 @@ logger = logging.getLogger("luthier")
 
 REPORT = "report.html"
 MOST_TRIALS = 500
-"""Rows of the table of trials, to keep the page fast; `luthier results --json` has them all."""
+"""Rows of the table of trials; more would make the page slow. `luthier results --json` has all trials."""
 WIDE = 8.0
 """Width, in inches, from which on a picture has a row of its own."""
 

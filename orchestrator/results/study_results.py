@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 ENOUGH_SEEDS = 3
 """Below this many seeds a leaderboard row is warned about: the 95 % interval of two seeds is 12.7 standard errors."""
@@ -104,7 +104,7 @@ class Results:
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values (NaN as None).
+        """Everything as JSON values (NaN as None), with every trial under `records`.
 
         Without a complete trial the leaderboard is empty and `problem` is the reason.
         """
@@ -119,6 +119,7 @@ class Results:
             "warnings": self.warnings(),
             "measurements": finite(self.measurements),
             "trials": dict(Counter(r.state for r in self.records)),
+            "records": [finite(_trial_values(record)) for record in self.records],
         }
         try:
             best = self.best(self.rule)
@@ -212,6 +213,26 @@ class Results:
             f"Fewer than {ENOUGH_SEEDS} seeds stand behind {', '.join(few)}: differences between these rows may be "
             "chance. Raise confirm.seeds, and confirm.top_k to at least the number of strategies."
         ]
+
+
+def _trial_values(record: TrialRecord) -> dict[str, Any]:
+    """One trial as plain values: its identity, configuration, state, and the last value of every metric."""
+    return {
+        "number": record.number,
+        "label": record.label,
+        "strategy": record.strategy,
+        "role": record.role,
+        "held_out": record.held_out,
+        "sample": record.sample,
+        "seed": record.seed,
+        "config_hash": record.config_hash,
+        "hparams": dict(record.hparams),
+        "state": record.state,
+        "reason": record.reason,
+        "error": record.error,
+        "units": record.unit,
+        "metrics": dict(record.metrics),
+    }
 
 
 def _trouble(records: Sequence[TrialRecord]) -> Iterator[str]:
