@@ -20,7 +20,7 @@ MAY_IMPORT_RAY = ("trainables/engine/tune_trainable.py", "trainables/engine/ray_
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking",
+    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking",
     "planning", "running", "study", "commands", "cli",
 )  # fmt: skip
 """The parts of `orchestrator`; each may import those before it."""

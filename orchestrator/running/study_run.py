@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
-from orchestrator.planning.build import entries_of, make_scheduler, metric_of, planned_units, stages_of
+from orchestrator.planning.build import make_scheduler, planned_units, settings_of, stages_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
 from orchestrator.record.changes import check_changes, versions
@@ -153,17 +153,11 @@ class StudyRun:
 
         spec = self.spec
         return StudySearcher(
-            entries=entries_of(spec),
-            task=self.task,
+            settings_of(spec, self.task, hints.values),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
-            trials=spec.search.trials,
-            sampler=spec.search.sampler,
-            seed=spec.search.seed,
-            metric=metric_of(spec),
             stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
             journal=journal,
-            hints=hints.values,
             searching=self.stages is None,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             changed=changed,

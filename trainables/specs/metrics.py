@@ -267,6 +267,11 @@ def register(metrics: TaskMetrics) -> None:
     _TASKS[metrics.task] = metrics
 
 
+def built_in_tasks() -> tuple[TaskMetrics, ...]:
+    """The metrics of the tasks that Luthier ships."""
+    return (CLASSIFICATION,)
+
+
 def task_metrics(task: str = CLASSIFICATION.task) -> TaskMetrics:
     """The metrics of a task.
 
