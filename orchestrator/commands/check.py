@@ -178,12 +178,12 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 
 def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
-    from trainables.storage.checkpoint_store import QUARANTINE, checkpoints
+    from trainables.storage.checkpoint_store import QUARANTINE, list_checkpoints
 
     for record in records:
         trial_folder = checkpoint_folder(folder, record.number)
         if record.resumable:
-            for path in checkpoints(trial_folder):
+            for path in list_checkpoints(trial_folder):
                 yield _checkpoint(path)
         elif trial_folder.exists():
             yield Finding(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.records import TrialRecord, fold, study_header
+from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
 from orchestrator.study import read_journal
 from orchestrator.study_file.load import load_study
 from orchestrator.study_file.schema import StudySpec
+from trainables.specs.metrics import TaskMetrics, task_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,8 @@ class Status:
     seconds_since_last_event: float
     planned: int
     """Search trials of the study file (`search.trials`)."""
+    metrics: TaskMetrics = field(default_factory=task_metrics)
+    """Of the study's task."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -47,19 +50,16 @@ class Status:
             "planned_search_trials": self.planned,
             "trials": dict(Counter(record.state for record in self.records)),
             "roles": dict(Counter(record.role for record in self.records)),
-            "best": None if best is None else _trial(best),
-            "running": [_trial(r) for r in self.records if r.state == "running"],
-            "failed": [{**_trial(r), "reason": r.reason, "error": r.error} for r in self._failed()],
+            "best": None if best is None else _trial(best, self.metrics),
+            "running": [_trial(r, self.metrics) for r in self.records if r.state == "running"],
+            "failed": [{**_trial(r, self.metrics), "reason": r.reason, "error": r.error} for r in self._failed()],
         }
 
     def best(self) -> TrialRecord | None:
-        """The search trial with the best ID validation accuracy so far (the earliest of equals), finished or not."""
-        scored = [(r, _validation(r)) for r in self.records if r.role == "search"]
-        return max(
-            (r for r, value in scored if value is not None),
-            key=lambda r: (_validation(r) or 0.0, -r.number),
-            default=None,
-        )
+        """The search trial with the best validation score so far (the earliest of equals), finished or not."""
+        scored = [(validation_score(r, self.metrics), r) for r in self.records if r.role == "search"]
+        ranked = [(self.metrics.selection.score(value), -r.number, r) for value, r in scored if value is not None]
+        return max(ranked, key=lambda row: row[:2])[2] if ranked else None
 
     def render(self, console: Console) -> None:
         """Print the status as text."""
@@ -71,10 +71,10 @@ class Status:
         ]
         best = self.best()
         if best is not None:
-            lines.append(f"Best on ID validation so far: {_line(best)}")
+            lines.append(f"Best on ID validation so far: {_line(best, self.metrics)}")
         running = [r for r in self.records if r.state == "running"]
-        lines += _listed("Running", [_line(r) for r in running])
-        lines += _listed("Failed", [f"{_line(r)}: {r.reason}: {r.error}" for r in self._failed()])
+        lines += _listed("Running", [_line(r, self.metrics) for r in running])
+        lines += _listed("Failed", [f"{_line(r, self.metrics)}: {r.reason}: {r.error}" for r in self._failed()])
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -95,22 +95,19 @@ def status(path: str | Path) -> Status:
     """Progress of the study of a file or folder (errors: see `find_study` and `read_journal`)."""
     spec, folder = find_study(path)
     events = read_journal(spec, folder)
+    header = study_header(events)
     return Status(
         study=spec.name,
         journal=folder / "journal.jsonl",
-        state=str(study_header(events).get("state", "not started")),
+        state=str(header.get("state", "not started")),
         records=fold(events),
         seconds_since_last_event=max(0.0, time.time() - events[-1]["time"]) if events else 0.0,
         planned=spec.search.trials,
+        metrics=metrics_of(header.get("spec") or spec),
     )
 
 
-def _validation(record: TrialRecord) -> float | None:
-    value = record.metric("best/val/acc")
-    return record.metric("val/acc") if value is None else value
-
-
-def _trial(record: TrialRecord) -> dict[str, Any]:
+def _trial(record: TrialRecord, metrics: TaskMetrics) -> dict[str, Any]:
     return {
         "number": record.number,
         "label": record.label,
@@ -118,14 +115,14 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "role": record.role,
         "state": record.state,
         "unit": record.unit,
-        "val/acc": _validation(record),
+        metrics.validation: validation_score(record, metrics),
         "hparams": dict(record.hparams),
     }
 
 
-def _line(record: TrialRecord) -> str:
-    value = _validation(record)
-    score = "" if value is None else f", val {100 * value:.1f} %"
+def _line(record: TrialRecord, metrics: TaskMetrics) -> str:
+    value = validation_score(record, metrics)
+    score = "" if value is None else f", val {metrics.selection.text(value)}"
     role = "" if record.role == "search" else f", {record.role}"
     return f"trial {record.number} {record.label}{role}, unit {record.unit}{score}"
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.support.synthetic import write_shapes
 from orchestrator import Study
 from orchestrator.cli import app
 from orchestrator.commands.check import check_study
@@ -22,11 +23,10 @@ from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
 from orchestrator.tracking.following import follower_of, waiting
-from tests.orchestrator.driving import searcher
-from tests.synthetic import write_shapes
+from tests.support.driving import searcher
 from trainables.data.store import Store
 from trainables.storage.checkpoint_format import RunState, save_state
-from trainables.storage.checkpoint_store import Keeper
+from trainables.storage.checkpoint_store import CheckpointStore
 
 FIELDS: dict[str, Any] = {
     "name": "s",
@@ -63,10 +63,10 @@ def study(tmp_path: Path) -> Study:
         search.close()
         journal.append("trial_failed", trial_id="b", reason="interrupted", error="The driver ended at unit 2.")
         journal.append("study_finished", state="interrupted")
-    keeper = Keeper(checkpoint_folder(study.folder, 1))
-    keeper.claim()
+    store = CheckpointStore(checkpoint_folder(study.folder, 1))
+    store.acquire()
     for unit in (1, 2):
-        save_state(keeper.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
+        save_state(store.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
     return study
 
 

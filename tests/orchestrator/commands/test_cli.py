@@ -32,7 +32,7 @@ from orchestrator.errors import PreflightError, Problem, StudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import State, TrialRecord
 from orchestrator.study import Study
-from tests.orchestrator.planning.test_plan import write_images
+from tests.support.images import write_plain_images
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDY = "name: tiny\ndata: {source: digits}\nmodel: {name: digits_vit}\nstrategies: [linear_probe, full]\n"
@@ -288,7 +288,7 @@ class TestInit:
         assert (spec.name, spec.data.source, spec.model.name) == ("digits", "digits", "digits_vit")
 
     def test_a_study_of_ones_own_images(self, tmp_path: Path) -> None:
-        write_images(tmp_path / "my pets", {"sketch/cat": 4, "sketch/dog": 4, "photo/cat": 5, "photo/dog": 5})
+        write_plain_images(tmp_path / "my pets", {"sketch/cat": 4, "sketch/dog": 4, "photo/cat": 5, "photo/dog": 5})
         file = tmp_path / "study.yaml"
         assert luthier("init", tmp_path / "my pets", "-o", file, "--model", "resnet50").exit_code == OK
         spec = Study.from_yaml(file).spec
@@ -297,7 +297,7 @@ class TestInit:
 
     @pytest.mark.parametrize("model", ["resnet18", "digits_vit"])
     def test_what_it_writes_can_be_planned_as_it_is(self, tmp_path: Path, model: str) -> None:
-        root = write_images(tmp_path / "pets", {"sketch/cat": 4, "sketch/dog": 4, "photo/cat": 5, "photo/dog": 5})
+        root = write_plain_images(tmp_path / "pets", {"sketch/cat": 4, "sketch/dog": 4, "photo/cat": 5, "photo/dog": 5})
         file = tmp_path / "study.yaml"
         assert luthier("init", root, "-o", file, "--model", model).exit_code == OK
         result = luthier("plan", file, "--json")
@@ -308,7 +308,7 @@ class TestInit:
 
     @pytest.mark.parametrize(("folder", "name"), [("data", "data-study"), ("x" * 120, "x" * 100), ("...", "study")])
     def test_a_folder_whose_name_no_study_can_have(self, tmp_path: Path, folder: str, name: str) -> None:
-        root = write_images(tmp_path / folder, {"cat": 4, "dog": 4})
+        root = write_plain_images(tmp_path / folder, {"cat": 4, "dog": 4})
         result = luthier("init", root, "-o", tmp_path / "a study.yaml")
         assert result.stdout.endswith(f"then: luthier plan '{tmp_path}/a study.yaml'\n")
         assert Study.from_yaml(tmp_path / "a study.yaml").spec.name == name
@@ -361,13 +361,13 @@ class TestInit:
 
 class TestDataCheck:
     def test_what_a_study_can_use(self, tmp_path: Path) -> None:
-        root = write_images(tmp_path / "pets", {"photo/cat": 5, "photo/dog": 5})
+        root = write_plain_images(tmp_path / "pets", {"photo/cat": 5, "photo/dog": 5})
         result = luthier("data", "check", root, "--json")
         assert result.exit_code == OK
         assert json.loads(result.stdout)["domains"] == {"photo": {"cat": 5, "dog": 5}}
 
     def test_what_no_study_can_use(self, tmp_path: Path) -> None:
-        root = write_images(tmp_path / "pets", {"photo/cat": 5, "photo/dog": 1})
+        root = write_plain_images(tmp_path / "pets", {"photo/cat": 5, "photo/dog": 1})
         result = luthier("data", "check", root)
         assert result.exit_code == PREFLIGHT
         assert "dog" in result.stdout

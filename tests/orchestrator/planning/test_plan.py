@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from PIL import Image
 from rich.console import Console
 
 import search_spaces
@@ -18,21 +17,12 @@ from orchestrator.planning.estimates import TRIAL_BYTES
 from orchestrator.planning.plan import Plan, make_plan, range_in_words
 from orchestrator.study_file.schema import StudySpec
 from search_spaces import Hyperparameter
-
-
-def write_images(root: Path, counts: dict[str, int], side: int = 8) -> Path:
-    """`{"photo/cat": 3}` → three one-coloured images below root/photo/cat."""
-    for place, count in counts.items():
-        (root / place).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            shade = (40 * number % 255, len(place) * 9 % 255, 90)
-            Image.new("RGB", (side, side), shade).save(root / place / f"{number}.png")
-    return root
+from tests.support.images import write_plain_images
 
 
 @pytest.fixture
 def planned(tmp_path: Path, network: Callable[[str], str]) -> Callable[..., Plan]:
-    root = write_images(tmp_path / "pets", {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")})
+    root = write_plain_images(tmp_path / "pets", {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")})
 
     def make(**sections: Any) -> Plan:
         fields: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 from orchestrator.errors import PreflightError
 from orchestrator.planning.preflight import layer_kinds, preflight
 from orchestrator.study_file.schema import StudySpec
-from tests.orchestrator.planning.test_plan import write_images
+from tests.support.images import write_plain_images
 from trainables import strategy_class
 
 PETS = {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")}
@@ -25,7 +25,7 @@ def problems(tmp_path: Path, network: Callable[[str], str], monkeypatch: pytest.
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def found(images: dict[str, int] | None = None, **sections: Any) -> list[str]:
-        root = write_images(tmp_path / "pets", PETS if images is None else images)
+        root = write_plain_images(tmp_path / "pets", PETS if images is None else images)
         fields: dict[str, Any] = {
             "name": "pets",
             "data": {"root": str(root), "id": ["photo"], "ood": ["sketch"]},

@@ -17,6 +17,7 @@ from ray import tune
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from typer.testing import CliRunner, Result
 
+from benchmarks.support.synthetic import write_images
 from orchestrator.cli import app
 from orchestrator.commands.exit_status import FAILED, PARTIAL
 from orchestrator.record.journal import Journal
@@ -26,9 +27,8 @@ from orchestrator.running.ray_internals import LostActorError, lost_actors_are_f
 from orchestrator.running.study_run import Drive
 from orchestrator.running.watchdog import Watchdog
 from orchestrator.study_file.schema import FailuresSpec
-from tests.synthetic import write_images
 from trainables.specs.errors import failure_text
-from trainables.specs.fault_injection import VARIABLE, _planned
+from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 
 
 def told(gate: FailureGate, *endings: str, first: int = 0) -> FailureGate:
@@ -104,11 +104,11 @@ def cluster(one_thread: None) -> Iterator[None]:
         "unit=3,phase=before_unit,action=raise,times=0",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, ";".join(faults))
-        _planned.cache_clear()
+        patch.setenv(ENV_FAULTS, ";".join(faults))
+        reset_faults()
         with connect(cpus=2, dashboard=False):
             yield
-    _planned.cache_clear()
+    reset_faults()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from orchestrator.record.journal import Journal, JournalError
 from orchestrator.record.records import TrialRecord
 from orchestrator.running.study_run import Drive
 from orchestrator.study_file.schema import StudySpec
-from tests.orchestrator.driving import task
+from tests.support.driving import task
 
 
 def spec(**sections: Any) -> StudySpec:

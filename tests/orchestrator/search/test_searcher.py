@@ -22,7 +22,7 @@ import search_spaces
 from orchestrator.record.journal import Journal
 from orchestrator.search.searcher import Entry, StudySearcher
 from orchestrator.search.space import SearchError
-from tests.orchestrator.driving import (
+from tests.support.driving import (
     EPOCHS,
     Config,
     accuracy,
@@ -94,7 +94,7 @@ def test_a_fresh_process_proposes_the_same(tmp_path: Path) -> None:
     here = [config["hparams"] for config in drive(searcher(tmp_path, trials=18))]
     (tmp_path / "other").mkdir()
     code = (
-        "import json, pathlib, sys\nfrom tests.orchestrator.driving import drive, searcher\n"
+        "import json, pathlib, sys\nfrom tests.support.driving import drive, searcher\n"
         "found = drive(searcher(pathlib.Path(sys.argv[1]), trials=18))\n"
         "print(json.dumps([c['hparams'] for c in found]))"
     )
