@@ -20,8 +20,8 @@ MAY_IMPORT_RAY = ("trainables/engine/tune_trainable.py", "trainables/engine/ray_
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking",
-    "planning", "running", "study", "commands", "cli",
+    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report",
+    "tracking", "planning", "running", "study", "commands", "cli",
 )  # fmt: skip
 """The parts of `orchestrator`; each may import those before it."""
 TRAINABLES_LAYERS = ("specs", "storage", "demo", "models", "data", "tasks", "diagnostics", "engine")

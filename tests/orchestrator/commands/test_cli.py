@@ -326,8 +326,8 @@ class TestInit:
         result = luthier("init", "-o", tmp_path / "file" / "study.yaml")
         assert result.exit_code == FAILED
         assert result.stderr == (
-            f"Error: The study file needs a place that can be written, but {tmp_path}/file/study.yaml is none (File "
-            "exists). Give another with --output.\n"
+            f"Error: The study file must be writable, but {tmp_path}/file/study.yaml is not (File exists). Give "
+            "another one with --output.\n"
         )
 
     def test_a_network_that_is_not_known(self, tmp_path: Path) -> None:
