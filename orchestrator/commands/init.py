@@ -138,9 +138,9 @@ def _found(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
     """Fields for real data. OOD is what the source marks so; else all domains but the largest, for the person to
     look at."""
     from orchestrator.ingest.check import detect
-    from orchestrator.ingest.request import IngestRequest, open_source
+    from orchestrator.ingest.request import IngestRequest, scan
 
-    source = open_source(IngestRequest(source=detect(data), root=str(data), label=label))
+    source = scan(IngestRequest(source=detect(data), root=str(data), label=label))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
     if not outside and len(domains) > 1:

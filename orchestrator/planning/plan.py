@@ -115,13 +115,13 @@ class Plan:
         ]
 
     def _images(self) -> str:
-        from orchestrator.ingest.errors import few
+        from orchestrator.ingest.errors import first_few
 
         outside = {name.removeprefix("ood/"): n for name, n in self.splits.items() if name.startswith("ood/")}
-        ood = few([f"{count:,} of {name}" for name, count in outside.items()]) or "none"
+        ood = first_few([f"{count:,} of {name}" for name, count in outside.items()]) or "none"
         train, val, test = (f"{self.splits[name]:,}" for name in ("train", "val", "test"))
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
-        domains = few(self.id_domains)
+        domains = first_few(self.id_domains)
         inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
         return f"Images of {domains}: {inside}; OOD: {ood}."
 
