@@ -147,9 +147,9 @@ def _fields_of_digits(model: str | None) -> dict[str, Any]:
 def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
     """Fields for real data. OOD = the domains that the source marks so, else all but the largest (to be reviewed)."""
     from orchestrator.ingest.check import detect
-    from orchestrator.ingest.request import IngestRequest, open_source
+    from orchestrator.ingest.request import IngestRequest, scan
 
-    source = open_source(IngestRequest(source=detect(data), root=str(data), label=label))
+    source = scan(IngestRequest(source=detect(data), root=str(data), label=label))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
     if not outside and len(domains) > 1:
