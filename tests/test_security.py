@@ -25,9 +25,9 @@ from benchmarks.support.synthetic import shapes, write_images, write_shapes
 from orchestrator import Study
 from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.request import IngestRequest, open_source
+from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.study_file.portable import resolved_study
+from orchestrator.study_file.load import resolved_study
 from orchestrator.tracking.position import PositionFile
 from tests.support.canary import Canary
 from tests.support.driving import drive, searcher
@@ -36,7 +36,7 @@ from trainables.data.store import Store, StoreError
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, load_state, save_state
-from trainables.storage.checkpoint_store import Keeper
+from trainables.storage.checkpoint_store import CheckpointStore
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_OBJECTS = "ray.data.arrow_pickled_object"
@@ -94,15 +94,15 @@ class TestCheckpoints:
         assert found.meta["unit"] == 1
 
     def test_s7_a_torch_archive_under_the_name_of_the_tensors(self, marker: Path, tmp_path: Path) -> None:
-        keeper = Keeper(tmp_path / "checkpoints" / "trial-0000")
-        keeper.claim()
-        save_state(keeper.folder / "unit-000001", RunState({}, {"unit": 1, "step": 0}))
-        torch.save({"model/a": Canary(marker)}, keeper.folder / "unit-000001" / "tensors.safetensors")
-        digested(keeper.folder / "unit-000001")
-        (keeper.folder / "optimizer.pkl").write_bytes(pickle.dumps(Canary(marker)))
-        assert list(keeper.states()) == []
+        store = CheckpointStore(tmp_path / "checkpoints" / "trial-0000")
+        store.acquire()
+        save_state(store.folder / "unit-000001", RunState({}, {"unit": 1, "step": 0}))
+        torch.save({"model/a": Canary(marker)}, store.folder / "unit-000001" / "tensors.safetensors")
+        digested(store.folder / "unit-000001")
+        (store.folder / "optimizer.pkl").write_bytes(pickle.dumps(Canary(marker)))
+        assert list(store.valid_states()) == []
         assert [p.name for p in (tmp_path / "checkpoints" / "quarantine").iterdir()] == ["trial-0000-unit-000001"]
-        assert "unit-000001 cannot be read" in keeper.problems[0]
+        assert "unit-000001 cannot be read" in store.problems[0]
 
 
 def write_weights(path: Path, marker: Path, evil: bytes, how: str) -> None:
@@ -202,19 +202,19 @@ class TestSources:
         schema = pa.schema([field.with_name("image"), pa.field("label", pa.int64())])
         pq.write_table(pa.table([column, [0, 1, 0, 1]], schema=schema), tmp_path / "x.parquet")
         with pytest.raises(DataError, match=r"x\.parquet has an extension type, which could run code"):
-            open_source(IngestRequest(source="parquet", root=str(tmp_path / "x.parquet")))
+            scan(IngestRequest(source="parquet", root=str(tmp_path / "x.parquet")))
 
     @pytest.mark.parametrize("source", ["parquet", "npz"])
     def test_s7_a_pickle_in_place_of_a_source(self, evil: bytes, source: str, tmp_path: Path) -> None:
         (tmp_path / f"x.{source}").write_bytes(evil)
         with pytest.raises(DataError, match=rf"x\.{source} must be an? "):
-            open_source(IngestRequest(source=source, root=str(tmp_path)))
+            scan(IngestRequest(source=source, root=str(tmp_path)))
 
     def test_s7_arrays_of_objects(self, marker: Path, tmp_path: Path) -> None:
         images = np.array([Canary(marker)] * 4, dtype=object)
         np.savez(tmp_path / "x.npz", train_images=images, train_labels=np.arange(4) % 2)
         with pytest.raises(DataError, match=r"x\.npz must be an \.npz file of plain arrays|train_images must be uint8"):
-            open_source(IngestRequest(source="npz", root=str(tmp_path)))
+            scan(IngestRequest(source="npz", root=str(tmp_path)))
 
     def test_s7_pictures_are_decoded_by_their_content(self, evil: bytes, tmp_path: Path) -> None:
         from orchestrator.ingest.check import check

@@ -56,7 +56,7 @@ def luthier(folder: Path, watch: Stopwatch) -> None:
     from orchestrator.record.journal import Journal
     from orchestrator.running.journal_callback import RecordCallback
 
-    watch.on(RecordCallback, *HOOKS, "on_checkpoint")
+    watch.on(RecordCallback, *HOOKS)
     watch.on(Journal, "append")
     app(["run", str(folder / "study.yaml"), "--no-progress"])
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainables.storage.checkpoint_format import RunState
-from trainables.storage.checkpoint_store import Keeper
+from trainables.storage.checkpoint_store import CheckpointStore
 
 
 def state(unit: int, step: int = 0, **meta: Any) -> RunState:
@@ -22,12 +22,11 @@ def state(unit: int, step: int = 0, **meta: Any) -> RunState:
 
 
 def write_three_units(folder: Path) -> None:
-    """Claim the folder and keep the states of units 1, 2 and 3, however little time has passed between them."""
-    keeper = Keeper(folder)
-    keeper.claim()
+    """Acquire the folder and save the states of units 1, 2 and 3, whatever the rate limit says."""
+    store = CheckpointStore(folder, clock=lambda: 0.0)
+    store.acquire()
     for unit in (1, 2, 3):
-        keeper._cost = 0.0
-        keeper.unit_done(partial(state, unit))
+        store.save_after_unit(partial(state, unit))
 
 
 if __name__ == "__main__":

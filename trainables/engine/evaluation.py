@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainables.data.trial_data import HELD_OUT
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.loop import predict
 from trainables.models.precision import resolve_precision
+from trainables.specs.metrics import HELD_OUT
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData

@@ -13,14 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.optim import rate_factor, set_rates
+from trainables.models.batch_norm import BATCH_NORMS
 from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast
 from trainables.specs.errors import NonFiniteError
-from trainables.specs.fault_injection import reach
+from trainables.specs.fault_injection import fault_point
 
 
 @dataclass
@@ -91,7 +91,7 @@ def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) 
         frozen.eval()
     if bn_mode == "eval":
         for module in model.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.eval()
 
 
@@ -187,7 +187,7 @@ def _gradient(
     losses, correct = [], []
     for piece in micro.pieces(len(labels)):
         loss, right = loss_of(inputs[piece], labels[piece])
-        if reach("step", step=step) == "nan":
+        if fault_point("step", step=step) == "nan":
             loss = loss * torch.nan
         if len(labels[piece]) < len(labels):
             loss = loss * (len(labels[piece]) / len(labels))

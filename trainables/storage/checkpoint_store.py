@@ -1,12 +1,12 @@
-"""Where one trial keeps its checkpoints: written often but not too often, verified on reading, never by two at once.
+"""Checkpoint store of one trial: rate-limited writes, digests verified on read, a single writer by fencing token.
 
-    <study>/checkpoints/trial-0007/owner.json              who may write here: the latest process that took the trial
+    <study>/checkpoints/trial-0007/owner.json              fencing token of the process that may write
                                    unit-000003/            after three units
                                    unit-000003-step-0120/  in the middle of the fourth
-    <study>/checkpoints/quarantine/trial-0007-unit-000003/ what was found damaged, with `problem.txt`
+    <study>/checkpoints/quarantine/trial-0007-unit-000003/ a damaged checkpoint, with `problem.txt`
 
-The trial finds its newest intact checkpoint by itself, so that a retry by Tune, a lost node and a repeated
-`luthier run` are one and the same thing.
+A trial resumes from the newest valid checkpoint of its store, whatever interrupted it: a retry by Tune, a lost node
+and a repeated `luthier run` take the same path.
 """
 
 from __future__ import annotations
@@ -30,132 +30,157 @@ from trainables.storage.checkpoint_format import CheckpointError, RunState, load
 
 log = logging.getLogger("luthier")
 
-KEPT = 2
-"""Checkpoints of a trial that stay: the newest, and the one before in case that it turns out damaged."""
-QUARANTINED = 10
-"""Damaged checkpoints of a study that are kept to be looked at."""
-WITHIN_SECONDS = 60.0
-"""Seconds after which a unit that still runs gets a checkpoint in its middle."""
-SHARE = 10
-"""A checkpoint is written at the end of a unit if at least this many times the seconds that the last one took have
-passed since: checkpoints cost a trial a tenth of its time at most, and what a crash repeats is one unit or ten times
-the time of a checkpoint, whichever is longer."""
-
-OWNER, QUARANTINE, KEEP_NOW = "owner.json", "quarantine", "keep-now"
-LOOK_SECONDS = 0.2
-"""How often a trial looks whether it is asked, by a file of the name KEEP_NOW beside its checkpoints, to write one at
-once; it removes the file when that is done."""
+RETAINED = 2
+"""Checkpoints kept per trial: the newest, and its predecessor in case the newest turns out damaged."""
+QUARANTINE_LIMIT = 10
+"""Damaged checkpoints kept per study for inspection."""
+MID_UNIT_INTERVAL_S = 60.0
+"""Minimum interval between checkpoints in the middle of a unit, in seconds."""
+MIN_INTERVAL_FACTOR = 10
+"""Minimum interval between checkpoints, as a multiple of the last write's duration: at most a tenth of a trial's time
+goes into checkpoints, and a crash repeats one unit or ten write durations, whichever is longer."""
+OWNER_FILE = "owner.json"
+"""Holds the fencing token of the process that may write."""
+QUARANTINE = "quarantine"
+"""Folder of the study's damaged checkpoints."""
+SAVE_REQUEST_FILE = "save-request"
+"""A file of this name beside a trial's checkpoints requests one at once; removed when it is written."""
+POLL_INTERVAL_S = 0.2
+"""Poll interval for on-demand checkpoint requests, in seconds."""
 _NAME = re.compile(r"unit-\d{6,}(-step-\d{4,})?")
 
 
-class Keeper:
+class CheckpointStore:
     """Reads and writes the checkpoints of one trial.
 
     Args:
-        folder: the trial's own; made by `claim`.
-        within: seconds after which the middle of a unit is kept.
-        clock: seconds, for the rules on how often.
+        folder: the trial's own; created by `acquire`.
+        mid_unit_interval_s: minimum interval between checkpoints in the middle of a unit, in seconds.
+        clock: monotonic seconds, for the rate limit.
     """
 
     def __init__(
-        self, folder: str | Path, within: float = WITHIN_SECONDS, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: str | Path,
+        mid_unit_interval_s: float = MID_UNIT_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = Path(folder)
         self.problems: list[str] = []
-        """What went wrong with checkpoints and has not been reported yet."""
+        """Failed writes and damaged checkpoints that have not been reported yet."""
         self._token: str | None = None
-        self._within, self._clock = within, clock
-        self._last, self._cost = clock(), 0.0
-        self._looked = clock()
+        self._mid_unit_interval_s = mid_unit_interval_s
+        self._clock = clock
+        self._last_write = clock()
+        self._write_seconds = 0.0
+        self._last_poll = clock()
 
-    def claim(self) -> None:
-        """Become the one process that may write here; whoever could before cannot any more."""
+    def acquire(self) -> None:
+        """Acquire write ownership; revokes the previous owner's token."""
         self.folder.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         fields = {"token": token, "pid": os.getpid(), "host": platform.node(), "time": time.time()}
-        write_text(self.folder / OWNER, json.dumps(fields))
+        write_text(self.folder / OWNER_FILE, json.dumps(fields))
         self._token = token
-        (self.folder / KEEP_NOW).unlink(missing_ok=True)
-        for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote or removed
+        (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
+        for leftover in self.folder.glob(".*"):  # temporary folders of a process that was killed
             _remove(leftover)
-        self._last = self._clock()
+        self._last_write = self._clock()
 
-    def states(self) -> Iterator[tuple[Path, RunState]]:
-        """The intact checkpoints, newest first; damaged ones go to the quarantine on the way."""
-        for path in reversed(checkpoints(self.folder)):
+    def valid_states(self) -> Iterator[tuple[Path, RunState]]:
+        """The valid checkpoints, newest first; damaged ones are moved to the quarantine."""
+        for path in reversed(list_checkpoints(self.folder)):
             try:
                 yield path, load_state(path)
             except CheckpointError as error:
                 self.quarantine(path, str(error))
 
     def quarantine(self, path: Path, problem: str) -> None:
-        """Put a checkpoint aside that cannot be used, and remember to report it."""
-        self._check_owner()
-        self.problems.append(problem)
-        log.warning("A checkpoint is put aside. %s", problem)
-        place = self.folder.parent / QUARANTINE / f"{self.folder.name}-{path.name}"
-        place.parent.mkdir(exist_ok=True)
-        _remove(place)
-        with contextlib.suppress(OSError):  # it may lie on a disk that fails: then it stays where it is, and is skipped
-            os.rename(path, place)
-            (place / "problem.txt").write_text(problem + "\n")
-        for old in sorted(place.parent.iterdir(), key=lambda p: p.stat().st_mtime)[:-QUARANTINED]:
-            _remove(old)
-
-    def unit_done(self, state: Callable[[], RunState]) -> None:
-        """Keep the state after a unit, unless checkpoints are too dear for that."""
-        if self._clock() - self._last >= SHARE * self._cost or self._asked():
-            self._write(state)
-
-    def finished(self, meta: Mapping[str, Any]) -> None:
-        """Keep the result of a trial that has used its budget: its state without tensors, which nobody will read."""
-        self._write(lambda: RunState({}, meta))
-
-    def step_done(self, state: Callable[[], RunState]) -> None:
-        """Keep the middle of a unit, if the last checkpoint is long ago or somebody asks for one."""
-        if self._clock() - self._last >= max(self._within, SHARE * self._cost) or self._asked():
-            self._write(state)
-
-    def _asked(self) -> bool:
-        now = self._clock()
-        if now - self._looked < LOOK_SECONDS:
-            return False
-        self._looked = now
-        return (self.folder / KEEP_NOW).exists()
-
-    def _write(self, make: Callable[[], RunState]) -> None:
-        """A disk that is full or failing costs the checkpoint, not the trial.
+        """Move an unusable checkpoint to the quarantine and record the problem.
 
         Raises:
-            FencedError: the trial belongs to another process now.
+            FencedError: another process owns the trial.
+        """
+        self._check_token()
+        self.problems.append(problem)
+        log.warning("Quarantined a checkpoint. %s", problem)
+        target = self.folder.parent / QUARANTINE / f"{self.folder.name}-{path.name}"
+        target.parent.mkdir(exist_ok=True)
+        _remove(target)
+        # A failing disk may refuse the move; the checkpoint then stays where it is, and is skipped.
+        with contextlib.suppress(OSError):
+            os.rename(path, target)
+            (target / "problem.txt").write_text(problem + "\n")
+        by_age = sorted(target.parent.iterdir(), key=lambda p: p.stat().st_mtime)
+        for old in by_age[:-QUARANTINE_LIMIT]:
+            _remove(old)
+
+    def save_after_unit(self, state: Callable[[], RunState]) -> None:
+        """Write a checkpoint after a unit, subject to the rate limit."""
+        if self._is_due(0.0):
+            self._write(state)
+
+    def save_after_step(self, state: Callable[[], RunState]) -> None:
+        """Write a checkpoint in the middle of a unit, subject to the rate limit and the mid-unit interval."""
+        if self._is_due(self._mid_unit_interval_s):
+            self._write(state)
+
+    def save_result(self, meta: Mapping[str, Any]) -> None:
+        """Write the state of a trial that has used its budget; without tensors, since nothing resumes from it."""
+        self._write(lambda: RunState({}, meta))
+
+    def _is_due(self, interval_s: float) -> bool:
+        elapsed = self._clock() - self._last_write
+        return elapsed >= max(interval_s, MIN_INTERVAL_FACTOR * self._write_seconds) or self._is_requested()
+
+    def _is_requested(self) -> bool:
+        now = self._clock()
+        if now - self._last_poll < POLL_INTERVAL_S:
+            return False
+        self._last_poll = now
+        return (self.folder / SAVE_REQUEST_FILE).exists()
+
+    def _write(self, make_state: Callable[[], RunState]) -> None:
+        """Write a checkpoint and remove older ones; a full or failing disk loses the checkpoint, not the trial.
+
+        Raises:
+            FencedError: another process owns the trial.
         """
         began = self._clock()
-        self._check_owner()
-        state = make()
-        unit, step = int(state.meta["unit"]), int(state.meta["step"])
-        target = self.folder / (f"unit-{unit:06d}" + (f"-step-{step:04d}" if step else ""))
+        self._check_token()
+        state = make_state()
+        unit = int(state.meta["unit"])
+        step = int(state.meta["step"])
+        name = f"unit-{unit:06d}"
+        if step:
+            name += f"-step-{step:04d}"
+        target = self.folder / name
         try:
             if target.exists():
-                self._discard(target)  # of an attempt before, from which this one did not start
+                self._discard(target)  # of an earlier attempt that this one did not resume from
             save_state(target, state)
-            for old in checkpoints(self.folder)[:-KEPT]:
+            for old in list_checkpoints(self.folder)[:-RETAINED]:
                 self._discard(old)
         except OSError as error:
-            self._check_owner()  # rather the true reason, if the folder is gone
+            # Where the next owner has removed the folder, the cause is the lost token and not the disk.
+            self._check_token()
             self.problems.append(f"No checkpoint could be written to {target}: {error}")
-            log.warning("%s. The trial goes on without.", self.problems[-1])
-        (self.folder / KEEP_NOW).unlink(missing_ok=True)
-        self._last = self._clock()
-        self._cost = self._last - began
+            log.warning("%s. The trial continues without it.", self.problems[-1])
+        (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
+        self._last_write = self._clock()
+        self._write_seconds = self._last_write - began
 
     def _discard(self, path: Path) -> None:
-        gone = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        os.rename(path, gone)  # in one go: a folder that is half removed must not look like a checkpoint
-        _remove(gone)
+        # Renamed first, in one step: a folder that is half removed must not look like a checkpoint.
+        hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        os.rename(path, hidden)
+        _remove(hidden)
 
-    def _check_owner(self) -> None:
+    def _check_token(self) -> None:
+        # Every write checks the token anew: a process that was stopped for minutes (SIGSTOP, a swapped-out machine)
+        # still believes to own the trial that was meanwhile restarted elsewhere.
         try:
-            owner = json.loads((self.folder / OWNER).read_text())
+            owner = json.loads((self.folder / OWNER_FILE).read_text())
         except (OSError, ValueError):
             owner = {}
         if self._token is None or owner.get("token") != self._token:
@@ -166,12 +191,17 @@ class Keeper:
             )
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The folders that hold, or should hold, a checkpoint; oldest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders of a trial that are named like checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+    named = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(named, key=_position)
+
+
+def _position(checkpoint: Path) -> list[int]:
+    """Unit and step as numbers: a name of seven digits sorts after one of six."""
+    return [int(digits) for digits in re.findall(r"\d+", checkpoint.name)]
 
 
 def _remove(path: Path) -> None:

@@ -14,9 +14,9 @@ from rich.console import Console
 
 import search_spaces
 from orchestrator.planning.estimates import TRIAL_BYTES
-from orchestrator.planning.plan import Plan, law_in_words, make_plan
-from orchestrator.study_file.spec import StudySpec
-from search_spaces import Law
+from orchestrator.planning.plan import Plan, make_plan, range_in_words
+from orchestrator.study_file.schema import StudySpec
+from search_spaces import Hyperparameter
 from tests.support.images import write_plain_images
 
 
@@ -86,15 +86,15 @@ class TestEntries:
 
 class TestShown:
     @pytest.mark.parametrize(
-        ("law", "words"),
+        ("hyperparameter", "words"),
         [
-            (Law(3e-3, FloatDistribution(1e-4, 0.3, log=True)), "0.003; 0.0001 to 0.3, log"),
-            (Law(2, IntDistribution(1, 8)), "2; 1 to 8"),
-            (Law("sgd", CategoricalDistribution(("sgd", "adamw"))), "sgd; sgd, adamw"),
+            (Hyperparameter(3e-3, FloatDistribution(1e-4, 0.3, log=True)), "0.003; 0.0001 to 0.3, log"),
+            (Hyperparameter(2, IntDistribution(1, 8)), "2; 1 to 8"),
+            (Hyperparameter("sgd", CategoricalDistribution(("sgd", "adamw"))), "sgd; sgd, adamw"),
         ],
     )
-    def test_a_range_in_words(self, law: Law, words: str) -> None:
-        assert law_in_words(law) == words
+    def test_a_range_in_words(self, hyperparameter: Hyperparameter, words: str) -> None:
+        assert range_in_words(hyperparameter) == words
 
     def test_in_words(self, planned: Callable[..., Plan]) -> None:
         measure = {"measure": ["shift", "distortion"]}
@@ -127,7 +127,7 @@ class TestShown:
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
         found = json.loads(json.dumps(planned().to_dict()))
         assert found["max_units"] == 261
-        assert found["entries"][1]["searched"]["lr_backbone"] == law_in_words(
+        assert found["entries"][1]["searched"]["lr_backbone"] == range_in_words(
             search_spaces.space("full")["lr_backbone"]
         )
 
@@ -135,7 +135,7 @@ class TestShown:
         out = io.StringIO()
         planned().render(Console(file=out, width=120))
         assert "nothing: one configuration" in out.getvalue()
-        assert f"lr_backbone: {law_in_words(search_spaces.space('full')['lr_backbone'])}" in out.getvalue()
+        assert f"lr_backbone: {range_in_words(search_spaces.space('full')['lr_backbone'])}" in out.getvalue()
 
     def test_nothing_is_written(self, planned: Callable[..., Plan]) -> None:
         assert not Path(planned().folder).exists()

@@ -41,6 +41,22 @@ def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (events[1]["unit"], events[1]["metrics"]) == (3, {"val/acc": 0.5})
 
 
+def test_a_journal_of_another_format_is_refused_and_one_without_is_of_the_first(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert journal.append("study_started", study="pets")["format"] == 1
+    event = {"seq": 0, "time": 0.0, "kind": "study_started", "study": "pets"}
+    journal.path.write_text(json.dumps(event) + "\n")
+    assert Journal.read(journal.path) == [event]
+    journal.path.write_text(json.dumps(event | {"format": 2}) + "\n")
+    for open_it in (Journal, Journal.read):
+        with pytest.raises(JournalError) as caught:
+            open_it(journal.path)
+        assert str(caught.value) == (
+            f"This Luthier reads journals of format 1, but {journal.path} has format 2. Use the Luthier that wrote it, "
+            "or a newer one."
+        )
+
+
 def test_lines_are_strict_json_and_numbers_that_are_not_finite_come_back_as_nan(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
         suggest(journal)
@@ -259,14 +275,14 @@ def test_fold_tells_the_state_of_every_trial(tmp_path: Path) -> None:
             journal.append("trial_started", trial_id=trial_id, node=None, pid=None)
             journal.append("result", trial_id=trial_id, unit=1, metrics={"val/acc": 0.5, "cost/x": 1}, node="n1")
         journal.append("result", trial_id="d", unit=2, metrics={"val/acc": 0.75})
-        journal.append("checkpoint", trial_id="d", unit=2, path="/ckpt")
+        journal.append("checkpoint", trial_id="d", unit=2, path="/ckpt")  # only in journals of earlier versions
         journal.append("trial_finished", trial_id="d", state="complete")
         journal.append("trial_failed", trial_id="c", reason="nan", error="NonFiniteError: loss")
         journal.append("something_new", trial_id="d")
         journal.append("result", trial_id="unknown", unit=1, metrics={})
     done, failed, running, waiting = fold(journal.events())
     assert [r.state for r in (done, failed, running, waiting)] == ["complete", "failed", "running", "suggested"]
-    assert (done.trial_id, done.number, done.unit, done.node, done.checkpoint) == ("d", 0, 2, "n1", "/ckpt")
+    assert (done.trial_id, done.number, done.unit, done.node) == ("d", 0, 2, "n1")
     assert done.metrics == {"val/acc": 0.75, "cost/x": 1.0}
     assert done.history == ({"unit": 1.0, "val/acc": 0.5, "cost/x": 1.0}, {"unit": 2.0, "val/acc": 0.75})
     assert (failed.reason, failed.error) == ("nan", "NonFiniteError: loss")

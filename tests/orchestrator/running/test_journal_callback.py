@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from orchestrator.ray_internals import in_memory_tune_storage, without_tune_files
 from orchestrator.record.checkpoints import checkpoint_folder, tidy
 from orchestrator.record.journal import Journal, JournalWriteError, fold
 from orchestrator.running.journal_callback import RecordCallback, close_open_trials
 from orchestrator.running.progress import Progress
-from orchestrator.running.ray_internals import nowhere, tune_keeps_no_files
 from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
@@ -50,20 +50,19 @@ def test_a_trial_from_start_to_end(journal: Journal) -> None:
     trial = tune_trial()
     callback.on_trial_start(0, [], trial)
     callback.on_trial_result(0, [], trial, result(1))
-    callback.on_checkpoint(0, [], trial, SimpleNamespace(path="/ckpt"))
     callback.on_trial_result(0, [], trial, result(2, finished=True))
     callback.on_trial_complete(0, [], trial)
     callback.on_experiment_end([])
     events = journal.events()
     assert [e["kind"] for e in events] == [
-        "trial_suggested", "trial_started", "result", "checkpoint", "result", "trial_finished",
+        "trial_suggested", "trial_started", "result", "result", "trial_finished",
     ]  # fmt: skip
     assert [(e.get("node"), e.get("pid")) for e in events if e["kind"] == "result"] == [("n1", 9), (None, None)]
     (record,) = fold(events)
     assert (record.state, record.number, record.label, record.seed) == ("complete", 0, "mine", 5)
     assert record.config_hash == TrialSpec.from_dict(config()).config_hash
     assert record.metrics == {"val/acc": 0.2}
-    assert (record.node, record.checkpoint) == ("n1", "/ckpt")
+    assert record.node == "n1"
     assert callback.problems == []
     assert isinstance(console.file, io.StringIO)
     assert "trial 0 mine: complete after 2 epochs" in console.file.getvalue()
@@ -138,7 +137,7 @@ def test_p20_a_result_that_is_a_failure_ends_the_trial_as_failed(journal: Journa
     kept = checkpoint_folder(tmp_path, 0)
     kept.mkdir(parents=True)
     callback.on_trial_start(0, [], trial)
-    text = "Traceback …\ntrainables.core.loop.NonFiniteError: The training loss must be finite.\n"
+    text = "Traceback …\ntrainables.specs.errors.NonFiniteError: The training loss must be finite.\n"
     callback.on_trial_result(0, [], trial, {"failure": text, "checkpoint_problems": ["torn"], "done": True})
     callback.on_trial_complete(0, [], trial)
     (record,) = fold(journal.events())
@@ -179,12 +178,11 @@ def test_nothing_raises_whatever_is_wrong(
         for _ in range(3):
             callback.on_trial_result(0, [], trial, result(1))
         callback.on_trial_result(0, [], trial, {})
-        callback.on_checkpoint(0, [], trial, None)
         for hook in (callback.on_trial_complete, callback.on_trial_error, callback.on_trial_recover):
             hook(0, [], trial)
         monkeypatch.setattr(journal, "events", full)
         callback.on_experiment_end([])
-    assert len(callback.problems) == 10
+    assert len(callback.problems) == 9
     full_disk = "on_trial_result: OSError: [Errno 28] No space left on device"
     assert callback.problems.count(full_disk) == 3
     assert caplog.text.count(full_disk) == 1
@@ -272,7 +270,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
     errors: dict[str, str] = {}
     callback = RecordCallback(journal, errors=errors)
     configs = [config(n) | {"label": label} for n, label in enumerate(("good", "nan", "slow"))]
-    with plain_cluster(cpus=1), tune_keeps_no_files(errors):
+    with plain_cluster(cpus=1), without_tune_files(errors):
         tune.Tuner(
             tune.with_resources(Work, {"cpu": 1}),
             tune_config=tune.TuneConfig(
@@ -280,7 +278,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                **nowhere(), callbacks=[callback], verbose=0,
+                **in_memory_tune_storage(), callbacks=[callback], verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()  # fmt: skip

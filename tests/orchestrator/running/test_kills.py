@@ -24,7 +24,7 @@ from benchmarks.support.killed_study import (
 from orchestrator import Study
 from orchestrator.commands.check import check_study
 from orchestrator.record.journal import Journal, fold
-from trainables.specs.fault_injection import LOG, VARIABLE
+from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 from trainables.storage.checkpoint_format import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -83,7 +83,7 @@ def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
         "trial=2,unit=1,phase=in_checkpoint,action=kill",
         "trial=6,unit=1,phase=after_checkpoint,action=kill",
     )
-    driver = start(file, **{VARIABLE: ";".join(faults), LOG: str(tmp_path / "faults")})
+    driver = start(file, **{ENV_FAULTS: ";".join(faults), ENV_FAULT_LOG: str(tmp_path / "faults")})
     assert driver.wait() == 0
     assert len((tmp_path / "faults").read_text().splitlines()) == len(faults)
     assert row(whole, read_contents(file), 0, concurrent=1)["differences"] == []
@@ -95,7 +95,7 @@ def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_
     material: Path, whole: StudyContents, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material, search={"trials": 3})
-    driver = start(file, **{VARIABLE: "trial=1,unit=2,phase=before_unit,action=kill,times=0"})
+    driver = start(file, **{ENV_FAULTS: "trial=1,unit=2,phase=before_unit,action=kill,times=0"})
     assert driver.wait() == 0
     records = fold(events(file))
     assert [(r.number, r.state, r.reason, r.attempts, r.unit) for r in records[:3]] == [

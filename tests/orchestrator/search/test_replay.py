@@ -155,13 +155,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRec
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     def plan(text: str) -> None:
-        monkeypatch.setenv(fault_injection.VARIABLE, text)
-        monkeypatch.setenv(fault_injection.LOG, str(tmp_path / "faults"))
-        fault_injection._planned.cache_clear()
+        monkeypatch.setenv(fault_injection.ENV_FAULTS, text)
+        monkeypatch.setenv(fault_injection.ENV_FAULT_LOG, str(tmp_path / "faults"))
+        fault_injection.reset_faults()
 
     yield plan
     monkeypatch.undo()
-    fault_injection._planned.cache_clear()
+    fault_injection.reset_faults()
 
 
 def events_of(folder: Path, kind: str) -> list[int]:
@@ -290,7 +290,7 @@ def test_p19_a_database_that_is_lost_damaged_or_old_is_made_again(
     second.searcher.close()
     second.die()
     assert shown(told(folder)) == shown(whole[1])
-    assert "made again" in caplog.text
+    assert "rebuilt" in caplog.text
     assert (folder / "optuna.db.replaced").exists()
 
 

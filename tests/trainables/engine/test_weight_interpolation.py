@@ -16,7 +16,7 @@ from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import final_scores, validation_scores
 from trainables.engine.trial import Run
 from trainables.engine.weight_interpolation import ALPHA_GRID, interpolate
-from trainables.storage.checkpoint_format import load_state, same_bits, save_state
+from trainables.storage.checkpoint_format import bitwise_equal, load_state, save_state
 
 CASES = [("lp_ft", "vit"), ("daft", "cnn"), ("full", "cnn"), ("layernorm", "vit"), ("lora", "vit"), ("bitfit", "vit")]
 
@@ -98,7 +98,7 @@ def test_the_ends_are_copies_of_the_bits_whatever_stands_at_the_other_end() -> N
     tuned["running_mean"][:] = torch.tensor([1.0, -3e38])
     for alpha, end in ((0.0, start), (1.0, tuned)):
         interpolate(model, start, tuned, alpha)
-        assert all(same_bits(value, end[name]) for name, value in model.state_dict().items())
+        assert all(bitwise_equal(value, end[name]) for name, value in model.state_dict().items())
 
 
 def test_counters_keep_their_tuned_value() -> None:

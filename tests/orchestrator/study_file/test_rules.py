@@ -1,0 +1,116 @@
+"""Diagnostics that the data or the network cannot serve are refused before anything is spent, word for word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import PreflightError, StudyError
+from orchestrator.planning.preflight import preflight
+from orchestrator.study_file.schema import StudySpec
+from tests.support.images import write_plain_images
+from trainables import strategy_class
+
+
+def fields(**sections: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "name": "digits",
+        "data": {"source": "digits", "train_fraction": 0.1},
+        "model": {"name": "digits_vit"},
+        "strategies": ["full"],
+    }
+    return known | sections
+
+
+def invalid(**sections: Any) -> list[str]:
+    """What is wrong with the study file by itself."""
+    try:
+        StudySpec.from_fields(fields(**sections))
+    except StudyError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What preflight says of a study."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def problems(**sections: Any) -> list[str]:
+        try:
+            preflight(StudySpec.from_fields(fields(storage=str(tmp_path / "studies"), **sections)))
+        except PreflightError as error:
+            return [str(problem) for problem in error.problems]
+        return []
+
+    return problems
+
+
+class TestSamples:
+    def test_all_references_at_a_tenth_of_the_pool(self) -> None:
+        assert invalid(diagnostics={"fsr": ["full", "extrapolated", "oracle"]}) == []
+
+    def test_a_pool_is_no_reference_for_itself(self) -> None:
+        assert invalid(data={"source": "digits"}, diagnostics={"fsr": ["extrapolated", "full"]}) == [
+            "diagnostics.fsr[1]: the reference 'full' compares a sample with the pool that it is drawn from, but "
+            "data.train_fraction is 1: they are the same, and FSR is 1. Lower data.train_fraction, or use extrapolated."
+        ]
+
+    @pytest.mark.parametrize(("fractions", "got"), [([0.5, 0.5], "0.5"), ([], "none")])
+    def test_an_extrapolation_needs_three_sizes(self, fractions: list[float], got: str) -> None:
+        assert invalid(diagnostics={"fsr": ["extrapolated"], "fsr_fractions": fractions}) == [
+            f"diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got {got}. "
+            "List another one."
+        ]
+        assert invalid(diagnostics={"fsr_fractions": fractions}) == []
+
+    def test_beside_other_problems(self) -> None:
+        found = invalid(search={"objective": "val_domain:x"}, diagnostics={"fsr": ["full"]}, data={"source": "digits"})
+        assert [problem.partition(":")[0] for problem in found] == ["search.objective", "diagnostics.fsr[0]"]
+
+
+class TestDomains:
+    def test_a_source_is_one_of_the_ood_domains(self, refused: Any) -> None:
+        assert refused(diagnostics={"plasticity_source": "printed"}) == []
+        assert refused(diagnostics={"plasticity_source": "printd"}) == [
+            "diagnostics.plasticity_source: plasticity_source is one of the OOD domains, but got 'printd' and the data "
+            "have inverted, rotated, noisy, blurred, printed. Did you mean 'printed'? Leave it out for pairs of "
+            "training images."
+        ]
+
+    def test_domains_that_the_source_marks_itself_count(self, refused: Any, tmp_path: Path) -> None:
+        images = {f"{place}/{label}": 9 for place in ("train", "val", "test", "ood/sketch") for label in ("cat", "dog")}
+        data = {"root": str(write_plain_images(tmp_path / "pets", images))}
+        assert refused(data=data, diagnostics={"plasticity_source": "sketch", "fsr": ["oracle"]}) == []
+
+    def test_without_ood_domains(self, refused: Any, tmp_path: Path) -> None:
+        images = {f"photo/{label}": 9 for label in ("cat", "dog")}
+        data = {"root": str(write_plain_images(tmp_path / "pets", images)), "id": ["photo"]}
+        assert refused(data=data, diagnostics={"plasticity_source": "photo", "fsr": ["oracle"]}) == [
+            "diagnostics.plasticity_source: plasticity_source is one of the OOD domains, but got 'photo' and the data "
+            "have none. Leave it out for pairs of training images.",
+            "diagnostics.fsr[0]: the reference 'oracle' trains on labelled images of each OOD domain, but the data "
+            "have none. List them under data.ood, or leave it out.",
+        ]
+
+
+class TestNetwork:
+    def test_fsr_needs_layer_norm(self, refused: Any) -> None:
+        assert refused(model={"name": "digits_cnn"}, diagnostics={"fsr": ["extrapolated"]}) == [
+            "diagnostics.fsr: FSR is measured by tuning LayerNorms, but digits_cnn has none. Leave it out. `luthier "
+            "run` reports the shift of its BatchNorms as bn_shift."
+        ]
+
+    def test_plasticity_asks_for_nothing(self, refused: Any) -> None:
+        assert refused(model={"name": "digits_cnn"}, diagnostics={"measure": ["plasticity"]}) == []
+
+
+class TestPackages:
+    def test_an_extra_that_is_not_installed(self, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(strategy_class("full"), "packages", {"json": "std", "no_such_package": "lora"})
+        assert refused() == [
+            "strategies[0]: full needs the package no_such_package, which is not installed here. Install it: "
+            'pip install "luthier[lora]", or leave full out.'
+        ]
