@@ -18,6 +18,7 @@ NOT_FOR_TRAINING = ("ray", "mlflow", "optuna", "pydantic", "pydantic_core")
 _MISSING = re.compile(rf"No module named '(?:{'|'.join(NOT_FOR_TRAINING)})[.']")
 
 THOROUGH = (
+    "tests/trainables/engine/test_resume.py",
     "tests/trainables/engine/test_resume_anywhere.py",
     "tests/trainables/engine/test_loop.py::test_a_step_needs_torch_and_timm_only",
     "tests/trainables/engine/test_trial.py::test_a_resumed_run_continues_bit_for_bit",
