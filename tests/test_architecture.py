@@ -11,6 +11,7 @@ import pytest
 
 import search_spaces
 import trainables
+from tests.conftest import THOROUGH
 from tests.support.private_names import private_names
 from tests.support.source_tree import ROOT, calls, imported, name, parsed, sources
 from tests.unsafe_code import unsafe
@@ -352,6 +353,16 @@ class TestSharing:
             if module.rpartition(".")[2].startswith("test_")
         }
         assert found - SHARES_WITH_A_TEST == set()
+
+
+class TestTiers:
+    def test_what_is_left_out_of_the_fast_tests_exists(self) -> None:
+        for beginning in THOROUGH:
+            file, _, function = beginning.partition("::")
+            names = [
+                node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
+            ]
+            assert any(name.startswith(function or "test_") for name in names), beginning
 
 
 SHARES_WITH_A_TEST = {"tests/orchestrator/tracking/test_access.py"}
