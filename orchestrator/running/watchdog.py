@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from orchestrator.record.records import TrialRecord
-    from orchestrator.study_file.failures import FailuresSpec
+    from orchestrator.study_file.schema import FailuresSpec
 
 logger = logging.getLogger("luthier")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup
 from trainables.models.torch_internals import has_forward_hooks
-from trainables.storage.checkpoint_format import same_bits
+from trainables.storage.checkpoint_format import bitwise_equal
 
 
 @dataclass
@@ -63,7 +63,7 @@ def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str,
         pristine: the pretrained tensors by the classifier's names.
     """
     state = {k: v for k, v in model.state_dict().items() if k in pristine or k.startswith("head.")}
-    return {name: value.clone() for name, value in state.items() if not same_bits(value, pristine.get(name))}
+    return {name: value.clone() for name, value in state.items() if not bitwise_equal(value, pristine.get(name))}
 
 
 @torch.no_grad()
@@ -82,4 +82,4 @@ def is_pristine(module: nn.Module, reference: nn.Module) -> bool:
     if any(has_forward_hooks(child) for child in module.modules()):
         return False
     state, pristine = module.state_dict(), reference.state_dict()
-    return state.keys() == pristine.keys() and all(same_bits(state[name], pristine[name]) for name in state)
+    return state.keys() == pristine.keys() and all(bitwise_equal(state[name], pristine[name]) for name in state)

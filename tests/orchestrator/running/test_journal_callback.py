@@ -247,7 +247,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
-    from tests.clusters import plain_cluster
+    from tests.support.clusters import plain_cluster
 
     class Work(tune.Trainable):  # type: ignore[misc]
         """Three units; `nan` raises in the second."""
