@@ -32,12 +32,12 @@ from typing import Any
 
 import yaml
 
-from benchmarks import _soak_found as found
-from benchmarks._soak_faults import NONE, Schedule, draw
-from benchmarks._soak_machines import machines, tracker
-from benchmarks._soak_plain import NAME, SETTINGS
-from benchmarks._soak_run import LOG as FAULTS
-from benchmarks._soak_run import Outcome, Soak
+from benchmarks.support import soak_comparison as found
+from benchmarks.support.soak_faults import NONE, Schedule, draw
+from benchmarks.support.soak_machines import machines, tracker
+from benchmarks.support.soak_plain import NAME, SETTINGS
+from benchmarks.support.soak_run import LOG as FAULTS
+from benchmarks.support.soak_run import Outcome, Soak
 from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 
 STUDY = "soak"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import sqlite3
@@ -22,15 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks.support.synthetic import shapes, write_images, write_shapes
 from orchestrator import Study
 from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.study_file.portable import resolved_study
+from orchestrator.study_file.load import resolved_study
 from orchestrator.tracking.position import PositionFile
-from tests.orchestrator.driving import drive, searcher
-from tests.synthetic import shapes, write_images, write_shapes
+from tests.support.canary import Canary
+from tests.support.driving import drive, searcher
 from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Store, StoreError
 from trainables.models.backbone import load_pretrained
@@ -45,16 +45,6 @@ RAY_OBJECTS = "ray.data.arrow_pickled_object"
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """The machine is shared."""
-
-
-class Canary:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = str(marker)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.makedirs, (self.marker, 0o777, True)
 
 
 @pytest.fixture

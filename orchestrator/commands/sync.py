@@ -27,7 +27,7 @@ from orchestrator.tracking.writer import MlflowWriter
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 GIVE_UP_SECONDS = 60.0
 """How long a server may take nothing before sync gives up."""

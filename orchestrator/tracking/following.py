@@ -16,7 +16,7 @@ from orchestrator.tracking.outstanding import Amount, outstanding
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 logger = logging.getLogger("luthier")
 

@@ -19,13 +19,13 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from orchestrator.commands import sync as sync_command_module
-from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
+from orchestrator.commands.exit_status import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
 from orchestrator.study import Study
-from orchestrator.study_file.spec import StudySpec, TrackingSpec
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.schema import StudySpec, TrackingSpec
+from orchestrator.study_file.yaml_text import write_yaml
 from orchestrator.tracking.delivery_lock import DeliveryError, DeliveryLock
 from orchestrator.tracking.following import follow, sync_command, waiting
 from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
@@ -177,7 +177,7 @@ import threading
 from pathlib import Path
 from orchestrator.tracking.following import follow
 from orchestrator.record.journal import Journal
-from orchestrator.study_file.spec import load_study
+from orchestrator.study_file.load import load_study
 from tests.orchestrator.tracked import write_study
 folder = Path(sys.argv[1])
 with Journal(folder / "journal.jsonl") as journal, follow(load_study(folder / "study.yaml"), journal) as follower:

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold
 from orchestrator.tracking.run_updates import Projection
-from tests.test_architecture import calls, parsed
+from tests.support.source_tree import calls, parsed
 
 HOUR, DAY = 3600.0, 86400.0
 NOON = 1_800_000_000.0

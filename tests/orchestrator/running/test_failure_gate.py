@@ -17,16 +17,16 @@ from ray import tune
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from typer.testing import CliRunner, Result
 
+from benchmarks.support.synthetic import write_images
 from orchestrator.cli import app
-from orchestrator.commands.console import FAILED, PARTIAL
+from orchestrator.commands.exit_status import FAILED, PARTIAL
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold, study_header
 from orchestrator.running.failure_policy import FailureGate, FailureGateError, classify, error_line
 from orchestrator.running.ray_internals import LostActorError, lost_actors_are_failed_attempts, tune_keeps_no_files
 from orchestrator.running.study_run import Drive
 from orchestrator.running.watchdog import Watchdog
-from orchestrator.study_file.failures import FailuresSpec
-from tests.synthetic import write_images
+from orchestrator.study_file.schema import FailuresSpec
 from trainables.specs.errors import failure_text
 from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 

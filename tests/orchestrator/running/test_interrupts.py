@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks._killing import ROOT, write_material, write_study
+from benchmarks.support.killed_study import ROOT, write_material, write_study
 from orchestrator import Study
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now
 from orchestrator.record.journal import Journal

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks._killing import ROOT, start, write_material, write_study
+from benchmarks.support.killed_study import ROOT, start, write_material, write_study
 from orchestrator import Study
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.running import watchdog
 from orchestrator.running.journal_callback import RecordCallback
 from orchestrator.running.watchdog import Kind, Watchdog, kind_of
-from orchestrator.study_file.failures import FailuresSpec
-from tests.orchestrator.driving import task
-from tests.trainables.storage.test_checkpoint_store import state
+from orchestrator.study_file.schema import FailuresSpec
+from tests.support.checkpoints import state
+from tests.support.driving import task
 from trainables.specs.errors import FencedError
 from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 from trainables.storage.checkpoint_store import CheckpointStore
@@ -310,22 +310,15 @@ def test_p9_no_process_but_one_of_rays_is_killed() -> None:
     assert not watchdog._is_worker(None)
 
 
-ZOMBIE = """
-import sys
-from pathlib import Path
-from tests.trainables.storage.test_checkpoint_store import CheckpointStore, state
-store = CheckpointStore(Path(sys.argv[1]), clock=lambda: 0.0)
-store.acquire()
-for unit in (1, 2, 3):
-    store.save_after_unit(lambda: state(unit))
-"""
-
-
 def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "trial-0007"
     env = {**os.environ, ENV_FAULTS: "phase=in_checkpoint,action=stop", ENV_FAULT_LOG: str(tmp_path / "faults")}
     zombie = subprocess.Popen(
-        [sys.executable, "-c", ZOMBIE, str(folder)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.support.checkpoints", str(folder)],
+        env=env,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.waitid(os.P_PID, zombie.pid, os.WSTOPPED)
     owner = CheckpointStore(folder, clock=lambda: 0.0)

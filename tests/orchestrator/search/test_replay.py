@@ -27,7 +27,7 @@ from orchestrator.search.asha import StudyScheduler
 from orchestrator.search.optuna_store import set_aside
 from orchestrator.search.space import SearchError
 from orchestrator.search.stages import ConfirmStage, Entry
-from tests.orchestrator.driving import EPOCHS, accuracy, optuna_trials, searcher, task
+from tests.support.driving import EPOCHS, accuracy, optuna_trials, searcher, task
 from trainables.specs import fault_injection
 
 TRIALS = 14

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from orchestrator.record.journal import Journal
-from orchestrator.study_file.spec import StudySpec
+from orchestrator.study_file.schema import StudySpec
 from orchestrator.tracking.follower import MlflowFollower
 from orchestrator.tracking.following import follow
 from tests.orchestrator.tracked import SPEC, contents, fail_with, serve, suggest, wait_until, write_study

@@ -15,7 +15,7 @@ from orchestrator.results.study_results import Results
 from orchestrator.study_file.entries import entry_problems
 from orchestrator.tracking.run_fields import Header, RunUpdate, clean_key, param_text, summary
 from orchestrator.tracking.run_updates import Projection
-from tests.orchestrator.results.test_findings import FULL, PROBE, shift_ratio
+from tests.support.records import FULL, PROBE, shift_ratio
 
 PLASTICITY = {"plasticity": {"metrics": {"plasticity/mha": 2.0, "plasticity/fc1": 1.0}, "curves": {}}}
 

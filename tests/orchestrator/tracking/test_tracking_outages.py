@@ -15,8 +15,8 @@ import pytest
 
 from orchestrator.record.journal import Journal
 from orchestrator.tracking.follower import MlflowFollower
-from tests.orchestrator.outages import Server, proxy
 from tests.orchestrator.tracked import SPEC, contents, suggest, wait_until
+from tests.support.outages import Server, proxy
 
 TRIALS, UNITS = 4, 10
 

@@ -48,5 +48,5 @@ def test_a_plan_must_fit_the_budget(phases: tuple[Phase, ...], told: str) -> Non
     with pytest.raises(ValueError) as error:
         Plan.of(Listed(*phases), budget=4, unit_steps=1)
     assert str(error.value) == (
-        f"The phases of test_plan must take between 1 and 4 units, but they take {told}. Give the trial more epochs."
+        f"The phases of test_budget must take between 1 and 4 units, but they take {told}. Give the trial more epochs."
     )

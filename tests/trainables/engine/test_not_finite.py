@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.synthetic import shapes, write_shapes
+from benchmarks.support.synthetic import shapes, write_shapes
 from trainables.engine import trial as run_module
 from trainables.engine.trial import Run
 from trainables.engine.tune_trainable import Trial

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conformance import CLOCK, same_numbers, same_tensors
-from tests.synthetic import shapes, write_shapes
+from benchmarks.support.synthetic import shapes, write_shapes
+from tests.support.trials import CLOCK, same_numbers, same_tensors
 from trainables.engine import trial as run_module
 from trainables.engine.contract import Strategy
 from trainables.engine.trial import Run

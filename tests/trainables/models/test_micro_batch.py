@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.synthetic import shapes
+from benchmarks.support.synthetic import shapes
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.loop import predict, train_unit
 from trainables.engine.trial import Run

@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.checkpoints import state
 from trainables.specs.errors import FencedError
 from trainables.storage.checkpoint_format import MANIFEST, TENSORS, RunState, save_state
 from trainables.storage.checkpoint_store import QUARANTINE_LIMIT, RETAINED, CheckpointStore, list_checkpoints
 
 ROOT = str(Path(__file__).parents[3])
-
-
-def state(unit: int, step: int = 0, **meta: Any) -> RunState:
-    return RunState({"model/weight": torch.full((1000,), float(unit))}, {"unit": unit, "step": step, **meta})
 
 
 class Clock:
@@ -214,11 +210,8 @@ def full_disk(path: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from tests.trainables.storage.test_checkpoint_store import CheckpointStore, state
-store = CheckpointStore(Path(sys.argv[1]), clock=lambda: 0.0)
-store.acquire()
-for unit in (1, 2, 3):
-    store.save_after_unit(lambda: state(unit))
+from tests.support.checkpoints import write_three_units
+write_three_units(Path(sys.argv[1]))
 """
 
 
