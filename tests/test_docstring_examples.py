@@ -9,6 +9,7 @@ import pytest
 
 WITH_EXAMPLES = (
     "luthier",
+    "orchestrator.cluster.resources",
     "orchestrator.commands.exit_status",
     "orchestrator.commands.reference",
     "orchestrator.errors",
