@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray.tune import Callback
 
+from trainables.specs.metrics import UNIT_SECONDS
+
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
@@ -251,9 +253,9 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         config = {"task": task, "_number": record.number, "label": record.label}
         config |= {"strategy": record.strategy, "hparams": record.hparams}
         for past in record.history:
-            if "cost/unit_seconds" in past:
+            if UNIT_SECONDS.name in past:
                 unit = int(past["unit"])
-                self._note(config, unit, "warm" if unit == 1 else "", past["cost/unit_seconds"])
+                self._note(config, unit, "warm" if unit == 1 else "", past[UNIT_SECONDS.name])
         self._units[record.number] = record.unit
 
     def _advance(self) -> None:
