@@ -35,20 +35,19 @@ PRIVATE_NAMES = {
 """May use names that another library keeps private, each with a contract test. Conventions of timm and of Ray's logs
 that are no names are in `trainables/models/timm_internals.py` and `trainables/engine/ray_internals.py`."""
 NOT_YET = {"orchestrator/tracking/sqlite_file.py"}
-REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/engine/registry.py")
+REGISTRIES = (
+    "orchestrator/cluster/shipping.py",
+    "search_spaces/__init__.py",
+    "trainables/engine/registry.py",
+    "trainables/tasks/registry.py",
+)
 """Import modules of this package by name, each after a look at the list of those that there are."""
 
 METRIC_TABLE = "trainables/specs/metrics.py"
 METRIC_NAME = re.compile(r"(best/)?(train|val|test|held_out|calib|ood/[^/]+)/[^/\s]*|(cost|best|calib)/\S*")
 """A recorded name, or the beginning of one, with `{}` for what an f-string fills in. `ood/{}` alone is a split of the
 data store, not a metric."""
-METRIC_NAMES_PENDING = frozenset(
-    {
-        "orchestrator/tracking/run_fields.py", "orchestrator/tracking/run_updates.py",
-        "trainables/engine/evaluation.py", "trainables/engine/final_evaluation.py", "trainables/engine/loop.py",
-        "trainables/engine/trial.py", "trainables/engine/weight_interpolation.py", "trainables/layernorm.py",
-    }
-)  # fmt: skip
+METRIC_NAMES_PENDING = frozenset({"orchestrator/tracking/run_fields.py", "orchestrator/tracking/run_updates.py"})
 """Files that still write metric names themselves."""
 NO_METRIC_NAMES = {("trainables/engine/trial_state.py", "best/{}")}
 """(file, literal) of names that only look like those of metrics: the tensors of the best weights in a checkpoint."""
