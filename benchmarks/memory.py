@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--model vit_small_patch16_224] [--strategies full layernorm lora] [--batch-size 4]
 
 Random weights, random images, CPU, two units of one step with an evaluation after each. Prints one JSON object per
-strategy: the process's peak resident memory (`resource.getrusage`), and the weights' size for comparison. Batches are
-small, so that weights and not activations decide.
+strategy: the process's peak resident memory (`resource.getrusage`), and the weights' size for comparison. Small
+batches, so that weights and not activations decide.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import search_spaces
 from benchmarks.support.synthetic import OOD_DOMAINS, shapes
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables import strategy_class
@@ -77,7 +76,8 @@ class StrategyConformance:
             metafunc.parametrize("kind", metafunc.cls.networks)
 
     @pytest.fixture(scope="class")
-    def caches(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Whole]]:
+    @classmethod
+    def caches(cls, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Whole]]:
         """The trials' cache folder and the whole trials, shared by the tests of one class."""
         return tmp_path_factory.mktemp("conformance"), {}
 
@@ -123,6 +123,7 @@ class StrategyConformance:
         return {unit for unit, solved in enumerate(kinds) if solved}
 
     def test_the_default_config_is_valid_and_the_search_space_holds_only_its_fields(self) -> None:
+        search_spaces = pytest.importorskip("search_spaces", reason="a machine for training alone may lack Optuna")
         cls = strategy_class(self.strategy)
         fields = {f.name for f in dataclasses.fields(cls.Config())}
         assert set(search_spaces.space(self.strategy)) <= fields
@@ -145,6 +146,7 @@ class StrategyConformance:
         assert same_numbers(first, second)
         assert torch.equal(torch.random.get_rng_state(), before)
 
+    @pytest.mark.thorough
     def test_a_fresh_process_gives_the_same_result(self) -> None:
         spec = self.spec(self.networks[0])
         _, here = self.whole(self.networks[0])

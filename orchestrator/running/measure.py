@@ -1,7 +1,5 @@
-"""What is measured of a study as a whole, once, at its start: the plasticity of the pretrained network's components.
-
-FSR in a study's record: a measurement of the study as a whole, with the fitted curve, as soon as it is known.
-"""
+"""Measurements of a study as a whole: the plasticity of the pretrained network at its start, FSR once its reference
+trials have ended."""
 
 from __future__ import annotations
 
@@ -25,13 +23,13 @@ PLASTICITY = "plasticity"
 
 
 def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]) -> None:
-    """Measure what the study asks for and the journal does not have yet. Needs a connected cluster; waits for it.
+    """Measure plasticity if the study asks for it and the journal has none yet. Blocks; needs a connected cluster.
 
-    A network whose components are not defined has no plasticity, which is said once. Whatever else goes wrong is said
-    as a warning: the study is worth running without.
+    A network whose components are not defined has no plasticity, which is logged. Any other failure is a warning: the
+    study is worth running without it.
 
     Args:
-        request: resources of a trial (`cpu`, `gpu`), which the measurement takes too.
+        request: resources of a trial (`cpu`, `gpu`), which the measurement requests too.
     """
     from orchestrator.planning.preflight import layer_kinds
     from orchestrator.record.records import measurements
@@ -45,35 +43,36 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
         )
         return
     try:
-        found = _on_cluster(task, request)
+        measurement = _on_cluster(task, request)
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
         reason = str(cause).partition("\n")[0][:300]
         log.warning(
-            "The plasticity of the pretrained network could not be measured (%s: %s). The study goes on without it.",
+            "The plasticity of the pretrained network could not be measured (%s: %s). The study continues without it.",
             type(cause).__name__,
             reason,
         )
         return
-    journal.append("measured", what=PLASTICITY, **found)
+    journal.append("measured", what=PLASTICITY, **measurement)
 
 
 def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
     import ray
 
-    cpus, gpus = request.get("cpu", 1.0), request.get("gpu", 0.0)
+    cpus = request.get("cpu", 1.0)
+    gpus = request.get("gpu", 0.0)
     # The process ends with its one task, and with it the memory that it holds on a GPU.
     measure = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)(pretrained_plasticity)
-    found: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
-    return found
+    measurement: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
+    return measurement
 
 
 def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None) -> dict[str, Any]:
     """`metrics` and `curves` of the pretrained network's plasticity, in this process.
 
     Args:
-        task: what the study's trials share; its probe, source and pairs are used.
-        threads: of torch on the CPU; None = as they are.
+        task: the settings that all trials share; its probe, source and pairs are used.
+        threads: of torch on the CPU; None = unchanged.
 
     Raises:
         ValueError: see `trainables.diagnostics.plasticity.plasticity_of`.
@@ -102,11 +101,11 @@ FSR = "fsr"
 
 
 def record_fsr(journal: Journal) -> None:
-    """Append what the reference trials say as a `measured` event, unless the journal says the same already."""
+    """Append the estimates from the reference trials as a `measured` event, unless the journal has the same already."""
     events = journal.events()
-    found = estimates(fold(events))
-    metrics = study_metrics(found)
-    fitted = [dict(estimate.curve) for estimate in found if estimate.curve is not None]
+    fsr = estimates(fold(events))
+    metrics = study_metrics(fsr)
+    fitted = [dict(estimate.curve) for estimate in fsr if estimate.curve is not None]
     curves = {FSR: fitted[0]} if fitted else {}
     before = measurements(events).get(FSR, {"metrics": {}, "curves": {}})
     if (metrics, curves) != (before["metrics"], before["curves"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import deque
@@ -12,7 +13,7 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from orchestrator.search.searcher import StudySearcher
+from orchestrator.search.searcher import SearchSettings, StudySearcher
 from orchestrator.search.stages import Entry
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
@@ -48,8 +49,11 @@ def searcher(
     folder: Path, names: tuple[str, ...] = ("linear_probe", "full", "lp_ft", "daft"), **fields: Any
 ) -> StudySearcher:
     """A searcher over plain entries."""
-    given: dict[str, Any] = {"entries": entries(*names), "task": task(), "trials": 12, "sampler": "tpe", "seed": 3}
-    return StudySearcher(url=url(folder), study_name="s", **{**given, **fields})
+    settings: dict[str, Any] = {"entries": entries(*names), "task": task(), "trials": 12, "sampler": "tpe", "seed": 3}
+    names_of_settings = {field.name for field in dataclasses.fields(SearchSettings)}
+    settings |= {key: value for key, value in fields.items() if key in names_of_settings}
+    rest = {key: value for key, value in fields.items() if key not in names_of_settings}
+    return StudySearcher(SearchSettings(**settings), url=url(folder), **{"study_name": "s", **rest})
 
 
 def accuracy(config: Config) -> float:

@@ -1,4 +1,4 @@
-"""Plasticity-guided tuning: what moves, what `auto` chooses, and the recipe of papers/003."""
+"""Plasticity-guided tuning: what moves, what `auto` chooses, and the recipe of Odonnat et al. (2026)."""
 
 from __future__ import annotations
 

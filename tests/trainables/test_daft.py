@@ -84,7 +84,7 @@ def outputs(model: nn.Module, images: Tensor, training: bool = False) -> Tensor:
 
 @pytest.mark.parametrize("name", [*RANDOM, "tf_efficientnet_lite0"])
 class TestNetworks:
-    """SCIENCE.md section 2, checks a, b and d."""
+    """The conversion's definition (Ha et al., 2024, eq. 3-5)."""
 
     def model_and_images(self, name: str) -> tuple[nn.Module, list[Tensor], Tensor]:
         real = name not in RANDOM
@@ -304,7 +304,7 @@ def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
 
 
 class TestRecipe:
-    """papers/002, Tables 1 and 5."""
+    """Ha et al. (2024), Tables 1 and 5."""
 
     def test_the_head_starts_at_zero_over_converted_layers(self, trial: Callable[..., Trial]) -> None:
         run = trial("daft")

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the recipe of papers/002, Table 1, and its ablation with BatchNorm conversion."""
+"""Full fine-tuning: the recipe of Ha et al. (2024), Table 1, and its ablation with BatchNorm conversion."""
 
 from __future__ import annotations
 

@@ -254,5 +254,8 @@ def test_lambda_is_searched_only_where_it_is_fixed_for_a_trial() -> None:
 @pytest.mark.parametrize("name", search_spaces.presets("layernorm"))
 def test_every_point_of_a_preset_is_a_trial(name: str) -> None:
     preset = search_spaces.preset("layernorm", name)
-    for point in preset.points(0):
-        strategy_class("layernorm").from_hparams({**preset.fixed, **point})
+    points = list(preset.points(0))
+    assert points
+    for point in points:
+        config = strategy_class("layernorm").from_hparams({**preset.fixed, **point}).config
+        assert {name: getattr(config, name) for name in point} == point

@@ -1,8 +1,7 @@
-"""The data of one trial: which samples it may see, as batches on its device or as pretrained features.
+"""The data of one trial: its samples, as batches on its device or as features of the pretrained network.
 
-Raw images of a store on a device: gathered by index, without a host sync, and kept on a GPU where they fit.
-
-Which samples a trial sees, and in which order: pure functions of its spec and a seed.
+In this order: images by index on a device; which samples a trial uses, and their order, as pure functions of its spec
+and a seed; `TrialData`, which joins the two.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainables.data.store import Indices, StoreLike
+from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 
@@ -27,55 +27,59 @@ if TYPE_CHECKING:
     from trainables.models.backbone import Backbone
 
 
-RESIDENT_BYTES = 4 * 2**30
-"""How many bytes of uint8 images a process keeps on its GPU for all of its trials; larger splits are sent batch by
-batch. (One process per trial slot: several trials on one GPU each keep their own copy.)"""
+GPU_CACHE_BYTES = 4 * 2**30
+"""Bytes of uint8 images that a process caches on its GPU for all of its trials; a larger split is sent batch by batch.
+Several trials on one GPU are several processes, each with a cache of its own."""
 
-_resident: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
+_gpu_cache: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
+"""Least recently used first; by store digest, split and device."""
 
 
 def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.device) -> Tensor:
-    """Images `indices` of a split as uint8 (B, H, W, 3) on `device`, in memory of their own."""
+    """Images of a split by index: (B, H, W, 3) uint8 on `device`, a copy."""
     images = store.images(split)
     if device.type == "cpu":
         return torch.from_numpy(np.take(images, indices, axis=0))
-    whole = _on_device(store, split, device)
-    if whole is not None:
-        return whole.index_select(0, to_device(indices, device))
+    cached = _cached_split(store, split, device)
+    if cached is not None:
+        return cached.index_select(0, to_device(indices, device))
     return to_device(np.take(images, indices, axis=0), device)
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of `values` on `device`; the copy to a GPU goes through pinned memory and does not wait."""
+    """A copy of `values` on `device`; to a GPU through pinned memory, without waiting for it."""
     # `torch.tensor` copies: `from_numpy` would let us write to an array that is a read-only view of mapped memory.
     host = torch.tensor(values)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def _on_device(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
+def _cached_split(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
+    """All images of a split on `device`; None = larger than the cache."""
     key = (store.digest, split, str(device))
-    found = _resident.get(key)
-    if found is not None:
-        _resident.move_to_end(key)
-        return found
+    cached = _gpu_cache.get(key)
+    if cached is not None:
+        _gpu_cache.move_to_end(key)
+        return cached
     images = store.images(split)
-    if images.nbytes > RESIDENT_BYTES:
+    if images.nbytes > GPU_CACHE_BYTES:
         return None
-    while _resident and sum(t.nbytes for t in _resident.values()) + images.nbytes > RESIDENT_BYTES:
-        _resident.popitem(last=False)
-    _resident[key] = torch.tensor(images).to(device)
-    return _resident[key]
-
-
-HELD_OUT = "held_out"
-"""Name of the split that a `fold` trial is judged by: the training and validation images of the domain left out."""
+    while _gpu_cache and sum(t.nbytes for t in _gpu_cache.values()) + images.nbytes > GPU_CACHE_BYTES:
+        _gpu_cache.popitem(last=False)
+    _gpu_cache[key] = torch.tensor(images).to(device)
+    return _gpu_cache[key]
 
 
 def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) -> list[Indices]:
     """Positions 0…count-1 in batches of `size`, shuffled by `seed` (None = in order).
 
-    With `drop_last` a last, smaller batch is left out unless it is the only one: BatchNorm statistics of a remainder of
-    a few images are noise, but a split smaller than a batch must still train.
+    `drop_last` omits a last, smaller batch unless it is the only one: BatchNorm statistics of a remainder of a few
+    images are noise, but a split smaller than a batch must still train.
+
+    Example:
+        >>> [batch.tolist() for batch in batch_positions(5, 2, seed=None, drop_last=True)]
+        [[0, 1], [2, 3]]
+        >>> [batch.tolist() for batch in batch_positions(5, 8, seed=None, drop_last=True)]
+        [[0, 1, 2, 3, 4]]
     """
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     end = count - count % size if drop_last and count > size else count
@@ -83,10 +87,10 @@ def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) ->
 
 
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
-    """Split → parts, each a split of the store and positions (ascending) in it.
+    """The samples of each split: a list of (split of the store, ascending positions in it).
 
-    `train` is the fraction of the task, or all of the domain of `task.train_on`; a held-out domain leaves `train` and
-    `val` and makes the split `held_out`.
+    `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and validation images of a
+    held-out domain leave `train` and `val` and form the split `held_out`, on which a fold is scored.
 
     Raises:
         ValueError: the held-out domain is not an ID domain, or no other is left; `train_on` is not an OOD domain.
@@ -101,11 +105,11 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
     domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
     if spec.held_out not in domains:
         raise ValueError(f"A held-out domain is one of the ID domains {', '.join(domains)}, but got {spec.held_out!r}.")
-    wanted = store.domains.index(spec.held_out)
-    parts[HELD_OUT] = [(s, np.flatnonzero(store.domain_ids(s) == wanted)) for s in ("train", "val")]
+    held_out_id = store.domains.index(spec.held_out)
+    parts[HELD_OUT] = [(split, np.flatnonzero(store.domain_ids(split) == held_out_id)) for split in ("train", "val")]
     for split in ("train", "val"):
         source, indices = parts[split][0]
-        parts[split] = [(source, indices[store.domain_ids(source)[indices] != wanted])]
+        parts[split] = [(source, indices[store.domain_ids(source)[indices] != held_out_id])]
         if len(parts[split][0][1]) == 0:
             raise ValueError(
                 f"Without the held-out domain {spec.held_out!r} the {split} split must keep images, but it keeps none. "
@@ -115,10 +119,10 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
 
 
 def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[str, list[tuple[str, Indices]]]:
-    """`train` replaced by a whole OOD domain; validation stays that of the ID domains."""
+    """Replace `train` by a whole OOD domain; validation stays that of the ID domains."""
     if f"ood/{domain}" not in parts:
-        known = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
-        raise ValueError(f"An oracle reference trains on an OOD domain ({known or 'none'}), but got {domain!r}.")
+        domains = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
+        raise ValueError(f"An oracle reference trains on an OOD domain ({domains or 'none'}), but got {domain!r}.")
     return {**parts, "train": parts[f"ood/{domain}"]}
 
 
@@ -134,19 +138,19 @@ def _labels_unchanged(
 
 
 _SCALE_SAMPLES = 1024
-"""How many training images the mean squared feature norm is taken over. The training split is stored in nested
-stratified order, so that any prefix is a stratified sample."""
+"""Training images of the mean squared feature norm. The training split is stored in nested stratified order, so that
+any prefix is a stratified sample."""
 
 
 class TrialData:
     """Batches, labels and pretrained features of the splits `train`, `val`, `test`, `ood/<domain>` and, for a trial
-    with `spec.held_out`, `held_out`; `train_fraction` and the held-out domain are already taken into account.
+    with `spec.held_out`, `held_out`, after `train_fraction` and the held-out domain have been applied.
 
     Args:
-        spec: the trial; its task says fraction, augmentation and batch sizes.
+        spec: the trial, with fraction, augmentation and batch sizes.
         store: the opened store.
-        backbone: the pristine pretrained backbone (its normalisation and crop are used, and its features).
-        device: where batches go.
+        backbone: the pristine pretrained backbone; its normalisation, input size and features are used.
+        device: of the batches.
         reference: the pristine network on `device`, if it is not `backbone.module`.
         transform: the task's `trainables.tasks.base.Task.transform`; None = labels stay as they are.
 
@@ -190,8 +194,8 @@ class TrialData:
 
     @property
     def ood_domains(self) -> list[str]:
-        """Names of the domains that are only evaluated."""
-        return [s.removeprefix("ood/") for s in self.store.splits if s.startswith("ood/")]
+        """Domains that are only evaluated."""
+        return [split.removeprefix("ood/") for split in self.store.splits if split.startswith("ood/")]
 
     @property
     def train_size(self) -> int:
@@ -229,7 +233,7 @@ class TrialData:
             batch_size: None = the task's, for training if a seed is given, else for evaluation.
             augment_seed: augment as the task says, drawn from this seed and the batch's number; None = centre crop.
             shuffle_seed: order; None = as stored.
-            drop_last: leave out a last, smaller batch, unless it is the only one.
+            drop_last: omit a last, smaller batch, unless it is the only one.
             start: number of batches to skip (a unit that continues in the middle of an epoch).
         """
         training = augment_seed is not None or shuffle_seed is not None
@@ -251,7 +255,7 @@ class TrialData:
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops, in the order of `batches`
-        without shuffling; computed once per weights, data and view, then read from disk."""
+        without shuffling; see `trainables.data.feature_cache`."""
         return np.concatenate([self._cached_features(source, indices) for source, indices in self._part(split)])
 
     def feature_batches(
@@ -272,8 +276,8 @@ class TrialData:
 
     @property
     def cache_key(self) -> str:
-        """Sixteen hex digits that name what `features("train")` and `features("val")` depend on: weights, data, view,
-        fraction and held-out domain. A solution that depends on nothing else may be stored under it."""
+        """Sixteen hex digits of all that `features("train")` and `features("val")` depend on: weights, data, view,
+        fraction and held-out domain. A solution that depends on nothing else may be cached under it."""
         digest = hashlib.sha256()
         for name in (self.backbone.digest, self.store.digest, repr(self.backbone.data_config)):
             digest.update(name.encode() + b"\n")
@@ -283,7 +287,7 @@ class TrialData:
 
     @property
     def solution_folder(self) -> Path:
-        """Folder for closed-form solutions on the features of this data, shared by all trials that see the same."""
+        """Folder for closed-form solutions on these features, shared by all trials with the same `cache_key`."""
         return self._cache.root / "solutions" / self.cache_key
 
     def _part(self, split: str) -> list[tuple[str, Indices]]:

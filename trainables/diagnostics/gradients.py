@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.models.layer_types import fine_kinds
+from trainables.models.torch_internals import tensor_norms
 from trainables.specs.metrics import GRAD_NORM
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class GradientNorms:
         self._steps += 1
         if not present:
             return
-        squares = torch.stack(list(torch._foreach_norm(present))).double().square()
+        squares = tensor_norms(present).double().square()
         owner = self._owner
         if len(present) < len(gradients):
             owner = owner[[i for i, g in enumerate(gradients) if g is not None]]

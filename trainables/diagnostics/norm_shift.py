@@ -9,11 +9,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
-from timm.layers.norm import RmsNorm2dFp32, RmsNormFp32, SimpleNorm2dFp32, SimpleNormFp32
+from timm.layers import (
+    RmsNorm,
+    RmsNorm2d,
+    RmsNorm2dFp32,
+    RmsNormFp32,
+    SimpleNorm,
+    SimpleNorm2d,
+    SimpleNorm2dFp32,
+    SimpleNormFp32,
+)
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainables.models.batch_norm import BATCH_NORMS
 from trainables.models.task_model import TaskModel
 from trainables.specs.measurements import Curve
 from trainables.specs.metrics import BN_SHIFT, LN_SHIFT
@@ -96,7 +104,7 @@ def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Name → BatchNorm layer with parameters of its own, in the order of the network."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and _has_parameters(m)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and _has_parameters(m)}
 
 
 def norm_parameters(reference: nn.Module) -> set[str]:

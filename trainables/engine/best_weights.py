@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup
+from trainables.models.torch_internals import has_forward_hooks
 from trainables.specs.metrics import TaskMetrics
 from trainables.storage.checkpoint_format import bitwise_equal
 
@@ -141,7 +142,7 @@ def is_pristine(module: nn.Module, reference: nn.Module) -> bool:
     kinds = [(name, type(child)) for name, child in module.named_modules()]
     if kinds != [(name, type(child)) for name, child in reference.named_modules()]:
         return False
-    if any(child._forward_hooks or child._forward_pre_hooks for child in module.modules()):
+    if any(has_forward_hooks(child) for child in module.modules()):
         return False
     state, pristine = module.state_dict(), reference.state_dict()
     return state.keys() == pristine.keys() and all(bitwise_equal(state[name], pristine[name]) for name in state)

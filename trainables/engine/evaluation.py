@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trainables.data.trial_data import HELD_OUT
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.loop import evaluate
 from trainables.models.precision import resolve_precision
-from trainables.specs.metrics import OOD_MEAN, OOD_WORST, TEST, TRAIN, TRAIN_LOSS, VAL, ood
+from trainables.specs.metrics import HELD_OUT, OOD_MEAN, OOD_WORST, TEST, TRAIN, TRAIN_LOSS, VAL, ood
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.optim import rate_factor, set_rates
+from trainables.models.batch_norm import BATCH_NORMS
 from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast
 from trainables.specs.errors import NonFiniteError
@@ -105,7 +105,7 @@ def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) 
         frozen.eval()
     if bn_mode == "eval":
         for module in model.modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.eval()
 
 

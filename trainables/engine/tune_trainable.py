@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from ray.tune import Trainable
 
+from trainables.engine.ray_internals import rename_actor_in_logs
 from trainables.engine.trial import Trial
 from trainables.specs.errors import failure_text, is_retryable
 from trainables.specs.fault_injection import fault_context, fault_point
@@ -50,8 +51,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Set up the actor for another trial. Raises where `setup` would; returning False would stall Tune."""
         self._reset(new_config)
-        if self._storage is not None:  # inside an actor: Ray names it once, this line renames it in the logs
-            print(f":actor_name:{self!r}", flush=True)
+        rename_actor_in_logs(repr(self))  # Ray names an actor once, when it is created
         return True
 
     def step(self) -> dict[str, Any]:
@@ -69,11 +69,11 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
             if redact(str(error)) != str(error):  # Tune stores the text of what is raised here
                 raise OSError(redact(f"{type(error).__name__}: {error}")) from None
             raise
-        self._iteration = int(metrics["unit"]) - 1  # Tune increments this; a resumed trial does not start at 0
         if self._checkpoint_store is not None and self._checkpoint_store.problems:
             metrics["checkpoint_problems"] = self._checkpoint_store.problems
             self._checkpoint_store.problems = []
-        return {**metrics, "done": metrics["finished"]}
+        # Tune would count the steps of this actor, but a resumed trial does not start at 0 in it.
+        return {**metrics, "training_iteration": int(metrics["unit"]), "done": metrics["finished"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Write the state to the (empty) folder that Tune made."""
@@ -81,10 +81,8 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Read the state, of an older checkpoint if this one is damaged; without any the trial starts over."""
-        state = load_newest(checkpoint_dir)
         self._trial = None
-        self._state = state
-        self._iteration = int(state.meta["unit"]) if state is not None else 0
+        self._state = load_newest(checkpoint_dir)
 
     def cleanup(self) -> None:
         """Release the network when the actor ends."""

@@ -283,6 +283,11 @@ def register(metrics: TaskMetrics) -> None:
     _TASKS[metrics.task] = metrics
 
 
+def built_in_tasks() -> tuple[TaskMetrics, ...]:
+    """The metrics of the tasks that Luthier ships."""
+    return (CLASSIFICATION,)
+
+
 def tasks() -> list[str]:
     """Names of all tasks, sorted."""
     return sorted(_TASKS)
@@ -462,6 +467,16 @@ QUANTITIES: tuple[Quantity, ...] = (
 def quantity(name: str) -> Quantity | None:
     """The quantity with exactly this recorded name; None where there is none."""
     return next((quantity for quantity in QUANTITIES if quantity.name == name), None)
+
+
+def is_cost(name: str) -> bool:
+    """Whether a recorded name is a cost: time, throughput or size, which may differ between equal runs.
+
+    Example:
+        >>> is_cost("cost/unit_seconds"), is_cost("val/acc")
+        (True, False)
+    """
+    return name.startswith(f"{UNIT_SECONDS.group}/")
 
 
 def metric_groups() -> frozenset[str]:

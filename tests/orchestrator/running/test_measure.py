@@ -93,7 +93,7 @@ def test_a_measurement_that_fails_costs_a_warning_and_is_tried_again_by_the_next
     assert journal.events() == []
     assert caplog.messages == [
         "The plasticity of the pretrained network could not be measured (RuntimeError: CUDA out of memory). The study "
-        "goes on without it."
+        "continues without it."
     ]
     measure_start(spec("digits_vit"), task(Path("none"), "digits_vit"), journal, REQUEST)
     assert asked == [REQUEST]
@@ -128,5 +128,5 @@ def test_it_runs_as_a_task_of_the_cluster_with_a_trials_resources(
             assert other.events() == []
     assert caplog.messages == [
         "The plasticity of the pretrained network could not be measured (ValueError: plasticity_source must be one of "
-        "the OOD domains (inverted, noisy), but got 'sketch'.). The study goes on without it."
+        "the OOD domains (inverted, noisy), but got 'sketch'.). The study continues without it."
     ]

@@ -48,6 +48,7 @@ def test_p24_a_validation_loss_that_is_not_finite_is_named_and_no_result(
     assert (run.unit, run.best.unit, run.result) == (1, 1, first)
 
 
+@pytest.mark.usefixtures("cpu_only")  # on a GPU the loss is read once per unit, so that no step waits for it
 def test_p23_a_loss_that_becomes_nan_ends_the_trial_within_the_unit_and_is_not_tried_again(
     spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,9 @@ from trainables.storage import checkpoint_store
 from trainables.storage.checkpoint_format import load_state, save_state
 from trainables.storage.checkpoint_store import list_checkpoints
 
+pytestmark = pytest.mark.usefixtures("cpu_only")
+"""A Tune trial chooses its device by itself; the numbers that it must equal are those of a run on the CPU."""
+
 ROOT = str(Path(__file__).parents[3])
 
 
