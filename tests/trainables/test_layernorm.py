@@ -160,9 +160,9 @@ class TestSweep:
         run = trial(lam_choice="sweep", lr_backbone=0.5, epochs=4, cycles=cycles)
         hook, different = run.strategy.curves, set[str]()
 
-        def watched(model: Any, data: Any) -> Any:
+        def watched(model: Any, data: Any, tuned: Any) -> Any:
             before = copies(model)
-            found = hook(model, data)
+            found = hook(model, data, tuned)
             different.update(changed(before, run))
             return found
 

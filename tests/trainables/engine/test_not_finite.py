@@ -42,8 +42,8 @@ def test_p24_a_validation_loss_that_is_not_finite_is_named_and_no_result(
     with pytest.raises(NonFiniteError) as error:
         run.step()
     assert str(error.value) == (
-        f"The validation loss must be finite, but it was {value!r} after unit 2. Lower learning rates or clip_norm may "
-        "help."
+        f"The validation negative log-likelihood must be finite, but it was {value!r} after unit 2. Lower "
+        "learning rates or clip_norm may help."
     )
     assert (run.unit, run.best.unit, run.result) == (1, 1, first)
 
