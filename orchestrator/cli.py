@@ -94,8 +94,8 @@ def run(
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
     from orchestrator.commands.outcome import finished, outcome_code
+    from orchestrator.running.tracking_process import study_backlog
     from orchestrator.study import Study
-    from orchestrator.tracking.following import waiting
 
     it = Study.from_yaml(study)
     if check:
@@ -105,7 +105,7 @@ def run(
         context.obj.result(found.to_dict(), found.render)
         raise typer.Exit(OK if found.sound else FAILED)
     results = it.run(progress=progress, allow_change=allow_change or ())
-    told = {"folder": str(it.folder), "tracking": {"missing": waiting(it.spec, it.folder).to_dict()}}
+    told = {"folder": str(it.folder), "tracking": {"missing": study_backlog(it.spec, it.folder).to_dict()}}
     context.obj.result({**results.to_dict(), **told}, lambda console: finished(console, it, results))
     raise typer.Exit(outcome_code(results.records))
 
@@ -181,11 +181,14 @@ def sync(
     give_up: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Stop when the server takes nothing for so long.")
     ] = 60.0,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Draw the curves of every complete trial, not only of the best.")
+    ] = False,
 ) -> None:
     """Deliver to MLflow what it lacks of a study, from its journal. Adds nothing twice."""
     from orchestrator.commands.sync import sync as deliver
 
-    done = deliver(study, tracking_uri, verify, give_up)
+    done = deliver(study, tracking_uri, verify, give_up, pictures)
     context.obj.result(done.to_dict(), done.render)
     raise typer.Exit(OK if done.whole else FAILED)
 

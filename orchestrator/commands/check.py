@@ -186,13 +186,15 @@ def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
 
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:
-    """As far as this folder knows what was delivered; the server is not asked."""
-    from orchestrator.tracking.following import follower_of, lacking, sync_command, waiting
+    """Delivery to MLflow as this folder records it; the server is not asked."""
+    from orchestrator.running.tracking_process import study_backlog
+    from orchestrator.tracking.follower import undelivered_events
+    from orchestrator.tracking.study_tracking import backlog_text, settings_of, sync_command
 
-    behind = len(read_from(journal, follower_of(study.spec, journal).position.load(journal)[1])[0])
-    if not behind:
+    offset = settings_of(study.spec, journal).position_file().load(journal).offset
+    if not undelivered_events(journal, offset):
         yield Finding("tracking", "ok", "MLflow has it all")
         return
+    missing = backlog_text(study_backlog(study.spec, study.folder))
     command = sync_command(study.spec, study.folder)
-    message = f"{lacking(waiting(study.spec, study.folder))}. The next run delivers them, or at once: {command}"
-    yield Finding("tracking", "note", message)
+    yield Finding("tracking", "note", f"{missing}. The next run delivers them, or at once: {command}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from orchestrator.commands.console import FAILED, OK, PARTIAL
 from orchestrator.errors import redact
 from orchestrator.record.records import TrialRecord
-from orchestrator.tracking.following import how_to_sync, lacking, waiting
+from orchestrator.running.tracking_process import study_backlog
+from orchestrator.tracking.study_tracking import backlog_text, how_to_sync
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +33,8 @@ def finished(console: Console, study: Study, results: Results) -> None:
     """Print the leaderboard, and where everything lies."""
     results.render(console)
     lines = [f"Study folder: {study.folder}", *_report_line(study), *next_commands(study)]
-    if left := waiting(study.spec, study.folder):
-        lines.append(f"{lacking(left)}. {how_to_sync(study.spec, study.folder)}")
+    if missing := study_backlog(study.spec, study.folder):
+        lines.append(f"{backlog_text(missing)}. {how_to_sync(study.spec, study.folder)}")
     for line in lines:
         console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
 

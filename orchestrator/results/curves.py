@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.record.records import TrialRecord
 
@@ -15,19 +15,6 @@ Curves = Mapping[str, Mapping[str, Any]]
 
 NUMBERS_ONLY = frozenset({"change"})
 """Curves without a picture: a row per tensor is too much for one; `change_by_stage` shows the same."""
-
-
-class Drawn(Protocol):
-    """An artifact that takes a moment to make: it is made when it is delivered."""
-
-    @property
-    def name(self) -> str:
-        """What it is called when it cannot be made."""
-        ...
-
-    def content(self) -> bytes:
-        """The whole file (any exception: it cannot be made)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +45,13 @@ def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, 
     return texts
 
 
-def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Drawn]:
+def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Picture]:
     """Artifact `curves/<name>.png` → what to draw there."""
-    drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
-    return {f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name)) for name, curve in drawn.items()}
+    return {
+        f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name))
+        for name, curve in curves.items()
+        if name not in NUMBERS_ONLY
+    }
 
 
 def stem(name: str) -> str:

@@ -187,7 +187,7 @@ class Drive:
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
         """MLflow and the progress display, as long as the study runs."""
         from orchestrator.running.progress import Progress
-        from orchestrator.tracking.following import follow
+        from orchestrator.running.tracking_process import follow
 
         shown = None
         if self.progress:

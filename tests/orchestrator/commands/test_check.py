@@ -22,7 +22,9 @@ from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
 from orchestrator.record.versions import versions
 from orchestrator.running.drive import plain_spec
-from orchestrator.tracking.following import follower_of, waiting
+from orchestrator.running.tracking_process import study_backlog, summarizer
+from orchestrator.tracking.follower import MlflowFollower
+from orchestrator.tracking.study_tracking import settings_of
 from tests.orchestrator.driving import searcher
 from tests.synthetic import write_shapes
 from trainables.core.checkpoint import RunState, save_state
@@ -89,7 +91,7 @@ def test_a_study_that_is_whole(study: Study) -> None:
         ("ok", f"{kept / 'unit-000001'} is whole: unit 1"), ("ok", f"{kept / 'unit-000002'} is whole: unit 2"),
     ]  # fmt: skip
     command = f"luthier sync {study.folder}"
-    left = waiting(study.spec, study.folder)
+    left = study_backlog(study.spec, study.folder)
     assert (left.runs, left.points) == (3, 5)
     message = f"MLflow lacks {left} of this study. The next run delivers them, or at once: "
     assert said(study, "tracking") == [("note", message + command)]
@@ -97,7 +99,7 @@ def test_a_study_that_is_whole(study: Study) -> None:
 
 def test_p12_what_mlflow_lacks_is_said_with_the_command_until_it_is_there(study: Study) -> None:
     def deliver() -> None:
-        assert follower_of(study.spec, study.folder / "journal.jsonl").start().close(60) == 0
+        assert MlflowFollower(settings_of(study.spec, study.folder / "journal.jsonl"), summarizer()).finish(60) == 0
 
     deliver()
     assert said(study, "tracking") == [("ok", "MLflow has it all")]

@@ -1,7 +1,8 @@
-"""Whatever happens to a server and its followers in whatever order: in the end it has what the journal says, once."""
+"""Random faults of a server and its followers in random order: in the end it has what the journal says, once."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,27 +12,26 @@ from typing import Any
 import pytest
 
 from orchestrator.record.journal import Journal
-from orchestrator.tracking import writer as mlflow_writer
-from orchestrator.tracking.follower import MlflowFollower
-from orchestrator.tracking.outstanding import Additions
-from orchestrator.tracking.sqlite_file import _forget_connections
-from tests.orchestrator.tracked import SPEC, contents, suggest
+from orchestrator.tracking.mlflow_internals import dispose_engine
+from orchestrator.tracking.projection import DeliveredItems
+from orchestrator.tracking.writer import MlflowWriter
+from tests.support.tracking import SPEC, contents, follower, suggest
 
 CALLS = (
-    "create_run", "log_batch", "log_inputs", "log_text", "set_terminated", "update_run", "search_runs",
-    "get_experiment_by_name", "get_metric_history",
+    "create_run", "log_batch", "log_inputs", "log_artifacts", "log_artifact", "set_terminated", "update_run",
+    "search_runs", "get_experiment_by_name", "get_metric_history",
 )  # fmt: skip
 
 
 class Killed(BaseException):
-    """The process of a follower ends here."""
+    """Ends a delivery, as a kill ends its process."""
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty tracking database; making one takes seconds."""
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "pets", "none")
+    MlflowWriter(f"sqlite:///{path}", "pets", "none")
     return path
 
 
@@ -137,26 +137,23 @@ class World:
 
     def deliver(self, sync: bool = False, verify: bool = False, seconds: float = 0.2) -> int:
         """Follow the journal for a moment, as the driver does or as `luthier sync` does."""
-        options: dict[str, Any] = {"poll": 0.002, "replay": verify}
+        options: dict[str, Any] = {"poll_s": 0.002, "replay": verify}
         if sync:
-            options |= {"additions": Additions(), "abandoned": lambda: True}
-        following = MlflowFollower(
-            self.journal, f"sqlite:///{self.file}", "pets", "pets", (self.file.parent / "kept").as_uri(), **options
-        )
-        left = following.start().close(seconds, patience=seconds)
-        following._thread.join(60)
-        return left
+            options |= {"delivered": DeliveredItems(), "is_abandoned": lambda: True}
+        following = follower(self.journal, self.file, **options)
+        with contextlib.suppress(Killed):
+            return following.finish(seconds, seconds)
+        return following.backlog
 
     def _experiment(self) -> tuple[Any, Any]:
         from mlflow import MlflowClient
 
-        _forget_connections(f"sqlite:///{self.file}")
+        dispose_engine(f"sqlite:///{self.file}")
         client = MlflowClient(f"sqlite:///{self.file}")
         return client, client.get_experiment_by_name("pets")
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("seed", range(3))
 def test_p11_p12_p15_whatever_happens_the_server_ends_with_what_the_journal_says(
     seed: int, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

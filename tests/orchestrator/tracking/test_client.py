@@ -1,4 +1,4 @@
-"""A tracking server that will never take a study is refused before anything is spent; one that is only away is not."""
+"""Names of servers, and the check of a server before anything is spent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -18,10 +17,9 @@ from orchestrator.commands.console import PREFLIGHT
 from orchestrator.errors import PreflightError
 from orchestrator.planning.preflight import preflight
 from orchestrator.record.journal import Journal
-from orchestrator.tracking import access
-from orchestrator.tracking.access import VARIABLES, access_problems
-from tests.orchestrator.commands.test_sync import luthier, make_study
-from tests.orchestrator.tracked import fail_with, serve, write_study
+from orchestrator.tracking import client
+from orchestrator.tracking.client import CREDENTIAL_VARIABLES, access_problems, server_name
+from tests.support.tracking import fail_with, luthier, make_study, serve, write_study
 
 Answer = Callable[[BaseHTTPRequestHandler], object]
 
@@ -34,7 +32,7 @@ REFUSED = (
 
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
+    for name in CREDENTIAL_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -48,9 +46,9 @@ def server() -> Iterator[Callable[[Answer], str]]:
         return f"127.0.0.1:{started[-1].server_port}"
 
     yield start
-    for one in started:
-        one.shutdown()
-        one.server_close()
+    for running in started:
+        running.shutdown()
+        running.server_close()
 
 
 def problems(uri: str) -> list[str]:
@@ -61,43 +59,43 @@ def problems(uri: str) -> list[str]:
 def test_p14_a_server_that_lets_nobody_in_stops_a_run_before_anything_is_spent(
     body: bytes, server: Callable[[Answer], str], tmp_path: Path
 ) -> None:
-    place = server(fail_with(401, body))
-    spec, _ = make_study(tmp_path, f"http://me:hunter2@{place}")
+    address = server(fail_with(401, body))
+    spec, _ = make_study(tmp_path, f"http://me:hunter2@{address}")
     with pytest.raises(PreflightError) as refused:
         preflight(spec)
-    said = REFUSED.format(f"http://***@{place}", "none of them is set here")
-    assert str(refused.value) == f"The study 'pets' cannot run here: tracking.uri: {said}"
+    message = REFUSED.format(f"http://***@{address}", "none of them is set here")
+    assert str(refused.value) == f"The study 'pets' cannot run here: tracking.uri: {message}"
 
 
 def test_p14_the_variables_that_are_set_are_named_and_used(
     server: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[str | None] = []
+    credentials: list[str | None] = []
 
     def answer(request: BaseHTTPRequestHandler) -> None:
-        heard.append(request.headers.get("Authorization"))
-        fail_with(404 if heard[-1] == "Bearer right-token" else 401, UNKNOWN)(request)
+        credentials.append(request.headers.get("Authorization"))
+        fail_with(404 if credentials[-1] == "Bearer right-token" else 401, UNKNOWN)(request)
 
-    place = server(answer)
+    address = server(answer)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "wrong-token")
-    (problem,) = access_problems(f"http://{place}", "pets")
-    assert problem.message == REFUSED.format(f"http://{place}", "set here: MLFLOW_TRACKING_TOKEN")
+    (problem,) = access_problems(f"http://{address}", "pets")
+    assert problem.message == REFUSED.format(f"http://{address}", "set here: MLFLOW_TRACKING_TOKEN")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "right-token")
-    assert problems(f"http://{place}") == []
-    assert heard == ["Bearer wrong-token", "Bearer right-token"]
+    assert problems(f"http://{address}") == []
+    assert credentials == ["Bearer wrong-token", "Bearer right-token"]
 
 
 def test_p14_a_user_without_the_permission(server: Callable[[Answer], str]) -> None:
-    place = server(fail_with(403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'))
-    (problem,) = access_problems(f"http://{place}", "pets")
+    address = server(fail_with(403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'))
+    (problem,) = access_problems(f"http://{address}", "pets")
     assert problem.message.startswith(
-        f"the MLflow server http://{place} does not let this user use the experiment 'pets' (HTTP 403). Set MLFLOW_"
+        f"the MLflow server http://{address} does not let this user use the experiment 'pets' (HTTP 403). Set MLFLOW_"
     )
 
 
-def test_an_experiment_that_a_person_deleted(server: Callable[[Answer], str]) -> None:
-    found = {"experiment": {"experiment_id": "1", "lifecycle_stage": "deleted"}}
-    (problem,) = access_problems(f"http://{server(fail_with(200, json.dumps(found).encode()))}", "pets")
+def test_a_deleted_experiment(server: Callable[[Answer], str]) -> None:
+    answer = {"experiment": {"experiment_id": "1", "lifecycle_stage": "deleted"}}
+    (problem,) = access_problems(f"http://{server(fail_with(200, json.dumps(answer).encode()))}", "pets")
     assert str(problem) == (
         "tracking.experiment: An MLflow experiment must be active, but 'pets' was deleted. Restore it (mlflow "
         "experiments restore), or set tracking.experiment to another name."
@@ -108,39 +106,37 @@ def test_an_experiment_that_a_person_deleted(server: Callable[[Answer], str]) ->
     ("status", "body"),
     [(200, b"<html>Please log in</html>"), (404, b"<html>nginx</html>"), (429, b""), (500, b"{}"), (502, b"<html/>")],
 )
-def test_p14_a_server_with_troubles_of_its_own_is_a_warning(
+def test_p14_any_other_failure_of_a_server_is_a_warning(
     status: int, body: bytes, server: Callable[[Answer], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = server(fail_with(status, body))
+    address = server(fail_with(status, body))
     with caplog.at_level(logging.WARNING):
-        assert problems(f"http://me:hunter2@{place}") == []
+        assert problems(f"http://me:hunter2@{address}") == []
     assert caplog.messages == [
-        f"MLflow at http://***@{place} does not answer as it should (HTTP {status}: {body.decode()!r}). The study runs "
-        "without it: the journal keeps every number, and they are delivered when it is back, or later by "
+        f"MLflow at http://***@{address} does not answer as it should (HTTP {status}: {body.decode()!r}). The study "
+        "runs without it: the journal keeps every number, and they are delivered when it is back, or later by "
         "`luthier sync`."
     ]
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent"])
-def test_p12_p13_a_server_that_is_away_is_a_warning_and_costs_seconds(
+def test_p12_p13_a_server_that_is_away_is_a_warning(
     kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "SECONDS", 0.5)
+    monkeypatch.setattr(client, "ACCESS_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listening, caplog.at_level(logging.WARNING):
-        place = f"127.0.0.1:{listening.getsockname()[1]}"
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
         if kind == "refused":
             listening.close()
-        began = time.monotonic()
-        assert problems(f"http://{place}") == []
-        assert time.monotonic() - began < 15
+        assert problems(f"http://{address}") == []
     errno = "NewConnectionError: Failed to establish a new connection: [Errno 111] Connection refused"
     why = errno if kind == "refused" else "ReadTimeoutError: Read timed out. (read timeout=0.5)"
     assert [message.partition(" The study")[0] for message in caplog.messages] == [
-        f"MLflow at http://{place} does not answer as it should ({why})."
+        f"MLflow at http://{address} does not answer as it should ({why})."
     ]
 
 
-def test_a_server_that_works_and_a_file_are_not_spoken_of(
+def test_a_working_server_and_a_file_cause_no_warning(
     server: Callable[[Answer], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -156,13 +152,46 @@ def test_p14_sync_is_refused_at_once_and_touches_nothing(server: Callable[[Answe
         asked.append(threading.current_thread())
         fail_with(401, b"You are not authenticated")(request)
 
-    place = server(answer)
-    _, folder = make_study(tmp_path, f"http://{place}")
+    address = server(answer)
+    _, folder = make_study(tmp_path, f"http://{address}")
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal)
     done = luthier("sync", folder)
     assert done.exit_code == PREFLIGHT
-    said = REFUSED.format(f"http://{place}", "none of them is set here")
-    assert done.stderr == f"Error: The study 'pets' cannot run here: tracking.uri: {said}\n"
+    message = REFUSED.format(f"http://{address}", "none of them is set here")
+    assert done.stderr == f"Error: The study 'pets' cannot run here: tracking.uri: {message}\n"
     assert len(asked) == 1
     assert not (folder / "journal.jsonl.mlflow.json").exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://localhost:5000", "http://127.0.0.1:5000", "http://[::1]:5000/", "HTTP://LocalHost:5000//",
+        "http://me:hunter2@localhost.:5000",
+    ],
+)  # fmt: skip
+def test_p12_one_server_has_one_name(uri: str) -> None:
+    assert server_name(uri) == "http://localhost:5000"
+
+
+def test_p12_the_default_port_may_be_left_out() -> None:
+    assert server_name("https://Tracking.example/team/") == server_name("https://tracking.example:443/team")
+    assert server_name("http://tracking.example") == "http://tracking.example:80"
+
+
+def test_p12_other_servers_have_other_names() -> None:
+    uris = [
+        "http://a:5000", "https://a:5000", "http://a:5001", "http://b:5000", "http://a:5000/x", "http://a:port",
+        "databricks", "postgresql://me@a/mlflow", "sqlite:////a/mlflow.db",
+    ]  # fmt: skip
+    assert len({server_name(uri) for uri in uris}) == len(uris)
+
+
+def test_p12_a_sqlite_file_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    spelled = ("mlflow.db", f"{tmp_path}/real/mlflow.db", f"{tmp_path}/link/./mlflow.db?timeout=5")
+    assert {server_name(f"sqlite:///{path}") for path in spelled} == {f"sqlite:///{tmp_path}/real/mlflow.db"}
+    assert server_name("sqlite:///:memory:") == "sqlite:///:memory:"
