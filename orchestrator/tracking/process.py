@@ -72,6 +72,12 @@ class TrackingProcess:
         """Number of events that are not delivered."""
         return undelivered_events(self.settings.path, self.delivered_offset)
 
+    @property
+    def pid(self) -> int | None:
+        """Process id, None while no process runs."""
+        process = self._process
+        return process.pid if process is not None else None
+
     def start(self) -> TrackingProcess:
         """Start to follow the journal; returns at once."""
         self._supervisor.start()

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.record.folding import fold
 from orchestrator.record.journal import Journal
+from orchestrator.running.tracking_process import summarizer
 from orchestrator.tracking.projection import Projection
 from tests.test_architecture import calls, parsed
 

@@ -47,7 +47,7 @@ def test_the_signatures_are_those_that_were_read() -> None:
     from mlflow.utils.rest_utils import http_request
 
     assert list(inspect.signature(utils._get_latest_schema_revision).parameters) == []
-    assert list(inspect.signature(get_default_host_creds).parameters)[:1] == ["tracking_uri"]
+    assert list(inspect.signature(get_default_host_creds).parameters)[:1] == ["store_uri"]
     parameters = inspect.signature(http_request).parameters
     assert list(parameters)[:3] == ["host_creds", "endpoint", "method"]
     assert {"max_retries", "timeout", "raise_on_status"} <= set(parameters)
