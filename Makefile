@@ -46,7 +46,7 @@ bench: setup
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m $$script || exit 1; done
 
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,\
-  $(filter-out benchmarks/_% benchmarks/soak.py,$(wildcard benchmarks/*.py)))
+  $(filter-out benchmarks/_% benchmarks/golden.py benchmarks/soak.py,$(wildcard benchmarks/*.py)))
 
 # Not part of `make bench` and not in CI: it takes long, and wants both cores for itself.
 soak: setup

@@ -54,7 +54,7 @@ def luthier(folder: Path, watch: Stopwatch) -> None:
     """`luthier run FOLDER/study.yaml`."""
     from orchestrator.cli import app
     from orchestrator.record.journal import Journal
-    from orchestrator.running.callback import RecordCallback
+    from orchestrator.running.journal_callback import RecordCallback
 
     watch.on(RecordCallback, *HOOKS, "on_checkpoint")
     watch.on(Journal, "append")

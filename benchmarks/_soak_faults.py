@@ -1,7 +1,7 @@
 """Which faults hit a soak, and when: drawn from a seed, the same for whoever is soaked.
 
-Faults inside a trial name the unit that they hit (`LUTHIER_FAULT`, see `trainables.core.faults`); faults outside come
-when so many units have been begun.
+Faults inside a trial name the unit that they hit (`LUTHIER_FAULT`, see `trainables.specs.fault_injection`); faults
+outside come when so many units have been begun.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def train(config: dict[str, Any]) -> None:
     import torch
     from ray import tune
 
-    from trainables.core.faults import located, reach
+    from trainables.specs.fault_injection import located, reach
 
     torch.set_num_threads(1)
     study = Study(config)
@@ -53,10 +53,10 @@ class Study:
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
 
-        from trainables.core.backbone import load_pretrained, new_classifier
-        from trainables.core.task import ModelSpec
         from trainables.data.store import Store
         from trainables.data.transforms import BatchTransform
+        from trainables.models.backbone import load_pretrained, new_classifier
+        from trainables.specs.trial_spec import ModelSpec
 
         self.config = config
         store, backbone = Store(config["store"]), load_pretrained(ModelSpec(name="digits_cnn"))
@@ -72,7 +72,7 @@ class Study:
         import torch
         from torch.nn import functional
 
-        from trainables.core.faults import reach
+        from trainables.specs.fault_injection import reach
 
         generator = torch.Generator().manual_seed(number)
         self.model.train()

@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from trainables.core.contract import TrainingConfig
-from trainables.core.diagnosing import Diagnosis
-from trainables.core.loop import resolve_precision
-from trainables.core.run import Run
-from trainables.core.scoring import final_scores
-from trainables.core.snapshot import changed_start, take
-from trainables.core.task import DIAGNOSTICS, ModelSpec, Task, TrialSpec
-from trainables.core.training import PhaseTraining
 from trainables.data.trial_data import TrialData
+from trainables.engine.best_weights import changed_start, take
+from trainables.engine.contract import TrainingConfig
+from trainables.engine.diagnosis import Diagnosis
+from trainables.engine.evaluation import final_scores
+from trainables.engine.phase_trainer import PhaseTraining
+from trainables.engine.trial import Run
+from trainables.models.precision import resolve_precision
+from trainables.specs.trial_spec import DIAGNOSTICS, ModelSpec, Task, TrialSpec
 
 AT_THE_END = tuple(name for name in DIAGNOSTICS if name != "gradients")
 

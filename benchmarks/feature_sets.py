@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainables.core.backbone import load_pretrained
-from trainables.core.task import ModelSpec
+from trainables.models.backbone import load_pretrained
+from trainables.specs.trial_spec import ModelSpec
 
 
 def digit_images(side: int) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 import search_spaces
 from benchmarks.feature_sets import digit_images, feature_sets
-from trainables.core.contract import ParamGroup
-from trainables.core.optim import resolved_rate
+from trainables.engine.contract import ParamGroup
+from trainables.engine.optim import resolved_rate
 
 ABSOLUTE = [10.0 ** (k / 2) for k in range(-16, 13)]
 RELATIVE = [10.0 ** (k / 2) for k in range(-8, 7)]

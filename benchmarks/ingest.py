@@ -27,11 +27,11 @@ from PIL import Image
 
 from orchestrator.ingest.check import check
 from orchestrator.ingest.pipeline import IngestRequest, ingest
-from trainables.core.task import stream_seed
-from trainables.data.digits import SHIFTS, render, shift
-from trainables.data.pixels import gather_images, to_device
 from trainables.data.store import Store
 from trainables.data.transforms import BatchTransform
+from trainables.data.trial_data import gather_images, to_device
+from trainables.demo.digits import SHIFTS, render, shift
+from trainables.specs.seeds import stream_seed
 
 CLASSES = "ABCDEFGH"
 SIDE = 64

@@ -33,13 +33,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks.diagnostics import clock, digits_store, finish, timed
 from benchmarks.step import CLASSES, NoiseStore, ready_unit
 from trainables import strategy_class
-from trainables.core.backbone import load_pretrained, new_classifier
-from trainables.core.loop import autocast, resolve_precision
-from trainables.core.norm_scale import GRID
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
-from trainables.core.training import PhaseTraining
 from trainables.data.trial_data import TrialData
+from trainables.engine.phase_trainer import PhaseTraining
+from trainables.engine.trial import Run
+from trainables.engine.weight_interpolation import LAMBDA_GRID
+from trainables.models.backbone import load_pretrained, new_classifier
+from trainables.models.precision import autocast, resolve_precision
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -164,7 +164,7 @@ def sweep(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {
         "model": task.model.name,
         "epochs": args.epochs,
-        "values": len(GRID),
+        "values": len(LAMBDA_GRID),
         "training_steps_of_the_trial": total["optimizer_steps"] - sum(stepped.values()),
         "training_steps_of_the_sweep": sum(stepped.values()),
         "images_of_the_splits": splits,

@@ -80,9 +80,9 @@ def _plain_probe() -> type[Any]:
         """What a person writes by hand: build, extract, probe."""
 
         def setup(self, config: dict[str, Any]) -> None:
-            from trainables.core.backbone import load_pretrained
-            from trainables.core.task import ModelSpec
             from trainables.data.store import Store
+            from trainables.models.backbone import load_pretrained
+            from trainables.specs.trial_spec import ModelSpec
 
             self.backbone = load_pretrained(ModelSpec(name="digits_vit"))
             self.store = Store(config["store"])

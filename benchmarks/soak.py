@@ -38,7 +38,7 @@ from benchmarks._soak_machines import machines, tracker
 from benchmarks._soak_plain import NAME, SETTINGS
 from benchmarks._soak_run import LOG as FAULTS
 from benchmarks._soak_run import Outcome, Soak
-from trainables.core.faults import LOG, VARIABLE
+from trainables.specs.fault_injection import LOG, VARIABLE
 
 STUDY = "soak"
 

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables import strategy_class
-from trainables.core.backbone import load_pretrained, new_classifier
-from trainables.core.contract import TrainingConfig
-from trainables.core.loop import autocast, resolve_precision, set_training_mode, train_unit
-from trainables.core.optim import rate_factor
-from trainables.core.task import ModelSpec, Task, TrialSpec
-from trainables.core.training import PhaseTraining
 from trainables.data.trial_data import TrialData
+from trainables.engine.contract import TrainingConfig
+from trainables.engine.loop import set_training_mode, train_unit
+from trainables.engine.optim import rate_factor
+from trainables.engine.phase_trainer import PhaseTraining
+from trainables.models.backbone import load_pretrained, new_classifier
+from trainables.models.precision import autocast, resolve_precision
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 CLASSES = 10
 

@@ -142,7 +142,7 @@ def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> No
 def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
     """Show the leaderboard, what the study found, and warnings, from the journal alone."""
     from orchestrator.commands.status import find_study, read_journal
-    from orchestrator.record.folding import fold, measurements
+    from orchestrator.record.records import fold, measurements
     from orchestrator.results.study_results import Results
 
     spec, folder = find_study(study)

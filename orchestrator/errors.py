@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from trainables.core.redaction import redact
+from trainables.specs.redaction import redact
 
 __all__ = ["Path", "PreflightError", "Problem", "StudyError", "Terminated", "did_you_mean", "dotted", "redact"]
 

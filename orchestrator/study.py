@@ -67,9 +67,9 @@ class Study:
         """
         if self._store is None:
             from orchestrator.ingest.pipeline import ingest
+            from orchestrator.planning.build import ingest_request, make_built_in, model_of
             from orchestrator.planning.preflight import preflight
-            from orchestrator.planning.setup import ingest_request, make_built_in, model_of
-            from orchestrator.running.ingest_progress import shown
+            from orchestrator.running.progress import shown
 
             preflight(self.spec)
             with shown() if progress else contextlib.nullcontext() as report:
@@ -89,8 +89,8 @@ class Study:
         Raises:
             ChangedStudyError: others differ.
         """
-        from orchestrator.planning.setup import make_task
-        from orchestrator.running.drive import Drive
+        from orchestrator.planning.build import make_task
+        from orchestrator.running.study_run import Drive
 
         store = self.prepare(progress)
         task = make_task(self.spec, store)
@@ -116,7 +116,7 @@ class Study:
         return Journal.read(journal)
 
     def _results(self, events: list[Event]) -> Results:
-        from orchestrator.record.folding import fold, measurements
+        from orchestrator.record.records import fold, measurements
         from orchestrator.results.study_results import Results
 
         return Results(fold(events), self.spec, measurements=measurements(events))

@@ -41,7 +41,7 @@ SPACE: dict[str, Law] = {
         default=1.0,
         distribution=FloatDistribution(0.0, 2.0),
         when=_one_lambda,
-        source="papers/000 has λ on both sides of 1 and no range; trainables/core/norm_scale.py, GRID",
+        source="papers/000 has λ on both sides of 1 and no range; LAMBDA_GRID of trainables.engine",
     ),
 }
 

@@ -24,10 +24,10 @@ from torch import Tensor
 import search_spaces
 from tests.synthetic import OOD_DOMAINS, shapes
 from trainables import strategy_class
-from trainables.core.checkpoint import load_state, save_state
-from trainables.core.contract import TrainingConfig
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
+from trainables.engine.contract import TrainingConfig
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.storage.checkpoint_format import load_state, save_state
 
 CLOCK = ("cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds")
 """Metrics that measure time: the only ones that may differ between two runs of one trial."""
@@ -122,8 +122,8 @@ class StrategyConformance:
         script = (
             "import json, sys, torch; torch.set_num_threads(1)\n"
             "from tests.synthetic import shapes\n"
-            "from trainables.core.run import Run\n"
-            "from trainables.core.task import TrialSpec\n"
+            "from trainables.engine.trial import Run\n"
+            "from trainables.specs.trial_spec import TrialSpec\n"
             "run, history = Run(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"
             "while not run.finished: history.append(run.step())\n"
             "print(json.dumps(history))"
@@ -230,7 +230,7 @@ class StrategyConformance:
             converted.append(model)
             return {}
 
-        monkeypatch.setattr("trainables.core.contract.convert_on_training_data", convert)
+        monkeypatch.setattr("trainables.engine.contract.convert_on_training_data", convert)
         for kind in self.kinds():
             for asked in (False, True):
                 converted.clear()

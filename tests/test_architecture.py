@@ -16,17 +16,23 @@ from tests.unsafe_code import unsafe
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("orchestrator", "trainables", "search_spaces")
-FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 250, 400, 60
-
-MAY_IMPORT_RAY = "trainables/core/trial.py"
-MAY_READ_WEIGHTS = "trainables/core/weights.py"
+MAY_IMPORT_RAY = "trainables/engine/tune_trainable.py"
+MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "errors", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking", "planning",
+    "errors", "cluster", "ingest", "record", "study_file", "tracking", "search", "results", "report", "planning",
     "running", "study", "commands", "cli",
 )  # fmt: skip
-"""The parts of `orchestrator`; each may import those before it."""
-REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/__init__.py")
+"""The parts of `orchestrator`; each may import those before it. Tracking is handed the summaries of results."""
+TRAINABLES_LAYERS = ("specs", "storage", "demo", "models", "data", "tasks", "diagnostics", "engine")
+"""The packages of `trainables`; each may import those before it. The strategies, at its root, may import all."""
+KNOWN_CIRCLES = [
+    [
+        f"orchestrator.study_file.{module}"
+        for module in ("diagnostics_rules", "entries", "explain", "portable", "rules", "spec")
+    ]
+]
+REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/engine/registry.py")
 """Import modules of this package by name, each after a look at the list of those that there are."""
 
 UNFINISHED = ("TO" + "DO", "FIX" + "ME", "dum" + "my", "place" + "holder")
@@ -52,6 +58,50 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
             yield node.module
+
+
+def import_graph(*folders: str) -> dict[str, set[str]]:
+    """Module → modules of the same folders that it imports anywhere."""
+    trees = {
+        file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): tree for file, tree in parsed(*folders)
+    }
+    graph: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        targets = set(imported(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                targets |= {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[module] = (targets & set(trees)) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one module, each sorted (Tarjan, 1972)."""
+    index: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    components: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = lowest[module] = len(index)
+        stack.append(module)
+        for target in sorted(graph[module]):
+            if target not in index:
+                visit(target)
+                lowest[module] = min(lowest[module], lowest[target])
+            elif target in stack:
+                lowest[module] = min(lowest[module], index[target])
+        if lowest[module] == index[module]:
+            component = []
+            while not component or component[-1] != module:
+                component.append(stack.pop())
+            if len(component) > 1:
+                components.append(sorted(component))
+
+    for module in sorted(graph):
+        if module not in index:
+            visit(module)
+    return sorted(components)
 
 
 def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
@@ -113,6 +163,40 @@ class TestImports:
         ]
         assert found == []
 
+    def test_tracking_and_results_do_not_know_each_other(self) -> None:
+        """A summary is handed to tracking by `orchestrator.running.tracking_process`."""
+        between = {
+            f"{folder} imports {module}"
+            for folder, others in (("tracking", ("results", "report")), ("results", ("tracking",)))
+            for _, tree in parsed(f"orchestrator/{folder}")
+            for module in imported(tree)
+            if module.startswith(tuple(f"orchestrator.{other}" for other in others))
+        }
+        assert between == set()
+
+    def test_the_layers_of_trainables_import_downwards_only(self) -> None:
+        """Also inside functions and for types alone; the package's own `__init__` is the registry's front."""
+        packages = {file.parent.name for file in (ROOT / "trainables").glob("*/__init__.py")}
+        assert packages == set(TRAINABLES_LAYERS)
+        strategies = set(trainables.strategies())
+        upwards = []
+        for file, tree in parsed("trainables"):
+            layer = file.split("/")[1]
+            if layer not in TRAINABLES_LAYERS:
+                continue
+            for module in imported(tree):
+                root, _, rest = module.partition(".")
+                part = rest.partition(".")[0]
+                if root != "trainables":
+                    continue
+                if part in strategies or not part or TRAINABLES_LAYERS.index(part) > TRAINABLES_LAYERS.index(layer):
+                    upwards.append(f"{file} imports {module}")
+        assert upwards == []
+
+    def test_no_module_is_part_of_an_import_circle(self) -> None:
+        """Over all modules of all packages, also inside functions and for types alone."""
+        assert circles(import_graph(*PACKAGES)) == KNOWN_CIRCLES
+
     def test_nothing_outside_the_tests_imports_them(self) -> None:
         found = [file for file, tree in parsed(*PACKAGES) for module in imported(tree) if module.startswith("tests")]
         assert found == []
@@ -129,7 +213,7 @@ class TestImports:
             "import sys\n"
             "for name in ('ray', 'mlflow', 'optuna', 'pyarrow', 'orchestrator', 'search_spaces'):\n"
             "    sys.modules[name] = None\n"
-            "import trainables.core.loop, trainables.core.optim, trainables.core.contract\n"
+            "import trainables.engine.loop, trainables.engine.optim, trainables.engine.contract\n"
         )
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert ended.returncode == 0, ended.stderr
@@ -139,22 +223,7 @@ class TestImports:
         assert (ROOT / package / "py.typed").exists()
 
 
-class TestSizes:
-    def test_files(self) -> None:
-        long = [name(f) for f in sources(*PACKAGES, "benchmarks") if _lines(f) > FILE_LINES]
-        long += [name(f) for f in sources("tests") if _lines(f) > TEST_FILE_LINES]
-        assert long == []
-
-    def test_functions(self) -> None:
-        long = [
-            f"{file}:{node.lineno} {node.name}"
-            for file, tree in parsed(*PACKAGES, "benchmarks", "tests")
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES
-        ]
-        assert long == []
-
+class TestFiles:
     def test_every_file_has_an_owner(self) -> None:
         assert [name(f) for f in sources(*PACKAGES) if f.stem in ("utils", "helpers", "common", "misc")] == []
 
@@ -246,7 +315,3 @@ class TestSafeReads:
 class TestTests:
     def test_they_never_sleep(self) -> None:
         assert [file for file, tree in parsed("tests") for called, _ in calls(tree) if called == "time.sleep"] == []
-
-
-def _lines(file: Path) -> int:
-    return len(file.read_text(encoding="utf-8").splitlines())

@@ -31,12 +31,12 @@ from orchestrator.study_file.portable import resolved_study
 from orchestrator.tracking.delivery_state import Position, PositionFile
 from tests.orchestrator.driving import drive, searcher
 from tests.synthetic import shapes, write_images, write_shapes
-from trainables.core.backbone import load_pretrained
-from trainables.core.checkpoint import CheckpointError, RunState, load_newest, load_state, save_state
-from trainables.core.keeper import Keeper
-from trainables.core.task import ModelSpec
-from trainables.data.features import FeatureCache
+from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Store, StoreError
+from trainables.models.backbone import load_pretrained
+from trainables.specs.trial_spec import ModelSpec
+from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, load_state, save_state
+from trainables.storage.checkpoint_store import Keeper
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_OBJECTS = "ray.data.arrow_pickled_object"
@@ -332,8 +332,8 @@ class TestCaches:
         assert np.array_equal(found, wanted)
 
     def test_s7_solutions_and_measurements_are_made_again(self, evil: bytes, tmp_path: Path) -> None:
-        from trainables.core.probe import _load as load_probe
-        from trainables.diagnostics.start_plasticity import _load as load_plasticity
+        from trainables.diagnostics.plasticity import _load as load_plasticity
+        from trainables.tasks.linear_probe_head import _load as load_probe
 
         (tmp_path / "stored").write_bytes(evil)
         assert load_probe(tmp_path / "stored") is None

@@ -15,7 +15,7 @@ from benchmarks._soak_faults import INSIDE, OUTSIDE, PER_TRIAL, draw
 from benchmarks._soak_found import Found, plain, row
 from benchmarks._soak_run import Outcome
 from benchmarks.soak import truncate
-from trainables.core.faults import Fault
+from trainables.specs.fault_injection import Fault
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainables.core.contract import ParamGroup, Strategy, TrainingConfig
+from trainables.engine.contract import ParamGroup, Strategy, TrainingConfig
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
+    from trainables.models.backbone import Classifier
 
 
 class BitFit(Strategy):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
-from trainables.core.vit_blocks import COMPONENTS, component_kinds
+from trainables.engine.contract import ParamGroup, Strategy, TrainingConfig
+from trainables.models.transformer_blocks import COMPONENTS, component_kinds
+from trainables.specs.measurements import Report
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
+    from trainables.models.backbone import Classifier
 
 AUTO = "auto"
 TOP = 2
@@ -62,7 +63,7 @@ class Components(Strategy):
         """
         owners = component_kinds(model)
         if self.config.kinds == AUTO:
-            from trainables.diagnostics.start_plasticity import plasticity_of
+            from trainables.diagnostics.plasticity import plasticity_of
 
             self.selected = frozenset(plasticity_of(data).rank[: self.config.k or TOP])
         else:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainables.core.batch_norm import ConversionReport, convert_batch_norm
-from trainables.core.contract import Strategy, TrainingConfig
+from trainables.engine.contract import Strategy, TrainingConfig
+from trainables.models.batch_norm import ConversionReport, convert_batch_norm
 
 __all__ = ["ConversionReport", "Daft", "convert_batch_norm"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainables.core.contract import Strategy, TrainingConfig
+from trainables.engine.contract import Strategy, TrainingConfig
 
 
 class Full(Strategy):

@@ -21,17 +21,26 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from trainables.core.contract import Curve, ParamGroup, Phase, Report, Strategy, TrainingConfig
-from trainables.core.norm_scale import GRID, Rescale, best_lambda, fitted, grid_scores, rescale_layer_norm, scaled_names
-from trainables.core.scoring import final_scores, validation_scores
-from trainables.core.snapshot import put_back, take
 from trainables.diagnostics.norm_shift import layer_norms
+from trainables.engine.best_weights import put_back, take
+from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
+from trainables.engine.evaluation import final_scores, validation_scores
+from trainables.engine.weight_interpolation import (
+    LAMBDA_GRID,
+    Rescale,
+    best_lambda,
+    fitted,
+    grid_scores,
+    rescale_layer_norm,
+    scaled_names,
+)
+from trainables.specs.measurements import Curve, Report
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
+    from trainables.models.backbone import Classifier
 
-__all__ = ["GRID", "LayerNorm", "rescale_layer_norm"]
+__all__ = ["LAMBDA_GRID", "LayerNorm", "rescale_layer_norm"]
 
 
 class LayerNorm(Strategy):
@@ -135,7 +144,7 @@ class LayerNorm(Strategy):
         if not self.config.cycles:
             put_back(model, self.tuned)
         known, tuned, rows = {} if self.config.cycles else self.swept, take(model, self.source), []
-        for lam in GRID:
+        for lam in LAMBDA_GRID:
             rescale_layer_norm(model, self.source, lam, self.config.rescale)
             chosen_by = known.get(lam) or validation_scores(model, data)
             rows.append({"lambda": lam, **chosen_by, **final_scores(model, data)})
@@ -163,7 +172,7 @@ class LayerNorm(Strategy):
 
 
 def _attention_norms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    from trainables.core.vit_blocks import find_blocks
+    from trainables.models.transformer_blocks import find_blocks
 
     wanted = {id(inner) for block in find_blocks(model) for inner in block.ln1.modules()}
     return {name: layer for name, layer in layers.items() if id(layer) in wanted}

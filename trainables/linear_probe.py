@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainables.core.contract import ParamGroup, Phase, Strategy
-from trainables.core.head import take_probe
-from trainables.core.probe import best_linear_probe, fit_linear_probe, regularisation_path
+from trainables.engine.contract import ParamGroup, Phase, Strategy
+from trainables.tasks.linear_probe_head import best_linear_probe, fit_linear_probe, regularisation_path, take_probe
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
+    from trainables.models.backbone import Classifier
 
 __all__ = ["LinearProbe", "best_linear_probe", "fit_linear_probe", "regularisation_path"]
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from trainables.core.contract import ParamGroup, Report, Strategy, TrainingConfig
-from trainables.core.vit_blocks import Block, find_blocks, linear_width
+from trainables.engine.contract import ParamGroup, Strategy, TrainingConfig
+from trainables.models.transformer_blocks import Block, find_blocks, linear_width
+from trainables.specs.measurements import Report
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
     from trainables.data.trial_data import TrialData
+    from trainables.models.backbone import Classifier
 
 
 class LoRA(Strategy):

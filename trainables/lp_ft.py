@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainables.core.contract import Strategy, TrainingConfig
+from trainables.engine.contract import Strategy, TrainingConfig
 
 
 class LpFt(Strategy):

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.record.changes import changes
 from orchestrator.record.checkpoints import checkpoint_folder
-from orchestrator.record.folding import fold, study_header
 from orchestrator.record.journal import Event, JournalError, read_from
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, fold, study_header
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,8 +106,8 @@ def _journal(path: Path, events: list[Event], end: int) -> Iterator[Finding]:
 
 
 def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
-    from orchestrator.record.versions import versions
-    from orchestrator.running.drive import plain_spec
+    from orchestrator.record.changes import versions
+    from orchestrator.running.study_run import plain_spec
 
     before = study_header(events)
     now = {**before, "spec": plain_spec(study.spec), "versions": versions()}
@@ -141,9 +140,8 @@ def _data(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
     """In a copy, since opening a database may write to it."""
-    from orchestrator.planning.setup import metric_of
-    from orchestrator.search.optuna_storage import disagreement
-    from orchestrator.search.replay import History
+    from orchestrator.planning.build import metric_of
+    from orchestrator.search.optuna_store import History, disagreement
 
     database = study.folder / "optuna.db"
     if not database.exists():
@@ -162,8 +160,8 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 
 def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
-    from trainables.core.checkpoint import CheckpointError, load_state
-    from trainables.core.keeper import QUARANTINE, checkpoints
+    from trainables.storage.checkpoint_format import CheckpointError, load_state
+    from trainables.storage.checkpoint_store import QUARANTINE, checkpoints
 
     for record in records:
         place = checkpoint_folder(folder, record.number)

@@ -21,7 +21,7 @@ def data_check(
 ) -> None:
     """Explain what is found: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
     from orchestrator.ingest.check import check
-    from orchestrator.running.ingest_progress import shown
+    from orchestrator.running.progress import shown
 
     with shown() as progress:
         report = check(path, progress=progress, label=label, fail_on_leak=fail_on_leak)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.planning.fsr_stage import STRATEGY
+from orchestrator.planning.fsr import STRATEGY
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, reference_samples, suggested
 from orchestrator.results.leaderboard import mean_interval
 
@@ -108,8 +108,8 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
             compared with shares of itself; nothing was spent.
     """
     from orchestrator.errors import PreflightError, Problem
-    from orchestrator.planning.setup import make_task, references_of
-    from orchestrator.running.drive import Drive
+    from orchestrator.planning.build import make_task, references_of
+    from orchestrator.running.study_run import Drive
 
     spec = study.spec
     _check_network(spec)

@@ -165,8 +165,8 @@ def _unfit(model: str) -> dict[str, str]:
 
     from orchestrator.planning.preflight import layer_kinds
     from trainables import strategies, strategy_class
-    from trainables.core.backbone import check_model
-    from trainables.core.task import ModelSpec
+    from trainables.models.backbone import check_model
+    from trainables.specs.trial_spec import ModelSpec
 
     try:
         check_model(ModelSpec(name=model, pretrained=False))

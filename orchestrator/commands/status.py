@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.folding import fold, study_header
 from orchestrator.record.journal import Journal
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, fold, study_header
 from orchestrator.study_file.spec import StudySpec, load_study
 
 if TYPE_CHECKING:

@@ -23,14 +23,14 @@ from PIL import Image
 from orchestrator.ingest.images import pixels_digest, square, to_eight_bit
 from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Source
 from orchestrator.ingest.worker import write_at
-from trainables.core.redaction import is_secret
+from trainables.specs.redaction import is_secret
 
 PER_WORKER = 256
 """Samples that are worth the start of one more process."""
 PATIENCE = 300.0
 """Seconds for one request (at most 256 pictures) before its process is taken for hung and killed."""
 
-Progress = Callable[[int, int, int], None]
+DecodingProgress = Callable[[int, int, int], None]
 """Called with (samples done, samples in all, samples done that cannot be read)."""
 
 
@@ -51,13 +51,17 @@ class Job:
 
 
 def decode_all(
-    source: Source, wanted: Sequence[int], job: Job, workers: int | None = None, progress: Progress | None = None
+    source: Source,
+    wanted: Sequence[int],
+    job: Job,
+    workers: int | None = None,
+    progress: DecodingProgress | None = None,
 ) -> dict[int, Outcome]:
     """Decode the samples at the positions `wanted` (rising).
 
     Args:
         workers: processes at most; None = one per CPU of this process.
-        progress: called from several threads, see `Progress`.
+        progress: called from several threads, see `DecodingProgress`.
 
     Returns:
         Outcome by position, in the order of `wanted`.

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.ingest.source import ArraySource, Sample
-from trainables.core.task import stream_seed
-from trainables.data import digits
 from trainables.data.splits import TEST, TRAIN, VAL, stratified_split
+from trainables.demo import digits
+from trainables.specs.seeds import stream_seed
 
 ID_DOMAIN = "handwritten"
 OOD_DOMAINS = (*digits.SHIFTS, "printed")

@@ -1,4 +1,7 @@
-"""`ingest`: from a source of images to its Arrow store, once. Every later call finds the store that is there."""
+"""`ingest`: from a source of images to its Arrow store, once. Every later call finds the store that is there.
+
+That a store still is what was written: its digest is compared before a run, and not only its size.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,56 @@ import numpy as np
 from filelock import FileLock
 
 from orchestrator.ingest.assign import Assignment, assign
-from orchestrator.ingest.decoding import Job, Progress, decode_all
+from orchestrator.ingest.decoding import DecodingProgress, Job, decode_all
 from orchestrator.ingest.digits import recipe_digest
-from orchestrator.ingest.duplicates import in_words
 from orchestrator.ingest.errors import DataError, counted, few
-from orchestrator.ingest.intact import check_intact, remember_intact
-from orchestrator.ingest.manifest import DESCRIPTION, describe, quarantine_list
+from orchestrator.ingest.manifest import DESCRIPTION, describe, in_words, quarantine_list
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.ingest.source import Outcome, Source
 from orchestrator.ingest.writer import Rows, copy_rows, finish, lay_out
-from trainables.core.durable import new_folder
 from trainables.data.store import DATA, FORMAT, MANIFEST, Store
+from trainables.storage.atomic_files import new_folder, write_text
+from trainables.storage.compute_once import cache_root
+
+log = logging.getLogger("luthier")
+
+SMALL = 2**30
+"""Bytes that are compared before every run: a second or two. What is larger is compared once on each machine for each
+state of the file (size and time of modification): a disk that changes bits later is then found by
+`luthier run --check` alone."""
+
+
+def check_intact(store: Store) -> None:
+    """Compare the store's SHA-256 with the manifest's, unless it is large and was compared before.
+
+    Raises:
+        StoreError: the file has changed since it was written; the message says what to do.
+    """
+    note, state = _note(store), _state(store)
+    if store.manifest["bytes"] > SMALL:
+        if note.exists() and note.read_text(encoding="utf-8") == state:
+            return
+        log.info("Comparing the digest of %s (%.1f GiB), once", store.path, store.manifest["bytes"] / 2**30)
+    store.verify()
+    remember_intact(store)
+
+
+def remember_intact(store: Store) -> None:
+    """Take note of a large store whose digest is known to be right, such as one that was just written."""
+    if store.manifest["bytes"] > SMALL:
+        note = _note(store)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, _state(store))
+
+
+def _note(store: Store) -> Path:
+    return cache_root() / "intact" / f"{hashlib.sha256(str(store.path).encode()).hexdigest()[:24]}.json"
+
+
+def _state(store: Store) -> str:
+    stat = (store.path / DATA).stat()
+    return json.dumps([str(store.path), stat.st_size, stat.st_mtime_ns, store.digest])
+
 
 __all__ = ["IngestRequest", "ingest", "survey"]
 
@@ -45,7 +87,9 @@ def survey(request: IngestRequest) -> tuple[Source, Assignment]:
     return source, assign(source, request)
 
 
-def ingest(request: IngestRequest, into: Path, workers: int | None = None, progress: Progress | None = None) -> Store:
+def ingest(
+    request: IngestRequest, into: Path, workers: int | None = None, progress: DecodingProgress | None = None
+) -> Store:
     """Read a source once and write its store below `into`, or find the one that is there.
 
     A store is found again by names, sizes and modification times of the source's files and by the request. Whoever
@@ -129,7 +173,7 @@ def _build(
     assignment: Assignment,
     place: Path,
     workers: int | None,
-    progress: Progress | None,
+    progress: DecodingProgress | None,
 ) -> None:
     for left in place.parent.glob(f".{place.name}-*"):  # of an ingest that was killed; nobody else holds the lock
         shutil.rmtree(left)

@@ -87,7 +87,7 @@ def _file(path: str) -> bytes:
 def _rows(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int | None]]:
     import pyarrow as pa
 
-    from orchestrator.ingest.parquet_table import encoded_images
+    from orchestrator.ingest.parquet import encoded_images
 
     items: Sequence[tuple[int, int | None]] = request["items"]
     images = encoded_images(request["file"], request["column"], request["group"], [row for row, _ in items])

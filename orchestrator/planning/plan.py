@@ -135,10 +135,9 @@ def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
     from pathlib import Path
 
-    from orchestrator.planning.counts import count_trials, space_of
+    from orchestrator.planning.build import rungs_of
+    from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
     from orchestrator.planning.preflight import layer_kinds
-    from orchestrator.planning.setup import rungs_of
-    from orchestrator.planning.volume import examine, store_bytes
 
     space = space_of(spec)
     search, data = spec.search, spec.data

@@ -10,7 +10,7 @@ from typing import Any
 
 import search_spaces
 from orchestrator.errors import PreflightError, Problem, did_you_mean
-from orchestrator.planning.lambda_hint import hint_problems
+from orchestrator.planning.fsr import hint_problems
 from orchestrator.study_file.diagnostics_rules import domain_problems, network_problems
 from orchestrator.study_file.spec import StrategyEntry, StudySpec
 
@@ -49,7 +49,7 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
             if name not in AUGMENTATIONS:
                 rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
                 yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
-    from orchestrator.planning.volume import examine
+    from orchestrator.planning.estimates import examine
     from orchestrator.study_file.rules import DIGITS_DOMAINS
 
     ood: Collection[str] = data.ood or DIGITS_DOMAINS
@@ -67,9 +67,9 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.planning.setup import model_of
+    from orchestrator.planning.build import model_of
     from trainables import strategy_class
-    from trainables.core.backbone import check_model
+    from trainables.models.backbone import check_model
 
     try:
         check_model(model_of(spec))
@@ -105,17 +105,17 @@ def _package_problems(spec: StudySpec) -> Iterator[Problem]:
 
 def layer_kinds(model: str) -> frozenset[str]:
     """Which of `layer_norm`, `batch_norm`, `attention` and `transformer_block` (one whose components are defined, see
-    `trainables.core.vit_blocks`) a network has; no weights are made or read.
+    `trainables.models.transformer_blocks`) a network has; no weights are made or read.
 
     Args:
-        model: a name that `trainables.core.backbone.check_model` accepts.
+        model: a name that `trainables.models.backbone.check_model` accepts.
     """
     import timm
     import torch
 
-    from trainables.core.digits_backbones import NETWORKS, architecture
-    from trainables.core.vit_blocks import find_blocks
+    from trainables.demo.backbones import NETWORKS, architecture
     from trainables.diagnostics.norm_shift import batch_norms, layer_norms
+    from trainables.models.transformer_blocks import find_blocks
 
     with torch.device("meta"):
         network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
@@ -130,7 +130,7 @@ def layer_kinds(model: str) -> frozenset[str]:
 
 
 def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.planning.counts import space_of
+    from orchestrator.planning.estimates import space_of
 
     try:
         space_of(spec)
@@ -141,7 +141,7 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
     """What a strategy refuses at this budget: at its default point, or at a choice that the search may make."""
     from trainables import strategy_class
-    from trainables.core.plan import Plan
+    from trainables.engine.budget import Plan
 
     for index, entry in enumerate(spec.strategies):
         for hparams in _points(entry):

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.record.records import TrialRecord
-from trainables.core.keeper import KEEP_NOW
+from trainables.storage.checkpoint_store import KEEP_NOW
 
 
 def checkpoint_folder(study: Path, number: int) -> Path:
-    """Where the trial with this number keeps its checkpoints (`trainables.core.keeper`)."""
+    """Where the trial with this number keeps its checkpoints (`trainables.storage.checkpoint_store`)."""
     return study / "checkpoints" / f"trial-{number:04d}"
 
 

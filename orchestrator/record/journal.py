@@ -1,7 +1,7 @@
 """The append-only record of a study: one JSON object per line, on disk before anything else hears of the event.
 
 Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never before that of the event before, wherever the
-clock is set to) and `kind`; its line ends with a checksum (orchestrator/record/line.py). The kinds are
+clock is set to) and `kind`; its line ends with a checksum (orchestrator/record/journal.py). The kinds are
 
     study_started{study, spec, versions, dataset_digest, …}            study_finished{state}
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
@@ -15,27 +15,64 @@ clock is set to) and `kind`; its line ends with a checksum (orchestrator/record/
 
 Numbers that are not finite are stored as null, so that every line is strict JSON. `fold` (folding.py) turns
 events into trial records.
+
+One line of a journal: an event as JSON, and a checksum over its bytes, for a digit that a disk changed is as good
+JSON as the right one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
+import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from orchestrator.record.folding import fold
-from orchestrator.record.line import decode, encode
-from trainables.core.durable import sync
-from trainables.core.faults import reach
-from trainables.core.redaction import redact
+from orchestrator.record.records import fold
+from trainables.specs.fault_injection import reach
+from trainables.specs.redaction import redact
+from trainables.storage.atomic_files import sync
+
+NEEDED = frozenset({"seq", "time", "kind"})
+"""Fields of every event."""
+
+_END = re.compile(rb', "crc": "([0-9a-f]{8})"}\Z')
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """The line of an event, with its newline; the checksum comes last, as the field `crc`.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(event, allow_nan=False, ensure_ascii=False).encode()
+    return text[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(text)
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The event of a line without its newline. Lines of older journals have no checksum.
+
+    Raises:
+        ValueError: no event, or not the one that was written.
+    """
+    event = json.loads(line)
+    if not isinstance(event, dict) or not event.keys() >= NEEDED:
+        raise ValueError("not an event")
+    if event.pop("crc", None) is not None:
+        end = _END.search(line)
+        if end is None or zlib.crc32(line[: end.start()] + b"}") != int(end[1], 16):
+            raise ValueError("its checksum is another")
+    return event
+
 
 __all__ = ["Event", "Journal", "JournalError", "JournalWriteError", "fold"]
 

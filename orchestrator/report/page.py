@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
-from orchestrator.record.folding import fold, measurements, study_header
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, fold, measurements, study_header
 from orchestrator.report import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
+from orchestrator.results.leaderboard import GAIN_TITLES, SCORES, cells, describe, gains, has_gains
 from orchestrator.results.selection import Choice, per_label
 from orchestrator.results.study_results import Results
-from orchestrator.results.tables import GAIN_TITLES, SCORES, cells, describe, gains, has_gains
-from trainables.core.durable import write_text
+from trainables.storage.atomic_files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -69,9 +68,9 @@ def page_of(
     """The page of a study whose journal was read already.
 
     Args:
-        header: `orchestrator.record.folding.study_header`.
+        header: `orchestrator.record.records.study_header`.
         records: its trials, by number.
-        measured: `orchestrator.record.folding.measurements`.
+        measured: `orchestrator.record.records.measurements`.
     """
     spec = header.get("spec") or {}
     results = Results(records, {**spec, "name": header["study"]}, measurements=measured)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.record.records import INTERRUPTED, TrialRecord
 from orchestrator.results import selection
 from orchestrator.results.findings import findings
-from orchestrator.results.leaderboard import leaderboard, measured
-from orchestrator.results.tables import choice_values, finite, markdown_table, print_table
+from orchestrator.results.leaderboard import choice_values, finite, leaderboard, markdown_table, measured, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +33,7 @@ class Results:
         spec: the study, or its fields as a mapping; `name`, `search.objective` and the `label`, `fixed` and `preset` of
             its strategies are read.
         near_edge: says which values lie at the edge of their range; default `search_spaces.near_edge`.
-        measurements: what was measured of the study as a whole (`orchestrator.record.folding.measurements`).
+        measurements: what was measured of the study as a whole (`orchestrator.record.records.measurements`).
     """
 
     def __init__(

@@ -79,9 +79,9 @@ class Summarizer:
         A study without a complete trial has a note that gives the reason.
 
         Args:
-            header: as `orchestrator.record.folding.study_header`.
+            header: as `orchestrator.record.records.study_header`.
             records: the trials, by number.
-            measurements: as `orchestrator.record.folding.measurements`.
+            measurements: as `orchestrator.record.records.measurements`.
         """
         results = Results(records, {**(header.get("spec") or {}), "name": header["study"]}, measurements=measurements)
         states = Counter(record.state for record in records)

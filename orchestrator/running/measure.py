@@ -1,4 +1,7 @@
-"""What is measured of a study as a whole, once, at its start: the plasticity of the pretrained network's components."""
+"""What is measured of a study as a whole, once, at its start: the plasticity of the pretrained network's components.
+
+FSR in a study's record: a measurement of the study as a whole, with the fitted curve, as soon as it is known.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.record.records import fold, measurements
+from orchestrator.results.fsr import estimates, study_metrics
+
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
     from orchestrator.study_file.spec import StudySpec
-    from trainables.core.task import Task
+    from trainables.specs.trial_spec import Task
+
 
 log = logging.getLogger("luthier")
 
@@ -27,7 +34,7 @@ def measure_start(spec: StudySpec, task: Task, journal: Journal, request: Mappin
         request: resources of a trial (`cpu`, `gpu`), which the measurement takes too.
     """
     from orchestrator.planning.preflight import layer_kinds
-    from orchestrator.record.folding import measurements
+    from orchestrator.record.records import measurements
 
     if not spec.diagnostics.plasticity or PLASTICITY in measurements(journal.events()):
         return
@@ -69,15 +76,15 @@ def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, A
         threads: of torch on the CPU; None = as they are.
 
     Raises:
-        ValueError: see `trainables.diagnostics.start_plasticity.plasticity_of`.
+        ValueError: see `trainables.diagnostics.plasticity.plasticity_of`.
     """
     import torch
 
-    from trainables.core.ending import split
-    from trainables.core.resident import on_device, open_store, pretrained_for
-    from trainables.core.task import TrialSpec
     from trainables.data.trial_data import TrialData
-    from trainables.diagnostics.start_plasticity import plasticity_of
+    from trainables.diagnostics.plasticity import plasticity_of
+    from trainables.engine.final_evaluation import split
+    from trainables.engine.process_cache import on_device, open_store, pretrained_for
+    from trainables.specs.trial_spec import TrialSpec
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -88,3 +95,19 @@ def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, A
     data = TrialData(spec, store, backbone, device, reference=on_device(backbone, device).module)
     metrics, curves = split(plasticity_of(data).record())
     return {"metrics": metrics, "curves": {name: curve.to_dict() for name, curve in curves.items()}}
+
+
+FSR = "fsr"
+"""Name of the measurement in the journal (`what`), and of its curve."""
+
+
+def record_fsr(journal: Journal) -> None:
+    """Append what the reference trials say as a `measured` event, unless the journal says the same already."""
+    events = journal.events()
+    found = estimates(fold(events))
+    metrics = study_metrics(found)
+    fitted = [dict(estimate.curve) for estimate in found if estimate.curve is not None]
+    curves = {FSR: fitted[0]} if fitted else {}
+    before = measurements(events).get(FSR, {"metrics": {}, "curves": {}})
+    if (metrics, curves) != (before["metrics"], before["curves"]):
+        journal.append("measured", what=FSR, metrics=metrics, curves=curves)

@@ -3,31 +3,99 @@
 A process that is stopped, deadlocked or stuck in native code with the interpreter's lock says nothing, so the driver
 looks at what every healthy trial does: it reports a unit. Units differ (the first loads the network, a closed-form
 phase takes a moment, at rungs and at the end the test sets are evaluated), so each is measured by units of its kind.
+
+What each unit of a trial consists of, as far as its length depends on it: units of one kind take about as long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import signal
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray.tune import Callback
-
-from orchestrator.running.unit_kinds import Kind, Start, kind_of
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from orchestrator.record.records import TrialRecord
     from orchestrator.study_file.failures import FailuresSpec
+
+
+Start = Literal["", "warm", "cold"]
+"""What comes before the unit: nothing, a network to build in a process that had one before, or everything."""
+
+
+class Kind(NamedTuple):
+    """Units of one strategy that do the same."""
+
+    start: Start
+    phase: str
+    """Name of the strategy's phase, without the number of a cycle: a head alone is trained faster than all of it."""
+    closes: bool
+    """Whether the phase has something to do at its end, and this is it."""
+    tests: bool
+    """Whether the test sets are evaluated after it."""
+    last: bool
+    """Whether the trial's final evaluation and diagnostics follow."""
+
+    def __str__(self) -> str:
+        words = ["first of a process"] if self.start else []
+        words += ["last of the trial"] if self.last else ["evaluated on the test sets"] if self.tests else []
+        return " and ".join(words) or "plain"
+
+
+def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
+    """The kind of one unit.
+
+    Args:
+        config: a `TrialSpec.to_dict()`; the epochs and rungs of its task, its strategy and hyperparameters are read.
+        unit: 1-based.
+        start: what comes before it.
+    """
+    task = config.get("task") or {}
+    hparams = json.dumps(dict(config.get("hparams") or {}), sort_keys=True, default=str)
+    plain = _kinds(
+        str(config.get("strategy")), hparams, int(task.get("epochs") or 1), tuple(task.get("evaluate_at") or ())
+    )
+    return plain[min(max(unit, 1), len(plain)) - 1]._replace(start=start)
+
+
+@functools.cache
+def _kinds(strategy: str, hparams: str, epochs: int, tested: Sequence[int]) -> tuple[Kind, ...]:
+    from trainables import strategy_class
+    from trainables.engine.budget import Plan
+
+    try:
+        plan = Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
+    except (ValueError, TypeError):  # the trial itself will say what is wrong
+        return (Kind("", "", False, True, True),)
+    found: list[Kind] = []
+    for phase in plan.phases:
+        for inside in range(phase.units):
+            unit = len(found) + 1
+            closes = phase.finish is not None and inside + 1 == phase.units
+            found.append(
+                Kind(
+                    "",
+                    phase.name.rstrip(" 0123456789"),
+                    closes,
+                    unit in tested or unit == plan.units,
+                    unit == plan.units,
+                )
+            )
+    return tuple(found)
+
 
 logger = logging.getLogger("luthier")
 

@@ -13,9 +13,9 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from orchestrator.record.records import TrialRecord, declared_metrics
-from orchestrator.search.optuna_storage import OptunaStorage
+from orchestrator.search.optuna_store import OptunaStorage
 from orchestrator.search.space import SearchError
-from trainables.core.task import TrialSpec
+from trainables.specs.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal

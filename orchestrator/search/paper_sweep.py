@@ -11,7 +11,7 @@ import search_spaces
 from orchestrator.record.records import TrialRecord
 from orchestrator.search.stages import Entry
 from search_spaces import Preset
-from trainables.core.task import Task, TrialSpec
+from trainables.specs.trial_spec import Task, TrialSpec
 
 log = logging.getLogger(__name__)
 

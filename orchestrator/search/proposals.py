@@ -15,7 +15,8 @@ from orchestrator.search.paper_sweep import Later, Sweep
 from orchestrator.search.sampling import LEARNING, make_sampler
 from orchestrator.search.space import SearchSpace
 from orchestrator.search.stages import search_seed
-from trainables.core.task import TrialSpec, stream_seed
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import TrialSpec
 
 log = logging.getLogger(__name__)
 

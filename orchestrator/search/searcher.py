@@ -15,13 +15,12 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from orchestrator.search.ledger import Ledger, identity
-from orchestrator.search.optuna_storage import OptunaStorage
+from orchestrator.search.optuna_store import History, OptunaStorage, Replay
 from orchestrator.search.proposals import Proposals
-from orchestrator.search.replay import History, Replay
 from orchestrator.search.sampling import check_sampler, maximised
 from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
-from trainables.core.task import Task, TrialSpec
+from trainables.specs.trial_spec import Task, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal

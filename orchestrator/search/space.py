@@ -14,7 +14,7 @@ import search_spaces
 from orchestrator.search.paper_sweep import Sweep, sweep_of
 from orchestrator.search.sampling import FLAT
 from orchestrator.search.stages import Entry, search_seed
-from trainables.core.task import Task, TrialSpec
+from trainables.specs.trial_spec import Task, TrialSpec
 
 
 class SearchError(ValueError):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from orchestrator.record.records import TrialRecord
-from trainables.core.task import Task, TrialSpec, stream_seed
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import Task, TrialSpec
 
 log = logging.getLogger(__name__)
 

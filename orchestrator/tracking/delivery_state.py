@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from orchestrator.record.journal import Event, read_from
-from trainables.core.durable import write_text
+from trainables.storage.atomic_files import write_text
 
 
 class DeliveryError(ValueError):

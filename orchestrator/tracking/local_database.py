@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from orchestrator.tracking.client import configure_client
 from orchestrator.tracking.mlflow_internals import dispose_engine, latest_schema_revision
-from trainables.core.durable import sync
+from trainables.storage.atomic_files import sync
 
 LOCK_TIMEOUT_S = 60.0
 """Wait for another study that creates the file, which takes seconds."""

@@ -18,9 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.record.folding import advance, measurements, suggested
 from orchestrator.record.journal import Event, read_from
-from orchestrator.record.records import INTERRUPTED, TrialRecord, declared_metrics
+from orchestrator.record.records import (
+    INTERRUPTED,
+    TrialRecord,
+    advance,
+    declared_metrics,
+    measurements,
+    suggested,
+)
 from orchestrator.tracking.run_update import (
     Header,
     Point,

@@ -75,9 +75,9 @@ class Summarizer(Protocol):
         """Contents of the study's run when a run of the study ends.
 
         Args:
-            header: as `orchestrator.record.folding.study_header`.
+            header: as `orchestrator.record.records.study_header`.
             records: the trials, by number.
-            measurements: as `orchestrator.record.folding.measurements`.
+            measurements: as `orchestrator.record.records.measurements`.
         """
         ...
 

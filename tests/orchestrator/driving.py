@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.search.searcher import StudySearcher
 from orchestrator.search.stages import Entry
-from trainables.core.task import ModelSpec, Task
+from trainables.specs.trial_spec import ModelSpec, Task
 
 EPOCHS = 4
 BASE = {"linear_probe": 0.70, "full": 0.72, "lp_ft": 0.74, "daft": 0.78}

@@ -15,7 +15,7 @@ from optuna.trial import FixedTrial
 
 import search_spaces
 from search_spaces import Law
-from trainables.core.contract import TrainingConfig
+from trainables.engine.contract import TrainingConfig
 
 SPLIT = ("daft", "full", "lp_ft")
 

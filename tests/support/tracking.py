@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from orchestrator.record.journal import Journal
-from orchestrator.running.drive import plain_spec
+from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import MODULE, summarizer
 from orchestrator.study_file.spec import StudySpec
 from orchestrator.study_file.yaml_writer import write_yaml

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.synthetic import shapes
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
 Trial = Callable[..., Run]

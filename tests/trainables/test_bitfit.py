@@ -13,9 +13,9 @@ from torch import nn
 from tests.conformance import StrategyConformance
 from tests.synthetic import shapes
 from trainables.bitfit import BitFit, is_bias
-from trainables.core.backbone import Classifier
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Run
+from trainables.models.backbone import Classifier
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
 class TestConformance(StrategyConformance):

@@ -16,10 +16,10 @@ import search_spaces
 from tests.conformance import StrategyConformance
 from tests.synthetic import shapes
 from trainables.components import Components
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
-from trainables.core.vit_blocks import COMPONENTS, component_kinds
-from trainables.diagnostics.start_plasticity import plasticity_of
+from trainables.diagnostics.plasticity import plasticity_of
+from trainables.engine.trial import Run
+from trainables.models.transformer_blocks import COMPONENTS, component_kinds
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
 class TestConformance(StrategyConformance):
@@ -82,7 +82,7 @@ def test_auto_follows_the_measurement(trial: Callable[..., Run], monkeypatch: py
     measured = plasticity_of(trial().data)
     for rank in (["ln2", "mha", "fc1", "fc2", "ln1"], ["fc2", "ln1", "mha", "fc1", "ln2"]):
         report = dataclasses.replace(measured, rank=rank)
-        monkeypatch.setattr("trainables.diagnostics.start_plasticity.plasticity_of", lambda data, r=report: r)
+        monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_of", lambda data, r=report: r)
         assert moved(trial(kinds="auto", k=1, lr_backbone=0.03)) == {rank[0], "final_norm", "head"}
 
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from tests.conformance import StrategyConformance
 from tests.synthetic import shapes
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.daft import ConversionReport, convert_batch_norm
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 RANDOM = ("resnet18", "regnety_002", "mobilenetv3_small_100")
 

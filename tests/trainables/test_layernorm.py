@@ -14,12 +14,12 @@ import search_spaces
 from tests.conformance import StrategyConformance
 from tests.trainables.norm_trials import RATES, Trial, changed, copies, finish, source_of, trials
 from trainables import strategy_class
-from trainables.core import scoring
-from trainables.core.scoring import final_scores, validation_scores
-from trainables.core.snapshot import put_back
-from trainables.core.vit_blocks import component_kinds
 from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norms
-from trainables.layernorm import GRID, rescale_layer_norm
+from trainables.engine import evaluation
+from trainables.engine.best_weights import put_back
+from trainables.engine.evaluation import final_scores, validation_scores
+from trainables.layernorm import LAMBDA_GRID, rescale_layer_norm
+from trainables.models.transformer_blocks import component_kinds
 
 
 class TestConformance(StrategyConformance):
@@ -92,13 +92,13 @@ class TestSweep:
         run = trial(lam_choice="sweep", lr_backbone=0.5)
         metrics = finish(run)
         columns = metrics["curves"]["lambda"]["columns"]
-        assert columns["lambda"] == list(GRID)
-        assert len(GRID) == 21
+        assert columns["lambda"] == list(LAMBDA_GRID)
+        assert len(LAMBDA_GRID) == 21
         by_hand = trial(lam=1.0, lr_backbone=0.5)
-        assert finish(by_hand)["best/val/acc"] == columns["val/acc"][GRID.index(1.0)]
+        assert finish(by_hand)["best/val/acc"] == columns["val/acc"][LAMBDA_GRID.index(1.0)]
         source = source_of(run)
         tuned = copies(by_hand.model)
-        for i, lam in enumerate(GRID):
+        for i, lam in enumerate(LAMBDA_GRID):
             put_back(by_hand.model, tuned)
             rescale_layer_norm(by_hand.model, source, lam)
             scores = {**validation_scores(by_hand.model, run.data), **final_scores(by_hand.model, run.data)}
@@ -109,7 +109,7 @@ class TestSweep:
         )
         assert metrics["layernorm/lambda"] == ranked[0][2]
         assert metrics["best/val/acc"] == ranked[0][0]
-        assert metrics["test/acc"] == columns["test/acc"][GRID.index(ranked[0][2])]
+        assert metrics["test/acc"] == columns["test/acc"][LAMBDA_GRID.index(ranked[0][2])]
 
     def test_its_curve_is_that_of_the_tuned_network_also_with_wise(self, trial: Trial) -> None:
         plain = finish(trial(lam_choice="sweep", lr_backbone=0.5))["curves"]["lambda"]
@@ -127,13 +127,13 @@ class TestSweep:
 
     def test_it_costs_one_pass_over_every_split_and_value(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
         passes: Counter[str] = Counter()
-        score = scoring.score
+        score = evaluation.score
 
         def counted(model: Any, data: Any, split: str, *rest: Any) -> dict[str, float]:
             passes[split] += 1
             return score(model, data, split, *rest)
 
-        monkeypatch.setattr(scoring, "score", counted)
+        monkeypatch.setattr(evaluation, "score", counted)
         finish(trial())
         plain = passes.copy()
         passes.clear()
@@ -160,7 +160,7 @@ class TestSweep:
         columns = metrics["curves"]["lambda"]["columns"]
         lam = 1.0 if cycles else metrics["layernorm/lambda"]
         assert cycles or lam != 1.0, "choose rates at which a curve that forgets to put λ back is seen"
-        assert metrics["test/acc"] == columns["test/acc"][GRID.index(lam)]
+        assert metrics["test/acc"] == columns["test/acc"][LAMBDA_GRID.index(lam)]
         assert len(set(columns["val/nll"])) > 10
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-import trainables.core.probe
+import trainables.tasks.linear_probe_head
 from tests.conformance import StrategyConformance
-from trainables.core.logistic import logistic_path
 from trainables.linear_probe import LinearProbe, best_linear_probe, fit_linear_probe, regularisation_path
+from trainables.tasks.logistic_path import logistic_path
 
 
 class TestConformance(StrategyConformance):
@@ -182,7 +182,7 @@ def test_ties_go_to_the_lower_nll_then_to_the_smaller_c(data: Any, monkeypatch: 
         # The second and third are equal; the first is as accurate but less sure, the last surely wrong.
         return iter([(eye * s, np.zeros(10)) for s in (1.0, 3.0, 3.0, -9.0)])
 
-    monkeypatch.setattr(trainables.core.probe, "logistic_path", scripted)
+    monkeypatch.setattr(trainables.tasks.linear_probe_head, "logistic_path", scripted)
     data.val = (np.eye(10, 64, dtype=np.float32), np.arange(10))
     assert best_linear_probe(data, [0.1, 0.2, 0.3, 0.4]).C == 0.2
 
@@ -196,7 +196,7 @@ def test_the_solution_is_computed_once_and_read_by_whoever_comes_next(
     def never(*arguments: Any) -> Any:
         raise AssertionError("solved again")
 
-    monkeypatch.setattr(trainables.core.probe, "logistic_path", never)
+    monkeypatch.setattr(trainables.tasks.linear_probe_head, "logistic_path", never)
     second = best_linear_probe(data, path)
     assert (first.C, first.val_accuracy) == (second.C, second.val_accuracy)
     np.testing.assert_array_equal(first.weight, second.weight)

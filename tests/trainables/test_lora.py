@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from tests.conformance import StrategyConformance, same_tensors
 from tests.synthetic import shapes
-from trainables.core.checkpoint import load_state, save_state
-from trainables.core.optim import rate_factor, resolved_rate
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec, stream_seed
+from trainables.engine.optim import rate_factor, resolved_rate
+from trainables.engine.trial import Run
 from trainables.lora import LoRA, inject, merge, target_names
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.storage.checkpoint_format import load_state, save_state
 
 RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
 

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from tests.conformance import StrategyConformance
 from tests.synthetic import shapes
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
 class TestConformance(StrategyConformance):

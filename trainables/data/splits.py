@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.core.task import stream_seed
+from trainables.specs.seeds import stream_seed
 
 Integers = NDArray[np.int64]
 

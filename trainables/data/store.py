@@ -2,6 +2,8 @@
 
 A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`) and
 `manifest.json`. The folder is renamed into place when both are complete, so a store that exists is whole.
+
+What the training side needs of a store, so that a test or a benchmark may keep its images in memory.
 """
 
 from __future__ import annotations
@@ -11,12 +13,42 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainables.data.splits import fraction_size
+
+Indices = NDArray[np.int64]
+
+
+class StoreLike(Protocol):
+    """What is needed of `trainables.data.store.Store`; anything in memory will do as well."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def domains(self) -> list[str]: ...
+
+    @property
+    def splits(self) -> list[str]: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    def images(self, split: str) -> NDArray[np.uint8]: ...
+
+    def labels(self, split: str) -> Indices: ...
+
+    def domain_ids(self, split: str) -> Indices: ...
+
+    def fraction(self, split: str, fraction: float, /) -> int: ...
+
 
 Number = TypeVar("Number", np.uint8, np.int64)
 

@@ -1,9 +1,15 @@
-"""The data of one trial: which samples it may see, as batches on its device or as pretrained features."""
+"""The data of one trial: which samples it may see, as batches on its device or as pretrained features.
+
+Raw images of a store on a device: gathered by index, without a host sync, and kept on a GPU where they fit.
+
+Which samples a trial sees, and in which order: pure functions of its spec and a seed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +19,108 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainables.core.task import TrialSpec, stream_seed
-from trainables.data.pixels import gather_images, to_device
-from trainables.data.samples import batch_positions, select_samples
-from trainables.data.store_like import Indices, StoreLike
+from trainables.data.store import Indices, StoreLike
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Backbone
+    from trainables.models.backbone import Backbone
+
+
+RESIDENT_BYTES = 4 * 2**30
+"""How many bytes of uint8 images a process keeps on its GPU for all of its trials; larger splits are sent batch by
+batch. (One process per trial slot: several trials on one GPU each keep their own copy.)"""
+
+_resident: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
+
+
+def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.device) -> Tensor:
+    """Images `indices` of a split as uint8 (B, H, W, 3) on `device`, in memory of their own."""
+    images = store.images(split)
+    if device.type == "cpu":
+        return torch.from_numpy(np.take(images, indices, axis=0))
+    whole = _on_device(store, split, device)
+    if whole is not None:
+        return whole.index_select(0, to_device(indices, device))
+    return to_device(np.take(images, indices, axis=0), device)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of `values` on `device`; the copy to a GPU goes through pinned memory and does not wait."""
+    # `torch.tensor` copies: `from_numpy` would let us write to an array that is a read-only view of mapped memory.
+    host = torch.tensor(values)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def _on_device(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
+    key = (store.digest, split, str(device))
+    found = _resident.get(key)
+    if found is not None:
+        _resident.move_to_end(key)
+        return found
+    images = store.images(split)
+    if images.nbytes > RESIDENT_BYTES:
+        return None
+    while _resident and sum(t.nbytes for t in _resident.values()) + images.nbytes > RESIDENT_BYTES:
+        _resident.popitem(last=False)
+    _resident[key] = torch.tensor(images).to(device)
+    return _resident[key]
+
+
+HELD_OUT = "held_out"
+"""Name of the split that a `fold` trial is judged by: the training and validation images of the domain left out."""
+
+
+def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) -> list[Indices]:
+    """Positions 0…count-1 in batches of `size`, shuffled by `seed` (None = in order).
+
+    With `drop_last` a last, smaller batch is left out unless it is the only one: BatchNorm statistics of a remainder of
+    a few images are noise, but a split smaller than a batch must still train.
+    """
+    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    end = count - count % size if drop_last and count > size else count
+    return [order[i : i + size].astype(np.int64) for i in range(0, end, size)]
+
+
+def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
+    """Split → parts, each a split of the store and positions (ascending) in it.
+
+    `train` is the fraction of the task, or all of the domain of `task.train_on`; a held-out domain leaves `train` and
+    `val` and makes the split `held_out`.
+
+    Raises:
+        ValueError: the held-out domain is not an ID domain, or no other is left; `train_on` is not an OOD domain.
+    """
+    parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
+    if spec.task.train_on is not None:
+        return _oracle(spec.task.train_on, parts)
+    used = store.fraction("train", spec.task.train_fraction)
+    parts["train"] = [("train", np.arange(used, dtype=np.int64))]
+    if spec.held_out is None:
+        return parts
+    domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
+    if spec.held_out not in domains:
+        raise ValueError(f"A held-out domain is one of the ID domains {', '.join(domains)}, but got {spec.held_out!r}.")
+    wanted = store.domains.index(spec.held_out)
+    parts[HELD_OUT] = [(s, np.flatnonzero(store.domain_ids(s) == wanted)) for s in ("train", "val")]
+    for split in ("train", "val"):
+        source, indices = parts[split][0]
+        parts[split] = [(source, indices[store.domain_ids(source)[indices] != wanted])]
+        if len(parts[split][0][1]) == 0:
+            raise ValueError(
+                f"Without the held-out domain {spec.held_out!r} the {split} split must keep images, but it keeps none. "
+                f"The ID domains are {', '.join(domains)}."
+            )
+    return parts
+
+
+def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[str, list[tuple[str, Indices]]]:
+    """`train` replaced by a whole OOD domain; validation stays that of the ID domains."""
+    if f"ood/{domain}" not in parts:
+        known = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
+        raise ValueError(f"An oracle reference trains on an OOD domain ({known or 'none'}), but got {domain!r}.")
+    return {**parts, "train": parts[f"ood/{domain}"]}
+
 
 _SCALE_SAMPLES = 1024
 """How many training images the mean squared feature norm is taken over. The training split is stored in nested
@@ -49,7 +150,7 @@ class TrialData:
         device: torch.device | str,
         reference: nn.Module | None = None,
     ) -> None:
-        from trainables.data.features import FeatureCache
+        from trainables.data.feature_cache import FeatureCache
         from trainables.data.transforms import BatchTransform
 
         self.spec, self.store, self.backbone = spec, store, backbone

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainables.core.contract import Curve
-from trainables.diagnostics.layers import layer_kinds, stages, statistics
+from trainables.models.layer_types import layer_kinds, stages, statistics
+from trainables.specs.measurements import Curve
 
 NOTE = (
     "Relative change ‖W̃ − W‖₂ / ‖W‖₂ of each tensor, W its value before training (after a conversion); where absolute "
@@ -25,7 +25,7 @@ class TensorChange:
 
     name: str
     kind: str
-    """One of `trainables.diagnostics.layers.KINDS`, or `bn_mean`, `bn_var` for running statistics."""
+    """One of `trainables.models.layer_types.KINDS`, or `bn_mean`, `bn_var` for running statistics."""
     stage: str
     distance: float
     """‖W̃ − W‖₂."""

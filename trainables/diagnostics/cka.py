@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainables.core.contract import Curve
-from trainables.core.loop import autocast
-from trainables.diagnostics.layers import blocks
+from trainables.models.layer_types import blocks
+from trainables.models.precision import autocast
+from trainables.specs.measurements import Curve
 
 SMALLEST_BATCH = 4
 """The unbiased HSIC needs four samples."""

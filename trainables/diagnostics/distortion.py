@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.core.contract import Curve
-from trainables.data.pixels import to_device
+from trainables.data.trial_data import to_device
+from trainables.specs.measurements import Curve
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData

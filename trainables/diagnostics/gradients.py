@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trainables.diagnostics.layers import fine_kinds
+from trainables.models.layer_types import fine_kinds
 
 if TYPE_CHECKING:
-    from trainables.core.backbone import Classifier
+    from trainables.models.backbone import Classifier
 
 
 class GradientNorms:

@@ -14,7 +14,7 @@ from timm.layers.norm import RmsNorm2dFp32, RmsNormFp32, SimpleNorm2dFp32, Simpl
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainables.core.contract import Curve
+from trainables.specs.measurements import Curve
 
 LAYER_NORMS = (
     nn.LayerNorm,

@@ -14,7 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from trainables.core.vit_blocks import COMPONENTS, Block, linear_width
+from trainables.models.transformer_blocks import COMPONENTS, Block, linear_width
 
 Function = Callable[..., Any]
 
@@ -36,7 +36,7 @@ class Probes:
     """Wraps the components of blocks; a context manager that leaves the network as it was.
 
     Args:
-        blocks: see `trainables.core.vit_blocks.find_blocks`.
+        blocks: see `trainables.models.transformer_blocks.find_blocks`.
         embedding: apply the components to the embeddings, else to what enters them.
     """
 

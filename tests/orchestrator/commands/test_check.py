@@ -17,19 +17,18 @@ from orchestrator import Study
 from orchestrator.cli import app
 from orchestrator.commands.check import check_study
 from orchestrator.commands.console import FAILED, OK, PREFLIGHT
-from orchestrator.record.changes import ChangedStudyError
+from orchestrator.record.changes import ChangedStudyError, versions
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
-from orchestrator.record.versions import versions
-from orchestrator.running.drive import plain_spec
+from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import study_backlog, summarizer
 from orchestrator.tracking.follower import MlflowFollower
 from orchestrator.tracking.study_tracking import settings_of
 from tests.orchestrator.driving import searcher
 from tests.synthetic import write_shapes
-from trainables.core.checkpoint import RunState, save_state
-from trainables.core.keeper import Keeper
 from trainables.data.store import Store
+from trainables.storage.checkpoint_format import RunState, save_state
+from trainables.storage.checkpoint_store import Keeper
 
 FIELDS: dict[str, Any] = {
     "name": "s",

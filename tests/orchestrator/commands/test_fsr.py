@@ -16,8 +16,8 @@ from orchestrator import Study, cli
 from orchestrator.commands.console import OK, PREFLIGHT
 from orchestrator.commands.fsr import FsrReport, measure_fsr
 from orchestrator.errors import PreflightError
-from orchestrator.record.folding import measurements, study_header
 from orchestrator.record.journal import Journal
+from orchestrator.record.records import measurements, study_header
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates
 from orchestrator.study_file.yaml_writer import write_yaml
 from tests.synthetic import write_images
@@ -121,7 +121,7 @@ def test_the_search_that_follows_begins_with_the_lambda_that_the_references_sugg
     measured: tuple[Study, FsrReport], make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, report = measured
-    monkeypatch.setattr("orchestrator.planning.lambda_hint.suggested", lambda found: report.found[0])
+    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda found: report.found[0])
     expected = round(min(max(report.found[0].lam, 0.0), 2.0), 3)
     later = make(name="later", diagnostics={"fsr_from": "shapes", "plasticity": False})
     records = [r for r in later.run(progress=False).records if r.role == "search"]

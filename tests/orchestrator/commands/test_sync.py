@@ -19,7 +19,7 @@ from orchestrator.commands import sync as sync_command_module
 from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
-from orchestrator.running.drive import plain_spec
+from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import follow, study_backlog
 from orchestrator.study import Study
 from orchestrator.study_file.spec import TrackingSpec

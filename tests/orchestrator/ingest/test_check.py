@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from orchestrator.ingest.check import check, detect
+from orchestrator.ingest.check import DataReport, check, detect
 from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.report import DataReport
 from tests.orchestrator.ingest.pictures import domains, fill, picture
 
 

@@ -22,8 +22,7 @@ from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.folder import open_folder
 from orchestrator.ingest.images import FORMATS
 from orchestrator.ingest.npz import open_npz
-from orchestrator.ingest.parquet import open_parquet
-from orchestrator.ingest.parquet_table import Table, encoded_images
+from orchestrator.ingest.parquet import Table, encoded_images, open_parquet
 from orchestrator.ingest.worker import MEMORY_LIMIT
 from tests.orchestrator.ingest.pictures import domains, encoded, picture
 from trainables.data.store import Store

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ingest import intact
+from orchestrator.ingest import pipeline
 from orchestrator.ingest.pipeline import IngestRequest, ingest
 from tests.orchestrator.ingest.pictures import domains
 from trainables.data.store import DATA, MANIFEST, Store, StoreError
@@ -82,7 +82,7 @@ def test_a_small_store_is_compared_whenever_it_is_found_again(
 def test_a_large_store_is_compared_once_for_each_state_of_its_file(
     tmp_path: Path, request_: IngestRequest, compared: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(intact, "SMALL", 1000)
+    monkeypatch.setattr(pipeline, "SMALL", 1000)
     store = ingest(request_, tmp_path / "stores", workers=1)
     ingest(request_, tmp_path / "stores", workers=1)
     assert compared == []

@@ -18,8 +18,8 @@ from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.images import decode
 from orchestrator.ingest.pipeline import IngestRequest, ingest, survey
 from tests.orchestrator.ingest.pictures import CLASSES, domains, encoded, fill, picture, png_claiming, read
-from trainables.data.digits import handwritten_digits, shift
 from trainables.data.store import Store
+from trainables.demo.digits import handwritten_digits, shift
 
 
 def contents(store: Store) -> dict[str, tuple[str, str, str, bytes]]:

@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 import search_spaces
+from orchestrator.planning.estimates import TRIAL_BYTES
 from orchestrator.planning.plan import Plan, law_in_words, make_plan
-from orchestrator.planning.volume import TRIAL_BYTES
 from orchestrator.study_file.spec import StudySpec
 from search_spaces import Law
 

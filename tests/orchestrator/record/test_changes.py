@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.commands.console import PREFLIGHT, exit_code
-from orchestrator.record.changes import ChangedStudyError, changes, check_changes
-from orchestrator.record.versions import code_digest, versions
+from orchestrator.record.changes import ChangedStudyError, changes, check_changes, code_digest, versions
 from orchestrator.study_file.spec import StudySpec
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.record.folding import fold
 from orchestrator.record.journal import Journal
+from orchestrator.record.records import fold
 from orchestrator.running.tracking_process import summarizer
 from orchestrator.tracking.projection import Projection
 from tests.test_architecture import calls, parsed
@@ -81,6 +81,10 @@ def test_s8_durations_are_never_taken_from_the_clock_on_the_wall() -> None:
     """It says when something happened; how long it took is for `time.monotonic` and `time.perf_counter`."""
     used = {file for file, tree in parsed("orchestrator", "trainables", "search_spaces") for call, _ in calls(tree)
             if call in ("time.time", "datetime.now", "datetime.datetime.now", "datetime.utcnow")}  # fmt: skip
-    stamps = {"orchestrator/record/journal.py", "orchestrator/tracking/delivery_state.py", "trainables/core/keeper.py"}
+    stamps = {
+        "orchestrator/record/journal.py",
+        "orchestrator/tracking/delivery_state.py",
+        "trainables/storage/checkpoint_store.py",
+    }
     ages = {"orchestrator/commands/status.py", "orchestrator/tracking/local_database.py"}  # how long ago; never below 0
     assert used - stamps == ages

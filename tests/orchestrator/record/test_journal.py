@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.record.folding import study_header, unfinished
 from orchestrator.record.journal import Journal, JournalError, JournalWriteError, fold, read_from
+from orchestrator.record.records import study_header, unfinished
 
 
 def suggest(journal: Journal, trial_id: str = "a", number: int = 0, **fields: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from orchestrator.record.records import TrialRecord, declared_metrics
-from orchestrator.running.failures import classify, error_line
+from orchestrator.running.failure_policy import classify, error_line
 from trainables import strategies
 
 
@@ -41,7 +41,7 @@ def test_a_metric_that_is_not_finite_is_missing() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("trainables.core.trial.NonFiniteError: the loss is nan", "nan"),
+        ("trainables.engine.tune_trainable.NonFiniteError: the loss is nan", "nan"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "oom"),
         ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", "host_oom"),
         ("ray.exceptions.ActorDiedError: The actor died unexpectedly: killed by the OOM killer", "host_oom"),

@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.record.folding import fold, measurements
 from orchestrator.record.journal import Journal
+from orchestrator.record.records import fold, measurements
 from orchestrator.report import figures, page
 from orchestrator.report.page import report_html, write_report
+from orchestrator.results.leaderboard import cells
 from orchestrator.results.study_results import Results
-from orchestrator.results.tables import cells
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 SCRIPT = "</script><script>alert(2)</script>"

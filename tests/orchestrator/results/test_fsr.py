@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.planning.fsr_stage import ReferenceStage
+from orchestrator.planning.fsr import ReferenceStage
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, study_metrics, suggested
 from orchestrator.results.leaderboard import leaderboard, mean_interval
 from orchestrator.results.selection import rank
 from orchestrator.search.stages import Entry
 from tests.synthetic import shapes
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import ModelSpec, Task
 
 
 def reference(number: int, sample: str, seed: int, shift: float, images: float = 100.0, **fields: Any) -> TrialRecord:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit
 
-from orchestrator.results.shift_limit import EXPONENTS, Floats, ShiftLimit
+from orchestrator.results.fsr import EXPONENTS, Floats, ShiftLimit
 
 SIZES = np.array([25.0, 50.0, 100.0])
 

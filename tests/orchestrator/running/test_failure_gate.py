@@ -19,18 +19,16 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli import app
 from orchestrator.commands.console import FAILED, PARTIAL
-from orchestrator.record.folding import fold, study_header
 from orchestrator.record.journal import Journal
-from orchestrator.running.drive import Drive
-from orchestrator.running.failure_gate import FailureGate, FailureGateError
-from orchestrator.running.failures import classify, error_line
-from orchestrator.running.lost_actors import LostActorError, lost_actors_are_failed_attempts
-from orchestrator.running.tune_files import tune_keeps_no_files
+from orchestrator.record.records import fold, study_header
+from orchestrator.running.failure_policy import FailureGate, FailureGateError, classify, error_line
+from orchestrator.running.ray_internals import LostActorError, lost_actors_are_failed_attempts, tune_keeps_no_files
+from orchestrator.running.study_run import Drive
 from orchestrator.running.watchdog import Watchdog
 from orchestrator.study_file.failures import FailuresSpec
 from tests.synthetic import write_images
-from trainables.core.failing import failure_text
-from trainables.core.faults import VARIABLE, _planned
+from trainables.specs.errors import failure_text
+from trainables.specs.fault_injection import VARIABLE, _planned
 
 
 def told(gate: FailureGate, *endings: str, first: int = 0) -> FailureGate:
@@ -358,7 +356,7 @@ due to SIGSEGV or another unexpected error.
 
 def test_p25_of_a_process_that_ended_without_a_word_it_is_said_where_it_was() -> None:
     assert classify(VANISHED) == "infra"
-    assert classify("trainables.core.keeper.FencedError: another process has taken trial 3 over") == "infra"
+    assert classify("trainables.specs.errors.FencedError: another process has taken trial 3 over") == "infra"
     assert error_line(VANISHED) == (
         "ActorDiedError: process 6457 on 192.0.2.2 ended without a word: it crashed (a segmentation fault, or a "
         "library that ends the process), or it was killed from outside (by the kernel, if memory ran out: see dmesg "

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator.ingest.pipeline import IngestRequest, ingest
-from orchestrator.running.ingest_progress import shown
+from orchestrator.running.progress import shown
 from tests.orchestrator.ingest.pictures import domains
 
 

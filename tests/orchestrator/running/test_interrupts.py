@@ -19,8 +19,8 @@ from benchmarks._killing import ROOT, write_material, write_study
 from orchestrator import Study
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now
 from orchestrator.record.journal import Journal
-from trainables.core.faults import VARIABLE
-from trainables.core.keeper import KEEP_NOW
+from trainables.specs.fault_injection import VARIABLE
+from trainables.storage.checkpoint_store import KEEP_NOW
 
 STEPS = 1500
 

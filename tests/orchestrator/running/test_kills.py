@@ -16,8 +16,8 @@ from benchmarks.kills import row
 from orchestrator import Study
 from orchestrator.commands.check import check_study
 from orchestrator.record.journal import Journal, fold
-from trainables.core.checkpoint import load_state
-from trainables.core.faults import LOG, VARIABLE
+from trainables.specs.fault_injection import LOG, VARIABLE
+from trainables.storage.checkpoint_format import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -111,7 +111,7 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     assert subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True).returncode == 1
     assert driver.wait() == 1
     log = (file.parent / "driver.log").read_text()
-    assert f"orchestrator.running.disk.DiskError: A study writes its record to {small_disk}" in log
+    assert f"orchestrator.running.failure_policy.DiskError: A study writes its record to {small_disk}" in log
     folder = Study.from_yaml(file).folder / "checkpoints"
     for path in folder.glob("trial-*/unit-*"):
         load_state(path)  # what is visible is whole

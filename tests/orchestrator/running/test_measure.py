@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.record.folding import measurements
 from orchestrator.record.journal import Journal
+from orchestrator.record.records import measurements
 from orchestrator.running import measure
 from orchestrator.running.measure import measure_start, pretrained_plasticity
 from orchestrator.study_file.spec import StudySpec
 from tests.synthetic import write_shapes
-from trainables.core.task import ModelSpec, Task
-from trainables.core.vit_blocks import COMPONENTS
+from trainables.models.transformer_blocks import COMPONENTS
+from trainables.specs.trial_spec import ModelSpec, Task
 
 REQUEST = {"cpu": 1.0, "gpu": 0.0}
 FOUND = {"metrics": {"plasticity/mha": 1.5}, "curves": {}}

@@ -16,8 +16,8 @@ import pytest
 from benchmarks._killing import ROOT, write_material, write_study
 from orchestrator.cluster.driver_process import free_port
 from orchestrator.record.journal import Journal
-from trainables.core.failing import failure_text
-from trainables.core.redaction import is_secret, redact
+from trainables.specs.errors import failure_text
+from trainables.specs.redaction import is_secret, redact
 
 SECRETS = {
     "HF_TOKEN": "hf-5a1d0c7e",
@@ -68,7 +68,7 @@ def test_c9_a_failure_that_quotes_secrets_is_kept_without_them(tmp_path: Path) -
 @pytest.mark.usefixtures("planted")
 def test_c9_an_error_that_tune_keeps_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune hands on what a trial raises."""
-    from trainables.core.trial import Trial
+    from trainables.engine.tune_trainable import Trial
 
     def fail(self: Trial) -> Any:
         raise OSError(f"cannot read https://me:{IN_URL}@host with {SECRETS['HF_TOKEN']}")

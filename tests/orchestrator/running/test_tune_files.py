@@ -17,7 +17,7 @@ from benchmarks._killing import start, write_material, write_study
 from orchestrator import Study
 from orchestrator.cluster.connection import KNOBS
 from orchestrator.cluster.driver_process import environment
-from orchestrator.running.tune_files import nowhere, tune_keeps_no_files
+from orchestrator.running.ray_internals import nowhere, tune_keeps_no_files
 from tests.clusters import plain_cluster
 from tests.test_security import Canary
 

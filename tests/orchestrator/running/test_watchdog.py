@@ -16,18 +16,17 @@ import pytest
 
 from benchmarks._killing import ROOT, start, write_material, write_study
 from orchestrator import Study
-from orchestrator.record.folding import fold
 from orchestrator.record.journal import Journal
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, fold
 from orchestrator.running import watchdog
-from orchestrator.running.callback import RecordCallback
-from orchestrator.running.unit_kinds import Kind, kind_of
-from orchestrator.running.watchdog import Watchdog
+from orchestrator.running.journal_callback import RecordCallback
+from orchestrator.running.watchdog import Kind, Watchdog, kind_of
 from orchestrator.study_file.failures import FailuresSpec
 from tests.orchestrator.driving import task
-from tests.trainables.core.test_keeper import state
-from trainables.core.faults import LOG, VARIABLE
-from trainables.core.keeper import FencedError, Keeper
+from tests.trainables.storage.test_checkpoint_store import state
+from trainables.specs.errors import FencedError
+from trainables.specs.fault_injection import LOG, VARIABLE
+from trainables.storage.checkpoint_store import Keeper
 
 LIMITS: dict[str, Any] = {"stall_factor": 3.0, "stall_floor": 20.0, "stall_first": 600.0}
 
@@ -314,7 +313,7 @@ def test_p9_no_process_but_one_of_rays_is_killed() -> None:
 ZOMBIE = """
 import sys
 from pathlib import Path
-from tests.trainables.core.test_keeper import Keeper, state
+from tests.trainables.storage.test_checkpoint_store import Keeper, state
 keeper = Keeper(Path(sys.argv[1])); keeper.claim()
 for unit in (1, 2, 3): keeper._cost = 0; keeper.unit_done(lambda: state(unit))
 """

@@ -21,14 +21,14 @@ from ray.tune.search import Searcher
 from orchestrator.record.journal import Journal, fold
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.selection import top_candidates
-from orchestrator.running.callback import RecordCallback, close_open_trials
-from orchestrator.search import optuna_storage
-from orchestrator.search.replay import set_aside
-from orchestrator.search.scheduler import StudyScheduler
+from orchestrator.running.journal_callback import RecordCallback, close_open_trials
+from orchestrator.search import optuna_store
+from orchestrator.search.asha import StudyScheduler
+from orchestrator.search.optuna_store import set_aside
 from orchestrator.search.space import SearchError
 from orchestrator.search.stages import ConfirmStage, Entry
 from tests.orchestrator.driving import EPOCHS, accuracy, optuna_trials, searcher, task
-from trainables.core import faults
+from trainables.specs import fault_injection
 
 TRIALS = 14
 Checkpoints = dict[int, int]
@@ -155,13 +155,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRec
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     def plan(text: str) -> None:
-        monkeypatch.setenv(faults.VARIABLE, text)
-        monkeypatch.setenv(faults.LOG, str(tmp_path / "faults"))
-        faults._planned.cache_clear()
+        monkeypatch.setenv(fault_injection.VARIABLE, text)
+        monkeypatch.setenv(fault_injection.LOG, str(tmp_path / "faults"))
+        fault_injection._planned.cache_clear()
 
     yield plan
     monkeypatch.undo()
-    faults._planned.cache_clear()
+    fault_injection._planned.cache_clear()
 
 
 def events_of(folder: Path, kind: str) -> list[int]:
@@ -295,7 +295,7 @@ def test_p19_a_database_that_is_lost_damaged_or_old_is_made_again(
 
 
 def test_p19_a_locked_database_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optuna_storage, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(optuna_store, "LOCK_SECONDS", 0.05)
     driver = Driver(tmp_path, {})
     driver.searcher.close()
     driver.die()

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from ray import tune
 
 from orchestrator.results.selection import top_candidates
-from orchestrator.search.scheduler import StudyScheduler
+from orchestrator.search.asha import StudyScheduler
 from orchestrator.search.searcher import StudySearcher
 from orchestrator.search.stages import ConfirmStage, Entry
 from tests.clusters import plain_cluster

@@ -35,7 +35,8 @@ from tests.orchestrator.driving import (
     task,
     url,
 )
-from trainables.core.task import TrialSpec, stream_seed
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import TrialSpec
 
 
 def test_default_points_of_all_entries_come_first_in_the_order_of_the_study(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.results.selection import top_candidates
 from orchestrator.search.stages import Configuration, ConfirmStage, Entry, FoldStage
 from tests.orchestrator.driving import Config, accuracy, drive, finished, optuna_trials, searcher, task
-from trainables.core.task import TrialSpec, stream_seed
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import TrialSpec
 
 DOMAINS = ("photo", "sketch", "clipart")
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from tests.synthetic import SIDE, shapes, write_shapes
-from trainables.core.backbone import load_pretrained
-from trainables.core.task import ModelSpec, Task, TrialSpec
-from trainables.data.samples import batch_positions
 from trainables.data.store import Store
-from trainables.data.trial_data import TrialData
+from trainables.data.trial_data import TrialData, batch_positions
+from trainables.models.backbone import load_pretrained
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 Make = Callable[..., TrialData]
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.synthetic import shapes
-from trainables.core.backbone import Classifier
-from trainables.core.checkpoint import load_state, save_state
-from trainables.core.contract import Curve
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.diagnostics.change import TensorChange, change_report, parameter_change
+from trainables.engine.trial import Run
+from trainables.models.backbone import Classifier
+from trainables.specs.measurements import Curve
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.storage.checkpoint_format import load_state, save_state
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainables.diagnostics.cka import block_cka, cka_report, gram, unbiased_hsic
-from trainables.diagnostics.layers import blocks
+from trainables.models.layer_types import blocks
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

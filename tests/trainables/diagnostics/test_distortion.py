@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.synthetic import OOD_DOMAINS, shapes
-from trainables.core.run import Run
-from trainables.core.scoring import final_scores
-from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.diagnostics.distortion import GRID, FeatureDistortion, feature_distortion
+from trainables.engine.evaluation import final_scores
+from trainables.engine.trial import Run
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 SPLITS = ("test", *(f"ood/{domain}" for domain in OOD_DOMAINS))
 

@@ -15,15 +15,16 @@ from torch.nn import functional
 
 from tests.conformance import same_numbers, same_tensors
 from tests.synthetic import shapes
-from trainables.core import run as run_module
-from trainables.core.checkpoint import load_state, save_state
-from trainables.core.contract import ParamGroup, Phase, Strategy, TrainingConfig
-from trainables.core.loop import train_unit
-from trainables.core.optim import build_optimizer
-from trainables.core.run import Run
-from trainables.core.task import ModelSpec, Task, TrialSpec, stream_seed
-from trainables.core.vit_blocks import COMPONENTS
 from trainables.diagnostics.gradients import GradientNorms, moving_kinds
+from trainables.engine import trial as run_module
+from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
+from trainables.engine.loop import train_unit
+from trainables.engine.optim import build_optimizer
+from trainables.engine.trial import Run
+from trainables.models.transformer_blocks import COMPONENTS
+from trainables.specs.seeds import stream_seed
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.storage.checkpoint_format import load_state, save_state
 
 
 class HeadThenAll(Strategy):

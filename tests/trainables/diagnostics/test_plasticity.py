@@ -15,9 +15,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tests.trainables.diagnostics.plain_plasticity import plain_plasticity
-from trainables.core.contract import Curve
-from trainables.core.vit_blocks import COMPONENTS, find_blocks
 from trainables.diagnostics.plasticity import PlasticityReport, measure_pairs, measure_plasticity
+from trainables.models.transformer_blocks import COMPONENTS, find_blocks
+from trainables.specs.measurements import Curve
 
 PATCHES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 STAGES = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4)}

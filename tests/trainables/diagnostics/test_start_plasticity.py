@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.synthetic import shapes
-from trainables.core.backbone import load_pretrained
-from trainables.core.task import ModelSpec, Task, TrialSpec
 from trainables.data.trial_data import TrialData
-from trainables.diagnostics import start_plasticity
-from trainables.diagnostics.plasticity import measure_plasticity
-from trainables.diagnostics.start_plasticity import image_pairs, plasticity_after, plasticity_of
+from trainables.diagnostics import plasticity
+from trainables.diagnostics.plasticity import image_pairs, measure_plasticity, plasticity_after, plasticity_of
+from trainables.models.backbone import load_pretrained
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 Make = Callable[..., TrialData]
 
@@ -60,7 +59,7 @@ def test_pairs_with_a_source_domain(make: Make) -> None:
 def test_no_more_pairs_than_asked_for_and_in_batches(
     make: Make, monkeypatch: pytest.MonkeyPatch, source: str | None
 ) -> None:
-    monkeypatch.setattr(start_plasticity, "BATCH", 4)
+    monkeypatch.setattr(plasticity, "BATCH", 4)
     data = make(plasticity_source=source, plasticity_pairs=10)
     assert [(len(x), len(y)) for x, y in image_pairs(data)] == [(4, 4), (4, 4), (2, 2)]
 
@@ -81,13 +80,13 @@ def test_it_is_the_plasticity_of_the_pretrained_network_on_these_pairs(make: Mak
 
 def test_it_is_measured_once_per_data_and_settings(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
-    original = start_plasticity.measure_pairs
+    original = plasticity.measure_pairs
 
     def counted(*arguments: Any) -> Any:
         measured.append(arguments[2])
         return original(*arguments)
 
-    monkeypatch.setattr(start_plasticity, "measure_pairs", counted)
+    monkeypatch.setattr(plasticity, "measure_pairs", counted)
     first = plasticity_of(make())
     assert plasticity_of(make()) == first
     assert plasticity_of(make(epochs=7)) == first

@@ -1,0 +1,36 @@
+"""P8: a cluster of one machine that has died ends the run with a word of ours."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from orchestrator.running.ray_internals import HeadWatch, LostClusterError, ended_processes
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("raylet", -9, "the raylet of Ray was killed by signal 9"),
+        ("gcs_server", 1, "the head process of Ray ended with exit code 1"),
+    ],
+)
+def test_p8_a_process_that_the_cluster_needs(name: str, code: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(LostClusterError) as error, caplog.at_level(logging.ERROR):
+        HeadWatch(lambda: [(name, code)]).on_step_begin(1, [])
+    assert str(error.value) == (
+        f"A study on this machine needs its Ray cluster until it ends, but {said}. Everything that was recorded is "
+        "kept: run the same command again to continue. If it happens again, look at the memory of this machine (dmesg) "
+        "and at Ray's logs."
+    )
+    at_once = [record.getMessage() for record in caplog.records]
+    assert at_once == ([str(error.value)] if name == "gcs_server" else [])  # Ray ends a driver without a head
+
+
+def test_p8_the_dashboard_and_the_rest_may_go() -> None:
+    HeadWatch(lambda: [("dashboard", -9), ("log_monitor", -9), ("ray_client_server", 1)]).on_step_begin(1, [])
+
+
+def test_p8_where_no_cluster_was_started_nothing_is_missed() -> None:
+    assert ended_processes() == []

@@ -1,0 +1,52 @@
+"""Phases, units and steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainables.engine.budget import Plan, Position
+from trainables.engine.contract import Phase, Strategy
+
+
+class Listed(Strategy):
+    """A strategy with given phases."""
+
+    def __init__(self, *phases: Phase) -> None:
+        self.listed = list(phases)
+
+    def phases(self, units: int) -> list[Phase]:
+        return self.listed
+
+
+HEAD, SOLVE, ALL = Phase("head", 2), Phase("solve", 1, solve=lambda model, data: {}), Phase("all", 3)
+
+
+def test_every_unit_knows_its_phase_and_the_steps_before_it() -> None:
+    plan = Plan.of(Listed(HEAD, SOLVE, ALL), budget=8, unit_steps=10)
+    assert plan.units == 6
+    assert [plan.at(unit) for unit in range(6)] == [
+        Position(HEAD, 0, 0),
+        Position(HEAD, 1, 10),
+        Position(SOLVE, 0, 20),
+        Position(ALL, 0, 20),
+        Position(ALL, 1, 30),
+        Position(ALL, 2, 40),
+    ]
+    with pytest.raises(IndexError):
+        plan.at(6)
+
+
+@pytest.mark.parametrize(
+    ("phases", "told"),
+    [
+        ((HEAD, ALL), "5 (head: 2, all: 3)"),
+        ((), "0 (no phase)"),
+        ((HEAD, Phase("rest", 0)), "2 (head: 2, rest: 0)"),
+    ],
+)
+def test_a_plan_must_fit_the_budget(phases: tuple[Phase, ...], told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Plan.of(Listed(*phases), budget=4, unit_steps=1)
+    assert str(error.value) == (
+        f"The phases of test_budget must take between 1 and 4 units, but they take {told}. Give the trial more epochs."
+    )

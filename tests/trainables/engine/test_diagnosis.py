@@ -1,0 +1,158 @@
+"""Which diagnostics a trial takes, and that taking them changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from tests.conformance import same_numbers, same_tensors
+from tests.synthetic import MemoryStore, shapes
+from trainables.diagnostics.cka import block_cka
+from trainables.diagnostics.plasticity import plasticity_after
+from trainables.engine import trial as run_module
+from trainables.engine.trial import Run
+from trainables.full import Full
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.storage.checkpoint_format import load_state, save_state
+
+OWN = ("distortion/", "change/", "cka/", "grad_norm/")
+CURVES = {"distortion": ("distortion", "change", "change_by_stage"), "cka": ("cka",)}
+
+
+class Curious(Full):
+    """Full fine-tuning that always wants CKA."""
+
+    measures: ClassVar[frozenset[str]] = frozenset({"cka"})
+
+
+@pytest.fixture
+def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
+    """`make("full", "cnn", diagnostics=(…))`: two units on the tiny networks."""
+
+    def make(strategy: str = "full", kind: str = "vit", store: MemoryStore | None = None, **fields: Any) -> Run:
+        model = ModelSpec(name=network(kind))
+        task = Task(store="memory", model=model, epochs=2, batch_size=16, cache=str(tmp_path), **fields)
+        return Run(TrialSpec(task=task, strategy=strategy, seed=1), store=store or shapes(), device="cpu")
+
+    return make
+
+
+def finish(run: Run) -> list[dict[str, Any]]:
+    history = []
+    while not run.finished:
+        history.append(run.step())
+    return history
+
+
+def measured(unit: dict[str, Any]) -> set[str]:
+    """First segments of the names of diagnostics among a unit's metrics."""
+    return {name.partition("/")[0] for name in unit if name.startswith(OWN)}
+
+
+def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable[..., Run]) -> None:
+    for names, groups in (
+        ((), set()),
+        (("distortion",), {"distortion", "change"}),
+        (("cka",), {"cka"}),
+        (("distortion", "cka"), {"distortion", "change", "cka"}),
+    ):
+        first, last = finish(make(diagnostics=names))
+        assert measured(first) == set()
+        assert measured(last) == groups
+        assert set(last.get("curves", {})) == {curve for name in names for curve in CURVES[name]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_d17_test_sets_of_a_few_images_cost_no_trial(
+    make: Callable[..., Run], count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder with three images per class gives two classes a test split of two images."""
+    store = shapes()
+    for split in ("val", "test", "ood/inverted", "ood/noisy"):
+        store.pixels[split], store.targets[split] = store.pixels[split][:count], store.targets[split][:count]
+        store.sources[split] = store.sources[split][:count]
+    last = finish(make(store=store, diagnostics=("shift", "distortion", "cka")))[-1]
+    assert measured(last) == {"distortion", "change"}
+    assert math.isfinite(last["test/acc"])
+    assert f"CKA is left out: it needs at least 4 images, but the ID test has {count}" in caplog.text
+
+
+def test_a_strategy_may_measure_more(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "strategy_class", lambda name: Curious)
+    assert measured(finish(make(diagnostics=()))[-1]) == {"cka"}
+    assert measured(finish(make(diagnostics=("distortion",)))[-1]) == {"distortion", "change", "cka"}
+
+
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_measuring_changes_no_score_and_no_weight(make: Callable[..., Run], kind: str) -> None:
+    plain, watched = make(kind=kind, diagnostics=()), make(kind=kind, diagnostics=("distortion", "cka", "gradients"))
+    a, b = finish(plain), finish(watched)
+    kept = [{k: v for k, v in unit.items() if not k.startswith(OWN) and k != "curves"} for unit in b]
+    assert same_numbers(a, kept)
+    assert same_tensors(plain.model.state_dict(), watched.model.state_dict())
+
+
+def test_a_rung_before_the_last_measures_nothing(make: Callable[..., Run]) -> None:
+    history = finish(make(diagnostics=("distortion", "cka"), evaluate_at=(1,)))
+    assert "test/acc" in history[0]
+    assert measured(history[0]) == set()
+
+
+def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[..., Run]) -> None:
+    run = make(diagnostics=("cka",), kind="cnn")
+    last = finish(run)[-1]
+    curve = last["curves"]["cka"]["columns"]
+    images, _ = next(run.data.batches("test", batch_size=32))
+    expected = block_cka(run.data.reference, copy.deepcopy(run.model.backbone).eval(), [images])
+    assert dict(zip(curve["block"], curve["cka"], strict=True)) == pytest.approx(expected, rel=1e-3)
+    assert last["cka/mean"] == pytest.approx(sum(curve["cka"]) / len(curve["cka"]))
+    assert last["cka/mean"] < 0.999
+    assert make("linear_probe", diagnostics=("cka",)).step()["cka/mean"] == 1.0
+
+
+def test_plasticity_after_tuning_is_that_of_the_final_network(
+    make: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(diagnostics=("plasticity",))
+    last = finish(run)[-1]
+    expected = plasticity_after(run.model, run.data)
+    assert {k: v for k, v in last.items() if k.startswith("plasticity/")} == expected.metrics()
+    assert last["curves"]["plasticity"] == expected.curve().to_dict()
+    assert expected.mean != plasticity_after(run.data.reference, run.data).mean
+    assert caplog.messages == []
+    assert "test/acc" in finish(make(kind="cnn", diagnostics=("plasticity",)))[-1]
+    (message,) = caplog.messages
+    assert message.startswith("Plasticity after tuning is left out: The components ln1, mha, ln2, fc1 and fc2 need")
+
+
+def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: Path) -> None:
+    fields = {"strategy": "daft", "kind": "cnn", "diagnostics": ("distortion", "cka")}
+    whole, first, second = (make(**fields) for _ in range(3))
+    history = finish(whole)
+    start = first.step()
+    save_state(tmp_path / "state", first.state())
+    second.load_state(load_state(tmp_path / "state"))
+    torch.manual_seed(5)
+    assert same_numbers(history, [start, *finish(second)])
+
+
+def test_components_report_their_gradient_norms_without_being_asked(make: Callable[..., Run]) -> None:
+    first = make("components", diagnostics=()).step()
+    assert {name for name in first if name.startswith("grad_norm/")} > {"grad_norm/final_norm", "grad_norm/head"}
+
+
+def test_plasticity_that_cannot_be_measured_costs_no_trial(
+    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(model: object, data: object) -> None:
+        raise ValueError("Its windows are filled up.")
+
+    monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_after", refused)
+    assert "test/acc" in finish(make(diagnostics=("plasticity",)))[-1]
+    assert "Plasticity after tuning is left out: Its windows are filled up." in caplog.text

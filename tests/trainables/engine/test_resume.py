@@ -1,0 +1,276 @@
+"""A trial that keeps its own checkpoints: killed anywhere, it goes on in another process as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conformance import CLOCK, same_numbers, same_tensors
+from tests.synthetic import shapes, write_shapes
+from trainables.engine import trial as run_module
+from trainables.engine.contract import Strategy
+from trainables.engine.trial import Run
+from trainables.engine.tune_trainable import Trial
+from trainables.specs import fault_injection
+from trainables.specs.fault_injection import LOG, VARIABLE
+from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.storage import checkpoint_store as keeper_module
+from trainables.storage.checkpoint_format import load_state, save_state
+from trainables.storage.checkpoint_store import checkpoints
+
+ROOT = str(Path(__file__).parents[3])
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory, network: Callable[[str], str], one_thread: None) -> Task:
+    root = tmp_path_factory.mktemp("resume")
+    write_shapes(root / "store")
+    model = ModelSpec(name=network("cnn"))
+    return Task(store=str(root / "store"), model=model, epochs=4, batch_size=16, cache=str(root / "cache"))
+
+
+@pytest.fixture(scope="module")
+def spec(task: Task) -> TrialSpec:
+    return TrialSpec(task=task, strategy="daft", hparams={"lr_head": 0.1}, seed=5)
+
+
+@pytest.fixture(scope="module")
+def expected(spec: TrialSpec) -> list[dict[str, Any]]:
+    """Every unit's result of the trial without any interruption."""
+    run, history = Run(spec, device="cpu"), []
+    while not run.finished:
+        history.append(run.step())
+    return history
+
+
+@pytest.fixture
+def config(spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(keeper_module, "SHARE", 0)  # a checkpoint after every unit, however short
+    return spec.to_dict() | {"_number": 7, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0007")}
+
+
+def train(trial: Trial) -> list[dict[str, Any]]:
+    results = [trial.train()]
+    while not results[-1]["done"]:
+        results.append(trial.train())
+    return results
+
+
+def of_run(result: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in like if name not in CLOCK}
+
+
+def same(results: list[dict[str, Any]], like: list[dict[str, Any]]) -> bool:
+    """Bit equality of what Tune got and what the run itself said."""
+    return same_numbers([of_run(r, unit) for r, unit in zip(results, like, strict=True)], like)
+
+
+def test_p2_another_process_says_the_last_result_again_and_goes_on(
+    config: dict[str, Any], expected: list[dict[str, Any]]
+) -> None:
+    first = Trial(config)
+    results = [first.train(), first.train()]
+    second = Trial(config)
+    again = second.train()
+    assert same([*results, again], [*expected[:2], expected[1]])
+    assert again["training_iteration"] == 2
+    rest = train(second)
+    assert same(rest, expected[2:])
+    assert same(train(Trial(config)), expected[3:]), "a trial that is done says its result and computes nothing"
+
+
+def test_a_reused_actor_goes_on_with_a_trial_as_a_fresh_one_does(
+    config: dict[str, Any], spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    Trial(config).train()
+    other = dataclasses.replace(spec, seed=6).to_dict() | {"_checkpoints": str(tmp_path / "checkpoints" / "trial-0008")}
+    reused = Trial(other)
+    reused.train()
+    reused.reset(config)
+    assert same(train(reused), expected)
+
+
+@pytest.mark.parametrize("broken", ["newest", "both"])
+def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_told(
+    config: dict[str, Any], expected: list[dict[str, Any]], broken: str
+) -> None:
+    first = Trial(config)
+    for _ in range(3):
+        first.train()
+    kept = checkpoints(Path(config["_checkpoints"]))
+    for path in kept[-1:] if broken == "newest" else kept:
+        (path / "tensors.safetensors").write_bytes(b"torn")
+    results = train(Trial(config))
+    assert same(results, expected[1 if broken == "newest" else 0 :])
+    told = [r["checkpoint_problems"] for r in results if "checkpoint_problems" in r]
+    assert [len(problems) for problems in told] == [1 if broken == "newest" else 2]
+    assert "checkpoint_problems" in results[0]
+
+
+def test_s10_a_checkpoint_of_other_settings_is_put_aside_and_the_trial_starts_over(
+    config: dict[str, Any], task: Task, spec: TrialSpec
+) -> None:
+    trial = Trial(config)
+    trial.train()
+    changed = dataclasses.replace(spec, task=dataclasses.replace(task, batch_size=32))
+    result = Trial(config | changed.to_dict()).train()
+    assert result["unit"] == 1
+    assert [p.partition(": A")[2] for p in result["checkpoint_problems"]] == [
+        " checkpoint continues its own trial only, but this one is of another: task.batch_size: 16 in the checkpoint, "
+        "32 here."
+    ]
+
+
+def test_p23_a_failure_that_would_happen_again_is_a_result_and_not_an_error(config: dict[str, Any]) -> None:
+    """Tune would try an error again, however often it is told to."""
+    config["strategy"], config["hparams"] = "full", {"lr_backbone": 1e30}
+    results = train(Trial(config))
+    assert results[-1]["done"] is True
+    assert "NonFiniteError: The " in results[-1]["failure"].splitlines()[-1]
+    assert "val/acc" not in results[-1]
+
+
+def test_a_failure_of_the_machine_is_an_error_that_tune_may_retry(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Run) -> dict[str, Any]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Run, "step", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        Trial(config).train()
+
+
+CHILD = """
+import json, sys, torch
+torch.set_num_threads(1)
+from trainables.storage import checkpoint_store
+from trainables.engine.tune_trainable import Trial
+checkpoint_store.SHARE = 0
+trial = Trial(json.load(open(sys.argv[1])))
+while True:
+    result = trial.train()
+    plain = {k: v for k, v in result.items() if isinstance(v, (int, float, dict, list))}
+    with open(sys.argv[2], "a") as file:
+        file.write(json.dumps(plain) + "\\n")
+    if result["done"]:
+        break
+"""
+
+FAULTS = (
+    "unit=1,step=3,phase=step,action=kill",  # nothing is kept yet but the middle of the unit
+    "unit=2,phase=in_checkpoint,action=kill",
+    "unit=3,phase=after_checkpoint,action=kill",  # done and kept, nobody was told
+    "unit=4,step=2,phase=step,action=kill",
+    "unit=4,phase=before_checkpoint,action=kill",  # the last unit, with all of its evaluation
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("middle", [False, True])
+def test_p1_p2_a_trial_killed_again_and_again_gives_every_result_and_the_same(
+    config: dict[str, Any], expected: list[dict[str, Any]], tmp_path: Path, middle: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_checkpoint_seconds": 0 if middle else 1e9}))
+    faults = ";".join(f"trial=7,{fault}" for fault in FAULTS)
+    environment = {**os.environ, VARIABLE: faults, LOG: str(tmp_path / "faults")}
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "config.json"), str(tmp_path / "results")]
+    codes = []
+    while not codes or (codes[-1] and len(codes) < 10):
+        codes.append(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True).returncode)
+    assert codes == [-signal.SIGKILL] * len(FAULTS) + [0]
+    results = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
+    assert sorted({r["unit"] for r in results}) == [1, 2, 3, 4]
+    by_unit = {unit["unit"]: unit for unit in expected}
+    assert all(same([r], [by_unit[r["unit"]]]) for r in results)
+    steps = [line for line in (tmp_path / "faults").read_text().splitlines() if "phase=step" in line]
+    assert len(steps) == 2
+    assert all("checkpoint_problems" not in r for r in results)
+
+
+class Restless(Strategy):
+    """Draws from every global generator in every step, and has dropout."""
+
+    def prepare(self, model: Any, data: Any) -> dict[str, float]:
+        model.head.register_forward_hook(
+            lambda module, inputs, output: nn.functional.dropout(output, 0.2, module.training)
+        )
+        return {}
+
+    def extra_loss(self, model: Any, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
+        noise = torch.rand(()) + random.random() + random.gauss(0, 1) + float(np.random.rand() + np.random.randn())
+        return noise * logits.square().mean() * 1e-3
+
+
+def test_p28_how_many_images_fit_at_once_is_remembered(
+    spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the second step, once; whoever goes on must halve the batches too."""
+    monkeypatch.setenv(VARIABLE, "phase=step,step=2,action=oom")
+
+    def out_of_memory_again() -> None:
+        fault_injection._planned.cache_clear()
+        fault_injection._acted.clear()
+
+    def run_of(units: int, run: Run) -> list[dict[str, Any]]:
+        return [run.step() for _ in range(units)]
+
+    out_of_memory_again()
+    whole = run_of(4, Run(spec, device="cpu"))
+    out_of_memory_again()
+    first = Run(spec, device="cpu")
+    start = run_of(2, first)
+    save_state(tmp_path / "state", first.state())
+    second = Run(spec, device="cpu")
+    second.load_state(load_state(tmp_path / "state"))
+    rest = run_of(2, second)
+    monkeypatch.undo()
+    out_of_memory_again()
+    assert [unit["cost/micro_batch"] for unit in whole] == [8.0] * 4
+    assert same_numbers(whole, start + rest)
+    assert not same_numbers(whole, expected), "halves are another rounding"
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_p28_every_random_generator_goes_on_in_the_middle_of_a_unit(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(run_module, "strategy_class", lambda name: Restless)
+    hparams = {"optimizer": "adamw", "lr_backbone": 1e-3, "clip_norm": 1.0, "warmup": 0.2}
+    many = dataclasses.replace(task, augment=("flip",), diagnostics=("gradients",), epochs=2)
+    spec = TrialSpec(task=many, strategy="restless", hparams=hparams, seed=1)
+
+    def left_and_resumed(left: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        run, steps = Run(spec, store=shapes(), device="cpu"), 0
+
+        def keep() -> None:
+            nonlocal steps
+            steps += 1
+            if left and steps == 4 + step:
+                save_state(tmp_path / "state", run.state())
+
+        run.after_step = keep
+        history = [run.step(), run.step()]
+        if left:
+            run = Run(spec, store=shapes(), device="cpu")
+            run.load_state(load_state(tmp_path / "state"))
+            history[1] = run.step()
+        return history, run.model.state_dict()
+
+    whole, resumed = left_and_resumed(False), left_and_resumed(True)
+    assert same_numbers(whole[0], resumed[0])
+    assert same_tensors(whole[1], resumed[1])

@@ -1,0 +1,89 @@
+"""Faults on purpose: where they act, how often, and what a person who mistypes one is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trainables.specs import fault_injection
+
+ROOT = str(Path(__file__).parents[3])
+
+
+@pytest.fixture(autouse=True)
+def _unplanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(fault_injection.VARIABLE, raising=False)
+    monkeypatch.delenv(fault_injection.LOG, raising=False)
+    fault_injection._planned.cache_clear()
+    fault_injection._acted.clear()
+    yield
+    fault_injection._planned.cache_clear()
+
+
+def test_without_the_variable_nothing_happens() -> None:
+    assert fault_injection.reach("step", step=1) is None
+
+
+def test_a_fault_acts_where_all_of_its_fields_agree_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fault_injection.VARIABLE, "trial=2,unit=3,phase=step,action=nan")
+    with fault_injection.located(trial=2, unit=3):
+        assert fault_injection.reach("before_unit") is None
+        assert fault_injection.reach("step", step=1) == "nan"
+        assert fault_injection.reach("step", step=2) is None
+    with fault_injection.located(trial=2, unit=4):
+        assert fault_injection.reach("step") is None
+    assert fault_injection.reach("step", trial=2) is None
+
+
+def test_faults_that_fail_raise_what_the_real_thing_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fault_injection.VARIABLE, "phase=step,action=full;phase=before_unit,action=raise,times=0")
+    with pytest.raises(OSError) as error:
+        fault_injection.reach("step")
+    assert error.value.errno == errno.ENOSPC
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="A fault was injected here"):
+            fault_injection.reach("before_unit")
+
+
+def test_a_log_counts_over_processes_and_is_written_before_the_act(tmp_path: Path) -> None:
+    log = tmp_path / "faults"
+    environment = {
+        **os.environ,
+        fault_injection.VARIABLE: "trial=1,phase=step,action=kill",
+        fault_injection.LOG: str(log),
+    }
+    code = "from trainables.specs.fault_injection import reach; reach('step', trial=1, step=4); print('alive')"
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+        for _ in range(2)
+    )
+    assert first.returncode == -signal.SIGKILL
+    assert (second.returncode, second.stdout) == (0, "alive\n")
+    assert log.read_text().startswith("trial=1,phase=step,action=kill @ trial=1,step=4,pid=")
+
+
+def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fault_injection.VARIABLE, "phase=stepp,action=kill")
+    with pytest.raises(ValueError) as error:
+        fault_injection.reach("step")
+    phases, actions = ", ".join(fault_injection.PHASES), ", ".join(fault_injection.ACTIONS)
+    assert str(error.value) == (
+        f"A fault has phase= one of {phases}, action= one of {actions}, and may "
+        "have times= and trial=, unit=, step=, event=, seq=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
+    )
+
+
+def test_a_note_does_nothing_but_leave_its_line_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(fault_injection.VARIABLE, "phase=before_unit,action=note,times=0")
+    monkeypatch.setenv(fault_injection.LOG, str(tmp_path / "log"))
+    with fault_injection.located(trial=4, unit=2):
+        assert [fault_injection.reach("before_unit") for _ in range(2)] == [None, None]
+    line = f"phase=before_unit,action=note,times=0 @ trial=4,unit=2,pid={os.getpid()}"
+    assert (tmp_path / "log").read_text().splitlines() == [line, line]

@@ -1,0 +1,258 @@
+"""Checkpoints that a trial keeps for itself: how many, how often, what happens to damaged ones, and who may write."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainables.specs.errors import FencedError
+from trainables.storage.checkpoint_format import MANIFEST, TENSORS, RunState, save_state
+from trainables.storage.checkpoint_store import KEPT, QUARANTINED, Keeper, checkpoints
+
+ROOT = str(Path(__file__).parents[3])
+
+
+def state(unit: int, step: int = 0, **meta: Any) -> RunState:
+    return RunState({"model/weight": torch.full((1000,), float(unit))}, {"unit": unit, "step": step, **meta})
+
+
+class Clock:
+    """Seconds that pass only when a test says so, or while a checkpoint is written."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def claimed(folder: Path, **arguments: Any) -> Keeper:
+    keeper = Keeper(folder, **{"clock": Clock(), **arguments})
+    keeper.claim()
+    return keeper
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in checkpoints(folder)]
+
+
+def restored(folder: Path) -> tuple[list[int], Keeper]:
+    """Units of the checkpoints that a new process would try, newest first."""
+    keeper = claimed(folder)
+    return [found.meta["unit"] for _, found in keeper.states()], keeper
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints" / "trial-0007"
+
+
+@pytest.fixture
+def three(folder: Path) -> Path:
+    """Units two and three are kept."""
+    keeper = claimed(folder)
+    for unit in (1, 2, 3):
+        keeper.unit_done(lambda unit=unit: state(unit))
+    return folder
+
+
+def test_steps_of_five_digits_are_newer_than_those_of_four(folder: Path) -> None:
+    keeper = claimed(folder, within=0.0)
+    for step in (9_000, 9_900, 10_000, 100_000):
+        keeper.step_done(lambda step=step: state(0, step))  # type: ignore[misc]
+    assert names(folder) == ["unit-000000-step-10000", "unit-000000-step-100000"]
+
+
+def test_the_two_newest_stay(three: Path) -> None:
+    assert KEPT == 2
+    assert names(three) == ["unit-000002", "unit-000003"]
+    assert sorted(p.name for p in three.iterdir()) == ["owner.json", "unit-000002", "unit-000003"]
+    assert restored(three)[0] == [3, 2]
+
+
+def test_the_middle_of_a_unit_lies_between_its_ends(folder: Path) -> None:
+    clock = Clock()
+    keeper = claimed(folder, clock=clock)
+    keeper.unit_done(lambda: state(1))
+    clock.now += 61
+    keeper.step_done(lambda: state(1, 120))
+    keeper.step_done(lambda: state(1, 121))
+    assert names(folder) == ["unit-000001", "unit-000001-step-0120"]
+    keeper.unit_done(lambda: state(2))
+    assert names(folder) == ["unit-000001-step-0120", "unit-000002"]
+
+
+def test_checkpoints_cost_a_tenth_of_the_time_at_most(folder: Path) -> None:
+    clock = Clock()
+    keeper = claimed(folder, clock=clock)
+
+    def slow(unit: int) -> Callable[[], RunState]:
+        def make() -> RunState:
+            clock.now += 3.0  # what a checkpoint takes
+            return state(unit)
+
+        return make
+
+    for unit in range(1, 41):
+        clock.now += 2.0
+        keeper.unit_done(slow(unit))
+    assert clock.now == 100 + 40 * 2 + 3 * 3, "one at the start, then one every 30 seconds"
+    assert names(folder) == ["unit-000016", "unit-000031"]
+
+
+def test_the_result_of_a_finished_trial_is_kept_without_tensors(folder: Path) -> None:
+    keeper = claimed(folder)
+    keeper._cost = 1e9
+    keeper.finished({"unit": 4, "step": 0, "finished": True, "result": {"val/acc": 0.1 + 0.2}})
+    found = next(claimed(folder).states())[1]
+    assert (dict(found.tensors), found.meta["result"]) == ({}, {"val/acc": 0.1 + 0.2})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_s5_a_truncated_checkpoint_gives_way_to_the_one_before(three: Path, share: float) -> None:
+    file = three / "unit-000003" / TENSORS
+    os.truncate(file, int(file.stat().st_size * share))
+    self_check(three)
+
+
+@pytest.mark.parametrize("name", [TENSORS, MANIFEST])
+@pytest.mark.parametrize("place", [0.0, 0.2, 0.5, 0.9])
+def test_s6_a_flipped_byte_is_found_wherever_it_is(three: Path, name: str, place: float) -> None:
+    file = three / "unit-000003" / name
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 0x10
+    file.write_bytes(content)
+    self_check(three)
+
+
+def test_s9_of_two_that_claim_to_be_the_latest_the_newest_complete_one_wins(three: Path) -> None:
+    (three / "unit-000003" / MANIFEST).unlink()
+    self_check(three)
+
+
+def self_check(folder: Path) -> None:
+    """Unit 3 is put aside and told, unit 2 is the newest."""
+    units, keeper = restored(folder)
+    assert units == [2]
+    assert len(keeper.problems) == 1
+    assert str(folder / "unit-000003") in keeper.problems[0]
+    aside = folder.parent / "quarantine" / "trial-0007-unit-000003"
+    assert (aside / "problem.txt").read_text() == keeper.problems[0] + "\n"
+    assert names(folder) == ["unit-000002"]
+
+
+def test_the_quarantine_is_bounded(folder: Path) -> None:
+    keeper = claimed(folder)
+    for unit in range(QUARANTINED + 5):
+        save_state(folder / f"unit-{unit:06d}", state(unit))
+        keeper.quarantine(folder / f"unit-{unit:06d}", "broken")
+    assert len(list((folder.parent / "quarantine").iterdir())) == QUARANTINED
+
+
+def test_p9_whoever_held_the_trial_before_can_neither_write_nor_remove(folder: Path) -> None:
+    zombie = claimed(folder)
+    zombie.unit_done(lambda: state(1))
+    owner = claimed(folder)
+    for act in (
+        lambda: zombie.unit_done(lambda: state(2)),
+        lambda: zombie.finished(state(9).meta),
+        lambda: zombie.quarantine(folder / "unit-000001", "no"),
+    ):
+        with pytest.raises(FencedError) as error:
+            act()
+    assert str(error.value) == (
+        f"The checkpoints in {folder} are written by one process at a time, but this one (pid {os.getpid()}) is not "
+        f"the latest that took the trial (pid {os.getpid()} on {os.uname().nodename}). It stops here."
+    )
+    assert names(folder) == ["unit-000001"]
+    owner.unit_done(lambda: state(2))
+    assert names(folder) == ["unit-000001", "unit-000002"]
+
+
+def test_a_trial_whose_folder_was_removed_is_over(folder: Path) -> None:
+    keeper = claimed(folder)
+    os.rename(folder, folder.with_name("gone"))
+    with pytest.raises(FencedError):
+        keeper.unit_done(lambda: state(1))
+    assert not folder.exists()
+
+
+def test_s1_a_full_disk_costs_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = claimed(folder)
+    keeper.unit_done(lambda: state(1))
+    monkeypatch.setattr("trainables.storage.atomic_files.sync", full_disk)
+    keeper.unit_done(lambda: state(2))
+    assert keeper.problems == [
+        f"No checkpoint could be written to {folder / 'unit-000002'}: [Errno 28] No space left on device"
+    ]
+    assert names(folder) == ["unit-000001"]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def full_disk(path: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.trainables.storage.test_checkpoint_store import Keeper, state
+keeper = Keeper(Path(sys.argv[1])); keeper.claim()
+for unit in (1, 2, 3): keeper._cost = 0; keeper.unit_done(lambda: state(unit))
+"""
+
+
+def child(folder: Path, limit: int | None = None, **environment: str) -> int:
+    """Keep three units in a process of its own; the exit code."""
+
+    def limited() -> None:
+        if limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n" * (limit is not None) + CHILD
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env={**os.environ, **environment}, cwd=ROOT, preexec_fn=limited,
+        capture_output=True,
+    )  # fmt: skip
+    return done.returncode
+
+
+@pytest.mark.parametrize("share", [0.0003, 0.5, 0.9999])
+def test_p3_a_process_killed_while_it_writes_leaves_nothing_that_counts(three: Path, share: float) -> None:
+    size = (three / "unit-000003" / TENSORS).stat().st_size
+    for unit in (2, 3):
+        (three / f"unit-00000{unit}").rename(three / f"unit-{unit + 7:06d}")
+    # The kernel kills it at that byte of the file; owner.json is smaller than the smallest limit that is of interest.
+    assert child(three, limit=max(200, int(size * share))) == -signal.SIGXFSZ
+    left = [p.name for p in three.iterdir() if p.name.startswith(".unit-000001-")]
+    assert len(left) == 1
+    assert restored(three)[0] == [3, 2]
+    assert not [p for p in three.iterdir() if p.name.startswith(".")]
+
+
+def test_p3_a_process_killed_before_the_manifest_leaves_the_one_before(folder: Path) -> None:
+    log = folder.parent / "faults"
+    log.parent.mkdir(parents=True)
+    fault = "phase=in_checkpoint,action=kill,times=1"
+    assert child(folder, LUTHIER_FAULT=fault, LUTHIER_FAULT_LOG=str(log)) == -signal.SIGKILL
+    assert restored(folder)[0] == []
+    assert child(folder, LUTHIER_FAULT=fault, LUTHIER_FAULT_LOG=str(log)) == 0
+    assert restored(folder)[0] == [3, 2]
+
+
+def test_the_owner_is_named(folder: Path) -> None:
+    claimed(folder)
+    owner = json.loads((folder / "owner.json").read_text())
+    assert owner.keys() == {"token", "pid", "host", "time"}
+    assert (owner["pid"], owner["host"]) == (os.getpid(), os.uname().nodename)

@@ -1,0 +1,1 @@
+"""The built-in digits and their small pretrained networks."""

@@ -1,0 +1,58 @@
+"""The plan of a trial's budget: which phase a unit belongs to, and how many optimiser steps lie before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainables.engine.contract import Phase, Strategy
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a unit lies."""
+
+    phase: Phase
+    unit_in_phase: int
+    """0-based."""
+    steps_before: int
+    """Optimiser steps of the whole trial before the unit; closed-form phases have none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of one trial, in order, with the length of a unit in optimiser steps."""
+
+    phases: tuple[Phase, ...]
+    unit_steps: int
+
+    @classmethod
+    def of(cls, strategy: Strategy, budget: int, unit_steps: int) -> Plan:
+        """Ask the strategy for its phases.
+
+        Raises:
+            ValueError: they take more units than the budget, or none.
+        """
+        phases = tuple(strategy.phases(budget))
+        needed = sum(phase.units for phase in phases)
+        if not 0 < needed <= budget or any(phase.units < 1 for phase in phases):
+            raise ValueError(
+                f"The phases of {strategy.name()} must take between 1 and {budget} units, but they take {needed} "
+                f"({', '.join(f'{p.name}: {p.units}' for p in phases) or 'no phase'}). Give the trial more epochs."
+            )
+        return cls(phases, unit_steps)
+
+    @property
+    def units(self) -> int:
+        """Units that the trial takes; may be fewer than its budget (linear probing takes one)."""
+        return sum(phase.units for phase in self.phases)
+
+    def at(self, unit: int) -> Position:
+        """Where unit `unit` (0-based) lies. An IndexError beyond the plan."""
+        first = steps = 0
+        for phase in self.phases:
+            length = 0 if phase.solve else self.unit_steps
+            if unit < first + phase.units:
+                return Position(phase, unit - first, steps + (unit - first) * length)
+            first += phase.units
+            steps += phase.units * length
+        raise IndexError(f"unit {unit} of {self.units}")

@@ -1,0 +1,56 @@
+"""What stays in a process for all of its trials: opened stores and pristine pretrained networks, nothing else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from trainables.models.backbone import Backbone, backbone_data_config, load_pretrained
+from trainables.specs.trial_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from trainables.data.store import StoreLike
+
+_replicas: dict[tuple[str, torch.device], Backbone] = {}
+
+
+@functools.lru_cache(maxsize=16)
+def open_store(path: str) -> StoreLike:
+    """The store at `path`, opened once.
+
+    Raises:
+        StoreError: no complete store lies there.
+    """
+    from trainables.data.store import Store
+
+    store: StoreLike = Store(path)
+    return store
+
+
+def pretrained_for(spec: ModelSpec, wanted: int | None, stored_side: int, cache: str | None) -> Backbone:
+    """The pristine backbone (on the CPU) at the side it sees images with: the wanted one, else its own, or the stored
+    side where that is smaller (pictures are never enlarged; timm interpolates position embeddings)."""
+    side = wanted or (stored_side if stored_side < _native_side(spec) else None)
+    return load_pretrained(spec, side, Path(cache) if cache else None)
+
+
+def on_device(backbone: Backbone, device: torch.device) -> Backbone:
+    """The pristine backbone on `device` (channels last on a GPU), copied there once, so that a new trial's network is
+    a copy within the device."""
+    if device.type == "cpu":
+        return backbone
+    key = (backbone.digest, device)
+    if key not in _replicas:
+        module = copy.deepcopy(backbone.module).to(device).to(memory_format=torch.channels_last)
+        _replicas[key] = dataclasses.replace(backbone, module=module)
+    return _replicas[key]
+
+
+@functools.lru_cache(maxsize=16)
+def _native_side(spec: ModelSpec) -> int:
+    return backbone_data_config(spec).image_size

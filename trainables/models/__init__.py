@@ -1,0 +1,1 @@
+"""Pretrained networks: loading, weights, blocks and layers, batch norm, precision."""

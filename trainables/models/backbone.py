@@ -1,0 +1,208 @@
+"""Pretrained backbones: any timm classification model, split into pooled features and a linear head."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from trainables.demo.backbones import NETWORKS, architecture, is_pretrained_here, pretrained_folder
+from trainables.models.weights import create, folder_architecture, load_weight_file
+from trainables.specs.trial_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a backbone expects of its images, from timm's pretrained configuration."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    """Side of the evaluation crop as a share of the resized image's side."""
+    image_size: int
+    """Side in pixels of the images that the network gets."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pristine pretrained network without its classifier; shared by all trials of a process, never changed."""
+
+    module: nn.Module
+    """Images (B, 3, H, W) → pooled features (B, D); in eval mode."""
+    data_config: DataConfig
+    num_features: int
+    """D."""
+    digest: str
+    """SHA-256 over its structure and the names and values of all its tensors."""
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear head, apart for every family: parameters are `backbone.*` and `head.*`."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) → pooled features (B, D)."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) → logits (B, K)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+_loaded: dict[tuple[ModelSpec, int | None], Backbone] = {}
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Refuse, without loading anything, a model that cannot be had.
+
+    Raises:
+        ValueError: unknown name (with the nearest ones), a weight file or folder that is missing or of another
+            architecture, or a name without pretrained weights.
+    """
+    name, weights = spec.name, Path(spec.weights) if spec.weights is not None else None
+    if weights is not None and not weights.exists():
+        raise ValueError(f"Weights must be an existing file or folder, but {spec.weights} does not exist.")
+    if name.startswith("local-dir:"):
+        folder_architecture(Path(name.removeprefix("local-dir:")))
+    elif name not in NETWORKS and not name.startswith("hf-hub:"):
+        _check_timm_name(name, needs_weights=spec.pretrained and weights is None)
+    if weights is not None and weights.is_dir():
+        held, wanted = folder_architecture(weights), _timm_architecture(name)
+        if wanted is not None and held != wanted:
+            raise ValueError(f"Weights must be of the model's architecture {wanted}, but {weights} holds {held}.")
+
+
+def backbone_data_config(spec: ModelSpec, image_size: int | None = None) -> DataConfig:
+    """Normalisation, interpolation, crop share and side of one model; loads no weights."""
+    check_model(spec)
+    if spec.name in NETWORKS:
+        return _data_config(architecture(spec.name), image_size)
+    return _data_config(create(_source(spec), pretrained=False, image_size=image_size, meta=True), image_size)
+
+
+def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path | None = None) -> Backbone:
+    """The pristine network of a spec, on the CPU; built once per process and arguments, then shared.
+
+    Args:
+        spec: which network and weights.
+        image_size: side of its images; None = its own.
+        cache: where the demo networks are kept, see `trainables.storage.compute_once.cache_root`.
+
+    Raises:
+        ValueError: the weights cannot be loaded (they are never replaced by random ones), or the network does not take
+            images of that side, or is no classification network.
+    """
+    key = (spec, image_size)
+    if key not in _loaded:
+        module = _load(spec, image_size, cache).eval().requires_grad_(True)
+        config = _data_config(module, image_size)
+        _loaded[key] = Backbone(module, config, _feature_count(module, spec.name, config.image_size), _digest(module))
+    return _loaded[key]
+
+
+def new_classifier(backbone: Backbone, num_classes: int, device: torch.device | str, seed: int) -> Classifier:
+    """A fresh copy of a backbone under an untrained head: `nn.Linear`'s own initialisation (Kaiming uniform with
+    a = √5, that is ±1/√D), drawn from `seed` alone. Global generators are left as they were."""
+    head = nn.Linear(backbone.num_features, num_classes, device="meta").to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(backbone.num_features)
+    nn.init.uniform_(head.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(head.bias, -bound, bound, generator=generator)
+    return Classifier(copy.deepcopy(backbone.module), head).to(device)
+
+
+def _check_timm_name(name: str, needs_weights: bool) -> None:
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        known = [*timm.list_models(), *NETWORKS]
+        near = difflib.get_close_matches(base, known, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"A model is a timm name, local-dir:…, hf-hub:… or {' or '.join(NETWORKS)}, but got {name!r}.{hint}"
+        )
+    tags = timm.list_pretrained(f"{base}.*")
+    if tag and name not in tags:
+        raise ValueError(f"timm has these weights of {base}: {', '.join(tags) or 'none'}; but got {name!r}.")
+    if needs_weights and not timm.models.is_model_pretrained(name):
+        raise ValueError(f"timm has no pretrained weights for {name}. Give model.weights, or set pretrained: false.")
+
+
+def _timm_architecture(name: str) -> str | None:
+    """What a name stands for in timm; None where only the hub knows."""
+    if name in NETWORKS:
+        return NETWORKS[name][0]
+    if name.startswith("local-dir:"):
+        return folder_architecture(Path(name.removeprefix("local-dir:")))
+    return None if name.startswith("hf-hub:") else name.partition(".")[0]
+
+
+def _source(spec: ModelSpec) -> str:
+    """What timm is asked for: a folder of weights brings its own configuration."""
+    folder = spec.weights is not None and Path(spec.weights).is_dir()
+    return f"local-dir:{spec.weights}" if folder else spec.name
+
+
+def _load(spec: ModelSpec, image_size: int | None, cache: Path | None) -> nn.Module:
+    check_model(spec)
+    file = Path(spec.weights) if spec.weights is not None and not Path(spec.weights).is_dir() else None
+    if is_pretrained_here(spec):
+        return create(f"local-dir:{pretrained_folder(spec.name, cache)}", pretrained=True, image_size=image_size)
+    if spec.name in NETWORKS and (file is not None or spec.weights is None):
+        module = architecture(spec.name, image_size=image_size)
+    else:
+        pretrained = file is None and (spec.pretrained or spec.weights is not None)
+        module = create(_source(spec), pretrained=pretrained, image_size=image_size)
+    if file is not None:
+        load_weight_file(module, file)
+    return module
+
+
+def _data_config(module: nn.Module, image_size: int | None) -> DataConfig:
+    found = timm.data.resolve_model_data_config(module)
+    return DataConfig(
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=found["interpolation"],
+        crop_pct=found["crop_pct"],
+        image_size=image_size or found["input_size"][-1],
+    )
+
+
+@torch.no_grad()
+def _feature_count(module: nn.Module, name: str, side: int) -> int:
+    try:
+        shape = tuple(module(torch.zeros(1, 3, side, side)).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"{name} does not take images of {side} x {side} pixels ({error}). Choose another data.image_size."
+        ) from error
+    if len(shape) != 2:
+        raise ValueError(
+            f"A backbone gives one feature vector per image, but {name} gives a tensor of shape {shape}. Choose a "
+            "classification model."
+        )
+    return int(shape[1])
+
+
+def _digest(module: nn.Module) -> str:
+    # The structure counts too: two networks may share all weights and differ in an activation function.
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

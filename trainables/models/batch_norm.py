@@ -1,0 +1,155 @@
+"""DAFT's BatchNorm conversion (Ha, Jeong & Lee 2024, papers/002, eq. 3-5): statistics of the target data in place of
+the source's, and γ and β that keep the function."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    pass
+
+log = logging.getLogger("luthier")
+
+
+CHUNK = 1 << 23
+"""Activations that are widened to double precision at a time."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did."""
+
+    layers: int
+    """Converted BatchNorm layers; 0 = nothing to convert, the model is unchanged."""
+    skipped: int
+    """BatchNorm layers that stay as they were: without γ and β of their own, without running statistics, or not reached
+    by any batch."""
+    mean_shift: float
+    """Mean over converted layers of ‖M_t − M_s‖₂ / ‖sqrt(Σ_s + ε)‖₂: how far target means lie from source means."""
+    variance_ratio: float
+    """Geometric mean over channels of (Σ_t + ε) / (Σ_s + ε)."""
+
+    def metrics(self) -> dict[str, float]:
+        """The report under the names of the record."""
+        return {
+            "bn_conversion/layers": float(self.layers),
+            "bn_conversion/mean_shift": self.mean_shift,
+            "bn_conversion/variance_ratio": self.variance_ratio,
+        }
+
+
+class _Moments:
+    """Sums over batches of one layer's input statistics, in double precision."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.mean = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.variance = torch.zeros_like(self.mean)
+        self.weight = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in one batch (N, C, …): its mean, and its variance corrected by m/(m−1) for its own m."""
+        over = [d for d in range(inputs.ndim) if d != 1]
+        count = inputs.numel() // inputs.shape[1]
+        if count < 2:
+            return  # one element has no variance
+        width = max(1, CHUNK // count)
+        pieces = torch.split(inputs.detach(), width, dim=1)
+        parts = [torch.var_mean(piece.to(torch.float64), over, correction=1) for piece in pieces]
+        # Weighted by elements: a last, smaller batch must not count as much as a whole one.
+        self.variance += count * torch.cat([variance for variance, _ in parts])
+        self.mean += count * torch.cat([mean for _, mean in parts])
+        self.weight += count
+
+
+@torch.no_grad()
+def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> ConversionReport:
+    """Replace every BatchNorm's statistics by those of the target data, and its γ, β so that the network in eval mode
+    computes the same function as before (papers/002, eq. 3-5). In place; one pass over the data.
+
+    A layer that is called several times in one forward pass gets the statistics over all its calls.
+
+    Args:
+        model: any module; its training mode is left as it was.
+        batches: images (B, 3, H, W), already normalised, on the model's device; each batch's statistics count by its
+            number of elements.
+
+    Returns:
+        What was converted. A model without BatchNorm (a vision transformer) is no error: nothing is converted.
+
+    Raises:
+        ValueError: there is BatchNorm but no batch of two or more elements, or activations are not finite.
+    """
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    layers = _convertible(every)
+    if not layers:
+        log.info(
+            "The model has no BatchNorm layer to convert (%d with fixed form); the rest of DAFT still applies.",
+            len(every),
+        )
+        return ConversionReport(0, len(every), 0.0, 1.0)
+    moments = _collect(model, layers, batches)
+    if not any(found.weight for found in moments.values()):
+        raise ValueError("BatchNorm conversion needs at least one batch of two or more elements, but got none.")
+    for name, found in moments.items():
+        if not bool(torch.isfinite(found.mean).all() and torch.isfinite(found.variance).all()):
+            where = name or "the model itself"
+            raise ValueError(f"BatchNorm conversion needs finite activations, but the input of {where} has NaN or inf.")
+    shifts, ratios = [], []
+    for name, layer in layers.items():
+        if moments[name].weight:
+            shift, ratio = _convert(layer, moments[name])
+            shifts.append(shift)
+            ratios.append(ratio)
+    variance_ratio = float(torch.cat(ratios).log().mean().exp())
+    return ConversionReport(len(shifts), len(every) - len(shifts), sum(shifts) / len(shifts), variance_ratio)
+
+
+def _convertible(layers: Iterable[tuple[str, _BatchNorm]]) -> dict[str, _BatchNorm]:
+    """Layers whose γ and β can take up a change of statistics, and belong to no other layer."""
+    affine = {n: m for n, m in layers if m.running_mean is not None and m.weight is not None and m.bias is not None}
+    owners = Counter(id(tensor) for m in affine.values() for tensor in (m.weight, m.bias))
+    return {n: m for n, m in affine.items() if owners[id(m.weight)] == owners[id(m.bias)] == 1}
+
+
+def _collect(model: nn.Module, layers: Mapping[str, _BatchNorm], batches: Iterable[Tensor]) -> dict[str, _Moments]:
+    moments = {name: _Moments(layer.num_features, layer.weight.device) for name, layer in layers.items()}
+
+    def recorder(name: str) -> Callable[..., None]:
+        return lambda module, inputs: moments[name].add(inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return moments
+
+
+def _convert(layer: _BatchNorm, moments: _Moments) -> tuple[float, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    source_mean, source_variance = layer.running_mean.double(), layer.running_var.double()
+    gamma, beta = layer.weight.double(), layer.bias.double()
+    layer.running_mean.copy_(moments.mean / moments.weight)
+    layer.running_var.copy_(moments.variance / moments.weight)
+    # γ_t and β_t follow the statistics as they are stored: rounding M_t and Σ_t then costs the function nothing.
+    mean, variance = layer.running_mean.double(), layer.running_var.double()
+    source_std, std = (source_variance + layer.eps).sqrt(), (variance + layer.eps).sqrt()
+    layer.weight.copy_(gamma * std / source_std)
+    layer.bias.copy_(beta + gamma * (mean - source_mean) / source_std)
+    shift = float((mean - source_mean).norm() / source_std.norm())
+    return shift, (variance + layer.eps) / (source_variance + layer.eps)

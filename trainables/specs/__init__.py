@@ -1,0 +1,1 @@
+"""What a trial is asked to do and what it measures; errors, seeds, injected faults."""

@@ -1,0 +1,115 @@
+"""What one trial is asked to do: plain frozen data, made by the orchestrator, checked here, sent as a small dict."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DIAGNOSTICS = ("shift", "distortion", "cka", "plasticity", "gradients")
+"""Names of what a trial can measure beside its scores: shift of the norm layers' γ and β, distortion of features and
+change of parameters, CKA per block, plasticity after tuning, gradient norms per kind of layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Which pretrained network to start from."""
+
+    name: str
+    """A timm name (`resnet18`, `vit_base_patch16_224.augreg_in21k`), `hf-hub:…`, `local-dir:…`, or one of the
+    built-in demo networks (`digits_vit`, `digits_cnn`)."""
+    pretrained: bool = True
+    """False = random weights (an explicit wish; never a fallback for weights that could not be loaded)."""
+    weights: str | None = None
+    """Local weight file (`.safetensors`, or `.pth`/`.bin` read with `weights_only=True`), or a folder in timm's
+    `local-dir` layout. None = timm's own weights of that name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all trials of one study share."""
+
+    store: str
+    """Path of the Arrow store (see `trainables.data.store.Store`)."""
+    model: ModelSpec
+    image_size: int | None = None
+    """Side of the images that the network sees, in pixels; None = its own, or the store's where that is smaller."""
+    epochs: int = 20
+    """Budget of one trial, in units (calls of `Trainable.step`)."""
+    steps_per_unit: int | None = None
+    """Optimiser steps of one unit; None = one epoch over the training split."""
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    train_fraction: float = 1.0
+    """Share of each class of the training split that is used; nested (a smaller share is contained in a larger)."""
+    train_on: str | None = None
+    """OOD domain whose labelled images take the place of the training split: for the oracle reference of FSR alone,
+    never for a trial that is compared with others."""
+    augment: tuple[str, ...] = ()
+    """Training augmentations, any of `trainables.data.transforms.AUGMENTATIONS`."""
+    evaluate_at: tuple[int, ...] = ()
+    """Units after which test and OOD are evaluated too (the scheduler's rungs, where a trial may be stopped); the
+    last unit always is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
+    diagnostics: tuple[str, ...] = ("shift", "distortion", "cka")
+    """What each trial measures beside its scores, any of `DIAGNOSTICS`. On by default is what never costs more than a
+    tenth of a trial and is of use for every strategy (benchmarks/diagnostics.py)."""
+    plasticity_probe: Literal["embedding", "in_situ"] = "embedding"
+    """How plasticity is measured, see `trainables.diagnostics.plasticity`."""
+    plasticity_source: str | None = None
+    """Domain of the pretraining-like images of plasticity's pairs; None = the trial's own training images."""
+    plasticity_pairs: int = 256
+    cache: str | None = None
+    """Folder for features and pretrained demo networks; None = `$LUTHIER_CACHE` or `~/.cache/luthier`."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Task:
+        """Rebuild a task from `dataclasses.asdict` (lists become tuples again). Unknown keys raise TypeError."""
+        values = dict(fields)
+        model = values.pop("model")
+        for name in ("augment", "evaluate_at", "diagnostics"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(model=model if isinstance(model, ModelSpec) else ModelSpec(**model), **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One trial: a strategy, its hyperparameters and a seed on a task."""
+
+    task: Task
+    strategy: str
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    label: str = ""
+    """Name of the entry of the study file (two entries may use one strategy); empty = the strategy's name."""
+    role: Literal["search", "fold", "confirm", "reference"] = "search"
+    """Why the trial runs: proposed by the search, a leave-one-domain-out fold, a re-run on a fresh seed, or a reference
+    for FSR on another sample of training images."""
+    held_out: str | None = None
+    """ID domain left out of training and validation (role `fold`); its accuracy is reported as `held_out/acc`."""
+    sample: str | None = None
+    """Name of the training sample of a `reference` trial ("0.25", "full", "oracle:sketch"); what it means is said by
+    the task. None = the study's own."""
+
+    @property
+    def config_hash(self) -> str:
+        """Twelve hex digits that name strategy, label and hyperparameters; seeds and roles of one
+        configuration share it."""
+        text = json.dumps([self.strategy, self.label or self.strategy, dict(self.hparams)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that Tune carries as a trial's `config`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TrialSpec:
+        """Inverse of `to_dict`. Keys that the orchestrator adds for the record (`number`, …) are ignored here
+        only when they start with `_`; any other unknown key raises TypeError."""
+        values = {k: v for k, v in config.items() if not k.startswith("_")}
+        return cls(task=Task.from_dict(values.pop("task")), **values)

@@ -1,0 +1,1 @@
+"""What is learned: heads, losses, metrics, closed-form probes."""
