@@ -6,7 +6,7 @@ A synthetic journal of one-epoch trials (98 metrics, five curves and eight param
 file, three times:
 
     floor      create_run, log_batch, log_inputs, log_text and set_terminated, once per run, with contents that are
-               ready: what a program spends that knows everything in advance
+               ready: the least that a program spends
     backlog    a follower delivers the finished journal
     beside     the tracking process delivers while the trials are recorded, one per `--interval` seconds
 

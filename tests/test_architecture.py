@@ -163,7 +163,7 @@ class TestImports:
         ]
         assert found == []
 
-    def test_tracking_and_results_do_not_know_each_other(self) -> None:
+    def test_tracking_and_results_do_not_import_each_other(self) -> None:
         """A summary is handed to tracking by `orchestrator.running.tracking_process`."""
         between = {
             f"{folder} imports {module}"

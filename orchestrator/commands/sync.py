@@ -126,45 +126,37 @@ def sync(
     spec, folder = find_study(study)
     read_journal(spec, folder)
     journal = folder / "journal.jsonl"
-    # Not the spec's default, which is beside the storage of the study file: a folder may have been moved.
-    study_uri = spec.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
-    target = study_uri if uri is None else uri
-    if "//***@" in target:
-        raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
-    is_copy = server_name(target) != server_name(study_uri)
+    target = _target(spec, folder, uri)
     running = _is_running(journal)
-    position = f"{journal.name}.mlflow-{digest([server_name(target), spec.experiment])}.json" if is_copy else None
-    settings = settings_of(spec, journal, target, position=position, replay=verify or pictures, poll_s=POLL_S)
     copy_lock = DeliveryLock(journal, copy=True)
-    lock = copy_lock if running and is_copy else DeliveryLock(journal)
     summaries = summarizer(pictures)
     follower = MlflowFollower(
-        settings,
+        settings_of(spec, journal, target.uri, position=target.position, replay=verify or pictures, poll_s=POLL_S),
         summaries,
         delivered=DeliveredItems(),
         is_abandoned=lambda: not _is_running(journal),  # the study may be started meanwhile
-        lock=lock,
+        lock=copy_lock if running and target.is_copy else DeliveryLock(journal),
     )
     with environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT_S)}):
         copy_lock.acquire()
         try:
-            if running and not is_copy:  # its driver may not have taken the lock yet
-                raise lock.refusal()
-            lock.acquire()
-            if problems := list(access_problems(target, spec.experiment, quiet=True)):
+            if running and not target.is_copy:  # its driver may not have taken the lock yet
+                raise follower.lock.refusal()
+            follower.lock.acquire()
+            if problems := list(access_problems(target.uri, spec.experiment, quiet=True)):
                 raise PreflightError(problems, f"The study {spec.name!r}")
             if running:
-                _refuse_own_server(spec, journal, target, summaries)
+                _refuse_own_server(spec, journal, target.uri, summaries)
             events = follower.finish(math.inf, give_up_s)
         finally:
-            lock.release()
+            follower.lock.release()
             copy_lock.release()
     missing = DeliveryCounts()
     if events:
         missing = backlog(journal, follower.delivered_offset, spec.name, summaries)
     return SyncReport(
         study=spec.name,
-        uri=redact(target),
+        uri=redact(target.uri),
         experiment=spec.experiment,
         added=follower.added,
         missing=missing,
@@ -175,13 +167,37 @@ def sync(
     )
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Server of a sync."""
+
+    uri: str
+    is_copy: bool
+    """Whether it is another server than the study's own."""
+    position: str | None
+    """Name of its position file; None = that of the study's own server."""
+
+
+def _target(spec: StudySpec, folder: Path, uri: str | None) -> _Target:
+    """The server to deliver to (PreflightError: its password is missing)."""
+    # Not the default of the spec, which is relative to the study file: the folder may have been moved.
+    study_uri = spec.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+    target_uri = study_uri if uri is None else uri
+    if "//***@" in target_uri:
+        raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
+    if server_name(target_uri) == server_name(study_uri):
+        return _Target(target_uri, False, None)
+    position = f"journal.jsonl.mlflow-{digest([server_name(target_uri), spec.experiment])}.json"
+    return _Target(target_uri, True, position)
+
+
 def _refuse_own_server(spec: StudySpec, journal: Path, target: str, summaries: Summarizer) -> None:
     """Check that a running study is not copied to its own server under another name.
 
-    Servers are told apart by the id that each gave to the study's run.
+    Servers are distinguished by the id that each gave to the study's run.
 
     Raises:
-        DeliveryError: it is that server, or this cannot be found out.
+        DeliveryError: it is that server, or the servers cannot be compared.
     """
     own_run = settings_of(spec, journal).position_file().run()
     projection = Projection(spec.name, summaries)
@@ -189,13 +205,13 @@ def _refuse_own_server(spec: StudySpec, journal: Path, target: str, summaries: S
         projection.apply(event)
     try:
         if own_run is None or projection.study_uid is None:
-            raise LookupError("its own server has not been told of it yet")
+            raise LookupError("its own server does not have the study yet")
         target_run = MlflowWriter(target, spec.experiment, projection.study_uid).run_id(projection.study_uid)
     except Exception as error:  # any failure of a tracking server
         reason = str(error) if isinstance(error, LookupError) else describe_error(error)
         raise DeliveryError(
-            f"A running study is copied only to another server than its own, but whether {redact(target)} is one "
-            f"cannot be told ({reason}). Try again later, or when the study has ended."
+            f"A running study is copied only to another server than its own, but it is unclear whether {redact(target)} "
+            f"is one ({reason}). Try again later, or when the study has ended."
         ) from error
     if target_run == own_run:
         raise DeliveryLock(journal).refusal()

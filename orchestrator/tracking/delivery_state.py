@@ -124,7 +124,7 @@ class PositionFile:
         self.path.unlink(missing_ok=True)
 
     def run(self) -> str | None:
-        """The server's id of the study's run; None if it is not known."""
+        """The server's id of the study's run; None if it is not stored."""
         try:
             return str(json.loads(self.path.read_text())["run"] or "") or None
         except (OSError, ValueError, KeyError, TypeError):

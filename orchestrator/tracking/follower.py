@@ -340,7 +340,7 @@ class MlflowFollower:
         self.problem = describe_error(error)
         if self._warnings.allow():
             logger.warning(
-                "MLflow does not take the record (%s). The study goes on; the journal keeps what is missing.",
+                "MLflow does not take the record (%s). The study continues; the journal keeps what is missing.",
                 self.problem,
             )
         self._server.invalidate(error)

@@ -31,9 +31,9 @@ class _Run:
 
     run_id: str
     tags: dict[str, str] = field(default_factory=dict)
-    """Tags that the server is known to have."""
+    """Tags that the server has."""
     unverified_metrics: set[str] | None = field(default_factory=set)
-    """Metrics of which the server may have points that this writer does not know of; None = any metric."""
+    """Metrics of which the server may have points that this writer did not send; None = any metric."""
     histories: dict[str, set[Point]] = field(default_factory=dict)
     """Unverified metric → points that the server has, kept until the next successful write."""
     artifacts: dict[str, set[str]] = field(default_factory=dict)

@@ -116,14 +116,14 @@ def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal)
     code = PARTIAL  # one of the trials has failed, whatever MLflow does
-    shown = luthier("run", folder / "study.yaml")
-    assert shown.exit_code == code
-    assert shown.stdout.splitlines()[-1] == (
+    printed = luthier("run", folder / "study.yaml")
+    assert printed.exit_code == code
+    assert printed.stdout.splitlines()[-1] == (
         "MLflow lacks 5 runs, 32 points and 5 artifacts of this study. Nothing is lost: the journal keeps them. "
         f"Deliver them later: luthier sync {folder}"
     )
-    told = luthier("run", folder / "study.yaml", "--json")
-    assert (told.exit_code, json.loads(told.stdout)["tracking"]) == (code, {"missing": ALL})
+    report = luthier("run", folder / "study.yaml", "--json")
+    assert (report.exit_code, json.loads(report.stdout)["tracking"]) == (code, {"missing": ALL})
     synced(folder, "--tracking-uri", f"sqlite:///{storage / 'mlflow.db'}")
     spec = spec.model_copy(update={"tracking": TrackingSpec()})
     (folder / "study.yaml").write_text(write_yaml(plain_spec(spec)))
@@ -219,7 +219,7 @@ def test_p12_a_running_study_is_not_copied_to_its_own_server_under_another_name(
     """Two that deliver to one server at once would make its runs twice."""
     spec, folder = make_study(storage)
     (storage.parent / "link").symlink_to(storage)
-    os.link(storage / "mlflow.db", storage / "alias.db")  # as a server's other host name: no spelling tells
+    os.link(storage / "mlflow.db", storage / "alias.db")  # as two host names of one server
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal)
         with pytest.raises(DeliveryError) as early:
@@ -235,9 +235,9 @@ def test_p12_a_running_study_is_not_copied_to_its_own_server_under_another_name(
                 )
             assert contents(storage / "mlflow.db") == before
     assert str(early.value) == (
-        "A running study is copied only to another server than its own, but whether "
-        f"sqlite:///{storage / 'alias.db'} is one cannot be told (its own server has not been told of it yet). Try "
-        "again later, or when the study has ended."
+        "A running study is copied only to another server than its own, but it is unclear whether "
+        f"sqlite:///{storage / 'alias.db'} is one (its own server does not have the study yet). Try again later, or "
+        "when the study has ended."
     )
     assert sorted(path.name for path in folder.glob("*.mlflow*")) == [
         "journal.jsonl.mlflow-copy.lock", "journal.jsonl.mlflow.json", "journal.jsonl.mlflow.json.lock",

@@ -56,7 +56,7 @@ def problems(uri: str) -> list[str]:
 
 
 @pytest.mark.parametrize("body", [b"You are not authenticated", b'{"error": "unauthorized"}', b"<html>log in</html>"])
-def test_p14_a_server_that_lets_nobody_in_stops_a_run_before_anything_is_spent(
+def test_p14_a_server_that_refuses_credentials_stops_a_run_before_anything_is_spent(
     body: bytes, server: Callable[[Answer], str], tmp_path: Path
 ) -> None:
     address = server(fail_with(401, body))

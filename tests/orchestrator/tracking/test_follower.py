@@ -109,9 +109,9 @@ def test_stopping_anywhere_and_replaying_adds_nothing(
         if forget:
             Path(f"{journal.path}.mlflow.json").unlink(missing_ok=True)
         assert follower(journal.path, database).finish(60) == 0
-    found = contents(database)
-    assert len(found.pop("inputs")) == len(expected.pop("inputs"))
-    assert found == expected
+    stored = contents(database)
+    assert len(stored.pop("inputs")) == len(expected.pop("inputs"))
+    assert stored == expected
 
 
 def test_a_running_study_is_followed(journal: Journal, database: Path) -> None:
@@ -172,9 +172,10 @@ def test_a_server_that_fails_now_and_then_loses_and_doubles_nothing(
     assert follower(journal.path, database).finish(60) == 0
     assert calls.pop("log_artifacts") == 1  # after its failure the artifacts are uploaded one by one
     assert min(calls.values()) >= 5
-    found, expected = contents(database), contents(straight)
-    del found["inputs"], expected["inputs"]
-    assert found == expected
+    stored = contents(database)
+    expected = contents(straight)
+    del stored["inputs"], expected["inputs"]
+    assert stored == expected
 
 
 def test_a_deleted_run_stays_deleted(journal: Journal, database: Path) -> None:

@@ -48,7 +48,9 @@ def children() -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("seconds", [0, 4])
-def test_a_study_that_ends_while_much_is_undelivered_ends_with_0(seconds: int, database: Path, tmp_path: Path) -> None:
+def test_p12_a_study_that_ends_while_much_is_undelivered_ends_with_0(
+    seconds: int, database: Path, tmp_path: Path
+) -> None:
     """A thread that still draws while the interpreter ends makes it abort (exit code 134)."""
     database.rename(tmp_path / "mlflow.db")
     _, folder = make_study(tmp_path)
@@ -81,7 +83,7 @@ def test_ctrl_c_and_sigterm_are_for_the_driver_to_act_on(journal: Journal, datab
     assert len(contents(database)["runs"]) == 5
 
 
-def test_a_process_that_is_killed_is_started_again(
+def test_p11_a_process_that_is_killed_is_started_again(
     journal: Journal, database: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.tracking.process.RESTART_S", 0.1)
@@ -107,7 +109,7 @@ with tracking_process(Path(sys.argv[1]), Path(sys.argv[2])) as following:
 """
 
 
-def test_it_ends_with_its_driver_and_frees_the_lock(journal: Journal, database: Path) -> None:
+def test_p15_it_ends_with_its_driver_and_frees_the_lock(journal: Journal, database: Path) -> None:
     write_study(journal, finish=False)
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(journal.path), str(database)], stdin=subprocess.PIPE)
     lock = DeliveryLock(journal.path)

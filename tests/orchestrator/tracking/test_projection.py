@@ -38,8 +38,8 @@ class Study:
         return self.projection.apply(event)
 
     def suggest(self, trial_id: str = "a", **fields: Any) -> None:
-        known = {"number": 3, "strategy": "daft", "label": "mine", "config_hash": "h", "seed": 1, "role": "search"}
-        self.append("trial_suggested", trial_id=trial_id, **({"hparams": {}, "held_out": None} | known | fields))
+        defaults = {"number": 3, "strategy": "daft", "label": "first", "config_hash": "h", "seed": 1, "role": "search"}
+        self.append("trial_suggested", trial_id=trial_id, **({"hparams": {}, "held_out": None} | defaults | fields))
 
     def start(self, trial_id: str = "a") -> RunUpdate:
         (update,) = self.append("trial_started", trial_id=trial_id)
@@ -63,10 +63,10 @@ def test_a_trial_run_starts_at_its_first_start_and_steps_are_units() -> None:
     study = Study(study="pets")
     study.suggest(hparams={"lr_backbone": 1e-3, "lr_head": 0, "bn": True})
     update = study.start()
-    assert (update.name, update.start, update.status) == ("0003-mine", 1_002_000, None)
+    assert (update.name, update.start, update.status) == ("0003-first", 1_002_000, None)
     assert update.points == []
     assert update.params == {
-        "strategy": "mine", "lr_backbone": "0.001", "lr_backbone.log10": "-3.0", "lr_head": "0", "bn": "true",
+        "strategy": "first", "lr_backbone": "0.001", "lr_backbone.log10": "-3.0", "lr_head": "0", "bn": "true",
     }  # fmt: skip
     metrics = {"val/acc": 0.5, "train/loss": None, "ood/a b/acc": math.inf, "pid": 3.0}
     (result,) = study.append("result", trial_id="a", unit=4, metrics=metrics)
@@ -80,8 +80,8 @@ def test_runs_of_folds_and_confirmations_say_so_in_their_names_and_tags() -> Non
     study.suggest("a", role="fold", held_out="photo")
     study.suggest("b", role="confirm", seed=2)
     fold, confirm = study.start("a"), study.start("b")
-    assert (fold.name, fold.tags["held_out"], fold.tags["role"]) == ("0003-mine-without-photo", "photo", "fold")
-    assert (confirm.name, confirm.tags["seed"]) == ("0003-mine-confirm", "2")
+    assert (fold.name, fold.tags["held_out"], fold.tags["role"]) == ("0003-first-without-photo", "photo", "fold")
+    assert (confirm.name, confirm.tags["seed"]) == ("0003-first-confirm", "2")
     assert fold.uid != confirm.uid
 
 
@@ -255,8 +255,8 @@ def test_c6_c7_keys_and_values_are_made_fit_for_any_server() -> None:
     assert clean_key("ood/clip art (é)/acc") == "ood/clip art ___-2ea5/acc"
     assert clean_key("../x//y/") == ".-5ec1/x/_-e3b0/y/_-e3b0"
     assert len(clean_key("k" * 400)) == 250
-    shown = [param_text(value) for value in (3e-05, 1e-07, 0.1, 12, True, "sgd", None, [1, 2])]
-    assert shown == ["0.00003", "0.0000001", "0.1", "12", "true", "sgd", "null", "[1, 2]"]
+    texts = [param_text(value) for value in (3e-05, 1e-07, 0.1, 12, True, "sgd", None, [1, 2])]
+    assert texts == ["0.00003", "0.0000001", "0.1", "12", "true", "sgd", "null", "[1, 2]"]
 
 
 def test_d1_every_run_says_how_many_images_were_left_out() -> None:

@@ -46,7 +46,7 @@ def events(generator: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "suggest", {"trial_id": name, "number": number}
             yield "trial_started", {"trial_id": name, "node": None, "pid": None}
         for _ in range(4 if last else generator.randrange(4)):
-            for number, name in running.items():  # now and then a unit is said again
+            for number, name in running.items():  # now and then a unit is reported again
                 done[number] = unit = max(1, done[number] + (generator.random() < 0.9))
                 yield (
                     "result",
@@ -113,7 +113,7 @@ class World:
         self.deleted.clear()
 
     def delete_run(self) -> None:
-        """A person deletes the run of a trial."""
+        """Delete the run of a trial."""
         client, experiment = self._experiment()
         runs = client.search_runs([experiment.experiment_id], "tags.`luthier.kind` = 'trial'")
         if runs:
@@ -122,8 +122,10 @@ class World:
             self.deleted.add(run.info.run_name)
 
     def delete_experiment(self) -> None:
-        """A person deletes the experiment; nothing can be delivered, and then they restore it, with all runs: those
-        that were deleted before lack what nobody could write to them."""
+        """Delete the experiment, deliver in vain, and restore it with all its runs.
+
+        Runs that were deleted before lack what was delivered meanwhile.
+        """
         client, experiment = self._experiment()
         client.delete_experiment(experiment.experiment_id)
         self.deliver()
@@ -177,13 +179,13 @@ def test_p11_p12_p15_whatever_happens_the_server_ends_with_what_the_journal_says
                 if generator.random() < 0.4:
                     generator.choice(happenings)()
     assert world.deliver(sync=True, verify=world.restored, seconds=60) == 0
-    found = contents(world.file)
+    stored = contents(world.file)
     assert world.deliver(sync=True, verify=True, seconds=60) == 0
-    assert contents(world.file) == found
+    assert contents(world.file) == stored
     shutil.copy(template, tmp_path / "straight.db")
     world.file = tmp_path / "straight.db"
     world.forget()
     assert world.deliver(seconds=60) == 0
     expected = contents(world.file)
     for part in ("runs", "metrics", "params", "tags"):
-        assert found[part] == [row for row in expected[part] if row[0] not in world.deleted], part
+        assert stored[part] == [row for row in expected[part] if row[0] not in world.deleted], part
