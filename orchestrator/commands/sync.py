@@ -210,8 +210,8 @@ def _refuse_own_server(spec: StudySpec, journal: Path, target: str, summaries: S
     except Exception as error:  # any failure of a tracking server
         reason = str(error) if isinstance(error, LookupError) else describe_error(error)
         raise DeliveryError(
-            f"A running study is copied only to another server than its own, but it is unclear whether {redact(target)} "
-            f"is one ({reason}). Try again later, or when the study has ended."
+            "A running study is copied only to another server than its own, but it is unclear whether "
+            f"{redact(target)} is one ({reason}). Try again later, or when the study has ended."
         ) from error
     if target_run == own_run:
         raise DeliveryLock(journal).refusal()
