@@ -177,11 +177,14 @@ class TrackingProcess:
         last_line = ""
         for line in read_lines(process.stdout.fileno()):
             text, _, message = line.partition(RECORD_SEPARATOR)
+            if message:
+                try:
+                    self._handle(json.loads(message))
+                except (ValueError, KeyError):  # a library printed into the message
+                    text += message
             if text.strip():
                 last_line = redact(text.strip())
                 logger.debug("Output of the tracking process: %s", last_line)
-            if message:
-                self._handle(json.loads(message))
         with self._mutex:
             process.stdout.close()
             if process.stdin is not None:

@@ -169,7 +169,7 @@ def test_a_server_that_fails_now_and_then_loses_and_doubles_nothing(
 
     for name in ("create_run", "log_batch", "log_inputs", "log_artifacts", "log_artifact", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, unreliable(name))
-    assert follower(journal.path, database).finish(60) == 0
+    assert follower(journal.path, database).finish(100, 100) == 0
     assert calls.pop("log_artifacts") == 1  # after its failure the artifacts are uploaded one by one
     assert min(calls.values()) >= 5
     stored = contents(database)
@@ -252,6 +252,35 @@ def test_what_a_server_refuses_for_ever_does_not_hold_back_the_rest(
     assert following.refused == 1
     assert "MLflow refuses part of the record" in caplog.text
     assert 0.875 in [row[2] for row in contents(database)["metrics"]]
+
+
+def test_a_run_costs_one_call_of_each_kind_and_no_look_up(
+    journal: Journal, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many points, parameters, tags and artifacts it has."""
+    from mlflow import MlflowClient
+
+    curve = {"columns": {"layer": ["a", "b"], "value": [1.0, 2.0]}, "note": ""}
+    write_study(journal, trials=1, finish=False, curves={"cka": curve, "ln_shift": curve})
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        call = getattr(MlflowClient, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return call(*args, **kwargs)
+
+        return count
+
+    for name in dir(MlflowClient):
+        if not name.startswith("_") and callable(getattr(MlflowClient, name)):
+            monkeypatch.setattr(MlflowClient, name, counted(name))
+    assert follower(journal.path, database).finish(60) == 0
+    connecting = {"get_experiment_by_name": 1, "create_experiment": 1, "search_runs": 1}
+    # The run of the study has points, parameters and status of its creation, so that only the trial's are written.
+    per_run = {"create_run": 2, "log_batch": 1, "log_inputs": 2, "log_artifacts": 2, "set_terminated": 1}
+    assert calls == connecting | per_run
 
 
 @pytest.fixture(params=["500", "502 html", "401", "silent", "refused"])
