@@ -154,14 +154,14 @@ def summarise(sweeps: dict[str, Sweep], kind: Kind, decades: float) -> dict[str,
 def default_loss(sweeps: dict[str, Sweep], strategy: str) -> dict[str, float]:
     """What the search space of a strategy costs the worst-served set: its whole range, and its default alone (at the
     nearest rate of the grid)."""
-    law = search_spaces.space(strategy)["lr_head"]
-    assert isinstance(law.distribution, FloatDistribution)
-    near = min(RELATIVE, key=lambda rate: abs(math.log(rate / law.default)))
+    rate = search_spaces.space(strategy)["lr_head"]
+    assert isinstance(rate.distribution, FloatDistribution)
+    near = min(RELATIVE, key=lambda value: abs(math.log(value / rate.default)))
     return {
-        "low": law.distribution.low,
-        "high": law.distribution.high,
-        "default": law.default,
-        "worst_loss_in_range": window_loss(sweeps, "relative", law.distribution.low, law.distribution.high),
+        "low": rate.distribution.low,
+        "high": rate.distribution.high,
+        "default": rate.default,
+        "worst_loss_in_range": window_loss(sweeps, "relative", rate.distribution.low, rate.distribution.high),
         "worst_loss_at_default": max(one.best - one.relative[near] for one in sweeps.values()),
     }
 

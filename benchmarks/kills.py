@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._killing import Told, run_killed, told_by, write_material, write_study
+from benchmarks.support.killed_study import StudyContents, read_contents, run_killed, write_material, write_study
 
 
 def moments(kills: int, seed: int) -> list[tuple[int, float]]:
@@ -26,7 +26,7 @@ def moments(kills: int, seed: int) -> list[tuple[int, float]]:
     return [(draw.choice((1, 3, 4, 5, 6, 7, 8, 9)), draw.uniform(0.0, 0.6)) for _ in range(kills)]
 
 
-def row(whole: Told, killed: Told, hits: int, concurrent: int) -> dict[str, Any]:
+def row(whole: StudyContents, killed: StudyContents, hits: int, concurrent: int) -> dict[str, Any]:
     """The findings of one comparison."""
     expected = {json.dumps([t["label"], t["hparams"], t["seed"]], sort_keys=True): t["history"] for t in whole.trials}
     mine = {json.dumps([t["label"], t["hparams"], t["seed"]], sort_keys=True): t["history"] for t in killed.trials}
@@ -77,7 +77,7 @@ def main() -> None:
             began = time.perf_counter()
             hits = run_killed(file, planned)
             seconds.append(round(time.perf_counter() - began, 1))
-        found = row(told_by(whole), told_by(killed), hits, args.concurrent)
+        found = row(read_contents(whole), read_contents(killed), hits, args.concurrent)
         print(json.dumps(found | {"seconds": seconds}))
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import Study
 from orchestrator.cluster.connection import connect
 from orchestrator.results.leaderboard import mean_interval, measured
-from orchestrator.study_file.spec import load_study
+from orchestrator.study_file.load import load_study
 
 if TYPE_CHECKING:
     from orchestrator.results.study_results import Results

@@ -32,13 +32,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks import _soak_found as found
-from benchmarks._soak_faults import NONE, Schedule, draw
-from benchmarks._soak_machines import machines, tracker
-from benchmarks._soak_plain import NAME, SETTINGS
-from benchmarks._soak_run import LOG as FAULTS
-from benchmarks._soak_run import Outcome, Soak
-from trainables.specs.fault_injection import LOG, VARIABLE
+from benchmarks.support import soak_comparison as found
+from benchmarks.support.soak_faults import NONE, Schedule, draw
+from benchmarks.support.soak_machines import machines, tracker
+from benchmarks.support.soak_plain import NAME, SETTINGS
+from benchmarks.support.soak_run import LOG as FAULTS
+from benchmarks.support.soak_run import Outcome, Soak
+from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 
 STUDY = "soak"
 
@@ -98,7 +98,7 @@ SIDES: dict[str, Callable[[argparse.Namespace, Path, Schedule], tuple[Outcome, f
 
 
 def _soaked(side: str, folder: Path, schedule: Schedule, server: Any, damage: Any, args: Any) -> Outcome:
-    with machines({VARIABLE: schedule.environment, LOG: str(folder / FAULTS)}) as cluster:
+    with machines({ENV_FAULTS: schedule.environment, ENV_FAULT_LOG: str(folder / FAULTS)}) as cluster:
         return Soak(side, folder, schedule, cluster, server, damage, args.patience).run()
 
 

@@ -1,4 +1,4 @@
-"""The `luthier` command. Imports neither torch nor ray: each command loads what it needs when it runs."""
+"""The `luthier` command. Imports neither torch nor ray: each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from orchestrator.commands.command_group import Commands
-from orchestrator.commands.console import FAILED, OK, PARTIAL, Output
+from orchestrator.commands.console import Output
 from orchestrator.commands.data import data_app
+from orchestrator.commands.exit_status import FAILED, OK, of_trials, worst
 
 EXIT_CODES = (
     "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
@@ -28,15 +29,24 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (docs/study.md).")]
-StudyPlace = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, or the folder of a study.")]
+StudyFileOrFolder = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, or the folder of a study.")]
+Progress = Annotated[bool, typer.Option(help="Show a live table, or a line per event.")]
+AllowChange = Annotated[
+    list[str] | None, typer.Option(metavar="KEY", help="Continue although this key has changed. May be repeated.")
+]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"luthier {version('luthier')}")
         raise typer.Exit(OK)
+
+
+def _reject_check(requested: bool) -> None:
+    if requested:
+        raise typer.BadParameter("checking a study's folder is a command of its own: luthier check STUDY")
 
 
 @app.callback()
@@ -45,12 +55,12 @@ def options(
     as_json: Annotated[bool, typer.Option("--json", help="Data on stdout as JSON, logs on stderr.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tracebacks and more logs.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Find out which way of fine-tuning a pretrained vision model works best on your data.
 
-    --json and -v may stand anywhere on the command line.
+    --json and -v are accepted in any position.
     """
     context.obj = Output(as_json, verbose)
     context.with_resource(context.obj.opened())
@@ -86,111 +96,115 @@ def plan(context: typer.Context, study: StudyFile = Path("study.yaml")) -> None:
 def run(
     context: typer.Context,
     study: StudyFile = Path("study.yaml"),
-    progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
-    allow_change: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Continue although this key has changed. May be repeated.")
-    ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only look whether the study's folder is whole.")] = False,
+    progress: Progress = True,
+    allow_change: AllowChange = None,
+    check: Annotated[bool, typer.Option("--check", callback=_reject_check, is_eager=True, hidden=True)] = False,
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
-    from orchestrator.commands.outcome import finished, outcome_code
+    from orchestrator.commands.exit_status import print_summary
     from orchestrator.running.tracking_process import study_backlog
     from orchestrator.study import Study
 
-    it = Study.from_yaml(study)
-    if check:
-        from orchestrator.commands.check import check_study
+    opened = Study.from_yaml(study)
+    finished = opened.run(progress=progress, allow_change=allow_change or ())
+    data = {
+        **finished.to_dict(),
+        "folder": str(opened.folder),
+        "tracking": {"missing": study_backlog(opened.spec, opened.folder).to_dict()},
+    }
+    context.obj.result(data, lambda console: print_summary(console, opened, finished))
+    raise typer.Exit(of_trials(finished.records))
 
-        found = check_study(it)
-        context.obj.result(found.to_dict(), found.render)
-        raise typer.Exit(OK if found.sound else FAILED)
-    results = it.run(progress=progress, allow_change=allow_change or ())
-    told = {"folder": str(it.folder), "tracking": {"missing": study_backlog(it.spec, it.folder).to_dict()}}
-    context.obj.result({**results.to_dict(), **told}, lambda console: finished(console, it, results))
-    raise typer.Exit(outcome_code(results.records))
+
+@app.command()
+def check(context: typer.Context, study: StudyFile = Path("study.yaml")) -> None:
+    """Verify everything in a study's folder and show what a run would continue with. Changes nothing."""
+    from orchestrator.commands.check import check_study
+    from orchestrator.study import Study
+
+    checked = check_study(Study.from_yaml(study))
+    context.obj.result(checked.to_dict(), checked.render)
+    raise typer.Exit(OK if checked.sound else FAILED)
 
 
 @app.command()
 def fsr(
     context: typer.Context,
     study: StudyFile = Path("study.yaml"),
-    progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
-    allow_change: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Continue although this key has changed. May be repeated.")
-    ] = None,
+    progress: Progress = True,
+    allow_change: AllowChange = None,
 ) -> None:
     """Measure how well the training images represent the target (FSR), and the λ that follows from it."""
     from orchestrator.commands.fsr import measure_fsr
-    from orchestrator.commands.outcome import outcome_code
     from orchestrator.study import Study
 
-    found = measure_fsr(Study.from_yaml(study), progress=progress, allow_change=allow_change or ())
-    context.obj.result(found.to_dict(), found.render)
-    raise typer.Exit(outcome_code(found.records))
+    measured = measure_fsr(Study.from_yaml(study), progress=progress, allow_change=allow_change or ())
+    context.obj.result(measured.to_dict(), measured.render)
+    raise typer.Exit(of_trials(measured.records))
 
 
 @app.command()
-def status(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
-    """Show where a study stands, from its journal alone."""
+def status(context: typer.Context, study: StudyFileOrFolder = Path("study.yaml")) -> None:
+    """Show a study's progress, from its journal alone."""
     from orchestrator.commands.status import status as status_of
 
-    now = status_of(study)
-    context.obj.result(now.to_dict(), now.render)
+    current = status_of(study)
+    context.obj.result(current.to_dict(), current.render)
 
 
 @app.command()
-def results(context: typer.Context, study: StudyPlace = Path("study.yaml")) -> None:
-    """Show the leaderboard, what the study found, and warnings, from the journal alone."""
+def results(context: typer.Context, study: StudyFileOrFolder = Path("study.yaml")) -> None:
+    """Show leaderboard, findings and warnings, from the journal alone; with --json also every trial."""
     from orchestrator.commands.status import find_study, read_journal
     from orchestrator.record.records import fold, measurements
     from orchestrator.results.study_results import Results
 
     spec, folder = find_study(study)
     events = read_journal(spec, folder)
-    found = Results(fold(events), spec, measurements=measurements(events))
-    context.obj.result({**found.to_dict(), "folder": str(folder)}, found.render)
+    study_results = Results(fold(events), spec, measurements=measurements(events))
+    context.obj.result({**study_results.to_dict(), "folder": str(folder)}, study_results.render)
 
 
 @app.command()
 def report(
     context: typer.Context,
-    study: StudyPlace = Path("study.yaml"),
+    study: StudyFileOrFolder = Path("study.yaml"),
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write. Default: report.html in the folder.")
     ] = None,
 ) -> None:
-    """Write a study as one HTML page that opens anywhere, from the journal alone."""
+    """Write a study as one self-contained HTML page, from the journal alone."""
     from orchestrator.commands.status import find_study, read_journal
     from orchestrator.report.page import REPORT, write_report
 
     spec, folder = find_study(study)
-    place = output or folder / REPORT
-    write_report(read_journal(spec, folder), place)
-    told = f"Wrote {place}"
-    context.obj.result({"report": str(place)}, lambda console: console.print(told, markup=False, soft_wrap=True))
+    file = output or folder / REPORT
+    write_report(read_journal(spec, folder), file)
+    sentence = f"Wrote {file}"
+    context.obj.result({"report": str(file)}, lambda console: console.print(sentence, markup=False, soft_wrap=True))
 
 
 @app.command()
 def sync(
     context: typer.Context,
-    study: StudyPlace = Path("study.yaml"),
+    study: StudyFileOrFolder = Path("study.yaml"),
     tracking_uri: Annotated[
         str | None, typer.Option(metavar="URI", help="Deliver to this server instead of the study's own.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every number with the server's.")] = False,
     give_up: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="Stop when the server takes nothing for so long.")
+        float, typer.Option(metavar="SECONDS", min=1, help="Stop after this long without progress.")
     ] = 60.0,
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Draw the curves of every complete trial, not only of the best.")
     ] = False,
 ) -> None:
-    """Deliver to MLflow what it lacks of a study, from its journal. Adds nothing twice."""
+    """Deliver to MLflow what it lacks of a study, from its journal. Idempotent."""
     from orchestrator.commands.sync import sync as deliver
 
-    done = deliver(study, tracking_uri, verify, give_up, pictures)
-    context.obj.result(done.to_dict(), done.render)
-    raise typer.Exit(OK if done.whole else FAILED)
+    delivered = deliver(study, tracking_uri, verify, give_up, pictures)
+    context.obj.result(delivered.to_dict(), delivered.render)
+    raise typer.Exit(OK if delivered.whole else FAILED)
 
 
 @app.command()
@@ -198,20 +212,18 @@ def demo(
     context: typer.Context,
     storage: Annotated[Path, typer.Option(help="Folder for the demo's studies.")] = Path("studies"),
     trials: Annotated[int, typer.Option(min=4, help="Search trials of each of the two studies.")] = 12,
-    progress: Annotated[bool, typer.Option(help="Show a live table, or a line per event.")] = True,
+    progress: Progress = True,
 ) -> None:
-    """Tune two small networks on real digits with five strategies: no data, network or GPU needed."""
+    """Compare five strategies on two small networks and real digits: no data, network or GPU needed."""
     from rich.console import Console
 
     from orchestrator.commands.demo import run_demo
-    from orchestrator.commands.outcome import outcome_code
 
     console = Console(stderr=context.obj.as_json)
-    outcomes = run_demo(storage, trials=trials, progress=progress, console=console)
+    studies = run_demo(storage, trials=trials, progress=progress, console=console)
     if context.obj.as_json:
-        context.obj.result({"studies": [found.to_dict() for found in outcomes]}, lambda console: None)
-    codes = {outcome_code(found.records) for found in outcomes}
-    raise typer.Exit(FAILED if FAILED in codes else PARTIAL if PARTIAL in codes else OK)
+        context.obj.result({"studies": [finished.to_dict() for finished in studies]}, lambda console: None)
+    raise typer.Exit(worst(of_trials(finished.records) for finished in studies))
 
 
 @app.command()
@@ -224,16 +236,21 @@ def submit(
         bool | None,
         typer.Option("--stop-on-interrupt/--leave-on-interrupt", help="What Ctrl-C does to the job. Default: ask."),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Send it even to a cluster that asks no token.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Also to a cluster without authentication.")] = False,
 ) -> None:
-    """Send a study to a cluster as a Ray job."""
+    """Submit a study to a cluster as a Ray job."""
     import sys
 
     from orchestrator.commands.submit import submit as send
 
-    out = sys.stderr if context.obj.as_json else sys.stdout
     code = send(
-        study, address, follow=follow, stop_on_interrupt=stop_on_interrupt, insecure=insecure, out=out, notes=sys.stderr
+        study,
+        address,
+        follow=follow,
+        stop_on_interrupt=stop_on_interrupt,
+        insecure=insecure,
+        out=sys.stderr if context.obj.as_json else sys.stdout,
+        notes=sys.stderr,
     )
     if context.obj.as_json:
         context.obj.result({"study": str(study), "exit_code": code}, lambda console: None)

@@ -1,4 +1,4 @@
-"""What a person is told when a study cannot be understood or cannot run: all problems at once, no secrets."""
+"""User-facing errors: all problems of a study at once, each with rule, value and way out, and without secrets."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ from dataclasses import dataclass
 
 from trainables.specs.redaction import redact
 
-__all__ = ["Path", "PreflightError", "Problem", "StudyError", "Terminated", "did_you_mean", "dotted", "redact"]
+__all__ = ["KeyPath", "PreflightError", "Problem", "StudyError", "Terminated", "did_you_mean", "dotted", "redact"]
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions that lead to a value of the study file."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a study."""
+    """One problem of a study."""
 
-    path: Path
-    """Keys and list positions that lead to the value; empty = the study as a whole."""
+    path: KeyPath
+    """Path of the value; empty = the study as a whole."""
     message: str
-    """The rule, the value got, the way out."""
+    """The rule, the value found, the way out."""
     line: int | None = None
     """Line of the study file, from 1; None = the study does not come from a file."""
 
     def __str__(self) -> str:
-        where = [f"line {self.line}"] if self.line is not None else []
-        where += [dotted(self.path)] if self.path else []
-        return redact(f"{', '.join(where)}: {self.message}" if where else self.message)
+        location = []
+        if self.line is not None:
+            location.append(f"line {self.line}")
+        if self.path:
+            location.append(dotted(self.path))
+        return redact(f"{', '.join(location)}: {self.message}" if location else self.message)
 
 
 class StudyError(ValueError):
-    """A study file (or the arguments of `Study`) that cannot be understood.
+    """An invalid study file, or invalid arguments of `Study`.
 
     Args:
-        problems: everything that is wrong, in the order of the file.
-        source: what the problems are in, such as the name of the file.
-        heading: what that means for the source; None = the words of this class.
+        problems: all problems, in the order of the file.
+        source: what has the problems, such as the name of the file.
+        heading: the predicate of the first line; None = that of this class.
     """
 
     heading = "is not valid"
@@ -44,35 +48,52 @@ class StudyError(ValueError):
     def __init__(self, problems: Iterable[Problem], source: str = "The study", heading: str | None = None) -> None:
         self.problems = sorted(problems, key=lambda problem: problem.line or 0)
         self.source = source
-        head = f"{source} {heading or self.heading}"
+        title = f"{source} {heading or self.heading}"
         lines = [str(problem) for problem in self.problems]
         if len(lines) == 1:
-            text = f"{head}: {lines[0]}"
+            text = f"{title}: {lines[0]}"
         else:
-            text = "\n".join([f"{head}, {len(lines)} problems:", *(f"  {line}" for line in lines)])
+            text = "\n".join([f"{title}, {len(lines)} problems:", *(f"  {line}" for line in lines)])
         super().__init__(redact(text))
 
 
 class PreflightError(StudyError):
-    """A study that is understood but could not run here: unknown model, missing data, too few machines."""
+    """A valid study that cannot run here: unknown model, missing data, too few machines."""
 
     heading = "cannot run here"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: somebody wants this process to end, as Ctrl-C does, but not the person at the keyboard."""
+    """Raised on SIGTERM; handled as Ctrl-C is, with an exit code of its own."""
 
 
-def dotted(path: Path) -> str:
-    """`("strategies", 2, "fixed")` → `strategies[2].fixed`; positions count from 0."""
+def dotted(path: KeyPath) -> str:
+    """A path in one string; positions count from 0.
+
+    >>> dotted(("strategies", 2, "fixed", "lr_head"))
+    'strategies[2].fixed.lr_head'
+    """
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif text:
+            text += f".{part}"
+        else:
+            text = part
     return text
 
 
-def did_you_mean(given: object, known: Collection[str]) -> str:
-    """` Did you mean 'x'?` for the nearest known name (with the leading space), or nothing."""
-    near = difflib.get_close_matches(str(given).lower(), [name.lower() for name in known], n=1)
-    original = {name.lower(): name for name in known}
-    return f" Did you mean {original[near[0]]!r}?" if near else ""
+def did_you_mean(value: object, options: Collection[str]) -> str:
+    """A sentence that suggests the option nearest to `value`, with a leading space; empty if none is near.
+
+    Upper and lower case count as equal.
+
+    >>> did_you_mean("learning_rat", ["learning_rate", "epochs"])
+    " Did you mean 'learning_rate'?"
+    >>> did_you_mean("momentum", ["epochs"])
+    ''
+    """
+    by_lower_case = {option.lower(): option for option in options}
+    matches = difflib.get_close_matches(str(value).lower(), by_lower_case, n=1)
+    return f" Did you mean {by_lower_case[matches[0]]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""A whole study on one page: spec → store → search → trial → record → MLflow → selection → results."""
+"""One study from its file to its results: spec → store → search → trial → record → MLflow → selection → results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.study_file.spec import StudySpec, load_study
+from orchestrator.study_file.load import load_study
+from orchestrator.study_file.schema import StudySpec
 
 if TYPE_CHECKING:
     from orchestrator.planning.plan import Plan
@@ -21,13 +22,26 @@ logger = logging.getLogger("luthier")
 
 
 class Study:
-    """One study: what a study file says, and the folder where everything about it is kept.
+    """One study: its specification and its folder.
 
     Args:
         fields: the keys of the study file (docs/study.md) as plain Python values.
 
     Raises:
-        StudyError: unknown keys, wrong types and impossible values, all at once.
+        StudyError: unknown keys, values of another type or out of range; all at once.
+
+    >>> study = Study(
+    ...     name="pets",
+    ...     data={"source": "digits"},
+    ...     model={"name": "digits_vit"},
+    ...     strategies=["linear_probe", "full"],
+    ...     storage="/tmp/studies",
+    ... )
+    >>> study.folder
+    PosixPath('/tmp/studies/pets')
+    >>> Study(name="pets", data={"source": "digits"}, model={"name": "digits_vit"}, strategies=["ful"])
+    Traceback (most recent call last):
+    orchestrator.errors.StudyError: The study is not valid: strategies[0]: ... Did you mean 'full'?
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -36,7 +50,7 @@ class Study:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Study:
-        """Read a study file; relative paths in it are taken from the file's own folder."""
+        """A study from its file; relative paths count from the file's own folder."""
         study = cls.__new__(cls)
         study.spec = load_study(path)
         study._store = None
@@ -44,14 +58,14 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Where the study keeps its journal, Optuna database, resolved spec and report."""
+        """Folder of the study's journal, Optuna database, resolved spec and report."""
         return Path(self.spec.storage).absolute() / self.spec.name
 
     def plan(self) -> Plan:
-        """What a run would do and cost; spends nothing.
+        """What a run would do and cost; nothing is spent.
 
         Raises:
-            StudyError: the study could not run (unknown model, missing data, …).
+            PreflightError: the study cannot run here (unknown model, missing data, …).
         """
         from orchestrator.planning.plan import make_plan
         from orchestrator.planning.preflight import preflight
@@ -60,10 +74,14 @@ class Study:
         return make_plan(self.spec)
 
     def prepare(self, progress: bool = False) -> Store:
-        """Check everything that can be checked without a cluster and read the data into the store (once).
+        """Check everything that needs no cluster, and read the data into the store (once).
 
         Args:
-            progress: show on stderr how far reading is.
+            progress: show the progress of reading on stderr.
+
+        Raises:
+            PreflightError: see `plan`.
+            DataError: the data cannot be used.
         """
         if self._store is None:
             from orchestrator.ingest.pipeline import ingest
@@ -73,8 +91,8 @@ class Study:
 
             preflight(self.spec)
             with shown() if progress else contextlib.nullcontext() as report:
-                place = Path(self.spec.storage).absolute() / "data"
-                self._store = ingest(ingest_request(self.spec), place, progress=report)
+                stores = Path(self.spec.storage).absolute() / "data"
+                self._store = ingest(ingest_request(self.spec), stores, progress=report)
             make_built_in(model_of(self.spec))
         return self._store
 
@@ -84,10 +102,10 @@ class Study:
         Args:
             progress: show a live table (on a terminal) or a line per event on stderr.
             allow_change: keys that may differ from the last run although numbers depend on them, such as
-                `search.batch_size`, `versions.torch` or `dataset_digest`; a key covers everything below it.
+                `search.batch_size`, `versions.torch` or `dataset_digest`; a key includes everything below it.
 
         Raises:
-            ChangedStudyError: others differ.
+            ChangedStudyError: other keys differ.
         """
         from orchestrator.planning.build import make_task
         from orchestrator.running.study_run import Drive
@@ -95,7 +113,7 @@ class Study:
         store = self.prepare(progress)
         task = make_task(self.spec, store)
         Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
-        events = self._events()
+        events = read_journal(self.spec, self.folder)
         self._report(events)
         return self._results(events)
 
@@ -105,15 +123,7 @@ class Study:
         Raises:
             FileNotFoundError: the study has not been run.
         """
-        return self._results(self._events())
-
-    def _events(self) -> list[Event]:
-        from orchestrator.record.journal import Journal
-
-        journal = self.folder / "journal.jsonl"
-        if not journal.exists():
-            raise FileNotFoundError(f"The study {self.spec.name!r} has no journal at {journal}. Run it first.")
-        return Journal.read(journal)
+        return self._results(read_journal(self.spec, self.folder))
 
     def _results(self, events: list[Event]) -> Results:
         from orchestrator.record.records import fold, measurements
@@ -122,13 +132,28 @@ class Study:
         return Results(fold(events), self.spec, measurements=measurements(events))
 
     def _report(self, events: list[Event]) -> None:
-        """A page that cannot be made is a warning: it is no reason to lose the results of a study."""
+        """Write the HTML page; failing to do so is only a warning, because the study's results are complete."""
         from orchestrator.report.page import REPORT, write_report
 
         try:
             write_report(events, self.folder / REPORT)
         except Exception as error:
             logger.warning(
-                "The report was not written (%s: %s). Make it again: luthier report %s",
+                "The report was not written (%s: %s). To write it again: luthier report %s",
                 type(error).__name__, error, shlex.quote(str(self.folder)),
             )  # fmt: skip
+
+
+def read_journal(spec: StudySpec, folder: Path) -> list[Event]:
+    """All events of a study.
+
+    Raises:
+        FileNotFoundError: the study has not been run.
+        JournalError: the journal is damaged.
+    """
+    from orchestrator.record.journal import Journal
+
+    journal = folder / "journal.jsonl"
+    if not journal.exists():
+        raise FileNotFoundError(f"The study {spec.name!r} has no journal at {journal}. Start it with `luthier run`.")
+    return Journal.read(journal)

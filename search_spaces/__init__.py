@@ -1,7 +1,10 @@
-"""What Optuna may choose. One public file per strategy, the same stem as in `trainables`; imports optuna only.
+"""Search spaces: one public file per strategy, with the same stem as in `trainables`; imports optuna only.
 
-A file holds `SPACE`, hyperparameter → `Law` (default beside range), and `PRESETS`, name → `Preset` (the papers' own
+A file holds `SPACE`, name → `Hyperparameter` (default beside range), and `PRESETS`, name → `Preset` (the papers' own
 sweeps). Keys are fields of the strategy's `Config`. The folder is the registry: a new strategy is a new file here.
+
+Terms: a hyperparameter is *fixed* (by the study file or a preset), or *sampled* by the search; both together are the
+`hparams` of a trial.
 """
 
 from __future__ import annotations
@@ -15,26 +18,54 @@ from typing import Any
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
-from search_spaces._law import Law, Preset
+from search_spaces._hyperparameter import Hyperparameter, Preset
 
-__all__ = ["Law", "Preset", "default_point", "names", "near_edge", "preset", "presets", "searched", "space", "suggest"]
+__all__ = [
+    "Hyperparameter",
+    "Preset",
+    "default_point",
+    "names",
+    "near_edge",
+    "preset",
+    "presets",
+    "searched",
+    "space",
+    "suggest",
+]
 
 
 def names() -> list[str]:
-    """Names of all strategies that have a search space, sorted: the public module files of this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    """Names of all strategies that have a search space, sorted: the public modules of this package.
+
+    >>> "full" in names()
+    True
+    """
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def space(name: str) -> dict[str, Law]:
-    """The laws of one strategy, in the order in which they are drawn. Raises ValueError for an unknown name."""
-    found: dict[str, Law] = _module(name).SPACE
-    return found
+def space(name: str) -> dict[str, Hyperparameter]:
+    """The hyperparameters of one strategy, in the order in which they are sampled.
+
+    Raises:
+        ValueError: unknown strategy.
+
+    >>> space("full")["lr_backbone"].default
+    0.01
+    >>> space("full")["lr_backbone"].distribution
+    FloatDistribution(high=0.3, log=True, low=0.0001, step=None)
+    """
+    hyperparameters: dict[str, Hyperparameter] = _module(name).SPACE
+    return hyperparameters
 
 
 def presets(name: str) -> dict[str, Preset]:
-    """The published sweeps of one strategy. Raises ValueError for an unknown name."""
-    found: dict[str, Preset] = _module(name).PRESETS
-    return found
+    """The published sweeps of one strategy, by name.
+
+    Raises:
+        ValueError: unknown strategy.
+    """
+    by_name: dict[str, Preset] = _module(name).PRESETS
+    return by_name
 
 
 def preset(name: str, which: str) -> Preset:
@@ -43,42 +74,54 @@ def preset(name: str, which: str) -> Preset:
     Raises:
         ValueError: unknown strategy, or the strategy has no such preset.
     """
-    known = presets(name)
-    if which not in known:
-        has = ", ".join(known) or "none"
-        raise ValueError(f"{name} has no preset {which!r}.{_hint(which, list(known))} It has: {has}.")
-    return known[which]
+    by_name = presets(name)
+    if which not in by_name:
+        listed = ", ".join(by_name) or "none"
+        raise ValueError(f"{name} has no preset {which!r}.{_did_you_mean(which, list(by_name))} It has: {listed}.")
+    return by_name[which]
 
 
 def searched(name: str, fixed: Mapping[str, Any] | None = None) -> list[str]:
-    """Hyperparameters that are left to a search once `fixed` are decided; empty = there is one point only."""
-    chosen = dict(fixed or {})
-    return [key for key in default_point(name, chosen) if key not in chosen]
+    """Names of the hyperparameters that are sampled beside the `fixed` ones; empty = there is a single point.
+
+    >>> searched("full", {"lr_head": 10.0})
+    ['lr_backbone']
+    """
+    return [key for key in default_point(name, fixed) if key not in (fixed or {})]
 
 
 def default_point(name: str, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`fixed` and the default of every other hyperparameter that exists beside them."""
-    chosen = dict(fixed or {})
-    for key, law in space(name).items():
-        if key not in chosen and (law.when is None or law.when(chosen)):
-            chosen[key] = law.default
-    return chosen
+    """The `fixed` hyperparameters, and the default of every other one that exists beside them.
+
+    >>> default_point("full", {"lr_head": 1.0})
+    {'lr_head': 1.0, 'lr_backbone': 0.01}
+    """
+    hparams = dict(fixed or {})
+    for key, hyperparameter in space(name).items():
+        if _is_free(key, hyperparameter, hparams):
+            hparams[key] = hyperparameter.default
+    return hparams
 
 
 def suggest(trial: BaseTrial, name: str, prefix: str = "", fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`fixed` and a drawn value of every other hyperparameter that exists beside them (define-by-run).
+    """The `fixed` hyperparameters, and a sampled value of every other one that exists beside them (define-by-run).
 
     Args:
         trial: an Optuna trial; its parameters are named `<prefix>.<hyperparameter>`.
         name: the strategy.
         prefix: label of the study's entry; empty = bare names.
-        fixed: hyperparameters that are decided already; they are never asked for.
+        fixed: hyperparameters that are not sampled.
+
+    >>> import optuna
+    >>> trial = optuna.trial.FixedTrial({"full.lr_backbone": 0.02})
+    >>> suggest(trial, "full", prefix="full", fixed={"lr_head": 1.0})
+    {'lr_head': 1.0, 'lr_backbone': 0.02}
     """
-    chosen = dict(fixed or {})
-    for key, law in space(name).items():
-        if key not in chosen and (law.when is None or law.when(chosen)):
-            chosen[key] = law.draw(trial, f"{prefix}.{key}" if prefix else key)
-    return chosen
+    hparams = dict(fixed or {})
+    for key, hyperparameter in space(name).items():
+        if _is_free(key, hyperparameter, hparams):
+            hparams[key] = hyperparameter.suggest(trial, f"{prefix}.{key}" if prefix else key)
+    return hparams
 
 
 def near_edge(
@@ -88,41 +131,55 @@ def near_edge(
 
     Args:
         name: the strategy.
-        hparams: a chosen configuration.
+        hparams: a selected configuration.
         fixed: hyperparameters that were not searched (no warning for them).
-        preset: the sweep that the configuration comes from; its grid then takes the place of the ranges, and the edge
-            is its first and last value. None = the ranges, whose edge is 5 % at either end on the range's own scale.
+        preset: the sweep that the configuration comes from; its grid then replaces the ranges, and its edge is its
+            first and last value. None = the ranges, whose edge is 5 % at either end on the range's own scale.
     """
-    found = []
+    warnings = []
     for key, value in hparams.items():
         if key in fixed:
             continue
-        law = space(name).get(key)
+        hyperparameter = space(name).get(key)
         if preset is not None:
-            side, searched_in = presets(name)[preset].edge(key, value), f"the preset {preset!r}"
-        elif law is not None:
-            side, searched_in = law.edge(value), f"its range{_range(law)}"
+            side = presets(name)[preset].edge(key, value)
+            searched_values = f"the preset {preset!r}"
+        elif hyperparameter is not None:
+            side = hyperparameter.edge(value)
+            searched_values = f"its range{_range_in_words(hyperparameter)}"
         else:
             continue
         if side is not None:
-            found.append(
-                f"{key} = {value:.3g} lies at the {side} edge of {searched_in}: a better value may lie outside."
+            warnings.append(
+                f"{key} = {value:.3g} lies at the {side} edge of {searched_values}: a better value may lie outside."
             )
-    return found
+    return warnings
 
 
-def _range(law: Law) -> str:
-    found = law.distribution
-    return f" {found.low:g} to {found.high:g}" if isinstance(found, FloatDistribution | IntDistribution) else ""
+def _is_free(key: str, hyperparameter: Hyperparameter, hparams: Mapping[str, Any]) -> bool:
+    """Whether a hyperparameter is still undecided and exists beside those that are decided."""
+    if key in hparams:
+        return False
+    return hyperparameter.when is None or hyperparameter.when(hparams)
+
+
+def _range_in_words(hyperparameter: Hyperparameter) -> str:
+    distribution = hyperparameter.distribution
+    if not isinstance(distribution, FloatDistribution | IntDistribution):
+        return ""
+    return f" {distribution.low:g} to {distribution.high:g}"
 
 
 def _module(name: str) -> Any:
-    known = names()
-    if name not in known:
-        raise ValueError(f"A search space belongs to one of {', '.join(known)}, but got {name!r}.{_hint(name, known)}")
+    strategies = names()
+    if name not in strategies:
+        raise ValueError(
+            f"A search space belongs to one of {', '.join(strategies)}, but got {name!r}."
+            f"{_did_you_mean(name, strategies)}"
+        )
     return importlib.import_module(f"search_spaces.{name}")
 
 
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def _did_you_mean(name: str, options: list[str]) -> str:
+    matches = difflib.get_close_matches(name, options, n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

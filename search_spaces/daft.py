@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from optuna.distributions import FloatDistribution
 
-from search_spaces._law import Law, Preset
+from search_spaces import Hyperparameter, Preset
 
-SPACE: dict[str, Law] = {
+SPACE: dict[str, Hyperparameter] = {
     # The default is that of full fine-tuning.
-    "lr_backbone": Law(
+    "lr_backbone": Hyperparameter(
         default=1e-2,
         distribution=FloatDistribution(3e-6, 0.1, log=True),
-        source="papers/002, hyperparameter details, DAFT: 0.1, 0.03 … 3e-6",
+        source="Ha et al. (2024), hyperparameter details, DAFT: 0.1, 0.03 … 3e-6",
     ),
     # The paper sweeps absolute rates around 1. Relative to the features' mean squared norm one range serves all
     # backbones: a head from zero learns best at 10 to 30 and diverges above 100, whatever the network
     # (benchmarks/head_rate.py). With the backbone moving, the best rate depends on that of the backbone.
-    "lr_head": Law(
+    "lr_head": Hyperparameter(
         default=10.0,
         distribution=FloatDistribution(0.1, 100.0, log=True),
         source="benchmarks/head_rate.py",
@@ -30,7 +30,7 @@ PRESETS: dict[str, Preset] = {
             {"lr_head": (10.0, 3.0, 0.3, 0.1)},
         ),
         fixed={"head_rate": "absolute", "lr_head": 1.0},
-        source="papers/002, hyperparameter details, DAFT: backbone rates at a head rate of 1.0, then head rates at "
-        "the best of them",
+        source="Ha et al. (2024), hyperparameter details, DAFT: backbone rates at a head rate of 1.0, then head rates "
+        "at the best of them",
     ),
 }

@@ -1,7 +1,7 @@
 """LayerNorm tuning: the rates of norms and head, and λ where it is fixed for a trial.
 
-How many cycles is no part of the search, since a cycle takes two units at least and a study may have fewer: fix
-`cycles`, or take the preset `cyclic`.
+The number of cycles is not searched: a cycle takes at least two units, and the budget may have fewer. Fix `cycles`, or
+use the preset `cyclic`.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from typing import Any
 
 from optuna.distributions import FloatDistribution
 
-from search_spaces._law import Law, Preset
+from search_spaces import Hyperparameter, Preset
 
 
-def _one_lambda(chosen: Mapping[str, Any]) -> bool:
-    """λ is a number of the trial's own, and there is something that it scales."""
-    unscaled = chosen.get("train") == "beta" and chosen.get("rescale", "gamma") == "gamma"
-    return bool(chosen.get("lam_choice", "fixed") == "fixed") and not unscaled
+def _has_fixed_lambda(hparams: Mapping[str, Any]) -> bool:
+    """Whether λ is a single value per trial, and a trained parameter is scaled by it."""
+    has_no_effect = hparams.get("train") == "beta" and hparams.get("rescale", "gamma") == "gamma"
+    return hparams.get("lam_choice", "fixed") == "fixed" and not has_no_effect
 
 
 _LAMBDAS = tuple(round(0.1 * k, 1) for k in range(21))
 
-SPACE: dict[str, Law] = {
-    # γ and β are of order one whatever the network, and few: they take larger steps than weight matrices.
-    "lr_backbone": Law(
+SPACE: dict[str, Hyperparameter] = {
+    # γ and β are few and of order one in every network: they tolerate larger steps than weight matrices.
+    "lr_backbone": Hyperparameter(
         default=0.1,
         distribution=FloatDistribution(1e-3, 1.0, log=True),
-        source="digits ViT at 10 and 100 % of the images: validation best at 0.1 to 1, OOD falls from 1 on; papers/001 "
-        "sweeps 2e-3 to 1e-7, with AdamW",
+        source="digits ViT at 10 and 100 % of the images: validation best at 0.1 to 1, OOD falls from 1 on; Zhao et "
+        "al. (2024) sweep 2e-3 to 1e-7, with AdamW",
     ),
-    # Relative, as in full.py.
-    "lr_head": Law(
+    # Relative to the features' mean squared norm, as in full.py.
+    "lr_head": Hyperparameter(
         default=10.0,
         distribution=FloatDistribution(0.1, 100.0, log=True),
         source="benchmarks/head_rate.py",
     ),
     # λ < 1 where the sample resembles the pretraining data, λ > 1 where it under-represents the target.
-    "lam": Law(
+    "lam": Hyperparameter(
         default=1.0,
         distribution=FloatDistribution(0.0, 2.0),
-        when=_one_lambda,
-        source="papers/000 has λ on both sides of 1 and no range; LAMBDA_GRID of trainables.engine",
+        when=_has_fixed_lambda,
+        source="Tan et al. (2025) have λ on both sides of 1 and no range; LAMBDA_GRID of trainables.engine",
     ),
 }
 
@@ -51,16 +51,16 @@ PRESETS: dict[str, Preset] = {
     "lambda_grid": Preset(
         steps=({"lam": _LAMBDAS},),
         fixed={**_RATES, "lam_choice": "fixed", "cycles": 0},
-        source="papers/000: λ below and above 1, a trial each; `sweep` takes one trial for the same curve",
+        source="Tan et al. (2025): λ below and above 1, a trial each; `sweep` takes one trial for the same curve",
     ),
     "sweep": Preset(
         steps=({"lr_backbone": (0.03, 0.1, 0.3)},),
         fixed={"lr_head": 10.0, "lam_choice": "sweep", "cycles": 0},
-        source="papers/000: the whole curve of λ by evaluation alone, of the tuned network of every rate",
+        source="Tan et al. (2025): the whole curve of λ by evaluation alone, of the tuned network of every rate",
     ),
     "cyclic": Preset(
         steps=({"cycles": (1, 2, 3)},),
         fixed={**_RATES, "lam_choice": "sweep"},
-        source="papers/000, cyclic framework: head, norms and λ in turns",
+        source="Tan et al. (2025), cyclic framework: head, norms and λ in turns",
     ),
 }

@@ -1,18 +1,18 @@
-"""Linear probing: nothing for a search to choose, because one trial computes the whole regularisation path."""
+"""Linear probing: an empty search space, because one trial computes the whole regularisation path."""
 
 from __future__ import annotations
 
-from search_spaces._law import Law, Preset
+from search_spaces import Hyperparameter, Preset
 
 # C is chosen inside the trial, on ID validation, from 100 values spaced evenly in the logarithm between 1e-7 and 1e2
-# (Kumar et al., ICLR 2022; papers/002, "Implementation Details"). A search over C would only repeat that slowly.
-SPACE: dict[str, Law] = {}
+# (Kumar et al., 2022; Ha et al., 2024, "Implementation Details"). A search over C would only repeat that slowly.
+SPACE: dict[str, Hyperparameter] = {}
 
 PRESETS: dict[str, Preset] = {
-    "paper": Preset(source="papers/002: C on ID validation, 100 values from 1e-7 to 1e2, within one trial"),
+    "paper": Preset(source="Ha et al. (2024): C on ID validation, 100 values from 1e-7 to 1e2, within one trial"),
     # The same values with a trial each: shows how accuracy, also out of distribution, depends on C.
     "grid": Preset(
         steps=({"C": tuple(10.0 ** (-7 + 9 * i / 99) for i in range(100))},),
-        source="papers/002: 100 values of C from 1e-7 to 1e2, evenly spaced in the logarithm",
+        source="Ha et al. (2024): 100 values of C from 1e-7 to 1e2, evenly spaced in the logarithm",
     ),
 }

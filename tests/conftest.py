@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.trials import MakeTrial
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +35,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """`network("vit")` and `network("cnn")`: timm names of tiny local networks."""
-    from tests.synthetic import write_network
+    from benchmarks.support.synthetic import write_network
 
     root = tmp_path_factory.mktemp("networks")
     made: dict[str, str] = {}
@@ -42,6 +46,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         return made[kind]
 
     return name
+
+
+@pytest.fixture
+def make_trial(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> MakeTrial:
+    """Short trials of the tiny networks: `make_trial("full", "cnn", lr_backbone=0.01)`."""
+    from tests.support.trials import trial_maker
+
+    return trial_maker(network, tmp_path)
 
 
 @pytest.fixture(scope="session")

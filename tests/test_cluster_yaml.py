@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.cluster.auth import ClusterError
 from orchestrator.cluster.machines import Cluster, MachineKind, autoscaled_kinds
 from orchestrator.cluster.resources import ResourceError
 
@@ -108,8 +109,8 @@ def test_trials_are_planned_for_the_machines_that_the_file_may_start(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert autoscaled_kinds() == []
     (tmp_path / "ray_bootstrap_config.yaml").write_text((ROOT / "cluster.yaml").read_text())
-    assert autoscaled_kinds() == [MachineKind(resources={"CPU": 8.0, "GPU": 1.0}, most=8)]
-    monkeypatch.setattr(Cluster, "_there", lambda self: [{"memory": 1e9}])
+    assert autoscaled_kinds() == [MachineKind(resources={"CPU": 8.0, "GPU": 1.0}, max_count=8)]
+    monkeypatch.setattr(Cluster, "_alive_nodes", lambda self: [{"memory": 1e9}])
     cluster = Cluster(address="10.0.0.7:6379", dashboard=None, started=False)
     assert cluster.trial_resources(2, "auto") == {"cpu": 2.0, "gpu": 1.0}
     assert cluster.concurrency(None, 2, 1) == 8
@@ -123,14 +124,34 @@ def test_trials_are_planned_for_the_machines_that_the_file_may_start(
         Cluster(address="127.0.0.1:1", dashboard=None, started=True).trial_resources(2, 1)
 
 
-def test_kubernetes_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_kubernetes_requests_are_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")
-    monkeypatch.setattr(Cluster, "_there", lambda self: [{"CPU": 4.0}])
+    monkeypatch.setattr(Cluster, "_alive_nodes", lambda self: [{"CPU": 4.0}])
     cluster = Cluster(address="10.0.0.7:6379", dashboard=None, started=False)
-    assert cluster.trial_resources(16, 2) == {"cpu": 16.0, "gpu": 2.0}
-    assert cluster.concurrency(6, 16, 2) == 6
-    assert cluster.concurrency(None, 16, 2) == 1
+    assert cluster.trial_resources(16, 1) == {"cpu": 16.0, "gpu": 1.0}
+    assert cluster.concurrency(6, 16, 1) == 6
+    assert cluster.concurrency(None, 16, 1) == 1
+
+
+def test_paths_that_a_machine_does_not_see_are_refused_with_advice_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """URLs are refused by the study file, so that no advice may name them."""
+    monkeypatch.setattr("orchestrator.cluster.machines._unseen", lambda paths: [("10.0.0.7", path) for path in paths])
+    cluster = Cluster(address="10.0.0.7:6379", dashboard=None, started=False)
+    with pytest.raises(ClusterError) as caught:
+        cluster.check_shared("/data/pets", Path("/studies"))
+    assert str(caught.value) == (
+        "Data and storage must be visible to every machine of the cluster, but 10.0.0.7 does not see /data/pets, "
+        "10.0.0.7 does not see /studies. Give paths on storage that every machine mounts at the same place (such as "
+        "NFS, EFS or FSx)."
+    )
+    Cluster(address="127.0.0.1:1", dashboard=None, started=True).check_shared("/data/pets")
+
+
+@pytest.mark.parametrize("document", ["cluster.yaml", "docs/cluster.md", "README.md"])
+def test_no_document_offers_object_stores_for_data(document: str) -> None:
+    text = (ROOT / document).read_text()
+    assert re.findall(r"s3://|gs://|\bbucket\b|by URL", text) == []
 
 
 def _blocks(language: str) -> list[str]:

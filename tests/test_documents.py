@@ -13,10 +13,10 @@ from typer.main import get_command
 
 import trainables
 from orchestrator import cli
-from orchestrator.commands import console
-from orchestrator.commands.reference import DOCUMENTS, filled, rows, sections, written
-from orchestrator.study_file.spec import StudySpec
-from orchestrator.study_file.yaml_loader import parse_yaml
+from orchestrator.commands import exit_status
+from orchestrator.commands.reference import DOCUMENTS, filled, rows, sections, yaml_value
+from orchestrator.study_file.schema import StudySpec
+from orchestrator.study_file.yaml_text import parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN = (
@@ -89,8 +89,8 @@ def test_every_command_and_exit_code_is_documented() -> None:
     for command in commands():
         assert f"`luthier {command}" in page
     codes = (
-        console.OK, console.FAILED, console.USAGE, console.PARTIAL, console.PREFLIGHT, console.INTERRUPTED,
-        console.TERMINATED,
+        exit_status.OK, exit_status.FAILED, exit_status.USAGE, exit_status.PARTIAL, exit_status.PREFLIGHT,
+        exit_status.INTERRUPTED, exit_status.TERMINATED,
     )  # fmt: skip
     assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [str(code) for code in codes]
 
@@ -142,7 +142,7 @@ def test_the_example_of_contributing_is_a_strategy(tmp_path: Path) -> None:
     [("photo", "photo"), ("no", "'no'"), ("12", "'12'"), ("a b", "'a b'"), ("it's", "'it''s'"), ([1, 0.5], "[1, 0.5]")],
 )
 def test_values_are_written_as_they_are_read(value: object, expected: str) -> None:
-    assert written(value) == expected
+    assert yaml_value(value) == expected
     assert parse_yaml(f"a: {expected}").data == {"a": value}
 
 

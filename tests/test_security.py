@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import sqlite3
@@ -22,21 +21,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks.support.synthetic import shapes, write_images, write_shapes
 from orchestrator import Study
 from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.study_file.portable import resolved_study
+from orchestrator.study_file.load import resolved_study
 from orchestrator.tracking.delivery_state import Position, PositionFile
-from tests.orchestrator.driving import drive, searcher
-from tests.synthetic import shapes, write_images, write_shapes
+from tests.support.canary import Canary
+from tests.support.driving import drive, searcher
 from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Store, StoreError
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, load_state, save_state
-from trainables.storage.checkpoint_store import Keeper
+from trainables.storage.checkpoint_store import CheckpointStore
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_OBJECTS = "ray.data.arrow_pickled_object"
@@ -45,16 +45,6 @@ RAY_OBJECTS = "ray.data.arrow_pickled_object"
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """The machine is shared."""
-
-
-class Canary:
-    """Makes a folder where it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = str(marker)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.makedirs, (self.marker, 0o777, True)
 
 
 @pytest.fixture
@@ -104,15 +94,15 @@ class TestCheckpoints:
         assert found.meta["unit"] == 1
 
     def test_s7_a_torch_archive_under_the_name_of_the_tensors(self, marker: Path, tmp_path: Path) -> None:
-        keeper = Keeper(tmp_path / "checkpoints" / "trial-0000")
-        keeper.claim()
-        save_state(keeper.folder / "unit-000001", RunState({}, {"unit": 1, "step": 0}))
-        torch.save({"model/a": Canary(marker)}, keeper.folder / "unit-000001" / "tensors.safetensors")
-        digested(keeper.folder / "unit-000001")
-        (keeper.folder / "optimizer.pkl").write_bytes(pickle.dumps(Canary(marker)))
-        assert list(keeper.states()) == []
+        store = CheckpointStore(tmp_path / "checkpoints" / "trial-0000")
+        store.acquire()
+        save_state(store.folder / "unit-000001", RunState({}, {"unit": 1, "step": 0}))
+        torch.save({"model/a": Canary(marker)}, store.folder / "unit-000001" / "tensors.safetensors")
+        digested(store.folder / "unit-000001")
+        (store.folder / "optimizer.pkl").write_bytes(pickle.dumps(Canary(marker)))
+        assert list(store.valid_states()) == []
         assert [p.name for p in (tmp_path / "checkpoints" / "quarantine").iterdir()] == ["trial-0000-unit-000001"]
-        assert "unit-000001 cannot be read" in keeper.problems[0]
+        assert "unit-000001 cannot be read" in store.problems[0]
 
 
 def write_weights(path: Path, marker: Path, evil: bytes, how: str) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks._soak_faults import INSIDE, OUTSIDE, PER_TRIAL, draw
-from benchmarks._soak_found import Found, plain, row
-from benchmarks._soak_run import Outcome
 from benchmarks.soak import truncate
+from benchmarks.support.soak_comparison import Found, plain, row
+from benchmarks.support.soak_faults import INSIDE, OUTSIDE, PER_TRIAL, draw
+from benchmarks.support.soak_run import Outcome
 from trainables.specs.fault_injection import Fault
 
 ROOT = Path(__file__).resolve().parent.parent

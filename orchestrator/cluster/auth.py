@@ -1,8 +1,8 @@
-"""Who may talk to a Ray cluster: finding this machine's token, and asking an address what it demands.
+"""Authentication at Ray clusters: finding this machine's token, and probing what an address requires.
 
-A Ray cluster runs whatever code it is sent. One that asks for no token, reachable over a network, belongs to anybody
-(CVE-2023-48022); Luthier does not send studies there. Ray itself takes 20 s to tell a wrong token and two minutes to
-tell a dead address; the probes here ask one question without Ray and have the answer in milliseconds.
+A Ray cluster runs any code that it is sent, so one without authentication that is reachable over a network is open to
+remote code execution (CVE-2023-48022); Luthier does not use such clusters. Ray itself takes 20 s to report a wrong
+token and two minutes for a dead address; the probes here send one request without Ray and take milliseconds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 Access = Literal["open", "accepted", "missing", "wrong", "unreachable"]
-"""`open` = no token asked; `accepted`; `missing` = a token is asked and we have none; `wrong`; `unreachable`."""
+"""`open` = no token required; `missing` = a token is required and there is none here."""
 
 INSECURE = "LUTHIER_INSECURE_CLUSTER"
-"""Set to 1: use even a network cluster that asks for no token."""
+"""Environment variable: 1 = use even a network cluster without authentication."""
 
 _WAY_OUT = (
     "Copy ~/.ray/auth_token of the cluster's head node to this machine's ~/.ray/auth_token, or set RAY_AUTH_TOKEN "
@@ -31,7 +31,7 @@ _WAY_OUT = (
 
 
 class ClusterError(ValueError):
-    """A cluster that cannot or must not be used, with the way out."""
+    """A cluster that cannot or must not be used."""
 
 
 def find_token(environ: Mapping[str, str] | None = None) -> str | None:
@@ -43,45 +43,46 @@ def find_token(environ: Mapping[str, str] | None = None) -> str | None:
     environ = os.environ if environ is None else environ
     if environ.get("RAY_AUTH_TOKEN"):
         return environ["RAY_AUTH_TOKEN"].strip()
-    named = environ.get("RAY_AUTH_TOKEN_PATH")
-    if named:
-        return _token_of(named)
+    path = environ.get("RAY_AUTH_TOKEN_PATH")
+    if path:
+        return _read_token(path)
     file = token_file()
     return (file.read_text().strip() or None) if file.is_file() else None
 
 
-def _token_of(named: str) -> str:
+def _read_token(path: str) -> str:
+    problem = "it is empty"
     try:
-        token, problem = Path(named).expanduser().read_text().strip(), "it is empty"
+        token = Path(path).expanduser().read_text().strip()
+        if token:
+            return token
     except OSError as error:
-        token, problem = "", str(error.strerror)
-    if token:
-        return token
+        problem = str(error.strerror)
     raise ClusterError(
-        f"RAY_AUTH_TOKEN_PATH must name a file with a token, but got {named!r} ({problem}). "
+        f"RAY_AUTH_TOKEN_PATH must name a file with a token, but got {path!r} ({problem}). "
         "Correct the path, or unset it to use ~/.ray/auth_token."
     )
 
 
 def token_file() -> Path:
-    """Where Ray keeps the token of this user."""
+    """The file where Ray keeps this user's token."""
     return Path.home() / ".ray" / "auth_token"
 
 
 def ensure_token() -> str:
-    """The token of this machine, made at first use; the file is readable by its owner alone (Ray writes 0644).
+    """This machine's token, created at first use in a file that only its owner can read (Ray writes mode 0644).
 
     Raises:
-        ClusterError: there is no token yet and none can be written.
+        ClusterError: there is no token yet, and the file cannot be written.
     """
     file = token_file()
-    found = find_token()
-    if found is None:
-        found = secrets.token_hex(32)
+    token = find_token()
+    if token is None:
+        token = secrets.token_hex(32)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
-                handle.write(found)
+                handle.write(token)
         except OSError as error:
             raise ClusterError(
                 f"A local cluster keeps its token in {file}, but that cannot be written ({error.strerror}). "
@@ -89,11 +90,11 @@ def ensure_token() -> str:
             ) from error
     if file.is_file() and file.stat().st_uid == os.getuid() and stat.S_IMODE(file.stat().st_mode) & 0o077:
         file.chmod(0o600)
-    return found
+    return token
 
 
 def refresh_ray_auth() -> None:
-    """Make a Ray that is already imported see RAY_AUTH_MODE and the token as they are now (it caches both)."""
+    """Drop the RAY_AUTH_MODE and token that an imported Ray has cached."""
     if "ray" in sys.modules:
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -102,7 +103,7 @@ def refresh_ray_auth() -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine alone."""
+    """Whether a host name or address is a loopback address."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -110,33 +111,34 @@ def is_loopback(host: str) -> bool:
 
 
 def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access:
-    """Ask the head of a cluster (`host:6379`) one question, first without the token, then with it."""
+    """Probe the head of a cluster (`host:6379`) with one request, first without the token, then with it."""
     import grpc  # type: ignore[import-untyped]
 
-    def ask(metadata: list[tuple[str, str]]) -> grpc.StatusCode:
+    def status_of(metadata: list[tuple[str, str]]) -> grpc.StatusCode:
         try:
-            question(b"", timeout=timeout_s, metadata=metadata, wait_for_ready=False)
+            check_alive(b"", timeout=timeout_s, metadata=metadata, wait_for_ready=False)
         except grpc.RpcError as error:
             return error.code()
         return grpc.StatusCode.OK
 
-    # A proxy for the web is not on the way to the cluster; Ray switches it off in the same way.
+    # HTTP proxies do not apply to cluster traffic; Ray disables them in the same way.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        question = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
-        answer = ask([])
-        if answer == grpc.StatusCode.OK:
+        check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        status = status_of([])
+        if status == grpc.StatusCode.OK:
             return "open"
-        if answer != grpc.StatusCode.UNAUTHENTICATED:
+        if status != grpc.StatusCode.UNAUTHENTICATED:
             return "unreachable"
         if token is None:
             return "missing"
-        return "accepted" if ask([("authorization", f"Bearer {token}")]) == grpc.StatusCode.OK else "wrong"
+        return "accepted" if status_of([("authorization", f"Bearer {token}")]) == grpc.StatusCode.OK else "wrong"
 
 
 def probe_dashboard(url: str, token: str | None, timeout_s: float = 10.0) -> Access:
-    """Ask a Ray dashboard (`http://host:8265`) for its job list, first without the token, then with it."""
+    """Probe a Ray dashboard (`http://host:8265`) by its job list, first without the token, then with it."""
 
-    def ask(headers: dict[str, str]) -> int:
+    def status_of(headers: dict[str, str]) -> int:
+        """HTTP status; 0 = no answer."""
         request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as reply:
@@ -146,26 +148,27 @@ def probe_dashboard(url: str, token: str | None, timeout_s: float = 10.0) -> Acc
         except (OSError, ValueError):
             return 0
 
-    answer = ask({})
-    if answer == 200:
+    status = status_of({})
+    if status == 200:
         return "open"
-    if answer not in (401, 403):
+    if status not in (401, 403):
         return "unreachable"
     if token is None:
         return "missing"
-    return "accepted" if ask({"Authorization": f"Bearer {token}"}) == 200 else "wrong"
+    return "accepted" if status_of({"Authorization": f"Bearer {token}"}) == 200 else "wrong"
 
 
 def check_access(address: str, host: str, access: Access, insecure: bool = False) -> None:
-    """Turn what a probe found into an error for people, or into nothing when the cluster may be used.
+    """Raise a user-facing error unless the cluster may be used.
 
     Args:
         address: as the user wrote it, for the message.
         host: its host part.
-        insecure: use even a cluster that everybody on its network may use (so does LUTHIER_INSECURE_CLUSTER=1).
+        access: result of a probe.
+        insecure: allow a network cluster without authentication (so does LUTHIER_INSECURE_CLUSTER=1).
 
     Raises:
-        ClusterError: unreachable, no token, wrong token, or open to everybody on a network.
+        ClusterError: unreachable, no token, wrong token, or a network cluster without authentication.
     """
     if access == "unreachable":
         raise ClusterError(

@@ -1,4 +1,4 @@
-"""One way to a Ray cluster for every command: join the one of RAY_ADDRESS, or start a local one for as long as needed.
+"""Connection to a Ray cluster: join the one of RAY_ADDRESS, or start a local one for the duration of a block.
 
 with connect(cpus=4) as cluster:
     request = cluster.trial_resources(cpus=1, gpus="auto")
@@ -33,7 +33,7 @@ from orchestrator.cluster.driver_process import (
     sigterm_restored,
 )
 from orchestrator.cluster.machines import Cluster
-from orchestrator.cluster.resources import ResourceError, check_resources, gpu_share, trial_resources
+from orchestrator.cluster.resources import ResourceError, check_resources, trial_resources
 
 __all__ = [
     "Cluster",
@@ -41,38 +41,37 @@ __all__ = [
     "ResourceError",
     "check_resources",
     "connect",
-    "gpu_share",
     "trial_resources",
 ]
 
 logger = logging.getLogger(__name__)
 
 KNOBS: Mapping[str, str] = {
-    # Half of Tune's cost per short trial is CSV and TensorBoard files that nobody reads beside the journal.
+    # Half of Tune's cost per short trial is writing CSV and TensorBoard files; the journal replaces them.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Our own progress display replaces Tune's tables; the newer reporter prints some even when it is told not to.
+    # Luthier's progress display replaces Tune's tables; the newer reporter prints some even with verbose=0.
     "RAY_AIR_NEW_OUTPUT": "0",
-    # A trial's process would sit in a folder of Tune's, and not take its next trial once that folder has gone.
+    # Tune would change each actor's working directory to a trial folder; a reused actor fails once that is deleted.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # What a trial died of is in the journal, in one line; Tune prints Ray's traceback of every attempt.
+    # The journal has the cause of a failure in one line; Tune prints Ray's traceback of every attempt.
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # On Ctrl-C Tune would return as if the study were complete; let KeyboardInterrupt through.
+    # On Ctrl-C Tune would return as if the study were complete; KeyboardInterrupt must propagate.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_THRESHOLD_S": "10",
-    # A validation domain is measured at rungs and at the end; Tune would stop everything at the first unit without it.
+    # A validation domain is evaluated only at rungs and at the end; Tune would abort at the first result without it.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # A GPU machine of an autoscaled cluster takes minutes to come; that is no reason for a warning each minute.
+    # An autoscaled GPU machine takes minutes to start, without a warning every minute.
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER": "900",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment of Ray and Tune while connected; a variable that the user has set already wins."""
+"""Environment variables of Ray and Tune while connected; the user's own values take precedence."""
 
 LOCAL_KNOBS: Mapping[str, str] = {
-    # Seconds after which Ray ends a process whose head has gone: that of a local cluster never comes back.
+    # Seconds after which Ray ends a process that lost its head node; a local head never returns.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
-"""Likewise, for a cluster that this process starts."""
+"""The same for a cluster that this process starts."""
 
 _IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -87,25 +86,26 @@ def connect(
     insecure: bool = False,
     log_to_driver: bool = False,
 ) -> Iterator[Cluster]:
-    """Connect this process to a Ray cluster for the length of a `with` block.
+    """Connect this process to a Ray cluster for the duration of a `with` block.
 
-    The address is `address`, else RAY_ADDRESS; without either (or with "local") a cluster of this machine is started,
-    with token authentication, its dashboard on 127.0.0.1, its files in a folder of its own; it is stopped at the end.
-    A connection that the process already has is used and left as it is. Within the block Ctrl-C and SIGTERM both raise
-    KeyboardInterrupt, also out of `Tuner.fit`, and Tune does not publish the AWS keys of this process.
+    The address is `address`, else RAY_ADDRESS. Without either (or with "local") a cluster is started on this machine,
+    with token authentication, its dashboard on 127.0.0.1 and a temporary folder; it is stopped at the end. An existing
+    connection of the process is used and left open. Within the block Ctrl-C and SIGTERM both raise KeyboardInterrupt,
+    also out of `Tuner.fit`, and Tune does not publish the AWS keys of this process.
 
     Args:
-        cpus: CPU cores that a local cluster may use; None = all. Ignored when joining.
-        gpus: GPUs likewise.
+        cpus: CPU cores of a local cluster; None = all. Ignored when joining.
+        gpus: GPUs of a local cluster; None = all. Ignored when joining.
+        address: see above.
         dashboard: whether a local cluster serves the Ray dashboard.
-        insecure: join even a network cluster that asks for no token.
+        insecure: join even a network cluster without authentication.
         log_to_driver: print what trials write to stdout and stderr.
 
     Raises:
         ClusterError: the cluster cannot or must not be joined.
     """
-    wanted = address or os.environ.get("RAY_ADDRESS") or "local"
-    started = wanted == "local"
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    started = target == "local"
     with environment({**KNOBS, **(LOCAL_KNOBS if started else {})}), sigterm_restored():
         import ray
 
@@ -114,7 +114,7 @@ def connect(
             yield _describe(started=False)
             return
         common = {"logging_level": logging.ERROR, "log_to_driver": log_to_driver}
-        opened = _local(cpus, gpus, dashboard, common) if started else _joined(wanted, insecure, common)
+        opened = _local(cpus, gpus, dashboard, common) if started else _joined(target, insecure, common)
         with opened:
             try:
                 with sigterm_as_interrupt():
@@ -125,13 +125,13 @@ def connect(
 
 @contextlib.contextmanager
 def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str, Any]) -> Iterator[None]:
-    """Start a cluster of this machine; the caller shuts it down, its folder goes unless the block failed."""
+    """Start a local cluster; the caller shuts it down. Its folder is deleted unless the block failed."""
     import ray
 
-    # Unix sockets lie in the folder and their paths may have 107 bytes: macOS's own temporary folder is too long.
+    # Ray puts Unix sockets there, whose paths have at most 107 bytes: macOS's own temporary folder is too long.
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 24 else "/tmp"
     folder = tempfile.mkdtemp(prefix="luthier-", dir=parent)
-    shown = {"dashboard_host": "127.0.0.1", "dashboard_port": free_port()} if dashboard else {}
+    dashboard_options = {"dashboard_host": "127.0.0.1", "dashboard_port": free_port()} if dashboard else {}
     ensure_token()
     with _authentication("token"):
         try:
@@ -141,12 +141,12 @@ def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str
                 num_gpus=gpus,
                 include_dashboard=dashboard,
                 _temp_dir=folder,
-                **shown,
+                **dashboard_options,
                 **common,
             )
             yield
         except (ValueError, KeyboardInterrupt):
-            # A mistake in the study, or a wish of the user: nothing in Ray's logs would explain it.
+            # A user error or an interrupt: Ray's logs would not explain either.
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except Exception:
@@ -157,17 +157,17 @@ def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str
 
 @contextlib.contextmanager
 def _joined(address: str, insecure: bool, common: dict[str, Any]) -> Iterator[None]:
-    """Join a running cluster after looking at who may use it."""
+    """Join a running cluster after checking its authentication."""
     import ray
 
     if _IN_A_JOB in os.environ:
-        # The cluster itself started this process, with its own token and working directory.
+        # A Ray job: the cluster started this process, with its token and working directory.
         ray.init(address=address, **common)
         yield
         return
     target = _gcs_address(address)
     token = find_token()
-    # The probe speaks plain gRPC; where Ray is set up for mutual TLS, certificates already say who may come in.
+    # The probe uses plain gRPC; with mutual TLS the certificates already authenticate.
     access: Access = "accepted" if os.environ.get("RAY_USE_TLS") == "1" else probe_gcs(target, token)
     check_access(address, target.rpartition(":")[0], access, insecure)
     with _authentication("disabled" if access == "open" else "token"):
@@ -183,7 +183,7 @@ def _joined(address: str, insecure: bool, common: dict[str, Any]) -> Iterator[No
 
 @contextlib.contextmanager
 def _authentication(mode: Literal["token", "disabled"]) -> Iterator[None]:
-    """Ray's authentication mode for the length of a block; Ray finds the token in the places of `find_token`."""
+    """Set Ray's authentication mode for the duration of a block; Ray looks for the token as `find_token` does."""
     try:
         with environment({"RAY_AUTH_MODE": mode}, override=True):
             refresh_ray_auth()
@@ -193,7 +193,7 @@ def _authentication(mode: Literal["token", "disabled"]) -> Iterator[None]:
 
 
 def _gcs_address(address: str) -> str:
-    """`host:port` of the head, from what stands in RAY_ADDRESS."""
+    """`host:port` of the head, from a value of RAY_ADDRESS."""
     if address.startswith(("http://", "https://", "ray://")):
         raise ClusterError(
             f"RAY_ADDRESS must be host:port of the cluster's head (usually port 6379) or auto, but got {address!r}. "
@@ -203,17 +203,17 @@ def _gcs_address(address: str) -> str:
         return address if ":" in address else f"{address}:6379"
     from ray._private import services
 
-    found = services.canonicalize_bootstrap_address("auto")
-    if not found:
+    head = services.canonicalize_bootstrap_address("auto")
+    if not head:
         raise ClusterError(
             "RAY_ADDRESS=auto means the cluster of this machine, but none is running here. Start one with "
             "`ray start --head`, give its host:port, or unset RAY_ADDRESS to start a local one."
         )
-    return str(found)
+    return str(head)
 
 
 def _shipped_packages() -> dict[str, Any] | None:
-    """The runtime environment that puts this checkout's packages on every worker; None for an installed Luthier."""
+    """Runtime environment that ships this checkout's packages to every worker; None for an installed Luthier."""
     if not shipping.is_checkout():
         return None
     folders = shipping.package_folders()

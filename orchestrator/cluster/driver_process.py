@@ -1,4 +1,4 @@
-"""What the process that drives a study changes about itself: environment, signals, a free port; all undone after."""
+"""Changes to the driver's own process, undone afterwards: environment variables, signal handlers; a free port."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from orchestrator.errors import Terminated
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str | None], override: bool = False) -> Iterator[None]:
-    """Set (None = unset) environment variables for the length of a block.
+    """Set (None = unset) environment variables for the duration of a block.
 
     Args:
-        override: False leaves variables alone that have a value already.
+        values: name → value.
+        override: False keeps the value of variables that have one.
     """
     before = {name: os.environ.get(name) for name in values}
     changed = {name: value for name, value in values.items() if override or before[name] is None}
@@ -39,7 +40,7 @@ def _apply(values: Mapping[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def sigterm_restored() -> Iterator[None]:
-    """Give SIGTERM back the handler that it had before the block (`ray.init` installs one of its own)."""
+    """Restore the SIGTERM handler after the block (`ray.init` installs one)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,47 +53,51 @@ def sigterm_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM does what Ctrl-C does, so that whoever writes records and closes clusters in `finally`
-    gets to it; what leaves the block is `Terminated`. For after `ray.init`; `sigterm_restored` undoes it."""
-    heard = False
+    """Handle SIGTERM as SIGINT within the block, so that `finally` clauses run; the block then raises `Terminated`.
 
-    def hear(signum: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        heard = True
+    To be entered after `ray.init`; `sigterm_restored` undoes it.
+    """
+    received = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
         on_interrupt = signal.getsignal(signal.SIGINT)
-        if not callable(on_interrupt):  # a shell starts background jobs with SIGINT ignored
+        if not callable(on_interrupt):  # shells start background jobs with SIGINT ignored
             raise KeyboardInterrupt
         on_interrupt(signal.SIGINT, frame)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, hear)
+        signal.signal(signal.SIGTERM, handle)
     try:
         yield
-    except KeyboardInterrupt as error:  # Ray raises one of its own where a signal's handler raised
-        if heard:
+    except KeyboardInterrupt as error:  # not always the handler's own: Ray replaces it by another instance
+        if received:
             raise Terminated from error
         raise
 
 
 @contextlib.contextmanager
-def second_interrupt_leaves() -> Iterator[None]:
-    """For a command: Ctrl-C ends it in good order, the next Ctrl-C at once. A program with a handler of its own, and
-    one that ignores SIGINT, keep that."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+def second_interrupt_exits() -> Iterator[None]:
+    """Within the block the first Ctrl-C raises KeyboardInterrupt, the second exits the process at once.
+
+    Has no effect where SIGINT is ignored or has a handler other than Python's default.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    heard = False
+    received = False
 
-    def hear(signum: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        if heard:
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if received:
             os.write(2, b"Stopped at once. Run the same command again to continue.\n")
             os._exit(128 + signal.SIGINT)
-        heard = True
+        received = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
@@ -100,18 +105,17 @@ def second_interrupt_leaves() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
+    """A TCP port of 127.0.0.1 that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def keep_aws_keys_private() -> None:
-    """Stop Tune from writing this process's AWS keys into each trial's public description.
+    """Stop Tune from copying this process's AWS keys into each trial's runtime environment.
 
-    Tune copies them from the environment into the runtime environment of every trial actor, which the dashboard and
-    the state API show in clear. Workers find their credentials as any process does: an instance role, or the
-    environment that the cluster was started in.
+    The dashboard and the state API show that environment in clear. Workers get credentials as any process does: from an
+    instance role, or from the environment that the cluster was started in.
     """
     from ray.tune.execution import class_cache
 

@@ -1,4 +1,4 @@
-"""Following a Ray job from another machine: its output as it comes, and its exit code at the end."""
+"""Following a Ray job from another machine: its output as it is written, then its exit code."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
 class Follower:
-    """Prints one job's output exactly once, over as many calls and connections as it takes.
+    """Prints a job's output exactly once, over any number of calls and connections.
 
     Args:
         client: a connected job client.
         job: submission id.
-        out: where the job's output goes.
-        patience_s: how long a lost connection is retried.
+        out: stream for the job's output.
+        patience_s: seconds that a lost connection is retried.
     """
 
     def __init__(self, client: JobSubmissionClient, job: str, out: TextIO, patience_s: float = 120.0) -> None:
-        self.client, self.job, self.out, self.patience_s = client, job, out, patience_s
+        self.client = client
+        self.job = job
+        self.out = out
+        self.patience_s = patience_s
         self._printed = 0
 
     def run(self) -> int:
@@ -36,7 +39,7 @@ class Follower:
             The exit code of the job's command; 130 when it was stopped, 1 when it never started.
 
         Raises:
-            ClusterError: contact was lost for `patience_s` (the job goes on).
+            ClusterError: the connection was lost for `patience_s` (the job keeps running).
         """
         import aiohttp
 
@@ -52,19 +55,20 @@ class Follower:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > self.patience_s:
                     raise ClusterError(
-                        f"Lost contact with the cluster while following {self.job}: {error}. The job goes on; run the "
-                        "same command again to follow it."
+                        f"Lost the connection to the cluster while following {self.job}: {error}. The job keeps "
+                        "running; run the same command again to follow it."
                     ) from error
             time.sleep(0.5)
 
     async def _print_output(self) -> None:
-        # Each connection starts at the first character of the log again.
+        # Each connection sends the log from its first character.
         skip = self._printed
         async for text in self.client.tail_job_logs(self.job):
-            fresh, skip = text[skip:], max(0, skip - len(text))
-            self.out.write(fresh)
+            unprinted = text[skip:]
+            skip = max(0, skip - len(text))
+            self.out.write(unprinted)
             self.out.flush()
-            self._printed += len(fresh)
+            self._printed += len(unprinted)
 
     def _exit_code(self, info: Any) -> int:
         if info.status.value == "STOPPED":

@@ -1,4 +1,4 @@
-"""The cluster that this process is connected to, as its machines are seen from here."""
+"""The connected cluster: its machines, those an autoscaler may add, and what they can hold."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ from orchestrator.cluster.auth import ClusterError
 
 @dataclass(frozen=True)
 class MachineKind:
-    """One kind of machine that an autoscaler may start."""
+    """A node type that an autoscaler may start."""
 
     resources: dict[str, float]
-    """Of one machine, as Ray counts them."""
-    most: int
-    """How many of them at most."""
+    """Resources of one machine, in Ray's units."""
+    max_count: int
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster that this process is connected to."""
+    """The connected cluster."""
 
     address: str
     """`host:port` of its head."""
     dashboard: str | None
-    """URL of the dashboard; None when it has none."""
+    """URL of the dashboard; None = it has none."""
     started: bool
-    """Whether `connect` started it (and stops it at the end)."""
+    """Whether `connect` started it, and stops it at the end."""
 
     def nodes(self) -> list[dict[str, float]]:
-        """Resources of each machine that is there, and of each kind that a `ray up` autoscaler may start."""
-        return self._there() + [kind.resources for kind in self._kinds()]
+        """Resources of each machine that is up, and of each node type that a `ray up` autoscaler may start."""
+        return self._alive_nodes() + [kind.resources for kind in self._kinds()]
 
     def trial_resources(self, cpus: float, gpus: float | Literal["auto"]) -> dict[str, float]:
         """Tune's request of one trial, see `orchestrator.cluster.resources.trial_resources`.
 
-        On Kubernetes the operator may start machines that nobody can list here; the check is left to it.
+        On Kubernetes the operator may start machines of sizes unknown here; the request is then not checked.
         """
         nodes = self.nodes()
         if self._on_kubernetes() and gpus != "auto":
             nodes.append({"CPU": cpus, "GPU": float(gpus)})
         return resources.trial_resources(cpus, gpus, nodes)
 
-    def concurrency(self, wanted: int | None, cpus: float, gpus: float) -> int:
-        """How many trials to keep going: `wanted`, but no more than ever fit at once; at least 1.
+    def concurrency(self, requested: int | None, cpus: float, gpus: float) -> int:
+        """Number of concurrent trials: `requested`, but at most as many as can fit at once, and at least 1.
 
-        Machines that a `ray up` autoscaler may still start count, for it starts them only when trials wait. On
-        Kubernetes their number cannot be known here: `wanted` is taken at its word, and without it only the machines
-        that are there count.
+        Machines that a `ray up` autoscaler may still start count, because it starts them only when trials are pending.
+        On Kubernetes their number is unknown here: `requested` is not limited, and None = what fits on the machines
+        that are up.
         """
         fitting = max(1, self.trial_slots(cpus, gpus))
-        if wanted is None:
+        if requested is None:
             return fitting
-        return wanted if self._on_kubernetes() else min(wanted, fitting)
+        return requested if self._on_kubernetes() else min(requested, fitting)
 
     def trial_slots(self, cpus: float, gpus: float) -> int:
-        """How many trials fit at once, on the machines that are there or on all that the autoscaler may start."""
-        there = resources.trial_slots(cpus, gpus, self._there())
-        to_come = [kind.most * resources.trial_slots(cpus, gpus, [kind.resources]) for kind in self._kinds()]
-        return max([there, *to_come])
+        """Number of trials that fit at once, on the machines that are up or on all that the autoscaler may start."""
+        slots = [resources.trial_slots(cpus, gpus, self._alive_nodes())]
+        for kind in self._kinds():
+            slots.append(kind.max_count * resources.trial_slots(cpus, gpus, [kind.resources]))
+        return max(slots)
 
-    def _there(self) -> list[dict[str, float]]:
+    def _alive_nodes(self) -> list[dict[str, float]]:
         import ray
 
         return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
@@ -78,25 +78,27 @@ class Cluster:
         return not self.started and os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1"
 
     def check_shared(self, *paths: str | Path) -> None:
-        """Refuse paths that some machine of the cluster does not see, before any trial needs them.
+        """Refuse paths that do not exist on some machine of the cluster, before any trial needs them.
 
-        URLs (`s3://…`) are not looked at. Raises ClusterError naming each machine and path.
+        Covers the machines that are up; an autoscaler's later ones are not checked.
+
+        Raises:
+            ClusterError: names each machine and path.
         """
-        local = [str(path) for path in paths if "://" not in str(path)]
-        unseen = [] if self.started else _unseen(local)
+        unseen = [] if self.started else _unseen([str(path) for path in paths])
         if unseen:
             raise ClusterError(
-                "Data and storage must lie where every machine of the cluster sees them, but "
+                "Data and storage must be visible to every machine of the cluster, but "
                 + ", ".join(f"{node} does not see {path}" for node, path in unseen)
-                + ". Put them on a shared folder mounted at the same place everywhere, or give a URL (s3://…, gs://…)."
+                + ". Give paths on storage that every machine mounts at the same place (such as NFS, EFS or FSx)."
             )
 
 
 def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
-    """The kinds of machines that `ray up` may start, read from the file it leaves in the head's home folder.
+    """The node types that `ray up` may start, from the configuration file that it writes to the head's home folder.
 
     Args:
-        config: that file; any cluster file will do.
+        config: path of a cluster file; None = that file.
     """
     file = config or Path.home() / "ray_bootstrap_config.yaml"
     if not file.is_file():
@@ -105,25 +107,28 @@ def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
     kinds = [
         MachineKind(
             resources={name: float(amount) for name, amount in kind.get("resources", {}).items()},
-            most=min(kind.get("max_workers", 0), cluster.get("max_workers", 0)),
+            max_count=min(kind.get("max_workers", 0), cluster.get("max_workers", 0)),
         )
         for kind in cluster.get("available_node_types", {}).values()
     ]
-    return [kind for kind in kinds if kind.most > 0]
+    return [kind for kind in kinds if kind.max_count > 0]
 
 
 def _unseen(paths: list[str]) -> list[tuple[str, str]]:
+    """(machine, path) for each path that a machine does not have."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(_missing)
+    find_missing = ray.remote(num_cpus=0, max_retries=0)(_missing)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(paths)
-        for node in nodes
-    ]
-    answers = ray.get(asked)
-    return [(node["NodeManagerAddress"], path) for node, lost in zip(nodes, answers, strict=True) for path in lost]
+    pending = []
+    for node in nodes:
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        pending.append(find_missing.options(scheduling_strategy=on_node).remote(paths))
+    unseen = []
+    for node, missing in zip(nodes, ray.get(pending), strict=True):
+        unseen += [(node["NodeManagerAddress"], path) for path in missing]
+    return unseen
 
 
 def _missing(paths: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What one trial may ask of the machines: pure functions over Ray's resource dicts (`{"CPU": 8.0, "GPU": 1.0, …}`)."""
+"""Resource requests of trials: pure functions over Ray's resource dicts (`{"CPU": 8.0, "GPU": 1.0, …}`)."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ Resources = Mapping[str, float]
 
 
 class ResourceError(ValueError):
-    """No machine of the cluster is large enough for one trial, or the request cannot be expressed."""
+    """No machine of the cluster can hold one trial, or the request is invalid."""
 
 
 def check_resources(cpus: float, gpus: float, nodes: Sequence[Resources]) -> None:
-    """Refuse a trial that would wait for ever: one machine must hold the whole of it.
+    """Refuse a request that could never be scheduled: a trial runs on one machine.
 
     Args:
         cpus: CPU cores of one trial.
         gpus: GPUs of one trial; below 1 is a share of one GPU.
-        nodes: resources of every machine that is there or that the autoscaler may start.
+        nodes: resources of every machine that is up or that the autoscaler may start.
 
     Raises:
-        ResourceError: negative, no resource at all, 1.5 GPUs, or more than the largest machine has.
+        ResourceError: negative, no resource at all, more than one GPU, or more than the largest machine has.
+
+    >>> check_resources(2, 0.5, [{"CPU": 4.0, "GPU": 1.0}])
     """
     if cpus < 0 or gpus < 0 or cpus + gpus == 0:
         raise ResourceError(
             f"A trial needs at least a share of a CPU or of a GPU, but got cpus={cpus:g} and gpus={gpus:g}. "
             "Set `resources.cpus` to 1 or more in the study."
         )
-    if gpus > 1 and gpus != int(gpus):
+    if gpus > 1:
         raise ResourceError(
-            f"GPUs of one trial are a share of one GPU (0 to 1) or a whole number, but got gpus={gpus:g}. "
-            f"Set `resources.gpus` to {math.floor(gpus)} or {math.ceil(gpus)} in the study."
+            f"A trial trains on one GPU or a share of it (0 to 1), but got gpus={gpus:g}. Set `resources.gpus` to 1 in "
+            "the study."
         )
     if any(_fits(cpus, gpus, node) for node in nodes):
         return
@@ -45,8 +47,11 @@ def check_resources(cpus: float, gpus: float, nodes: Sequence[Resources]) -> Non
 def trial_resources(cpus: float, gpus: float | Literal["auto"], nodes: Sequence[Resources]) -> dict[str, float]:
     """The request of one trial as Tune takes it, `{"cpu": …, "gpu": …}`, checked with `check_resources`.
 
-    `gpus="auto"` is one whole GPU where any machine has one, else none. (Ray does not divide a GPU's memory; give
-    a share such as 0.25 yourself when several trials fit on one, see `gpu_share`.)
+    `gpus="auto"` is one GPU if any machine has one, else none. Ray does not divide a GPU's memory: a share such as 0.25
+    only says that several trials fit on one GPU.
+
+    >>> trial_resources(2, "auto", [{"CPU": 4.0, "GPU": 1.0}])
+    {'cpu': 2.0, 'gpu': 1.0}
     """
     if gpus == "auto":
         amount = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
@@ -57,31 +62,12 @@ def trial_resources(cpus: float, gpus: float | Literal["auto"], nodes: Sequence[
 
 
 def trial_slots(cpus: float, gpus: float, nodes: Sequence[Resources]) -> int:
-    """How many trials run at once on these machines when nothing else does."""
-    return sum(_slots(cpus, gpus, node) for node in nodes)
+    """Number of trials that fit on these machines at once when nothing else runs.
 
-
-def gpu_share(peak_bytes: int, total_bytes: int, max_share: int = 8) -> float:
-    """The share of one GPU that a trial should ask for, from the peak memory of one measured training step.
-
-    The largest k ≤ `max_share` trials for which k · peak fits into 90 % of the memory (the rest is for CUDA contexts
-    and fragmentation); returns 1/k, never less than one whole GPU's worth for a trial that barely fits.
-
-    Raises:
-        ResourceError: sizes that are not positive, or a trial that does not fit on one GPU at all.
+    >>> trial_slots(1, 0.4, [{"CPU": 8.0, "GPU": 2.0}])  # a share never spans two GPUs
+    4
     """
-    if peak_bytes <= 0 or total_bytes <= 0 or max_share < 1:
-        raise ResourceError(
-            "gpu_share needs positive sizes and max_share of at least 1, but got "
-            f"peak_bytes={peak_bytes}, total_bytes={total_bytes}, max_share={max_share}."
-        )
-    if peak_bytes > total_bytes:
-        raise ResourceError(
-            f"One training step needs {peak_bytes / 2**30:.1f} GiB of GPU memory, but the GPU has "
-            f"{total_bytes / 2**30:.1f} GiB. Lower `search.batch_size`, or choose a smaller model."
-        )
-    together = int(0.9 * total_bytes // peak_bytes)
-    return 1.0 / min(max(together, 1), max_share)
+    return sum(_slots(cpus, gpus, node) for node in nodes)
 
 
 def _fits(cpus: float, gpus: float, node: Resources) -> bool:
@@ -94,9 +80,8 @@ def _slots(cpus: float, gpus: float, node: Resources) -> int:
     by_cpu = node.get("CPU", 0) / cpus if cpus else math.inf
     if gpus == 0:
         return int(by_cpu)
-    # A share never spans two GPUs: 0.4 goes twice, not two and a half times, onto each.
-    whole = node.get("GPU", 0)
-    by_gpu = whole // gpus if gpus >= 1 else int(whole) * math.floor(1 / gpus + 1e-9)
+    # A share never spans two GPUs: 0.4 fits twice on each. (1e-9: 1 / 0.2 may be 4.999….)
+    by_gpu = int(node.get("GPU", 0)) * math.floor(1 / gpus + 1e-9)
     return int(min(by_cpu, by_gpu))
 
 
@@ -105,12 +90,13 @@ def _amount(cpus: float, gpus: float) -> str:
 
 
 def _largest(nodes: Sequence[Resources]) -> str:
-    """The machine sizes that no other machine surpasses, in words."""
+    """The sizes of machines that no other machine exceeds in CPUs and GPUs, in words."""
     sizes = {(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes}
-    top = sorted(
-        (a for a in sizes if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in sizes)),
-        reverse=True,
-    )
-    if not top:
+    largest = []
+    for cpus, gpus in sorted(sizes, reverse=True):
+        exceeded = any(other != (cpus, gpus) and other[0] >= cpus and other[1] >= gpus for other in sizes)
+        if not exceeded:
+            largest.append(_amount(cpus, gpus))
+    if not largest:
         return "the cluster has no machine yet"
-    return f"the largest machine has {' or '.join(_amount(*size) for size in top)}"
+    return f"the largest machine has {' or '.join(largest)}"

@@ -1,4 +1,4 @@
-"""What of Luthier travels to a cluster: its three packages and one study file, never data."""
+"""Luthier's packages as the working directory of a Ray job; data are never included."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from orchestrator.cluster.auth import ClusterError
 
-PACKAGES = ("orchestrator", "trainables", "search_spaces")
+PACKAGES = ("luthier", "orchestrator", "trainables", "search_spaces")
 EXCLUDES = ("__pycache__", "*.pyc")
-"""For Ray, in .gitignore's language; no pattern for hidden files, for to Ray `.*` means the whole folder."""
+"""Patterns of Ray's `excludes` (.gitignore syntax). None for hidden files: to Ray `.*` matches the whole folder."""
 LIMIT_BYTES = 100 * 2**20
-"""Ray's job server refuses larger requests (413), whatever its client says."""
+"""Ray's job server refuses larger requests (HTTP 413)."""
 
 
 class ShippingError(ClusterError):
-    """The packages are too large to send."""
+    """The packages are too large to upload."""
 
 
 def package_folders() -> list[Path]:
-    """The folders of the three packages that this process runs."""
+    """Folders of the packages that this process has imported."""
     folders = []
     for name in PACKAGES:
         file = importlib.import_module(name).__file__
@@ -36,7 +36,7 @@ def is_checkout() -> bool:
 
 
 def shipped_files(folder: Path) -> list[Path]:
-    """The files of one package that travel: everything but caches and hidden files, sorted."""
+    """Files of one package to upload, sorted: all but caches and hidden files."""
     return sorted(
         file
         for file in folder.rglob("*")
@@ -47,7 +47,7 @@ def shipped_files(folder: Path) -> list[Path]:
 
 
 def check_size(files: Sequence[Path], limit_bytes: int = LIMIT_BYTES) -> int:
-    """Bytes of all files together (before compression).
+    """Total size in bytes, before compression.
 
     Raises:
         ShippingError: more than the limit; names the largest files.
@@ -66,7 +66,7 @@ def check_size(files: Sequence[Path], limit_bytes: int = LIMIT_BYTES) -> int:
 
 
 def copy_packages(into: Path, limit_bytes: int = LIMIT_BYTES) -> int:
-    """Copy the three packages side by side into a folder; returns their size in bytes (see `check_size`)."""
+    """Copy the packages into one folder; returns their size in bytes (see `check_size`)."""
     folders = package_folders()
     total = check_size([file for folder in folders for file in shipped_files(folder)], limit_bytes)
     for folder in folders:

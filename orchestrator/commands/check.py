@@ -1,5 +1,7 @@
-"""`luthier run --check`: is everything in a study's folder whole, and what would the next run do with it? Changes
-nothing: the database is looked at in a copy, and a checkpoint is only read."""
+"""`luthier check`: verifies a study's folder and reports what the next run would do with it.
+
+Changes nothing: the search's database is opened as a copy, checkpoints are only read.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
     from orchestrator.study import Study
 
 Level = Literal["ok", "note", "problem"]
-"""`note`: the next run mends it or goes on without; `problem`: something was lost, or the next run refuses."""
+"""`note`: the next run repairs it or continues without it; `problem`: something is lost, or the next run refuses."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     what: str
     """`journal`, `study`, `data`, `search`, `checkpoints` or `tracking`."""
@@ -40,7 +42,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class StudyCheck:
-    """Everything that was looked at, in order."""
+    """All checks of one study, in order."""
 
     study: str
     folder: Path
@@ -53,26 +55,32 @@ class StudyCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        found = [finding.to_dict() for finding in self.findings]
-        return {"study": self.study, "folder": str(self.folder), "sound": self.sound, "findings": found}
+        return {
+            "study": self.study,
+            "folder": str(self.folder),
+            "sound": self.sound,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
 
     def render(self, console: Console) -> None:
-        """A line per finding."""
+        """Print a line per finding."""
         for finding in self.findings:
             line = f"{finding.level:<8}{finding.what:<12}{finding.message}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def check_study(study: Study) -> StudyCheck:
-    """Look at the folder of a study that was run.
+    """Verify the folder of a study that was run.
 
     Raises:
         FileNotFoundError: the study has not been run.
     """
-    folder = study.folder
-    if not (folder / "journal.jsonl").exists():
-        raise FileNotFoundError(f"The study {study.spec.name!r} has no journal in {folder}. Run it first.")
-    return StudyCheck(study.spec.name, folder, tuple(_findings(study)))
+    journal = study.folder / "journal.jsonl"
+    if not journal.exists():
+        raise FileNotFoundError(
+            f"The study {study.spec.name!r} has no journal at {journal}. Start it with `luthier run`."
+        )
+    return StudyCheck(study.spec.name, study.folder, tuple(_findings(study)))
 
 
 def _findings(study: Study) -> Iterator[Finding]:
@@ -91,18 +99,20 @@ def _findings(study: Study) -> Iterator[Finding]:
 
 
 def _journal(path: Path, events: list[Event], end: int) -> Iterator[Finding]:
-    torn = path.stat().st_size - end
-    if torn:
-        yield Finding("journal", "note", f"{torn} bytes of a torn last event, which the next run cuts off.")
+    torn_bytes = path.stat().st_size - end
+    if torn_bytes:
+        yield Finding("journal", "note", f"{torn_bytes} bytes of a torn last event; the next run truncates them.")
     numbers = [event["seq"] for event in events]
     if numbers != list(range(len(numbers))):
-        yield Finding("journal", "problem", f"Its {len(events)} events are not numbered from 0 on without a gap.")
+        yield Finding("journal", "problem", f"Its {len(events)} events are not numbered consecutively from 0.")
         return
     records = fold(events)
-    ended = sum(not record.resumable for record in records)
-    left = [f"trial {r.number} {r.label} at unit {r.unit}" for r in records if r.resumable]
-    more = f"; to be continued: {', '.join(left)}" if left else ""
-    yield Finding("journal", "ok", f"{len(events)} events, {len(records)} trials, {ended} of them ended{more}")
+    finished = sum(not record.resumable for record in records)
+    summary = f"{len(events)} events, {len(records)} trials, {finished} of them finished"
+    resumable = [f"trial {r.number} {r.label} at unit {r.unit}" for r in records if r.resumable]
+    if resumable:
+        summary += f"; to be resumed: {', '.join(resumable)}"
+    yield Finding("journal", "ok", summary)
 
 
 def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
@@ -111,42 +121,45 @@ def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
 
     before = study_header(events)
     now = {**before, "spec": plain_spec(study.spec), "versions": versions()}
-    found = changes(before, now)
-    for change in found:
-        effect = "no number depends on it" if change.harmless else f"needs --allow-change {change.key}"
-        yield Finding("study", "note" if change.harmless else "problem", f"{change} ({effect})")
-    if not found:
+    differences = changes(before, now)
+    for change in differences:
+        if change.harmless:
+            yield Finding("study", "note", f"{change} (no number depends on it)")
+        else:
+            yield Finding("study", "problem", f"{change} (needs --allow-change {change.key})")
+    if not differences:
         yield Finding("study", "ok", "study file, code and packages are those of the last run")
 
 
 def _data(study: Study, events: list[Event]) -> Iterator[Finding]:
-    """The stores of the digest that the study was run on; whether the source has changed, only the next run finds."""
+    """The store with the digest that the study ran on; a changed source is only noticed by the next run."""
     from trainables.data.store import MANIFEST, Store, StoreError
 
-    wanted = study_header(events).get("dataset_digest")
-    stores = [Store(place.parent) for place in sorted((study.folder.parent / "data").glob(f"*/{MANIFEST}"))]
-    for store in stores:
+    digest = study_header(events).get("dataset_digest")
+    folder = study.folder.parent / "data"
+    for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
+        store = Store(manifest.parent)
         try:
-            if store.digest != wanted:
+            if store.digest != digest:
                 continue
             store.verify()
-            yield Finding("data", "ok", f"{store.path} is whole")
-            return
         except (StoreError, OSError, KeyError) as error:
             yield Finding("data", "problem", str(error))
-            return
-    yield Finding("data", "note", f"No store with the digest {wanted} lies in {study.folder.parent / 'data'}.")
+        else:
+            yield Finding("data", "ok", f"{store.path} is intact")
+        return
+    yield Finding("data", "note", f"No store in {folder} has the digest {digest}.")
 
 
 def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
-    """In a copy, since opening a database may write to it."""
     from orchestrator.planning.build import metric_of
     from orchestrator.search.optuna_store import History, disagreement
 
     database = study.folder / "optuna.db"
     if not database.exists():
-        yield Finding("search", "note", f"{database} is missing: the next run makes it from the journal.")
+        yield Finding("search", "note", f"{database} is missing; the next run rebuilds it from the journal.")
         return
+    # A copy, because opening a database may write to it.
     with tempfile.TemporaryDirectory() as folder:
         for file in study.folder.glob("optuna.db*"):
             if not file.name.endswith(".replaced"):
@@ -156,43 +169,54 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
     if problem is None:
         yield Finding("search", "ok", f"{database} agrees with the journal")
     else:
-        yield Finding("search", "note", f"{database} {problem}: the next run makes it again from the journal.")
+        yield Finding("search", "note", f"{database} {problem}; the next run rebuilds it from the journal.")
 
 
 def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
-    from trainables.storage.checkpoint_format import CheckpointError, load_state
-    from trainables.storage.checkpoint_store import QUARANTINE, checkpoints
+    from trainables.storage.checkpoint_store import QUARANTINE, list_checkpoints
 
     for record in records:
-        place = checkpoint_folder(folder, record.number)
-        if not record.resumable:
-            if place.exists():
-                yield Finding("checkpoints", "note", f"{place} is of a trial that has ended; the next run removes it.")
-            continue
-        for path in checkpoints(place):
-            try:
-                meta = load_state(path).meta
-                where = f"unit {meta['unit']}" + (f", step {meta['step']}" if meta["step"] else "")
-                yield Finding("checkpoints", "ok", f"{path} is whole: {where}")
-            except CheckpointError as error:
-                yield Finding("checkpoints", "problem", str(error))
+        trial_folder = checkpoint_folder(folder, record.number)
+        if record.resumable:
+            for path in list_checkpoints(trial_folder):
+                yield _checkpoint(path)
+        elif trial_folder.exists():
+            yield Finding(
+                "checkpoints", "note", f"{trial_folder} belongs to a finished trial; the next run removes it."
+            )
     quarantine = folder / "checkpoints" / QUARANTINE
-    for path in sorted(quarantine.iterdir()) if quarantine.exists() else ():
-        told = path / "problem.txt"
-        why = told.read_text(errors="replace").strip() if told.exists() else "found damaged"
-        yield Finding("checkpoints", "note", f"{path} was put aside: {why}")
+    if quarantine.exists():
+        for path in sorted(quarantine.iterdir()):
+            reason_file = path / "problem.txt"
+            reason = "it was damaged"
+            if reason_file.exists():
+                reason = reason_file.read_text(errors="replace").strip()
+            yield Finding("checkpoints", "note", f"{path} is quarantined: {reason}")
+
+
+def _checkpoint(path: Path) -> Finding:
+    from trainables.storage.checkpoint_format import CheckpointError, load_state
+
+    try:
+        meta = load_state(path).meta
+    except CheckpointError as error:
+        return Finding("checkpoints", "problem", str(error))
+    position = f"unit {meta['unit']}"
+    if meta["step"]:
+        position += f", step {meta['step']}"
+    return Finding("checkpoints", "ok", f"{path} is intact: {position}")
 
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:
-    """Delivery to MLflow as this folder records it; the server is not asked."""
+    """The backlog of undelivered events, from the stored read offset alone; the server is not asked."""
     from orchestrator.running.tracking_process import study_backlog
     from orchestrator.tracking.follower import undelivered_events
     from orchestrator.tracking.study_tracking import backlog_text, settings_of, sync_command
 
     offset = settings_of(study.spec, journal).position_file().load(journal).offset
     if not undelivered_events(journal, offset):
-        yield Finding("tracking", "ok", "MLflow has it all")
+        yield Finding("tracking", "ok", "MLflow has everything")
         return
-    missing = backlog_text(study_backlog(study.spec, study.folder))
+    backlog = backlog_text(study_backlog(study.spec, study.folder))
     command = sync_command(study.spec, study.folder)
-    yield Finding("tracking", "note", f"{missing}. The next run delivers them, or at once: {command}")
+    yield Finding("tracking", "note", f"{backlog}. The next run delivers them, or at once: {command}")

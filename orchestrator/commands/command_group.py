@@ -1,4 +1,4 @@
-"""What all commands have in common: options that may stand anywhere, and errors as one paragraph with an exit code."""
+"""Behaviour of all commands: global options in any position, and errors as one paragraph with an exit status."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from orchestrator.cluster.driver_process import second_interrupt_leaves
+from orchestrator.cluster.driver_process import second_interrupt_exits
 from orchestrator.commands.console import Output
 
 EVERYWHERE = ("--json", "-v", "--verbose")
-"""Options that may stand anywhere on the command line."""
+"""Options that are accepted in any position on the command line."""
 
 
 class Commands(TyperGroup):
-    """All commands: global options anywhere, and errors as one paragraph with an exit code."""
+    """The group of all commands."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Move the global options to the front, where typer expects them."""
         end = args.index("--") if "--" in args else len(args)
-        moved = [arg for arg in args[:end] if arg in EVERYWHERE]
-        rest = [arg for arg in args[:end] if arg not in EVERYWHERE]
-        return super().parse_args(ctx, [*moved, *rest, *args[end:]])
+        global_options = [arg for arg in args[:end] if arg in EVERYWHERE]
+        others = [arg for arg in args[:end] if arg not in EVERYWHERE]
+        return super().parse_args(ctx, [*global_options, *others, *args[end:]])
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a command; print its error, if any, and exit with the error's status."""
         try:
-            with second_interrupt_leaves():
+            with second_interrupt_exits():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if hasattr(error, "exit_code"):  # a usage error: typer shows it
+            if hasattr(error, "exit_code"):  # typer prints usage errors itself
                 raise
             output = ctx.obj if isinstance(ctx.obj, Output) else Output()
             raise typer.Exit(output.error(error)) from None

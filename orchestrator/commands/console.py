@@ -1,4 +1,4 @@
-"""Where a command's output goes: data on stdout, everything else on stderr, no secret on either."""
+"""Output of the commands: data on stdout, everything else on stderr, secrets redacted on both."""
 
 from __future__ import annotations
 
@@ -12,59 +12,50 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
+from orchestrator.commands import exit_status
 from orchestrator.errors import StudyError, Terminated, dotted, redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-OK, FAILED, USAGE, PARTIAL, PREFLIGHT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
-"""Exit codes of every command."""
-
-_PREFLIGHT_ERRORS = frozenset(
-    {
-        "orchestrator.errors.PreflightError",
-        "orchestrator.ingest.errors.DataError",
-        "trainables.data.store.StoreError",
-        "orchestrator.cluster.auth.ClusterError",
-        "orchestrator.cluster.resources.ResourceError",
-    }
-)
+_LOGGERS = ("luthier", "orchestrator", "trainables", "search_spaces")
 
 
 class Output:
-    """What one command prints.
+    """Output of one command.
 
     Args:
-        as_json: data as one JSON document on stdout; what libraries print there goes to stderr instead.
+        as_json: print the result as one JSON document on stdout; prints of libraries go to stderr instead.
         verbose: show tracebacks and informational logs.
     """
 
     def __init__(self, as_json: bool = False, verbose: bool = False) -> None:
-        self.as_json, self.verbose = as_json, verbose
+        self.as_json = as_json
+        self.verbose = verbose
         self._stdout: IO[str] | None = None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Set up logging and, for JSON, keep stdout for the result, for the length of a command."""
+        """Set up logging and, for JSON, reserve stdout for the result, for the duration of a command."""
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Redacting("%(levelname)s: %(message)s"))
-        names = ("luthier", "orchestrator", "trainables", "search_spaces")
-        before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
-        for logger, _ in before:
+        loggers = [logging.getLogger(name) for name in _LOGGERS]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO if self.verbose else logging.WARNING)
         try:
-            with _stdout_kept() if self.as_json else contextlib.nullcontext() as kept:
-                self._stdout = kept
+            with _reserved_stdout() if self.as_json else contextlib.nullcontext() as stdout:
+                self._stdout = stdout
                 yield
         finally:
             self._stdout = None
-            for logger, level in before:
+            for logger, level in zip(loggers, levels, strict=True):
                 logger.removeHandler(handler)
                 logger.setLevel(level)
 
     def result(self, data: Any, render: Callable[[Console], None]) -> None:
-        """Print the command's result: `data` as JSON, or what `render` prints for a person."""
+        """Print the command's result: `data` as JSON, or as text by `render`."""
         if self.as_json:
             text = redact(json.dumps(data, indent=2, ensure_ascii=False, default=str))
             print(text, file=self._stdout or sys.stdout, flush=True)
@@ -74,12 +65,12 @@ class Output:
         render(Console(file=sys.stdout, soft_wrap=False))
 
     def note(self, text: str) -> None:
-        """A line for a person, on stderr."""
+        """Print a line on stderr."""
         print(redact(text), file=sys.stderr, flush=True)
 
     def error(self, error: BaseException) -> int:
-        """Say what went wrong, in one paragraph, and return the exit code."""
-        code = exit_code(error)
+        """Print an error as one paragraph, and return the exit status."""
+        code = exit_status.of_error(error)
         if self.verbose:
             self.note("".join(traceback.format_exception(error)).rstrip())
         else:
@@ -94,27 +85,21 @@ class Output:
         return code
 
 
-def exit_code(error: BaseException) -> int:
-    """The exit code that stands for an error."""
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
-    if isinstance(error, KeyboardInterrupt):
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-    if names & _PREFLIGHT_ERRORS:
-        return PREFLIGHT
-    return USAGE if isinstance(error, StudyError | FileExistsError) else FAILED
-
-
 def message(error: BaseException) -> str:
-    """One paragraph without a traceback. Errors that are not meant for a person are named as such."""
+    """An error as one paragraph without a traceback; unexpected types are marked as such."""
+    if isinstance(error, Terminated):
+        return "terminated. Run the same command again to continue."
     if isinstance(error, KeyboardInterrupt):
-        word = "terminated" if isinstance(error, Terminated) else "interrupted"
-        return f"{word}. Run the same command again to continue."
+        return "interrupted. Run the same command again to continue."
     if isinstance(error, ValueError | OSError) and str(error):
         return redact(str(error))
-    first = str(error).strip().splitlines()[:1]
+    description = type(error).__name__
+    lines = str(error).strip().splitlines()
+    if lines:
+        description += f": {lines[0]}"
     return redact(
-        f"unexpected {type(error).__name__}{': ' + first[0] if first else ''}. Run the command again with -v for the "
-        "traceback, and report it if it looks like a defect of Luthier."
+        f"unexpected {description}. Run the command again with -v for the traceback, and report it if it looks like a "
+        "defect of Luthier."
     )
 
 
@@ -124,8 +109,8 @@ class _Redacting(logging.Formatter):
 
 
 @contextlib.contextmanager
-def _stdout_kept() -> Iterator[IO[str]]:
-    """Give stdout to the caller alone; prints of this process and its children go to stderr."""
+def _reserved_stdout() -> Iterator[IO[str]]:
+    """A stream to the real stdout; prints of this process and its children go to stderr meanwhile."""
     stdout = sys.stdout
     try:
         descriptor = stdout.fileno()
@@ -134,11 +119,12 @@ def _stdout_kept() -> Iterator[IO[str]]:
             yield stdout
         return
     stdout.flush()
-    kept = os.dup(descriptor)
+    # Redirected at the descriptor: C code and child processes do not write to sys.stdout.
+    saved = os.dup(descriptor)
     os.dup2(2, descriptor)
     try:
-        with contextlib.redirect_stdout(sys.stderr), open(kept, "w", encoding="utf-8", closefd=False) as stream:
+        with contextlib.redirect_stdout(sys.stderr), open(saved, "w", encoding="utf-8", closefd=False) as stream:
             yield stream
     finally:
-        os.dup2(kept, descriptor)
-        os.close(kept)
+        os.dup2(saved, descriptor)
+        os.close(saved)

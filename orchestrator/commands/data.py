@@ -1,4 +1,4 @@
-"""`luthier data`: a look at data before a study uses them. Imports nothing heavy until its command runs."""
+"""`luthier data`: inspect data before a study uses them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.console import OK, PREFLIGHT
+from orchestrator.commands.exit_status import OK, PREFLIGHT
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data before a study uses them.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect data before a study uses them.")
 
 
 @data_app.command("check")
@@ -19,7 +19,7 @@ def data_check(
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Label column of Parquet files.")] = None,
     fail_on_leak: Annotated[bool, typer.Option("--fail-on-leak", help="Exit 4 if splits share an image.")] = False,
 ) -> None:
-    """Explain what is found: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
+    """Summarise a data set: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
     from orchestrator.ingest.check import check
     from orchestrator.running.progress import shown
 

@@ -1,4 +1,4 @@
-"""`luthier demo`: the whole promise on two cores, with nothing but this package – real data, five strategies.
+"""`luthier demo`: five strategies on real data, on two cores and without a download.
 
 Two studies, one on a small vision transformer and one on a small BatchNorm network, both pretrained on digits rendered
 from fonts and tuned on handwritten digits; inverted, rotated, noisy, blurred and printed digits are the OOD domains.
@@ -18,12 +18,14 @@ STRATEGIES: dict[str, list[object]] = {
     "digits_vit": ["linear_probe", "full", "lp_ft", {"name": "layernorm", "fixed": {"lam_choice": "sweep"}}],
     "digits_cnn": ["linear_probe", "full", "lp_ft", "daft"],
 }
-"""Per network: LayerNorm tuning means something for the transformer, DAFT for BatchNorm."""
+"""Network → strategies: LayerNorm tuning needs the transformer, DAFT needs BatchNorm."""
 
 
 def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) -> dict[str, object]:
     """The fields of one of the demo's studies; `luthier demo` runs one for each network of `STRATEGIES`."""
-    reference = {"fsr": ["extrapolated"], "fsr_seeds": 2} if backbone == "digits_vit" else {}
+    diagnostics: dict[str, object] = {"plasticity_source": "printed"}
+    if backbone == "digits_vit":
+        diagnostics |= {"fsr": ["extrapolated"], "fsr_seeds": 2}
     return {
         "name": f"demo-{backbone.removeprefix('digits_')}",
         "data": {"source": "digits"},
@@ -31,7 +33,7 @@ def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) 
         "strategies": STRATEGIES[backbone],
         "search": {"trials": trials, "epochs": epochs, "sampler": "tpe", "scheduler": "asha", "seed": 0},
         "confirm": {"top_k": 4, "seeds": 3},
-        "diagnostics": {"plasticity_source": "printed", **reference},
+        "diagnostics": diagnostics,
         "tracking": {"experiment": "luthier-demo"},
         "storage": str(storage),
     }
@@ -44,19 +46,19 @@ def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Co
         storage: folder for the studies, the store and the tracking database.
         trials: search trials per study.
         progress: show the live table.
-        console: where to print; None = stdout.
+        console: None = one on stdout.
     """
     from orchestrator.cluster.connection import connect
-    from orchestrator.commands.outcome import finished
+    from orchestrator.commands.exit_status import print_summary
     from orchestrator.study import Study
 
-    shown = console or Console()
-    outcomes = []
+    console = console or Console()
+    all_results = []
     with connect():
         for backbone in STRATEGIES:
             study = Study(**demo_study(backbone, storage, trials))
-            shown.rule(f"{study.spec.name}: {backbone}, pretrained on printed digits, tuned on handwritten ones")
+            console.rule(f"{study.spec.name}: {backbone}, pretrained on printed digits, tuned on handwritten ones")
             results = study.run(progress=progress)
-            finished(shown, study, results)
-            outcomes.append(results)
-    return outcomes
+            print_summary(console, study, results)
+            all_results.append(results)
+    return all_results

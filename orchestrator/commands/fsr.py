@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from orchestrator.record.records import TrialRecord
     from orchestrator.study import Study
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 log = logging.getLogger("luthier")
 

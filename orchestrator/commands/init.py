@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.commands.reference import Row, rows, sections, written
+from orchestrator.commands.reference import Row, rows, sections, yaml_value
 from orchestrator.errors import PreflightError, Problem
 from orchestrator.study_file.rules import RESERVED
 
@@ -53,7 +53,7 @@ def write_study(
         OSError: the file cannot be written.
     """
     from orchestrator.ingest.check import detect
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables import strategies
 
     if output.exists() and not force:
@@ -110,7 +110,7 @@ def render(fields: Mapping[str, Any], file: Path, unfit: Mapping[str, str]) -> s
 
 def _key(row: Row, given: Mapping[str, Any], indent: str) -> list[str]:
     lines = _comment(row.meaning.replace("\\|", "|"), indent)
-    return [*lines, f"{indent}{row.key}: {written(given[row.key]) if row.key in given else row.default}"]
+    return [*lines, f"{indent}{row.key}: {yaml_value(given[row.key]) if row.key in given else row.default}"]
 
 
 def _strategies(names: list[str], unfit: Mapping[str, str]) -> list[str]:

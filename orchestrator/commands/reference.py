@@ -1,6 +1,7 @@
-"""Every field of the study file and every strategy in words, from the code itself: for documents and `luthier init`.
+"""Reference tables of the study file's fields and of the strategies, generated from the code.
 
-`python -m orchestrator.commands.reference` writes the tables of README.md and docs/study.md anew; tests compare them.
+Used by the documents and by `luthier init`. `python -m orchestrator.commands.reference` regenerates the tables of
+README.md and docs/study.md; tests compare them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from orchestrator.study_file.spec import StrategyEntry, StudySpec
+from orchestrator.study_file.schema import StrategyEntry, StudySpec
+from orchestrator.study_file.yaml_text import scalar
 
 _SIGNS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
+"""Bound → its sign, and the attribute that holds its value."""
+_TYPES_IN_WORDS = {int: "integer", float: "number", bool: "`true` or `false`", str: "string", Any: "anything"}
 _FIELDS = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _STRATEGIES = re.compile(r"(<!-- strategies -->\n).*?(<!-- end -->)", re.DOTALL)
 DOCUMENTS = ("README.md", "docs/study.md")
@@ -32,7 +36,7 @@ class Row:
     kind: str
     """Type and bounds in words."""
     default: str
-    """As it would be written in YAML; empty = the key is required."""
+    """In YAML; empty = the key is required."""
     meaning: str
 
 
@@ -48,25 +52,31 @@ def sections() -> dict[str, type[BaseModel]]:
 
 
 def rows(section: str) -> list[Row]:
-    """The keys of one part; of the top level only those that are not parts themselves."""
+    """The keys of one part; of the top level only those that are not sections."""
     model = sections()[section]
     nested = set(sections()) - {"strategies"} if section == "study" else set()
     return [_row(key, info) for key, info in model.model_fields.items() if key not in nested]
 
 
-def written(value: Any) -> str:
-    """A plain value as it stands in a study file."""
+def yaml_value(value: Any) -> str:
+    """A plain value as one line of YAML.
+
+    >>> yaml_value([1, 0.5, None, True, "photo", "no"])
+    "[1, 0.5, null, true, photo, 'no']"
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(written, value))}]"
+        return f"[{', '.join(map(yaml_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{k}: {written(v)}' for k, v in value.items())}}}"
-    return _text(str(value))
+        return f"{{{', '.join(f'{key}: {yaml_value(item)}' for key, item in value.items())}}}"
+    return _yaml_string(str(value))
 
 
 def table(section: str) -> str:
@@ -79,12 +89,12 @@ def table(section: str) -> str:
 
 
 def strategy_table() -> str:
-    """All strategies as a Markdown table: what each is (the first line of its module), searched ranges, sweeps."""
+    """All strategies as a Markdown table: summary (first paragraph of the module), searched ranges, sweeps."""
     import ast
 
     import search_spaces
     import trainables
-    from orchestrator.planning.plan import law_in_words
+    from orchestrator.planning.plan import range_in_words
 
     folder = Path(trainables.__file__).parent
     lines = ["| strategy | what it does | searched: default; range | published sweeps |", "|---|---|---|---|"]
@@ -92,22 +102,22 @@ def strategy_table() -> str:
         text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or ""
         # The papers' texts are not part of the repository; their authors' names stay.
         summary = re.sub(r" \(papers/\d+[^)]*\)|, papers/\d+", "", re.sub(r"\s+", " ", text.split("\n\n")[0]))
-        laws = [f"`{key}` {law_in_words(law)}" for key, law in search_spaces.space(name).items()]
+        ranges = [f"`{key}` {range_in_words(value)}" for key, value in search_spaces.space(name).items()]
         presets = [f"`{key}` ({_trials(preset.size)})" for key, preset in search_spaces.presets(name).items()]
-        lines.append(f"| `{name}` | {summary} | {'<br>'.join(laws) or '–'} | {'<br>'.join(presets) or '–'} |")
+        lines.append(f"| `{name}` | {summary} | {'<br>'.join(ranges) or '–'} | {'<br>'.join(presets) or '–'} |")
     return "\n".join(lines)
 
 
 def filled(document: str) -> str:
-    """A Markdown document with the tables between its `<!-- fields: … -->` and `<!-- strategies -->` marks anew."""
-    document = _FIELDS.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", document)
-    return _STRATEGIES.sub(lambda found: f"{found[1]}{strategy_table()}\n{found[2]}", document)
+    """A Markdown document with regenerated tables between its `<!-- fields: … -->` and `<!-- strategies -->` marks."""
+    document = _FIELDS.sub(lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", document)
+    return _STRATEGIES.sub(lambda match: f"{match[1]}{strategy_table()}\n{match[2]}", document)
 
 
 def _row(key: str, info: FieldInfo) -> Row:
     meaning = re.sub(r"\s+", " ", info.description or "").replace("|", "\\|")
-    default = "" if info.is_required() else written(info.get_default(call_default_factory=True))
-    if key == "label" and info.is_required():  # of an entry, which is given its name
+    default = "" if info.is_required() else yaml_value(info.get_default(call_default_factory=True))
+    if key == "label" and info.is_required():  # an entry without a label gets its strategy's name
         default = "= name"
     return Row(key, _kind(info.annotation, info.metadata), default, meaning)
 
@@ -116,34 +126,40 @@ def _kind(hint: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if typing.get_origin(hint) is typing.Annotated:
         inner, *extra = typing.get_args(hint)
         return _kind(inner, [m for e in extra for m in (getattr(e, "metadata", None) or [e])])
-    plain = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text", Any: "anything"}
-    bounds = ", ".join(
-        f"{sign} {getattr(m, name):g}" for m in metadata for kind, (sign, name) in _SIGNS.items() if isinstance(m, kind)
-    )
-    if hint in plain:
-        return plain[hint] + (f" {bounds}" if bounds else "")
+    if hint in _TYPES_IN_WORDS:
+        bounds = _bounds(metadata)
+        return f"{_TYPES_IN_WORDS[hint]} {bounds}" if bounds else _TYPES_IN_WORDS[hint]
     arguments = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if typing.get_origin(hint) is list:
         if arguments[0] is str:
-            return "list of texts"
-        return "list of entries" if "Entry" in str(arguments[0]) else f"list of: {_kind(arguments[0], [])}"
+            return "list of strings"
+        if "Entry" in str(arguments[0]):
+            return "list of entries"
+        return f"list of: {_kind(arguments[0])}"
     if typing.get_origin(hint) is dict:
         return "mapping"
     return " or ".join(_kind(argument, metadata) for argument in arguments)
 
 
-def _text(value: str) -> str:
-    """A text, quoted where YAML would read something else."""
-    from orchestrator.study_file.yaml_loader import scalar
+def _bounds(metadata: typing.Sequence[Any]) -> str:
+    signed = []
+    for bound in metadata:
+        for type_, (sign, attribute) in _SIGNS.items():
+            if isinstance(bound, type_):
+                signed.append(f"{sign} {getattr(bound, attribute):g}")
+    return ", ".join(signed)
 
+
+def _yaml_string(value: str) -> str:
+    """A string, quoted where YAML 1.1 or 1.2 would read another value."""
     plain = re.fullmatch(r"[A-Za-z0-9_./~][A-Za-z0-9_./:~@+-]*(?<!:)", value) is not None
     try:
-        same = plain and scalar(value) == value and value.lower() not in ("yes", "no", "on", "off", "y", "n")
+        is_same = plain and scalar(value) == value and value.lower() not in ("yes", "no", "on", "off", "y", "n")
     except ValueError:
-        same = False
-    return value if same else "'" + value.replace("'", "''") + "'"
+        is_same = False
+    return value if is_same else "'" + value.replace("'", "''") + "'"
 
 
 def _trials(count: int) -> str:
@@ -151,7 +167,7 @@ def _trials(count: int) -> str:
 
 
 def main(root: Path = Path()) -> None:
-    """Write the generated tables of the documents anew; run it in the root of the repository."""
+    """Regenerate the tables of the documents; run it in the root of the repository."""
     for name in DOCUMENTS:
         file = root / name
         file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,38 +1,43 @@
-"""Where a study stands, from its journal alone: no cluster, no tracking server, and nothing is changed."""
+"""`luthier status`: progress of a study, from its journal alone; needs no cluster and changes nothing."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.journal import Journal
-from orchestrator.record.records import TrialRecord, fold, study_header
-from orchestrator.study_file.spec import StudySpec, load_study
+from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
+from orchestrator.study import read_journal
+from orchestrator.study_file.load import load_study
+from orchestrator.study_file.schema import StudySpec
+from trainables.specs.metrics import TaskMetrics, task_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN = 10
-"""Running or failed trials that are listed for a person."""
+__all__ = ["Status", "find_study", "read_journal", "status"]
+
+MAX_LISTED = 10
+"""Running or failed trials that are printed; `--json` has all."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """A moment of a study."""
+    """Progress of a study at one moment."""
 
     study: str
     journal: Path
     state: str
-    """`running`, `complete`, `interrupted` or `failed`; a driver that was killed leaves `running`."""
+    """`running`, `complete`, `interrupted` or `failed`; also `running` after a driver was killed."""
     records: Sequence[TrialRecord]
-    quiet_seconds: float
-    """Time since the last event of the journal."""
+    seconds_since_last_event: float
     planned: int
-    """Search trials that the study asks for."""
+    """Search trials of the study file (`search.trials`)."""
+    metrics: TaskMetrics = field(default_factory=task_metrics)
+    """Of the study's task."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -41,38 +46,35 @@ class Status:
             "study": self.study,
             "state": self.state,
             "journal": str(self.journal),
-            "seconds_since_last_event": round(self.quiet_seconds, 1),
+            "seconds_since_last_event": round(self.seconds_since_last_event, 1),
             "planned_search_trials": self.planned,
             "trials": dict(Counter(record.state for record in self.records)),
             "roles": dict(Counter(record.role for record in self.records)),
-            "best": None if best is None else _trial(best),
-            "running": [_trial(r) for r in self.records if r.state == "running"],
-            "failed": [{**_trial(r), "reason": r.reason, "error": r.error} for r in self._failed()],
+            "best": None if best is None else _trial(best, self.metrics),
+            "running": [_trial(r, self.metrics) for r in self.records if r.state == "running"],
+            "failed": [{**_trial(r, self.metrics), "reason": r.reason, "error": r.error} for r in self._failed()],
         }
 
     def best(self) -> TrialRecord | None:
-        """The search trial with the best ID validation accuracy so far (the earliest of equals), finished or not."""
-        scored = [(r, _validation(r)) for r in self.records if r.role == "search"]
-        return max(
-            (r for r, value in scored if value is not None),
-            key=lambda r: (_validation(r) or 0.0, -r.number),
-            default=None,
-        )
+        """The search trial with the best validation score so far (the earliest of equals), finished or not."""
+        scored = [(validation_score(r, self.metrics), r) for r in self.records if r.role == "search"]
+        ranked = [(self.metrics.selection.score(value), -r.number, r) for value, r in scored if value is not None]
+        return max(ranked, key=lambda row: row[:2])[2] if ranked else None
 
     def render(self, console: Console) -> None:
-        """Print the status for a person."""
+        """Print the status as text."""
         counts = Counter(record.state for record in self.records)
-        known = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"
+        states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"
         lines = [
-            f"{self.study}: {self.state}; the last event was {_ago(self.quiet_seconds)} ago",
-            f"Trials: {known}; {self.planned} search trials are asked for",
+            f"{self.study}: {self.state}; the last event was {_ago(self.seconds_since_last_event)} ago",
+            f"Trials: {states}; {self.planned} search trials planned",
         ]
         best = self.best()
         if best is not None:
-            lines.append(f"Best on ID validation so far: {_line(best)}")
+            lines.append(f"Best on ID validation so far: {_line(best, self.metrics)}")
         running = [r for r in self.records if r.state == "running"]
-        lines += _listed("Running", [_line(r) for r in running])
-        lines += _listed("Failed", [f"{_line(r)}: {r.reason}: {r.error}" for r in self._failed()])
+        lines += _listed("Running", [_line(r, self.metrics) for r in running])
+        lines += _listed("Failed", [f"{_line(r, self.metrics)}: {r.reason}: {r.error}" for r in self._failed()])
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -81,46 +83,31 @@ class Status:
 
 
 def find_study(path: str | Path) -> tuple[StudySpec, Path]:
-    """A study's spec and its folder, from its study file or from that folder itself (errors: see `load_study`)."""
-    given = Path(path)
-    if given.is_dir():
-        return load_study(given / "study.yaml"), given.resolve()
-    spec = load_study(given)
+    """A study's spec and folder, from the path of its study file or of that folder (errors: see `load_study`)."""
+    file_or_folder = Path(path)
+    if file_or_folder.is_dir():
+        return load_study(file_or_folder / "study.yaml"), file_or_folder.resolve()
+    spec = load_study(file_or_folder)
     return spec, Path(spec.storage).absolute() / spec.name
 
 
-def read_journal(spec: StudySpec, folder: Path) -> list[dict[str, Any]]:
-    """All events of a study.
-
-    Raises:
-        FileNotFoundError: the study has not been run.
-    """
-    journal = folder / "journal.jsonl"
-    if not journal.exists():
-        raise FileNotFoundError(f"The study {spec.name!r} has no journal at {journal}. Start it with `luthier run`.")
-    return Journal.read(journal)
-
-
 def status(path: str | Path) -> Status:
-    """Where the study of a file or folder stands (errors: see `find_study` and `read_journal`)."""
+    """Progress of the study of a file or folder (errors: see `find_study` and `read_journal`)."""
     spec, folder = find_study(path)
     events = read_journal(spec, folder)
+    header = study_header(events)
     return Status(
         study=spec.name,
         journal=folder / "journal.jsonl",
-        state=str(study_header(events).get("state", "not started")),
+        state=str(header.get("state", "not started")),
         records=fold(events),
-        quiet_seconds=max(0.0, time.time() - events[-1]["time"]) if events else 0.0,
+        seconds_since_last_event=max(0.0, time.time() - events[-1]["time"]) if events else 0.0,
         planned=spec.search.trials,
+        metrics=metrics_of(header.get("spec") or spec),
     )
 
 
-def _validation(record: TrialRecord) -> float | None:
-    value = record.metric("best/val/acc")
-    return record.metric("val/acc") if value is None else value
-
-
-def _trial(record: TrialRecord) -> dict[str, Any]:
+def _trial(record: TrialRecord, metrics: TaskMetrics) -> dict[str, Any]:
     return {
         "number": record.number,
         "label": record.label,
@@ -128,21 +115,25 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "role": record.role,
         "state": record.state,
         "unit": record.unit,
-        "val/acc": _validation(record),
+        metrics.validation: validation_score(record, metrics),
         "hparams": dict(record.hparams),
     }
 
 
-def _line(record: TrialRecord) -> str:
-    value = _validation(record)
-    score = "" if value is None else f", val {100 * value:.1f} %"
+def _line(record: TrialRecord, metrics: TaskMetrics) -> str:
+    value = validation_score(record, metrics)
+    score = "" if value is None else f", val {metrics.selection.text(value)}"
     role = "" if record.role == "search" else f", {record.role}"
     return f"trial {record.number} {record.label}{role}, unit {record.unit}{score}"
 
 
 def _listed(title: str, lines: list[str]) -> list[str]:
-    more = [f"  … and {len(lines) - SHOWN} more (--json lists all)"] if len(lines) > SHOWN else []
-    return [f"{title}:", *(f"  {line}" for line in lines[:SHOWN]), *more] if lines else []
+    if not lines:
+        return []
+    listed = [f"{title}:", *(f"  {line}" for line in lines[:MAX_LISTED])]
+    if len(lines) > MAX_LISTED:
+        listed.append(f"  … and {len(lines) - MAX_LISTED} more (--json lists all)")
+    return listed
 
 
 def _ago(seconds: float) -> str:

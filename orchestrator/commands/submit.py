@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 from orchestrator.cluster import shipping
-from orchestrator.cluster.auth import ClusterError, check_access, find_token, probe_dashboard
+from orchestrator.cluster.auth import ClusterError, check_access, find_token, is_loopback, probe_dashboard
 from orchestrator.cluster.driver_process import environment
 from orchestrator.cluster.job import ENDED, INTERRUPTED, Follower
-from orchestrator.study_file.portable import cautions, resolved_study
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.load import resolved_study
+from orchestrator.study_file.yaml_text import write_yaml
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -104,6 +104,21 @@ def dashboard_url(address: str | None) -> str:
             "Give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS."
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def cautions(study: Mapping[str, Any], url: str) -> list[str]:
+    """What may go wrong when the cluster behind `url` is another machine, one sentence each."""
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or ""):
+        return []
+    sentences = []
+    if parts.scheme == "http":
+        sentences.append(f"the token travels to {parts.netloc} unencrypted; use an SSH tunnel or https.")
+    tracking = str((study.get("tracking") or {}).get("uri") or "")
+    if tracking.startswith("http") and is_loopback(urlsplit(tracking).hostname or ""):
+        sentences.append(f"tracking.uri {tracking} means the cluster's head node there, not this machine.")
+    sentences.append(f"storage {study['storage']} must be one folder shared by all machines of the cluster.")
+    return sentences
 
 
 def submission_id(fields: Mapping[str, Any], attempt: int) -> str:

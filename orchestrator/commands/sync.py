@@ -28,7 +28,7 @@ from orchestrator.tracking.writer import MlflowWriter
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 GIVE_UP_S = 60.0
 """Seconds without progress after which sync gives up."""

@@ -29,7 +29,7 @@ from orchestrator.ingest.request import IngestRequest, open_source
 from orchestrator.ingest.source import Outcome, Source
 from orchestrator.ingest.writer import Rows, copy_rows, finish, lay_out
 from trainables.data.store import DATA, FORMAT, MANIFEST, Store
-from trainables.storage.atomic_files import new_folder, write_text
+from trainables.storage.atomic_files import atomic_folder, write_text
 from trainables.storage.compute_once import cache_root
 
 log = logging.getLogger("luthier")
@@ -37,7 +37,7 @@ log = logging.getLogger("luthier")
 SMALL = 2**30
 """Bytes that are compared before every run: a second or two. What is larger is compared once on each machine for each
 state of the file (size and time of modification): a disk that changes bits later is then found by
-`luthier run --check` alone."""
+`luthier check` alone."""
 
 
 def check_intact(store: Store) -> None:
@@ -178,7 +178,7 @@ def _build(
     for left in place.parent.glob(f".{place.name}-*"):  # of an ingest that was killed; nobody else holds the lock
         shutil.rmtree(left)
     started = time.perf_counter()
-    with new_folder(place) as folder:
+    with atomic_folder(place) as folder:
         offsets = _lay_out(folder / DATA, source, request, assignment)
         job = Job(request.image_size, request.interpolation, folder / DATA, offsets)
         outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.fsr import ReferenceStage
     from orchestrator.record.records import TrialRecord
     from orchestrator.search.stages import Entry, Stage
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
     from trainables.specs.trial_spec import ModelSpec, Task
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from orchestrator.ingest.assign import Assignment
     from orchestrator.ingest.source import Source
     from orchestrator.search.space import SearchSpace
-    from orchestrator.study_file.spec import DataSpec, StudySpec
+    from orchestrator.study_file.schema import DataSpec, StudySpec
 
 
 @dataclass(frozen=True)

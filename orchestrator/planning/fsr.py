@@ -25,7 +25,7 @@ from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import Task, TrialSpec
 
 if TYPE_CHECKING:
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
 
 
@@ -186,8 +186,10 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     found = suggested(estimates(fold(Journal.read(journal))))
     if found is None:
         return Hints()
-    law = search_spaces.space(STRATEGY)["lam"].distribution
-    lam = round(min(max(found.lam, getattr(law, "low", found.lam)), getattr(law, "high", found.lam)), 3)
+    lam_range = search_spaces.space(STRATEGY)["lam"].distribution
+    low = getattr(lam_range, "low", found.lam)
+    high = getattr(lam_range, "high", found.lam)
+    lam = round(min(max(found.lam, low), high), 3)
     said = f"{source.name}: {found.sentence()}"
     log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), said)
     return Hints({label: {"lam": lam} for label in searched}, said)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.search.space import SearchSpace
-    from orchestrator.study_file.spec import StudySpec
-    from search_spaces import Law
+    from orchestrator.study_file.schema import StudySpec
+    from search_spaces import Hyperparameter
 
 
 @dataclass(frozen=True)
@@ -191,20 +191,20 @@ def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchS
         shown = {key: ", ".join(map(_plain, values)) for key, values in swept.items()}
         name = sweep.entry.preset or ("paper" if swept else None)
         return PlannedEntry(label, strategy, sweep.preset.size, name, held, shown)
-    laws = search_spaces.space(strategy)
-    searched = {key: law_in_words(laws[key]) for key in search_spaces.searched(strategy, fixed)}
+    hyperparameters = search_spaces.space(strategy)
+    searched = {key: range_in_words(hyperparameters[key]) for key in search_spaces.searched(strategy, fixed)}
     return PlannedEntry(label, strategy, 1, None, dict(fixed), searched)
 
 
-def law_in_words(law: Law) -> str:
+def range_in_words(hyperparameter: Hyperparameter) -> str:
     """A hyperparameter's default and range: `0.003; 0.0001 to 0.3, log`."""
     from optuna.distributions import CategoricalDistribution
 
-    distribution: Any = law.distribution
+    distribution: Any = hyperparameter.distribution
     if isinstance(distribution, CategoricalDistribution):
-        return f"{law.default}; {', '.join(map(str, distribution.choices))}"
+        return f"{hyperparameter.default}; {', '.join(map(str, distribution.choices))}"
     scale = ", log" if distribution.log else ""
-    return f"{_plain(law.default)}; {_plain(distribution.low)} to {_plain(distribution.high)}{scale}"
+    return f"{_plain(hyperparameter.default)}; {_plain(distribution.low)} to {_plain(distribution.high)}{scale}"
 
 
 def _plain(value: Any) -> str:

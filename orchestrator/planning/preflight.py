@@ -11,8 +11,8 @@ from typing import Any
 import search_spaces
 from orchestrator.errors import PreflightError, Problem, did_you_mean
 from orchestrator.planning.fsr import hint_problems
-from orchestrator.study_file.diagnostics_rules import domain_problems, network_problems
-from orchestrator.study_file.spec import StrategyEntry, StudySpec
+from orchestrator.study_file.rules import domain_problems, network_problems
+from orchestrator.study_file.schema import StrategyEntry, StudySpec
 
 
 def preflight(spec: StudySpec) -> None:
@@ -63,7 +63,9 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
         if spec.search.objective == "leave_one_domain_out" and len(inside.id_domains) < 2:
             rule = f"leave_one_domain_out needs at least 2 ID domains, but the data have 1: {inside.id_domains[0]}."
             yield Problem(("search", "objective"), f"{rule} Use id_val.")
-    yield from (Problem(*problem) for problem in domain_problems(spec, ood))
+    diagnostics = spec.diagnostics
+    for path, message in domain_problems(diagnostics.plasticity_source, diagnostics.fsr, ood):
+        yield Problem(path, message)
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:
@@ -86,7 +88,8 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
             adapts = kind == "layer_norm" and "batch_norm" in kinds
             way = "Leave it out, or use daft, which adapts BatchNorm to the target data." if adapts else "Leave it out."
             yield Problem(("strategies", index), f"{rule} {way}")
-    yield from (Problem(*problem) for problem in network_problems(spec, kinds))
+    for path, message in network_problems(spec.diagnostics.fsr, spec.model.name, kinds):
+        yield Problem(path, message)
 
 
 def _package_problems(spec: StudySpec) -> Iterator[Problem]:

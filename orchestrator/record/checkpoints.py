@@ -1,4 +1,4 @@
-"""The driver's side of the trials' checkpoints: where they lie, and when they are not needed any more."""
+"""Checkpoint folders of a study's trials, seen from the driver: locations, on-demand saving, removal."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.record.records import TrialRecord
-from trainables.storage.checkpoint_store import KEEP_NOW
+from trainables.storage.checkpoint_store import SAVE_REQUEST_FILE
 
 
 def checkpoint_folder(study: Path, number: int) -> Path:
-    """Where the trial with this number keeps its checkpoints (`trainables.storage.checkpoint_store`)."""
+    """Checkpoint folder of the trial with this number (`trainables.storage.checkpoint_store`)."""
     return study / "checkpoints" / f"trial-{number:04d}"
 
 
 def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
-    """Ask running trials for a checkpoint at once, wherever in a unit they are, and wait until they have written it.
+    """Request an immediate checkpoint from running trials, also in the middle of a unit, and wait for it.
 
-    A trial that is not training just now, because it evaluates or hangs, does not answer.
+    A trial that is not training at the moment (it evaluates, or hangs) does not respond.
 
     Args:
         numbers: of the trials.
-        seconds: the longest wait.
+        seconds: timeout.
 
     Returns:
-        How many answered.
+        Number of trials that wrote a checkpoint.
     """
-    asked = [checkpoint_folder(study, number) / KEEP_NOW for number in numbers]
+    asked = [checkpoint_folder(study, number) / SAVE_REQUEST_FILE for number in numbers]
     open_requests = {request for request in asked if request.parent.is_dir()}
     for request in open_requests:
         request.touch()
-    deadline, pause = time.monotonic() + seconds, threading.Event()
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
     try:
         while waiting := {request for request in open_requests if request.exists()}:
             if time.monotonic() >= deadline:
@@ -49,7 +50,7 @@ def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
 
 
 def discard(study: Path, number: int) -> None:
-    """Remove the checkpoints of a trial that has ended; a process that still writes them is fenced off by it."""
+    """Remove the checkpoints of a trial that has ended; a process that still writes them loses its fencing token."""
     folder = checkpoint_folder(study, number)
     gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(FileNotFoundError):
@@ -58,7 +59,7 @@ def discard(study: Path, number: int) -> None:
 
 
 def tidy(study: Path, records: Iterable[TrialRecord]) -> None:
-    """Remove what a killed driver left: checkpoints of trials that have ended, and folders half removed."""
+    """Remove leftovers of a killed driver: checkpoints of ended trials, and partially removed folders."""
     for record in records:
         if not record.resumable:
             discard(study, record.number)

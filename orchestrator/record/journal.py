@@ -1,23 +1,22 @@
-"""The append-only record of a study: one JSON object per line, on disk before anything else hears of the event.
+"""Append-only journal of a study: one JSON object per line, synced to disk before any listener is called.
 
-Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never before that of the event before, wherever the
-clock is set to) and `kind`; its line ends with a checksum (orchestrator/record/journal.py). The kinds are
+Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decreasing, even if the clock is set back) and
+`kind`; its line ends with a checksum. The kinds are
 
     study_started{study, spec, versions, dataset_digest, …}            study_finished{state}
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
     trial_suggested{trial_id, number, seed, role, held_out, sample, strategy, label, hparams, config_hash,
                     search_values}
-    trial_started{trial_id, node, pid}     result{trial_id, unit, metrics, curves?}     checkpoint{trial_id, unit, path}
+    trial_started{trial_id, node, pid}     result{trial_id, unit, metrics, curves?}
     trial_finished{trial_id, state: "complete"|"pruned"}
     trial_retried{trial_id, reason, error}     trial_failed{trial_id, reason, error}
     checkpoint_problem{trial_id, problem}
     proposal_repeated{number, search_values, values, state}: the sampler proposed the configuration of that trial again
 
-Numbers that are not finite are stored as null, so that every line is strict JSON. `fold` (folding.py) turns
-events into trial records.
+Older journals may also hold `checkpoint` events, which are ignored. Numbers that are not finite are stored as null, so
+that every line is strict JSON. `orchestrator.record.records.fold` turns events into trial records.
 
-One line of a journal: an event as JSON, and a checksum over its bytes, for a digit that a disk changed is as good
-JSON as the right one.
+The checksum (CRC-32 of the line) protects against silent corruption that is still valid JSON, such as a flipped digit.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from orchestrator.record.records import fold
-from trainables.specs.fault_injection import reach
+from trainables.specs.fault_injection import fault_point
 from trainables.specs.redaction import redact
 from trainables.storage.atomic_files import sync
 
-NEEDED = frozenset({"seq", "time", "kind"})
+REQUIRED_FIELDS = frozenset({"seq", "time", "kind"})
 """Fields of every event."""
 
 _END = re.compile(rb', "crc": "([0-9a-f]{8})"}\Z')
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
-    """The line of an event, with its newline; the checksum comes last, as the field `crc`.
+    """The journal line of an event, newline included; the last field is the checksum `crc`.
 
     Raises:
         ValueError: a number is not finite.
@@ -62,15 +61,15 @@ def decode(line: bytes) -> dict[str, Any]:
     """The event of a line without its newline. Lines of older journals have no checksum.
 
     Raises:
-        ValueError: no event, or not the one that was written.
+        ValueError: not an event, or the checksum does not match.
     """
     event = json.loads(line)
-    if not isinstance(event, dict) or not event.keys() >= NEEDED:
+    if not isinstance(event, dict) or not event.keys() >= REQUIRED_FIELDS:
         raise ValueError("not an event")
     if event.pop("crc", None) is not None:
         end = _END.search(line)
         if end is None or zlib.crc32(line[: end.start()] + b"}") != int(end[1], 16):
-            raise ValueError("its checksum is another")
+            raise ValueError("checksum mismatch")
     return event
 
 
@@ -82,25 +81,25 @@ Listener = Callable[[Event], object]
 logger = logging.getLogger("luthier")
 
 FREE_TEXT = ("error", "problem")
-"""Fields whose words are somebody else's, and may quote a secret."""
+"""Free-text fields (exception messages): redacted before writing."""
 
 
 class JournalError(ValueError):
-    """The journal cannot be read, or is being written by somebody else."""
+    """The journal cannot be read, or another process is writing it."""
 
 
 class JournalWriteError(OSError):
-    """The disk did not take an event; the journal is as it was before."""
+    """An event could not be written; the journal is unchanged."""
 
 
 class Journal:
-    """The journal of one study, opened for writing by one process at a time (any thread of it may append).
+    """Journal of one study: one writing process at a time, any of whose threads may append.
 
-    Opening cuts off a torn last line, which a crash in the middle of a write leaves behind. A pickled journal is its
-    path: the copy opens the file when it is first written to.
+    Opening truncates a torn last line, left by a crash in the middle of a write. Pickling keeps only the path: the copy
+    opens the file on its first append.
 
     Args:
-        path: the file; folders above it are made.
+        path: the file; missing parent folders are created.
 
     Raises:
         JournalError: another process writes this journal, or a line inside it is not JSON.
@@ -111,13 +110,13 @@ class Journal:
         self._mutex = threading.RLock()
         self._descriptor: int | None = None
         self._listeners: list[Listener] = []
-        self._next, self._latest = 0, 0.0
+        self._next = 0
+        self._latest = 0.0
         self._open()
 
     @staticmethod
     def read(path: str | Path) -> list[Event]:
-        """All complete events of a journal file. Changes nothing, so it may be called while another thread, process or
-        machine writes.
+        """All complete events of a journal file. Read-only, so safe while another thread, process or machine writes.
 
         Raises:
             FileNotFoundError: no such file.
@@ -130,14 +129,14 @@ class Journal:
         return self.read(self.path)
 
     def knows(self, trial_id: str) -> bool:
-        """True once the trial has been suggested in this journal."""
+        """Whether the trial has been suggested in this journal."""
         return trial_id in self._suggested
 
     def append(self, kind: str, **fields: Any) -> Event:
-        """Write one event and return it; when this returns, the event is on the disk.
+        """Write one event durably and return it.
 
         Raises:
-            JournalWriteError: the disk refused twice (full, gone). The journal is as it was before and can be appended
+            JournalWriteError: two attempts failed (disk full, disk gone). The journal is unchanged and can be appended
                 to again.
         """
         with self._mutex:
@@ -146,10 +145,11 @@ class Journal:
             now = max(time.time(), self._latest)
             event: Event = {"seq": self._next, "time": now, "kind": kind} | _plain(fields)
             event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
-            reach("before_event", event=kind, seq=self._next)
+            fault_point("before_event", event=kind, seq=self._next)
             self._write(encode(event))
-            self._next, self._latest = self._next + 1, now
-            reach("after_event", event=kind, seq=event["seq"])
+            self._next += 1
+            self._latest = now
+            fault_point("after_event", event=kind, seq=event["seq"])
             if kind == "trial_suggested":
                 self._suggested.add(str(event["trial_id"]))
             for listener in self._listeners:
@@ -160,8 +160,10 @@ class Journal:
             return event
 
     def subscribe(self, listener: Listener) -> None:
-        """Call `listener(event)` after every event from now on, in the thread that appends; what it raises is logged
-        and dropped. Subscribing twice changes nothing; listeners are not pickled."""
+        """Call `listener(event)` after every later event, in the appending thread.
+
+        Exceptions of a listener are logged and dropped. Subscribing twice has no effect; listeners are not pickled.
+        """
         if listener not in self._listeners:
             self._listeners.append(listener)
 
@@ -214,7 +216,7 @@ class Journal:
     def _write(self, line: bytes) -> None:
         try:
             self._try_to_write(line)
-        except OSError:  # once more: what a cable or a server does for a moment must not cost an event
+        except OSError:  # one retry: a transient error of a network file system must not lose an event
             try:
                 self._try_to_write(line)
             except OSError as error:
@@ -235,10 +237,9 @@ class Journal:
 
 
 def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[list[Event], int]:
-    """Complete events that begin at byte `offset` or later and lie before `end` (None = the end of the file), and the
-    byte after the last of them.
+    """Complete events between byte `offset` and `end` (None = the end of the file), and the offset after the last one.
 
-    A last line that is torn (no newline, or not JSON) is left out; the next call sees it once it is whole.
+    A torn last line (no newline, or not JSON) is left out; a later call returns it once it is complete.
 
     Raises:
         FileNotFoundError: no such file.
@@ -264,7 +265,7 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
 
 
 def _plain(value: Any) -> Any:
-    """JSON values of `value`: numpy scalars unpacked, tuples as lists, non-finite numbers as null, the rest as text."""
+    """JSON value: numpy scalars unpacked, tuples as lists, non-finite numbers as null, other types as strings."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -1,7 +1,4 @@
-"""What is known about one trial, and which numbers of a trial are worth keeping.
-
-From events to records: pure functions on a study's journal.
-"""
+"""Trial records, folded from a study's journal, and the metrics that a record keeps. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,30 +9,24 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
+
 State = Literal["suggested", "running", "complete", "pruned", "failed"]
 
-_EVERY_TRIAL = ("train", "val", "test", "ood", "calib", "best", "held_out", "cost", "lr")
-_DIAGNOSTICS = (
-    *("fsr", "ln_shift", "bn_shift", "plasticity", "distortion", "change", "cka", "grad_norm"),
-    *("bn_conversion", "wise"),
-)
-METRIC_GROUPS = frozenset({*_EVERY_TRIAL, *_DIAGNOSTICS})
-"""First path segments of the metric names that every strategy shares; each strategy may add its own name."""
-
 INTERRUPTED = "interrupted"
-"""Reason of a trial that neither finished nor failed by itself: the driver ended first."""
+"""Failure reason of a trial that was open when its driver ended."""
 RESUMED = frozenset({INTERRUPTED, "infra", "stalled", "host_oom"})
-"""Reasons of trials that a repeated run goes on with: nothing is known to be wrong with the trials themselves."""
+"""Failure reasons that a repeated run resumes: infrastructure failed, not the trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One trial of a study, as the journal tells it."""
+    """One trial of a study, as recorded in the journal."""
 
     trial_id: str
     """Tune's id; of the latest attempt if the trial was resumed."""
     number: int
-    """Position in the study, from 0; unique within it and the same for ever."""
+    """Position in the study, from 0; unique within it, and kept when the trial is resumed."""
     strategy: str
     label: str
     """Name of the entry of the study file; two entries may share a strategy."""
@@ -47,7 +38,7 @@ class TrialRecord:
     sample: str | None = None
     """Training sample of a `reference` trial; None = the study's own."""
     config_hash: str = ""
-    """Names strategy, label and hyperparameters; the seeds and roles of one configuration share it."""
+    """Digest of strategy, label and hyperparameters; the seeds and roles of one configuration share it."""
     state: State = "suggested"
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Last value of every metric."""
@@ -61,17 +52,16 @@ class TrialRecord:
     attempts: int = 0
     """How often the trial was started."""
     node: str | None = None
-    checkpoint: str | None = None
-    """Folder of the last checkpoint that Tune reported."""
     search_values: Mapping[str, Any] = field(default_factory=dict)
-    """The point as the search knows it (Optuna's parameter names); empty for folds and confirmations."""
+    """The point under Optuna's parameter names; empty for folds and confirmations."""
     started: float | None = None
+    """First start, wall-clock seconds since the epoch."""
     ended: float | None = None
-    """Wall-clock seconds since the epoch of the first start and of the end."""
+    """End, wall-clock seconds since the epoch."""
 
     @property
     def unit(self) -> int:
-        """Units of budget done."""
+        """Completed units of budget."""
         return int(self.history[-1]["unit"]) if self.history else 0
 
     @property
@@ -81,7 +71,7 @@ class TrialRecord:
 
     @property
     def resumable(self) -> bool:
-        """True if a repeated run goes on with this trial: it is unfinished, or its machines failed it too often."""
+        """True if a repeated run resumes this trial: it is unfinished, or failed only from infrastructure errors."""
         return self.unfinished or (self.state == "failed" and self.reason in RESUMED)
 
     def metric(self, name: str) -> float | None:
@@ -90,59 +80,94 @@ class TrialRecord:
         return value if value is not None and math.isfinite(value) else None
 
 
+def metrics_of(study: object) -> TaskMetrics:
+    """The metrics of a study's task.
+
+    Args:
+        study: a `StudySpec` or its fields. Journals from before there were tasks name none: they are classification.
+
+    Raises:
+        ValueError: the study's task is unknown here.
+
+    Example:
+        >>> metrics_of({"name": "pets"}).task
+        'classification'
+    """
+    task = study.get("task") if isinstance(study, Mapping) else getattr(study, "task", None)
+    return task_metrics() if task is None else task_metrics(str(task))
+
+
+def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
+    """The selection metric on ID validation, of the tested weights where there are any, else after the last unit.
+
+    Returns:
+        The metric as recorded; None where it is missing or not finite.
+    """
+    value = best_or_last(record.metrics, metrics.validation)
+    return value if value is not None and math.isfinite(value) else None
+
+
 @cache
-def _declared_groups() -> frozenset[str]:
+def _strategy_groups() -> frozenset[str]:
     from trainables import strategies
 
-    return METRIC_GROUPS | frozenset(strategies())
+    return frozenset(strategies())
 
 
 def declared_metrics(result: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a result that Luthier declares, as floats; Tune's own bookkeeping (`pid`, `time_total_s` …) and
-    everything that is not a number are left out."""
-    groups = _declared_groups()
-    kept: dict[str, float] = {}
+    """The metrics of a result whose names Luthier declares, as floats.
+
+    Tune's own fields (`pid`, `time_total_s` …) and values that are not numbers are left out.
+    """
+    groups = metric_groups() | _strategy_groups()
+    declared: dict[str, float] = {}
     for key, value in result.items():
         head, slash, _ = key.partition("/")
         if slash and head in groups and not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__float__"):
-            kept[key] = float(value)
-    return kept
+            declared[key] = float(value)
+    return declared
 
 
 _IDENTITY = ("number", "config_hash", "seed", "role", "held_out", "sample")
 
 
 def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
-    """The trials that the events tell of, in order of their numbers.
+    """Trial records from a journal's events, in order of their numbers.
 
-    A unit that is reported again (an actor died and the trial went on from a checkpoint) replaces what was known from
-    that unit on. A trial that is suggested again under another id but with the same number, configuration, seed and
-    role is the same trial, resumed: it keeps its history. Events of unknown kinds or unknown trials are ignored.
+    A unit that is reported again (an actor died and the trial was resumed from a checkpoint) replaces the results from
+    that unit on. A trial that is suggested again under another id, but with the same number, configuration, seed and
+    role, is the same trial resumed: it keeps its history. Events of unknown kinds or unknown trials are ignored, so
+    that journals of earlier versions can be read.
     """
     trials: dict[str, TrialRecord] = {}
     same: dict[tuple[Any, ...], str] = {}
     for event in events:
         if event["kind"] == "trial_suggested":
-            fresh = suggested(event)
+            record = suggested(event)
             identity = tuple(event.get(name) for name in _IDENTITY)
-            before = trials.pop(same[identity], None) if identity in same else None
-            same[identity] = fresh.trial_id
-            trials[fresh.trial_id] = (
-                fresh if before is None else dataclasses.replace(before, trial_id=fresh.trial_id, state="suggested")
-            )
-        elif (record := trials.get(str(event.get("trial_id")))) is not None:
-            trials[record.trial_id] = advance(record, event)
+            earlier = trials.pop(same[identity], None) if identity in same else None
+            same[identity] = record.trial_id
+            if earlier is not None:
+                record = dataclasses.replace(earlier, trial_id=record.trial_id, state="suggested")
+            trials[record.trial_id] = record
+            continue
+        trial_id = str(event.get("trial_id"))
+        if trial_id in trials:
+            trials[trial_id] = advance(trials[trial_id], event)
     return sorted(trials.values(), key=lambda record: record.number)
 
 
 def unfinished(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
-    """The trials that a resume has to go on with: suggested, running or interrupted, with their last checkpoint."""
+    """The trials that a repeated run resumes first: suggested, running or interrupted."""
     return [record for record in fold(events) if record.unfinished]
 
 
 def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the study said about itself: fields of its latest `study_started`, `first_started` (seconds since the
-    epoch) and `state` (`running`, or that of `study_finished`); empty if it never started."""
+    """Fields of the latest `study_started` event, with `first_started`, `state` and `ended` added.
+
+    `first_started` and `ended` are seconds since the epoch; `state` is `running`, or that of `study_finished`. Empty if
+    the study never started.
+    """
     header: dict[str, Any] = {}
     first: float | None = None
     for event in events:
@@ -157,18 +182,18 @@ def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measurements(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What was measured of the study as a whole, latest last: name → `metrics` (not finite = NaN) and `curves`."""
-    found: dict[str, dict[str, Any]] = {}
+    """Study-level measurements: name → `metrics` (not finite = NaN) and `curves`; the latest of a name counts."""
+    measured: dict[str, dict[str, Any]] = {}
     for event in events:
         if event["kind"] == "measured":
             metrics = event.get("metrics") or {}
             values = {key: float("nan") if value is None else float(value) for key, value in metrics.items()}
-            found[str(event["what"])] = {"metrics": values, "curves": dict(event.get("curves") or {})}
-    return found
+            measured[str(event["what"])] = {"metrics": values, "curves": dict(event.get("curves") or {})}
+    return measured
 
 
 def suggested(event: Mapping[str, Any]) -> TrialRecord:
-    """The record of a trial that was just suggested."""
+    """The initial record of a suggested trial."""
     return TrialRecord(
         trial_id=str(event["trial_id"]),
         number=int(event["number"]),
@@ -186,7 +211,8 @@ def suggested(event: Mapping[str, Any]) -> TrialRecord:
 
 def advance(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
     """The record after one more event of its trial; events of unknown kinds change nothing."""
-    kind, time = event["kind"], event["time"]
+    kind = event["kind"]
+    time = event["time"]
     if kind == "trial_started":
         return dataclasses.replace(
             record,
@@ -200,8 +226,6 @@ def advance(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         )
     if kind == "result":
         return _add_result(record, event)
-    if kind == "checkpoint":
-        return dataclasses.replace(record, checkpoint=event.get("path"))
     if kind == "trial_finished":
         return dataclasses.replace(record, state=event.get("state", "complete"), reason=None, error=None, ended=time)
     if kind == "trial_failed":
@@ -215,8 +239,9 @@ def _add_result(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
     unit = int(event["unit"])
     values = {key: float("nan") if value is None else float(value) for key, value in event["metrics"].items()}
     history = [past for past in record.history if past["unit"] < unit]
-    rewound = len(history) < len(record.history)
-    metrics = {k: v for past in history for k, v in past.items() if k != "unit"} if rewound else dict(record.metrics)
+    metrics = dict(record.metrics)
+    if len(history) < len(record.history):  # rewound to a checkpoint: metrics of the dropped units go, too
+        metrics = {name: value for past in history for name, value in past.items() if name != "unit"}
     history.append({"unit": float(unit), **values})
     metrics.update(values)
     return dataclasses.replace(
@@ -229,5 +254,5 @@ def _add_result(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
 
 
 def interruption(record: TrialRecord) -> dict[str, Any]:
-    """Fields of the `trial_failed` event that closes a trial which the driver left behind."""
+    """Fields of the `trial_failed` event that closes a trial left open by its driver."""
     return {"trial_id": record.trial_id, "reason": INTERRUPTED, "error": f"The driver ended at unit {record.unit}."}

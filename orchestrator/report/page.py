@@ -35,7 +35,7 @@ logger = logging.getLogger("luthier")
 
 REPORT = "report.html"
 MOST_TRIALS = 500
-"""Rows of the table of trials; a longer one would make the page slow, and `luthier results --json` has them all."""
+"""Rows of the table of trials; more would make the page slow. `luthier results --json` has all trials."""
 WIDE = 8.0
 """Inches from which on a picture has a row of its own."""
 

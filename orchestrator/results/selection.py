@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.study_file.spec import VAL_DOMAIN
+from orchestrator.study_file.rules import VAL_DOMAIN
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 NearEdge = Callable[..., list[str]]
 """(strategy, hparams, fixed=…, preset=…) → one sentence per value at an edge, as `search_spaces.near_edge`."""
@@ -76,12 +76,15 @@ class Results:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values (NaN as None). Without a complete trial the leaderboard is empty and `problem`
-        says why."""
+        """Everything as JSON values (NaN as None), with every trial under `records`.
+
+        Without a complete trial the leaderboard is empty and `problem` says why.
+        """
         out: dict[str, Any] = {"study": self.name, "rule": self.rule, "problem": None, "leaderboard": []}
         out |= {"best": None, "regret": None, "findings": self.findings(), "warnings": self.warnings()}
         out["measurements"] = finite(self.measurements)
         out["trials"] = dict(Counter(r.state for r in self.records))
+        out["records"] = [finite(_trial_values(record)) for record in self.records]
         try:
             best, lost, table = self.best(self.rule), self.regret(), self.leaderboard()
         except ValueError as error:
@@ -169,6 +172,26 @@ class Results:
             f"Fewer than {ENOUGH_SEEDS} seeds stand behind {', '.join(few)}: differences between these rows may be "
             "chance. Raise confirm.seeds, and confirm.top_k to at least the number of strategies."
         ]
+
+
+def _trial_values(record: TrialRecord) -> dict[str, Any]:
+    """One trial as plain values: its identity, configuration, state, and the last value of every metric."""
+    return {
+        "number": record.number,
+        "label": record.label,
+        "strategy": record.strategy,
+        "role": record.role,
+        "held_out": record.held_out,
+        "sample": record.sample,
+        "seed": record.seed,
+        "config_hash": record.config_hash,
+        "hparams": dict(record.hparams),
+        "state": record.state,
+        "reason": record.reason,
+        "error": record.error,
+        "units": record.unit,
+        "metrics": dict(record.metrics),
+    }
 
 
 def _near_edge_of_the_spaces() -> NearEdge:

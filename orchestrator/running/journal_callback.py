@@ -116,12 +116,6 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         known.append({"unit": float(unit), **metrics})
 
     @_never_raises
-    def on_checkpoint(self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Any, **info: Any) -> None:
-        """A checkpoint is in place; a resume goes on from the last one."""
-        unit = (trial.last_result or {}).get("unit") or (trial.last_result or {}).get("training_iteration", 0)
-        self.journal.append("checkpoint", trial_id=trial.trial_id, unit=unit, path=checkpoint.path)
-
-    @_never_raises
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial used its budget, or the scheduler stopped it, or it said that it failed."""
         failure = self._failures.pop(trial.trial_id, None)

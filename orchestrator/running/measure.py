@@ -14,7 +14,7 @@ from orchestrator.results.fsr import estimates, study_metrics
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.specs.trial_spec import Task
 
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.ingest.decoding import DecodingProgress
-from orchestrator.record.records import TrialRecord, advance, suggested
+from orchestrator.record.records import TrialRecord, advance, metrics_of, suggested, validation_score
+from trainables.specs.metrics import UNIT_SECONDS, TaskMetrics, task_metrics
 
 RECENT = 5
 """Ended trials that the live table keeps showing."""
@@ -48,6 +49,7 @@ class Progress:
         units: Callable[[TrialRecord], int | None] | None = None,
     ) -> None:
         self.trials, self.epochs = trials, epochs
+        self._metrics = task_metrics()
         self._planned = units
         self._console: Console | None = console or Console(stderr=True)
         self._live: Live | None = None
@@ -82,10 +84,12 @@ class Progress:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take note of one event of the journal."""
+        if event["kind"] == "study_started":
+            self._metrics = metrics_of(event.get("spec"))
         record = self._update(event)
         if self._console is None or self._live is not None:
             return
-        line = event_line(event, record, self._units(record))
+        line = event_line(event, record, self._units(record), self._metrics)
         if line:
             clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
             self._console.print(f"{clock} {line}", markup=False, highlight=False, soft_wrap=True)
@@ -133,26 +137,27 @@ class Progress:
             table.add_column(header, justify="left" if header in ("strategy", "state") else "right")
         for record in [*ended, *sorted(active, key=lambda r: r.number)]:
             style = "dim" if record.state in ("complete", "pruned") else "red" if record.state == "failed" else None
-            table.add_row(*_row(record, self._units(record)), style=style)
+            table.add_row(*_row(record, self._units(record), self._metrics), style=style)
         return Group(table, Text(self.summary(), style="bold"))
 
     def summary(self) -> str:
-        """The study on one line: trials ended, best validation accuracy, spend and ETA."""
+        """The study on one line: trials ended, best validation score, spend and ETA."""
         records = self._snapshot()
         ended = sum(not r.unfinished for r in records)
         total = "?" if self.trials is None else str(self.trials)
         parts = [f"{ended}/{total} trials"]
         if failed := sum(r.state == "failed" for r in records):
             parts.append(f"{failed} failed")
-        searched = [(value, r) for r in records if r.role == "search" and (value := validation(r)) is not None]
+        scored = [(validation_score(r, self._metrics), r) for r in records if r.role == "search"]
+        searched = [(value, r) for value, r in scored if value is not None]
         if searched:
-            value, best = max(searched, key=lambda pair: pair[0])
+            value, best = max(searched, key=lambda pair: self._metrics.selection.score(pair[0]))
             parts.append(f"best val {value:.3f} ({best.label})")
         eta = self.eta
         return ", ".join([*parts, f"spend {duration(self.spend)}", f"ETA {'-' if eta is None else duration(eta)}"])
 
 
-def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int | None) -> str:
+def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int | None, metrics: TaskMetrics) -> str:
     """One line for a log, empty for events that need none."""
     kind = event["kind"]
     if kind == "study_started":
@@ -164,7 +169,7 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if record is None:
         return ""
     name = f"trial {record.number} {record.label}"
-    value = validation(record)
+    value = validation_score(record, metrics)
     val = "" if value is None else f", val {value:.3f}"
     if kind == "trial_started":
         return f"{name}: {'started' if record.attempts == 1 else f'started again (attempt {record.attempts})'}"
@@ -186,15 +191,9 @@ def _measured_line(event: Mapping[str, Any]) -> str:
     return f"{what} measured: {found or 'nothing'}"
 
 
-def validation(record: TrialRecord) -> float | None:
-    """Accuracy on ID validation: the best where it is known, else the last."""
-    best = record.metric("best/val/acc")
-    return record.metric("val/acc") if best is None else best
-
-
 def spent(record: TrialRecord) -> float:
     """Seconds inside the units of one trial."""
-    return sum(past.get("cost/unit_seconds", 0.0) for past in record.history)
+    return sum(past.get(UNIT_SECONDS.name, 0.0) for past in record.history)
 
 
 def duration(seconds: float) -> str:
@@ -205,8 +204,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _row(record: TrialRecord, epochs: int | None) -> tuple[str, ...]:
-    value = validation(record)
+def _row(record: TrialRecord, epochs: int | None, metrics: TaskMetrics) -> tuple[str, ...]:
+    value = validation_score(record, metrics)
     state = f"{record.state} ({record.reason})" if record.reason else record.state
     shown = record.label if record.role == "search" else f"{record.label} [{record.role}]"
     val = "-" if value is None else f"{value:.3f}"

@@ -18,7 +18,7 @@ from orchestrator.record.changes import check_changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
 from orchestrator.running.failure_policy import disk_explained
 from orchestrator.running.measure import record_fsr
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.yaml_text import write_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.running.progress import Progress
     from orchestrator.search.searcher import StudySearcher
     from orchestrator.search.stages import Stage
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
     from trainables.specs.trial_spec import Task
 

@@ -16,7 +16,7 @@ from orchestrator.tracking.projection import DeliveryCounts
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
     from orchestrator.results.summary import Summarizer
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 MODULE = "orchestrator.running.tracking_process"
 

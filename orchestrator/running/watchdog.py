@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
     from orchestrator.record.records import TrialRecord
-    from orchestrator.study_file.failures import FailuresSpec
+    from orchestrator.study_file.schema import FailuresSpec
 
 
 Start = Literal["", "warm", "cold"]

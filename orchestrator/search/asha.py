@@ -1,13 +1,18 @@
-"""Early stopping: asynchronous successive halving (ASHA) among the trials of one entry."""
+"""Early stopping by asynchronous successive halving (ASHA) among the trials of one entry.
+
+Li et al. (2020), "A System for Massively Parallel Hyperparameter Tuning", MLSys, algorithm 2, in the form in which Ray
+Tune has it: a trial that reaches a rung below the (1 − 1/η) quantile of those that reached it before is stopped, rather
+than held until others have been promoted past it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+import numpy as np
+from ray.tune.schedulers import FIFOScheduler
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -16,22 +21,76 @@ if TYPE_CHECKING:
     from orchestrator.record.records import TrialRecord
 
 
-class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """ASHA with one bracket per entry, for search trials only.
+class EntryRungs:
+    """Rungs of one entry: the score of every trial at each rung that it has reached; higher is better.
+
+    Args:
+        epochs: units of a full trial.
+        grace: the first rung.
+        reduction: η.
+    """
+
+    def __init__(self, epochs: int, grace: int, reduction: float) -> None:
+        self._quantile = 1 - 1 / reduction
+        self._scores: dict[float, dict[str, float]] = {
+            milestone: {} for milestone in reversed(_milestones(epochs, grace, reduction))
+        }
+
+    def cutoff(self, milestone: float) -> float | None:
+        """The score below which a trial is stopped at a rung; None = no trial has reached it."""
+        scores = self._scores[milestone]
+        if not scores:
+            return None
+        # numpy's linear interpolation between the two neighbouring scores.
+        return float(np.percentile(list(scores.values()), self._quantile * 100))
+
+    def report(self, trial: str, unit: int, score: float) -> bool:
+        """Record a score at the highest rung that the trial has reached and has no score at; whether to stop there.
+
+        A score between two rungs is recorded nowhere, unless the trial skipped a rung below it.
+        """
+        for milestone, scores in self._scores.items():
+            if unit < milestone or trial in scores:
+                continue
+            cutoff = self.cutoff(milestone)
+            scores[trial] = score
+            return cutoff is not None and score < cutoff
+        return False
+
+    def replay(self, trial: str, history: Sequence[tuple[int, float]]) -> None:
+        """Record an earlier run's scores without decisions, each rung's at the first unit that reached it.
+
+        Args:
+            history: (unit, score), ascending; scores that are not finite are left out.
+        """
+        for milestone, scores in self._scores.items():
+            reached = [score for unit, score in history if unit >= milestone]
+            if reached and math.isfinite(reached[0]):
+                scores[trial] = reached[0]
+
+    def describe(self) -> str:
+        """Rungs and their cutoffs on one line."""
+        return " | ".join(f"unit {milestone:g}: {self.cutoff(milestone)}" for milestone in self._scores)
+
+
+class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
+    """ASHA with rungs per entry, for search trials only; trials start in the order in which they were proposed.
 
     A trial is compared with trials of its own entry at the same unit. Strategies start from different heads: LP-FT
     begins at the linear probe's solution, DAFT from zero, so that one common rung would stop the late starters before
     they had shown anything, and the study could not say which strategy is better. Folds and confirmations run in full.
+
+    A trial is identified by its number in the study: Tune's id of a resumed trial is another one.
 
     Args:
         metric: what is compared, reported with every unit.
         maximise: whether higher is better.
         epochs: units of a full trial.
         grace: units that every trial gets.
-        reduction: about one of `reduction` trials goes on from a rung to the next.
-        history: trials of earlier runs of the study, which count at the rungs that they reached (Tune itself forgets
-            them). A trial that is about to go on counts below the unit that it says first: at that one it is decided
-            on as it would have been.
+        reduction: η: the top 1/η of the trials at a rung continue.
+        history: trials of earlier runs, replayed into the rungs that they reached (Tune restores no scheduler). A
+            trial that can be resumed is replayed up to the unit before the first one that it reports: its last unit
+            is decided when it is reported again, as it would have been in the earlier run.
 
     Raises:
         ValueError: see `rungs`.
@@ -47,108 +106,105 @@ class StudyScheduler(AsyncHyperBandScheduler):  # type: ignore[misc]
         history: Sequence[TrialRecord] = (),
     ) -> None:
         rungs(epochs, grace, reduction)
-        self._fields: dict[str, Any] = {
-            "time_attr": "unit",
-            "metric": metric,
-            "mode": "max" if maximise else "min",
-            "max_t": epochs,
-            "grace_period": grace,
-            "reduction_factor": reduction,
-            "brackets": 1,
-        }
-        super().__init__(**self._fields)
-        self._by_label: dict[str, Any] = {}
-        self._resumed: dict[str, TrialRecord] = {}
+        super().__init__()
+        self._compared = metric
+        self._sign = 1.0 if maximise else -1.0
+        self._epochs = epochs
+        self._grace = grace
+        self._reduction = reduction
+        self._stopped = 0
+        self._rungs_by_label: dict[str, EntryRungs] = {}
+        self._rungs_by_trial: dict[str, EntryRungs] = {}
+        self._resumable: dict[str, TrialRecord] = {}
         for record in history:
             if record.role == "search":
-                self._take_over(record)
+                self._replay(record)
+
+    @property
+    def metric(self) -> str:
+        """What is compared."""
+        return self._compared
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """The study's metric is set already; Tune's is not needed (and need not agree)."""
+        """Accept whatever Tune's own metric is: the study's was set at construction."""
         return True
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Put a search trial into the bracket of its entry; no randomness, unlike ASHA with several brackets."""
+        """Assign a search trial to the rungs of its entry."""
         if trial.config.get("role", "search") != "search":
             return
         label = str(trial.config.get("label") or trial.config.get("strategy"))
-        self._trial_info[_Known.of(trial).trial_id] = self._bracket(label)
+        self._rungs_by_trial[_trial_key(trial)] = self._rungs(label)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
-        """Stop or continue. Trials that are not searched, and results that are not finite, always continue: a
-        diverged trial fails by itself."""
-        known = _Known.of(trial)
-        if known.trial_id not in self._trial_info or not self._comparable(result):
-            return str(TrialScheduler.CONTINUE)
-        if (before := self._resumed.pop(known.trial_id, None)) is not None:
-            self._remember(before, result["unit"] - 1)  # its checkpoint may be newer than what the journal had heard
-        return str(super().on_trial_result(tune_controller, known, result))
+        """Stop or continue. Trials outside the search and non-finite results always continue: a diverged trial fails
+        by itself."""
+        key = _trial_key(trial)
+        score = self._score(result)
+        if key not in self._rungs_by_trial or score is None:
+            return str(self.CONTINUE)
+        unit = result["unit"]
+        resumed = self._resumable.pop(key, None)
+        if resumed is not None:
+            # Its checkpoint may be newer than the last result that the journal has, so `_replay` could not do this.
+            self._replay_until(resumed, unit - 1)
+        if unit < self._epochs and not self._rungs_by_trial[key].report(key, unit, score):
+            return str(self.CONTINUE)
+        self._stopped += 1
+        return str(self.STOP)
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
-        """Count the last result.
+        """Record the last result of a trial that used its budget.
 
-        A trial that ends by itself before the full budget (a closed-form solution takes one unit) is left out:
-        its value is final, and no measure for trials that have just begun.
+        A trial that ends by itself before (a closed-form solution takes one unit) is left out: its value is final, and
+        no measure for trials that have just begun.
         """
-        known = _Known.of(trial)
-        if known.trial_id not in self._trial_info:
-            return
-        if self._comparable(result) and result["unit"] >= self._max_t:
-            super().on_trial_complete(tune_controller, known, result)
-        self._trial_info.pop(known.trial_id, None)
+        key = _trial_key(trial)
+        entry = self._rungs_by_trial.pop(key, None)
+        score = self._score(result)
+        if entry is not None and score is not None and result["unit"] >= self._epochs:
+            entry.report(key, result["unit"], score)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Forget a trial that failed or was withdrawn."""
-        self._trial_info.pop(_Known.of(trial).trial_id, None)
+        """Forget a trial that was withdrawn before it ran; scores that it has stay."""
+        self._rungs_by_trial.pop(_trial_key(trial), None)
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        """Forget a trial that failed."""
-        self._trial_info.pop(_Known.of(trial).trial_id, None)
+        """Forget a trial that failed; scores that it has stay."""
+        self._rungs_by_trial.pop(_trial_key(trial), None)
 
     def debug_string(self) -> str:
         """One line per entry, for Tune's own reporter."""
-        lines = [f"{label}: {bracket.debug_str()}" for label, bracket in self._by_label.items()]
-        return "\n".join([f"ASHA per entry: {self._num_stopped} stopped", *lines])
+        lines = [f"{label}: {entry.describe()}" for label, entry in self._rungs_by_label.items()]
+        return "\n".join([f"ASHA per entry: {self._stopped} stopped", *lines])
 
-    def _bracket(self, label: str) -> Any:
-        if label not in self._by_label:
-            self._by_label[label] = AsyncHyperBandScheduler(**self._fields)._brackets[0]
-        return self._by_label[label]
+    def _rungs(self, label: str) -> EntryRungs:
+        if label not in self._rungs_by_label:
+            self._rungs_by_label[label] = EntryRungs(self._epochs, self._grace, self._reduction)
+        return self._rungs_by_label[label]
 
-    def _take_over(self, record: TrialRecord) -> None:
-        """Enter a trial of an earlier run at the rungs where it was compared."""
-        decided = record.state in ("pruned", "failed") or record.unit >= self._max_t
-        self._remember(record, record.unit if decided and not record.resumable else record.unit - 1)
+    def _replay(self, record: TrialRecord) -> None:
+        ended = record.state in ("pruned", "failed") or record.unit >= self._epochs
+        # The last unit of any other trial was reported but perhaps not decided: the driver ended first.
+        decided = ended and not record.resumable
+        self._replay_until(record, record.unit if decided else record.unit - 1)
         if record.resumable:
-            self._resumed[_Known.name(record.number)] = record
+            self._resumable[_number_key(record.number)] = record
 
-    def _remember(self, record: TrialRecord, end: int) -> None:
-        """Enter a trial at the rungs that it had reached after `end` units."""
-        for milestone, recorded in self._bracket(record.label)._rungs:
-            reached = [past for past in record.history if milestone <= past["unit"] <= end]
-            value = reached[0].get(self._metric, math.nan) if reached else math.nan
-            if math.isfinite(value):
-                recorded[_Known.name(record.number)] = self._metric_op * value
+    def _replay_until(self, record: TrialRecord, last_unit: int) -> None:
+        history = [
+            (int(past["unit"]), self._sign * past.get(self._compared, math.nan))
+            for past in record.history
+            if past["unit"] <= last_unit
+        ]
+        self._rungs(record.label).replay(_number_key(record.number), history)
 
-    def _comparable(self, result: dict[str, Any]) -> bool:
-        value = result.get(self._metric)
-        return "unit" in result and isinstance(value, int | float) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a bracket knows a trial by: its number in the study, which stays when the trial is resumed under another id
-    of Tune's."""
-
-    trial_id: str
-
-    @classmethod
-    def of(cls, trial: Trial) -> _Known:
-        return cls(cls.name(trial.config["_number"]) if "_number" in trial.config else trial.trial_id)
-
-    @staticmethod
-    def name(number: int) -> str:
-        return f"number {number}"
+    def _score(self, result: Mapping[str, Any]) -> float | None:
+        """The signed metric of a result; None where it is missing or not finite."""
+        value = result.get(self._compared)
+        if "unit" not in result or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return self._sign * value
 
 
 def rungs(epochs: int, grace: int = 1, reduction: float = 3) -> tuple[int, ...]:
@@ -161,9 +217,20 @@ def rungs(epochs: int, grace: int = 1, reduction: float = 3) -> tuple[int, ...]:
         raise ValueError(f"1 <= grace <= epochs = {epochs} must hold, but got {grace}.")
     if not reduction > 1:
         raise ValueError(f"reduction must be greater than 1, but got {reduction}. The usual values are 3 and 4.")
-    found: list[int] = []
-    milestone = float(grace)
-    while math.ceil(milestone) < epochs:
-        found.append(math.ceil(milestone))
-        milestone *= reduction
-    return tuple(dict.fromkeys(found))
+    units = [math.ceil(milestone) for milestone in _milestones(epochs, grace, reduction)]
+    return tuple(dict.fromkeys(unit for unit in units if unit < epochs))
+
+
+def _milestones(epochs: int, grace: int, reduction: float) -> list[float]:
+    """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one."""
+    count = int(np.log(epochs / grace) / np.log(reduction) + 1)
+    return [grace * reduction**k for k in range(count)]
+
+
+def _trial_key(trial: Trial) -> str:
+    number = trial.config.get("_number")
+    return str(trial.trial_id) if number is None else _number_key(number)
+
+
+def _number_key(number: int) -> str:
+    return f"number {number}"

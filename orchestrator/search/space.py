@@ -100,8 +100,8 @@ def space_contents(entries: Sequence[Entry]) -> dict[str, Any]:
             "fixed": dict(entry.fixed),
             "preset": entry.preset,
             "space": {
-                key: json.loads(distribution_to_json(law.distribution))
-                for key, law in search_spaces.space(entry.strategy).items()
+                key: json.loads(distribution_to_json(hyperparameter.distribution))
+                for key, hyperparameter in search_spaces.space(entry.strategy).items()
             },
         }
         for entry in entries

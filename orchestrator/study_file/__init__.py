@@ -1,1 +1,4 @@
-"""The study file: its keys as strict models, the rules between them, and what a person is told who breaks one."""
+"""The study file: its schema, the rules between its keys, reading it, and errors in plain words.
+
+Modules, each importing only those before it: `yaml_text`, `rules`, `explain`, `entries`, `schema`, `load`.
+"""

@@ -1,4 +1,7 @@
-"""The entries of `strategies`: names, labels, presets and fixed hyperparameters, against the strategies themselves."""
+"""Validation of the entries of `strategies`: names, labels, presets and fixed hyperparameters.
+
+Checked against the strategies themselves, so that a fixed hyperparameter meets the strategy's own `Config`.
+"""
 
 from __future__ import annotations
 
@@ -8,69 +11,78 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator.errors import Path as KeyPath
-from orchestrator.errors import Problem, did_you_mean
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.errors import KeyPath, Problem, did_you_mean
+from orchestrator.study_file.explain import wrong_type
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
+_TYPES_IN_WORDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "a boolean", str: "a string"}
 
 
 def entry_problems(strategies: Any) -> list[Problem]:
-    """What is wrong with the entries beyond their types. Takes the raw value of `strategies`, so that it finds its
-    problems beside those of the rest of the study; parts of another type than they should have are passed over."""
+    """Problems of the entries beyond their types.
+
+    Args:
+        strategies: the raw value of the key, so that its problems are reported beside those of the rest of the study.
+            Values of another type than the schema's are skipped: the schema reports them.
+    """
     if not isinstance(strategies, list):
         return []
     problems: list[Problem] = []
-    seen: dict[str, int] = {}
+    labels: dict[str, int] = {}
     for index, raw in enumerate(strategies):
         path: KeyPath = ("strategies", index)
         entry = {"name": raw} if isinstance(raw, str) else raw
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
             continue
-        where = path if isinstance(raw, str) else (*path, "name")
-        known = _check_name(entry["name"], where, problems)
+        name_path = path if isinstance(raw, str) else (*path, "name")
+        name_problems = list(_name_problems(entry["name"], name_path))
+        problems += name_problems
         label = entry.get("label", entry["name"])
         if isinstance(label, str):
-            _check_label(label, index, seen, path, problems)
-        if known:
+            problems += _label_problems(label, path, labels)
+            labels.setdefault(label, index)
+        if not name_problems:
             problems += _preset_problems(entry, path)
             problems += _fixed_problems(entry, path)
     return problems
 
 
-def _check_name(name: str, path: KeyPath, problems: list[Problem]) -> bool:
+def _name_problems(name: str, path: KeyPath) -> Iterator[Problem]:
     from trainables import strategies
 
-    known = strategies()
-    if name not in known:
-        rule = f"a strategy is one of {', '.join(known)}, but got {name!r}.{did_you_mean(name, known)}"
-        problems.append(Problem(path, rule))
-    return name in known
+    names = strategies()
+    if name not in names:
+        rule = f"a strategy is one of {', '.join(names)}, but got {name!r}.{did_you_mean(name, names)}"
+        yield Problem(path, rule)
 
 
-def _check_label(label: str, index: int, seen: dict[str, int], path: KeyPath, problems: list[Problem]) -> None:
-    if label in seen:
-        rule = f"the label {label!r} is taken by strategies[{seen[label]}]. Give each its own: {{name: …, label: …}}."
-        problems.append(Problem(path, rule))
+def _label_problems(label: str, path: KeyPath, labels: Mapping[str, int]) -> Iterator[Problem]:
+    """Problems of one label; `labels` = label → index, of the entries before."""
+    if label in labels:
+        rule = f"the label {label!r} is taken by strategies[{labels[label]}]. Give each its own: {{name: …, label: …}}."
+        yield Problem(path, rule)
     elif not _LABEL.fullmatch(label):
         rule = "a label has 1 to 50 letters, digits, '_' or '-' and starts with a letter or digit, but got "
-        problems.append(Problem((*path, "label"), f"{rule}{label!r:.80}."))
-    seen.setdefault(label, index)
+        yield Problem((*path, "label"), f"{rule}{label!r:.80}.")
 
 
 def _preset_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
-    which, fixed = entry.get("preset"), entry.get("fixed")
-    if not isinstance(which, str):
+    name = entry.get("preset")
+    fixed = entry.get("fixed")
+    if not isinstance(name, str):
         return
     import search_spaces
 
     try:
-        preset = search_spaces.preset(entry["name"], which)
+        preset = search_spaces.preset(entry["name"], name)
     except ValueError as error:
         yield Problem((*path, "preset"), str(error))
         return
     for key in fixed if isinstance(fixed, Mapping) else ():
         if key in preset.swept:
-            rule = f"the preset {which!r} sweeps {key}, so that it cannot be fixed. Remove one of the two."
+            rule = f"the preset {name!r} sweeps {key}, so it cannot be fixed. Remove one of the two."
             yield Problem((*path, "fixed", key), rule)
 
 
@@ -79,48 +91,44 @@ def _fixed_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Problem
     fixed = entry.get("fixed")
     if not isinstance(fixed, Mapping) or not fixed:
         return
-    # Imports torch: only a study that fixes something pays for it.
+    # Imports torch: only studies with fixed hyperparameters need it here.
     from trainables import strategy_class
 
     config = strategy_class(entry["name"]).Config
     hints = typing.get_type_hints(config)
-    names = [f.name for f in dataclasses.fields(config)]
-    sound = {}
+    names = [field.name for field in dataclasses.fields(config)]
+    well_typed = {}
     for key, value in fixed.items():
         if key not in names:
-            near = did_you_mean(key, names)
-            rule = f"{entry['name']} has no hyperparameter {key!r}.{near} It has {', '.join(names)}."
-            yield Problem((*path, "fixed", key), rule)
+            rule = f"{entry['name']} has no hyperparameter {key!r}.{did_you_mean(key, names)}"
+            yield Problem((*path, "fixed", key), f"{rule} It has {', '.join(names)}.")
         elif message := _type_message(hints[key], value):
             yield Problem((*path, "fixed", key), message)
         else:
-            sound[key] = tuple(value) if isinstance(value, list) else value
+            well_typed[key] = tuple(value) if isinstance(value, list) else value
     try:
-        config(**sound)
+        config(**well_typed)
     except ValueError as error:
         yield Problem((*path, "fixed"), str(error))
 
 
 def _type_message(hint: Any, value: Any) -> str | None:
-    """None where `value` is of the declared type; lists stand for tuples, and whole numbers for numbers."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from orchestrator.study_file.explain import wrong_type
-
+    """None where `value` is of the declared type; lists stand for tuples, and integers for numbers."""
     try:
         TypeAdapter(hint).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
     except ValidationError:
-        return wrong_type(_in_words(hint), value)
+        return wrong_type(_type_in_words(hint), value)
     return None
 
 
-def _in_words(hint: Any) -> str:
-    plain: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if hint in plain:
-        return plain[hint]
+def _type_in_words(hint: Any) -> str:
+    if hint in _TYPES_IN_WORDS:
+        return _TYPES_IN_WORDS[hint]
     options = [option for option in typing.get_args(hint) if option is not type(None) and option is not Ellipsis]
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, options))}"
     if typing.get_origin(hint) in (tuple, list):
         return "a list"
-    return " or ".join(_in_words(option) for option in options) if options else str(hint)
+    if not options:
+        return str(hint)
+    return " or ".join(_type_in_words(option) for option in options)

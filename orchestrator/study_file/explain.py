@@ -1,4 +1,4 @@
-"""Pydantic's findings in words for a person: the rule, the value got, the way out."""
+"""Pydantic's validation errors as user-facing messages: the rule, the value found, the way out."""
 
 from __future__ import annotations
 
@@ -9,74 +9,104 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.errors import Path as KeyPath
-from orchestrator.errors import Problem, did_you_mean
+from orchestrator.errors import KeyPath, Problem, did_you_mean
 from orchestrator.study_file.rules import RuleError
 
-_WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+_MAPPING = "a mapping of keys to values"
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
+    "bool_type": "a boolean",
+    "string_type": "a string",
     "list_type": "a list",
-    "dict_type": "a mapping of keys to values",
-    "model_type": "a mapping of keys to values",
+    "dict_type": _MAPPING,
+    "model_type": _MAPPING,
     "finite_number": "a finite number",
 }
+"""Pydantic's type of error → the expected type."""
 _BOUNDS = {
     "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+"""Pydantic's type of error → comparison in words, and the bound's key in the error's context."""
+_FIRST_KEYS: dict[str | int, str] = {"data": "root", "model": "name"}
+"""Section → the key that a string in its place is most likely meant for."""
+_EXAMPLES: dict[str | int, str] = {
+    "name": " Give the study (or model, or strategy) a name.",
+    "data": " Say where your images are: data: {root: /path/to/images}, or data: {source: digits}.",
+    "model": " Name a pretrained network: model: {name: resnet18}.",
+    "strategies": " List what should compete: strategies: [linear_probe, full].",
+}
+"""Required key → the way out where it is missing."""
+_MAX_VALUE_LENGTH = 60
+"""Characters of a value that a message quotes at most."""
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Every problem of a failed validation of `model`, with its path."""
     problems: list[Problem] = []
-    for found in error.errors(include_url=False):
-        path = tuple(found["loc"])
-        context = found.get("ctx", {})
+    for detail in error.errors(include_url=False):
+        path = tuple(detail["loc"])
+        context = detail.get("ctx", {})
         cause = context.get("error")
         if isinstance(cause, RuleError):
             problems += [Problem((*path, *below), message) for below, message in cause.problems]
-        elif found["type"] != "missing" or path[-1] != "label":
-            problems.append(Problem(path, _message(found["type"], path, found["input"], context, model)))
+        elif detail["type"] == "missing" and path[-1] == "label":
+            continue  # follows from the entry's missing name, which is reported by itself
+        else:
+            problems.append(Problem(path, _message(detail["type"], path, detail["input"], context, model)))
     return problems
 
 
-def wrong_type(wanted: str, value: Any) -> str:
-    """`must be a number, but got the text '1e-3'. …`, with the way out where the mistake is a common one."""
-    return f"must be {wanted}, but got {described(value)}.{_way_out(wanted, value)}"
+def wrong_type(expected: str, value: Any) -> str:
+    """The message for a value of another type, with the way out of common mistakes.
+
+    >>> wrong_type("an integer", "60")
+    "must be an integer, but got the string '60'. Remove the quotes."
+    """
+    return f"must be {expected}, but got {described(value)}.{_way_out(expected, value)}"
 
 
 def described(value: Any) -> str:
-    """A value with the name of its kind, at most about 60 characters."""
-    kinds = {bool: "", int: "the number ", float: "the number ", str: "the text ", list: "the list "}
+    """A value with its type, cut to about 60 characters.
+
+    >>> described("resnet18"), described(2.5), described(True), described(None)
+    ("the string 'resnet18'", 'the number 2.5', 'true', 'null')
+    """
     if value is None:
-        return "nothing"
+        return "null"
     if isinstance(value, Mapping):
         return "a mapping"
-    shown = str(value).lower() if isinstance(value, bool) else repr(value)
-    return kinds.get(type(value), f"a {type(value).__name__} ") + (shown if len(shown) <= 60 else shown[:57] + "…")
+    if isinstance(value, bool):
+        return str(value).lower()
+    types_in_words = {int: "the number", float: "the number", str: "the string", list: "the list"}
+    text = repr(value)
+    if len(text) > _MAX_VALUE_LENGTH:
+        text = text[: _MAX_VALUE_LENGTH - 3] + "…"
+    return f"{types_in_words.get(type(value), f'a {type(value).__name__}')} {text}"
 
 
 def _message(kind: str, path: KeyPath, value: Any, context: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """The message for one error that pydantic found itself (`kind` = its type of error)."""
     if kind == "extra_forbidden":
-        known = _known_keys(model, path[:-1])
-        return f"unknown key.{did_you_mean(path[-1], known)} Known here: {', '.join(known)}."
+        keys = _keys_of_section(model, path[:-1])
+        return f"unknown key.{did_you_mean(path[-1], keys)} Known here: {', '.join(keys)}."
     if kind == "missing":
         return f"is required, but missing.{_EXAMPLES.get(path[-1], '')}"
-    if kind in _WANTED:
-        inner = _FIRST_KEYS.get(path[-1]) if isinstance(value, str) and kind in ("dict_type", "model_type") else None
-        return wrong_type(_WANTED[kind], value) + (f" Write {{{inner}: {value}}}." if inner else "")
+    if kind in _EXPECTED:
+        message = wrong_type(_EXPECTED[kind], value)
+        if _EXPECTED[kind] == _MAPPING and isinstance(value, str) and path[-1] in _FIRST_KEYS:
+            message += f" Write {{{_FIRST_KEYS[path[-1]]}: {value}}}."
+        return message
     if kind in _BOUNDS:
-        words, key = _BOUNDS[kind]
-        return f"must be {words} {context[key]:g}, but got {value!r}."
+        comparison, key = _BOUNDS[kind]
+        return f"must be {comparison} {context[key]:g}, but got {value!r}."
     if kind == "literal_error":
-        choices = [c for c in _choices(model, path) if isinstance(c, str)]
-        return f"must be one of {', '.join(choices)}, but got {described(value)}.{did_you_mean(value, choices)}"
+        options = [option for option in typing.get_args(_annotation(model, path)) if isinstance(option, str)]
+        return f"must be one of {', '.join(options)}, but got {described(value)}.{did_you_mean(value, options)}"
     if kind == "string_too_short":
         return "must not be empty."
     if kind == "too_short":
@@ -84,54 +114,46 @@ def _message(kind: str, path: KeyPath, value: Any, context: Mapping[str, Any], m
     return f"{context.get('error', kind)}, got {described(value)}."
 
 
-_FIRST_KEYS: dict[str | int, str] = {"data": "root", "model": "name"}
-"""What a text in place of a section is meant for."""
-_EXAMPLES: dict[str | int, str] = {
-    "name": " Give the study (or model, or strategy) a name.",
-    "data": " Say where your images are: data: {root: /path/to/images}, or data: {source: digits}.",
-    "model": " Name a pretrained network: model: {name: resnet18}.",
-    "strategies": " List what should compete: strategies: [linear_probe, full].",
-}
-
-
-def _way_out(wanted: str, value: Any) -> str:
-    if wanted == "true or false" and isinstance(value, str):
-        return " YAML 1.2 has no other words for them, and they take no quotes."
-    if wanted in ("a number", "a whole number") and isinstance(value, str) and _parses(float, value):
-        if _parses(int, value) or wanted == "a whole number":
+def _way_out(expected: str, value: Any) -> str:
+    """A sentence with a leading space for the common mistakes with quotes, brackets and decimals; else empty."""
+    if expected == "a boolean" and isinstance(value, str):
+        return " Write true or false without quotes: YAML 1.2 has no other booleans."
+    if expected in ("a number", "an integer") and isinstance(value, str) and _parses(float, value):
+        if _parses(int, value) or expected == "an integer":
             return " Remove the quotes."
-        return " Remove the quotes. (YAML 1.1 readers take 1e-3 for a text even without quotes: write 1.0e-3 there.)"
-    if wanted == "a whole number" and isinstance(value, float) and value.is_integer():
+        return " Remove the quotes. (YAML 1.1 parsers read 1e-3 as a string even without quotes: write 1.0e-3 there.)"
+    if expected == "an integer" and isinstance(value, float) and value.is_integer():
         return f" Write {value:.0f}."
-    if wanted == "a list" and isinstance(value, str):
+    if expected == "a list" and isinstance(value, str):
         return f" Write [{value}]."
-    if wanted == "a text" and isinstance(value, bool | int | float):
+    if expected == "a string" and isinstance(value, bool | int | float):
         return " Put quotes around it."
     return ""
 
 
-def _parses(kind: Callable[[str], object], value: str) -> bool:
+def _parses(type_: Callable[[str], object], value: str) -> bool:
     try:
-        kind(value)
+        type_(value)
     except ValueError:
         return False
     return True
 
 
-def _known_keys(model: type[BaseModel], path: KeyPath) -> list[str]:
+def _keys_of_section(model: type[BaseModel], path: KeyPath) -> list[str]:
     section = _annotation(model, path)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
-
-
-def _choices(model: type[BaseModel], path: KeyPath) -> tuple[Any, ...]:
-    return typing.get_args(_annotation(model, path))
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return list(section.model_fields)
+    return []
 
 
 def _annotation(model: type[BaseModel], path: KeyPath) -> Any:
     """The declared type at a path, without `Annotated`, `None` and list."""
     current: Any = model
     for part in path:
-        current = typing.get_args(current)[0] if isinstance(part, int) else current.model_fields[part].annotation
+        if isinstance(part, int):
+            current = typing.get_args(current)[0]
+        else:
+            current = current.model_fields[part].annotation
         current = _bare(current)
     return current
 
@@ -140,6 +162,6 @@ def _bare(hint: Any) -> Any:
     if typing.get_origin(hint) is typing.Annotated:
         return _bare(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = [a for a in typing.get_args(hint) if a is not type(None)]
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
         return _bare(options[0]) if len(options) == 1 else hint
     return hint

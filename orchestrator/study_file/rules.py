@@ -1,82 +1,111 @@
-"""Rules of a study that a type alone does not say. Each raises `RuleError` with everything that it finds."""
+"""Rules of a study that its types alone do not express, as functions of plain values.
+
+`check_…` functions validate one value: they return it, or raise `RuleError`. `…_problems` functions compare several
+keys: they yield one (path, message) per violation.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
-from orchestrator.errors import Path as KeyPath
-from orchestrator.errors import did_you_mean
-
-if TYPE_CHECKING:
-    from orchestrator.study_file.spec import DataSpec, SearchSpec, StudySpec
+from orchestrator.errors import KeyPath, did_you_mean
 
 RESERVED = frozenset({"data", "cache", "mlartifacts", "mlflow.db"})
-"""Names of other things in the storage folder, where each study has a folder of its own name."""
+"""Names in the storage folder that are not studies; each study has a folder of its own name there."""
 DIGITS_DOMAINS = ("inverted", "rotated", "noisy", "blurred", "printed")
 """OOD domains of the built-in data."""
-OBJECTIVES = ("id_val", "leave_one_domain_out", "val_domain:<name>")
+VAL_DOMAIN = "val_domain:"
+"""Prefix of the objective that selects by one OOD domain."""
+OBJECTIVES = ("id_val", "leave_one_domain_out", f"{VAL_DOMAIN}<name>")
+
+RuleProblem = tuple[KeyPath, str]
+"""Path below the part of the study that was checked, and message."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class RuleError(ValueError):
-    """Broken rules of one part of a study: (path below that part, message)."""
+    """Violated rules of one part of a study."""
 
-    def __init__(self, *problems: tuple[KeyPath, str]) -> None:
+    def __init__(self, *problems: RuleProblem) -> None:
         self.problems = problems
         super().__init__("; ".join(message for _, message in problems))
 
 
+def raise_if_any(*problems: RuleProblem) -> None:
+    """Raise `RuleError` with all problems, if there are any."""
+    if problems:
+        raise RuleError(*problems)
+
+
+# Rules for one value.
+
+
 def check_name(value: Any) -> Any:
-    """A study's name is also a folder name, on every machine."""
+    """Validate a study's name, which is also a folder name on every machine."""
     if isinstance(value, str) and not _NAME.fullmatch(value):
-        raise RuleError(
-            ((), f"a study's name has 1 to 100 letters, digits, '.', '_' or '-' and starts with a letter or digit, "
-                 f"but got {value!r:.80}.")
-        )  # fmt: skip
+        raise _broken(
+            "a study's name has 1 to 100 letters, digits, '.', '_' or '-' and starts with a letter or digit, "
+            f"but got {value!r:.80}."
+        )
     if isinstance(value, str) and value.lower() in RESERVED:
-        raise RuleError(((), f"{value!r} is kept for a folder beside the studies. Choose another name."))
+        raise _broken(f"{value!r} is reserved for a folder beside the studies. Choose another name.")
     return value
 
 
 def check_storage(value: Any) -> Any:
-    """Studies are kept on a file system: the journal is appended to and locked, which object stores cannot do."""
+    """Refuse URLs: the journal is appended to and locked, which needs a file system."""
     if isinstance(value, str) and "://" in value:
-        raise RuleError(
-            ((), f"storage is a folder, but got the URL {value!r}. Give a path that all machines share (such as an NFS "
-                 "or EFS mount), and copy the finished study's folder to the object store afterwards.")
-        )  # fmt: skip
+        raise _broken(
+            f"storage is a folder, but got the URL {value!r}. Give a path that all machines share (such as an NFS or "
+            "EFS mount), and copy the finished study's folder to the object store afterwards."
+        )
     if isinstance(value, str) and not value.strip():
-        raise RuleError(((), "storage is a folder, but got an empty text. Leave the key out for ./studies."))
+        raise _broken("storage is a folder, but got an empty string. Leave the key out for ./studies.")
     return value
 
 
 def check_tracking_uri(value: Any) -> Any:
-    """MLflow 3 takes server and database URIs; a bare path would silently mean its retired file store."""
+    """Refuse bare paths, which MLflow would take for its retired file store."""
     if isinstance(value, str) and "://" not in value and value != "databricks":
-        raise RuleError(
-            ((), f"a tracking URI is a server (http://host:5000) or a database (sqlite:///mlflow.db), but got "
-                 f"{value!r}. Leave it out for a SQLite file in the storage folder.")
-        )  # fmt: skip
+        raise _broken(
+            "a tracking URI is a server (http://host:5000) or a database (sqlite:///mlflow.db), but got "
+            f"{value!r}. Leave it out for a SQLite file in the storage folder."
+        )
     return value
 
 
 def check_gpus(value: Any) -> Any:
-    """auto, a whole number, or a share of one GPU."""
-    wish = f"must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got {value!r}."
-    if value == "auto" and isinstance(value, str):
+    """Validate the GPUs of one trial: auto, 0, 1, or a share of one."""
+    rule = f"must be auto, 0, 1, or a share of one GPU between 0 and 1, but got {value!r}."
+    if isinstance(value, str) and value == "auto":
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RuleError(((), wish + (" Remove the quotes." if _is_number(value) else "")))
-    if not 0 <= value < 1e4 or (value > 1 and value != int(value)):
-        raise RuleError(((), wish))
+        raise _broken(rule + (" Remove the quotes." if _is_number(value) else ""))
+    if value > 1:
+        raise _broken(f"{rule} A trial trains on one GPU: write 1; resources.concurrent sets how many run at a time.")
+    if not value >= 0:  # also NaN
+        raise _broken(rule)
     return float(value)
 
 
+def check_objective(value: Any) -> Any:
+    """Validate the selection rule, which never uses test data."""
+    if value == "oracle":
+        raise _broken(
+            "oracle selects on test data and is only reported as an upper bound. Use id_val, leave_one_domain_out, or "
+            "val_domain:<name> with a domain that is then no longer a test."
+        )
+    if isinstance(value, str) and value not in OBJECTIVES[:2] and not re.fullmatch(rf"{VAL_DOMAIN}.+", value):
+        options = ", ".join(OBJECTIVES)
+        raise _broken(f"must be one of {options}, but got {value!r}.{did_you_mean(value, OBJECTIVES)}")
+    return value
+
+
 def named_entry(value: Any) -> Any:
-    """`daft` → `{name: daft, label: daft}`."""
+    """Expand the short form of an entry: `daft` → `{name: daft, label: daft}`."""
     if isinstance(value, str):
         return {"name": value, "label": value}
     if isinstance(value, dict) and isinstance(value.get("name"), str):
@@ -84,100 +113,86 @@ def named_entry(value: Any) -> Any:
     return value
 
 
-def check_data(spec: DataSpec) -> DataSpec:
-    """Rules between the keys of `data`."""
-    problems: list[tuple[KeyPath, str]] = []
-    if spec.source == "digits":
-        if spec.root is not None:
-            problems.append((("root",), "the source 'digits' is built in and has no root. Remove one of the two."))
-        problems += _unknown("ood", spec.ood, DIGITS_DOMAINS) + _unknown("id", spec.id, ("handwritten",))
-    elif not spec.root:
-        problems.append((("root",), f"the source {spec.source!r} needs a root: the path of your images."))
-    if spec.root and "://" in spec.root:
-        problems.append(
-            (("root",), f"root is a path on this machine, but got the URL {spec.root!r}. Copy the data to a folder "
-                        "that all machines can read.")
-        )  # fmt: skip
-    if spec.label is not None and spec.source != "parquet":
-        problems.append(
-            (("label",), f"only Parquet files have a label column to choose, but the source is {spec.source!r}. Remove "
-                         "one of the two.")
-        )  # fmt: skip
-    for key, domains in (("id", spec.id), ("ood", spec.ood)):
-        problems += [
-            ((key, i), f"the domain {d!r} is listed twice.") for i, d in enumerate(domains) if d in domains[:i]
-        ]
-        problems += [((key, i), "the name of a domain is empty.") for i, d in enumerate(domains) if not d.strip()]
-    problems += [
-        (("ood", i), f"the domain {d!r} is both ID and OOD. Remove it from one of the two lists.")
-        for i, d in enumerate(spec.ood)
-        if d in spec.id
-    ]
-    if spec.val_fraction + spec.test_fraction >= 1:
-        problems.append(
-            (("test_fraction",), f"val_fraction + test_fraction must be less than 1, but got {spec.val_fraction:g} + "
-                                 f"{spec.test_fraction:g}: nothing would be left to train on.")
-        )  # fmt: skip
-    if problems:
-        raise RuleError(*problems)
-    return spec
+# Rules between keys.
 
 
-def check_objective(value: Any) -> Any:
-    """A rule that never looks at test data."""
-    if value == "oracle":
-        raise RuleError(
-            ((), "oracle chooses on test data and is only reported as an upper bound. Use id_val, "
-                 "leave_one_domain_out, or val_domain:<name> with a domain that you give up as a test.")
-        )  # fmt: skip
-    if isinstance(value, str) and value not in OBJECTIVES[:2] and not re.fullmatch(r"val_domain:.+", value):
-        raise RuleError(
-            ((), f"must be one of {', '.join(OBJECTIVES)}, but got {value!r}.{did_you_mean(value, OBJECTIVES)}")
+def source_problems(
+    source: str, root: str | None, label: str | None, id: Sequence[str], ood: Sequence[str]
+) -> Iterator[RuleProblem]:
+    """Keys of `data` that do not fit its source."""
+    if source == "digits":
+        if root is not None:
+            yield ("root",), "the source 'digits' is built in and has no root. Remove one of the two."
+        yield from _unknown_domains("ood", ood, DIGITS_DOMAINS)
+        yield from _unknown_domains("id", id, ("handwritten",))
+    elif not root:
+        yield ("root",), f"the source {source!r} needs a root: the path of your images."
+    if root and "://" in root:
+        yield (
+            ("root",),
+            f"root is a path on this machine, but got the URL {root!r}. Copy the data to a folder that all machines "
+            "can read.",
         )
-    return value
-
-
-def check_search(spec: SearchSpec) -> SearchSpec:
-    """Rules between the keys of `search`."""
-    problems: list[tuple[KeyPath, str]] = []
-    if spec.grace > spec.epochs:
-        problems.append(
-            (("grace",), f"1 <= grace <= epochs must hold, but got grace {spec.grace} and epochs {spec.epochs}.")
+    if label is not None and source != "parquet":
+        yield (
+            ("label",),
+            f"only Parquet files have a label column to choose, but the source is {source!r}. Remove one of the two.",
         )
-    if problems:
-        raise RuleError(*problems)
-    return spec
 
 
-def check_study(spec: StudySpec) -> StudySpec:
-    """Rules between the sections."""
-    from orchestrator.study_file.diagnostics_rules import sample_problems
+def domain_list_problems(id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:
+    """Domains that are listed twice, empty, or both in and out of distribution."""
+    for key, domains in (("id", id), ("ood", ood)):
+        for index, domain in enumerate(domains):
+            if domain in domains[:index]:
+                yield (key, index), f"the domain {domain!r} is listed twice."
+        for index, domain in enumerate(domains):
+            if not domain.strip():
+                yield (key, index), "the name of a domain is empty."
+    for index, domain in enumerate(ood):
+        if domain in id:
+            yield ("ood", index), f"the domain {domain!r} is both ID and OOD. Remove it from one of the two lists."
 
-    problems = [*_objective_problems(spec), *sample_problems(spec)]
-    if problems:
-        raise RuleError(*problems)
-    return spec
+
+def split_problems(val_fraction: float, test_fraction: float) -> Iterator[RuleProblem]:
+    """Splits that leave no training images."""
+    if val_fraction + test_fraction >= 1:
+        yield (
+            ("test_fraction",),
+            f"val_fraction + test_fraction must be less than 1, but got {val_fraction:g} + {test_fraction:g}: nothing "
+            "would be left to train on.",
+        )
 
 
-def _objective_problems(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
-    """The objective needs domains that `data` has."""
-    search, data, path = spec.search, spec.data, ("search", "objective")
-    if search.objective == "leave_one_domain_out" and (data.source == "digits" or len(data.id) == 1):
+def grace_problems(grace: int, epochs: int) -> Iterator[RuleProblem]:
+    """A grace period longer than the budget."""
+    if grace > epochs:
+        yield ("grace",), f"1 <= grace <= epochs must hold, but got grace {grace} and epochs {epochs}."
+
+
+def objective_problems(objective: str, source: str, id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:
+    """An objective whose domains `data` does not have."""
+    path: KeyPath = ("search", "objective")
+    if objective == "leave_one_domain_out" and (source == "digits" or len(id) == 1):
         yield (
             path,
-            f"leave_one_domain_out needs at least 2 ID domains, but data.id has 1: "
-            f"{data.id[0] if data.id else 'handwritten'}. List more domains there, or use id_val.",
+            "leave_one_domain_out needs at least 2 ID domains, but data.id has 1: "
+            f"{id[0] if id else 'handwritten'}. List more domains there, or use id_val.",
         )
-    domain = search.validation_domain
-    known = data.ood or (DIGITS_DOMAINS if data.source == "digits" else ())
-    if domain is not None and domain not in known:
-        listed = ", ".join(known) or "nothing"
+    if not objective.startswith(VAL_DOMAIN):
+        return
+    domain = objective.removeprefix(VAL_DOMAIN)
+    listed = ood
+    if not listed and source == "digits":
+        listed = DIGITS_DOMAINS
+    if domain not in listed:
+        hint = did_you_mean(domain, listed) or " List it there."
         yield (
             path,
-            f"val_domain names one of the OOD domains, but got {domain!r} and data.ood lists {listed}."
-            + (did_you_mean(domain, known) or " List it there."),
+            f"val_domain names one of the OOD domains, but got {domain!r} and data.ood lists "
+            f"{', '.join(listed) or 'nothing'}.{hint}",
         )
-    elif domain is not None and tuple(known) == (domain,):
+    elif len(listed) == 1:
         yield (
             path,
             f"val_domain:{domain} takes the only OOD domain as validation, so that no OOD test is left. List another "
@@ -185,12 +200,78 @@ def _objective_problems(spec: StudySpec) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
-def _unknown(key: str, domains: Collection[str], known: Collection[str]) -> list[tuple[KeyPath, str]]:
-    return [
-        ((key, i), f"digits has the {key.upper()} domains {', '.join(known)}, but got {d!r}.{did_you_mean(d, known)}")
-        for i, d in enumerate(domains)
-        if d not in known
-    ]
+def sample_problems(fsr: Sequence[str], fsr_fractions: Sequence[float], train_fraction: float) -> Iterator[RuleProblem]:
+    """FSR references that would compare a sample with itself, or with too few others."""
+    for index, reference in enumerate(fsr):
+        if reference == "full" and train_fraction == 1:
+            yield (
+                ("diagnostics", "fsr", index),
+                "the reference 'full' compares a sample with the pool that it is drawn from, but data.train_fraction "
+                "is 1: they are the same, and FSR is 1. Lower data.train_fraction, or use extrapolated.",
+            )
+    fractions = sorted(set(fsr_fractions))
+    if "extrapolated" in fsr and len(fractions) < 2:
+        listed = ", ".join(f"{fraction:g}" for fraction in fractions) or "none"
+        yield (
+            ("diagnostics", "fsr_fractions"),
+            f"an extrapolation needs 2 different fractions beside the whole, but got {listed}. List another one.",
+        )
+
+
+# Rules of the diagnostics that need the data or the network; `orchestrator.planning.preflight` calls them.
+
+
+def domain_problems(plasticity_source: str | None, fsr: Sequence[str], ood: Collection[str]) -> Iterator[RuleProblem]:
+    """Diagnostics that need OOD domains which the data do not have.
+
+    Args:
+        plasticity_source: `diagnostics.plasticity_source`.
+        fsr: `diagnostics.fsr`.
+        ood: names of the OOD domains.
+    """
+    if plasticity_source is not None and plasticity_source not in ood:
+        yield (
+            ("diagnostics", "plasticity_source"),
+            f"plasticity_source is one of the OOD domains, but got {plasticity_source!r} and the data have "
+            f"{', '.join(ood) or 'none'}.{did_you_mean(plasticity_source, ood)} Leave it out for pairs of training "
+            "images.",
+        )
+    for index, reference in enumerate(fsr):
+        if reference == "oracle" and not ood:
+            yield (
+                ("diagnostics", "fsr", index),
+                "the reference 'oracle' trains on labelled images of each OOD domain, but the data have none. List "
+                "them under data.ood, or leave it out.",
+            )
+
+
+def network_problems(fsr: Sequence[str], model: str, kinds: Collection[str]) -> Iterator[RuleProblem]:
+    """Diagnostics that need layers which the network does not have.
+
+    Args:
+        fsr: `diagnostics.fsr`.
+        model: name of the network.
+        kinds: its layer types, see `orchestrator.planning.preflight.layer_kinds`.
+    """
+    if fsr and "layer_norm" not in kinds:
+        alternative = ""
+        if "batch_norm" in kinds:
+            alternative = " `luthier run` reports the shift of its BatchNorms as bn_shift."
+        yield (
+            ("diagnostics", "fsr"),
+            f"FSR is measured by tuning LayerNorms, but {model} has none. Leave it out.{alternative}",
+        )
+
+
+def _broken(message: str) -> RuleError:
+    return RuleError(((), message))
+
+
+def _unknown_domains(key: str, domains: Sequence[str], options: Collection[str]) -> Iterator[RuleProblem]:
+    for index, domain in enumerate(domains):
+        if domain not in options:
+            hint = did_you_mean(domain, options)
+            yield (key, index), f"digits has the {key.upper()} domains {', '.join(options)}, but got {domain!r}.{hint}"
 
 
 def _is_number(value: Any) -> bool:

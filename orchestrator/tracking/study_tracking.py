@@ -19,7 +19,7 @@ from orchestrator.tracking.run_update import Summarizer
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
-    from orchestrator.study_file.spec import StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 logger = logging.getLogger("luthier")
 

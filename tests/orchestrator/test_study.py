@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from benchmarks.support.synthetic import write_images
 from orchestrator import Study
 from orchestrator.record.journal import Journal
 from orchestrator.results.study_results import Results
-from tests.synthetic import write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

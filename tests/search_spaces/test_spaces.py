@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FixedTrial
 
 import search_spaces
-from search_spaces import Law
+from search_spaces import Hyperparameter
 from trainables.engine.contract import TrainingConfig
 
 SPLIT = ("daft", "full", "lp_ft")
@@ -22,7 +22,7 @@ SPLIT = ("daft", "full", "lp_ft")
 
 def test_the_folder_is_the_registry() -> None:
     assert {"daft", "full", "linear_probe", "lp_ft"} <= set(search_spaces.names())
-    assert "_law" not in search_spaces.names()
+    assert "_hyperparameter" not in search_spaces.names()
 
 
 def test_unknown_names_are_errors_that_name_the_nearest() -> None:
@@ -44,10 +44,10 @@ def test_search_spaces_import_optuna_and_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", search_spaces.names())
-def test_default_point_is_drawable_and_every_law_names_its_source(name: str) -> None:
+def test_default_point_can_be_suggested_and_every_range_names_its_source(name: str) -> None:
     default = search_spaces.default_point(name)
     assert search_spaces.suggest(FixedTrial(default), name) == default
-    assert all(law.source for law in search_spaces.space(name).values())
+    assert all(hyperparameter.source for hyperparameter in search_spaces.space(name).values())
     assert all(preset.source for preset in search_spaces.presets(name).values())
     assert search_spaces.near_edge(name, default) == []
 
@@ -65,11 +65,11 @@ def test_backbone_and_head_have_rates_of_their_own_that_training_knows(name: str
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_the_range_of_the_backbone_rate_covers_nearly_all_of_the_papers_sweep(name: str) -> None:
-    law = search_spaces.space(name)["lr_backbone"].distribution
-    assert isinstance(law, FloatDistribution)
-    assert law.log
+    searched = search_spaces.space(name)["lr_backbone"].distribution
+    assert isinstance(searched, FloatDistribution)
+    assert searched.log
     swept = search_spaces.preset(name, "paper").steps[0]["lr_backbone"]
-    inside = [v for v in swept if law.low <= v <= law.high]
+    inside = [v for v in swept if searched.low <= v <= searched.high]
     assert len(inside) >= len(swept) - 1
 
 
@@ -104,7 +104,7 @@ def test_suggest_asks_for_what_is_not_fixed_under_the_prefix() -> None:
 
 def test_a_conditional_hyperparameter_exists_only_beside_its_condition(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("search_spaces.full")
-    conditional = Law(0.5, FloatDistribution(0.0, 1.0), when=lambda h: h.get("clip_norm") is not None)
+    conditional = Hyperparameter(0.5, FloatDistribution(0.0, 1.0), when=lambda h: h.get("clip_norm") is not None)
     monkeypatch.setattr(module, "SPACE", {**module.SPACE, "momentum": conditional})
     assert "momentum" not in search_spaces.default_point("full")
     assert search_spaces.default_point("full", {"clip_norm": 1.0})["momentum"] == 0.5

@@ -17,8 +17,8 @@ from orchestrator.cli import app
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import MODULE, summarizer
-from orchestrator.study_file.spec import StudySpec
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.schema import StudySpec
+from orchestrator.study_file.yaml_text import write_yaml
 from orchestrator.tracking.follower import FollowerSettings, GiveUp, MlflowFollower
 from orchestrator.tracking.process import TrackingProcess
 

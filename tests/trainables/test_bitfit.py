@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.support.synthetic import shapes
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
 from trainables.bitfit import BitFit, is_bias
 from trainables.engine.trial import Run
 from trainables.models.backbone import Classifier

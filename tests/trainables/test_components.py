@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +14,11 @@ import yaml
 
 import search_spaces
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial
 from trainables.components import Components
 from trainables.diagnostics.plasticity import plasticity_of
 from trainables.engine.trial import Run
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
 class TestConformance(StrategyConformance):
@@ -30,12 +29,8 @@ class TestConformance(StrategyConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(kind: str = "vit", **hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network(kind)), epochs=1, batch_size=16, cache=str(tmp_path))
-        return Run(TrialSpec(task=task, strategy="components", hparams=hparams), store=shapes(), device="cpu")
-
-    return make
+def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+    return partial(make_trial, "components", task={"epochs": 1})
 
 
 def moved(run: Run) -> set[str]:

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial
 from trainables.daft import ConversionReport, convert_batch_norm
 from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 RANDOM = ("resnet18", "regnety_002", "mobilenetv3_small_100")
 
@@ -297,11 +296,9 @@ def test_nothing_to_take_statistics_from_is_an_error_and_changes_nothing() -> No
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Any) -> Callable[..., Run]:
+def trial(make_trial: MakeTrial) -> Callable[..., Run]:
     def make(strategy: str, epochs: int = 1, augment: tuple[str, ...] = (), **hparams: Any) -> Run:
-        model = ModelSpec(name=network("cnn"))
-        task = Task(store="memory", model=model, epochs=epochs, batch_size=16, augment=augment, cache=str(tmp_path))
-        return Run(TrialSpec(task=task, strategy=strategy, hparams=hparams), store=shapes(), device="cpu")
+        return make_trial(strategy, "cnn", task={"epochs": epochs, "augment": augment}, **hparams)
 
     return make
 

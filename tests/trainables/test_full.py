@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial
 from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
 class TestConformance(StrategyConformance):
@@ -21,12 +20,8 @@ class TestConformance(StrategyConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(**hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network("cnn")), epochs=1, batch_size=16, cache=str(tmp_path))
-        return Run(TrialSpec(task=task, strategy="full", hparams=hparams), store=shapes(), device="cpu")
-
-    return make
+def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+    return partial(make_trial, "full", "cnn", task={"epochs": 1})
 
 
 def test_one_rate_moves_backbone_and_head_unless_the_head_has_its_own(trial: Callable[..., Run]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 import search_spaces
 from tests.conformance import StrategyConformance
-from tests.trainables.norm_trials import RATES, Trial, changed, copies, finish, source_of, trials
+from tests.support.trials import LAYERNORM_RATES, MakeTrial, Trial, changed, copies, finish, layernorm_trials, source_of
 from trainables import strategy_class
 from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norms
 from trainables.engine import evaluation
@@ -25,7 +24,7 @@ from trainables.models.transformer_blocks import component_kinds
 class TestConformance(StrategyConformance):
     strategy = "layernorm"
     networks = ("vit",)
-    learning: ClassVar[Mapping[str, Any]] = RATES
+    learning: ClassVar[Mapping[str, Any]] = LAYERNORM_RATES
     reports = frozenset(["layernorm/*"])
 
 
@@ -39,8 +38,8 @@ class TestConformanceOfCycles(TestConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Trial:
-    return trials(network, tmp_path)
+def trial(make_trial: MakeTrial) -> Trial:
+    return layernorm_trials(make_trial)
 
 
 @pytest.mark.parametrize(

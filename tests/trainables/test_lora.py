@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.conformance import StrategyConformance, same_tensors
-from tests.synthetic import shapes
+from tests.conformance import StrategyConformance
+from tests.support.trials import MakeTrial, finish, same_tensors
 from trainables.engine.optim import rate_factor, resolved_rate
 from trainables.engine.trial import Run
 from trainables.lora import LoRA, inject, merge, target_names
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
@@ -37,22 +37,8 @@ class TestConformanceOfAllTargets(TestConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(kind: str = "vit", **hparams: Any) -> Run:
-        model = ModelSpec(name=network(kind))
-        task = Task(store="m", model=model, epochs=2, batch_size=16, cache=str(tmp_path / "cache"))
-        spec = TrialSpec(task=task, strategy="lora", hparams={**RATES, "rank": 4, **hparams})
-        return Run(spec, store=shapes(), device="cpu")
-
-    return make
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Metrics of the last unit."""
-    metrics: dict[str, Any] = {}
-    while not run.finished:
-        metrics = run.step()
-    return metrics
+def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+    return partial(make_trial, "lora", **RATES, rank=4)
 
 
 class ByHand(nn.Module):

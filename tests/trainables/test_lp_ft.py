@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from tests.conformance import StrategyConformance
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial, finish
 from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
 class TestConformance(StrategyConformance):
@@ -22,12 +19,8 @@ class TestConformance(StrategyConformance):
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(strategy: str, kind: str, **hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network(kind)), epochs=2, batch_size=16, cache=str(tmp_path))
-        return Run(TrialSpec(task=task, strategy=strategy, hparams=hparams), store=shapes(), device="cpu")
-
-    return make
+def trial(make_trial: MakeTrial) -> MakeTrial:
+    return make_trial
 
 
 @torch.no_grad()
@@ -35,13 +28,6 @@ def loss(run: Run, split: str) -> float:
     """Mean cross-entropy in eval mode."""
     images, labels = next(run.data.batches(split, batch_size=64))
     return float(cross_entropy(run.model.eval()(images), labels))
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Metrics of the last unit."""
-    while not run.finished:
-        metrics = run.step()
-    return metrics
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])

@@ -16,7 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainables.storage.atomic_files import new_file
+from trainables.storage.atomic_files import atomic_file
 from trainables.storage.compute_once import cache_root
 
 if TYPE_CHECKING:
@@ -127,6 +127,6 @@ def _compute(
 
 
 def _write(path: Path, features: NDArray[np.float32]) -> None:
-    with new_file(path) as written, open(written, "wb") as file:  # given a path, np.save would add .npy
+    with atomic_file(path) as written, open(written, "wb") as file:  # given a path, np.save would add .npy
         np.save(file, features)
     _mapped.pop(path, None)

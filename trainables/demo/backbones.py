@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from trainables.specs.trial_spec import ModelSpec
-from trainables.storage.atomic_files import new_folder
+from trainables.storage.atomic_files import atomic_folder
 from trainables.storage.compute_once import cache_root
 
 log = logging.getLogger("luthier")
@@ -181,7 +181,7 @@ def _publish(model: nn.Module, name: str, folder: Path) -> None:
             "first_conv": cfg["first_conv"],
         },
     }
-    with new_folder(folder) as written:
+    with atomic_folder(folder) as written:
         (written / "config.json").write_text(json.dumps(config, indent=2))
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, written / "model.safetensors")
 

@@ -39,7 +39,7 @@ from trainables.diagnostics.probing import Probes
 from trainables.models.transformer_blocks import COMPONENTS, find_blocks
 from trainables.specs.measurements import Curve
 from trainables.storage.atomic_files import write_text
-from trainables.storage.compute_once import made_once
+from trainables.storage.compute_once import compute_once
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
@@ -205,7 +205,7 @@ def plasticity_of(data: TrialData) -> PlasticityReport:
     settings = [FORMAT, task.plasticity_probe, task.plasticity_source, task.plasticity_pairs, data.device.type]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     file = data.solution_folder / f"plasticity-{name}.json"
-    return made_once(file, _load, lambda: plasticity_after(data.reference, data), _save)
+    return compute_once(file, _load, lambda: plasticity_after(data.reference, data), _save)
 
 
 def plasticity_after(model: nn.Module, data: TrialData) -> PlasticityReport:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup
-from trainables.storage.checkpoint_format import same_bits
+from trainables.storage.checkpoint_format import bitwise_equal
 
 
 @dataclass
@@ -62,7 +62,7 @@ def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str,
         pristine: the pretrained tensors by the classifier's names.
     """
     state = {k: v for k, v in model.state_dict().items() if k in pristine or k.startswith("head.")}
-    return {name: value.clone() for name, value in state.items() if not same_bits(value, pristine.get(name))}
+    return {name: value.clone() for name, value in state.items() if not bitwise_equal(value, pristine.get(name))}
 
 
 @torch.no_grad()
@@ -81,4 +81,4 @@ def is_pristine(module: nn.Module, reference: nn.Module) -> bool:
     if any(child._forward_hooks or child._forward_pre_hooks for child in module.modules()):
         return False
     state, pristine = module.state_dict(), reference.state_dict()
-    return state.keys() == pristine.keys() and all(same_bits(state[name], pristine[name]) for name in state)
+    return state.keys() == pristine.keys() and all(bitwise_equal(state[name], pristine[name]) for name in state)

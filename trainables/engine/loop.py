@@ -20,7 +20,7 @@ from trainables.engine.optim import rate_factor, set_rates
 from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast
 from trainables.specs.errors import NonFiniteError
-from trainables.specs.fault_injection import reach
+from trainables.specs.fault_injection import fault_point
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _gradient(
     losses, correct = [], []
     for piece in micro.pieces(len(labels)):
         loss, right = loss_of(inputs[piece], labels[piece])
-        if reach("step", step=step) == "nan":
+        if fault_point("step", step=step) == "nan":
             loss = loss * torch.nan
         if len(labels[piece]) < len(labels):
             loss = loss * (len(labels[piece]) / len(labels))

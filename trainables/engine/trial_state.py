@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trainables.engine.best_weights import Best, put_back, take
 from trainables.engine.phase_trainer import PhaseTraining, optimizer_state
 from trainables.specs.trial_spec import TrialSpec
-from trainables.storage.checkpoint_format import CheckpointError, RunState, differing
+from trainables.storage.checkpoint_format import CheckpointError, RunState, changed_tensors
 
 if TYPE_CHECKING:
     from trainables.models.backbone import Classifier
@@ -79,9 +79,9 @@ def pack(
         training: the phase under way, if it trains by gradient.
     """
     pristine = under_its_names(model, pristine)
-    tensors = {f"model/{k}": v.detach().clone() for k, v in differing(model.state_dict(), pristine).items()}
+    tensors = {f"model/{k}": v.detach().clone() for k, v in changed_tensors(model.state_dict(), pristine).items()}
     if best is not None:
-        tensors |= {f"best/{k}": v for k, v in differing(best.tensors, pristine).items()}
+        tensors |= {f"best/{k}": v for k, v in changed_tensors(best.tensors, pristine).items()}
     if training is not None:
         found = optimizer_state(training.optimizer, model)
         tensors |= {f"optimizer/{k}": v.clone() for k, v in found.items()}

@@ -11,12 +11,12 @@ import torch
 from ray.tune import Trainable
 
 from trainables.engine.trial import Run
-from trainables.specs.errors import failure_text, is_passing
-from trainables.specs.fault_injection import located, reach
+from trainables.specs.errors import failure_text, is_retryable
+from trainables.specs.fault_injection import fault_context, fault_point
 from trainables.specs.redaction import redact
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, save_state
-from trainables.storage.checkpoint_store import WITHIN_SECONDS, Keeper
+from trainables.storage.checkpoint_store import MID_UNIT_INTERVAL_S, CheckpointStore
 
 
 class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
@@ -40,7 +40,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
     _run: Run | None
     _state: RunState | None
     _config: dict[str, Any]
-    _keeper: Keeper | None
+    _checkpoint_store: CheckpointStore | None
 
     fixed_strategy: ClassVar[str | None] = None
     """The strategy of all trials of this class; None = the config's `strategy`."""
@@ -66,15 +66,15 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
             metrics = self._next()
         except Exception as error:
             self._run = None
-            if self._keeper is None or is_passing(error):
+            if self._checkpoint_store is None or is_retryable(error):
                 if redact(str(error)) != str(error):  # Tune keeps the text of what is raised here
                     raise OSError(redact(f"{type(error).__name__}: {error}")) from None
                 raise
             return {"done": True, "failure": failure_text(error)}
         self._iteration = int(metrics["unit"]) - 1  # Tune adds one; a trial that goes on did not begin with this actor
-        if self._keeper is not None and self._keeper.problems:
-            metrics["checkpoint_problems"] = self._keeper.problems
-            self._keeper.problems = []
+        if self._checkpoint_store is not None and self._checkpoint_store.problems:
+            metrics["checkpoint_problems"] = self._checkpoint_store.problems
+            self._checkpoint_store.problems = []
         return {**metrics, "done": metrics["finished"]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -89,7 +89,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def cleanup(self) -> None:
         """Let go of the network when the actor ends."""
-        self._run, self._state, self._keeper = None, None, None
+        self._run, self._state, self._checkpoint_store = None, None, None
 
     def __repr__(self) -> str:
         number = self._config.get("_number")
@@ -102,7 +102,7 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
         """Everything that a trial owns, anew: nothing of an earlier trial may be left."""
         self._started = time.perf_counter()
         self._config = dict(config)
-        self._run, self._state, self._keeper = None, None, None
+        self._run, self._state, self._checkpoint_store = None, None, None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
@@ -112,18 +112,18 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
     def _next(self) -> dict[str, Any]:
         goes_on = self._run is None
         run = self._run_of_trial()
-        if goes_on and self._keeper is not None and run.result is not None:
+        if goes_on and self._checkpoint_store is not None and run.result is not None:
             return dict(run.result)
-        with located(trial=self._config.get("_number", -1), unit=run.unit + 1):
-            reach("before_unit")
+        with fault_context(trial=self._config.get("_number", -1), unit=run.unit + 1):
+            fault_point("before_unit")
             metrics = run.step()
-            if self._keeper is not None:
-                reach("before_checkpoint")
+            if self._checkpoint_store is not None:
+                fault_point("before_checkpoint")
                 if run.finished:
-                    self._keeper.finished(run.state_without_tensors())
+                    self._checkpoint_store.save_result(run.state_without_tensors())
                 else:
-                    self._keeper.unit_done(run.state)
-                reach("after_checkpoint")
+                    self._checkpoint_store.save_after_unit(run.state)
+                fault_point("after_checkpoint")
         return metrics
 
     def _run_of_trial(self) -> Run:
@@ -144,20 +144,22 @@ class Trial(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def _from_own_checkpoints(self) -> Run:
         """The run where its newest checkpoint that can be used left it, or a new one."""
-        keeper = Keeper(self._config["_checkpoints"], self._config.get("_checkpoint_seconds", WITHIN_SECONDS))
-        keeper.claim()
-        self._keeper = keeper
+        checkpoint_store = CheckpointStore(
+            self._config["_checkpoints"], self._config.get("_checkpoint_seconds", MID_UNIT_INTERVAL_S)
+        )
+        checkpoint_store.acquire()
+        self._checkpoint_store = checkpoint_store
         found = self._new_run()
-        for path, state in keeper.states():
+        for path, state in checkpoint_store.valid_states():
             try:
                 found.load_state(state)
                 if not found.finished:
                     _ = found.model  # built now: weights and data are checked, too
                 break
             except CheckpointError as error:
-                keeper.quarantine(path, f"{path}: {error}")
+                checkpoint_store.quarantine(path, f"{path}: {error}")
                 found = self._new_run()
-        found.after_step = lambda: keeper.step_done(found.state)
+        found.after_step = lambda: checkpoint_store.save_after_step(found.state)
         return found
 
     def _take_resources(self) -> None:

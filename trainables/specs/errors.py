@@ -11,7 +11,7 @@ from trainables.specs.redaction import redact
 _MACHINE = ("CUDA error", "CUDA driver error", "NCCL", "CUDNN_STATUS", "CUBLAS_STATUS")
 
 
-def is_passing(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Whether the same trial may well go right elsewhere or later: files and network (OSError), a GPU in a bad state,
     and whatever is no error of the program at all. Everything else is a matter of the configuration, the data or the
     code, and would happen again: a diverged loss, too little memory, an impossible value."""

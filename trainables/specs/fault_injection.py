@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-VARIABLE, LOG = "LUTHIER_FAULT", "LUTHIER_FAULT_LOG"
+ENV_FAULTS, ENV_FAULT_LOG = "LUTHIER_FAULT", "LUTHIER_FAULT_LOG"
 
 PHASES = {
     "before_unit": "a trial is about to do a unit",
@@ -63,13 +63,13 @@ class Fault:
         if phase not in PHASES or action not in ACTIONS or not times.isdigit() or set(pairs) - set(FIELDS):
             raise ValueError(
                 f"A fault has phase= one of {', '.join(PHASES)}, action= one of {', '.join(ACTIONS)}, and may have "
-                f"times= and {', '.join(f'{name}=' for name in FIELDS)}, but {VARIABLE} has {text!r}."
+                f"times= and {', '.join(f'{name}=' for name in FIELDS)}, but {ENV_FAULTS} has {text!r}."
             )
         return cls(text.strip(), phase, action, int(times), pairs)
 
 
 @contextlib.contextmanager
-def located(**where: int | str) -> Iterator[None]:
+def fault_context(**where: int | str) -> Iterator[None]:
     """Say where the points inside are (`trial=`, `unit=`), for those that do not know it themselves."""
     before = dict(_where)
     _where.update(where)
@@ -80,7 +80,7 @@ def located(**where: int | str) -> Iterator[None]:
         _where.update(before)
 
 
-def reach(phase: str, **where: int | str) -> str | None:
+def fault_point(phase: str, **where: int | str) -> str | None:
     """A point of the code: act if a fault is meant for it.
 
     Returns:
@@ -96,14 +96,20 @@ def reach(phase: str, **where: int | str) -> str | None:
     return None
 
 
+def reset_faults() -> None:
+    """Read `LUTHIER_FAULT` again at the next point and forget what this process counted."""
+    _planned.cache_clear()
+    _acted.clear()
+
+
 @functools.cache
 def _planned() -> tuple[Fault, ...]:
-    return tuple(Fault.parse(text) for text in os.environ.get(VARIABLE, "").split(";") if text.strip())
+    return tuple(Fault.parse(text) for text in os.environ.get(ENV_FAULTS, "").split(";") if text.strip())
 
 
 def _due(fault: Fault, here: dict[str, str]) -> bool:
     """Whether the fault may act once more; if so it is on record before it acts."""
-    path = os.environ.get(LOG)
+    path = os.environ.get(ENV_FAULT_LOG)
     known = Path(path).read_text().splitlines() if path and Path(path).exists() else []
     count = sum(line.partition(" @ ")[0] == fault.text for line in known) if path else _acted.get(fault.text, 0)
     if fault.times and count >= fault.times:

@@ -7,8 +7,9 @@ driver reads the table without torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 TRAIN = "train"
 VAL = "val"
@@ -21,9 +22,40 @@ OOD_WORST = "ood/worst"
 """The worst OOD domain."""
 
 
+_OOD = "ood/"
+_BEST = "best/"
+
+
 def ood(domain: str) -> str:
     """The split of one OOD domain."""
-    return f"ood/{domain}"
+    return f"{_OOD}{domain}"
+
+
+def ood_domain(split: str) -> str | None:
+    """The domain of an OOD split; None for the other splits.
+
+    Example:
+        >>> ood_domain("ood/sketch"), ood_domain("test")
+        ('sketch', None)
+    """
+    return split.removeprefix(_OOD) if split.startswith(_OOD) else None
+
+
+def best(name: str) -> str:
+    """Recorded name of a per-unit metric for the weights that are tested."""
+    return f"{_BEST}{name}"
+
+
+def best_or_last(values: Mapping[str, Any], name: str) -> Any:
+    """A per-unit metric of the tested weights, or of the last unit where a trial ended before its weights were tested.
+
+    Example:
+        >>> best_or_last({"val/acc": 0.8, "best/val/acc": 0.9}, "val/acc")
+        0.9
+        >>> best_or_last({"val/acc": 0.8}, "val/acc")
+        0.8
+    """
+    return values.get(best(name), values.get(name))
 
 
 @dataclass(frozen=True)
@@ -42,6 +74,8 @@ class Metric:
     """One sentence for the documents."""
     test_name: str | None = None
     """Recorded name on ID test where it is not `test/<key>`."""
+    heading: str | None = None
+    """Heading of a narrow table's column; None = the title."""
 
     def on(self, split: str) -> str:
         """The recorded name on a split."""
@@ -52,6 +86,57 @@ class Metric:
     def score(self, value: float) -> float:
         """The value oriented so that larger is better."""
         return value if self.direction == "max" else -value
+
+    def worst(self, values: Iterable[float]) -> float:
+        """The worst of several values.
+
+        Example:
+            >>> ACCURACY.worst([0.7, 0.9]), NLL.worst([0.7, 0.9])
+            (0.7, 0.9)
+        """
+        return min(values, key=self.score)
+
+    @property
+    def scale(self) -> float:
+        """Factor from a recorded to a displayed value: 100 for fractions, which are displayed in per cent."""
+        return 100.0 if self.unit == "fraction" else 1.0
+
+    @property
+    def axis(self) -> str:
+        """Title with the displayed unit: `accuracy (%)`."""
+        unit = "%" if self.unit == "fraction" else self.unit
+        return f"{self.title} ({unit})" if unit else self.title
+
+    def text(self, value: float, half: float = float("nan")) -> str:
+        """A value for a reader, with the half-width of its interval where that is a number.
+
+        Example:
+            >>> ACCURACY.text(0.9712, 0.004), NLL.text(0.25)
+            ('97.1 ± 0.4 %', '0.250 nats')
+        """
+        unit = "%" if self.unit == "fraction" else self.unit
+        return f"{self.number(value, half)} {unit}".rstrip()
+
+    def number(self, value: float, half: float = float("nan")) -> str:
+        """`text` without the unit, for a table whose heading has it."""
+        shown = self._digits(value)
+        return f"{shown} ± {self._digits(half)}" if half == half else shown
+
+    def difference(self, value: float, half: float = float("nan"), signed: bool = True) -> str:
+        """A difference of two values for a reader.
+
+        Example:
+            >>> ACCURACY.difference(0.012, 0.008), NLL.difference(0.1, signed=False)
+            ('+1.2 ± 0.8 points', '0.100 nats')
+        """
+        unit = "points" if self.unit == "fraction" else self.unit
+        sign = "+" if signed else ""
+        spread = f" ± {self._digits(half)}" if half == half else ""
+        return f"{self._digits(value, sign)}{spread} {unit}".rstrip()
+
+    def _digits(self, value: float, sign: str = "") -> str:
+        decimals = 1 if self.unit == "fraction" else 3
+        return f"{self.scale * value:{sign}.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +153,8 @@ class TaskMetrics:
     """Measured on ID test and on every OOD domain, `selection` among them."""
     training: tuple[Metric, ...]
     """Measured on the training batches beside the loss."""
+    leaderboard: tuple[Metric, ...] = ()
+    """Shown in the leaderboard, on ID test, beside the selection metric."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -82,7 +169,7 @@ class TaskMetrics:
     @property
     def best_validation(self) -> str:
         """Recorded name of the selection metric on ID validation for the weights that are tested."""
-        return f"best/{self.validation}"
+        return best(self.validation)
 
     @property
     def test(self) -> str:
@@ -108,6 +195,42 @@ class TaskMetrics:
         """Recorded name of the selection metric on one OOD domain."""
         return self.selection.on(ood(domain))
 
+    def domains(self, names: Iterable[str]) -> list[str]:
+        """The OOD domains whose selection metric is among recorded names, sorted.
+
+        Example:
+            >>> task_metrics().domains(["ood/sketch/acc", "ood/mean/acc", "test/acc", "ood/sketch/nll"])
+            ['sketch']
+        """
+        end = f"/{self.selection.key}"
+        found = {
+            name.removeprefix(_OOD).removesuffix(end)
+            for name in names
+            if name.startswith(_OOD) and name.endswith(end) and len(name) > len(_OOD) + len(end)
+        }
+        return sorted(found - {split.removeprefix(_OOD) for split in (OOD_MEAN, OOD_WORST)})
+
+    def named(self, name: str) -> Metric | None:
+        """The metric behind a recorded name; None where the name is none of this task's.
+
+        Example:
+            >>> task_metrics().named("best/val/acc").title, task_metrics().named("cost/unit_seconds")
+            ('accuracy', None)
+        """
+        split, _, key = name.removeprefix(_BEST).rpartition("/")
+        for metric in self.metrics:
+            if name == metric.test_name or (metric.key == key and (split in _SPLITS or split.startswith(_OOD))):
+                return metric
+        return None
+
+    def tests(self, name: str) -> bool:
+        """Whether a recorded name is measured on test data: ID test, or the OOD domains together. A single OOD domain
+        is not among them, since a study may give one up for validation."""
+        special = {metric.test_name.partition("/")[0] for metric in self.metrics if metric.test_name is not None}
+        return name.startswith((f"{TEST}/", f"{OOD_MEAN}/", f"{OOD_WORST}/", *(f"{group}/" for group in special)))
+
+
+_SPLITS = (TRAIN, VAL, TEST, HELD_OUT)
 
 ACCURACY = Metric("acc", "accuracy", "max", "fraction", "Share of images whose top class is their label.")
 NLL = Metric("nll", "negative log-likelihood", "min", "nats", "Mean cross-entropy per image.")
@@ -118,6 +241,7 @@ ECE = Metric(
     "fraction",
     "Expected calibration error of the top class over 15 equal bins of confidence (Guo et al., 2017).",
     test_name="calib/ece",
+    heading="ECE",
 )
 
 CLASSIFICATION = TaskMetrics(
@@ -126,6 +250,7 @@ CLASSIFICATION = TaskMetrics(
     tie_breaker=NLL,
     reported=(ACCURACY, NLL, ECE),
     training=(ACCURACY,),
+    leaderboard=(ECE,),
 )
 
 _TASKS: dict[str, TaskMetrics] = {CLASSIFICATION.task: CLASSIFICATION}
@@ -155,3 +280,173 @@ def task_metrics(task: str = CLASSIFICATION.task) -> TaskMetrics:
     if task not in _TASKS:
         raise ValueError(f"A task is one of {', '.join(sorted(_TASKS))}, but got {task!r}.")
     return _TASKS[task]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A recorded name, or a family of names, that is the same for every task."""
+
+    name: str
+    """Recorded name; parts in angle brackets vary: `change/<kind>`."""
+    direction: Literal["max", "min"] | None
+    """Whether larger or smaller values are better; None = neither, and no search optimises it."""
+    unit: str
+    """"" = a plain number."""
+    meaning: str
+    """One sentence for the documents."""
+    measured: Literal["unit", "trial", "study"] = "trial"
+    """Recorded after every unit, once per trial, or once per study."""
+
+    @property
+    def group(self) -> str:
+        """First part of the name."""
+        return self.name.partition("/")[0]
+
+    def of(self, *parts: str) -> str:
+        """The recorded name with its varying parts filled in.
+
+        Example:
+            >>> TRIALS.of("complete")
+            'trials/complete'
+        """
+        name = self.name
+        for part in parts:
+            before, _, rest = name.partition("<")
+            name = f"{before}{part}{rest.partition('>')[2]}"
+        return name
+
+
+TRAIN_LOSS = Quantity("train/loss", "min", "", "Mean loss per image over the unit's training batches.", "unit")
+BEST_EPOCH = Quantity("best/epoch", None, "units", "Unit whose weights are tested, counted from 1.")
+LR_BACKBONE = Quantity("lr/backbone", None, "", "Largest learning rate of the backbone's parameter groups.", "unit")
+LR_HEAD = Quantity("lr/head", None, "", "Learning rate of the head.", "unit")
+
+UNIT_SECONDS = Quantity(
+    "cost/unit_seconds", "min", "s", "Wall-clock time of the unit: training, validation and tests.", "unit"
+)
+IMAGES_PER_SECOND = Quantity("cost/images_per_second", "max", "images/s", "Training images per second.", "unit")
+MICRO_BATCH = Quantity(
+    "cost/micro_batch", None, "images", "Images per forward pass, where memory forced gradient accumulation.", "unit"
+)
+TOTAL_SECONDS = Quantity("cost/total_seconds", "min", "s", "Wall-clock time inside the trial's units.")
+FIRST_BATCH_SECONDS = Quantity(
+    "cost/first_batch_seconds", "min", "s", "Time from the trial's start to its first batch."
+)
+TRAINABLE_PARAMETERS = Quantity("cost/trainable_parameters", "min", "", "Parameters that the optimiser may move.")
+TRAINING_IMAGES = Quantity("cost/training_images", "min", "images", "Size of the training sample.")
+
+SHIFT_PARTS = ("gamma", "beta", "total")
+LN_SHIFT = Quantity(
+    "ln_shift/<part>",
+    None,
+    "",
+    "Sum over LayerNorms of the L2 distance of γ, of β, or of both from the pretrained values, for the tested weights "
+    "(Tan et al., 2025).",
+)
+LN_SHIFT_LAST = Quantity(
+    "ln_shift/last/<part>", None, "", "The same after the last unit; the fine-tuning shift ratio uses it."
+)
+BN_SHIFT = Quantity("bn_shift/<part>", None, "", "The shift of BatchNorm's γ and β, for the tested weights.")
+BN_SHIFT_LAST = Quantity("bn_shift/last/<part>", None, "", "The same after the last unit.")
+CHANGE = Quantity(
+    "change/<kind>",
+    None,
+    "",
+    "Mean relative change ‖W̃ − W‖₂ / ‖W‖₂ of the tensors of a kind of layer; `total`: of the backbone.",
+)
+CKA_MEAN = Quantity(
+    "cka/mean", None, "", "Linear CKA of pretrained and tuned activations, mean over blocks (Kornblith et al., 2019)."
+)
+DISTORTION_COSINE = Quantity(
+    "distortion/<split>/cosine", None, "", "Mean cosine similarity of pretrained and tuned features; 1 = not distorted."
+)
+DISTORTION_L2 = Quantity(
+    "distortion/<split>/l2", None, "", "Mean L2 distance of pretrained and tuned features (Kumar et al., 2022)."
+)
+DISTORTION_QUANTILE = Quantity(
+    "distortion/<split>/<distance>_q<percent>", None, "", "Quantile over images of the cosine or the L2 distance."
+)
+GRAD_NORM = Quantity(
+    "grad_norm/<kind>", None, "", "Mean L2 norm of the gradients of a kind of layer over the unit's steps.", "unit"
+)
+BN_CONVERSION_LAYERS = Quantity("bn_conversion/layers", None, "layers", "BatchNorm layers that were converted.")
+BN_CONVERSION_SHIFT = Quantity(
+    "bn_conversion/mean_shift", None, "", "Distance of target from source means, in source standard deviations."
+)
+BN_CONVERSION_RATIO = Quantity(
+    "bn_conversion/variance_ratio", None, "", "Geometric mean of target over source variances."
+)
+LAYERNORM_LAMBDA = Quantity(
+    "layernorm/lambda",
+    None,
+    "",
+    "λ, the rescaling of the LayerNorm shift: 0 = pretrained, 1 = tuned (Tan et al., 2025).",
+)
+WISE_ALPHA = Quantity(
+    "wise/alpha", None, "", "α, the interpolation of weights: 0 = pretrained, 1 = tuned (Wortsman et al., 2022)."
+)
+COMPONENT = Quantity(
+    "components/<component>", None, "", "1 if the component of the transformer blocks is trained, else 0."
+)
+COMPONENTS_SELECTED = Quantity("components/selected", None, "components", "Components that are trained.")
+LORA_MAPS = Quantity("lora/maps", None, "layers", "Linear maps that got an adapter (Hu et al., 2022).")
+PROBE_C = Quantity(
+    "linear_probe/C", None, "", "Inverse regularisation of the closed-form probe, chosen on ID validation."
+)
+
+PLASTICITY = Quantity(
+    "plasticity/<component>",
+    None,
+    "",
+    "Rate of change P of a pretrained component between inputs, mean over blocks (Odonnat et al., 2026).",
+    "study",
+)
+FSR = Quantity(
+    "fsr/<reference>", None, "", "Fine-tuning shift ratio against a reference sample (Tan et al., 2025).", "study"
+)
+FSR_LOW = Quantity("fsr/<reference>/low", None, "", "Lower end of its 95 % interval.", "study")
+FSR_HIGH = Quantity("fsr/<reference>/high", None, "", "Upper end of its 95 % interval.", "study")
+FSR_LAMBDA = Quantity("fsr/lambda", None, "", "λ = 1/FSR that the shift ratio suggests.", "study")
+GAIN = Quantity(
+    "gain",
+    "max",
+    "fraction",
+    "Improvement of the selection metric on ID test over linear probing, relative to it.",
+    "study",
+)
+GAIN_OOD = Quantity("gain/ood", "max", "fraction", "The same for the mean over the OOD domains.", "study")
+REGRET = Quantity(
+    "selection/regret",
+    "min",
+    "",
+    "What the selection rule gave away against a choice by test data, in the metric's unit.",
+    "study",
+)
+TRIALS = Quantity(
+    "trials/<state>", None, "trials", "Trials of the study that ended complete, pruned or failed.", "study"
+)
+
+QUANTITIES: tuple[Quantity, ...] = (
+    TRAIN_LOSS, BEST_EPOCH, LR_BACKBONE, LR_HEAD,
+    UNIT_SECONDS, IMAGES_PER_SECOND, MICRO_BATCH, TOTAL_SECONDS, FIRST_BATCH_SECONDS, TRAINABLE_PARAMETERS,
+    TRAINING_IMAGES,
+    LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
+    DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
+    LAYERNORM_LAMBDA, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
+    PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
+)  # fmt: skip
+"""Every recorded name that no task defines. A strategy's own group is its name."""
+
+
+def quantity(name: str) -> Quantity | None:
+    """The quantity with exactly this recorded name; None where there is none."""
+    return next((quantity for quantity in QUANTITIES if quantity.name == name), None)
+
+
+def metric_groups() -> frozenset[str]:
+    """First parts of the recorded names that a result may hold, whatever the strategy and over all tasks."""
+    groups = {TRAIN, VAL, TEST, HELD_OUT, _OOD.rstrip("/"), _BEST.rstrip("/")}
+    groups |= {quantity.group for quantity in QUANTITIES if quantity not in (GAIN, GAIN_OOD, REGRET, TRIALS)}
+    for task in _TASKS.values():
+        groups |= {metric.test_name.partition("/")[0] for metric in task.metrics if metric.test_name is not None}
+    return frozenset(groups)

@@ -24,7 +24,7 @@ def sync(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def new_file(place: str | Path) -> Iterator[Path]:
+def atomic_file(place: str | Path) -> Iterator[Path]:
     """A path to write a file to, which replaces `place` when the block ends; a block that raises leaves no trace.
 
     Raises:
@@ -43,13 +43,13 @@ def new_file(place: str | Path) -> Iterator[Path]:
 
 
 def write_text(place: str | Path, text: str) -> None:
-    """Replace the file `place` by this text (UTF-8); see `new_file`."""
-    with new_file(place) as written:
+    """Replace the file `place` by this text (UTF-8); see `atomic_file`."""
+    with atomic_file(place) as written:
         written.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def new_folder(place: str | Path) -> Iterator[Path]:
+def atomic_folder(place: str | Path) -> Iterator[Path]:
     """An empty folder to fill with files, which becomes `place` when the block ends; a block that raises leaves no
     trace. Its hidden name begins with `.<name of place>-`, by which those of killed processes are found.
 

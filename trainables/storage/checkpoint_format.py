@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainables.specs.fault_injection import reach
-from trainables.storage.atomic_files import new_folder
+from trainables.specs.fault_injection import fault_point
+from trainables.storage.atomic_files import atomic_folder
 
 log = logging.getLogger("luthier")
 
@@ -47,12 +47,12 @@ class RunState:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def differing(current: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def changed_tensors(current: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `current` that `reference` does not hold bit for bit."""
-    return {name: value for name, value in current.items() if not same_bits(value, reference.get(name))}
+    return {name: value for name, value in current.items() if not bitwise_equal(value, reference.get(name))}
 
 
-def same_bits(a: Tensor, b: Tensor | None) -> bool:
+def bitwise_equal(a: Tensor, b: Tensor | None) -> bool:
     """Whether two tensors have the same type, shape and bits (`torch.equal` would take 0.0 for -0.0, and no NaN for
     itself)."""
     if b is None or a.shape != b.shape or a.dtype != b.dtype:
@@ -71,9 +71,9 @@ def save_state(folder: str | Path, state: RunState) -> None:
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"A checkpoint is written to a new or empty folder, but {target} holds files.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(target) as partial:
+    with atomic_folder(target) as partial:
         save_file({k: _portable(v) for k, v in state.tensors.items()}, partial / TENSORS)
-        reach("in_checkpoint")
+        fault_point("in_checkpoint")
         manifest = {
             "format": FORMAT,
             "sha256": _digest(partial / TENSORS),

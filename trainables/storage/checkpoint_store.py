@@ -30,35 +30,37 @@ from trainables.storage.checkpoint_format import CheckpointError, RunState, load
 
 log = logging.getLogger("luthier")
 
-KEPT = 2
-"""Checkpoints of a trial that stay: the newest, and the one before in case that it turns out damaged."""
-QUARANTINED = 10
-"""Damaged checkpoints of a study that are kept to be looked at."""
-WITHIN_SECONDS = 60.0
-"""Seconds after which a unit that still runs gets a checkpoint in its middle."""
-SHARE = 10
-"""A checkpoint is written at the end of a unit if at least this many times the seconds that the last one took have
-passed since: checkpoints cost a trial a tenth of its time at most, and what a crash repeats is one unit or ten times
-the time of a checkpoint, whichever is longer."""
-
-OWNER, QUARANTINE, KEEP_NOW = "owner.json", "quarantine", "keep-now"
-LOOK_SECONDS = 0.2
-"""How often a trial looks whether it is asked, by a file of the name KEEP_NOW beside its checkpoints, to write one at
-once; it removes the file when that is done."""
+RETAINED = 2
+"""Checkpoints kept per trial: the newest, and its predecessor in case the newest turns out damaged."""
+QUARANTINE_LIMIT = 10
+"""Damaged checkpoints kept per study for inspection."""
+MID_UNIT_INTERVAL_S = 60.0
+"""Minimum interval between checkpoints in the middle of a unit, in seconds."""
+MIN_INTERVAL_FACTOR = 10
+"""Minimum interval between checkpoints, as a multiple of the last write's duration: at most a tenth of a trial's time
+goes into checkpoints, and a crash repeats one unit or ten write durations, whichever is longer."""
+OWNER_FILE = "owner.json"
+"""Holds the fencing token of the process that may write."""
+QUARANTINE = "quarantine"
+"""Folder of the study's damaged checkpoints."""
+SAVE_REQUEST_FILE = "save-request"
+"""A file of this name beside a trial's checkpoints requests one at once; removed when it is written."""
+POLL_INTERVAL_S = 0.2
+"""Poll interval for on-demand checkpoint requests, in seconds."""
 _NAME = re.compile(r"unit-\d{6,}(-step-\d{4,})?")
 
 
-class Keeper:
+class CheckpointStore:
     """Reads and writes the checkpoints of one trial.
 
     Args:
-        folder: the trial's own; made by `claim`.
+        folder: the trial's own; made by `acquire`.
         within: seconds after which the middle of a unit is kept.
         clock: seconds, for the rules on how often.
     """
 
     def __init__(
-        self, folder: str | Path, within: float = WITHIN_SECONDS, clock: Callable[[], float] = time.monotonic
+        self, folder: str | Path, within: float = MID_UNIT_INTERVAL_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.folder = Path(folder)
         self.problems: list[str] = []
@@ -68,21 +70,21 @@ class Keeper:
         self._last, self._cost = clock(), 0.0
         self._looked = clock()
 
-    def claim(self) -> None:
+    def acquire(self) -> None:
         """Become the one process that may write here; whoever could before cannot any more."""
         self.folder.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         fields = {"token": token, "pid": os.getpid(), "host": platform.node(), "time": time.time()}
-        write_text(self.folder / OWNER, json.dumps(fields))
+        write_text(self.folder / OWNER_FILE, json.dumps(fields))
         self._token = token
-        (self.folder / KEEP_NOW).unlink(missing_ok=True)
+        (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
         for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote or removed
             _remove(leftover)
         self._last = self._clock()
 
-    def states(self) -> Iterator[tuple[Path, RunState]]:
+    def valid_states(self) -> Iterator[tuple[Path, RunState]]:
         """The intact checkpoints, newest first; damaged ones go to the quarantine on the way."""
-        for path in reversed(checkpoints(self.folder)):
+        for path in reversed(list_checkpoints(self.folder)):
             try:
                 yield path, load_state(path)
             except CheckpointError as error:
@@ -99,29 +101,29 @@ class Keeper:
         with contextlib.suppress(OSError):  # it may lie on a disk that fails: then it stays where it is, and is skipped
             os.rename(path, place)
             (place / "problem.txt").write_text(problem + "\n")
-        for old in sorted(place.parent.iterdir(), key=lambda p: p.stat().st_mtime)[:-QUARANTINED]:
+        for old in sorted(place.parent.iterdir(), key=lambda p: p.stat().st_mtime)[:-QUARANTINE_LIMIT]:
             _remove(old)
 
-    def unit_done(self, state: Callable[[], RunState]) -> None:
+    def save_after_unit(self, state: Callable[[], RunState]) -> None:
         """Keep the state after a unit, unless checkpoints are too dear for that."""
-        if self._clock() - self._last >= SHARE * self._cost or self._asked():
+        if self._clock() - self._last >= MIN_INTERVAL_FACTOR * self._cost or self._asked():
             self._write(state)
 
-    def finished(self, meta: Mapping[str, Any]) -> None:
+    def save_result(self, meta: Mapping[str, Any]) -> None:
         """Keep the result of a trial that has used its budget: its state without tensors, which nobody will read."""
         self._write(lambda: RunState({}, meta))
 
-    def step_done(self, state: Callable[[], RunState]) -> None:
+    def save_after_step(self, state: Callable[[], RunState]) -> None:
         """Keep the middle of a unit, if the last checkpoint is long ago or somebody asks for one."""
-        if self._clock() - self._last >= max(self._within, SHARE * self._cost) or self._asked():
+        if self._clock() - self._last >= max(self._within, MIN_INTERVAL_FACTOR * self._cost) or self._asked():
             self._write(state)
 
     def _asked(self) -> bool:
         now = self._clock()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._looked < POLL_INTERVAL_S:
             return False
         self._looked = now
-        return (self.folder / KEEP_NOW).exists()
+        return (self.folder / SAVE_REQUEST_FILE).exists()
 
     def _write(self, make: Callable[[], RunState]) -> None:
         """A disk that is full or failing costs the checkpoint, not the trial.
@@ -138,13 +140,13 @@ class Keeper:
             if target.exists():
                 self._discard(target)  # of an attempt before, from which this one did not start
             save_state(target, state)
-            for old in checkpoints(self.folder)[:-KEPT]:
+            for old in list_checkpoints(self.folder)[:-RETAINED]:
                 self._discard(old)
         except OSError as error:
             self._check_owner()  # rather the true reason, if the folder is gone
             self.problems.append(f"No checkpoint could be written to {target}: {error}")
             log.warning("%s. The trial goes on without.", self.problems[-1])
-        (self.folder / KEEP_NOW).unlink(missing_ok=True)
+        (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
         self._last = self._clock()
         self._cost = self._last - began
 
@@ -155,7 +157,7 @@ class Keeper:
 
     def _check_owner(self) -> None:
         try:
-            owner = json.loads((self.folder / OWNER).read_text())
+            owner = json.loads((self.folder / OWNER_FILE).read_text())
         except (OSError, ValueError):
             owner = {}
         if self._token is None or owner.get("token") != self._token:
@@ -166,7 +168,7 @@ class Keeper:
             )
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The folders that hold, or should hold, a checkpoint; oldest first."""
     if not folder.is_dir():
         return []

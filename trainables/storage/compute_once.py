@@ -17,7 +17,7 @@ def cache_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("LUTHIER_CACHE") or Path.home() / ".cache" / "luthier")
 
 
-def made_once(
+def compute_once(
     file: Path, load: Callable[[Path], Kept | None], make: Callable[[], Kept], save: Callable[[Kept, Path], None]
 ) -> Kept:
     """What a file keeps, made by the first of all processes that ask for it; its folder is made.

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trainables.storage.atomic_files import new_file
-from trainables.storage.compute_once import made_once
+from trainables.storage.atomic_files import atomic_file
+from trainables.storage.compute_once import compute_once
 from trainables.tasks.logistic_path import logistic_path
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     path = regularisation_path(100) if path is None else path
     name = hashlib.sha256(json.dumps([FORMAT, list(path)]).encode()).hexdigest()[:12]
     file = data.solution_folder / f"linear_probe-{name}.safetensors"
-    return made_once(file, _load, lambda: _choose(data, path), _save)
+    return compute_once(file, _load, lambda: _choose(data, path), _save)
 
 
 def _choose(data: TrialData, path: Sequence[float]) -> Probe:
@@ -166,7 +166,7 @@ def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
 
 def _save(probe: Probe, file: Path) -> None:
     notes = {"probe": json.dumps({"C": probe.C, "val_accuracy": probe.val_accuracy})}
-    with new_file(file) as written:
+    with atomic_file(file) as written:
         save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=notes)
 
 

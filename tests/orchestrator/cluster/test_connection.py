@@ -28,7 +28,6 @@ from orchestrator.cluster.connection import (
     ResourceError,
     check_resources,
     connect,
-    gpu_share,
     trial_resources,
 )
 from orchestrator.cluster.driver_process import (
@@ -72,16 +71,17 @@ class TestResources:
         with pytest.raises(ResourceError, match="but the cluster has no machine yet: it would wait for ever"):
             check_resources(1, 0, [])
 
-    @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (0.5, 0), (32, 0), (4, 2), (1, 0.25), (0, 1)])
+    @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (0.5, 0), (32, 0), (4, 1), (1, 0.25), (0, 1)])
     def test_what_fits_passes(self, cpus: float, gpus: float) -> None:
         check_resources(cpus, gpus, [SMALL, LARGE, GPU])
 
-    def test_one_and_a_half_gpus(self) -> None:
+    @pytest.mark.parametrize("gpus", [1.5, 2])
+    def test_more_than_one_gpu(self, gpus: float) -> None:
         with pytest.raises(ResourceError) as caught:
-            check_resources(1, 1.5, [GPU])
+            check_resources(1, gpus, [GPU])
         assert str(caught.value) == (
-            "GPUs of one trial are a share of one GPU (0 to 1) or a whole number, but got gpus=1.5. "
-            "Set `resources.gpus` to 1 or 2 in the study."
+            f"A trial trains on one GPU or a share of it (0 to 1), but got gpus={gpus}. Set `resources.gpus` to 1 in "
+            "the study."
         )
 
     @pytest.mark.parametrize(("cpus", "gpus"), [(0, 0), (-1, 0), (1, -0.5)])
@@ -100,31 +100,6 @@ class TestResources:
         assert trial_slots(1, 0.4, [GPU]) == 4  # two on each of two GPUs, never one across both
         assert trial_slots(0.5, 0.25, [GPU]) == 8
         assert trial_slots(64, 0, [LARGE]) == 0
-
-    @pytest.mark.parametrize(
-        ("peak", "total", "share"),
-        [
-            (1, 1000, 1 / 8),
-            (200, 1000, 1 / 4),
-            (300, 1000, 1 / 3),
-            (451, 1000, 1.0),
-            (450, 1000, 1 / 2),
-            (1000, 1000, 1.0),
-        ],
-    )
-    def test_gpu_share_leaves_a_tenth_of_the_memory_free(self, peak: int, total: int, share: float) -> None:
-        assert gpu_share(peak, total) == share
-        assert round(1 / share) * peak <= 0.9 * total or share == 1.0
-
-    def test_gpu_share_errors(self) -> None:
-        with pytest.raises(ResourceError) as caught:
-            gpu_share(50 * 2**30, 40 * 2**30)
-        assert str(caught.value) == (
-            "One training step needs 50.0 GiB of GPU memory, but the GPU has 40.0 GiB. "
-            "Lower `search.batch_size`, or choose a smaller model."
-        )
-        with pytest.raises(ResourceError, match="positive sizes"):
-            gpu_share(0, 1)
 
 
 class TestToken:

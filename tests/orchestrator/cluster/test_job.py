@@ -57,8 +57,8 @@ class TestFollower:
         with pytest.raises(ClusterError) as caught:
             Follower(jobs, "luthier-toy-1", io.StringIO(), patience_s=0.1).run()  # type: ignore[arg-type]
         assert str(caught.value) == (
-            "Lost contact with the cluster while following luthier-toy-1: refused. The job goes on; run the same "
-            "command again to follow it."
+            "Lost the connection to the cluster while following luthier-toy-1: refused. The job keeps running; run the "
+            "same command again to follow it."
         )
 
 

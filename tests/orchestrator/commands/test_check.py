@@ -1,4 +1,4 @@
-"""`luthier run --check`, and studies whose data or settings are not those of the last run."""
+"""`luthier check`, and studies whose data or settings are not those of the last run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.support.synthetic import write_shapes
 from orchestrator import Study
 from orchestrator.cli import app
 from orchestrator.commands.check import check_study
-from orchestrator.commands.console import FAILED, OK, PREFLIGHT
+from orchestrator.commands.exit_status import FAILED, OK, PREFLIGHT
 from orchestrator.record.changes import ChangedStudyError, versions
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
@@ -24,11 +25,10 @@ from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import study_backlog, summarizer
 from orchestrator.tracking.follower import MlflowFollower
 from orchestrator.tracking.study_tracking import settings_of
-from tests.orchestrator.driving import searcher
-from tests.synthetic import write_shapes
+from tests.support.driving import searcher
 from trainables.data.store import Store
 from trainables.storage.checkpoint_format import RunState, save_state
-from trainables.storage.checkpoint_store import Keeper
+from trainables.storage.checkpoint_store import CheckpointStore
 
 FIELDS: dict[str, Any] = {
     "name": "s",
@@ -47,7 +47,7 @@ def facts(study: Study, digest: str) -> dict[str, Any]:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    """Trial 0 is complete, trial 1 was interrupted after two units; everything is whole."""
+    """Trial 0 is complete, trial 1 was interrupted after two units; everything is intact."""
     study = Study(**FIELDS, storage=str(tmp_path))
     store = Store(write_shapes(tmp_path / "data" / "digits-1"))
     with Journal(study.folder / "journal.jsonl") as journal:
@@ -65,35 +65,35 @@ def study(tmp_path: Path) -> Study:
         search.close()
         journal.append("trial_failed", trial_id="b", reason="interrupted", error="The driver ended at unit 2.")
         journal.append("study_finished", state="interrupted")
-    keeper = Keeper(checkpoint_folder(study.folder, 1))
-    keeper.claim()
+    store = CheckpointStore(checkpoint_folder(study.folder, 1))
+    store.acquire()
     for unit in (1, 2):
-        save_state(keeper.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
+        save_state(store.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
     return study
 
 
-def said(study: Study, what: str) -> list[tuple[str, str]]:
+def findings(study: Study, what: str) -> list[tuple[str, str]]:
     return [(f.level, f.message) for f in check_study(study).findings if f.what == what]
 
 
 def test_a_study_that_is_whole(study: Study) -> None:
     found = check_study(study)
     assert found.sound
-    assert said(study, "journal") == [
-        ("ok", "11 events, 2 trials, 1 of them ended; to be continued: trial 1 full at unit 2")
+    assert findings(study, "journal") == [
+        ("ok", "11 events, 2 trials, 1 of them finished; to be resumed: trial 1 full at unit 2")
     ]
-    assert said(study, "study") == [("ok", "study file, code and packages are those of the last run")]
-    assert said(study, "data") == [("ok", f"{study.folder.parent / 'data' / 'digits-1'} is whole")]
-    assert said(study, "search") == [("ok", f"{study.folder / 'optuna.db'} agrees with the journal")]
+    assert findings(study, "study") == [("ok", "study file, code and packages are those of the last run")]
+    assert findings(study, "data") == [("ok", f"{study.folder.parent / 'data' / 'digits-1'} is intact")]
+    assert findings(study, "search") == [("ok", f"{study.folder / 'optuna.db'} agrees with the journal")]
     kept = checkpoint_folder(study.folder, 1)
-    assert said(study, "checkpoints") == [
-        ("ok", f"{kept / 'unit-000001'} is whole: unit 1"), ("ok", f"{kept / 'unit-000002'} is whole: unit 2"),
+    assert findings(study, "checkpoints") == [
+        ("ok", f"{kept / 'unit-000001'} is intact: unit 1"), ("ok", f"{kept / 'unit-000002'} is intact: unit 2"),
     ]  # fmt: skip
     command = f"luthier sync {study.folder}"
     left = study_backlog(study.spec, study.folder)
     assert (left.runs, left.points) == (3, 5)
     message = f"MLflow lacks {left} of this study. The next run delivers them, or at once: "
-    assert said(study, "tracking") == [("note", message + command)]
+    assert findings(study, "tracking") == [("note", message + command)]
 
 
 def test_p12_what_mlflow_lacks_is_said_with_the_command_until_it_is_there(study: Study) -> None:
@@ -101,15 +101,15 @@ def test_p12_what_mlflow_lacks_is_said_with_the_command_until_it_is_there(study:
         assert MlflowFollower(settings_of(study.spec, study.folder / "journal.jsonl"), summarizer()).finish(60) == 0
 
     deliver()
-    assert said(study, "tracking") == [("ok", "MLflow has it all")]
+    assert findings(study, "tracking") == [("ok", "MLflow has everything")]
     with Journal(study.folder / "journal.jsonl") as journal:
         journal.append("trial_retried", trial_id="b", reason="infra", error="gone")
-    assert said(study, "tracking") == [
+    assert findings(study, "tracking") == [
         ("note", "MLflow lacks the latest states of this study. The next run delivers them, or at once: luthier sync "
                  f"{study.folder}")
     ]  # fmt: skip
     deliver()
-    assert said(study, "tracking") == [("ok", "MLflow has it all")]
+    assert findings(study, "tracking") == [("ok", "MLflow has everything")]
 
 
 def test_nothing_is_changed_by_looking(study: Study) -> None:
@@ -136,19 +136,19 @@ def test_every_damage_is_found(study: Study) -> None:
     content = bytearray(store.read_bytes())
     content[len(content) // 2] ^= 1
     store.write_bytes(content)
-    assert [level for level, _ in said(study, "journal")] == ["note", "ok"]
-    assert said(study, "data")[0][0] == "problem"
-    assert "the file is damaged" in said(study, "data")[0][1]
-    assert said(study, "search")[0][0] == "note"
-    assert "cannot be read" in said(study, "search")[0][1]
-    assert [level for level, _ in said(study, "checkpoints")] == ["note", "ok", "problem", "note"]
-    assert said(study, "checkpoints")[-1] == ("note", f"{put_aside} was put aside: flipped")
+    assert [level for level, _ in findings(study, "journal")] == ["note", "ok"]
+    assert findings(study, "data")[0][0] == "problem"
+    assert "the file is damaged" in findings(study, "data")[0][1]
+    assert findings(study, "search")[0][0] == "note"
+    assert "cannot be read" in findings(study, "search")[0][1]
+    assert [level for level, _ in findings(study, "checkpoints")] == ["note", "ok", "problem", "note"]
+    assert findings(study, "checkpoints")[-1] == ("note", f"{put_aside} is quarantined: flipped")
     assert not check_study(study).sound
 
 
 def test_p29_what_the_next_run_would_refuse_is_a_problem(study: Study) -> None:
     other = Study(**{**FIELDS, "search": {"trials": 9, "epochs": 5}}, storage=study.spec.storage)
-    assert said(other, "study") == [
+    assert findings(other, "study") == [
         ("note", "search.trials: 4 -> 9 (no number depends on it)"),
         ("problem", "search.epochs: 4 -> 5 (needs --allow-change search.epochs)"),
     ]
@@ -160,7 +160,7 @@ def test_the_command_says_it_and_its_exit_code_tells(study: Study, tmp_path: Pat
     file.write_text(json.dumps({**FIELDS, "storage": str(tmp_path)}))
     if harm:
         (checkpoint_folder(study.folder, 1) / "unit-000002" / "manifest.json").unlink()
-    result = CliRunner().invoke(app, ["run", str(file), "--check", "--json"])
+    result = CliRunner().invoke(app, ["check", str(file), "--json"])
     assert result.exit_code == (FAILED if harm else OK)
     report = json.loads(result.stdout)
     assert report["sound"] is not harm
@@ -171,7 +171,10 @@ def test_a_study_that_never_ran_has_nothing_to_check(tmp_path: Path) -> None:
     study = Study(**FIELDS, storage=str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:
         check_study(study)
-    assert str(error.value) == f"The study 's' has no journal in {study.folder}. Run it first."
+    assert (
+        str(error.value)
+        == f"The study 's' has no journal at {study.folder}/journal.jsonl. Start it with `luthier run`."
+    )
 
 
 @pytest.fixture

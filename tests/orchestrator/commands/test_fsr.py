@@ -12,15 +12,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks.support.synthetic import write_images
 from orchestrator import Study, cli
-from orchestrator.commands.console import OK, PREFLIGHT
+from orchestrator.commands.exit_status import OK, PREFLIGHT
 from orchestrator.commands.fsr import FsrReport, measure_fsr
 from orchestrator.errors import PreflightError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import measurements, study_header
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates
-from orchestrator.study_file.yaml_writer import write_yaml
-from tests.synthetic import write_images
+from orchestrator.study_file.yaml_text import write_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

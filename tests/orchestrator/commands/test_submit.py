@@ -24,8 +24,8 @@ from orchestrator.cluster.auth import ClusterError, probe_dashboard
 from orchestrator.cluster.connection import connect
 from orchestrator.cluster.driver_process import free_port
 from orchestrator.commands import submit as submission
-from orchestrator.commands.submit import dashboard_url, submission_id, submit
-from orchestrator.study_file.portable import absolute_paths
+from orchestrator.commands.submit import cautions, dashboard_url, submission_id, submit
+from orchestrator.study_file.load import absolute_paths
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,17 @@ class TestRealCluster:
             assert (cluster.started, cluster.dashboard) == (False, head.url)
             assert os.environ["RAY_AUTH_MODE"] == "token"
             sent = ray.get_runtime_context().runtime_env["py_modules"]
-            assert len(set(sent)) == 3
+            assert len(set(sent)) == 4
             assert all(module.startswith("gcs://") for module in sent)
-            assert ray.get(ray.remote(_shipped_packages).remote()) == ["orchestrator", "search_spaces", "trainables"]
+            assert ray.get(ray.remote(_shipped_packages).remote()) == [
+                "luthier",
+                "orchestrator",
+                "search_spaces",
+                "trainables",
+            ]
             assert cluster.trial_slots(1, 0) == 2
-            cluster.check_shared(Path.cwd(), "s3://bucket/luthier")
-            with pytest.raises(ClusterError, match=r"^Data and storage .*, but \S+ does not see /no/such/data\. Put"):
+            cluster.check_shared(Path.cwd())
+            with pytest.raises(ClusterError, match=r"^Data and storage .*, but \S+ does not see /no/such/data\. Give"):
                 cluster.check_shared("/no/such/data")
             with connect() as inner:
                 assert inner.address == cluster.address
@@ -260,6 +265,16 @@ class _Refusing:
         if self.refusals:
             raise self.refusals.pop(0)
         self.submitted.append(request["submission_id"])
+
+
+def test_cautions() -> None:
+    study = {"storage": "/home/ann/studies", "tracking": {"uri": "http://127.0.0.1:5000"}}
+    assert cautions(study, "http://127.0.0.1:8265") == []
+    assert cautions(study, "http://10.0.0.7:8265") == [
+        "the token travels to 10.0.0.7:8265 unencrypted; use an SSH tunnel or https.",
+        "tracking.uri http://127.0.0.1:5000 means the cluster's head node there, not this machine.",
+        "storage /home/ann/studies must be one folder shared by all machines of the cluster.",
+    ]
 
 
 class TestSubmitting:

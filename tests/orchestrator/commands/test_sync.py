@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from orchestrator.commands import sync as sync_command_module
-from orchestrator.commands.console import FAILED, OK, PARTIAL, PREFLIGHT
+from orchestrator.commands.exit_status import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import follow, study_backlog
 from orchestrator.study import Study
-from orchestrator.study_file.spec import TrackingSpec
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.schema import TrackingSpec
+from orchestrator.study_file.yaml_text import write_yaml
 from orchestrator.tracking.delivery_state import DeliveryError, DeliveryLock
 from orchestrator.tracking.study_tracking import sync_command
 from tests.support.tracking import contents, luthier, make_study, suggest, wait_until, write_study
@@ -158,7 +158,7 @@ import sys, threading
 from pathlib import Path
 from orchestrator.running.tracking_process import follow
 from orchestrator.record.journal import Journal
-from orchestrator.study_file.spec import load_study
+from orchestrator.study_file.load import load_study
 from tests.support.tracking import write_study
 folder = Path(sys.argv[1])
 with Journal(folder / "journal.jsonl") as journal, follow(load_study(folder / "study.yaml"), journal) as follower:

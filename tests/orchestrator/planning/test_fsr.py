@@ -14,8 +14,8 @@ from orchestrator.record.journal import Journal
 from orchestrator.results.fsr import IMAGES, SHIFT
 from orchestrator.search.searcher import StudySearcher
 from orchestrator.search.stages import Entry
-from orchestrator.study_file.spec import StudySpec
-from tests.orchestrator.driving import Config, drive, finished, task, url
+from orchestrator.study_file.schema import StudySpec
+from tests.support.driving import Config, drive, finished, task, url
 from trainables.specs.trial_spec import TrialSpec
 
 HINT = {"norms": {"lam": 1.643}}

@@ -10,29 +10,19 @@ from typing import Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from PIL import Image
 from rich.console import Console
 
 import search_spaces
 from orchestrator.planning.estimates import TRIAL_BYTES
-from orchestrator.planning.plan import Plan, law_in_words, make_plan
-from orchestrator.study_file.spec import StudySpec
-from search_spaces import Law
-
-
-def write_images(root: Path, counts: dict[str, int], side: int = 8) -> Path:
-    """`{"photo/cat": 3}` → three one-coloured images below root/photo/cat."""
-    for place, count in counts.items():
-        (root / place).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            shade = (40 * number % 255, len(place) * 9 % 255, 90)
-            Image.new("RGB", (side, side), shade).save(root / place / f"{number}.png")
-    return root
+from orchestrator.planning.plan import Plan, make_plan, range_in_words
+from orchestrator.study_file.schema import StudySpec
+from search_spaces import Hyperparameter
+from tests.support.images import write_plain_images
 
 
 @pytest.fixture
 def planned(tmp_path: Path, network: Callable[[str], str]) -> Callable[..., Plan]:
-    root = write_images(tmp_path / "pets", {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")})
+    root = write_plain_images(tmp_path / "pets", {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")})
 
     def make(**sections: Any) -> Plan:
         fields: dict[str, Any] = {
@@ -96,15 +86,15 @@ class TestEntries:
 
 class TestShown:
     @pytest.mark.parametrize(
-        ("law", "words"),
+        ("hyperparameter", "words"),
         [
-            (Law(3e-3, FloatDistribution(1e-4, 0.3, log=True)), "0.003; 0.0001 to 0.3, log"),
-            (Law(2, IntDistribution(1, 8)), "2; 1 to 8"),
-            (Law("sgd", CategoricalDistribution(("sgd", "adamw"))), "sgd; sgd, adamw"),
+            (Hyperparameter(3e-3, FloatDistribution(1e-4, 0.3, log=True)), "0.003; 0.0001 to 0.3, log"),
+            (Hyperparameter(2, IntDistribution(1, 8)), "2; 1 to 8"),
+            (Hyperparameter("sgd", CategoricalDistribution(("sgd", "adamw"))), "sgd; sgd, adamw"),
         ],
     )
-    def test_a_range_in_words(self, law: Law, words: str) -> None:
-        assert law_in_words(law) == words
+    def test_a_range_in_words(self, hyperparameter: Hyperparameter, words: str) -> None:
+        assert range_in_words(hyperparameter) == words
 
     def test_in_words(self, planned: Callable[..., Plan]) -> None:
         measure = {"measure": ["shift", "distortion"]}
@@ -137,7 +127,7 @@ class TestShown:
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
         found = json.loads(json.dumps(planned().to_dict()))
         assert found["max_units"] == 261
-        assert found["entries"][1]["searched"]["lr_backbone"] == law_in_words(
+        assert found["entries"][1]["searched"]["lr_backbone"] == range_in_words(
             search_spaces.space("full")["lr_backbone"]
         )
 
@@ -145,7 +135,7 @@ class TestShown:
         out = io.StringIO()
         planned().render(Console(file=out, width=120))
         assert "nothing: one configuration" in out.getvalue()
-        assert f"lr_backbone: {law_in_words(search_spaces.space('full')['lr_backbone'])}" in out.getvalue()
+        assert f"lr_backbone: {range_in_words(search_spaces.space('full')['lr_backbone'])}" in out.getvalue()
 
     def test_nothing_is_written(self, planned: Callable[..., Plan]) -> None:
         assert not Path(planned().folder).exists()

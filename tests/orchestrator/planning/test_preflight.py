@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.errors import PreflightError
 from orchestrator.planning.preflight import layer_kinds, preflight
-from orchestrator.study_file.spec import StudySpec
-from tests.orchestrator.planning.test_plan import write_images
+from orchestrator.study_file.schema import StudySpec
+from tests.support.images import write_plain_images
 from trainables import strategy_class
 
 PETS = {f"{d}/{c}": 4 for d in ("photo", "sketch") for c in ("cat", "dog")}
@@ -25,7 +25,7 @@ def problems(tmp_path: Path, network: Callable[[str], str], monkeypatch: pytest.
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def found(images: dict[str, int] | None = None, **sections: Any) -> list[str]:
-        root = write_images(tmp_path / "pets", PETS if images is None else images)
+        root = write_plain_images(tmp_path / "pets", PETS if images is None else images)
         fields: dict[str, Any] = {
             "name": "pets",
             "data": {"root": str(root), "id": ["photo"], "ood": ["sketch"]},
@@ -138,9 +138,10 @@ class TestMachines:
             "that size to the cluster."
         )
 
-    def test_c5_more_gpus_than_there_are(self, problems: Problems) -> None:
-        (message,) = problems(resources={"gpus": 64})
-        assert message.startswith("resources: A trial asks for 1 CPU and 64 GPUs, but the largest machine has ")
+    def test_c5_more_gpus_than_there_are(self, problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        (message,) = problems(resources={"gpus": 1})
+        assert message.startswith("resources: A trial asks for 1 CPU and 1 GPU, but the largest machine has ")
 
     def test_a_cluster_is_asked_later(self, problems: Problems, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
@@ -174,6 +175,9 @@ class TestBudgetAndStorage:
 
 def test_everything_at_once(problems: Problems, tmp_path: Path) -> None:
     found = problems(
-        data={"root": str(tmp_path / "none")}, model={"name": "resnet81"}, resources={"gpus": 64}, search={"trials": 1}
+        data={"root": str(tmp_path / "none")},
+        model={"name": "resnet81"},
+        resources={"cpus": 4096},
+        search={"trials": 1},
     )
     assert [message.partition(":")[0] for message in found] == ["data", "model", "search.trials", "resources"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.commands.console import PREFLIGHT, exit_code
+from orchestrator.commands.exit_status import PREFLIGHT, of_error
 from orchestrator.record.changes import ChangedStudyError, changes, check_changes, code_digest, versions
-from orchestrator.study_file.spec import StudySpec
+from orchestrator.study_file.schema import StudySpec
 
 
 def header(**fields: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_p29_every_difference_is_said_and_refused_with_exit_code_4() -> None:
         "--allow-change search.batch_size --allow-change strategies.daft-1.fixed.lr_head --allow-change "
         "strategies.daft-1.fixed.momentum --allow-change versions.torch --allow-change dataset_digest"
     )
-    assert exit_code(error.value) == PREFLIGHT == 4
+    assert of_error(error.value) == PREFLIGHT == 4
 
 
 def test_p29_what_a_person_allows_is_let_through_and_nothing_else() -> None:

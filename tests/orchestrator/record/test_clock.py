@@ -12,7 +12,7 @@ from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold
 from orchestrator.running.tracking_process import summarizer
 from orchestrator.tracking.projection import Projection
-from tests.test_architecture import calls, parsed
+from tests.support.source_tree import calls, parsed
 
 HOUR, DAY = 3600.0, 86400.0
 NOON = 1_800_000_000.0

@@ -173,7 +173,7 @@ def test_a_picture_that_cannot_be_drawn_costs_itself_alone(
 def test_of_a_large_study_the_first_trials_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MOST_TRIALS", 4)
     text = report_html(Journal.read(write(tmp_path / "pets") / "journal.jsonl"))
-    assert "9 more trials are in the journal" in text
+    assert "9 more trials: <code>luthier results --json</code>" in text
 
 
 def test_the_rings_stand_at_the_chosen_rates(tmp_path: Path) -> None:

@@ -15,38 +15,7 @@ from orchestrator.results.findings import findings
 from orchestrator.results.fsr import estimates
 from orchestrator.results.leaderboard import leaderboard, relative_gain
 from orchestrator.results.study_results import Results
-
-Values = float | Sequence[float]
-"""One number for all seeds, or one per seed."""
-
-
-def entry(
-    number: int,
-    label: str,
-    test: Values,
-    ood: Values = 0.5,
-    strategy: str | None = None,
-    hparams: Mapping[str, Any] | None = None,
-    curves: Sequence[Mapping[str, Any]] = (),
-    **metrics: Values,
-) -> list[TrialRecord]:
-    """A search trial (whose test numbers nobody may quote: 0.99) and its confirmations, one per value of `test`.
-
-    Metrics are named with `__` for `/`.
-    """
-    tests = [test] if isinstance(test, float) else list(test)
-    known: dict[str, Any] = {"strategy": strategy or label, "label": label, "config_hash": f"h{label}"}
-    known |= {"state": "complete", "hparams": hparams or {}}
-    search = {"best/val/acc": 0.9 - number / 100, "test/acc": 0.99, "ood/mean/acc": 0.99}
-    search |= {k.replace("__", "/"): v if isinstance(v, float) else v[0] for k, v in metrics.items()}
-    found = [TrialRecord(trial_id=f"{label}-s", number=100 * number, metrics=search, **known)]
-    for seed, accuracy in enumerate(tests):
-        values = {"test/acc": accuracy, "ood/mean/acc": ood if isinstance(ood, float) else ood[seed]}
-        values |= {k.replace("__", "/"): v if isinstance(v, float) else v[seed] for k, v in metrics.items()}
-        own = {"trial_id": f"{label}-{seed}", "number": 100 * number + seed + 1, "seed": seed, "role": "confirm"}
-        curve = curves[seed] if curves else {}
-        found.append(TrialRecord(metrics=values, curves=curve, **known, **own))
-    return found
+from tests.support.records import FULL, PROBE, Values, entry, shift_ratio
 
 
 def said(*entries: list[TrialRecord], plasticity: Mapping[str, float] | None = None) -> list[str]:
@@ -61,9 +30,6 @@ def about(sentences: list[str], *words: str) -> list[str]:
     return [sentence for sentence in sentences if all(word in sentence for word in words)]
 
 
-# t(2) = 4.3027: three values m − d, m, m + d have the interval ± 2.4842 d.
-FULL = entry(0, "full", (0.96, 0.97, 0.98), (0.40, 0.41, 0.42))
-PROBE = entry(1, "linear_probe", (0.90, 0.90, 0.90), (0.50, 0.50, 0.50))
 CLOSE = entry(2, "lp_ft", (0.955, 0.965, 0.975), (0.60, 0.61, 0.62))
 
 
@@ -231,21 +197,6 @@ class TestPlasticity:
 def sweep(column: str, **rows: Sequence[float]) -> dict[str, Any]:
     columns = {column: [0.0, 1.0, 1.4], **{name.replace("__", "/"): list(values) for name, values in rows.items()}}
     return {"columns": columns, "note": ""}
-
-
-def reference(sample: str, seed: int, shift: float) -> TrialRecord:
-    metrics = {"ln_shift/last/total": shift, "cost/training_images": 100.0}
-    known: dict[str, Any] = {"strategy": "layernorm", "label": "layernorm", "config_hash": "hr", "state": "complete"}
-    number = 9000 + 10 * seed + len(sample)
-    return TrialRecord(
-        trial_id=f"r{sample}{seed}", number=number, role="reference", sample=sample, seed=seed, metrics=metrics, **known
-    )
-
-
-def shift_ratio(low: float, middle: float, high: float, sample: str = "full") -> list[TrialRecord]:
-    """Reference trials with these FSR of three seeds."""
-    own = [reference("1", seed, value) for seed, value in enumerate((low, middle, high))]
-    return own + [reference(sample, seed, 1.0) for seed in range(3)]
 
 
 LN_CURVES = [

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.support.synthetic import shapes
 from orchestrator.planning.fsr import ReferenceStage
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, study_metrics, suggested
 from orchestrator.results.leaderboard import leaderboard, mean_interval
 from orchestrator.results.selection import rank
 from orchestrator.search.stages import Entry
-from tests.synthetic import shapes
 from trainables.engine.trial import Run
 from trainables.specs.trial_spec import ModelSpec, Task
 

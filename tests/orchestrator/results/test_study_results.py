@@ -129,6 +129,9 @@ def test_everything_is_json() -> None:
     assert found["best"]["number"] == 1
     assert found["regret"]["oracle"]["oracle"] is True
     assert found["trials"] == {"complete": 6, "pruned": 1, "failed": 1}
+    assert [(r["number"], r["state"], r["metrics"]) for r in found["records"]] == [
+        (r.number, r.state, dict(r.metrics)) for r in STUDY
+    ]
 
 
 def test_a_study_without_a_complete_trial_says_so() -> None:

@@ -17,18 +17,18 @@ from ray import tune
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from typer.testing import CliRunner, Result
 
+from benchmarks.support.synthetic import write_images
 from orchestrator.cli import app
-from orchestrator.commands.console import FAILED, PARTIAL
+from orchestrator.commands.exit_status import FAILED, PARTIAL
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold, study_header
 from orchestrator.running.failure_policy import FailureGate, FailureGateError, classify, error_line
 from orchestrator.running.ray_internals import LostActorError, lost_actors_are_failed_attempts, tune_keeps_no_files
 from orchestrator.running.study_run import Drive
 from orchestrator.running.watchdog import Watchdog
-from orchestrator.study_file.failures import FailuresSpec
-from tests.synthetic import write_images
+from orchestrator.study_file.schema import FailuresSpec
 from trainables.specs.errors import failure_text
-from trainables.specs.fault_injection import VARIABLE, _planned
+from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 
 
 def told(gate: FailureGate, *endings: str, first: int = 0) -> FailureGate:
@@ -104,11 +104,11 @@ def cluster(one_thread: None) -> Iterator[None]:
         "unit=3,phase=before_unit,action=raise,times=0",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, ";".join(faults))
-        _planned.cache_clear()
+        patch.setenv(ENV_FAULTS, ";".join(faults))
+        reset_faults()
         with connect(cpus=2, dashboard=False):
             yield
-    _planned.cache_clear()
+    reset_faults()
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks._killing import ROOT, write_material, write_study
+from benchmarks.support.killed_study import ROOT, write_material, write_study
 from orchestrator import Study
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now
 from orchestrator.record.journal import Journal
-from trainables.specs.fault_injection import VARIABLE
-from trainables.storage.checkpoint_store import KEEP_NOW
+from trainables.specs.fault_injection import ENV_FAULTS
+from trainables.storage.checkpoint_store import SAVE_REQUEST_FILE
 
 STEPS = 1500
 
@@ -64,7 +64,9 @@ def wait_until_training(file: Path, process: subprocess.Popen[str]) -> int:
 
     def answered() -> bool:
         if folder.exists():
-            (folder / KEEP_NOW).touch()  # again and again: a process that takes the trial over begins by removing it
+            (
+                folder / SAVE_REQUEST_FILE
+            ).touch()  # again and again: a process that takes the trial over begins by removing it
         return kept(file) > before
 
     wait_until(answered, process)
@@ -91,7 +93,7 @@ def test_p7_signals_end_a_study_in_good_order_and_no_step_is_done_twice(tmp_path
     assert asked < first < STEPS
 
     guard = f"trial=0,unit=1,step={first},phase=step,action=raise"
-    process = command(file, **{VARIABLE: guard})
+    process = command(file, **{ENV_FAULTS: guard})
     asked = wait_until_training(file, process)
     children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -103,7 +105,7 @@ def test_p7_signals_end_a_study_in_good_order_and_no_step_is_done_twice(tmp_path
 
     done = kept(file)
     assert asked < done < STEPS
-    process = command(file, **{VARIABLE: re.sub(r"step=\d+", f"step={done}", guard)})
+    process = command(file, **{ENV_FAULTS: re.sub(r"step=\d+", f"step={done}", guard)})
     _, told = process.communicate(timeout=200)
     assert process.returncode == 0, told
     (result,) = [event for event in events(file) if event["kind"] == "result"]
@@ -114,7 +116,7 @@ class TestKeepNow:
     def test_waits_for_those_that_answer_and_takes_its_requests_back(self, tmp_path: Path) -> None:
         for number in (0, 1):
             checkpoint_folder(tmp_path, number).mkdir(parents=True)
-        request = checkpoint_folder(tmp_path, 0) / KEEP_NOW
+        request = checkpoint_folder(tmp_path, 0) / SAVE_REQUEST_FILE
         done = threading.Event()
 
         def trial() -> None:
@@ -126,7 +128,7 @@ class TestKeepNow:
         thread.start()
         assert keep_now(tmp_path, [0, 1, 7], seconds=0.5) == 1
         thread.join()
-        assert not list(tmp_path.rglob(KEEP_NOW))
+        assert not list(tmp_path.rglob(SAVE_REQUEST_FILE))
 
     def test_nobody_runs(self, tmp_path: Path) -> None:
         assert keep_now(tmp_path, [], seconds=60) == 0

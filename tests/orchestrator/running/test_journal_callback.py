@@ -50,20 +50,19 @@ def test_a_trial_from_start_to_end(journal: Journal) -> None:
     trial = tune_trial()
     callback.on_trial_start(0, [], trial)
     callback.on_trial_result(0, [], trial, result(1))
-    callback.on_checkpoint(0, [], trial, SimpleNamespace(path="/ckpt"))
     callback.on_trial_result(0, [], trial, result(2, finished=True))
     callback.on_trial_complete(0, [], trial)
     callback.on_experiment_end([])
     events = journal.events()
     assert [e["kind"] for e in events] == [
-        "trial_suggested", "trial_started", "result", "checkpoint", "result", "trial_finished",
+        "trial_suggested", "trial_started", "result", "result", "trial_finished",
     ]  # fmt: skip
     assert [(e.get("node"), e.get("pid")) for e in events if e["kind"] == "result"] == [("n1", 9), (None, None)]
     (record,) = fold(events)
     assert (record.state, record.number, record.label, record.seed) == ("complete", 0, "mine", 5)
     assert record.config_hash == TrialSpec.from_dict(config()).config_hash
     assert record.metrics == {"val/acc": 0.2}
-    assert (record.node, record.checkpoint) == ("n1", "/ckpt")
+    assert record.node == "n1"
     assert callback.problems == []
     assert isinstance(console.file, io.StringIO)
     assert "trial 0 mine: complete after 2 epochs" in console.file.getvalue()
@@ -138,7 +137,7 @@ def test_p20_a_result_that_is_a_failure_ends_the_trial_as_failed(journal: Journa
     kept = checkpoint_folder(tmp_path, 0)
     kept.mkdir(parents=True)
     callback.on_trial_start(0, [], trial)
-    text = "Traceback …\ntrainables.core.loop.NonFiniteError: The training loss must be finite.\n"
+    text = "Traceback …\ntrainables.specs.errors.NonFiniteError: The training loss must be finite.\n"
     callback.on_trial_result(0, [], trial, {"failure": text, "checkpoint_problems": ["torn"], "done": True})
     callback.on_trial_complete(0, [], trial)
     (record,) = fold(journal.events())
@@ -179,12 +178,11 @@ def test_nothing_raises_whatever_is_wrong(
         for _ in range(3):
             callback.on_trial_result(0, [], trial, result(1))
         callback.on_trial_result(0, [], trial, {})
-        callback.on_checkpoint(0, [], trial, None)
         for hook in (callback.on_trial_complete, callback.on_trial_error, callback.on_trial_recover):
             hook(0, [], trial)
         monkeypatch.setattr(journal, "events", full)
         callback.on_experiment_end([])
-    assert len(callback.problems) == 10
+    assert len(callback.problems) == 9
     full_disk = "on_trial_result: OSError: [Errno 28] No space left on device"
     assert callback.problems.count(full_disk) == 3
     assert caplog.text.count(full_disk) == 1
@@ -249,7 +247,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
-    from tests.clusters import plain_cluster
+    from tests.support.clusters import plain_cluster
 
     class Work(tune.Trainable):  # type: ignore[misc]
         """Three units; `nan` raises in the second."""

@@ -11,12 +11,20 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks._killing import Told, _size, run_killed, start, told_by, write_material, write_study
 from benchmarks.kills import row
+from benchmarks.support.killed_study import (
+    StudyContents,
+    count_events,
+    read_contents,
+    run_killed,
+    start,
+    write_material,
+    write_study,
+)
 from orchestrator import Study
 from orchestrator.commands.check import check_study
 from orchestrator.record.journal import Journal, fold
-from trainables.specs.fault_injection import LOG, VARIABLE
+from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 from trainables.storage.checkpoint_format import load_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,10 +36,10 @@ def material(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path
 
 
 @pytest.fixture(scope="module")
-def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyContents:
     file = write_study(tmp_path_factory.mktemp("whole"), material)
     assert run_killed(file, []) == 0
-    return told_by(file)
+    return read_contents(file)
 
 
 @pytest.fixture
@@ -50,11 +58,11 @@ def events(file: Path) -> list[dict[str, Any]]:
 
 
 def test_p5_p6_p15_a_driver_killed_three_times_and_started_again_gives_the_same_study(
-    material: Path, whole: Told, tmp_path: Path
+    material: Path, whole: StudyContents, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material)
     hits = run_killed(file, [(3, 0.0), (7, 0.3), (12, 0.05)])  # before its first result, inside trials, at their end
-    assert row(whole, told_by(file), hits, concurrent=1) == {
+    assert row(whole, read_contents(file), hits, concurrent=1) == {
         "kills": 3, "trials": 8, "trials_lost": 0, "runs_dup": 0, "points_dup": 0, "points_lost": 0, "zombies": 0,
         "histories_compared": 8, "bit_exact": True, "differences": [],
     }  # fmt: skip
@@ -65,7 +73,7 @@ def test_p5_p6_p15_a_driver_killed_three_times_and_started_again_gives_the_same_
 
 @pytest.mark.long
 def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
-    material: Path, whole: Told, tmp_path: Path
+    material: Path, whole: StudyContents, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material)
     faults = (
@@ -75,19 +83,19 @@ def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
         "trial=2,unit=1,phase=in_checkpoint,action=kill",
         "trial=6,unit=1,phase=after_checkpoint,action=kill",
     )
-    driver = start(file, **{VARIABLE: ";".join(faults), LOG: str(tmp_path / "faults")})
+    driver = start(file, **{ENV_FAULTS: ";".join(faults), ENV_FAULT_LOG: str(tmp_path / "faults")})
     assert driver.wait() == 0
     assert len((tmp_path / "faults").read_text().splitlines()) == len(faults)
-    assert row(whole, told_by(file), 0, concurrent=1)["differences"] == []
+    assert row(whole, read_contents(file), 0, concurrent=1)["differences"] == []
     assert [e["reason"] for e in events(file) if e["kind"] == "trial_retried"] == ["infra"] * len(faults)
 
 
 @pytest.mark.long
 def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_on_with_it(
-    material: Path, whole: Told, tmp_path: Path
+    material: Path, whole: StudyContents, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material, search={"trials": 3})
-    driver = start(file, **{VARIABLE: "trial=1,unit=2,phase=before_unit,action=kill,times=0"})
+    driver = start(file, **{ENV_FAULTS: "trial=1,unit=2,phase=before_unit,action=kill,times=0"})
     assert driver.wait() == 0
     records = fold(events(file))
     assert [(r.number, r.state, r.reason, r.attempts, r.unit) for r in records[:3]] == [
@@ -101,11 +109,11 @@ def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_
 
 @pytest.mark.long
 def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_finishes(
-    material: Path, whole: Told, small_disk: Path, tmp_path: Path
+    material: Path, whole: StudyContents, small_disk: Path, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material, storage=str(small_disk / "studies"))
     driver, pause = start(file), threading.Event()
-    while driver.poll() is None and _size(file) < 8:  # the second trial trains
+    while driver.poll() is None and count_events(file) < 8:  # the second trial trains
         pause.wait(0.02)
     filler = small_disk / "filler"
     assert subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True).returncode == 1
@@ -118,7 +126,7 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     assert [record.state for record in fold(events(file))].count("complete") >= 1
     filler.unlink()
     assert start(file).wait() == 0
-    found = told_by(file)
+    found = read_contents(file)
     assert (found.trials, found.search, found.table) == (whole.trials, whole.search, whole.table)
     assert [run["points"] for run in found.runs if run["name"] != "shapes"] == [
         run["points"] for run in whole.runs if run["name"] != "shapes"
@@ -134,7 +142,7 @@ def test_p8_when_rays_head_dies_the_run_ends_with_a_word_and_its_folder_is_whole
     file = write_study(tmp_path, material)
     driver = start(file)
     pause = threading.Event()
-    while driver.poll() is None and _size(file) < 8:
+    while driver.poll() is None and count_events(file) < 8:
         pause.wait(0.02)
     (head,) = [p for p in psutil.Process(driver.pid).children(recursive=True) if p.name() == process]
     head.kill()

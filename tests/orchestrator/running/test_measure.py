@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.support.synthetic import write_shapes
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import measurements
 from orchestrator.running import measure
 from orchestrator.running.measure import measure_start, pretrained_plasticity
-from orchestrator.study_file.spec import StudySpec
-from tests.synthetic import write_shapes
+from orchestrator.study_file.schema import StudySpec
 from trainables.models.transformer_blocks import COMPONENTS
 from trainables.specs.trial_spec import ModelSpec, Task
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks._killing import ROOT, write_material, write_study
+from benchmarks.support.killed_study import ROOT, write_material, write_study
 from orchestrator.cluster.driver_process import free_port
 from orchestrator.record.journal import Journal
 from trainables.specs.errors import failure_text

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from orchestrator import Study
 from orchestrator.cli import app
-from orchestrator.commands.console import PREFLIGHT
+from orchestrator.commands.exit_status import PREFLIGHT
 from orchestrator.errors import PreflightError
 from orchestrator.planning.preflight import preflight
-from orchestrator.study_file.yaml_writer import write_yaml
+from orchestrator.study_file.yaml_text import write_yaml
 
 FIELDS: dict[str, Any] = {
     "name": "s", "data": {"source": "digits"}, "model": {"name": "digits_cnn"}, "strategies": ["linear_probe"],

@@ -13,8 +13,8 @@ from orchestrator.planning.estimates import TrialCounts, count_trials
 from orchestrator.record.journal import Journal, JournalError
 from orchestrator.record.records import TrialRecord
 from orchestrator.running.study_run import Drive
-from orchestrator.study_file.spec import StudySpec
-from tests.orchestrator.driving import task
+from orchestrator.study_file.schema import StudySpec
+from tests.support.driving import task
 
 
 def spec(**sections: Any) -> StudySpec:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from ray import tune
 
-from benchmarks._killing import start, write_material, write_study
+from benchmarks.support.killed_study import start, write_material, write_study
 from orchestrator import Study
 from orchestrator.cluster.connection import KNOBS
 from orchestrator.cluster.driver_process import environment
 from orchestrator.running.ray_internals import nowhere, tune_keeps_no_files
-from tests.clusters import plain_cluster
-from tests.test_security import Canary
+from tests.support.canary import Canary
+from tests.support.clusters import plain_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

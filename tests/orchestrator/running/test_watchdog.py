@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks._killing import ROOT, start, write_material, write_study
+from benchmarks.support.killed_study import ROOT, start, write_material, write_study
 from orchestrator import Study
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.running import watchdog
 from orchestrator.running.journal_callback import RecordCallback
 from orchestrator.running.watchdog import Kind, Watchdog, kind_of
-from orchestrator.study_file.failures import FailuresSpec
-from tests.orchestrator.driving import task
-from tests.trainables.storage.test_checkpoint_store import state
+from orchestrator.study_file.schema import FailuresSpec
+from tests.support.checkpoints import state
+from tests.support.driving import task
 from trainables.specs.errors import FencedError
-from trainables.specs.fault_injection import LOG, VARIABLE
-from trainables.storage.checkpoint_store import Keeper
+from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
+from trainables.storage.checkpoint_store import CheckpointStore
 
 LIMITS: dict[str, Any] = {"stall_factor": 3.0, "stall_floor": 20.0, "stall_first": 600.0}
 
@@ -310,27 +310,22 @@ def test_p9_no_process_but_one_of_rays_is_killed() -> None:
     assert not watchdog._is_worker(None)
 
 
-ZOMBIE = """
-import sys
-from pathlib import Path
-from tests.trainables.storage.test_checkpoint_store import Keeper, state
-keeper = Keeper(Path(sys.argv[1])); keeper.claim()
-for unit in (1, 2, 3): keeper._cost = 0; keeper.unit_done(lambda: state(unit))
-"""
-
-
 def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "trial-0007"
-    env = {**os.environ, VARIABLE: "phase=in_checkpoint,action=stop", LOG: str(tmp_path / "faults")}
+    env = {**os.environ, ENV_FAULTS: "phase=in_checkpoint,action=stop", ENV_FAULT_LOG: str(tmp_path / "faults")}
     zombie = subprocess.Popen(
-        [sys.executable, "-c", ZOMBIE, str(folder)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.support.checkpoints", str(folder)],
+        env=env,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.waitid(os.P_PID, zombie.pid, os.WSTOPPED)
-    owner = Keeper(folder)
-    owner.claim()
+    owner = CheckpointStore(folder)
+    owner.acquire()
     for unit in (1, 2):
         owner._cost = 0.0
-        owner.unit_done(lambda unit=unit: state(unit))
+        owner.save_after_unit(lambda unit=unit: state(unit))
     before = contents(folder)
     zombie.send_signal(signal.SIGCONT)
     _, said = zombie.communicate(timeout=60)
@@ -362,7 +357,7 @@ def test_p9_p26_p27_stopped_deadlocked_and_stuck_trials_are_found_and_end_whole(
         "trial=1,unit=3,phase=before_unit,action=hang",
         "trial=2,unit=3,step=2,phase=step,action=hang_gil",
     )
-    driver = start(file, **{VARIABLE: ";".join(faults), LOG: str(tmp_path / "faults")})
+    driver = start(file, **{ENV_FAULTS: ";".join(faults), ENV_FAULT_LOG: str(tmp_path / "faults")})
     assert driver.wait() == 0, (tmp_path / "driver.log").read_text()[-4000:]
     acted = [line.rpartition("pid=")[2] for line in (tmp_path / "faults").read_text().splitlines()]
     assert len(acted) == len(faults)

@@ -13,7 +13,7 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.search.paper_sweep import Later, Sweep, sweep_of
 from orchestrator.search.searcher import Entry
 from search_spaces import Preset
-from tests.orchestrator.driving import Config, accuracy, drive, finished, optuna_trials, searcher, task
+from tests.support.driving import Config, accuracy, drive, finished, optuna_trials, searcher, task
 
 TWO_STEPS = Preset(steps=({"a": (1, 2, 3)}, {"b": (5, 6)}), fixed={"b": 4, "c": 0})
 

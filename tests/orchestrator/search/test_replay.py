@@ -27,7 +27,7 @@ from orchestrator.search.asha import StudyScheduler
 from orchestrator.search.optuna_store import set_aside
 from orchestrator.search.space import SearchError
 from orchestrator.search.stages import ConfirmStage, Entry
-from tests.orchestrator.driving import EPOCHS, accuracy, optuna_trials, searcher, task
+from tests.support.driving import EPOCHS, accuracy, optuna_trials, searcher, task
 from trainables.specs import fault_injection
 
 TRIALS = 14
@@ -155,13 +155,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRec
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     def plan(text: str) -> None:
-        monkeypatch.setenv(fault_injection.VARIABLE, text)
-        monkeypatch.setenv(fault_injection.LOG, str(tmp_path / "faults"))
-        fault_injection._planned.cache_clear()
+        monkeypatch.setenv(fault_injection.ENV_FAULTS, text)
+        monkeypatch.setenv(fault_injection.ENV_FAULT_LOG, str(tmp_path / "faults"))
+        fault_injection.reset_faults()
 
     yield plan
     monkeypatch.undo()
-    fault_injection._planned.cache_clear()
+    fault_injection.reset_faults()
 
 
 def events_of(folder: Path, kind: str) -> list[int]:

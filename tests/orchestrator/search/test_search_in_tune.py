@@ -17,8 +17,8 @@ from orchestrator.results.selection import top_candidates
 from orchestrator.search.asha import StudyScheduler
 from orchestrator.search.searcher import StudySearcher
 from orchestrator.search.stages import ConfirmStage, Entry
-from tests.clusters import plain_cluster
-from tests.orchestrator.driving import EPOCHS, accuracy, optuna_trials, searcher, task
+from tests.support.clusters import plain_cluster
+from tests.support.driving import EPOCHS, accuracy, optuna_trials, searcher, task
 
 pytestmark = pytest.mark.ray
 

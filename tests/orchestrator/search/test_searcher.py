@@ -22,7 +22,7 @@ import search_spaces
 from orchestrator.record.journal import Journal
 from orchestrator.search.searcher import Entry, StudySearcher
 from orchestrator.search.space import SearchError
-from tests.orchestrator.driving import (
+from tests.support.driving import (
     EPOCHS,
     Config,
     accuracy,
@@ -94,7 +94,7 @@ def test_a_fresh_process_proposes_the_same(tmp_path: Path) -> None:
     here = [config["hparams"] for config in drive(searcher(tmp_path, trials=18))]
     (tmp_path / "other").mkdir()
     code = (
-        "import json, pathlib, sys\nfrom tests.orchestrator.driving import drive, searcher\n"
+        "import json, pathlib, sys\nfrom tests.support.driving import drive, searcher\n"
         "found = drive(searcher(pathlib.Path(sys.argv[1]), trials=18))\n"
         "print(json.dumps([c['hparams'] for c in found]))"
     )
@@ -143,8 +143,8 @@ def test_a_strategy_without_choices_is_proposed_once(tmp_path: Path) -> None:
 def test_the_search_ends_when_nothing_is_left_to_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    law = search_spaces.Law("sgd", optuna.distributions.CategoricalDistribution(("sgd", "adamw")))
-    monkeypatch.setattr("search_spaces.full.SPACE", {"optimizer": law})
+    optimizer = search_spaces.Hyperparameter("sgd", optuna.distributions.CategoricalDistribution(("sgd", "adamw")))
+    monkeypatch.setattr("search_spaces.full.SPACE", {"optimizer": optimizer})
     found = drive(searcher(tmp_path, ("full",), trials=10))
     assert sorted(c["hparams"]["optimizer"] for c in found) == ["adamw", "sgd"]
     assert "16 proposals in a row were known already: the search ends early." in caplog.text

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.selection import top_candidates
 from orchestrator.search.stages import Configuration, ConfirmStage, Entry, FoldStage
-from tests.orchestrator.driving import Config, accuracy, drive, finished, optuna_trials, searcher, task
+from tests.support.driving import Config, accuracy, drive, finished, optuna_trials, searcher, task
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 

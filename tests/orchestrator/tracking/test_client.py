@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.commands.console import PREFLIGHT
+from orchestrator.commands.exit_status import PREFLIGHT
 from orchestrator.errors import PreflightError
 from orchestrator.planning.preflight import preflight
 from orchestrator.record.journal import Journal

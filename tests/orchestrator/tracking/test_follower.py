@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator.record.journal import Journal
 from orchestrator.running.tracking_process import follow
-from orchestrator.study_file.spec import StudySpec
+from orchestrator.study_file.schema import StudySpec
 from tests.support.tracking import (
     SPEC,
     FollowerThread,

@@ -24,7 +24,7 @@ import logging, sys
 from pathlib import Path
 from orchestrator.record.journal import Journal
 from orchestrator.running.tracking_process import follow
-from orchestrator.study_file.spec import load_study
+from orchestrator.study_file.load import load_study
 from orchestrator.tracking import study_tracking
 from tests.support.tracking import write_study
 logging.basicConfig(level=logging.WARNING)

@@ -18,7 +18,7 @@ from orchestrator.running.tracking_process import summarizer
 from orchestrator.study_file.entries import entry_problems
 from orchestrator.tracking.projection import Projection
 from orchestrator.tracking.run_update import Header, RunUpdate, clean_key, param_text
-from tests.orchestrator.results.test_findings import FULL, PROBE, shift_ratio
+from tests.support.records import FULL, PROBE, shift_ratio
 
 PLASTICITY = {"plasticity": {"metrics": {"plasticity/mha": 2.0, "plasticity/fc1": 1.0}, "curves": {}}}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.synthetic import MemoryStore, shapes
+from benchmarks.support.synthetic import MemoryStore, shapes
 from trainables.data import feature_cache as module
 from trainables.data.feature_cache import FeatureCache
 from trainables.models.backbone import Backbone, load_pretrained

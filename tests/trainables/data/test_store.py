@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.synthetic import shapes, write_shapes
+from benchmarks.support.synthetic import shapes, write_shapes
 from trainables.data.store import Store, StoreError
 
 

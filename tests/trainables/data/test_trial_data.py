@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.synthetic import SIDE, shapes, write_shapes
+from benchmarks.support.synthetic import SIDE, shapes, write_shapes
 from trainables.data.store import Store
 from trainables.data.trial_data import TrialData, batch_positions
 from trainables.models.backbone import load_pretrained

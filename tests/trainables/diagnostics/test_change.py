@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial
 from trainables.diagnostics.change import TensorChange, change_report, parameter_change
 from trainables.engine.trial import Run
 from trainables.models.backbone import Classifier
 from trainables.specs.measurements import Curve
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 
 @pytest.fixture
-def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Run]:
     """`make("full", "cnn", lr_backbone=…)`: a short run on the tiny networks."""
-
-    def make(strategy: str, kind: str = "vit", **hparams: Any) -> Run:
-        task = Task(store="memory", model=ModelSpec(name=network(kind)), epochs=2, batch_size=16, cache=str(tmp_path))
-        return Run(TrialSpec(task=task, strategy=strategy, hparams=hparams, seed=1), store=shapes(), device="cpu")
-
-    return make
+    return partial(make_trial, seed=1)
 
 
 def plain(before: Tensor, after: Tensor) -> float:

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.synthetic import OOD_DOMAINS, shapes
+from benchmarks.support.synthetic import OOD_DOMAINS
+from tests.support.trials import MakeTrial
 from trainables.diagnostics.distortion import GRID, FeatureDistortion, feature_distortion
 from trainables.engine.evaluation import final_scores
 from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 SPLITS = ("test", *(f"ood/{domain}" for domain in OOD_DOMAINS))
 
 
 @pytest.fixture
-def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Run]:
     """`make("full", "cnn", lr_backbone=…)`: a short run on the tiny networks."""
-
-    def make(strategy: str, kind: str = "vit", **hparams: Any) -> Run:
-        sizes = {"batch_size": 16, "eval_batch_size": 12}
-        task = Task(store="memory", model=ModelSpec(name=network(kind)), epochs=2, cache=str(tmp_path), **sizes)
-        return Run(TrialSpec(task=task, strategy=strategy, hparams=hparams, seed=1), store=shapes(), device="cpu")
-
-    return make
+    return partial(make_trial, seed=1, task={"eval_batch_size": 12})
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

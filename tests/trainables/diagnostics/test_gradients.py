@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.conformance import same_numbers, same_tensors
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial, same_numbers, same_tensors
 from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 from trainables.engine import trial as run_module
 from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
@@ -23,7 +22,6 @@ from trainables.engine.optim import build_optimizer
 from trainables.engine.trial import Run
 from trainables.models.transformer_blocks import COMPONENTS
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 
@@ -37,14 +35,11 @@ class HeadThenAll(Strategy):
 
 
 @pytest.fixture
-def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Run]:
     """`make("full", diagnostics=("gradients",), hparams={…})`: three units on the tiny networks."""
 
     def make(strategy: str = "full", kind: str = "vit", hparams: Any = None, **fields: Any) -> Run:
-        model = ModelSpec(name=network(kind))
-        task = Task(store="memory", model=model, epochs=3, batch_size=16, cache=str(tmp_path), **fields)
-        spec = TrialSpec(task=task, strategy=strategy, hparams=hparams or {}, seed=1)
-        return Run(spec, store=shapes(), device="cpu")
+        return make_trial(strategy, kind, seed=1, task={"epochs": 3, **fields}, **(hparams or {}))
 
     return make
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.synthetic import shapes
+from benchmarks.support.synthetic import shapes
 from trainables.data.trial_data import TrialData
 from trainables.diagnostics import plasticity
 from trainables.diagnostics.plasticity import image_pairs, measure_plasticity, plasticity_after, plasticity_of

@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from tests.conformance import same_numbers, same_tensors
-from tests.synthetic import MemoryStore, shapes
+from benchmarks.support.synthetic import MemoryStore, shapes
+from tests.support.trials import MakeTrial, history_of, same_numbers, same_tensors
 from trainables.diagnostics.cka import block_cka
 from trainables.diagnostics.plasticity import plasticity_after
 from trainables.engine import trial as run_module
 from trainables.engine.trial import Run
 from trainables.full import Full
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 OWN = ("distortion/", "change/", "cka/", "grad_norm/")
@@ -32,22 +31,13 @@ class Curious(Full):
 
 
 @pytest.fixture
-def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Run]:
     """`make("full", "cnn", diagnostics=(…))`: two units on the tiny networks."""
 
     def make(strategy: str = "full", kind: str = "vit", store: MemoryStore | None = None, **fields: Any) -> Run:
-        model = ModelSpec(name=network(kind))
-        task = Task(store="memory", model=model, epochs=2, batch_size=16, cache=str(tmp_path), **fields)
-        return Run(TrialSpec(task=task, strategy=strategy, seed=1), store=store or shapes(), device="cpu")
+        return make_trial(strategy, kind, seed=1, store=store, task=fields)
 
     return make
-
-
-def finish(run: Run) -> list[dict[str, Any]]:
-    history = []
-    while not run.finished:
-        history.append(run.step())
-    return history
 
 
 def measured(unit: dict[str, Any]) -> set[str]:
@@ -62,7 +52,7 @@ def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable
         (("cka",), {"cka"}),
         (("distortion", "cka"), {"distortion", "change", "cka"}),
     ):
-        first, last = finish(make(diagnostics=names))
+        first, last = history_of(make(diagnostics=names))
         assert measured(first) == set()
         assert measured(last) == groups
         assert set(last.get("curves", {})) == {curve for name in names for curve in CURVES[name]}
@@ -77,7 +67,7 @@ def test_d17_test_sets_of_a_few_images_cost_no_trial(
     for split in ("val", "test", "ood/inverted", "ood/noisy"):
         store.pixels[split], store.targets[split] = store.pixels[split][:count], store.targets[split][:count]
         store.sources[split] = store.sources[split][:count]
-    last = finish(make(store=store, diagnostics=("shift", "distortion", "cka")))[-1]
+    last = history_of(make(store=store, diagnostics=("shift", "distortion", "cka")))[-1]
     assert measured(last) == {"distortion", "change"}
     assert math.isfinite(last["test/acc"])
     assert f"CKA is left out: it needs at least 4 images, but the ID test has {count}" in caplog.text
@@ -85,28 +75,28 @@ def test_d17_test_sets_of_a_few_images_cost_no_trial(
 
 def test_a_strategy_may_measure_more(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "strategy_class", lambda name: Curious)
-    assert measured(finish(make(diagnostics=()))[-1]) == {"cka"}
-    assert measured(finish(make(diagnostics=("distortion",)))[-1]) == {"distortion", "change", "cka"}
+    assert measured(history_of(make(diagnostics=()))[-1]) == {"cka"}
+    assert measured(history_of(make(diagnostics=("distortion",)))[-1]) == {"distortion", "change", "cka"}
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 def test_measuring_changes_no_score_and_no_weight(make: Callable[..., Run], kind: str) -> None:
     plain, watched = make(kind=kind, diagnostics=()), make(kind=kind, diagnostics=("distortion", "cka", "gradients"))
-    a, b = finish(plain), finish(watched)
+    a, b = history_of(plain), history_of(watched)
     kept = [{k: v for k, v in unit.items() if not k.startswith(OWN) and k != "curves"} for unit in b]
     assert same_numbers(a, kept)
     assert same_tensors(plain.model.state_dict(), watched.model.state_dict())
 
 
 def test_a_rung_before_the_last_measures_nothing(make: Callable[..., Run]) -> None:
-    history = finish(make(diagnostics=("distortion", "cka"), evaluate_at=(1,)))
+    history = history_of(make(diagnostics=("distortion", "cka"), evaluate_at=(1,)))
     assert "test/acc" in history[0]
     assert measured(history[0]) == set()
 
 
 def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[..., Run]) -> None:
     run = make(diagnostics=("cka",), kind="cnn")
-    last = finish(run)[-1]
+    last = history_of(run)[-1]
     curve = last["curves"]["cka"]["columns"]
     images, _ = next(run.data.batches("test", batch_size=32))
     expected = block_cka(run.data.reference, copy.deepcopy(run.model.backbone).eval(), [images])
@@ -120,13 +110,13 @@ def test_plasticity_after_tuning_is_that_of_the_final_network(
     make: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make(diagnostics=("plasticity",))
-    last = finish(run)[-1]
+    last = history_of(run)[-1]
     expected = plasticity_after(run.model, run.data)
     assert {k: v for k, v in last.items() if k.startswith("plasticity/")} == expected.metrics()
     assert last["curves"]["plasticity"] == expected.curve().to_dict()
     assert expected.mean != plasticity_after(run.data.reference, run.data).mean
     assert caplog.messages == []
-    assert "test/acc" in finish(make(kind="cnn", diagnostics=("plasticity",)))[-1]
+    assert "test/acc" in history_of(make(kind="cnn", diagnostics=("plasticity",)))[-1]
     (message,) = caplog.messages
     assert message.startswith("Plasticity after tuning is left out: The components ln1, mha, ln2, fc1 and fc2 need")
 
@@ -134,12 +124,12 @@ def test_plasticity_after_tuning_is_that_of_the_final_network(
 def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: Path) -> None:
     fields = {"strategy": "daft", "kind": "cnn", "diagnostics": ("distortion", "cka")}
     whole, first, second = (make(**fields) for _ in range(3))
-    history = finish(whole)
+    history = history_of(whole)
     start = first.step()
     save_state(tmp_path / "state", first.state())
     second.load_state(load_state(tmp_path / "state"))
     torch.manual_seed(5)
-    assert same_numbers(history, [start, *finish(second)])
+    assert same_numbers(history, [start, *history_of(second)])
 
 
 def test_components_report_their_gradient_norms_without_being_asked(make: Callable[..., Run]) -> None:
@@ -154,5 +144,5 @@ def test_plasticity_that_cannot_be_measured_costs_no_trial(
         raise ValueError("Its windows are filled up.")
 
     monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_after", refused)
-    assert "test/acc" in finish(make(diagnostics=("plasticity",)))[-1]
+    assert "test/acc" in history_of(make(diagnostics=("plasticity",)))[-1]
     assert "Plasticity after tuning is left out: Its windows are filled up." in caplog.text

@@ -12,7 +12,7 @@ import torch
 
 from trainables.storage import atomic_files
 from trainables.storage.checkpoint_format import RunState
-from trainables.storage.checkpoint_store import Keeper, checkpoints
+from trainables.storage.checkpoint_store import CheckpointStore, list_checkpoints
 
 Refusing = Callable[[int], None]
 
@@ -22,12 +22,12 @@ def state(unit: int) -> RunState:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
+def store(tmp_path: Path) -> CheckpointStore:
     """The trial's own, after one unit; checkpoints cost nothing, so that each unit gets one."""
-    keeper = Keeper(tmp_path / "checkpoints" / "trial-0003", clock=lambda: 0.0)
-    keeper.claim()
-    keeper.unit_done(lambda: state(1))
-    return keeper
+    store = CheckpointStore(tmp_path / "checkpoints" / "trial-0003", clock=lambda: 0.0)
+    store.acquire()
+    store.save_after_unit(lambda: state(1))
+    return store
 
 
 @pytest.fixture(params=["fsync", "replace"])
@@ -51,32 +51,32 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_s4_a_checkpoint_that_the_disk_refused_is_not_announced_and_the_next_one_is(
-    keeper: Keeper, refusing: Refusing, count: int
+    store: CheckpointStore, refusing: Refusing, count: int
 ) -> None:
     refusing(count)
-    keeper.unit_done(lambda: state(2))
-    visible = [found.meta["unit"] for _, found in keeper.states()]
+    store.save_after_unit(lambda: state(2))
+    visible = [found.meta["unit"] for _, found in store.valid_states()]
     assert visible in ([1], [2, 1])  # a late failure, of the folder's own sync, leaves a whole checkpoint
-    assert all("could not be written" not in path.name for path in checkpoints(keeper.folder))
+    assert all("could not be written" not in path.name for path in list_checkpoints(store.folder))
     if visible == [1]:
-        expected = [f"No checkpoint could be written to {keeper.folder / 'unit-000002'}: [Errno 5] Input/output error"]
-        assert keeper.problems == expected
+        expected = [f"No checkpoint could be written to {store.folder / 'unit-000002'}: [Errno 5] Input/output error"]
+        assert store.problems == expected
     refusing(0)
-    keeper.unit_done(lambda: state(3))
-    assert [found.meta["unit"] for _, found in keeper.states()] == [3, visible[0]]
-    assert [path.name for path in keeper.folder.glob(".*")] == []
+    store.save_after_unit(lambda: state(3))
+    assert [found.meta["unit"] for _, found in store.valid_states()] == [3, visible[0]]
+    assert [path.name for path in store.folder.glob(".*")] == []
 
 
-def test_s4_the_fault_of_the_soak_does_the_same(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s4_the_fault_of_the_soak_does_the_same(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainables.specs import fault_injection
 
-    monkeypatch.setenv(fault_injection.VARIABLE, "phase=in_checkpoint,action=io_error")
-    fault_injection._planned.cache_clear()
+    monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=in_checkpoint,action=io_error")
+    fault_injection.reset_faults()
     try:
-        keeper.unit_done(lambda: state(2))
-        assert [found.meta["unit"] for _, found in keeper.states()] == [1]
-        keeper.unit_done(lambda: state(3))
+        store.save_after_unit(lambda: state(2))
+        assert [found.meta["unit"] for _, found in store.valid_states()] == [1]
+        store.save_after_unit(lambda: state(3))
     finally:
-        fault_injection._planned.cache_clear()
-    assert [found.meta["unit"] for _, found in keeper.states()] == [3, 1]
-    assert len(keeper.problems) == 1
+        fault_injection.reset_faults()
+    assert [found.meta["unit"] for _, found in store.valid_states()] == [3, 1]
+    assert len(store.problems) == 1

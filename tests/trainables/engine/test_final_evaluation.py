@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conformance import same_tensors
-from tests.synthetic import shapes
+from benchmarks.support.synthetic import shapes
+from tests.support.trials import MakeTrial, same_tensors
 from trainables.engine import trial as run_module
 from trainables.engine.contract import Phase, Strategy, TrainingConfig
 from trainables.engine.evaluation import validation_scores
 from trainables.engine.trial import Run
 from trainables.specs.measurements import Curve, Report
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 CALLS: list[str] = []
 
@@ -60,13 +58,11 @@ class Spoiling(Watched):
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch, network: Callable[[str], str], one_thread: None, tmp_path: Any) -> Any:
+def make(monkeypatch: pytest.MonkeyPatch, make_trial: MakeTrial) -> Any:
     def make(strategy: type[Strategy], **fields: Any) -> Run:
         monkeypatch.setattr(run_module, "strategy_class", lambda name: strategy)
         CALLS.clear()
-        task = Task(store="memory", model=ModelSpec(name=network("vit")), epochs=4, batch_size=16, cache=str(tmp_path))
-        spec = TrialSpec(task=Task(**{**task.__dict__, **fields}), strategy="watched", seed=3)
-        return Run(spec, store=shapes(), device="cpu")
+        return make_trial("watched", seed=3, task={"epochs": 4, **fields})
 
     return make
 

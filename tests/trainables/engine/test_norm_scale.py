@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.trainables.norm_trials import Trial, changed, copies, finish, source_of, trials
+from tests.support.trials import MakeTrial, Trial, changed, copies, finish, layernorm_trials, source_of
 from trainables.diagnostics.norm_shift import layer_norm_shift, layer_norms
 from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import validation_scores
@@ -21,8 +19,8 @@ from trainables.engine.weight_interpolation import LAMBDA_GRID, best_lambda, fit
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Trial:
-    return trials(network, tmp_path)
+def trial(make_trial: MakeTrial) -> Trial:
+    return layernorm_trials(make_trial)
 
 
 def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial: Trial) -> None:

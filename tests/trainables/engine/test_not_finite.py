@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.synthetic import shapes, write_shapes
+from benchmarks.support.synthetic import shapes, write_shapes
 from trainables.engine import trial as run_module
 from trainables.engine.trial import Run
 from trainables.engine.tune_trainable import Trial
 from trainables.specs.errors import NonFiniteError
-from trainables.specs.fault_injection import VARIABLE, _planned
+from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 
 
@@ -51,14 +51,14 @@ def test_p24_a_validation_loss_that_is_not_finite_is_named_and_no_result(
 def test_p23_a_loss_that_becomes_nan_ends_the_trial_within_the_unit_and_is_not_tried_again(
     spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, "phase=step,trial=5,unit=2,step=1,action=nan")
-    _planned.cache_clear()
+    monkeypatch.setenv(ENV_FAULTS, "phase=step,trial=5,unit=2,step=1,action=nan")
+    reset_faults()
     try:
         trial = Trial({**spec.to_dict(), "_number": 5, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0005")})
         assert trial.step()["unit"] == 1
         ended = trial.step()
     finally:
-        _planned.cache_clear()
+        reset_faults()
     assert ended["done"]
     assert "NonFiniteError: The training loss must be finite, but it was nan by step 1 of its unit." in ended["failure"]
     assert "val/acc" not in ended

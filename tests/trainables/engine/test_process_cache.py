@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.synthetic import SIDE, write_shapes
+from benchmarks.support.synthetic import SIDE, write_shapes
 from trainables.engine.process_cache import on_device, open_store, pretrained_for
 from trainables.specs.trial_spec import ModelSpec
 

@@ -18,18 +18,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conformance import CLOCK, same_numbers, same_tensors
-from tests.synthetic import shapes, write_shapes
+from benchmarks.support.synthetic import shapes, write_shapes
+from tests.support.trials import CLOCK, same_numbers, same_tensors
 from trainables.engine import trial as run_module
 from trainables.engine.contract import Strategy
 from trainables.engine.trial import Run
 from trainables.engine.tune_trainable import Trial
 from trainables.specs import fault_injection
-from trainables.specs.fault_injection import LOG, VARIABLE
+from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
-from trainables.storage import checkpoint_store as keeper_module
+from trainables.storage import checkpoint_store
 from trainables.storage.checkpoint_format import load_state, save_state
-from trainables.storage.checkpoint_store import checkpoints
+from trainables.storage.checkpoint_store import list_checkpoints
 
 ROOT = str(Path(__file__).parents[3])
 
@@ -58,7 +58,7 @@ def expected(spec: TrialSpec) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def config(spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(keeper_module, "SHARE", 0)  # a checkpoint after every unit, however short
+    monkeypatch.setattr(checkpoint_store, "MIN_INTERVAL_FACTOR", 0)  # a checkpoint after every unit, however short
     return spec.to_dict() | {"_number": 7, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0007")}
 
 
@@ -110,7 +110,7 @@ def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_told(
     first = Trial(config)
     for _ in range(3):
         first.train()
-    kept = checkpoints(Path(config["_checkpoints"]))
+    kept = list_checkpoints(Path(config["_checkpoints"]))
     for path in kept[-1:] if broken == "newest" else kept:
         (path / "tensors.safetensors").write_bytes(b"torn")
     results = train(Trial(config))
@@ -159,7 +159,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 from trainables.storage import checkpoint_store
 from trainables.engine.tune_trainable import Trial
-checkpoint_store.SHARE = 0
+checkpoint_store.MIN_INTERVAL_FACTOR = 0
 trial = Trial(json.load(open(sys.argv[1])))
 while True:
     result = trial.train()
@@ -187,7 +187,7 @@ def test_p1_p2_a_trial_killed_again_and_again_gives_every_result_and_the_same(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"_checkpoint_seconds": 0 if middle else 1e9}))
     faults = ";".join(f"trial=7,{fault}" for fault in FAULTS)
-    environment = {**os.environ, VARIABLE: faults, LOG: str(tmp_path / "faults")}
+    environment = {**os.environ, ENV_FAULTS: faults, ENV_FAULT_LOG: str(tmp_path / "faults")}
     command = [sys.executable, "-c", CHILD, str(tmp_path / "config.json"), str(tmp_path / "results")]
     codes = []
     while not codes or (codes[-1] and len(codes) < 10):
@@ -220,11 +220,10 @@ def test_p28_how_many_images_fit_at_once_is_remembered(
     spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory runs out in the second step, once; whoever goes on must halve the batches too."""
-    monkeypatch.setenv(VARIABLE, "phase=step,step=2,action=oom")
+    monkeypatch.setenv(ENV_FAULTS, "phase=step,step=2,action=oom")
 
     def out_of_memory_again() -> None:
-        fault_injection._planned.cache_clear()
-        fault_injection._acted.clear()
+        fault_injection.reset_faults()
 
     def run_of(units: int, run: Run) -> list[dict[str, Any]]:
         return [run.step() for _ in range(units)]

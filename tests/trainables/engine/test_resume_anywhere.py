@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conformance import same_numbers, same_tensors
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial, history_of, same_numbers, same_tensors
 from trainables.engine import loop, weight_interpolation
 from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 AWKWARD = {"epochs": 5, "steps_per_unit": 3, "augment": ("flip", "crop"), "evaluate_at": (2,)}
@@ -23,21 +21,11 @@ Make = Callable[..., Run]
 
 
 @pytest.fixture
-def make(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Make:
+def make(make_trial: MakeTrial) -> Make:
     def make(strategy: str, kind: str, hparams: Mapping[str, Any], **fields: Any) -> Run:
-        model = ModelSpec(name=network(kind))
-        task = Task(store="m", model=model, batch_size=16, cache=str(tmp_path / "cache"), **{**AWKWARD, **fields})
-        spec = TrialSpec(task=task, strategy=strategy, hparams=hparams, seed=5)
-        return Run(spec, store=shapes(), device="cpu")
+        return make_trial(strategy, kind, seed=5, task={**AWKWARD, **fields}, **hparams)
 
     return make
-
-
-def finish(run: Run) -> list[dict[str, Any]]:
-    history = []
-    while not run.finished:
-        history.append(run.step())
-    return history
 
 
 def kept_after_every_step(run: Run, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[int, Path]]]:
@@ -87,14 +75,14 @@ def test_p28_it_goes_on_bit_for_bit_from_after_any_step(
 
     monkeypatch.setattr(loop, "_loss", limited)
     whole = make(strategy, kind, hparams, **fields)
-    expected = finish(whole)
+    expected = history_of(whole)
     history, kept = kept_after_every_step(make(strategy, kind, hparams, **fields), tmp_path)
     assert same_numbers(history, expected)
     for units, folder in kept[1::5]:  # units of three steps: every place in a unit comes up
         again = make(strategy, kind, hparams, **fields)
         again.load_state(load_state(folder))
         torch.rand(3)
-        assert same_numbers(expected[units:], finish(again)), f"from {folder.name}"
+        assert same_numbers(expected[units:], history_of(again)), f"from {folder.name}"
         assert same_tensors(whole.model.state_dict(), again.model.state_dict())
 
 
@@ -109,7 +97,7 @@ def test_p28_cut_off_while_lambda_or_alpha_is_swept(
     """The evaluations of both sweeps: 21 of λ, then 11 of α."""
     arguments = ("layernorm", "vit", {"lam_choice": "sweep", "wise": "sweep"})
     whole = make(*arguments, epochs=1, evaluate_at=())
-    expected = finish(whole)
+    expected = history_of(whole)
     seen = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,5 +126,5 @@ def test_p28_cut_off_while_lambda_or_alpha_is_swept(
             run.step()
     again = make(*arguments, epochs=1, evaluate_at=())
     again.load_state(load_state(tmp_path / str(steps)))
-    assert same_numbers(expected, finish(again))
+    assert same_numbers(expected, history_of(again))
     assert same_tensors(whole.model.state_dict(), again.model.state_dict())

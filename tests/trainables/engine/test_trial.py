@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.conformance import same_numbers, same_tensors
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial, history_of, same_numbers, same_tensors
 from trainables.engine import trial as run_module
 from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
 from trainables.engine.trial import Run
@@ -131,28 +130,19 @@ def _strategies(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.fixture
-def make(network: Callable[[str], str], tmp_path: Path) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Run]:
     """`make("Everything", kind="cnn", seed=1, hparams={…}, epochs=2, …)`: a run of a strategy above."""
 
     def make(strategy: str, kind: str = "cnn", seed: int = 0, hparams: Any = None, **fields: Any) -> Run:
-        fields = {"epochs": 3, "batch_size": 16, "cache": str(tmp_path / "cache"), **fields}
         held_out = fields.pop("held_out", None)
-        task = Task(store="memory", model=ModelSpec(name=network(kind)), **fields)
-        spec = TrialSpec(task=task, strategy=strategy, hparams=hparams or {}, seed=seed, held_out=held_out)
-        return Run(spec, store=shapes(), device="cpu")
+        settings = {"epochs": 3, **fields}
+        return make_trial(strategy, kind, seed=seed, held_out=held_out, task=settings, **(hparams or {}))
 
     return make
 
 
-def finish(run: Run) -> list[dict[str, Any]]:
-    history = []
-    while not run.finished:
-        history.append(run.step())
-    return history
-
-
 def test_the_hooks_are_called_in_the_order_of_the_contract(make: Callable[..., Run]) -> None:
-    history = finish(make("Everything"))
+    history = history_of(make("Everything"))
     assert CALLS[:2] == ["prepare", "phases"]
     assert set(CALLS[2:-1]) == {"param_groups"}
     assert CALLS[-1] == "finalize"
@@ -194,8 +184,8 @@ def test_training_equals_a_loop_written_by_hand(make: Callable[..., Run]) -> Non
 
 def test_steps_per_unit_splits_epochs_without_changing_the_training(make: Callable[..., Run]) -> None:
     whole, split = make("Everything", epochs=3), make("Everything", epochs=4, steps_per_unit=3)
-    finish(whole)
-    finish(split)
+    history_of(whole)
+    history_of(split)
     assert whole.best.unit == 3
     assert split.best.unit == 4
     assert same_tensors(whole.model.state_dict(), split.model.state_dict())
@@ -220,7 +210,7 @@ def test_the_best_unit_is_put_back_before_the_test(make: Callable[..., Run]) -> 
 
 def test_an_early_evaluation_does_not_disturb_training(make: Callable[..., Run]) -> None:
     plain, watched = make("Doubling"), make("Doubling", evaluate_at=(1, 2))
-    a, b = finish(plain), finish(watched)
+    a, b = history_of(plain), history_of(watched)
     assert [("test/acc" in unit) for unit in b] == [True, True, True]
     assert all(a[i][k] == b[i][k] for i in range(3) for k in ("train/loss", "val/nll"))
     assert same_tensors(plain.model.state_dict(), watched.model.state_dict())
@@ -234,20 +224,20 @@ def test_a_resumed_run_continues_bit_for_bit(
 ) -> None:
     fields: dict[str, Any] = {"epochs": 4, "augment": ("flip",), "hparams": {"optimizer": optimizer}}
     whole = make(strategy, **fields)
-    history = finish(whole)
+    history = history_of(whole)
     for units in (1, 2, 3):
         first = make(strategy, **fields)
         start = [first.step() for _ in range(units)]
         save_state(tmp_path / str(units), first.state())
         second = make(strategy, **fields)
         second.load_state(load_state(tmp_path / str(units)))
-        assert same_numbers(history, start + finish(second))
+        assert same_numbers(history, start + history_of(second))
         assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
 
 def test_a_finished_run_is_restored_as_finished(make: Callable[..., Run]) -> None:
     run = make("Doubling")
-    finish(run)
+    history_of(run)
     again = make("Doubling")
     again.load_state(run.state())
     assert again.finished
@@ -295,13 +285,13 @@ def test_s10_a_head_of_another_number_of_classes_does_not_fit(make: Callable[...
 def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode(make: Callable[..., Run]) -> None:
     run = make("HeadOnlyOnImages")
     before = {k: v.clone() for k, v in run.model.backbone.state_dict().items()}
-    finish(run)
+    history_of(run)
     assert same_tensors(before, run.model.backbone.state_dict())
     assert all(p.grad is None and not p.requires_grad for p in run.model.backbone.parameters())
 
 
 def test_cached_features_give_the_head_what_images_give_it(make: Callable[..., Run]) -> None:
-    cached, plain = finish(make("HeadOnly")), finish(make("HeadOnlyOnImages"))
+    cached, plain = history_of(make("HeadOnly")), history_of(make("HeadOnlyOnImages"))
     for a, b in zip(cached, plain, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
         assert a["val/nll"] == pytest.approx(b["val/nll"], rel=1e-4)
@@ -311,13 +301,13 @@ def test_bn_mode_eval_keeps_the_statistics(make: Callable[..., Run]) -> None:
     for mode, kept in (("eval", True), ("train", False)):
         run = make("Everything", hparams={"bn_mode": mode})
         buffers = {k: v.clone() for k, v in run.model.named_buffers()}
-        finish(run)
+        history_of(run)
         after = dict(run.model.named_buffers())
         assert all(torch.equal(after[k], v) for k, v in buffers.items() if "running" in k) is kept
 
 
 def test_a_closed_form_takes_one_unit_and_reports_training_scores(make: Callable[..., Run]) -> None:
-    (unit,) = finish(make("Solved", epochs=5))
+    (unit,) = history_of(make("Solved", epochs=5))
     assert unit["train/loss"] == pytest.approx(float(torch.tensor(4.0).log()))
     assert (unit["train/acc"], unit["lr/head"], unit["once/solved"]) == (0.25, 0.0, 1.0)
     assert unit["cost/trainable_parameters"] == 4 * 16 + 4
@@ -325,7 +315,7 @@ def test_a_closed_form_takes_one_unit_and_reports_training_scores(make: Callable
 
 def test_scores_from_cached_features_are_those_of_the_images(make: Callable[..., Run]) -> None:
     run = make("Means", kind="vit")
-    (unit,) = finish(run)
+    (unit,) = history_of(run)
     right = total = 0
     loss = 0.0
     for images, labels in run.data.batches("ood/noisy"):
@@ -342,11 +332,11 @@ def test_scores_from_cached_features_are_those_of_the_images(make: Callable[...,
 def test_a_trial_that_diverges_raises(make: Callable[..., Run]) -> None:
     run = make("Everything", hparams={"lr_backbone": 1e30})
     with pytest.raises(NonFiniteError, match="loss must be finite, but it was"):
-        finish(run)
+        history_of(run)
 
 
 def test_runs_side_by_side_do_not_touch_each_other(make: Callable[..., Run]) -> None:
-    alone = [finish(make("Everything", seed=s, kind=k)) for s, k in ((0, "cnn"), (1, "cnn"), (0, "vit"))]
+    alone = [history_of(make("Everything", seed=s, kind=k)) for s, k in ((0, "cnn"), (1, "cnn"), (0, "vit"))]
     runs = [make("Everything", seed=s, kind=k) for s, k in ((0, "cnn"), (1, "cnn"), (0, "vit"))]
     together: list[list[dict[str, Any]]] = [[], [], []]
     for _ in range(3):
@@ -377,11 +367,11 @@ def test_a_plan_beyond_the_budget_is_an_error(make: Callable[..., Run]) -> None:
 
 def test_a_held_out_domain_is_judged_and_not_trained_on(make: Callable[..., Run]) -> None:
     run = make("Everything", held_out="dim")
-    history = finish(run)
+    history = history_of(run)
     assert run.data.train_size == 32
     assert run.data.size("held_out") == 48
     assert "held_out/acc" in history[-1]
-    assert "held_out/acc" not in finish(make("Everything"))[-1]
+    assert "held_out/acc" not in history_of(make("Everything"))[-1]
 
 
 def test_hyperparameters_are_checked_before_anything_is_loaded(network: Callable[[str], str]) -> None:

@@ -15,9 +15,9 @@ from ray.tune import Callback
 from ray.tune.search import Searcher
 
 import trainables
-from tests.clusters import plain_cluster
-from tests.conformance import CLOCK, same_numbers
-from tests.synthetic import write_shapes
+from benchmarks.support.synthetic import write_shapes
+from tests.support.clusters import plain_cluster
+from tests.support.trials import CLOCK, history_of, same_numbers
 from trainables.engine.trial import Run
 from trainables.engine.tune_trainable import Trial, trainable_class
 from trainables.specs.errors import NonFiniteError
@@ -52,14 +52,7 @@ def specs(task: Task) -> list[TrialSpec]:
 @pytest.fixture(scope="module")
 def expected(specs: list[TrialSpec]) -> list[list[dict[str, Any]]]:
     """Every trial on its own, without ray."""
-    return [finish(Run(spec, device="cpu")) for spec in specs]
-
-
-def finish(run: Run) -> list[dict[str, Any]]:
-    history = []
-    while not run.finished:
-        history.append(run.step())
-    return history
+    return [history_of(Run(spec, device="cpu")) for spec in specs]
 
 
 def train(trial: Any) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conformance import same_numbers, same_tensors
-from tests.synthetic import shapes
+from tests.support.trials import MakeTrial, copies, finish, same_numbers, same_tensors
 from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import final_scores, validation_scores
 from trainables.engine.trial import Run
 from trainables.engine.weight_interpolation import ALPHA_GRID, interpolate
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
-from trainables.storage.checkpoint_format import load_state, same_bits, save_state
+from trainables.storage.checkpoint_format import bitwise_equal, load_state, save_state
 
 CASES = [("lp_ft", "vit"), ("daft", "cnn"), ("full", "cnn"), ("layernorm", "vit"), ("lora", "vit"), ("bitfit", "vit")]
 
 
 @pytest.fixture
-def trial(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Callable[..., Run]:
-    def make(strategy: str, kind: str, **hparams: Any) -> Run:
-        task = Task(store="m", model=ModelSpec(name=network(kind)), epochs=2, batch_size=16, cache=str(tmp_path))
-        spec = TrialSpec(task=task, strategy=strategy, hparams={"lr_backbone": 0.02, **hparams})
-        return Run(spec, store=shapes(), device="cpu")
-
-    return make
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Metrics of the last unit."""
-    metrics: dict[str, Any] = {}
-    while not run.finished:
-        metrics = run.step()
-    return metrics
-
-
-def copies(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+    return partial(make_trial, lr_backbone=0.02)
 
 
 def start_of(run: Run) -> dict[str, Tensor]:
@@ -116,7 +98,7 @@ def test_the_ends_are_copies_of_the_bits_whatever_stands_at_the_other_end() -> N
     tuned["running_mean"][:] = torch.tensor([1.0, -3e38])
     for alpha, end in ((0.0, start), (1.0, tuned)):
         interpolate(model, start, tuned, alpha)
-        assert all(same_bits(value, end[name]) for name, value in model.state_dict().items())
+        assert all(bitwise_equal(value, end[name]) for name, value in model.state_dict().items())
 
 
 def test_counters_keep_their_tuned_value() -> None:

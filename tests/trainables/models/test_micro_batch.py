@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.synthetic import shapes
+from benchmarks.support.synthetic import shapes
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.loop import predict, train_unit
 from trainables.engine.trial import Run
@@ -89,7 +89,7 @@ def test_p21_a_trial_that_runs_out_of_memory_goes_on_and_says_so(
     from trainables.specs import fault_injection
 
     def trial() -> list[float]:
-        fault_injection._planned.cache_clear()
+        fault_injection.reset_faults()
         task = Task(store="m", model=ModelSpec(name=network("vit")), epochs=2, batch_size=16, cache=str(tmp_path))
         run = Run(TrialSpec(task=task, strategy="full"), store=shapes(), device="cpu")
         metrics = [run.step(), run.step()]
@@ -102,4 +102,4 @@ def test_p21_a_trial_that_runs_out_of_memory_goes_on_and_says_so(
     assert reduced[:2] == [8.0, 8.0]
     assert reduced[2] == pytest.approx(plain[2], rel=1e-4)
     monkeypatch.delenv("LUTHIER_FAULT")
-    fault_injection._planned.cache_clear()
+    fault_injection.reset_faults()

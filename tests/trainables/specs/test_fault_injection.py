@@ -19,47 +19,48 @@ ROOT = str(Path(__file__).parents[3])
 
 @pytest.fixture(autouse=True)
 def _unplanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(fault_injection.VARIABLE, raising=False)
-    monkeypatch.delenv(fault_injection.LOG, raising=False)
-    fault_injection._planned.cache_clear()
-    fault_injection._acted.clear()
+    monkeypatch.delenv(fault_injection.ENV_FAULTS, raising=False)
+    monkeypatch.delenv(fault_injection.ENV_FAULT_LOG, raising=False)
+    fault_injection.reset_faults()
     yield
-    fault_injection._planned.cache_clear()
+    fault_injection.reset_faults()
 
 
 def test_without_the_variable_nothing_happens() -> None:
-    assert fault_injection.reach("step", step=1) is None
+    assert fault_injection.fault_point("step", step=1) is None
 
 
 def test_a_fault_acts_where_all_of_its_fields_agree_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fault_injection.VARIABLE, "trial=2,unit=3,phase=step,action=nan")
-    with fault_injection.located(trial=2, unit=3):
-        assert fault_injection.reach("before_unit") is None
-        assert fault_injection.reach("step", step=1) == "nan"
-        assert fault_injection.reach("step", step=2) is None
-    with fault_injection.located(trial=2, unit=4):
-        assert fault_injection.reach("step") is None
-    assert fault_injection.reach("step", trial=2) is None
+    monkeypatch.setenv(fault_injection.ENV_FAULTS, "trial=2,unit=3,phase=step,action=nan")
+    with fault_injection.fault_context(trial=2, unit=3):
+        assert fault_injection.fault_point("before_unit") is None
+        assert fault_injection.fault_point("step", step=1) == "nan"
+        assert fault_injection.fault_point("step", step=2) is None
+    with fault_injection.fault_context(trial=2, unit=4):
+        assert fault_injection.fault_point("step") is None
+    assert fault_injection.fault_point("step", trial=2) is None
 
 
 def test_faults_that_fail_raise_what_the_real_thing_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fault_injection.VARIABLE, "phase=step,action=full;phase=before_unit,action=raise,times=0")
+    monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=step,action=full;phase=before_unit,action=raise,times=0")
     with pytest.raises(OSError) as error:
-        fault_injection.reach("step")
+        fault_injection.fault_point("step")
     assert error.value.errno == errno.ENOSPC
     for _ in range(2):
         with pytest.raises(RuntimeError, match="A fault was injected here"):
-            fault_injection.reach("before_unit")
+            fault_injection.fault_point("before_unit")
 
 
 def test_a_log_counts_over_processes_and_is_written_before_the_act(tmp_path: Path) -> None:
     log = tmp_path / "faults"
     environment = {
         **os.environ,
-        fault_injection.VARIABLE: "trial=1,phase=step,action=kill",
-        fault_injection.LOG: str(log),
+        fault_injection.ENV_FAULTS: "trial=1,phase=step,action=kill",
+        fault_injection.ENV_FAULT_LOG: str(log),
     }
-    code = "from trainables.specs.fault_injection import reach; reach('step', trial=1, step=4); print('alive')"
+    code = (
+        "from trainables.specs.fault_injection import fault_point; fault_point('step', trial=1, step=4); print('alive')"
+    )
     first, second = (
         subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
         for _ in range(2)
@@ -70,9 +71,9 @@ def test_a_log_counts_over_processes_and_is_written_before_the_act(tmp_path: Pat
 
 
 def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fault_injection.VARIABLE, "phase=stepp,action=kill")
+    monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=stepp,action=kill")
     with pytest.raises(ValueError) as error:
-        fault_injection.reach("step")
+        fault_injection.fault_point("step")
     phases, actions = ", ".join(fault_injection.PHASES), ", ".join(fault_injection.ACTIONS)
     assert str(error.value) == (
         f"A fault has phase= one of {phases}, action= one of {actions}, and may "
@@ -81,9 +82,9 @@ def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_note_does_nothing_but_leave_its_line_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(fault_injection.VARIABLE, "phase=before_unit,action=note,times=0")
-    monkeypatch.setenv(fault_injection.LOG, str(tmp_path / "log"))
-    with fault_injection.located(trial=4, unit=2):
-        assert [fault_injection.reach("before_unit") for _ in range(2)] == [None, None]
+    monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=before_unit,action=note,times=0")
+    monkeypatch.setenv(fault_injection.ENV_FAULT_LOG, str(tmp_path / "log"))
+    with fault_injection.fault_context(trial=4, unit=2):
+        assert [fault_injection.fault_point("before_unit") for _ in range(2)] == [None, None]
     line = f"phase=before_unit,action=note,times=0 @ trial=4,unit=2,pid={os.getpid()}"
     assert (tmp_path / "log").read_text().splitlines() == [line, line]

@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Record:
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_block_is_over(
     tmp_path: Path, calls: Record
 ) -> None:
-    with atomic_files.new_file(tmp_path / "a.bin") as written:
+    with atomic_files.atomic_file(tmp_path / "a.bin") as written:
         written.write_bytes(b"new")
         hidden = written.name
     assert calls == [("fsync", hidden), ("replace", "a.bin"), ("fsync", tmp_path.name)]
@@ -51,7 +51,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_bl
 
 
 def test_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, calls: Record) -> None:
-    with atomic_files.new_folder(tmp_path / "made") as written:
+    with atomic_files.atomic_folder(tmp_path / "made") as written:
         (written / "one").write_text("1")
         (written / "two").write_text("2")
         hidden = written.name
@@ -61,10 +61,10 @@ def test_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(tm
 
 def test_a_block_that_raises_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("old")
-    with contextlib.suppress(RuntimeError), atomic_files.new_file(tmp_path / "a.json") as file:
+    with contextlib.suppress(RuntimeError), atomic_files.atomic_file(tmp_path / "a.json") as file:
         file.write_text("half")
         raise RuntimeError
-    with contextlib.suppress(RuntimeError), atomic_files.new_folder(tmp_path / "folder") as folder:
+    with contextlib.suppress(RuntimeError), atomic_files.atomic_folder(tmp_path / "folder") as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
@@ -93,7 +93,7 @@ def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path: Path
     place.mkdir()
     for text in ("first", "second"):
         try:
-            with atomic_files.new_folder(place) as written:
+            with atomic_files.atomic_folder(place) as written:
                 (written / "file").write_text(text)
         except OSError:
             assert text == "second"
@@ -105,7 +105,7 @@ def test_what_is_published_may_be_read_by_whom_the_user_allows(tmp_path: Path) -
     before = os.umask(0o027)
     try:
         atomic_files.write_text(tmp_path / "file", "text")
-        with atomic_files.new_folder(tmp_path / "folder"):
+        with atomic_files.atomic_folder(tmp_path / "folder"):
             pass
     finally:
         os.umask(before)

@@ -11,7 +11,7 @@ import torch
 from trainables.storage.checkpoint_format import (
     CheckpointError,
     RunState,
-    differing,
+    changed_tensors,
     load_newest,
     load_state,
     save_state,
@@ -113,4 +113,4 @@ def test_only_tensors_that_differ_are_kept() -> None:
         "new": torch.ones(1, dtype=torch.int64),
         "half": torch.ones(2, dtype=torch.bfloat16),
     }
-    assert sorted(differing(current, reference)) == ["half", "moved", "new", "zero"]
+    assert sorted(changed_tensors(current, reference)) == ["half", "moved", "new", "zero"]

@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.checkpoints import state
 from trainables.specs.errors import FencedError
 from trainables.storage.checkpoint_format import MANIFEST, TENSORS, RunState, save_state
-from trainables.storage.checkpoint_store import KEPT, QUARANTINED, Keeper, checkpoints
+from trainables.storage.checkpoint_store import QUARANTINE_LIMIT, RETAINED, CheckpointStore, list_checkpoints
 
 ROOT = str(Path(__file__).parents[3])
-
-
-def state(unit: int, step: int = 0, **meta: Any) -> RunState:
-    return RunState({"model/weight": torch.full((1000,), float(unit))}, {"unit": unit, "step": step, **meta})
 
 
 class Clock:
@@ -36,20 +32,20 @@ class Clock:
         return self.now
 
 
-def claimed(folder: Path, **arguments: Any) -> Keeper:
-    keeper = Keeper(folder, **{"clock": Clock(), **arguments})
-    keeper.claim()
-    return keeper
+def claimed(folder: Path, **arguments: Any) -> CheckpointStore:
+    store = CheckpointStore(folder, **{"clock": Clock(), **arguments})
+    store.acquire()
+    return store
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in checkpoints(folder)]
+    return [path.name for path in list_checkpoints(folder)]
 
 
-def restored(folder: Path) -> tuple[list[int], Keeper]:
+def restored(folder: Path) -> tuple[list[int], CheckpointStore]:
     """Units of the checkpoints that a new process would try, newest first."""
-    keeper = claimed(folder)
-    return [found.meta["unit"] for _, found in keeper.states()], keeper
+    store = claimed(folder)
+    return [found.meta["unit"] for _, found in store.valid_states()], store
 
 
 @pytest.fixture
@@ -60,21 +56,21 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def three(folder: Path) -> Path:
     """Units two and three are kept."""
-    keeper = claimed(folder)
+    store = claimed(folder)
     for unit in (1, 2, 3):
-        keeper.unit_done(lambda unit=unit: state(unit))
+        store.save_after_unit(lambda unit=unit: state(unit))
     return folder
 
 
 def test_steps_of_five_digits_are_newer_than_those_of_four(folder: Path) -> None:
-    keeper = claimed(folder, within=0.0)
+    store = claimed(folder, within=0.0)
     for step in (9_000, 9_900, 10_000, 100_000):
-        keeper.step_done(lambda step=step: state(0, step))  # type: ignore[misc]
+        store.save_after_step(lambda step=step: state(0, step))  # type: ignore[misc]
     assert names(folder) == ["unit-000000-step-10000", "unit-000000-step-100000"]
 
 
 def test_the_two_newest_stay(three: Path) -> None:
-    assert KEPT == 2
+    assert RETAINED == 2
     assert names(three) == ["unit-000002", "unit-000003"]
     assert sorted(p.name for p in three.iterdir()) == ["owner.json", "unit-000002", "unit-000003"]
     assert restored(three)[0] == [3, 2]
@@ -82,19 +78,19 @@ def test_the_two_newest_stay(three: Path) -> None:
 
 def test_the_middle_of_a_unit_lies_between_its_ends(folder: Path) -> None:
     clock = Clock()
-    keeper = claimed(folder, clock=clock)
-    keeper.unit_done(lambda: state(1))
+    store = claimed(folder, clock=clock)
+    store.save_after_unit(lambda: state(1))
     clock.now += 61
-    keeper.step_done(lambda: state(1, 120))
-    keeper.step_done(lambda: state(1, 121))
+    store.save_after_step(lambda: state(1, 120))
+    store.save_after_step(lambda: state(1, 121))
     assert names(folder) == ["unit-000001", "unit-000001-step-0120"]
-    keeper.unit_done(lambda: state(2))
+    store.save_after_unit(lambda: state(2))
     assert names(folder) == ["unit-000001-step-0120", "unit-000002"]
 
 
 def test_checkpoints_cost_a_tenth_of_the_time_at_most(folder: Path) -> None:
     clock = Clock()
-    keeper = claimed(folder, clock=clock)
+    store = claimed(folder, clock=clock)
 
     def slow(unit: int) -> Callable[[], RunState]:
         def make() -> RunState:
@@ -105,16 +101,16 @@ def test_checkpoints_cost_a_tenth_of_the_time_at_most(folder: Path) -> None:
 
     for unit in range(1, 41):
         clock.now += 2.0
-        keeper.unit_done(slow(unit))
+        store.save_after_unit(slow(unit))
     assert clock.now == 100 + 40 * 2 + 3 * 3, "one at the start, then one every 30 seconds"
     assert names(folder) == ["unit-000016", "unit-000031"]
 
 
 def test_the_result_of_a_finished_trial_is_kept_without_tensors(folder: Path) -> None:
-    keeper = claimed(folder)
-    keeper._cost = 1e9
-    keeper.finished({"unit": 4, "step": 0, "finished": True, "result": {"val/acc": 0.1 + 0.2}})
-    found = next(claimed(folder).states())[1]
+    store = claimed(folder)
+    store._cost = 1e9
+    store.save_result({"unit": 4, "step": 0, "finished": True, "result": {"val/acc": 0.1 + 0.2}})
+    found = next(claimed(folder).valid_states())[1]
     assert (dict(found.tensors), found.meta["result"]) == ({}, {"val/acc": 0.1 + 0.2})
 
 
@@ -142,30 +138,30 @@ def test_s9_of_two_that_claim_to_be_the_latest_the_newest_complete_one_wins(thre
 
 def self_check(folder: Path) -> None:
     """Unit 3 is put aside and told, unit 2 is the newest."""
-    units, keeper = restored(folder)
+    units, store = restored(folder)
     assert units == [2]
-    assert len(keeper.problems) == 1
-    assert str(folder / "unit-000003") in keeper.problems[0]
+    assert len(store.problems) == 1
+    assert str(folder / "unit-000003") in store.problems[0]
     aside = folder.parent / "quarantine" / "trial-0007-unit-000003"
-    assert (aside / "problem.txt").read_text() == keeper.problems[0] + "\n"
+    assert (aside / "problem.txt").read_text() == store.problems[0] + "\n"
     assert names(folder) == ["unit-000002"]
 
 
 def test_the_quarantine_is_bounded(folder: Path) -> None:
-    keeper = claimed(folder)
-    for unit in range(QUARANTINED + 5):
+    store = claimed(folder)
+    for unit in range(QUARANTINE_LIMIT + 5):
         save_state(folder / f"unit-{unit:06d}", state(unit))
-        keeper.quarantine(folder / f"unit-{unit:06d}", "broken")
-    assert len(list((folder.parent / "quarantine").iterdir())) == QUARANTINED
+        store.quarantine(folder / f"unit-{unit:06d}", "broken")
+    assert len(list((folder.parent / "quarantine").iterdir())) == QUARANTINE_LIMIT
 
 
 def test_p9_whoever_held_the_trial_before_can_neither_write_nor_remove(folder: Path) -> None:
     zombie = claimed(folder)
-    zombie.unit_done(lambda: state(1))
+    zombie.save_after_unit(lambda: state(1))
     owner = claimed(folder)
     for act in (
-        lambda: zombie.unit_done(lambda: state(2)),
-        lambda: zombie.finished(state(9).meta),
+        lambda: zombie.save_after_unit(lambda: state(2)),
+        lambda: zombie.save_result(state(9).meta),
         lambda: zombie.quarantine(folder / "unit-000001", "no"),
     ):
         with pytest.raises(FencedError) as error:
@@ -175,24 +171,24 @@ def test_p9_whoever_held_the_trial_before_can_neither_write_nor_remove(folder: P
         f"the latest that took the trial (pid {os.getpid()} on {os.uname().nodename}). It stops here."
     )
     assert names(folder) == ["unit-000001"]
-    owner.unit_done(lambda: state(2))
+    owner.save_after_unit(lambda: state(2))
     assert names(folder) == ["unit-000001", "unit-000002"]
 
 
 def test_a_trial_whose_folder_was_removed_is_over(folder: Path) -> None:
-    keeper = claimed(folder)
+    store = claimed(folder)
     os.rename(folder, folder.with_name("gone"))
     with pytest.raises(FencedError):
-        keeper.unit_done(lambda: state(1))
+        store.save_after_unit(lambda: state(1))
     assert not folder.exists()
 
 
 def test_s1_a_full_disk_costs_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = claimed(folder)
-    keeper.unit_done(lambda: state(1))
+    store = claimed(folder)
+    store.save_after_unit(lambda: state(1))
     monkeypatch.setattr("trainables.storage.atomic_files.sync", full_disk)
-    keeper.unit_done(lambda: state(2))
-    assert keeper.problems == [
+    store.save_after_unit(lambda: state(2))
+    assert store.problems == [
         f"No checkpoint could be written to {folder / 'unit-000002'}: [Errno 28] No space left on device"
     ]
     assert names(folder) == ["unit-000001"]
@@ -206,9 +202,8 @@ def full_disk(path: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from tests.trainables.storage.test_checkpoint_store import Keeper, state
-keeper = Keeper(Path(sys.argv[1])); keeper.claim()
-for unit in (1, 2, 3): keeper._cost = 0; keeper.unit_done(lambda: state(unit))
+from tests.support.checkpoints import write_three_units
+write_three_units(Path(sys.argv[1]))
 """
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._soak_plain import FINAL, METRICS
-from benchmarks._soak_run import Outcome
+from benchmarks.support.soak_plain import FINAL, METRICS
+from benchmarks.support.soak_run import Outcome
 
 Point = tuple[str, str, int]
 """(trial, metric, step)."""

@@ -1,6 +1,6 @@
 """One driver of a soak, `luthier run` or plain Ray Tune, which writes down how long its callbacks hold up Tune's loop.
 
-    python -m benchmarks._soak_driver luthier|plain FOLDER
+    python -m benchmarks.support.soak_driver luthier|plain FOLDER
 
 While a callback of the record or of the tracker runs, no trial of the study gets its next unit. `FOLDER/stalls` gets a
 line, in seconds, whenever one took longer than all before it.
@@ -56,16 +56,16 @@ def luthier(folder: Path, watch: Stopwatch) -> None:
     from orchestrator.record.journal import Journal
     from orchestrator.running.journal_callback import RecordCallback
 
-    watch.on(RecordCallback, *HOOKS, "on_checkpoint")
+    watch.on(RecordCallback, *HOOKS)
     watch.on(Journal, "append")
     app(["run", str(folder / "study.yaml"), "--no-progress"])
 
 
 def plain(folder: Path, watch: Stopwatch) -> None:
-    """The study of `benchmarks._soak_plain`."""
+    """The study of `benchmarks.support.soak_plain`."""
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    from benchmarks._soak_plain import run
+    from benchmarks.support.soak_plain import run
 
     watch.on(MLflowLoggerCallback, "setup", "log_trial_start", "log_trial_result", "log_trial_end")
     sys.exit(run(folder))

@@ -11,8 +11,9 @@ import yaml
 from orchestrator.errors import Problem, StudyError, dotted, redact
 from orchestrator.ingest.digits import OOD_DOMAINS
 from orchestrator.search.sampling import SAMPLERS
+from orchestrator.study_file.load import load_study
 from orchestrator.study_file.rules import DIGITS_DOMAINS
-from orchestrator.study_file.spec import SearchSpec, StudySpec, load_study
+from orchestrator.study_file.schema import SearchSpec, StudySpec
 from trainables import strategies
 
 FIELDS: dict[str, Any] = {
@@ -114,7 +115,7 @@ class TestAccepted:
         choices = SearchSpec.model_json_schema()["properties"]["sampler"]["enum"]
         assert set(choices) == set(SAMPLERS) - {"nsga2"}
 
-    @pytest.mark.parametrize("gpus", ["auto", 0, 0.25, 1, 2])
+    @pytest.mark.parametrize("gpus", ["auto", 0, 0.25, 1])
     def test_gpus(self, gpus: Any) -> None:
         assert study(resources={"gpus": gpus}).resources.gpus == gpus
 
@@ -142,12 +143,12 @@ class TestAllAtOnce:
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
-                "  line 2, data.id: must be a list, but got the text 'photo'. Write [photo].",
+                "  line 2, data.id: must be a list, but got the string 'photo'. Write [photo].",
                 f"  line 2, data.rot: unknown key. Did you mean 'root'? Known here: {keys}.",
-                "  line 3, model.pretrained: must be true or false, but got the text 'no'. YAML 1.2 has no other words "
-                "for them, and they take no quotes.",
+                "  line 3, model.pretrained: must be a boolean, but got the string 'no'. Write true or false without "
+                "quotes: YAML 1.2 has no other booleans.",
                 f"  line 4, strategies[0]: a strategy is one of {KNOWN}, but got 'ful'. Did you mean 'full'?",
-                "  line 6, search.trials: must be a whole number, but got the text '60'. Remove the quotes.",
+                "  line 6, search.trials: must be an integer, but got the string '60'. Remove the quotes.",
                 "  line 7, search.seed: must be at least 0, but got -1.",
             ]
         )
@@ -174,26 +175,26 @@ class TestRefused:
                 "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
                 "search, confirm, diagnostics, resources, failures, tracking, storage.",
             ),
-            ({"search": {"trials": 2.5}}, "search.trials: must be a whole number, but got the number 2.5."),
-            ({"search": {"trials": True}}, "search.trials: must be a whole number, but got true."),
+            ({"search": {"trials": 2.5}}, "search.trials: must be an integer, but got the number 2.5."),
+            ({"search": {"trials": True}}, "search.trials: must be an integer, but got true."),
             (
                 {"search": {"reduction": "1e1"}},
-                "search.reduction: must be a number, but got the text '1e1'. Remove the quotes. (YAML 1.1 readers take "
-                "1e-3 for a text even without quotes: write 1.0e-3 there.)",
+                "search.reduction: must be a number, but got the string '1e1'. Remove the quotes. (YAML 1.1 parsers "
+                "read 1e-3 as a string even without quotes: write 1.0e-3 there.)",
             ),
             (
                 {"search": {"reduction": float("nan")}},
                 "search.reduction: must be a finite number, but got the number nan.",
             ),
             ({"search": {"reduction": 1}}, "search.reduction: must be greater than 1, but got 1."),
-            ({"search": {"trials": None}}, "search.trials: must be a whole number, but got nothing."),
+            ({"search": {"trials": None}}, "search.trials: must be an integer, but got null."),
             (
                 {"model": "resnet18"},
-                "model: must be a mapping of keys to values, but got the text 'resnet18'. Write {name: resnet18}.",
+                "model: must be a mapping of keys to values, but got the string 'resnet18'. Write {name: resnet18}.",
             ),
             (
                 {"search": {"epochs": 1e1}},
-                "search.epochs: must be a whole number, but got the number 10.0. Write 10.",
+                "search.epochs: must be an integer, but got the number 10.0. Write 10.",
             ),
             (
                 {"data": {"ood": []}, "search": {"objective": "val_domain:art"}},
@@ -203,7 +204,7 @@ class TestRefused:
             ({"search": []}, "search: must be a mapping of keys to values, but got the list []."),
             (
                 {"search": {"sampler": "TPE"}},
-                "search.sampler: must be one of tpe, gp, random, paper, but got the text 'TPE'. Did you mean 'tpe'?",
+                "search.sampler: must be one of tpe, gp, random, paper, but got the string 'TPE'. Did you mean 'tpe'?",
             ),
             (
                 {"search": {"grace": 21}},
@@ -211,8 +212,8 @@ class TestRefused:
             ),
             (
                 {"search": {"objective": "oracle"}},
-                "search.objective: oracle chooses on test data and is only reported as an upper bound. Use id_val, "
-                "leave_one_domain_out, or val_domain:<name> with a domain that you give up as a test.",
+                "search.objective: oracle selects on test data and is only reported as an upper bound. Use id_val, "
+                "leave_one_domain_out, or val_domain:<name> with a domain that is then no longer a test.",
             ),
             (
                 {"search": {"objective": "id_vall"}},
@@ -236,7 +237,7 @@ class TestRefused:
                 "data.ood[0]: the domain 'photo' is both ID and OOD. Remove it from one of the two lists.",
             ),
             ({"data": {"id": ["photo", "photo"]}}, "data.id[1]: the domain 'photo' is listed twice."),
-            ({"data": {"id": [1]}}, "data.id[0]: must be a text, but got the number 1. Put quotes around it."),
+            ({"data": {"id": [1]}}, "data.id[0]: must be a string, but got the number 1. Put quotes around it."),
             ({"data": {"root": None}}, "data.root: the source 'folder' needs a root: the path of your images."),
             (
                 {"data": {"source": "digits", "id": [], "ood": []}},
@@ -270,9 +271,9 @@ class TestRefused:
                 "name: a study's name has 1 to 100 letters, digits, '.', '_' or '-' and starts with a "
                 "letter or digit, but got 'a/b'.",
             ),
-            ({"name": "data"}, "name: 'data' is kept for a folder beside the studies. Choose another name."),
+            ({"name": "data"}, "name: 'data' is reserved for a folder beside the studies. Choose another name."),
             ({"strategies": []}, "strategies: must list at least one, but got an empty list."),
-            ({"strategies": "full"}, "strategies: must be a list, but got the text 'full'. Write [full]."),
+            ({"strategies": "full"}, "strategies: must be a list, but got the string 'full'. Write [full]."),
             ({"strategies": [3]}, "strategies[0]: must be a mapping of keys to values, but got the number 3."),
             (
                 {"strategies": ["full", "full"]},
@@ -290,15 +291,15 @@ class TestRefused:
             ),
             (
                 {"strategies": [{"name": "daft", "preset": "paper", "fixed": {"lr_head": 1.0}}]},
-                "strategies[0].fixed.lr_head: the preset 'paper' sweeps lr_head, so that it cannot be fixed. Remove "
+                "strategies[0].fixed.lr_head: the preset 'paper' sweeps lr_head, so it cannot be fixed. Remove "
                 "one "
                 "of the two.",
             ),
             (
                 {"strategies": [{"name": "full", "fixed": {"lr_backbone": "1e-3"}}]},
-                "strategies[0].fixed.lr_backbone: must be a number, but got the text '1e-3'. Remove the quotes. "
+                "strategies[0].fixed.lr_backbone: must be a number, but got the string '1e-3'. Remove the quotes. "
                 "(YAML 1.1 "
-                "readers take 1e-3 for a text even without quotes: write 1.0e-3 there.)",
+                "parsers read 1e-3 as a string even without quotes: write 1.0e-3 there.)",
             ),
             (
                 {"strategies": [{"name": "full", "fixed": {"lr_backbone": -1.0}}]},
@@ -306,16 +307,19 @@ class TestRefused:
             ),
             (
                 {"strategies": [{"name": "full", "fixed": {"optimizer": "adam"}}]},
-                "strategies[0].fixed.optimizer: must be one of sgd, adamw, but got the text 'adam'.",
+                "strategies[0].fixed.optimizer: must be one of sgd, adamw, but got the string 'adam'.",
             ),
             (
                 {"resources": {"gpus": "all"}},
-                "resources.gpus: must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got "
-                "'all'.",
+                "resources.gpus: must be auto, 0, 1, or a share of one GPU between 0 and 1, but got 'all'.",
             ),
-            (
-                {"resources": {"gpus": 1.5}},
-                "resources.gpus: must be auto, a whole number of GPUs, or a share of one between 0 and 1, but got 1.5.",
+            *(
+                (
+                    {"resources": {"gpus": gpus}},
+                    f"resources.gpus: must be auto, 0, 1, or a share of one GPU between 0 and 1, but got {gpus}. A "
+                    "trial trains on one GPU: write 1; resources.concurrent sets how many run at a time.",
+                )
+                for gpus in (1.5, 2)
             ),
             ({"resources": {"cpus": 0}}, "resources.cpus: must be greater than 0, but got 0."),
             (

@@ -9,8 +9,8 @@ import pytest
 
 from orchestrator.errors import PreflightError, StudyError
 from orchestrator.planning.preflight import preflight
-from orchestrator.study_file.spec import StudySpec
-from tests.orchestrator.planning.test_plan import write_images
+from orchestrator.study_file.schema import StudySpec
+from tests.support.images import write_plain_images
 from trainables import strategy_class
 
 
@@ -82,12 +82,12 @@ class TestDomains:
 
     def test_domains_that_the_source_marks_itself_count(self, refused: Any, tmp_path: Path) -> None:
         images = {f"{place}/{label}": 9 for place in ("train", "val", "test", "ood/sketch") for label in ("cat", "dog")}
-        data = {"root": str(write_images(tmp_path / "pets", images))}
+        data = {"root": str(write_plain_images(tmp_path / "pets", images))}
         assert refused(data=data, diagnostics={"plasticity_source": "sketch", "fsr": ["oracle"]}) == []
 
     def test_without_ood_domains(self, refused: Any, tmp_path: Path) -> None:
         images = {f"photo/{label}": 9 for label in ("cat", "dog")}
-        data = {"root": str(write_images(tmp_path / "pets", images)), "id": ["photo"]}
+        data = {"root": str(write_plain_images(tmp_path / "pets", images)), "id": ["photo"]}
         assert refused(data=data, diagnostics={"plasticity_source": "photo", "fsr": ["oracle"]}) == [
             "diagnostics.plasticity_source: plasticity_source is one of the OOD domains, but got 'photo' and the data "
             "have none. Leave it out for pairs of training images.",

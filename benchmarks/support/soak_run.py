@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks._soak_driver import STALLS
-from benchmarks._soak_faults import BEGUN, Schedule
-from benchmarks._soak_machines import ROOT, Machines, Tracker
+from benchmarks.support.soak_driver import STALLS
+from benchmarks.support.soak_faults import BEGUN, Schedule
+from benchmarks.support.soak_machines import ROOT, Machines, Tracker
 
 LOG = "faults"
 FAILURES = 4
@@ -108,7 +108,7 @@ class Soak:
 
     def _start(self) -> None:
         self.outcome.drivers += 1
-        command = [sys.executable, "-m", "benchmarks._soak_driver", self.side, str(self.folder)]
+        command = [sys.executable, "-m", "benchmarks.support.soak_driver", self.side, str(self.folder)]
         settings = {**os.environ, **self.machines.settings}
         with (self.folder / "driver.log").open("ab") as log:
             self._driver = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Laws and presets: what a range allows, what a sweep tries, and where their edges are."""
+"""Hyperparameters and presets: what a range allows, what a sweep tries, and where their edges are."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial
 
-from search_spaces import Law, Preset
+from search_spaces import Hyperparameter, Preset
 
 
 def test_a_default_outside_its_range_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"^A default must lie in its own range FloatDistribution\(.*\), but got 2\.0\.$"
     ):
-        Law(2.0, FloatDistribution(0.1, 1.0, log=True))
+        Hyperparameter(2.0, FloatDistribution(0.1, 1.0, log=True))
     with pytest.raises(ValueError, match=r"but got 'c'\.$"):
-        Law("c", CategoricalDistribution(("a", "b")))
+        Hyperparameter("c", CategoricalDistribution(("a", "b")))
     with pytest.raises(ValueError, match=r"but got None\.$"):
-        Law(None, FloatDistribution(0.1, 1.0))
+        Hyperparameter(None, FloatDistribution(0.1, 1.0))
 
 
 @pytest.mark.parametrize(
-    ("law", "value"),
+    ("hyperparameter", "value"),
     [
-        (Law(0.5, FloatDistribution(0.1, 1.0, log=True)), 0.3),
-        (Law(2, IntDistribution(1, 9)), 7),
-        (Law("a", CategoricalDistribution(("a", "b"))), "b"),
+        (Hyperparameter(0.5, FloatDistribution(0.1, 1.0, log=True)), 0.3),
+        (Hyperparameter(2, IntDistribution(1, 9)), 7),
+        (Hyperparameter("a", CategoricalDistribution(("a", "b"))), "b"),
     ],
 )
-def test_draw_takes_the_value_from_the_trial(law: Law, value: object) -> None:
+def test_suggest_takes_the_value_from_the_trial(hyperparameter: Hyperparameter, value: object) -> None:
     trial = FixedTrial({"x": value})
-    assert law.draw(trial, "x") == value
-    assert trial.distributions == {"x": law.distribution}
+    assert hyperparameter.suggest(trial, "x") == value
+    assert trial.distributions == {"x": hyperparameter.distribution}
 
 
 @pytest.mark.parametrize(
@@ -51,24 +51,24 @@ def test_draw_takes_the_value_from_the_trial(law: Law, value: object) -> None:
     ],
 )
 def test_the_edge_of_a_log_range_is_five_percent_of_its_decades(value: float, side: str | None) -> None:
-    assert Law(1e-3, FloatDistribution(1e-4, 0.1, log=True)).edge(value) == side
+    assert Hyperparameter(1e-3, FloatDistribution(1e-4, 0.1, log=True)).edge(value) == side
 
 
 def test_the_edge_of_a_linear_range_is_five_percent_of_its_length() -> None:
-    law = Law(50.0, FloatDistribution(0.0, 100.0))
-    assert [law.edge(v) for v in (4.9, 5.1, 94.9, 95.1)] == ["lower", None, None, "upper"]
+    hyperparameter = Hyperparameter(50.0, FloatDistribution(0.0, 100.0))
+    assert [hyperparameter.edge(v) for v in (4.9, 5.1, 94.9, 95.1)] == ["lower", None, None, "upper"]
 
 
 def test_choices_and_tied_rates_have_no_edge() -> None:
-    assert Law("a", CategoricalDistribution(("a", "b"))).edge("a") is None
-    assert Law(1e-3, FloatDistribution(1e-4, 0.1, log=True)).edge(None) is None
-    assert Law(1.0, FloatDistribution(1.0, 1.0)).edge(1.0) is None
+    assert Hyperparameter("a", CategoricalDistribution(("a", "b"))).edge("a") is None
+    assert Hyperparameter(1e-3, FloatDistribution(1e-4, 0.1, log=True)).edge(None) is None
+    assert Hyperparameter(1.0, FloatDistribution(1.0, 1.0)).edge(1.0) is None
 
 
 def test_the_discrete_ends_of_a_range() -> None:
-    assert Law("a", CategoricalDistribution(("a", "b"))).discrete_ends() == ("a", "b")
-    assert Law(2, IntDistribution(1, 9)).discrete_ends() == (1, 9)
-    assert Law(1.0, FloatDistribution(0.0, 2.0)).discrete_ends() == ()
+    assert Hyperparameter("a", CategoricalDistribution(("a", "b"))).discrete_ends() == ("a", "b")
+    assert Hyperparameter(2, IntDistribution(1, 9)).discrete_ends() == (1, 9)
+    assert Hyperparameter(1.0, FloatDistribution(0.0, 2.0)).discrete_ends() == ()
 
 
 def test_a_preset_counts_and_lists_its_points_in_order() -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.study_file.portable import absolute_paths, cautions, resolved_study
-from orchestrator.study_file.spec import load_study
+from orchestrator.study_file.load import absolute_paths, load_study, resolved_study
 
 
 def test_relative_paths_are_taken_from_the_studys_folder() -> None:
@@ -40,17 +39,6 @@ def test_absolute_paths_and_urls_stay() -> None:
         "data": {"root": "/data"},
         "storage": "/home/ann/studies",
     }
-
-
-def test_cautions() -> None:
-    study = {"storage": "/home/ann/studies", "tracking": {"uri": "http://127.0.0.1:5000"}}
-    assert cautions(study, "http://127.0.0.1:8265") == []
-    assert cautions(study, "http://10.0.0.7:8265") == [
-        "the token travels to 10.0.0.7:8265 unencrypted; use an SSH tunnel or https.",
-        "tracking.uri http://127.0.0.1:5000 means the cluster's head node there, not this machine.",
-        "storage /home/ann/studies must be one folder shared by all machines of the cluster.",
-    ]
-    assert cautions({"storage": "s3://bucket"}, "https://ray.example.org") == []
 
 
 def test_a_submitted_copy_says_the_same_as_the_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from orchestrator.cluster.driver_process import environment, free_port
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Machines:

@@ -1,26 +1,25 @@
-"""Study files as plain data, with the line of every value.
+"""YAML text of study files: strict reading with the line of every value, and writing.
 
-Built on libyaml's event parser instead of PyYAML's constructors, because a study must be read as meant or refused:
-numbers and booleans follow YAML 1.2 (`1e-3` is a number, `no` is a text, `1:30` is a text), a repeated key is an error
-and not the last one wins, aliases cannot grow into a bomb, and a tag can never name a Python object.
+Built on libyaml's event parser instead of PyYAML's constructors, so that a study is read as meant or refused:
+numbers and booleans follow YAML 1.2 (`1e-3` is a number, `no` and `1:30` are strings), duplicate keys are errors
+(PyYAML keeps the last one), alias expansion is bounded, and tags, which could name Python objects, are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orchestrator.errors import Path as KeyPath
-from orchestrator.errors import Problem, StudyError
+from orchestrator.errors import KeyPath, Problem, StudyError
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 20_000
-"""Values of one file, where every use of an alias counts in full."""
+"""Values of one file, with aliases expanded."""
 MAX_DEPTH = 20
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -31,20 +30,20 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 
-# PyYAML without libyaml has the same events, only slower.
+# PyYAML without libyaml yields the same events, only slower.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass
 class Document:
-    """A file's data and where each value stands."""
+    """A file's data with line numbers."""
 
     data: dict[str, Any]
     lines: dict[KeyPath, int] = field(default_factory=dict)
     """Line (from 1) of the key or list item at each path."""
 
     def line(self, path: KeyPath) -> int | None:
-        """Line of a path, or of its nearest ancestor that stands in the file (a missing key has no line)."""
+        """Line of a path, or of its nearest ancestor in the file (a missing key has no line)."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
@@ -55,8 +54,8 @@ def read_yaml(path: str | Path) -> Document:
     """Read one study file.
 
     Raises:
-        StudyError: the file is missing, too large, not UTF-8, not one YAML mapping with text keys, or holds what is
-            refused here: tags, repeated keys, numbers with leading zeros, endless aliases.
+        StudyError: the file is missing, too large, not UTF-8, not one YAML mapping with string keys, or contains tags,
+            duplicate keys, integers with leading zeros, or too many expanded aliases.
     """
     file = Path(path)
     try:
@@ -79,7 +78,14 @@ def read_yaml(path: str | Path) -> Document:
 
 
 def parse_yaml(text: str, source: str = "The study") -> Document:
-    """Parse the text of a study file (errors: see `read_yaml`, less those of the file itself)."""
+    r"""Parse the text of a study file (errors: see `read_yaml`).
+
+    >>> document = parse_yaml("name: pets\nsearch: {trials: 60}\n")
+    >>> document.data
+    {'name': 'pets', 'search': {'trials': 60}}
+    >>> document.line(("search", "trials"))
+    2
+    """
     reader = _Reader(text)
     try:
         data = reader.document()
@@ -87,25 +93,28 @@ def parse_yaml(text: str, source: str = "The study") -> Document:
         raise StudyError([Problem((), refused.message, refused.line)], source) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = f"this is not YAML: {error.problem or error.context}. Check indentation, colons and brackets near here."
-        raise StudyError([Problem((), what, mark.line + 1 if mark else None)], source) from None
+        line = mark.line + 1 if mark else None
+        rule = f"this is not YAML: {error.problem or error.context}. Check indentation, colons and brackets near here."
+        raise StudyError([Problem((), rule, line)], source) from None
     except yaml.YAMLError as error:
         raise StudyError([Problem((), f"this is not YAML: {error}.")], source) from None
     if reader.problems:
         raise StudyError(reader.problems, source)
     if not isinstance(data, dict):
-        got = "is empty" if data is None else f"holds {data!r:.40}"
-        raise StudyError(
-            [Problem((), f"a study file is a mapping that starts with `name: …`, but this one {got}.", 1)], source
-        )
+        content = "is empty" if data is None else f"contains {data!r:.40}"
+        rule = f"a study file is a mapping that starts with `name: …`, but this one {content}."
+        raise StudyError([Problem((), rule, 1)], source)
     return Document(data, reader.lines)
 
 
 def scalar(value: str) -> Any:
-    """What an unquoted YAML word means: None, bool, int, float or text, by the core schema of YAML 1.2.
+    """Value of an unquoted YAML scalar by the core schema of YAML 1.2: None, bool, int, float or str.
 
     Raises:
-        ValueError: a whole number with leading zeros, which means another number in YAML 1.1.
+        ValueError: an integer with leading zeros, which is octal in YAML 1.1.
+
+    >>> scalar("1e-3"), scalar("no"), scalar("null"), scalar("true")
+    (0.001, 'no', None, True)
     """
     if value in _NULLS:
         return None
@@ -113,8 +122,8 @@ def scalar(value: str) -> Any:
         return _BOOLEANS[value]
     if _LEADING_ZERO.fullmatch(value):
         raise ValueError(
-            f"a whole number has no leading zero, but got {value} (octal in YAML 1.1, decimal in YAML 1.2). "
-            f"Write {int(value)} for the number or '{value}' for the text."
+            f"an integer has no leading zero, but got {value} (octal in YAML 1.1, decimal in YAML 1.2). "
+            f"Write {int(value)} for the number or '{value}' for the string."
         )
     if _INTEGER.fullmatch(value):
         return int(value)
@@ -127,12 +136,13 @@ def scalar(value: str) -> Any:
 
 class _RefusedError(Exception):
     def __init__(self, message: str, line: int) -> None:
-        self.message, self.line = message, line
+        self.message = message
+        self.line = line
         super().__init__(message)
 
 
 class _Reader:
-    """One pass over the events of one document."""
+    """Builds the data of one document in one pass over its events."""
 
     def __init__(self, text: str) -> None:
         self.lines: dict[KeyPath, int] = {}
@@ -200,7 +210,7 @@ class _Reader:
                 )
             key = self._value(event, path)
             if not isinstance(key, str):
-                raise _RefusedError(f"a key is a text, but got {key!r}. Quote it if it is meant.", _line(event))
+                raise _RefusedError(f"a key is a string, but got {key!r}. Quote it if that is meant.", _line(event))
             if key == "<<":
                 raise _RefusedError("merge keys (<<) are not allowed in a study. Write the keys out.", _line(event))
             here = (*path, key)
@@ -238,3 +248,30 @@ def _line(event: Any) -> int:
 
 def _error(file: Path, message: str, line: int | None = None) -> StudyError:
     return StudyError([Problem((), message, line)], str(file), "cannot be read")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings that YAML 1.2 would read as other values (`1e3`, `012`), which PyYAML leaves plain."""
+
+
+def _represent_string(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    try:
+        is_plain = scalar(value) == value
+    except ValueError:
+        is_plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if is_plain else '"')
+
+
+_Dumper.add_representer(str, _represent_string)
+
+
+def write_yaml(fields: Mapping[str, Any]) -> str:
+    """The text of a study file; `parse_yaml` returns the same fields.
+
+    >>> print(write_yaml({"name": "1e3", "search": {"seed": 3}}), end="")
+    name: "1e3"
+    search:
+      seed: 3
+    """
+    text: str = yaml.dump(dict(fields), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text

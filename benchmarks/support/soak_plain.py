@@ -29,22 +29,22 @@ def train(config: dict[str, Any]) -> None:
     import torch
     from ray import tune
 
-    from trainables.specs.fault_injection import located, reach
+    from trainables.specs.fault_injection import fault_context, fault_point
 
     torch.set_num_threads(1)
     study = Study(config)
     first = study.restore(tune.get_checkpoint())
     for epoch in range(first, config["units"] + 1):
-        with located(trial=config["number"], unit=epoch):
-            reach("before_unit")
+        with fault_context(trial=config["number"], unit=epoch):
+            fault_point("before_unit")
             loss = study.epoch(epoch)
             metrics = {"val/acc": study.accuracy(), "train/loss": loss, "epoch": epoch}
-            reach("before_checkpoint")
+            fault_point("before_checkpoint")
             with tempfile.TemporaryDirectory() as folder:
                 study.save(Path(folder), epoch)
-                reach("in_checkpoint")
+                fault_point("in_checkpoint")
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
-            reach("after_checkpoint")
+            fault_point("after_checkpoint")
 
 
 class Study:
@@ -72,7 +72,7 @@ class Study:
         import torch
         from torch.nn import functional
 
-        from trainables.specs.fault_injection import reach
+        from trainables.specs.fault_injection import fault_point
 
         generator = torch.Generator().manual_seed(number)
         self.model.train()
@@ -81,7 +81,7 @@ class Study:
             chosen = torch.randint(len(self.labels["train"]), (batch,), generator=generator)
             logits = self.model(self.transform(self.images["train"][chosen]))
             loss = functional.cross_entropy(logits, self.labels["train"][chosen])
-            reach("step", step=step)
+            fault_point("step", step=step)
             self.optimizer.zero_grad()
             torch.autograd.backward(loss)
             self.optimizer.step()

@@ -1,7 +1,7 @@
 """A tiny study whose driver is killed (SIGKILL) at given moments and started again until the study is done, and what of
 a study must not depend on that. Used by `benchmarks.kills` and by the tests.
 
-    python -m benchmarks._killing study.yaml     one driver, on a cluster of its own without a dashboard
+    python -m benchmarks.support.killed_study study.yaml     one driver, on a cluster of its own without a dashboard
 """
 
 from __future__ import annotations
@@ -19,26 +19,19 @@ from typing import Any
 
 import optuna
 import yaml
-from PIL import Image
 
+from benchmarks.support.synthetic import write_images, write_network
 from orchestrator import Study
 from orchestrator.record.journal import Journal, fold
-from tests.synthetic import CLASSES, shapes, write_network
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = ("status.attempts", "status.node", "tune_trial_id", "luthier.study_uid", "luthier.trial_uid")
 """Tags of MLflow runs that name a run or an attempt."""
 
 
 def write_material(folder: Path) -> Path:
     """Images and a pretrained network, for any number of studies; returns `folder`."""
-    memory = shapes()
-    for split in memory.splits:
-        rows = zip(memory.images(split), memory.labels(split), memory.domain_ids(split), strict=True)
-        for number, (pixels, label, domain) in enumerate(rows):
-            place = folder / "images" / memory.domains[domain] / CLASSES[label]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(place / f"{split.replace('/', '-')}-{number}.png")
+    write_images(folder / "images")
     write_network("cnn", folder / "network")
     return folder
 
@@ -67,7 +60,7 @@ def start(file: Path, **environment: str) -> subprocess.Popen[bytes]:
     """A driver in a session of its own; its output goes to `driver.log` beside the study file."""
     with (file.parent / "driver.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks._killing", str(file)], cwd=ROOT, stdout=log, stderr=log,
+            [sys.executable, "-m", "benchmarks.support.killed_study", str(file)], cwd=ROOT, stdout=log, stderr=log,
             env={**os.environ, **environment}, start_new_session=True,
         )  # fmt: skip
 
@@ -86,8 +79,8 @@ def run_killed(file: Path, moments: Sequence[tuple[int, float]], patience: float
     hits = 0
     for events, seconds in [*moments, (10**9, 0.0)]:
         driver = start(file)
-        before = _size(file)
-        if _wait(driver, lambda events=events, before=before: _size(file) - before >= events, patience):
+        before = count_events(file)
+        if _wait(driver, lambda events=events, before=before: count_events(file) - before >= events, patience):
             threading.Event().wait(seconds)
             if driver.poll() is None:
                 driver.send_signal(signal.SIGKILL)
@@ -100,7 +93,7 @@ def run_killed(file: Path, moments: Sequence[tuple[int, float]], patience: float
     raise RuntimeError("The study did not end.")
 
 
-def _size(file: Path) -> int:
+def count_events(file: Path) -> int:
     journal = Study.from_yaml(file).folder / "journal.jsonl"
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
@@ -118,7 +111,7 @@ def _wait(driver: subprocess.Popen[bytes], reached: Any, patience: float) -> boo
 
 
 @dataclass(frozen=True)
-class Told:
+class StudyContents:
     """What a study says of itself in the end, without times, costs and names of attempts."""
 
     table: str
@@ -126,12 +119,12 @@ class Told:
     search: list[tuple[Any, ...]]
     runs: list[dict[str, Any]]
 
-    def differences(self, other: Told) -> list[str]:
+    def differences(self, other: StudyContents) -> list[str]:
         """Names of the parts that are not equal."""
         return [part.name for part in dataclasses.fields(self) if getattr(self, part.name) != getattr(other, part.name)]
 
 
-def told_by(file: Path) -> Told:
+def read_contents(file: Path) -> StudyContents:
     """Read it all: leaderboard, journal, Optuna, MLflow."""
     study = Study.from_yaml(file)
     table = study.results().leaderboard()
@@ -151,7 +144,7 @@ def told_by(file: Path) -> Told:
         for t in optuna.load_study(study_name=name, storage=url).get_trials()
         if "interrupted" not in t.user_attrs
     ]
-    return Told(shown, trials, known, _runs(study))
+    return StudyContents(shown, trials, known, _runs(study))
 
 
 def _runs(study: Study) -> list[dict[str, Any]]:

@@ -1,0 +1,52 @@
+"""Luthier's public Python interface: studies, their results, and the base class of strategies.
+
+>>> from luthier import Study
+>>> study = Study(
+...     name="digits",
+...     data={"source": "digits"},
+...     model={"name": "digits_cnn"},
+...     strategies=["linear_probe", "full"],
+...     search={"trials": 12, "epochs": 4},
+... )
+>>> study.spec.search.trials
+12
+
+`study.plan()` shows what a run would do, `study.run()` runs it and returns its `Results`, and `study.results()` reads
+them again later. Names are imported on first use, so that `import luthier` takes neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.results.study_results import Results
+    from orchestrator.study import Study
+    from trainables.engine.contract import Strategy
+
+    __version__: str
+
+__all__ = ["Results", "Strategy", "Study", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("luthier")
+    if name == "Results":
+        from orchestrator.results.study_results import Results
+
+        return Results
+    if name == "Strategy":
+        from trainables.engine.contract import Strategy
+
+        return Strategy
+    if name == "Study":
+        from orchestrator.study import Study
+
+        return Study
+    raise AttributeError(f"module 'luthier' has no attribute {name!r}. It has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

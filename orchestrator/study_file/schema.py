@@ -1,0 +1,288 @@
+"""The study file as strict models: every key with its type, bounds, default and meaning.
+
+The strings under the fields are the reference: `docs/study.md` and the comments of `luthier init` are made from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.errors import Problem, StudyError
+from orchestrator.study_file import rules
+from orchestrator.study_file.entries import entry_problems
+from orchestrator.study_file.explain import explain
+
+
+class Section(BaseModel):
+    """A part of a study file: unknown keys and values of another type are errors, never converted."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataSpec(Section):
+    """Which images, which domains are in distribution (ID) and which are not (OOD), and how they are split."""
+
+    source: Literal["folder", "parquet", "npz", "digits"] = "folder"
+    """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`), Parquet files,
+    a MedMNIST-style `.npz`; `digits` is built in and needs no root."""
+    root: str | None = None
+    """Folder or file with the images. A relative path counts from the study file's folder."""
+    id: list[str] = []
+    """Domains to train, validate and test on. Empty = all domains that are not in `ood`."""
+    ood: list[str] = []
+    """Domains that are only tested on: never trained on, never used to choose anything. Empty = those that the source
+    itself marks as OOD (`root/ood/<domain>/<class>/*`; of `digits` all but the handwritten ones)."""
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    """Side of the square images that the network sees, in pixels. null = the size that the model was pretrained at."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the ID images for validation, per class. A source's own validation split is used instead."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the ID images for the ID test, per class. A source's own test split is used instead."""
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training images that is used, per class, for studies of scarce data. A smaller share is contained
+    in a larger one."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the splits."""
+    on_bad: Literal["quarantine", "fail"] = "quarantine"
+    """Unreadable or dangerous images: quarantine leaves them out and lists them; fail refuses the data."""
+    on_leak: Literal["report", "fail"] = "report"
+    """Leakage: the same image, pixel for pixel, in more than one of training, validation and what is measured (test and
+    OOD). report warns and names the images; fail refuses the data."""
+    label: str | None = None
+    """Column of Parquet files that holds the classes. null = the first of `label`, `labels`, `class`, `target`,
+    `category`, `fine_label`, `coarse_label`."""
+    augment: list[str] = []
+    """Training augmentations: any of `flip`, `crop`."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules.raise_if_any(
+            *rules.source_problems(self.source, self.root, self.label, self.id, self.ood),
+            *rules.domain_list_problems(self.id, self.ood),
+            *rules.split_problems(self.val_fraction, self.test_fraction),
+        )
+        return self
+
+
+class ModelSection(Section):
+    """The pretrained network to start from."""
+
+    name: str = Field(min_length=1)
+    """A timm name (`resnet18`, `vit_base_patch16_224.augreg_in21k`), `hf-hub:…`, `local-dir:…`, or one of the built-in
+    `digits_vit` and `digits_cnn`."""
+    pretrained: bool = True
+    """false = random weights. Never a fallback: weights that cannot be loaded are an error."""
+    weights: str | None = None
+    """Local weight file (`.safetensors`, `.pth`, `.bin`) or folder in timm's `local-dir` layout. null = timm's own
+    weights of that name."""
+
+
+class StrategyEntry(Section):
+    """One competing way of fine-tuning. A name alone, such as `daft`, is short for `{name: daft}`."""
+
+    name: str
+    """The strategy: see the table in the README."""
+    label: str
+    """Name of this entry in tables, unique within the study. Default: the strategy's name. Needed where two entries use
+    the same strategy."""
+    preset: str | None = None
+    """Run this published sweep of the strategy, such as `paper`, instead of a search."""
+    fixed: dict[str, Any] = {}
+    """Hyperparameters that are not searched but fixed at these values."""
+
+
+class SearchSpec(Section):
+    """How many trials, how long, and how configurations are proposed."""
+
+    trials: Annotated[int, Field(ge=1)] = 40
+    """Trials of the search over all strategies together. The default point of every strategy is tried first."""
+    epochs: Annotated[int, Field(ge=1)] = 20
+    """Budget of one trial, in units: epochs, or stretches of `steps_per_unit` optimiser steps."""
+    steps_per_unit: Annotated[int, Field(ge=1)] | None = None
+    """Optimiser steps of one unit, where an epoch is long. null = one epoch."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Images per optimiser step."""
+    sampler: Literal["tpe", "gp", "random", "paper"] = "tpe"
+    """How configurations are proposed: Optuna's TPE or Gaussian process, random sampling, or the papers' own sweeps."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha stops trials early at the rungs `grace · reduction^k`; none runs every trial to its end."""
+    grace: Annotated[int, Field(ge=1)] = 1
+    """Units before asha may stop a trial."""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """ASHA's reduction factor η: about one in η trials is promoted at each rung."""
+    objective: Annotated[str, BeforeValidator(rules.check_objective)] = "id_val"
+    """How the winner is chosen: `id_val` (accuracy on ID validation), `leave_one_domain_out` (needs two or more ID
+    domains), or `val_domain:<name>` (accuracy on one OOD domain, which is then validation data, not a test). Within a
+    trial, the best epoch and the interpolation weights λ and α are chosen on ID validation under all three."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the sampler, and of initialisation and batches of every trial."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules.raise_if_any(*rules.grace_problems(self.grace, self.epochs))
+        return self
+
+    @property
+    def validation_domain(self) -> str | None:
+        """The domain of `val_domain:<name>`, or None under the other objectives."""
+        if not self.objective.startswith(rules.VAL_DOMAIN):
+            return None
+        return self.objective.removeprefix(rules.VAL_DOMAIN)
+
+
+class ConfirmSpec(Section):
+    """The best configurations again on fresh seeds, for the intervals of the leaderboard."""
+
+    top_k: Annotated[int, Field(ge=0)] = 3
+    """How many configurations to confirm: the best of each strategy first, then the runners-up. 0 = none."""
+    seeds: Annotated[int, Field(ge=0)] = 3
+    """Fresh seeds per configuration. 0 = none."""
+
+
+class DiagnosticsSpec(Section):
+    """What is measured beside accuracy: of each trial, of the pretrained network, and by reference trials."""
+
+    measure: list[Literal["shift", "distortion", "cka", "plasticity", "gradients"]] = ["shift", "distortion", "cka"]
+    """Of each trial: `shift` of the norm layers' γ and β, `distortion` of features and change of parameters, `cka` per
+    block, `plasticity` after tuning, `gradients`: gradient norms per kind of layer."""
+    plasticity: bool = True
+    """Measure the plasticity of the pretrained network's components at the start of the study (transformers only)."""
+    plasticity_probe: Literal["embedding", "in_situ"] = "embedding"
+    """Input of a component when its plasticity is measured. embedding: the token embeddings, as Odonnat et al. (2026);
+    in_situ: its actual input in the network."""
+    plasticity_source: str | None = None
+    """Domain of images like those of the pretraining, for one half of each pair. null = pairs of training images."""
+    plasticity_pairs: Annotated[int, Field(ge=2)] = 256
+    """Pairs of images that plasticity is averaged over."""
+    fsr: list[Literal["full", "extrapolated", "oracle"]] = []
+    """References for the fine-tuning shift ratio (FSR); each costs extra trials of LayerNorm tuning: `full`
+    (all training images, where `data.train_fraction` is below 1), `extrapolated` (from nested shares of the training
+    images), `oracle` (labelled images of each OOD domain: analysis only)."""
+    fsr_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = [0.25, 0.5]
+    """Shares of the training images for the extrapolation, beside the whole."""
+    fsr_seeds: Annotated[int, Field(ge=1)] = 3
+    """Seeds per reference."""
+    fsr_from: Annotated[str, Field(min_length=1)] | None = None
+    """Name of a study in the same storage, on the same network and training sample, whose FSR gives an early trial of
+    each LayerNorm entry its λ ≈ 1/FSR. null = this study's own FSR, where it was measured before (`luthier fsr`)."""
+
+
+class ResourcesSpec(Section):
+    """Resources of one trial, and the number of concurrent trials."""
+
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPU cores of one trial."""
+    gpus: Annotated[float | Literal["auto"], BeforeValidator(rules.check_gpus)] = "auto"
+    """GPUs of one trial: 1, 0, or a share such as 0.25 where several trials fit on one GPU. auto = one where the
+    cluster has any, else none."""
+    concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Concurrent trials. null = as many as fit. 1 makes the search itself reproducible."""
+
+
+class FailuresSpec(Section):
+    """Retries, detection of hung trials, and when a study is stopped."""
+
+    retries: Annotated[int, Field(ge=0)] = 2
+    """Retries per trial and run, each from the last checkpoint, after its process or machine died or it hung. A kill by
+    Ray's memory monitor costs no retry, once per unit: another trial may have used the memory. Errors of the trial
+    itself (see the table below) are not retried."""
+    stall_factor: Annotated[float, Field(gt=1)] | None = 3.0
+    """A unit slower than `stall_factor` × the trial's median for that kind of unit counts as hung
+    (docs/study.md has the details). Doubled at each such retry. null = hung trials are not detected."""
+    stall_floor: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that any unit may take, however fast the others were."""
+    stall_first: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that the first unit of a kind may take: the first unit, which loads the network, and the first that
+    includes an evaluation."""
+    stop_after: Annotated[int, Field(ge=1)] | None = 5
+    """Stop the study once this many trials of one run have failed for the same reason, if they are also at least
+    `stop_share` of the trials started. null = never."""
+    stop_share: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """See `stop_after`. The default does not stop a study of two strategies of which one always fails."""
+
+
+class TrackingSpec(Section):
+    """Where MLflow runs are recorded. The study's own journal is always kept in `storage`."""
+
+    uri: Annotated[str, BeforeValidator(rules.check_tracking_uri)] | None = None
+    """MLflow tracking URI, such as `http://mlflow:5000`. null = a SQLite file in `storage`."""
+    experiment: Annotated[str, Field(min_length=1)] | None = None
+    """MLflow experiment. null = the study's name."""
+
+
+class StudySpec(Section):
+    """A whole study file.
+
+    >>> spec = StudySpec.from_fields({
+    ...     "name": "digits",
+    ...     "data": {"source": "digits"},
+    ...     "model": {"name": "digits_cnn"},
+    ...     "strategies": ["linear_probe", {"name": "full", "fixed": {"lr_head": 10.0}}],
+    ... })
+    >>> spec.search.trials
+    40
+    >>> [(entry.label, entry.fixed) for entry in spec.strategies]
+    [('linear_probe', {}), ('full', {'lr_head': 10.0})]
+    """
+
+    name: Annotated[str, BeforeValidator(rules.check_name)]
+    """Name of the study's folder, its MLflow parent run and its jobs: letters, digits, `.`, `_`, `-`."""
+    data: DataSpec
+    model: ModelSection
+    strategies: Annotated[list[Annotated[StrategyEntry, BeforeValidator(rules.named_entry)]], Field(min_length=1)]
+    """Ways of fine-tuning that compete under one budget."""
+    search: SearchSpec = SearchSpec()
+    confirm: ConfirmSpec = ConfirmSpec()
+    diagnostics: DiagnosticsSpec = DiagnosticsSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    failures: FailuresSpec = FailuresSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    storage: Annotated[str, BeforeValidator(rules.check_storage)] = "studies"
+    """Folder of all studies: journals, results, the data store, the tracking database. Shared by all machines of a
+    cluster. A relative path counts from the study file's folder."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        data = self.data
+        diagnostics = self.diagnostics
+        rules.raise_if_any(
+            *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
+            *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
+        )
+        return self
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """A study from plain Python values; relative paths count from the working directory.
+
+        Raises:
+            StudyError: unknown keys, values of another type or out of range; all at once.
+        """
+        problems: list[Problem] = []
+        spec: Self | None = None
+        try:
+            spec = cls.model_validate(dict(fields))
+        except ValidationError as error:
+            problems = explain(error, cls)
+        problems += entry_problems(fields.get("strategies"))
+        if problems or spec is None:
+            raise StudyError(problems)
+        return spec
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow URI, with the default filled in."""
+        return self.tracking.uri or f"sqlite:///{Path(self.storage).absolute() / 'mlflow.db'}"
+
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment, with the default filled in."""
+        return self.tracking.experiment or self.name

@@ -1,0 +1,76 @@
+"""The public interface: its names, what they are, and that importing it is cheap."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import luthier
+from orchestrator.results.study_results import Results
+from orchestrator.study import Study
+from trainables.engine.contract import Strategy
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "ray", "mlflow", "optuna", "pandas", "numpy", "timm", "sklearn", "pyarrow", "pydantic")
+
+
+def test_the_names_are_those_of_the_packages_below() -> None:
+    assert luthier.__all__ == ["Results", "Strategy", "Study", "__version__"]
+    assert (luthier.Study, luthier.Results, luthier.Strategy) == (Study, Results, Strategy)
+    assert set(luthier.__all__) <= set(dir(luthier))
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert luthier.__version__ == version("luthier")
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_names() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'luthier' has no attribute 'study'\. It has Results, Strategy"):
+        luthier.study  # noqa: B018
+
+
+def test_importing_it_takes_no_heavy_library() -> None:
+    code = f"import luthier, sys; luthier.__version__; dir(luthier); print(set({HEAVY}) & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stdout == "set()\n"
+
+
+def test_from_luthier_import_study_takes_pydantic_alone() -> None:
+    code = f"from luthier import Study; import sys; print(set({HEAVY}) & sys.modules.keys())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stdout == "{'pydantic'}\n"  # which validates the fields
+
+
+def test_the_example_of_its_docstring() -> None:
+    failed, attempted = doctest.testmod(luthier)
+    assert attempted >= 2
+    assert failed == 0
+
+
+def test_no_package_imports_it() -> None:
+    """It stands above all others."""
+    importing = []
+    for package in ("orchestrator", "trainables", "search_spaces"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                if any(name.split(".")[0] == "luthier" for name in names):
+                    importing.append(file)
+    assert importing == []
+
+
+def test_the_command_as_a_module() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert ended.stdout == f"luthier {version('luthier')}\n"

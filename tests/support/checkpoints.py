@@ -1,0 +1,34 @@
+"""Checkpoints of trials that nobody trained, and a process that writes three of them.
+
+python -m tests.support.checkpoints FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainables.storage.checkpoint_format import RunState
+from trainables.storage.checkpoint_store import CheckpointStore
+
+
+def state(unit: int, step: int = 0, **meta: Any) -> RunState:
+    """A state of one tensor, whose thousand values are the unit's number."""
+    return RunState({"model/weight": torch.full((1000,), float(unit))}, {"unit": unit, "step": step, **meta})
+
+
+def write_three_units(folder: Path) -> None:
+    """Acquire the folder and save the states of units 1, 2 and 3, whatever the rate limit says."""
+    store = CheckpointStore(folder)
+    store.acquire()
+    for unit in (1, 2, 3):
+        store._cost = 0.0
+        store.save_after_unit(partial(state, unit))
+
+
+if __name__ == "__main__":
+    write_three_units(Path(sys.argv[1]))

@@ -1,0 +1,30 @@
+"""The examples in docstrings are run, and public modules have some."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+WITH_EXAMPLES = (
+    "luthier",
+    "orchestrator.commands.exit_status",
+    "orchestrator.commands.reference",
+    "orchestrator.errors",
+    "orchestrator.study",
+    "orchestrator.study_file.explain",
+    "orchestrator.study_file.schema",
+    "orchestrator.study_file.yaml_text",
+    "search_spaces",
+    "search_spaces._hyperparameter",
+)
+"""Modules whose docstrings hold at least one example."""
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_give_what_they_show(module: str) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, attempted = doctest.testmod(importlib.import_module(module), optionflags=flags)
+    assert attempted > 0
+    assert failed == 0
