@@ -65,6 +65,8 @@ class TrackingProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._mutex = threading.Lock()
         self._closing = threading.Event()
+        self._is_killed = False
+        """Whether the end of the study gave up waiting for the process."""
         self._supervisor = threading.Thread(target=self._supervise, name="luthier-tracking", daemon=True)
 
     @property
@@ -116,24 +118,27 @@ class TrackingProcess:
             except OSError as error:
                 self._report_end(f"cannot be started ({error})")
             else:
+                if process is None:
+                    return
                 last_line = self._read(process)
                 code = process.wait()
-                if code == 0 and self._closing.is_set():
+                if self._is_killed or (code == 0 and self._closing.is_set()):
                     return
                 self._report_end(f"has ended (exit code {code}{': ' if last_line else ''}{last_line})")
             if self._closing.wait(RESTART_S):
                 return
 
     def _report_end(self, reason: str) -> None:
-        if self._closing.is_set() and self.problem is not None:
-            return  # it was killed while the server failed, which is the better reason
         self.problem = f"the tracking process {reason}"
         if not self._closing.is_set():
             logger.warning("MLflow: %s. It is started again; the journal keeps what is missing.", self.problem)
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> subprocess.Popen[bytes] | None:
+        """Start the process, unless the study has ended meanwhile."""
         path = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self._mutex:
+            if self._is_killed:
+                return None
             process = subprocess.Popen(
                 # -P: the working directory is the user's, and its files must not shadow modules.
                 [sys.executable, "-P", "-m", self._module],
@@ -168,6 +173,7 @@ class TrackingProcess:
 
     def _kill(self) -> None:
         with self._mutex:
+            self._is_killed = True
             if self._process is not None:
                 self._process.kill()
 

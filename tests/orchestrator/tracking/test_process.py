@@ -58,7 +58,16 @@ def test_p12_a_study_that_ends_while_much_is_undelivered_ends_with_0(
         [sys.executable, "-c", ENDING, str(folder), str(seconds)], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+    assert "artifacts of this study (it is slow). Nothing is lost" in ended.stderr
     assert f"Deliver them later: luthier sync {folder}" in ended.stderr
+
+
+def test_p12_an_end_that_waits_for_nothing_leaves_no_process(journal: Journal) -> None:
+    write_study(journal)
+    for _ in range(20):
+        with tracking_process(journal.path, "http://127.0.0.1:9") as following:
+            assert following.close(0) == len(journal.events())
+        assert children() == []
 
 
 def test_what_remains_is_delivered_at_the_end(journal: Journal, database: Path) -> None:
