@@ -9,15 +9,27 @@ import pytest
 
 WITH_EXAMPLES = (
     "luthier",
+    "orchestrator.cluster.resources",
     "orchestrator.commands.exit_status",
+    "orchestrator.commands.metric_reference",
     "orchestrator.commands.reference",
     "orchestrator.errors",
+    "orchestrator.record.records",
+    "orchestrator.results.comparison",
+    "orchestrator.results.curve_plot",
+    "orchestrator.results.leaderboard",
+    "orchestrator.results.selection",
+    "orchestrator.results.study_results",
+    "orchestrator.search.sampling",
+    "orchestrator.search.space",
     "orchestrator.study",
     "orchestrator.study_file.explain",
     "orchestrator.study_file.schema",
     "orchestrator.study_file.yaml_text",
+    "orchestrator.wording",
     "search_spaces",
     "search_spaces._hyperparameter",
+    "trainables.specs.metrics",
 )
 """Modules whose docstrings hold at least one example."""
 

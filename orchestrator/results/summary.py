@@ -15,20 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.record.records import TrialRecord
-from orchestrator.results import selection
+from orchestrator.record.records import TrialRecord, metrics_of
 from orchestrator.results.curves import Curves, curve_texts, pictures
+from orchestrator.results.leaderboard import summary_names
 from orchestrator.results.study_results import Results
+from trainables.specs.metrics import BEST_EPOCH, REGRET, TRIALS, TaskMetrics
 
 Render = Callable[[], bytes]
 """Contents of an artifact; any exception: it cannot be rendered."""
 Page = Callable[[Mapping[str, Any], Sequence[TrialRecord], Mapping[str, Mapping[str, Any]]], str]
 """(header, records, measurements) → the report as HTML."""
 
-LEADERBOARD_METRICS = (
-    "val/acc", "test/acc", "ood/mean/acc", "ood/worst/acc", "calib/ece", "gain", "gain/ood",
-)  # fmt: skip
-"""Columns of the leaderboard's first row that become metrics of the study's run."""
 
 logger = logging.getLogger("luthier")
 
@@ -59,17 +56,21 @@ class Summarizer:
     all_pictures: bool = False
     """Draw the curves of every complete trial."""
 
-    def curves(self, curves: Curves, record: TrialRecord | None = None) -> dict[str, Render]:
+    def curves(self, header: Mapping[str, Any], curves: Curves, record: TrialRecord | None = None) -> dict[str, Render]:
         """Artifacts of the curves of one event: numbers as JSON, and pictures of a study's own curves."""
         files: dict[str, Render] = {name: text.encode for name, text in curve_texts(curves, record).items()}
         if record is None:
-            files |= _drawn(curves)
+            files |= _drawn(curves, None, _task_metrics(header))
         return files
 
-    def trial(self, record: TrialRecord) -> Summary:
+    def trial(self, header: Mapping[str, Any], record: TrialRecord) -> Summary:
         """Final contents of a trial's run that the trial did not report itself."""
+        task = _task_metrics(header)
         draw = record.state == "complete" and (self.all_pictures or record.role == "confirm")
-        return Summary(metrics=_best_of_history(record), files=_drawn(record.curves, record) if draw else {})
+        return Summary(
+            metrics=_best_of_history(record, task),
+            files=_drawn(record.curves, record, task) if draw else {},
+        )
 
     def study(
         self, header: Mapping[str, Any], records: Sequence[TrialRecord], measurements: Mapping[str, Mapping[str, Any]]
@@ -83,9 +84,13 @@ class Summarizer:
             records: the trials, by number.
             measurements: as `orchestrator.record.records.measurements`.
         """
-        results = Results(records, {**(header.get("spec") or {}), "name": header["study"]}, measurements=measurements)
         states = Counter(record.state for record in records)
-        counts = {f"trials/{state}": float(states[state]) for state in ("complete", "pruned", "failed")}
+        counts = {TRIALS.of(state): float(states[state]) for state in ("complete", "pruned", "failed")}
+        spec = {**(header.get("spec") or {}), "name": header["study"]}
+        try:
+            results = Results(records, spec, measurements=measurements)
+        except ValueError as error:  # the task is a plug-in of the driver's process
+            return Summary(tags={"mlflow.note.content": f"# {header['study']}\n\n{error}\n"}, metrics=counts)
         try:
             summary = _leaderboard_summary(results)
         except ValueError as error:
@@ -112,12 +117,12 @@ def _leaderboard_summary(results: Results) -> Summary:
     best = results.best(results.rule)
     row = table.to_dict("records")[0]
     metrics = {}
-    for name in LEADERBOARD_METRICS:
+    for name in summary_names(results.metrics):
         value = row.get(name, math.nan)
         if not math.isnan(value):
             metrics[name] = float(value)
     with contextlib.suppress(ValueError):  # without numbers on test data there is no oracle to compare with
-        metrics["selection/regret"] = results.regret().value
+        metrics[REGRET.name] = results.regret().value
     csv: str = table.to_csv(index=False)
     return Summary(
         tags={
@@ -139,24 +144,37 @@ def _note_without_leaderboard(results: Results, reason: str) -> str:
 def _pictures_of_the_best(results: Results) -> dict[int, dict[str, Render]]:
     """Pictures of the trial that the study's rule chooses for each label."""
     try:
-        choices = selection.per_label(results.records, results.rule)
+        choices = results.per_label()
     except ValueError:  # no complete trial
         return {}
     best = [choice.record for choice in choices.values()]
-    return {record.number: _drawn(record.curves, record) for record in best}
+    return {record.number: _drawn(record.curves, record, results.metrics) for record in best}
 
 
-def _best_of_history(record: TrialRecord) -> dict[str, float]:
-    """Best validation accuracy and its earliest unit, for a trial that ended before it reported them."""
-    units = [unit for unit in record.history if math.isfinite(unit.get("val/acc", math.nan))]
-    if not units or "best/val/acc" in record.metrics:
+def _best_of_history(record: TrialRecord, task: TaskMetrics | None) -> dict[str, float]:
+    """Best validation score and its earliest unit, for a trial that ended before it reported them."""
+    if task is None or task.best_validation in record.metrics:
         return {}
-    best = max(units, key=lambda unit: (unit["val/acc"], -unit["unit"]))
-    return {"best/val/acc": best["val/acc"], "best/epoch": best["unit"]}
+    name = task.validation
+    units = [unit for unit in record.history if math.isfinite(unit.get(name, math.nan))]
+    if not units:
+        return {}
+    best = max(units, key=lambda unit: (task.selection.score(unit[name]), -unit["unit"]))
+    return {task.best_validation: best[name], BEST_EPOCH.name: best["unit"]}
 
 
-def _drawn(curves: Curves, record: TrialRecord | None = None) -> dict[str, Render]:
-    return {name: picture.content for name, picture in pictures(curves, record).items()}
+def _task_metrics(header: Mapping[str, Any]) -> TaskMetrics | None:
+    """Metrics of the study's task; None for one that is registered in another process alone."""
+    try:
+        return metrics_of(header.get("spec"))
+    except ValueError:
+        return None
+
+
+def _drawn(curves: Curves, record: TrialRecord | None, task: TaskMetrics | None) -> dict[str, Render]:
+    if task is None:
+        return {}
+    return {name: picture.content for name, picture in pictures(curves, record, task).items()}
 
 
 def _encoded(page: Page, *parts: Any) -> bytes:

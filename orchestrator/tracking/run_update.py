@@ -61,11 +61,21 @@ class StudySummary(Summary, Protocol):
 class Summarizer(Protocol):
     """Computes what a record means. Injected, since tracking must not depend on results."""
 
-    def curves(self, curves: Mapping[str, Mapping[str, Any]], record: TrialRecord | None = None) -> Files:
-        """Artifacts of the curves of one event; `record`: the trial, None for a study's curves."""
+    def curves(
+        self,
+        header: Mapping[str, Any],
+        curves: Mapping[str, Mapping[str, Any]],
+        record: TrialRecord | None = None,
+    ) -> Files:
+        """Artifacts of the curves of one event.
+
+        Args:
+            header: fields of the `study_started` event.
+            record: the trial, None for a study's curves.
+        """
         ...
 
-    def trial(self, record: TrialRecord) -> Summary:
+    def trial(self, header: Mapping[str, Any], record: TrialRecord) -> Summary:
         """Final contents of a trial that will not be resumed."""
         ...
 

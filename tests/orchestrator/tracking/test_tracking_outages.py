@@ -25,6 +25,8 @@ from tests.support.tracking import (
     wait_until,
 )
 
+pytestmark = pytest.mark.server
+
 TRIALS, UNITS = 4, 10
 
 
