@@ -52,9 +52,10 @@ def pictures(
     curves: Curves, record: TrialRecord | None = None, metrics: TaskMetrics = CLASSIFICATION
 ) -> dict[str, Picture]:
     """Artifact `curves/<name>.png` → its picture, to be drawn on delivery."""
-    drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
     return {
-        f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name), metrics) for name, curve in drawn.items()
+        f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name), metrics)
+        for name, curve in curves.items()
+        if name not in NUMBERS_ONLY
     }
 
 

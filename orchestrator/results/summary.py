@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.record.records import TrialRecord, metrics_of
-from orchestrator.results import selection
 from orchestrator.results.curves import Curves, curve_texts, pictures
 from orchestrator.results.leaderboard import summary_names
 from orchestrator.results.study_results import Results
@@ -26,6 +25,7 @@ Render = Callable[[], bytes]
 """Contents of an artifact; any exception: it cannot be rendered."""
 Page = Callable[[Mapping[str, Any], Sequence[TrialRecord], Mapping[str, Mapping[str, Any]]], str]
 """(header, records, measurements) → the report as HTML."""
+
 
 logger = logging.getLogger("luthier")
 
@@ -60,15 +60,17 @@ class Summarizer:
         """Artifacts of the curves of one event: numbers as JSON, and pictures of a study's own curves."""
         files: dict[str, Render] = {name: text.encode for name, text in curve_texts(curves, record).items()}
         if record is None:
-            files |= _drawn(curves, None, metrics_of(header.get("spec")))
+            files |= _drawn(curves, None, _task_metrics(header))
         return files
 
     def trial(self, header: Mapping[str, Any], record: TrialRecord) -> Summary:
         """Final contents of a trial's run that the trial did not report itself."""
+        task = _task_metrics(header)
         draw = record.state == "complete" and (self.all_pictures or record.role == "confirm")
-        metrics = metrics_of(header.get("spec"))
-        files = _drawn(record.curves, record, metrics) if draw else {}
-        return Summary(metrics=_best_of_history(record, metrics), files=files)
+        return Summary(
+            metrics=_best_of_history(record, task),
+            files=_drawn(record.curves, record, task) if draw else {},
+        )
 
     def study(
         self, header: Mapping[str, Any], records: Sequence[TrialRecord], measurements: Mapping[str, Mapping[str, Any]]
@@ -82,9 +84,13 @@ class Summarizer:
             records: the trials, by number.
             measurements: as `orchestrator.record.records.measurements`.
         """
-        results = Results(records, {**(header.get("spec") or {}), "name": header["study"]}, measurements=measurements)
         states = Counter(record.state for record in records)
         counts = {TRIALS.of(state): float(states[state]) for state in ("complete", "pruned", "failed")}
+        spec = {**(header.get("spec") or {}), "name": header["study"]}
+        try:
+            results = Results(records, spec, measurements=measurements)
+        except ValueError as error:  # the task is a plug-in of the driver's process
+            return Summary(tags={"mlflow.note.content": f"# {header['study']}\n\n{error}\n"}, metrics=counts)
         try:
             summary = _leaderboard_summary(results)
         except ValueError as error:
@@ -138,25 +144,37 @@ def _note_without_leaderboard(results: Results, reason: str) -> str:
 def _pictures_of_the_best(results: Results) -> dict[int, dict[str, Render]]:
     """Pictures of the trial that the study's rule chooses for each label."""
     try:
-        choices = selection.per_label(results.records, results.rule, results.metrics)
+        choices = results.per_label()
     except ValueError:  # no complete trial
         return {}
     best = [choice.record for choice in choices.values()]
     return {record.number: _drawn(record.curves, record, results.metrics) for record in best}
 
 
-def _best_of_history(record: TrialRecord, metrics: TaskMetrics) -> dict[str, float]:
-    """Best value of the selection metric and its earliest unit, for a trial that ended before it reported them."""
-    name = metrics.validation
-    units = [unit for unit in record.history if math.isfinite(unit.get(name, math.nan))]
-    if not units or metrics.best_validation in record.metrics:
+def _best_of_history(record: TrialRecord, task: TaskMetrics | None) -> dict[str, float]:
+    """Best validation score and its earliest unit, for a trial that ended before it reported them."""
+    if task is None or task.best_validation in record.metrics:
         return {}
-    best = max(units, key=lambda unit: (metrics.selection.score(unit[name]), -unit["unit"]))
-    return {metrics.best_validation: best[name], BEST_EPOCH.name: best["unit"]}
+    name = task.validation
+    units = [unit for unit in record.history if math.isfinite(unit.get(name, math.nan))]
+    if not units:
+        return {}
+    best = max(units, key=lambda unit: (task.selection.score(unit[name]), -unit["unit"]))
+    return {task.best_validation: best[name], BEST_EPOCH.name: best["unit"]}
 
 
-def _drawn(curves: Curves, record: TrialRecord | None, metrics: TaskMetrics) -> dict[str, Render]:
-    return {name: picture.content for name, picture in pictures(curves, record, metrics).items()}
+def _task_metrics(header: Mapping[str, Any]) -> TaskMetrics | None:
+    """Metrics of the study's task; None for one that is registered in another process alone."""
+    try:
+        return metrics_of(header.get("spec"))
+    except ValueError:
+        return None
+
+
+def _drawn(curves: Curves, record: TrialRecord | None, task: TaskMetrics | None) -> dict[str, Render]:
+    if task is None:
+        return {}
+    return {name: picture.content for name, picture in pictures(curves, record, task).items()}
 
 
 def _encoded(page: Page, *parts: Any) -> bytes:

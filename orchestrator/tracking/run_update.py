@@ -67,7 +67,12 @@ class Summarizer(Protocol):
         curves: Mapping[str, Mapping[str, Any]],
         record: TrialRecord | None = None,
     ) -> Files:
-        """Artifacts of the curves of one event; `record`: the trial, None for a study's curves."""
+        """Artifacts of the curves of one event.
+
+        Args:
+            header: fields of the `study_started` event.
+            record: the trial, None for a study's curves.
+        """
         ...
 
     def trial(self, header: Mapping[str, Any], record: TrialRecord) -> Summary:
