@@ -22,7 +22,7 @@ from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, estimates,
 from orchestrator.search.stages import Entry, trial
 from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, ood_domain
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.study_file.schema import StudySpec
@@ -47,7 +47,7 @@ class ReferenceStage:
     such an entry, of the strategy.
     """
 
-    task: Task
+    task: SharedTrialSettings
     store: Store
     rule: str
     references: tuple[str, ...]
@@ -81,12 +81,12 @@ class ReferenceStage:
             for sample, task in samples.items()
         ]
 
-    def samples(self) -> dict[str, Task]:
+    def samples(self) -> dict[str, SharedTrialSettings]:
         """Sample → settings that its trials share; empty if the study's own has no sample to be compared with."""
         share = self.task.train_fraction
         steps = self.task.steps_per_unit or max(1, self._size(share) // self.task.batch_size)
         own = dataclasses.replace(self.task, steps_per_unit=steps, evaluate_at=(), diagnostics=("shift",))
-        references: dict[str, Task] = {}
+        references: dict[str, SharedTrialSettings] = {}
         if EXTRAPOLATED in self.references:
             for fraction in self._nested():
                 references[f"{fraction:g}"] = dataclasses.replace(own, train_fraction=share * fraction)

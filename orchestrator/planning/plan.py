@@ -120,14 +120,14 @@ class Plan:
         ]
 
     def _images(self) -> str:
-        from orchestrator.ingest.errors import few
+        from orchestrator.ingest.errors import first_few
 
         domains = {ood_domain(split): count for split, count in self.splits.items()}
-        ood = few([f"{count:,} of {domain}" for domain, count in domains.items() if domain is not None]) or "none"
+        ood = first_few([f"{count:,} of {domain}" for domain, count in domains.items() if domain is not None]) or "none"
         train, val, test = (f"{self.splits[name]:,}" for name in ("train", "val", "test"))
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
         inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
-        return f"Images of {few(self.id_domains)}: {inside}; OOD: {ood}."
+        return f"Images of {first_few(self.id_domains)}: {inside}; OOD: {ood}."
 
     def _diagnostics(self) -> str:
         of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
