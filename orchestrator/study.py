@@ -87,10 +87,10 @@ class Study:
             from orchestrator.ingest.pipeline import ingest
             from orchestrator.planning.build import ingest_request, make_built_in, model_of
             from orchestrator.planning.preflight import preflight
-            from orchestrator.running.progress import shown
+            from orchestrator.running.progress import ingest_progress
 
             preflight(self.spec)
-            with shown() if progress else contextlib.nullcontext() as report:
+            with ingest_progress() if progress else contextlib.nullcontext() as report:
                 stores = Path(self.spec.storage).absolute() / "data"
                 self._store = ingest(ingest_request(self.spec), stores, progress=report)
             make_built_in(model_of(self.spec))
@@ -108,11 +108,11 @@ class Study:
             ChangedStudyError: other keys differ.
         """
         from orchestrator.planning.build import make_task
-        from orchestrator.running.study_run import Drive
+        from orchestrator.running.study_run import StudyRun
 
         store = self.prepare(progress)
         task = make_task(self.spec, store)
-        Drive(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
+        StudyRun(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
         events = read_journal(self.spec, self.folder)
         self._report(events)
         return self._results(events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -10,20 +11,28 @@ import pytest
 
 import search_spaces
 import trainables
+from tests.support.private_names import private_names
 from tests.support.source_tree import ROOT, calls, imported, name, parsed, sources
 from tests.unsafe_code import unsafe
 
 PACKAGES = ("luthier", "orchestrator", "trainables", "search_spaces")
-MAY_IMPORT_RAY = "trainables/engine/tune_trainable.py"
+MAY_IMPORT_RAY = ("trainables/engine/tune_trainable.py", "trainables/engine/ray_internals.py")
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "errors", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking", "planning",
-    "running", "study", "commands", "cli",
+    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report",
+    "tracking", "planning", "running", "study", "commands", "cli",
 )  # fmt: skip
 """The parts of `orchestrator`; each may import those before it."""
 TRAINABLES_LAYERS = ("specs", "storage", "demo", "models", "data", "tasks", "diagnostics", "engine")
 """The packages of `trainables`; each may import those before it. The strategies, at its root, may import all."""
+PRIVATE_NAMES = {
+    "orchestrator/ray_internals.py", "orchestrator/tracking/mlflow_internals.py",
+    "trainables/models/torch_internals.py",
+}  # fmt: skip
+"""May use names that another library keeps private, each with a contract test. Conventions of timm and of Ray's logs
+that are no names are in `trainables/models/timm_internals.py` and `trainables/engine/ray_internals.py`."""
+NOT_YET = {"orchestrator/tracking/sqlite_file.py"}
 REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/engine/registry.py")
 """Import modules of this package by name, each after a look at the list of those that there are."""
 
@@ -109,7 +118,7 @@ class TestImports:
             f"{file} imports {module}"
             for file, tree in parsed(folder)
             for module in imported(tree)
-            if module.partition(".")[0] in forbidden and not (file == MAY_IMPORT_RAY and module.startswith("ray"))
+            if module.partition(".")[0] in forbidden and not (file in MAY_IMPORT_RAY and module.startswith("ray"))
         ]
         assert found == []
 
@@ -174,6 +183,53 @@ class TestImports:
     @pytest.mark.parametrize("package", PACKAGES)
     def test_packages_are_typed(self, package: str) -> None:
         assert (ROOT / package / "py.typed").exists()
+
+
+class TestPrivateNames:
+    def test_private_names_of_other_libraries_are_in_one_module_each(self) -> None:
+        outside = [
+            f"{file}:{use}"
+            for file, tree in parsed(*PACKAGES)
+            if file not in PRIVATE_NAMES | NOT_YET
+            for use in private_names(tree)
+        ]
+        assert outside == []
+
+    @pytest.mark.parametrize(
+        ("code", "use"),
+        [
+            ("from ray._private import services", "1: ray._private.services"),
+            ("import ray._raylet", "1: ray._raylet"),
+            ("from ray.tune.execution.tune_controller import TuneController", None),
+            ("from torch.nn.modules.batchnorm import _BatchNorm", "1: torch.nn.modules.batchnorm._BatchNorm"),
+            ("from mlflow.store.db import _helper as helper", "1: mlflow.store.db._helper"),
+            ("import torch\ntorch._foreach_norm([])", "2: _foreach_norm"),
+            ("actor._actor_id.hex()", "1: _actor_id"),
+            ("trial._storage = None", "1: _storage"),
+            ("getattr(client, '_server_ray_version', None)", "1: _server_ray_version"),
+            ("class A(Base):\n    def f(self):\n        return self._metric", "3: _metric"),
+        ],
+    )
+    def test_what_would_be_found(self, code: str, use: str | None) -> None:
+        found = list(private_names(ast.parse(code)))
+        assert found == [use] if use else found, code
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "class A:\n    def __init__(self):\n        self._x = 1\n    def f(self):\n        return self._x",
+            "class A:\n    def _f(self): ...\n    def g(self):\n        self._f()",
+            "class A:\n    _x: int\n    def f(self):\n        return self._x",
+            "def _helper(): ...\n_helper()",
+            "from trainables.data.store import _Meta",
+            "pair._replace(left=1)",
+            "value.__class__.__name__",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+            "    from ray.tune.execution.tune_controller import TuneController",
+        ],
+    )
+    def test_what_is_let_through(self, code: str) -> None:
+        assert list(private_names(ast.parse(code))) == [], code
 
 
 class TestFiles:
@@ -268,3 +324,44 @@ class TestSafeReads:
 class TestTests:
     def test_they_never_sleep(self) -> None:
         assert [file for file, tree in parsed("tests") for called, _ in calls(tree) if called == "time.sleep"] == []
+
+
+class TestSharing:
+    """What tests and benchmarks take from each other."""
+
+    def test_benchmarks_import_no_tests(self) -> None:
+        found = [f"{file}: {module}" for file, tree in parsed("benchmarks") for module in mentioned(tree, "tests")]
+        assert found == []
+
+    def test_tests_import_no_private_names_of_benchmarks(self) -> None:
+        found = []
+        for file, tree in parsed("tests"):
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("benchmarks"):
+                    continue
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                found += [f"{file}: {node.module}" for part in names if part.startswith("_")]
+        assert found == []
+
+    def test_test_modules_import_no_test_modules(self) -> None:
+        """Also in the code of processes that they start."""
+        found = {
+            file
+            for file, tree in parsed("tests")
+            for module in mentioned(tree, "tests")
+            if module.rpartition(".")[2].startswith("test_")
+        }
+        assert found - SHARES_WITH_A_TEST == set()
+
+
+SHARES_WITH_A_TEST = {"tests/orchestrator/tracking/test_access.py"}
+"""Still imports a test module."""
+
+_IMPORT = re.compile(r"^\s*(?:from|import) +([\w.]+)", re.MULTILINE)
+
+
+def mentioned(tree: ast.Module, package: str) -> list[str]:
+    """Modules of `package` that are imported, or stand in import lines of a text in the code."""
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    inside = [module for text in texts for module in _IMPORT.findall(text)]
+    return [module for module in [*imported(tree), *inside] if module.partition(".")[0] == package]

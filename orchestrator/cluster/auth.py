@@ -96,10 +96,9 @@ def ensure_token() -> str:
 def refresh_ray_auth() -> None:
     """Drop the RAY_AUTH_MODE and token that an imported Ray has cached."""
     if "ray" in sys.modules:
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+        from orchestrator.ray_internals import refresh_authentication
 
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        refresh_authentication()
 
 
 def is_loopback(host: str) -> bool:
@@ -114,6 +113,8 @@ def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access
     """Probe the head of a cluster (`host:6379`) with one request, first without the token, then with it."""
     import grpc  # type: ignore[import-untyped]
 
+    from orchestrator.ray_internals import CHECK_ALIVE
+
     def status_of(metadata: list[tuple[str, str]]) -> grpc.StatusCode:
         try:
             check_alive(b"", timeout=timeout_s, metadata=metadata, wait_for_ready=False)
@@ -123,7 +124,7 @@ def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access
 
     # HTTP proxies do not apply to cluster traffic; Ray disables them in the same way.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        check_alive = channel.unary_unary(CHECK_ALIVE)
         status = status_of([])
         if status == grpc.StatusCode.OK:
             return "open"

@@ -28,7 +28,6 @@ from orchestrator.cluster.auth import (
 from orchestrator.cluster.driver_process import (
     environment,
     free_port,
-    keep_aws_keys_private,
     sigterm_as_interrupt,
     sigterm_restored,
 )
@@ -73,8 +72,6 @@ LOCAL_KNOBS: Mapping[str, str] = {
 }
 """The same for a cluster that this process starts."""
 
-_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-
 
 @contextlib.contextmanager
 def connect(
@@ -109,6 +106,8 @@ def connect(
     with environment({**KNOBS, **(LOCAL_KNOBS if started else {})}), sigterm_restored():
         import ray
 
+        from orchestrator.ray_internals import keep_aws_keys_private
+
         keep_aws_keys_private()
         if ray.is_initialized():
             yield _describe(started=False)
@@ -128,6 +127,8 @@ def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str
     """Start a local cluster; the caller shuts it down. Its folder is deleted unless the block failed."""
     import ray
 
+    from orchestrator.ray_internals import session_folder
+
     # Ray puts Unix sockets there, whose paths have at most 107 bytes: macOS's own temporary folder is too long.
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 24 else "/tmp"
     folder = tempfile.mkdtemp(prefix="luthier-", dir=parent)
@@ -140,7 +141,7 @@ def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str
                 num_cpus=cpus,
                 num_gpus=gpus,
                 include_dashboard=dashboard,
-                _temp_dir=folder,
+                **session_folder(folder),
                 **dashboard_options,
                 **common,
             )
@@ -160,7 +161,9 @@ def _joined(address: str, insecure: bool, common: dict[str, Any]) -> Iterator[No
     """Join a running cluster after checking its authentication."""
     import ray
 
-    if _IN_A_JOB in os.environ:
+    from orchestrator.ray_internals import JOB_VARIABLE
+
+    if JOB_VARIABLE in os.environ:
         # A Ray job: the cluster started this process, with its token and working directory.
         ray.init(address=address, **common)
         yield
@@ -201,15 +204,15 @@ def _gcs_address(address: str) -> str:
         )
     if address != "auto":
         return address if ":" in address else f"{address}:6379"
-    from ray._private import services
+    from orchestrator.ray_internals import address_of_this_machine
 
-    head = services.canonicalize_bootstrap_address("auto")
+    head = address_of_this_machine()
     if not head:
         raise ClusterError(
             "RAY_ADDRESS=auto means the cluster of this machine, but none is running here. Start one with "
             "`ray start --head`, give its host:port, or unset RAY_ADDRESS to start a local one."
         )
-    return str(head)
+    return head
 
 
 def _shipped_packages() -> dict[str, Any] | None:
@@ -224,9 +227,10 @@ def _shipped_packages() -> dict[str, Any] | None:
 def _describe(started: bool) -> Cluster:
     import ray
 
+    from orchestrator.ray_internals import dashboard_address
+
     context = ray.get_runtime_context()
-    node = ray._private.worker.global_worker.node
-    url = node.address_info.get("webui_url") if node is not None else None
+    url = dashboard_address()
     return Cluster(
         address=str(context.gcs_address),
         dashboard=f"http://{url}" if url else None,

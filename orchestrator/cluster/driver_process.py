@@ -109,16 +109,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def keep_aws_keys_private() -> None:
-    """Stop Tune from copying this process's AWS keys into each trial's runtime environment.
-
-    The dashboard and the state API show that environment in clear. Workers get credentials as any process does: from an
-    instance role, or from the environment that the cluster was started in.
-    """
-    from ray.tune.execution import class_cache
-
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
-        {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    )

@@ -75,7 +75,9 @@ class Cluster:
         return [] if self.started else autoscaled_kinds()
 
     def _on_kubernetes(self) -> bool:
-        return not self.started and os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1"
+        from orchestrator.ray_internals import KUBERAY_VARIABLE
+
+        return not self.started and os.environ.get(KUBERAY_VARIABLE) == "1"
 
     def check_shared(self, *paths: str | Path) -> None:
         """Refuse paths that do not exist on some machine of the cluster, before any trial needs them.
@@ -100,7 +102,9 @@ def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
     Args:
         config: path of a cluster file; None = that file.
     """
-    file = config or Path.home() / "ray_bootstrap_config.yaml"
+    from orchestrator.ray_internals import BOOTSTRAP_CONFIG
+
+    file = config or Path.home() / BOOTSTRAP_CONFIG
     if not file.is_file():
         return []
     cluster = yaml.safe_load(file.read_text()) or {}

@@ -21,9 +21,9 @@ def data_check(
 ) -> None:
     """Summarise a data set: domains, classes, counts, sizes, unreadable files, duplicates across splits."""
     from orchestrator.ingest.check import check
-    from orchestrator.running.progress import shown
+    from orchestrator.running.progress import ingest_progress
 
-    with shown() as progress:
+    with ingest_progress() as progress:
         report = check(path, progress=progress, label=label, fail_on_leak=fail_on_leak)
     context.obj.result(report.to_dict(), report.render)
     raise typer.Exit(PREFLIGHT if report.problems else OK)

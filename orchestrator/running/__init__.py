@@ -1,1 +1,1 @@
-"""One run of a study: Tune runs the trials, and whatever happens to them is noticed, told and recorded."""
+"""One run of a study: trials under Tune, failure handling, the journal's callback and progress displays."""

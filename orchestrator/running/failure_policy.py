@@ -1,9 +1,4 @@
-"""A disk that is full or fails under a study: many may meet it first, each with an error of its own; one is shown.
-
-What kind of failure a traceback tells of, so that a person can see at a glance what to do about it.
-
-Stops a study whose trials mostly fail for one reason: what is wrong is not with them; the rest would fail, too.
-"""
+"""Failures: the reason of a trial's failure, a circuit breaker over trials, and disk errors of the whole run."""
 
 from __future__ import annotations
 
@@ -38,19 +33,28 @@ _PATTERNS = (
         r"|RuntimeEnvSetupError|ObjectLostError|OwnerDiedError|No space left on device|CUDA error|NCCL|ConnectionError",
     ),
 )
-"""First match wins: an actor that died because memory ran out is `host_oom`, not `infra`; `oom` is a GPU's memory."""
+"""Reason and pattern of its texts. The first match wins: an actor that died because memory ran out is `host_oom`, not
+`infra`. The texts are Ray's, torch's and Python's: where one changes, failures fall to `infra` or `user`."""
 
 _GUESSES = re.compile(r"Some common causes include.*")
-"""What Ray says of every process that vanished, the kernel's OOM killer first: no evidence of anything."""
+"""Ray lists these for every process that vanished, the kernel's OOM killer among them: no evidence of anything."""
 _ERROR = re.compile(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))\b:? ?(.*)$")
 _VANISHED = re.compile(r"actor died unexpectedly before finishing this task", re.IGNORECASE)
-_PLACE = {"pid": re.compile(r"^\s*pid: (\d+)", re.MULTILINE), "ip": re.compile(r"^\s*ip: (\S+)", re.MULTILINE)}
+_PID = re.compile(r"^\s*pid: (\d+)", re.MULTILINE)
+_IP = re.compile(r"^\s*ip: (\S+)", re.MULTILINE)
 
 
 def classify(text: str) -> str:
-    """`nan`, `oom` (a GPU's memory), `host_oom` (a machine's), `stalled`, `data`, `infra`, or `user` (an error in the
-    study or in a strategy) for the text of a failure; an empty text is `infra`, because a process that can say nothing
-    was killed."""
+    """The reason for the text of a failure.
+
+    Returns:
+        `nan`, `oom` (a GPU's memory), `host_oom` (a machine's memory), `stalled`, `data`, `infra`, or `user` (an error
+        in the study or in a strategy). An empty text is `infra`: the process was killed before it could write one.
+
+    Example:
+        >>> classify("torch.OutOfMemoryError: CUDA out of memory.")
+        'oom'
+    """
     text = _GUESSES.sub("", text)
     if not text.strip():
         return "infra"
@@ -60,19 +64,39 @@ def classify(text: str) -> str:
     return "user"
 
 
+def is_out_of_memory(text: str) -> bool:
+    """Whether the text of a failure is that of a process killed because its machine ran out of memory."""
+    return classify(text) == "host_oom"
+
+
 def error_line(text: str, limit: int = 500) -> str:
-    """The line of a traceback that says what happened (the last `SomeError: message`), else its last line; of a process
-    that ended without a word, where it was."""
+    """The last `SomeError: message` of a traceback, else its last line.
+
+    For a process that vanished there is no such line; the message then names the process and its machine.
+
+    Example:
+        >>> error_line("Traceback …\\nValueError: no such class\\n  in trial 3")
+        'ValueError: no such class'
+    """
     if _VANISHED.search(text) and classify(text) == "infra":
-        pid, ip = (found[1] if (found := pattern.search(text)) else "?" for pattern in _PLACE.values())
+        pid = _first_group(_PID, text)
+        ip = _first_group(_IP, text)
         return (
-            f"ActorDiedError: process {pid} on {ip} ended without a word: it crashed (a segmentation fault, or a "
-            "library that ends the process), or it was killed from outside (by the kernel, if memory ran out: see "
-            "dmesg there). Its last words, if any, are in Ray's worker logs."
+            f"ActorDiedError: process {pid} on {ip} ended without an error message: it crashed (a segmentation fault, "
+            "or a library that ends the process), or it was killed from outside (by the kernel, if memory ran out: "
+            "see dmesg there). Its last output, if any, is in Ray's worker logs."
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if _ERROR.match(line)]
-    return ([*named, *lines[-1:]] or [""])[-1 if not named else len(named) - 1][:limit]
+    if not lines:
+        return ""
+    errors = [line for line in lines if _ERROR.match(line)]
+    line = errors[-1] if errors else lines[-1]
+    return line[:limit]
+
+
+def _first_group(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    return match[1] if match else "?"
 
 
 ADVICE = {
@@ -87,24 +111,24 @@ ADVICE = {
     "infra": "Look at the machines and their logs.",
     "user": "Look at the values held in the study file (fixed) and, where it is your own, at the strategy's code.",
 }
-"""What a person can do about each reason."""
-SHOWN = 5
-"""Trials that are named."""
+"""Way out for each reason."""
+MAX_NAMED = 5
+"""Trials that a message names."""
 
 
-class FailureGateError(ValueError):
-    """A study was stopped because its trials kept failing."""
+class CircuitBreakerError(ValueError):
+    """A study was stopped because most of its trials failed for the same reason."""
 
 
-class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
-    """Counts how the trials of this run end; once too many have failed for one reason, Tune stops the experiment.
+class CircuitBreaker(Stopper):  # type: ignore[misc]  # ray is untyped
+    """Stops a study when most of its trials fail for the same reason: the rest would fail, too.
 
-    Every trial that has been started counts as a good one until it fails, so that trials which fail fast do not look
-    like all there are. What failed in earlier runs of the study does not count: its cause may be gone.
+    A running trial counts as a success until it fails, so that trials which fail fast do not stop a study whose others
+    are still training. Failures of earlier runs do not count: their cause may be gone.
 
     Args:
-        after: failures of one reason; None = never stop.
-        share: of all trials started that they must be, at least.
+        after: failures for one reason that open the circuit; None = never.
+        share: fraction of all started trials that they must be, at least.
     """
 
     def __init__(self, after: int | None, share: float) -> None:
@@ -113,11 +137,12 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
         self._names: dict[str, str] = {}
         self._failed: dict[str, tuple[str, str]] = {}
         self.reason: str | None = None
-        """The reason that stopped the study, if it was stopped."""
+        """The reason that stopped the study; None = it was not stopped."""
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Take note of one event of the journal."""
-        kind, trial_id = event["kind"], str(event.get("trial_id"))
+        """Count one event of the journal."""
+        kind = event["kind"]
+        trial_id = str(event.get("trial_id"))
         if kind == "trial_suggested":
             self._names[trial_id] = f"{event['number']} {event.get('label') or event['strategy']}"
         elif kind == "trial_started":
@@ -127,7 +152,7 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
             self._judge()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No single trial is stopped by this."""
+        """Stop no single trial."""
         return False
 
     def stop_all(self) -> bool:
@@ -135,26 +160,26 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
         return self.reason is not None
 
     def check(self) -> None:
-        """Say so, if the study was stopped.
+        """Raise if the study was stopped.
 
         Raises:
-            FailureGateError: it was.
+            CircuitBreakerError: with `message`.
         """
         if self.reason is not None:
-            raise FailureGateError(self.message())
+            raise CircuitBreakerError(self.message())
 
     def message(self) -> str:
-        """What happened, the commonest error, and what to do."""
+        """The reason, the commonest error, and the way out."""
         errors = {trial_id: error for trial_id, (reason, error) in self._failed.items() if reason == self.reason}
         common, count = Counter(map(_shape, errors.values())).most_common(1)[0]
         alike = [trial_id for trial_id, error in errors.items() if _shape(error) == common]
-        names = ", ".join(self._names.get(trial_id, trial_id) for trial_id in alike[:SHOWN])
-        more = f" and {count - SHOWN} more" if count > SHOWN else ""
+        names = ", ".join(self._names.get(trial_id, trial_id) for trial_id in alike[:MAX_NAMED])
+        more = f" and {count - MAX_NAMED} more" if count > MAX_NAMED else ""
         return (
             f"the study was stopped, because {len(errors)} of the {len(self._started)} trials that were started failed "
             f"for one reason: {self.reason}. The commonest error ({count}×: {names}{more}) is: "
             f"{errors[alike[0]].rstrip('.')}. {ADVICE.get(str(self.reason), '')} What has finished is kept, and the "
-            "same command goes on with the rest; failures.stop_after: null lets a study go on whatever fails."
+            "same command continues with the rest; failures.stop_after: null never stops a study."
         )
 
     def _judge(self) -> None:
@@ -164,19 +189,17 @@ class FailureGate(Stopper):  # type: ignore[misc]  # ray is untyped
 
 
 def _shape(error: str) -> str:
-    """An error without the numbers in it: the same mistake in two trials."""
+    """An error without its numbers, so that the same mistake in two trials is the same text."""
     return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", error)
 
 
-ROOM = 64 * 2**20
-"""Bytes: with more than these free, it is another disk that is full."""
+FREE_BYTES = 64 * 2**20
+"""With more than these bytes free, the disk that is full is another one."""
 
 _FULL = ("database or disk is full", "No space left on device", "Disk quota exceeded")
 _FAILING = ("disk I/O error", "Input/output error", "readonly database", "Read-only file system")
-_NUMBERS = {
-    errno.ENOSPC: True, errno.EDQUOT: True, errno.EFBIG: True,
-    errno.EIO: False, errno.EROFS: False, errno.ESTALE: False,
-}  # fmt: skip
+_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FAILING_NUMBERS = (errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 class DiskError(OSError):
@@ -184,12 +207,16 @@ class DiskError(OSError):
 
 
 @contextlib.contextmanager
-def disk_explained(folder: Path) -> Iterator[None]:
-    """Turn whatever a full or failing disk, or a journal that was removed, made of the block into a `DiskError`;
-    everything else passes.
+def report_disk_errors(folder: Path) -> Iterator[None]:
+    """Raise one `DiskError` for a full or failing disk, or a removed journal, whichever component met it first.
+
+    SQLite, the journal, checkpoints and the report each raise errors of their own for it. Other errors pass.
 
     Args:
-        folder: the study's.
+        folder: of the study.
+
+    Raises:
+        DiskError: from the error that the block raised.
     """
     try:
         yield
@@ -197,30 +224,32 @@ def disk_explained(folder: Path) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and str(error.filename) == str(folder / "journal.jsonl"):
             raise DiskError(
                 f"A study writes its record to {folder}, but the journal there has gone: it was removed or moved while "
-                "the study ran. Put it back and run the same command again; without it the study begins anew."
+                "the study ran. Put it back and run the same command again; without it the study starts over."
             ) from error
         full = _is_full(error)
         free = shutil.disk_usage(folder).free if full else 0
-        if full is None or free > ROOM:
+        if full is None or free > FREE_BYTES:
             raise
         raise DiskError(_message(folder, full, free)) from error
 
 
 def _is_full(error: BaseException) -> bool | None:
-    """True = no room, False = the disk fails, None = neither, for an error or what it came from."""
-    seen: list[BaseException] = []
+    """Whether an error, or one that it came from, is that of a full disk (True) or a failing one (False); None = it is
+    neither."""
+    visited: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
-        found = waiting.pop()
-        if found is None or found in seen:
+        cause = waiting.pop()
+        if cause is None or cause in visited:
             continue
-        seen.append(found)
-        waiting += [found.__cause__, found.__context__]
-        if isinstance(found, OSError) and found.errno in _NUMBERS:
-            return _NUMBERS[found.errno]
-        for known, full in ((_FULL, True), (_FAILING, False)):
-            if any(text in str(found) for text in known):
-                return full
+        visited.append(cause)
+        waiting += [cause.__cause__, cause.__context__]
+        number = cause.errno if isinstance(cause, OSError) else None
+        text = str(cause)
+        if number in _FULL_NUMBERS or any(part in text for part in _FULL):
+            return True
+        if number in _FAILING_NUMBERS or any(part in text for part in _FAILING):
+            return False
     return None
 
 

@@ -1,7 +1,5 @@
-"""What is measured of a study as a whole, once, at its start: the plasticity of the pretrained network's components.
-
-FSR in a study's record: a measurement of the study as a whole, with the fitted curve, as soon as it is known.
-"""
+"""Measurements of a study as a whole: the plasticity of the pretrained network at its start, FSR once its reference
+trials have ended."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from orchestrator.results.fsr import estimates, study_metrics
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
     from orchestrator.study_file.schema import StudySpec
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 
 log = logging.getLogger("luthier")
@@ -24,14 +22,14 @@ PLASTICITY = "plasticity"
 """Name of the measurement in the journal (`what`)."""
 
 
-def measure_start(spec: StudySpec, task: Task, journal: Journal, request: Mapping[str, float]) -> None:
-    """Measure what the study asks for and the journal does not have yet. Needs a connected cluster; waits for it.
+def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]) -> None:
+    """Measure plasticity if the study asks for it and the journal has none yet. Blocks; needs a connected cluster.
 
-    A network whose components are not defined has no plasticity, which is said once. Whatever else goes wrong is said
-    as a warning: the study is worth running without.
+    A network whose components are not defined has no plasticity, which is logged. Any other failure is a warning: the
+    study is worth running without it.
 
     Args:
-        request: resources of a trial (`cpu`, `gpu`), which the measurement takes too.
+        request: resources of a trial (`cpu`, `gpu`), which the measurement requests too.
     """
     from orchestrator.planning.preflight import layer_kinds
     from orchestrator.record.records import measurements
@@ -45,35 +43,36 @@ def measure_start(spec: StudySpec, task: Task, journal: Journal, request: Mappin
         )
         return
     try:
-        found = _on_cluster(task, request)
+        measurement = _on_cluster(task, request)
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
         reason = str(cause).partition("\n")[0][:300]
         log.warning(
-            "The plasticity of the pretrained network could not be measured (%s: %s). The study goes on without it.",
+            "The plasticity of the pretrained network could not be measured (%s: %s). The study continues without it.",
             type(cause).__name__,
             reason,
         )
         return
-    journal.append("measured", what=PLASTICITY, **found)
+    journal.append("measured", what=PLASTICITY, **measurement)
 
 
-def _on_cluster(task: Task, request: Mapping[str, float]) -> dict[str, Any]:
+def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
     import ray
 
-    cpus, gpus = request.get("cpu", 1.0), request.get("gpu", 0.0)
+    cpus = request.get("cpu", 1.0)
+    gpus = request.get("gpu", 0.0)
     # The process ends with its one task, and with it the memory that it holds on a GPU.
     measure = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)(pretrained_plasticity)
-    found: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
-    return found
+    measurement: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
+    return measurement
 
 
-def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, Any]:
+def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None) -> dict[str, Any]:
     """`metrics` and `curves` of the pretrained network's plasticity, in this process.
 
     Args:
-        task: what the study's trials share; its probe, source and pairs are used.
-        threads: of torch on the CPU; None = as they are.
+        task: the settings that all trials share; its probe, source and pairs are used.
+        threads: of torch on the CPU; None = unchanged.
 
     Raises:
         ValueError: see `trainables.diagnostics.plasticity.plasticity_of`.
@@ -82,8 +81,8 @@ def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, A
 
     from trainables.data.trial_data import TrialData
     from trainables.diagnostics.plasticity import plasticity_of
-    from trainables.engine.final_evaluation import split
     from trainables.engine.process_cache import on_device, open_store, pretrained_for
+    from trainables.specs.measurements import split_report
     from trainables.specs.trial_spec import TrialSpec
 
     if threads is not None:
@@ -91,9 +90,9 @@ def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, A
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(task.store)
     backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
-    spec = TrialSpec(task=task, strategy="linear_probe")
+    spec = TrialSpec(shared=task, strategy="linear_probe")
     data = TrialData(spec, store, backbone, device, reference=on_device(backbone, device).module)
-    metrics, curves = split(plasticity_of(data).record())
+    metrics, curves = split_report(plasticity_of(data).record())
     return {"metrics": metrics, "curves": {name: curve.to_dict() for name, curve in curves.items()}}
 
 
@@ -102,11 +101,11 @@ FSR = "fsr"
 
 
 def record_fsr(journal: Journal) -> None:
-    """Append what the reference trials say as a `measured` event, unless the journal says the same already."""
+    """Append the estimates from the reference trials as a `measured` event, unless the journal has the same already."""
     events = journal.events()
-    found = estimates(fold(events))
-    metrics = study_metrics(found)
-    fitted = [dict(estimate.curve) for estimate in found if estimate.curve is not None]
+    fsr = estimates(fold(events))
+    metrics = study_metrics(fsr)
+    fitted = [dict(estimate.curve) for estimate in fsr if estimate.curve is not None]
     curves = {FSR: fitted[0]} if fitted else {}
     before = measurements(events).get(FSR, {"metrics": {}, "curves": {}})
     if (metrics, curves) != (before["metrics"], before["curves"]):

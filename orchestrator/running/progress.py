@@ -1,7 +1,5 @@
-"""What a person sees while a study runs: a live table on a terminal, one line per event otherwise.
-
-What a person sees while many images are read: a bar on a terminal, a line every ten seconds otherwise.
-"""
+"""Progress displays: of a study (a live table on a terminal, else one line per event), and of reading many images (a
+bar on a terminal, else a line every ten seconds)."""
 
 from __future__ import annotations
 
@@ -25,7 +23,8 @@ from orchestrator.record.records import TrialRecord, advance, metrics_of, sugges
 from trainables.specs.metrics import UNIT_SECONDS, TaskMetrics, task_metrics
 
 RECENT = 5
-"""Ended trials that the live table keeps showing."""
+"""Ended trials in the live table."""
+_STYLES = {"complete": "dim", "pruned": "dim", "failed": "red"}
 
 
 class Progress:
@@ -83,7 +82,7 @@ class Progress:
         return self.__dict__ | {"_console": None, "_live": None, "_planned": None}
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Take note of one event of the journal."""
+        """Apply one event of the journal."""
         if event["kind"] == "study_started":
             self._metrics = metrics_of(event.get("spec"))
         record = self._update(event)
@@ -136,7 +135,7 @@ class Progress:
         for header in ("trial", "strategy", "epoch", "val", "spend", "state"):
             table.add_column(header, justify="left" if header in ("strategy", "state") else "right")
         for record in [*ended, *sorted(active, key=lambda r: r.number)]:
-            style = "dim" if record.state in ("complete", "pruned") else "red" if record.state == "failed" else None
+            style = _STYLES.get(record.state)
             table.add_row(*_row(record, self._units(record), self._metrics), style=style)
         return Group(table, Text(self.summary(), style="bold"))
 
@@ -187,8 +186,8 @@ def _measured_line(event: Mapping[str, Any]) -> str:
     what = str(event["what"])
     metrics = {key.removeprefix(f"{what}/"): value for key, value in event["metrics"].items() if value is not None}
     means = {key: value for key, value in metrics.items() if not key.endswith(("/low", "/high"))}
-    found = ", ".join(f"{key} {value:.2f}" for key, value in sorted(means.items(), key=lambda pair: -pair[1]))
-    return f"{what} measured: {found or 'nothing'}"
+    values = ", ".join(f"{key} {value:.2f}" for key, value in sorted(means.items(), key=lambda pair: -pair[1]))
+    return f"{what} measured: {values or 'nothing'}"
 
 
 def spent(record: TrialRecord) -> float:
@@ -207,19 +206,21 @@ def duration(seconds: float) -> str:
 def _row(record: TrialRecord, epochs: int | None, metrics: TaskMetrics) -> tuple[str, ...]:
     value = validation_score(record, metrics)
     state = f"{record.state} ({record.reason})" if record.reason else record.state
-    shown = record.label if record.role == "search" else f"{record.label} [{record.role}]"
+    label = record.label if record.role == "search" else f"{record.label} [{record.role}]"
     val = "-" if value is None else f"{value:.3f}"
     unit = f"{record.unit}/{epochs or '?'}"
-    return str(record.number), escape(shown), unit, val, duration(spent(record)), escape(state)
+    return str(record.number), escape(label), unit, val, duration(spent(record)), escape(state)
 
 
-EVERY = 10.0
-"""Seconds between two lines; what takes less is not spoken of."""
+LINE_INTERVAL_S = 10.0
+"""Seconds between two lines; what takes less gets none."""
 
 
 @contextlib.contextmanager
-def shown(console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[DecodingProgress]:
-    """What to pass on as `progress` of `ingest` or `check`; shows nothing until images are read.
+def ingest_progress(
+    console: Console | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[DecodingProgress]:
+    """The callback for `progress` of `ingest` and `check`; displays nothing until images are read.
 
     Args:
         console: default: stderr, because stdout belongs to the command's result.
@@ -249,16 +250,17 @@ def _on_bar(bar: Bar, clock: Callable[[], float]) -> DecodingProgress:
 
 
 def _in_lines(console: Console, clock: Callable[[], float]) -> DecodingProgress:
-    began = told = clock()
+    began = clock()
+    last_line = began
     lock = threading.Lock()
 
     def progress(done: int, total: int, unreadable: int) -> None:
-        nonlocal told
+        nonlocal last_line
         with lock:
             now = clock()
-            if now - told < EVERY:
+            if now - last_line < LINE_INTERVAL_S:
                 return
-            told = now
+            last_line = now
         left = duration((now - began) * (total - done) / max(done, 1))
         line = f"Reading images: {done:,} of {total:,} ({_rate(done, now - began, unreadable)}), {left} left"
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""One run of a study on a cluster: Tune runs the trials, the searcher proposes them, the journal hears everything."""
+"""One run of a study on a cluster: the searcher proposes trials, Tune runs them, every event is journalled."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
-from orchestrator.planning.build import entries_of, make_scheduler, metric_of, planned_units, stages_of
+from orchestrator.planning.build import make_scheduler, planned_units, settings_of, stages_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
 from orchestrator.record.changes import check_changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
-from orchestrator.running.failure_policy import disk_explained
+from orchestrator.running.failure_policy import report_disk_errors
 from orchestrator.running.measure import record_fsr
 from orchestrator.study_file.yaml_text import write_yaml
 
@@ -29,35 +29,34 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 log = logging.getLogger("luthier")
 
-KEEPING_SECONDS = 5.0
-"""How long Ctrl-C waits for the running trials' checkpoints; a cloud gives little more time before it takes a
-machine."""
+CHECKPOINT_WAIT_S = 5.0
+"""Seconds that Ctrl-C waits for the running trials' checkpoints; a preempted cloud machine gets little more."""
 
 
 @dataclass(frozen=True)
-class Drive:
-    """What one run needs: the study, its folder, its data and what all trials share."""
+class StudyRun:
+    """One run of a study: its specification, its folder, its data and the settings that all trials share."""
 
     spec: StudySpec
     folder: Path
     store: Store
-    task: Task
+    task: SharedTrialSettings
     progress: bool = True
     stages: Sequence[Stage] | None = None
-    """Run these alone, without the search; None = the whole study."""
+    """The stages to run, without the search; None = the whole study."""
     allow_change: Collection[str] = ()
     """Keys that may differ from the last run (`orchestrator.record.changes`)."""
 
     def run(self) -> None:
-        """Run or continue the study until its trials are done; Ctrl-C leaves a study that can be continued.
+        """Run or continue the study until its trials are done; after Ctrl-C it can be continued.
 
         Raises:
-            JournalError: another process runs this study; nothing was touched.
-            ChangedStudyError: it is not the study that was run last; nothing was touched.
+            JournalError: another process runs this study; nothing was written.
+            ChangedStudyError: the study in the folder is another one; nothing was written.
             DiskError: the folder's disk is full or fails.
         """
         from orchestrator.cluster.connection import connect
@@ -65,8 +64,9 @@ class Drive:
         from orchestrator.running.journal_callback import close_open_trials
         from orchestrator.running.measure import measure_start
 
-        with disk_explained(self.folder), contextlib.ExitStack() as opened:
-            journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))  # one driver: before all else
+        with report_disk_errors(self.folder), contextlib.ExitStack() as opened:
+            # The journal's lock admits one driver, so it comes before anything that writes.
+            journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
             hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.stages is None else Hints()
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
@@ -74,12 +74,12 @@ class Drive:
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
             cluster.check_shared(self.folder, self.task.store)
             concurrent = cluster.concurrency(self.spec.resources.concurrent, request["cpu"], request["gpu"])
-            close_open_trials(journal)  # of a driver that died without a word
+            close_open_trials(journal)  # left open by a driver that crashed
             tidy(self.folder, fold(journal.events()))
             with self._followed(journal) as progress, self._ending(journal):
                 resources = {**request, "concurrent": concurrent}
-                told = {change.key: [change.was, change.now] for change in changed}
-                journal.append("study_started", **self._facts(), resources=resources, changed=told, **hints.fields())
+                changes = {change.key: [change.was, change.now] for change in changed}
+                journal.append("study_started", **self._facts(), resources=resources, changed=changes, **hints.fields())
                 if self.stages is None:
                     measure_start(self.spec, self.task, journal, request)
                 searcher = self._searcher(journal, hints, any(not change.harmless for change in changed))
@@ -96,29 +96,30 @@ class Drive:
     ) -> None:
         from ray import tune
 
-        from orchestrator.record.journal import fold
-        from orchestrator.running.failure_policy import FailureGate
-        from orchestrator.running.journal_callback import RecordCallback
-        from orchestrator.running.ray_internals import (
-            HeadWatch,
-            lost_actors_are_failed_attempts,
-            nowhere,
-            tune_keeps_no_files,
+        from orchestrator.ray_internals import (
+            actor_failures_as_trial_failures,
+            in_memory_tune_storage,
+            without_tune_files,
         )
+        from orchestrator.record.journal import fold
+        from orchestrator.running.cluster_watch import ClusterWatch
+        from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory
+        from orchestrator.running.journal_callback import RecordCallback
         from orchestrator.running.watchdog import Watchdog
-        from trainables.engine.tune_trainable import Trial
+        from trainables.engine.tune_trainable import TuneTrainable
 
-        known, limits = fold(journal.events()), self.spec.failures
-        watchdog = Watchdog(limits, asdict(self.task), known)
+        history = fold(journal.events())
+        limits = self.spec.failures
+        watchdog = Watchdog(limits, asdict(self.task), history)
         errors: dict[str, str] = {}
         callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors)
-        gate = FailureGate(limits.stop_after, limits.stop_share)
-        journal.subscribe(gate.event)
+        breaker = CircuitBreaker(limits.stop_after, limits.stop_share)
+        journal.subscribe(breaker.event)
         tuner = tune.Tuner(
-            tune.with_resources(Trial, request),
+            tune.with_resources(TuneTrainable, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=make_scheduler(self.spec, known),
+                scheduler=make_scheduler(self.spec, history),
                 num_samples=-1,
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
@@ -126,50 +127,44 @@ class Drive:
             ),
             run_config=tune.RunConfig(
                 name="ray",
-                **nowhere(),
-                callbacks=[callback, watchdog, HeadWatch()],
-                stop=gate,
+                **in_memory_tune_storage(),
+                callbacks=[callback, watchdog, ClusterWatch()],
+                stop=breaker,
                 failure_config=tune.FailureConfig(max_failures=limits.retries),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 verbose=0,
             ),
         )
         try:
-            with lost_actors_are_failed_attempts(), tune_keeps_no_files(errors):
+            with actor_failures_as_trial_failures(is_out_of_memory), without_tune_files(errors):
                 tuner.fit()
         except KeyboardInterrupt:
             running = [record.number for record in fold(journal.events()) if record.state == "running"]
-            keep_now(self.folder, running, KEEPING_SECONDS)
+            keep_now(self.folder, running, CHECKPOINT_WAIT_S)
             raise
         finally:
             searcher.close()
             for problem in callback.problems:
                 log.error("The journal of this run is incomplete: %s", problem)
-        gate.check()
+        breaker.check()
 
     def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:
         from orchestrator.search.searcher import StudySearcher
 
         spec = self.spec
         return StudySearcher(
-            entries=entries_of(spec),
-            task=self.task,
+            settings_of(spec, self.task, hints.values),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
-            trials=spec.search.trials,
-            sampler=spec.search.sampler,
-            seed=spec.search.seed,
-            metric=metric_of(spec),
             stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
             journal=journal,
-            hints=hints.values,
             searching=self.stages is None,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             changed=changed,
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What the study is, for the journal and for later runs to be compared with."""
+        """What identifies the study: recorded in the journal, and compared by later runs."""
         return {
             "study": self.spec.name,
             "spec": plain_spec(self.spec),
@@ -187,21 +182,21 @@ class Drive:
 
     @contextlib.contextmanager
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
-        """MLflow and the progress display, as long as the study runs."""
+        """Run MLflow's delivery and the progress display for the length of a block."""
         from orchestrator.running.progress import Progress
         from orchestrator.tracking.following import follow
 
-        shown = None
+        display = None
         if self.progress:
-            counts, units = count_trials(self.spec), planned_units(self.task)
-            trials = counts.total if self.stages is None else None
-            shown = Progress(trials=trials, epochs=self.task.epochs, units=units)
-            journal.subscribe(shown.event)
-        with follow(self.spec, journal), shown or contextlib.nullcontext():
-            yield shown
+            trials = count_trials(self.spec).total if self.stages is None else None
+            display = Progress(trials=trials, epochs=self.task.epochs, units=planned_units(self.task))
+            journal.subscribe(display.event)
+        with follow(self.spec, journal), display or contextlib.nullcontext():
+            yield display
 
     @contextlib.contextmanager
     def _ending(self, journal: Journal) -> Iterator[None]:
+        """Record how the block ended."""
         try:
             yield
         except KeyboardInterrupt:
@@ -214,7 +209,7 @@ class Drive:
 
 
 def plain_spec(spec: StudySpec) -> dict[str, Any]:
-    """A study's fields as JSON values, without passwords: they end up in files that people pass on."""
+    """A study's fields as JSON values, without passwords: their files are passed on."""
     fields: dict[str, Any] = spec.model_dump(mode="json")
     if spec.tracking.uri:
         fields["tracking"]["uri"] = redact(spec.tracking.uri)

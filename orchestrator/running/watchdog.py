@@ -1,29 +1,27 @@
-"""Finds trials that hang, from outside their process, and kills them: Tune then tries them again from a checkpoint.
+"""Stall detection: kills the process of a hung trial, so that Tune retries it from its last checkpoint.
 
-A process that is stopped, deadlocked or stuck in native code with the interpreter's lock says nothing, so the driver
-looks at what every healthy trial does: it reports a unit. Units differ (the first loads the network, a closed-form
-phase takes a moment, at rungs and at the end the test sets are evaluated), so each is measured by units of its kind.
-
-What each unit of a trial consists of, as far as its length depends on it: units of one kind take about as long.
+A process that is stopped, deadlocked, or stuck in native code while it holds the interpreter's lock cannot report that
+it is. The driver therefore bounds the time between two results of a trial. Units differ in length (the first loads the
+network, a closed-form phase takes a moment, at rungs and at the end the test sets are evaluated), so that each is
+compared with units of its own kind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
-import os
-import signal
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray.tune import Callback
+
+from orchestrator.ray_internals import actor_id, actor_of, kill_actor
+from trainables.specs.metrics import UNIT_SECONDS
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -31,28 +29,34 @@ if TYPE_CHECKING:
     from orchestrator.record.records import TrialRecord
     from orchestrator.study_file.schema import FailuresSpec
 
+logger = logging.getLogger("luthier")
 
 Start = Literal["", "warm", "cold"]
-"""What comes before the unit: nothing, a network to build in a process that had one before, or everything."""
+"""Start-up that a unit's time includes: none, building a network in a reused process, or that of a new process too."""
 
 
 class Kind(NamedTuple):
-    """Units of one strategy that do the same."""
+    """A group of units with about the same expected duration, within one strategy."""
 
     start: Start
     phase: str
-    """Name of the strategy's phase, without the number of a cycle: a head alone is trained faster than all of it."""
+    """Name of the strategy's phase, without the number of a cycle: a head trains faster than a whole network."""
     closes: bool
-    """Whether the phase has something to do at its end, and this is it."""
+    """Whether it is the last unit of a phase that has a closing step."""
     tests: bool
     """Whether the test sets are evaluated after it."""
     last: bool
     """Whether the trial's final evaluation and diagnostics follow."""
 
     def __str__(self) -> str:
-        words = ["first of a process"] if self.start else []
-        words += ["last of the trial"] if self.last else ["evaluated on the test sets"] if self.tests else []
-        return " and ".join(words) or "plain"
+        properties = []
+        if self.start:
+            properties.append("first of a process")
+        if self.last:
+            properties.append("last of the trial")
+        elif self.tests:
+            properties.append("evaluated on the test sets")
+        return " and ".join(properties) or "plain"
 
 
 def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
@@ -61,72 +65,79 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
     Args:
         config: a `TrialSpec.to_dict()`; the epochs and rungs of its task, its strategy and hyperparameters are read.
         unit: 1-based.
-        start: what comes before it.
+        start: the start-up that its time includes.
     """
-    task = config.get("task") or {}
+    task = config.get("shared") or {}
     hparams = json.dumps(dict(config.get("hparams") or {}), sort_keys=True, default=str)
-    plain = _kinds(
-        str(config.get("strategy")), hparams, int(task.get("epochs") or 1), tuple(task.get("evaluate_at") or ())
-    )
-    return plain[min(max(unit, 1), len(plain)) - 1]._replace(start=start)
+    evaluated = tuple(task.get("evaluate_at") or ())
+    kinds = _kinds(str(config.get("strategy")), hparams, int(task.get("epochs") or 1), evaluated)
+    index = min(max(unit, 1), len(kinds)) - 1
+    return kinds[index]._replace(start=start)
 
 
 @functools.cache
-def _kinds(strategy: str, hparams: str, epochs: int, tested: Sequence[int]) -> tuple[Kind, ...]:
+def _kinds(strategy: str, hparams: str, epochs: int, evaluated: Sequence[int]) -> tuple[Kind, ...]:
+    """The kinds of all units of a trial, in order."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     try:
-        plan = Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
-    except (ValueError, TypeError):  # the trial itself will say what is wrong
+        plan = BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
+    except (ValueError, TypeError):  # bad hyperparameters: the trial itself fails with the message
         return (Kind("", "", False, True, True),)
-    found: list[Kind] = []
+    kinds: list[Kind] = []
     for phase in plan.phases:
-        for inside in range(phase.units):
-            unit = len(found) + 1
-            closes = phase.finish is not None and inside + 1 == phase.units
-            found.append(
+        for position in range(1, phase.units + 1):
+            unit = len(kinds) + 1
+            last = unit == plan.units
+            kinds.append(
                 Kind(
-                    "",
-                    phase.name.rstrip(" 0123456789"),
-                    closes,
-                    unit in tested or unit == plan.units,
-                    unit == plan.units,
+                    start="",
+                    phase=phase.name.rstrip(" 0123456789"),
+                    closes=phase.finish is not None and position == phase.units,
+                    tests=unit in evaluated or last,
+                    last=last,
                 )
             )
-    return tuple(found)
+    return tuple(kinds)
 
 
-logger = logging.getLogger("luthier")
-
-TICK = 1.0
-"""Seconds that pass at most between two looks, by the watchdog's own clock: while the driver itself was held up, trials
-may have reported what nobody has read yet."""
+MAX_TICK_S = 1.0
+"""Seconds by which the watchdog's clock advances at most between two checks: while the driver itself was held up,
+results of trials may be waiting to be read."""
 
 Identity = int | str
 """A trial's number in the study, else Tune's id."""
 
 
 @dataclass
-class _Watched:
-    """What a process is doing for a trial right now."""
+class _WatchedProcess:
+    """The process that runs a trial, and its present unit."""
 
     actor: Any
     unit: int
-    """Done so far, as far as the driver knows."""
+    """Last unit that the driver has a result of."""
     since: float
     """When the present unit began, by the watchdog's clock."""
     start: Start
+    """Start-up that the present unit's time includes."""
+
+
+class _Expected(NamedTuple):
+    """How long a unit is expected to take."""
+
+    seconds: float
+    reason: str
 
 
 class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
-    """Looks at every running trial each time Tune's loop comes round, which it also does while no result arrives.
+    """Checks every running trial at each step of Tune's loop, which runs whether or not results arrive.
 
     Args:
         limits: the study's section `failures`.
-        task: `dataclasses.asdict` of what all trials share, for `history`.
-        history: trials of earlier runs of the study, whose times count.
-        kill: ends the process of an actor and says where it was.
+        task: `dataclasses.asdict` of the settings that all trials share, for `history`.
+        history: trials of earlier runs of the study, whose unit times count.
+        kill: ends the process of an actor and returns where it was.
         clock: seconds.
     """
 
@@ -135,167 +146,171 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         limits: FailuresSpec,
         task: Mapping[str, Any] | None = None,
         history: Iterable[TrialRecord] = (),
-        kill: Callable[[Any], str] | None = None,
+        kill: Callable[[Any], str] = kill_actor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.limits, self._kill, self._clock = limits, kill or kill_actor, clock
+        self.limits = limits
+        self._kill = kill
+        self._clock = clock
         self.verdicts: dict[str, str] = {}
-        """Tune's trial id → why its process was killed; taken out by whoever records the failure."""
-        self._looked, self._now = clock(), 0.0
-        self._watched: dict[str, _Watched] = {}
-        self._known_actors: set[str] = set()
+        """Tune's trial id → why its process was killed; the callback that records the failure removes it."""
+        self._checked_at = clock()
+        self._now = 0.0
+        self._watched: dict[str, _WatchedProcess] = {}
+        self._warm_actors: set[str] = set()
         self._units: dict[Identity, int] = {}
         self._stalls: dict[Identity, int] = defaultdict(int)
         self._slowest: dict[Identity, float] = defaultdict(float)
-        self._own: dict[tuple[Identity, Kind], list[float]] = defaultdict(list)
-        self._entry: dict[tuple[str, Kind], list[float]] = defaultdict(list)
+        self._times_of_trial: dict[tuple[Identity, Kind], list[float]] = defaultdict(list)
+        self._times_of_entry: dict[tuple[str, Kind], list[float]] = defaultdict(list)
         for record in history:
-            self._recall(record, task or {})
+            self._replay(record, task or {})
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Look at all trials that have a process."""
+        """Check all trials that have a process."""
         try:
-            self._look(trials)
+            self._check(trials)
         except Exception:  # an exception in a Tune callback would end the experiment
             logger.exception("The watchdog failed; a hung trial may not be found")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: Mapping[str, Any], **info: Any
     ) -> None:
-        """A unit is done: note how long it took."""
+        """Record the duration of a unit."""
         watched = self._watched.get(trial.trial_id)
         if watched is None or "failure" in result:
             return
         self._advance()
         unit = int(result.get("unit") or result.get("training_iteration") or 0)
         if unit > watched.unit or not watched.start:
-            self._note(trial.config, unit, watched.start, self._now - watched.since)
-            self._known_actors.add(_actor_id(watched.actor))
+            self._record(trial.config, unit, watched.start, self._now - watched.since)
+            self._warm_actors.add(actor_id(watched.actor))
             watched.start = ""
-        # Else the trial goes on and has said its last result again: its process has not done a unit yet.
-        watched.unit, watched.since, self._units[_identity(trial)] = unit, self._now, unit
+        # Otherwise a resumed trial has re-reported its last result, which is not progress: the unit that follows still
+        # includes the start-up of its process.
+        watched.unit = unit
+        watched.since = self._now
+        self._units[_identity(trial)] = unit
 
     def allowed(self, trial: Trial, unit: int, start: Start = "") -> tuple[float, str]:
-        """Seconds that a trial may take for its unit of this number (1-based), and why so many.
+        """Seconds that a trial may take for a unit, and the sentence that justifies them.
 
         Args:
-            start: what comes before the unit.
+            unit: 1-based.
+            start: the start-up that its time includes.
         """
-        limits, identity, kind = self.limits, _identity(trial), kind_of(trial.config, unit, start)
-        typical, whose = self._typical(identity, _label(trial.config), kind)
+        identity = _identity(trial)
+        kind = kind_of(trial.config, unit, start)
+        # Every kill of a trial for a stall doubles the time that its next attempt gets.
         patience = 2 ** self._stalls[identity]
-        if typical is None:
-            seconds, why = limits.stall_first * patience, f"none of its kind ({kind}) has been done yet"
+        expected = self._expected(identity, _label(trial.config), kind)
+        if expected is None:
+            seconds = self.limits.stall_first * patience
+            reason = f"none of its kind ({kind}) has been done yet"
         else:
-            seconds = max(limits.stall_floor, (limits.stall_factor or 0.0) * typical) * patience
-            why = f"{whose} {typical:.3g} s"
-        if (slowest := self._slowest[identity]) > seconds:  # units of any kind may bring a checkpoint to a slow disk
-            seconds, why = slowest, f"the trial's slowest unit took {slowest:.3g} s"
-        return seconds, f"{seconds:.3g} s are allowed, because {why}"
+            factor = self.limits.stall_factor or 0.0
+            seconds = max(self.limits.stall_floor, factor * expected.seconds) * patience
+            reason = expected.reason
+        slowest = self._slowest[identity]
+        if slowest > seconds:  # units of any kind may include a checkpoint on a slow disk
+            seconds = slowest
+            reason = f"the trial's slowest unit took {slowest:.3g} s"
+        return seconds, f"{seconds:.3g} s are allowed, because {reason}"
 
-    def _typical(self, identity: Identity, label: str, kind: Kind) -> tuple[float | None, str]:
-        """Seconds that a unit of this kind takes, and in words whose; None = nothing is known."""
-        if own := self._own.get((identity, kind)):
-            return statistics.median(own), "the median of the trial's units of this kind is"
-        if others := self._entry.get((label, kind)):
-            return max(others), "others of its entry took at most"
-        begun = [max(took) for (of, known), took in self._entry.items() if of == label and known.start == kind.start]
-        if not kind.start or not begun:
-            return None, ""
-        plain, _ = self._typical(identity, label, kind._replace(start=""))  # it goes on in another process
-        return (None, "") if plain is None else (plain + max(begun), "a start and a unit of this kind took at most")
+    def _expected(self, identity: Identity, label: str, kind: Kind) -> _Expected | None:
+        """The expected duration of a unit: from units of its kind of the trial itself, else of its entry, else from a
+        unit of its kind without start-up plus a start-up; None = there are none."""
+        times = self._times_of_trial.get((identity, kind))
+        if times:
+            median = statistics.median(times)
+            return _Expected(median, f"the median of the trial's units of this kind is {median:.3g} s")
+        times = self._times_of_entry.get((label, kind))
+        if times:
+            return _Expected(max(times), f"others of its entry took at most {max(times):.3g} s")
+        if not kind.start:
+            return None
+        # A resumed trial continues in another process with a unit of a kind that no process has begun with.
+        first_units = [
+            max(times)
+            for (entry, entry_kind), times in self._times_of_entry.items()
+            if entry == label and entry_kind.start == kind.start
+        ]
+        plain = self._expected(identity, label, kind._replace(start=""))
+        if plain is None or not first_units:
+            return None
+        seconds = plain.seconds + max(first_units)
+        return _Expected(seconds, f"a start and a unit of this kind took at most {seconds:.3g} s")
 
-    def _look(self, trials: Iterable[Trial]) -> None:
+    def _check(self, trials: Iterable[Trial]) -> None:
         self._advance()
         if self.limits.stall_factor is None:
             return
         present = set()
         for trial in trials:
-            actor = trial.temporary_state.ray_actor
+            actor = actor_of(trial)
             if actor is None or trial.trial_id in self.verdicts:
                 continue
             present.add(trial.trial_id)
             watched = self._watched.get(trial.trial_id)
             if watched is None or watched.actor is not actor:
-                start: Start = "warm" if _actor_id(actor) in self._known_actors else "cold"
+                start: Start = "warm" if actor_id(actor) in self._warm_actors else "cold"
                 unit = self._units.get(_identity(trial), 0)
-                watched = self._watched[trial.trial_id] = _Watched(actor, unit, self._now, start)
+                watched = _WatchedProcess(actor, unit, self._now, start)
+                self._watched[trial.trial_id] = watched
             self._judge(trial, watched)
         for trial_id in set(self._watched) - present:
             del self._watched[trial_id]
 
-    def _judge(self, trial: Trial, watched: _Watched) -> None:
+    def _judge(self, trial: Trial, watched: _WatchedProcess) -> None:
+        """Kill the process if its present unit takes longer than it may."""
         waited = self._now - watched.since
         if waited <= self.limits.stall_floor:
             return
-        allowed, why = self.allowed(trial, watched.unit + 1, watched.start)
+        allowed, reason = self.allowed(trial, watched.unit + 1, watched.start)
         if waited <= allowed:
             return
         watched.since = self._now  # should the kill fail, it is tried again, but not at once
         self._stalls[_identity(trial)] += 1
-        self.verdicts[trial.trial_id] = verdict = (
-            f"StalledError: unit {watched.unit + 1} has not ended after {waited:.3g} s; {why}. "
-            f"{self._kill(watched.actor)}"
-        )
+        where = self._kill(watched.actor)
+        verdict = f"StalledError: unit {watched.unit + 1} has not ended after {waited:.3g} s; {reason}. {where}"
+        self.verdicts[trial.trial_id] = verdict
         logger.warning("Trial %s hangs. %s", _identity(trial), verdict)
 
-    def _note(self, config: Mapping[str, Any], unit: int, start: Start, seconds: float) -> None:
-        kind, identity = kind_of(config, unit, start), config.get("_number", "")
+    def _record(self, config: Mapping[str, Any], unit: int, start: Start, seconds: float) -> None:
+        kind = kind_of(config, unit, start)
+        identity = config.get("_number", "")
         self._slowest[identity] = max(self._slowest[identity], seconds)
-        self._own[identity, kind].append(seconds)
-        self._entry[_label(config), kind].append(seconds)
+        self._times_of_trial[identity, kind].append(seconds)
+        self._times_of_entry[_label(config), kind].append(seconds)
 
-    def _recall(self, record: TrialRecord, task: Mapping[str, Any]) -> None:
-        """Take over the times of an earlier run. Which were the first of a process nobody knows any more, but for the
-        first of all; where it was a cold start, the time is only longer than that of a warm one."""
-        config = {"task": task, "_number": record.number, "label": record.label}
-        config |= {"strategy": record.strategy, "hparams": record.hparams}
+    def _replay(self, record: TrialRecord, shared: Mapping[str, Any]) -> None:
+        """Record the unit times of a trial of an earlier run.
+
+        The journal does not say which units were the first of a process, but for the first of all; where that was a
+        cold start, its time is only longer than that of a warm one.
+        """
+        config = {
+            "shared": shared,
+            "_number": record.number,
+            "label": record.label,
+            "strategy": record.strategy,
+            "hparams": record.hparams,
+        }
         for past in record.history:
-            if "cost/unit_seconds" in past:
+            if UNIT_SECONDS.name in past:
                 unit = int(past["unit"])
-                self._note(config, unit, "warm" if unit == 1 else "", past["cost/unit_seconds"])
+                self._record(config, unit, "warm" if unit == 1 else "", past[UNIT_SECONDS.name])
         self._units[record.number] = record.unit
 
     def _advance(self) -> None:
-        looked = self._clock()
-        self._now += min(looked - self._looked, TICK)
-        self._looked = looked
-
-
-def kill_actor(actor: Any) -> str:
-    """End the process of an actor for good and say where it was. A stopped process cannot end itself: on this machine
-    it gets SIGKILL at once, elsewhere its machine's raylet does that, some five seconds after Ray was told. Until then
-    it cannot do harm if it wakes up: Ray takes no result of it, and the trial's next attempt owns the checkpoints."""
-    import ray
-    from ray._private.state import actors
-
-    pid, node = None, None
-    try:
-        known = actors(_actor_id(actor))
-        pid, node = known.get("Pid"), known.get("Address", {})
-        if node.get("NodeID") == ray.get_runtime_context().get_node_id() and _is_worker(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    finally:
-        ray.kill(actor)
-    return f"Its process {pid} on {(node or {}).get('IPAddress')} was killed."
-
-
-def _is_worker(pid: int | None) -> bool:
-    """Whether the process is one of Ray's here; not known on systems without /proc."""
-    try:
-        return bool(pid) and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::")
-    except OSError:
-        return False
-
-
-def _actor_id(actor: Any) -> str:
-    return str(actor._actor_id.hex())
+        now = self._clock()
+        self._now += min(now - self._checked_at, MAX_TICK_S)
+        self._checked_at = now
 
 
 def _identity(trial: Trial) -> Identity:
-    found: Identity = trial.config.get("_number", trial.trial_id)
-    return found
+    identity: Identity = trial.config.get("_number", trial.trial_id)
+    return identity
 
 
 def _label(config: Mapping[str, Any]) -> str:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainables.models.layer_types import fine_kinds
+from trainables.models.torch_internals import tensor_norms
 
 if TYPE_CHECKING:
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 
 class GradientNorms:
@@ -47,7 +48,7 @@ class GradientNorms:
         self._steps += 1
         if not present:
             return
-        squares = torch.stack(list(torch._foreach_norm(present))).double().square()
+        squares = tensor_norms(present).double().square()
         owner = self._owner
         if len(present) < len(gradients):
             owner = owner[[i for i, g in enumerate(gradients) if g is not None]]
@@ -70,7 +71,7 @@ class GradientNorms:
         self._steps = int(state["steps"])
 
 
-def moving_kinds(model: Classifier, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
+def moving_kinds(model: TaskModel, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Kind (component of a transformer block, else kind of layer) → parameters of the classifier that need gradients.
 
     Args:

@@ -52,7 +52,9 @@ class Probes:
 
     def __enter__(self) -> Probes:
         for probe in self._probes:
-            # An attribute of the instance hides the method of its class, for `__call__` as for the block itself.
+            # Replaced rather than hooked: the component is called again, on other tokens, while the forward pass runs,
+            # and windowed attention is a method of its block that no hook of torch reaches. An attribute of the
+            # instance hides the method of its class, for `__call__` as for the block itself.
             setattr(probe.owner, probe.method, self._wrapped(probe, getattr(probe.owner, probe.method)))
         return self
 

@@ -7,17 +7,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("luthier")
 
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch normalisation: all of timm's derive from these, which torch's lazy and quantised ones do not."""
 
 CHUNK = 1 << 23
 """Activations that are widened to double precision at a time."""
@@ -87,7 +86,7 @@ def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Conversio
     Raises:
         ValueError: there is BatchNorm but no batch of two or more elements, or activations are not finite.
     """
-    every = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)]
     layers = _convertible(every)
     if not layers:
         log.info(
@@ -112,14 +111,14 @@ def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Conversio
     return ConversionReport(len(shifts), len(every) - len(shifts), sum(shifts) / len(shifts), variance_ratio)
 
 
-def _convertible(layers: Iterable[tuple[str, _BatchNorm]]) -> dict[str, _BatchNorm]:
+def _convertible(layers: Iterable[tuple[str, BatchNorm]]) -> dict[str, BatchNorm]:
     """Layers whose γ and β can take up a change of statistics, and belong to no other layer."""
     affine = {n: m for n, m in layers if m.running_mean is not None and m.weight is not None and m.bias is not None}
     owners = Counter(id(tensor) for m in affine.values() for tensor in (m.weight, m.bias))
     return {n: m for n, m in affine.items() if owners[id(m.weight)] == owners[id(m.bias)] == 1}
 
 
-def _collect(model: nn.Module, layers: Mapping[str, _BatchNorm], batches: Iterable[Tensor]) -> dict[str, _Moments]:
+def _collect(model: nn.Module, layers: Mapping[str, BatchNorm], batches: Iterable[Tensor]) -> dict[str, _Moments]:
     moments = {name: _Moments(layer.num_features, layer.weight.device) for name, layer in layers.items()}
 
     def recorder(name: str) -> Callable[..., None]:
@@ -139,7 +138,7 @@ def _collect(model: nn.Module, layers: Mapping[str, _BatchNorm], batches: Iterab
     return moments
 
 
-def _convert(layer: _BatchNorm, moments: _Moments) -> tuple[float, Tensor]:
+def _convert(layer: BatchNorm, moments: _Moments) -> tuple[float, Tensor]:
     assert layer.running_mean is not None
     assert layer.running_var is not None
     source_mean, source_variance = layer.running_mean.double(), layer.running_var.double()

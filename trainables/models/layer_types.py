@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd
 
+from trainables.models.batch_norm import BATCH_NORMS
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
 
 KINDS = ("embed", "attention", "mlp", "conv", "linear", "norm", "scale", "other", "head")
@@ -17,8 +16,13 @@ KINDS = ("embed", "attention", "mlp", "conv", "linear", "norm", "scale", "other"
 of a block; other convolutions; other linear maps; normalisation (γ and β of any norm layer); learned scales such as
 LayerScale; what is none of these; the classifier."""
 
-_WEIGHTED = (_ConvNd, nn.Linear)
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_WEIGHTED = (*CONVOLUTIONS, nn.Linear)
+_NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm, nn.GroupNorm)
 _SCALE = re.compile(r"^(gamma(_?\d)?|ls\d?|layer_?scale\w*|skipinit_gain)$")
 _CHANNEL_GATE = re.compile(r"^(se(module)?|squeezeexcite\w*|effectivesemodule|c?ecamodule|cbam\w*|gather\w*)$")
 """Gates over channels, which timm keeps under the name `attn` although they are no attention over tokens."""
@@ -51,7 +55,7 @@ def statistics(backbone: nn.Module) -> dict[str, str]:
     """Name of every running statistic of BatchNorm → `bn_mean` or `bn_var`."""
     found: dict[str, str] = {}
     for prefix, module in backbone.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
             start = f"{prefix}." if prefix else ""
             found |= {f"{start}running_mean": "bn_mean", f"{start}running_var": "bn_var"}
     return found
@@ -136,4 +140,6 @@ def _kind(name: str, modules: Mapping[str, nn.Module]) -> str:
                     return found
     if _EMBED.search(own) or any("embed" in attribute or "embed" in kind for attribute, kind in around):
         return "embed"
-    return "conv" if isinstance(owner, _ConvNd) else "linear" if isinstance(owner, nn.Linear) else "other"
+    if isinstance(owner, CONVOLUTIONS):
+        return "conv"
+    return "linear" if isinstance(owner, nn.Linear) else "other"

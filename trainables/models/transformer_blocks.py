@@ -9,25 +9,20 @@ a ValueError that says so; a network is never resolved in part.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainables.models.backbone import Classifier
+from trainables.models.batch_norm import BATCH_NORMS
+from trainables.models.task_model import TaskModel
+from trainables.models.timm_internals import is_attention, is_attention_pooling, is_fused_block, windowed_attention
 
 COMPONENTS = ("ln1", "mha", "ln2", "fc1", "fc2")
 """Attention norm, attention with its projections, feed-forward norm, first and second linear layer."""
 KINDS = (*COMPONENTS, "final_norm", "embed", "head", "other")
 """What `component_kinds` calls a parameter: a component; the LayerNorm after the last block; what comes before the
 first block; the classifier; the rest (LayerScale, sub-norms, downsampling, convolutional stages)."""
-
-_ATTENTION = re.compile(r"attn|attention|^(xca|gpsa|mhsa)$", re.IGNORECASE)
-_POOLING = re.compile(r"(attn|attention)pool", re.IGNORECASE)
-_WINDOWED = ("_attn", "_shifted_window_attn", "_partition_attn", "_window_attn")
-"""Methods of timm's blocks that take the tokens of an image, cut them into windows, attend, and put them back."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +51,15 @@ class Block:
     def attention(self) -> tuple[nn.Module, str]:
         """Owner and name of the function from an image's tokens to the output of its attention: `mha.forward`, or the
         block's own method that cuts windows (and shifts them) around it."""
-        for name in _WINDOWED:
-            if callable(getattr(self.module, name, None)):
-                return self.module, name
-        return self.mha, "forward"
+        windowed = windowed_attention(self.module)
+        return (self.mha, "forward") if windowed is None else (self.module, windowed)
 
 
 def find_blocks(network: nn.Module) -> list[Block]:
     """All transformer blocks in the order of the network.
 
     Args:
-        network: a timm network or a `Classifier`; names are paths in it.
+        network: a timm network or a `TaskModel`; names are paths in it.
 
     Raises:
         ValueError: no transformer block, or a block whose components are not defined.
@@ -75,7 +68,7 @@ def find_blocks(network: nn.Module) -> list[Block]:
     reasons: dict[int, str] = {}
     for name, module in network.named_modules():
         parts = list(_parts(module))
-        attentions = [i for i, part in enumerate(parts) if _is_attention(part)]
+        attentions = [i for i, part in enumerate(parts) if is_attention(part)]
         if not attentions:
             continue
         blocks = _blocks_of(name, module, parts, attentions)
@@ -85,10 +78,10 @@ def find_blocks(network: nn.Module) -> list[Block]:
             found += blocks
     resolved = {id(block.mha) for block in found}
     for name, module in network.named_modules():
-        if _is_attention(module) and id(module) not in resolved:
+        if is_attention(module) and id(module) not in resolved:
             why = reasons.get(id(module), "it is part of no block")
             raise ValueError(_undefined(network, f"at {name} ({type(module).__name__}) {why}"))
-        if not found and _is_fused(module):
+        if not found and is_fused_block(module):
             why = f"at {name} ({type(module).__name__}) one projection serves both attention and feed-forward"
             raise ValueError(_undefined(network, why))
     if not found:
@@ -110,7 +103,7 @@ def final_norms(network: nn.Module, blocks: Sequence[Block] | None = None) -> di
     for name, module in network.named_modules():
         if id(module) in inside:
             found = {}
-        elif _POOLING.search(type(module).__name__):
+        elif is_attention_pooling(module):
             pooling |= {id(inner) for inner in module.modules()}
         elif _is_norm(module) and id(module) not in pooling and any(True for _ in module.parameters(recurse=False)):
             found[name] = module
@@ -129,7 +122,7 @@ def component_kinds(model: nn.Module) -> dict[str, str]:
         for kind in COMPONENTS:
             owners |= {id(inner): kind for part in block.component(kind) for inner in part.modules()}
     owners |= {id(norm): "final_norm" for norm in final_norms(model, blocks).values()}
-    if isinstance(model, Classifier):
+    if isinstance(model, TaskModel):
         owners |= {id(inner): "head" for inner in model.head.modules()}
     modules = dict(model.named_modules())
     inside = {id(inner) for block in blocks for inner in block.module.modules()}
@@ -183,7 +176,7 @@ def _blocks_of(name: str, module: nn.Module, parts: Sequence[nn.Module], attenti
         before, after = [i for i in free if i < anchor], [i for i in free if i > anchor]
         if not free:
             role = "attention" if anchor in attentions else "feed-forward part"
-            batch = any(isinstance(inner, _BatchNorm) for part in parts for inner in part.modules())
+            batch = any(isinstance(inner, BATCH_NORMS) for part in parts for inner in part.modules())
             return f"the {role} has no LayerNorm of its own beside it" + (" (but BatchNorm)" if batch else "")
         norms[anchor] = parts[before[-1] if before else after[0]]
     pairs = list(zip(attentions, maps, strict=True))
@@ -204,21 +197,11 @@ def _blocks_of(name: str, module: nn.Module, parts: Sequence[nn.Module], attenti
 def _feed_forward(part: nn.Module) -> tuple[nn.Module, ...]:
     """The linear maps of a feed-forward part in their order, the last one back to the token width; empty for anything
     else."""
-    if _is_attention(part) or linear_width(part) is not None:
+    if is_attention(part) or linear_width(part) is not None:
         return ()
     linears = tuple(child for child in part.children() if linear_width(child) is not None)
     entering = {width[0] for linear in linears[:-1] if (width := linear_width(linear))}
     return linears if len(linears) >= 2 and len(entering) == 1 else ()
-
-
-def _is_attention(module: nn.Module) -> bool:
-    """Attention by the name of its class, the innermost one; pooling by attention is part of no block."""
-    return _named_attention(module) and not any(_named_attention(m) for m in module.modules() if m is not module)
-
-
-def _named_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return bool(_ATTENTION.search(name)) and not _POOLING.search(name)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -228,16 +211,11 @@ def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == 1
     name = type(module).__name__.lower()
-    return ("layernorm" in name or "rmsnorm" in name) and not isinstance(module, _BatchNorm)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    """A parallel block as in ViT-22B: the inputs of attention and feed-forward are one linear map."""
-    return isinstance(getattr(module, "in_proj", None), nn.Linear) and hasattr(module, "mlp_act")
+    return ("layernorm" in name or "rmsnorm" in name) and not isinstance(module, BATCH_NORMS)
 
 
 def _undefined(network: nn.Module, why: str) -> str:
-    inner = network.backbone if isinstance(network, Classifier) else network
+    inner = network.backbone if isinstance(network, TaskModel) else network
     config = getattr(inner, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(inner).__name__
     return (

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,8 @@ import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from trainables.models.timm_internals import checkpoint_filter, recorded_missing_keys
 
 LOADING_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
@@ -52,7 +50,7 @@ def load_weight_file(module: nn.Module, path: Path) -> None:
     try:
         # Said, because the default of older timm was to run whatever a pickle names.
         state: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
-        select = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+        select = checkpoint_filter(module)
         state = select(state, module) if select else state
         foreign = [k for k, v in state.items() if not isinstance(v, Tensor) or v.layout != torch.strided]
         if foreign:
@@ -87,7 +85,7 @@ def create(name: str, *, pretrained: bool, image_size: int | None, meta: bool = 
         ValueError: the weights cannot be had, or not all of them; the message has the command that mends it.
     """
     try:
-        with _missing_tensors() as missing, torch.random.fork_rng(devices=[]):
+        with recorded_missing_keys() as missing, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             if meta:
                 with torch.device("meta"):
@@ -98,8 +96,8 @@ def create(name: str, *, pretrained: bool, image_size: int | None, meta: bool = 
         raise ValueError(f"The model {name} could not be loaded ({_brief(error)}). {_remedy(name)}") from error
     if missing:
         raise ValueError(
-            f"The weights of {name} are incomplete: {'; '.join(missing)}. A tensor that is not pretrained would start "
-            "at random; give complete weights in model.weights."
+            f"The weights of {name} are incomplete: missing keys ({', '.join(missing)}). A tensor that is not "
+            "pretrained would start at random; give complete weights in model.weights."
         )
     return module
 
@@ -141,28 +139,3 @@ def _brief(error: BaseException) -> str:
         return f"it asks for Python objects{f': {named[1]}' if named else ''}; Luthier reads nothing but tensors"
     text = text if len(text) <= 240 else f"{text[:239]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-@contextmanager
-def _missing_tensors() -> Iterator[list[str]]:
-    """Collects what timm logs about tensors that a checkpoint lacks: it reports them nowhere else."""
-    found: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            if text.startswith("Missing keys"):
-                found.append(text.split(" discovered")[0].lower())
-
-    logger, listener = logging.getLogger("timm.models._builder"), Listener()
-    level, propagate, silent = logger.level, logger.propagate, not logger.isEnabledFor(logging.INFO)
-    logger.addHandler(listener)
-    if silent:
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # what nobody wanted to see stays unseen
-    try:
-        yield found
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        logger.propagate = propagate

@@ -33,12 +33,12 @@ from orchestrator.cluster.connection import (
 from orchestrator.cluster.driver_process import (
     environment,
     free_port,
-    keep_aws_keys_private,
     sigterm_as_interrupt,
     sigterm_restored,
 )
 from orchestrator.cluster.resources import trial_slots
 from orchestrator.errors import Terminated
+from orchestrator.ray_internals import keep_aws_keys_private
 
 SMALL, LARGE, GPU = {"CPU": 2.0}, {"CPU": 32.0}, {"CPU": 4.0, "GPU": 2.0}
 
@@ -73,7 +73,10 @@ class TestResources:
 
     @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (0.5, 0), (32, 0), (4, 1), (1, 0.25), (0, 1)])
     def test_what_fits_passes(self, cpus: float, gpus: float) -> None:
+        """It raises nothing; a request for more than the largest machine has beyond it does."""
         check_resources(cpus, gpus, [SMALL, LARGE, GPU])
+        with pytest.raises(ResourceError):
+            check_resources(cpus + 32.5, gpus, [SMALL, LARGE, GPU])
 
     @pytest.mark.parametrize("gpus", [1.5, 2])
     def test_more_than_one_gpu(self, gpus: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.running.failure_policy import DiskError, disk_explained
+from orchestrator.running.failure_policy import DiskError, report_disk_errors
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(raised: BaseException, folder: Path) -> str:
-    with pytest.raises(DiskError) as error, disk_explained(folder):
+    with pytest.raises(DiskError) as error, report_disk_errors(folder):
         raise raised
     assert error.value.__cause__ is raised
     return str(error.value)
@@ -67,15 +67,15 @@ def test_s4_a_failing_disk_is_one_too(text: str, tmp_path: Path) -> None:
     ids=repr,
 )
 def test_everything_else_passes(raised: Any, tmp_path: Path) -> None:
-    with pytest.raises(type(raised)) as error, disk_explained(tmp_path):
+    with pytest.raises(type(raised)) as error, report_disk_errors(tmp_path):
         raise raised
     assert error.value is raised
 
 
 def test_a_journal_that_was_removed_under_a_study_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DiskError) as error, disk_explained(tmp_path):
+    with pytest.raises(DiskError) as error, report_disk_errors(tmp_path):
         open(str(tmp_path / "journal.jsonl"), "rb")  # noqa: SIM115  # there is none
     assert str(error.value) == (
         f"A study writes its record to {tmp_path}, but the journal there has gone: it was removed or moved while the "
-        "study ran. Put it back and run the same command again; without it the study begins anew."
+        "study ran. Put it back and run the same command again; without it the study starts over."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator.ingest.pipeline import IngestRequest, ingest
-from orchestrator.running.progress import shown
+from orchestrator.running.progress import ingest_progress
 from tests.orchestrator.ingest.pictures import domains
 
 
@@ -24,7 +24,7 @@ class Clock:
 
 def test_a_line_every_ten_seconds_where_there_is_no_terminal() -> None:
     written, clock = io.StringIO(), Clock()
-    with shown(Console(file=written), clock) as progress:
+    with ingest_progress(Console(file=written), clock) as progress:
         for seconds, done in ((0.5, 100), (9.9, 1_900), (10.1, 2_020), (15.0, 3_000), (21.0, 4_200)):
             clock.now = 100 + seconds
             progress(done, 12_000, 3 if done > 4_000 else 0)
@@ -37,7 +37,7 @@ def test_a_line_every_ten_seconds_where_there_is_no_terminal() -> None:
 def test_a_bar_on_a_terminal_that_is_gone_afterwards() -> None:
     written, clock = io.StringIO(), Clock()
     console = Console(file=written, force_terminal=True, width=100, legacy_windows=False, no_color=True, _environ={})
-    with shown(console, clock) as progress:
+    with ingest_progress(console, clock) as progress:
         clock.now += 2
         progress(500, 1_000, 1)
     assert "Reading images" in written.getvalue()
@@ -48,7 +48,7 @@ def test_a_bar_on_a_terminal_that_is_gone_afterwards() -> None:
 
 def test_nothing_is_shown_where_no_image_is_read() -> None:
     written = io.StringIO()
-    with shown(Console(file=written, force_terminal=True, width=100, _environ={})):
+    with ingest_progress(Console(file=written, force_terminal=True, width=100, _environ={})):
         pass
     assert "Reading" not in written.getvalue()
 

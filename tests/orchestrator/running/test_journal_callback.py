@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from orchestrator.ray_internals import in_memory_tune_storage, without_tune_files
 from orchestrator.record.checkpoints import checkpoint_folder, tidy
 from orchestrator.record.journal import Journal, JournalWriteError, fold
 from orchestrator.running.journal_callback import RecordCallback, close_open_trials
 from orchestrator.running.progress import Progress
-from orchestrator.running.ray_internals import nowhere, tune_keeps_no_files
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 
 def config(number: int = 0, **fields: Any) -> dict[str, Any]:
-    task = Task(store="/data", model=ModelSpec(name="digits_vit"), epochs=3)
-    spec = TrialSpec(task=task, strategy="full", hparams={"lr_head": 0.1}, seed=5, label="mine", **fields)
+    task = SharedTrialSettings(store="/data", model=ModelSpec(name="digits_vit"), epochs=3)
+    spec = TrialSpec(shared=task, strategy="full", hparams={"lr_head": 0.1}, seed=5, label="mine", **fields)
     return spec.to_dict() | {"_number": number}
 
 
@@ -270,7 +270,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
     errors: dict[str, str] = {}
     callback = RecordCallback(journal, errors=errors)
     configs = [config(n) | {"label": label} for n, label in enumerate(("good", "nan", "slow"))]
-    with plain_cluster(cpus=1), tune_keeps_no_files(errors):
+    with plain_cluster(cpus=1), without_tune_files(errors):
         tune.Tuner(
             tune.with_resources(Work, {"cpu": 1}),
             tune_config=tune.TuneConfig(
@@ -278,7 +278,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                **nowhere(), callbacks=[callback], verbose=0,
+                **in_memory_tune_storage(), callbacks=[callback], verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()  # fmt: skip

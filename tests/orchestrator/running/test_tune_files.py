@@ -17,7 +17,7 @@ from benchmarks.support.killed_study import start, write_material, write_study
 from orchestrator import Study
 from orchestrator.cluster.connection import KNOBS
 from orchestrator.cluster.driver_process import environment
-from orchestrator.running.ray_internals import nowhere, tune_keeps_no_files
+from orchestrator.ray_internals import in_memory_tune_storage, without_tune_files
 from tests.support.canary import Canary
 from tests.support.clusters import plain_cluster
 
@@ -71,12 +71,12 @@ def test_p4_no_file_of_tune_can_end_a_study(caplog: pytest.LogCaptureFixture) ->
             trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}",
         ),
         run_config=tune.RunConfig(
-            name="ray", **nowhere(), verbose=0, callbacks=[sweeper],
+            name="ray", **in_memory_tune_storage(), verbose=0, callbacks=[sweeper],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING), tune_keeps_no_files(errors):
+    with caplog.at_level(logging.WARNING), without_tune_files(errors):
         assert list(tuner.fit()) == []
     assert sweeper.ended == ["tried again", "failed"]
     (text,) = errors.values()

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from benchmarks.support.killed_study import ROOT, start, write_material, write_study
-from orchestrator import Study
+from orchestrator import Study, ray_internals
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord, fold
-from orchestrator.running import watchdog
 from orchestrator.running.journal_callback import RecordCallback
 from orchestrator.running.watchdog import Kind, Watchdog, kind_of
 from orchestrator.study_file.schema import FailuresSpec
@@ -48,7 +47,7 @@ class Driver:
 
     def trial(self, number: int = 0, strategy: str = "full", process: str = "p0", **changes: Any) -> Any:
         fields = asdict(task(epochs=6, **changes))
-        config = {"task": fields, "strategy": strategy, "label": "", "hparams": {}, "_number": number}
+        config = {"shared": fields, "strategy": strategy, "label": "", "hparams": {}, "_number": number}
         made = SimpleNamespace(trial_id=f"t{number}", config=config, error_file=None, last_result={})
         made.temporary_state = SimpleNamespace(ray_actor=None)
         self.trials.append(made)
@@ -176,7 +175,7 @@ def test_p9_rungs_and_phases_have_times_of_their_own(driver: Driver) -> None:
 
 
 def test_kinds_say_what_a_unit_consists_of() -> None:
-    config = {"task": asdict(task(epochs=5, evaluate_at=(2,))), "strategy": "layernorm", **CYCLES}
+    config = {"shared": asdict(task(epochs=5, evaluate_at=(2,))), "strategy": "layernorm", **CYCLES}
     assert [kind_of(config, unit) for unit in (1, 2, 3, 4, 5, 6)] == [
         Kind("", "head", False, False, False), Kind("", "norms", True, True, False),
         Kind("", "head", False, False, False), Kind("", "norms", False, False, False),
@@ -299,15 +298,15 @@ def test_p9_a_process_of_this_machine_gets_sigkill_any_other_is_left_to_ray(
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray, "kill", told.append)
     monkeypatch.setattr(os, "kill", lambda *which: signals.append(which))
-    monkeypatch.setattr(watchdog, "_is_worker", lambda pid: pid == 7)
-    assert watchdog.kill_actor(actor) == "Its process 7 on 192.0.2.7 was killed."
+    monkeypatch.setattr(ray_internals, "_is_worker", lambda pid: pid == 7)
+    assert ray_internals.kill_actor(actor) == "Its process 7 on 192.0.2.7 was killed."
     assert signals == ([(7, signal.SIGKILL)] if here else [])
     assert told == [actor]
 
 
 def test_p9_no_process_but_one_of_rays_is_killed() -> None:
-    assert not watchdog._is_worker(os.getpid())
-    assert not watchdog._is_worker(None)
+    assert not ray_internals._is_worker(os.getpid())
+    assert not ray_internals._is_worker(None)
 
 
 def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(tmp_path: Path) -> None:

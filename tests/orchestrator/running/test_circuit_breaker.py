@@ -20,75 +20,81 @@ from typer.testing import CliRunner, Result
 from benchmarks.support.synthetic import write_images
 from orchestrator.cli import app
 from orchestrator.commands.exit_status import FAILED, PARTIAL
+from orchestrator.ray_internals import LostActorError, actor_failures_as_trial_failures, without_tune_files
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold, study_header
-from orchestrator.running.failure_policy import FailureGate, FailureGateError, classify, error_line
-from orchestrator.running.ray_internals import LostActorError, lost_actors_are_failed_attempts, tune_keeps_no_files
-from orchestrator.running.study_run import Drive
+from orchestrator.running.failure_policy import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    classify,
+    error_line,
+    is_out_of_memory,
+)
+from orchestrator.running.study_run import StudyRun
 from orchestrator.running.watchdog import Watchdog
 from orchestrator.study_file.schema import FailuresSpec
 from trainables.specs.errors import failure_text
 from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 
 
-def told(gate: FailureGate, *endings: str, first: int = 0) -> FailureGate:
+def told(breaker: CircuitBreaker, *endings: str, first: int = 0) -> CircuitBreaker:
     """Trials that start and end one after the other: by a reason, or well ("")."""
     for number, reason in enumerate(endings, start=first):
-        gate.event({"kind": "trial_suggested", "trial_id": f"t{number}", "number": number, "strategy": "full"})
-        gate.event({"kind": "trial_started", "trial_id": f"t{number}"})
+        breaker.event({"kind": "trial_suggested", "trial_id": f"t{number}", "number": number, "strategy": "full"})
+        breaker.event({"kind": "trial_started", "trial_id": f"t{number}"})
         if reason:
             error = f"ValueError: {reason} at step {number}"
-            gate.event({"kind": "trial_failed", "trial_id": f"t{number}", "reason": reason, "error": error})
+            breaker.event({"kind": "trial_failed", "trial_id": f"t{number}", "reason": reason, "error": error})
         else:
-            gate.event({"kind": "trial_finished", "trial_id": f"t{number}", "state": "complete"})
-    return gate
+            breaker.event({"kind": "trial_finished", "trial_id": f"t{number}", "state": "complete"})
+    return breaker
 
 
-class TestGate:
+class TestCircuitBreaker:
     def test_it_takes_enough_failures_and_a_large_enough_share_of_one_reason(self) -> None:
-        assert not told(FailureGate(5, 0.6), *["nan"] * 4).stop_all()
-        assert told(FailureGate(5, 0.6), *["nan"] * 5).stop_all()
-        assert not told(FailureGate(5, 0.6), *["", ""] * 2, *["nan"] * 5).stop_all()
-        assert told(FailureGate(5, 0.6), *["", ""] * 2, *["nan"] * 6).stop_all()
-        assert not told(FailureGate(5, 0.6), *["nan", "oom", "user", "data"] * 4).stop_all()
-        assert not told(FailureGate(None, 0.6), *["nan"] * 100).stop_all()
+        assert not told(CircuitBreaker(5, 0.6), *["nan"] * 4).stop_all()
+        assert told(CircuitBreaker(5, 0.6), *["nan"] * 5).stop_all()
+        assert not told(CircuitBreaker(5, 0.6), *["", ""] * 2, *["nan"] * 5).stop_all()
+        assert told(CircuitBreaker(5, 0.6), *["", ""] * 2, *["nan"] * 6).stop_all()
+        assert not told(CircuitBreaker(5, 0.6), *["nan", "oom", "user", "data"] * 4).stop_all()
+        assert not told(CircuitBreaker(None, 0.6), *["nan"] * 100).stop_all()
 
     def test_two_strategies_of_which_one_always_fails_go_on(self) -> None:
-        assert not told(FailureGate(5, 0.6), *["user", ""] * 20).stop_all()
+        assert not told(CircuitBreaker(5, 0.6), *["user", ""] * 20).stop_all()
 
     def test_running_trials_are_no_failures_and_interrupted_or_earlier_ones_do_not_count(self) -> None:
-        gate = FailureGate(2, 0.6)
+        breaker = CircuitBreaker(2, 0.6)
         for number in range(4):
-            gate.event({"kind": "trial_started", "trial_id": f"running{number}"})
-        assert not told(gate, "infra", "infra").stop_all()
-        assert not told(FailureGate(2, 0.6), *["interrupted"] * 9).stop_all()
-        earlier = FailureGate(2, 0.6)
+            breaker.event({"kind": "trial_started", "trial_id": f"running{number}"})
+        assert not told(breaker, "infra", "infra").stop_all()
+        assert not told(CircuitBreaker(2, 0.6), *["interrupted"] * 9).stop_all()
+        earlier = CircuitBreaker(2, 0.6)
         for number in range(5):
             earlier.event({"kind": "trial_failed", "trial_id": f"old{number}", "reason": "user", "error": ""})
         assert not earlier.stop_all()
 
     def test_a_trial_that_goes_on_is_counted_once(self) -> None:
-        gate = told(FailureGate(5, 0.6), "", "")
+        breaker = told(CircuitBreaker(5, 0.6), "", "")
         for _ in range(9):
-            gate.event({"kind": "trial_started", "trial_id": "t1"})
-        assert told(gate, *["nan"] * 5, first=2).stop_all()
+            breaker.event({"kind": "trial_started", "trial_id": "t1"})
+        assert told(breaker, *["nan"] * 5, first=2).stop_all()
 
     def test_no_single_trial_is_stopped_by_it(self) -> None:
-        gate = told(FailureGate(1, 0.1), "nan")
-        assert gate("t0", {}) is False
-        assert gate.stop_all() is True
+        breaker = told(CircuitBreaker(1, 0.1), "nan")
+        assert breaker("t0", {}) is False
+        assert breaker.stop_all() is True
 
     def test_the_message(self) -> None:
-        gate = FailureGate(3, 0.6)
-        told(gate).check()
-        told(gate, "", "nan", "user", "nan", "nan", "nan")
-        with pytest.raises(FailureGateError) as error:
-            gate.check()
+        breaker = CircuitBreaker(3, 0.6)
+        told(breaker).check()
+        told(breaker, "", "nan", "user", "nan", "nan", "nan")
+        with pytest.raises(CircuitBreakerError) as error:
+            breaker.check()
         assert str(error.value) == (
             "the study was stopped, because 4 of the 6 trials that were started failed for one reason: nan. The "
             "commonest error (4×: 1 full, 3 full, 4 full, 5 full) is: ValueError: nan at step 1. Training diverges: "
             "hold the learning rates at lower values (fixed), or look at the images. What has finished is kept, and "
-            "the same command goes on with the rest; failures.stop_after: null lets a study go on whatever fails."
+            "the same command continues with the rest; failures.stop_after: null never stops a study."
         )
 
 
@@ -160,7 +166,7 @@ class TestStudies:
         ]  # fmt: skip
         assert records[1].error == "RuntimeError: A fault was injected here."
         assert re.fullmatch(
-            r"ActorDiedError: process \d+ on \S+ ended without a word: it crashed .*", records[3].error or ""
+            r"ActorDiedError: process \d+ on \S+ ended without an error message: it crashed .*", records[3].error or ""
         )
 
     def test_p20_a_study_whose_trials_all_fail_alike_is_stopped_and_says_why(
@@ -184,14 +190,14 @@ class TestStudies:
 def test_p20_a_study_without_one_good_trial_has_failed(
     fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def all_fail(drive: Drive) -> None:
-        with Journal(drive.folder / "journal.jsonl") as journal:
+    def all_fail(study_run: StudyRun) -> None:
+        with Journal(study_run.folder / "journal.jsonl") as journal:
             for number in range(2):
                 journal.append("trial_suggested", trial_id=f"t{number}", number=number, strategy="full")
                 journal.append("trial_started", trial_id=f"t{number}")
                 journal.append("trial_failed", trial_id=f"t{number}", reason="user", error="ValueError: no")
 
-    monkeypatch.setattr(Drive, "run", all_fail)
+    monkeypatch.setattr(StudyRun, "run", all_fail)
     done = CliRunner().invoke(app, ["run", str(fields(epochs=3, trials=2)), "--no-progress"])
     assert done.exit_code == FAILED, done.stderr
     assert [record.state for record in fold(events(tmp_path))] == ["failed", "failed"]
@@ -243,7 +249,7 @@ def test_p1_p9_a_process_lost_between_two_trials_costs_neither(tmp_path: Path) -
             failure_config=tune.FailureConfig(max_failures=9),
         ),
     )  # fmt: skip
-    with lost_actors_are_failed_attempts():
+    with actor_failures_as_trial_failures(is_out_of_memory):
         results = tuner.fit()
     assert [(result.error, result.metrics["unit"]) for result in results] == [(None, 2)] * 3
     assert len(set(idle.retried)) >= 2
@@ -278,7 +284,7 @@ def test_p22_a_process_killed_for_memory_is_a_failed_attempt_and_not_the_end_of_
     with pytest.raises(RuntimeError, match="Caught unexpected exception"):  # Ray's own way: `Tuner.fit` raises
         manager()._actor_task_failed(tracked_actor_task=Task(), exception=killed)
     task, other = Task(), Task()
-    with lost_actors_are_failed_attempts():
+    with actor_failures_as_trial_failures(is_out_of_memory):
         manager()._actor_task_failed(tracked_actor_task=task, exception=killed)
         manager()._actor_task_failed(tracked_actor_task=other, exception=ActorDiedError())
     assert [(who, type(error)) for who, error in task.heard] == [("actor", LostActorError), ("task", LostActorError)]
@@ -310,7 +316,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Excepti
         TuneController._process_trial_failure(controller, trial, exception=error)
         return bool(trial.should_recover())
 
-    with tune_keeps_no_files({}), lost_actors_are_failed_attempts():
+    with without_tune_files({}), actor_failures_as_trial_failures(is_out_of_memory):
         yield ended
 
 
@@ -358,7 +364,7 @@ def test_p25_of_a_process_that_ended_without_a_word_it_is_said_where_it_was() ->
     assert classify(VANISHED) == "infra"
     assert classify("trainables.specs.errors.FencedError: another process has taken trial 3 over") == "infra"
     assert error_line(VANISHED) == (
-        "ActorDiedError: process 6457 on 192.0.2.2 ended without a word: it crashed (a segmentation fault, or a "
-        "library that ends the process), or it was killed from outside (by the kernel, if memory ran out: see dmesg "
-        "there). Its last words, if any, are in Ray's worker logs."
+        "ActorDiedError: process 6457 on 192.0.2.2 ended without an error message: it crashed (a segmentation fault, "
+        "or a library that ends the process), or it was killed from outside (by the kernel, if memory ran out: see "
+        "dmesg there). Its last output, if any, is in Ray's worker logs."
     )

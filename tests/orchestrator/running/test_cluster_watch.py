@@ -6,7 +6,8 @@ import logging
 
 import pytest
 
-from orchestrator.running.ray_internals import HeadWatch, LostClusterError, ended_processes
+from orchestrator.ray_internals import ended_processes
+from orchestrator.running.cluster_watch import ClusterWatch, LostClusterError
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from orchestrator.running.ray_internals import HeadWatch, LostClusterError, ende
 )
 def test_p8_a_process_that_the_cluster_needs(name: str, code: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(LostClusterError) as error, caplog.at_level(logging.ERROR):
-        HeadWatch(lambda: [(name, code)]).on_step_begin(1, [])
+        ClusterWatch(lambda: [(name, code)]).on_step_begin(1, [])
     assert str(error.value) == (
         f"A study on this machine needs its Ray cluster until it ends, but {said}. Everything that was recorded is "
         "kept: run the same command again to continue. If it happens again, look at the memory of this machine (dmesg) "
@@ -29,7 +30,11 @@ def test_p8_a_process_that_the_cluster_needs(name: str, code: int, said: str, ca
 
 
 def test_p8_the_dashboard_and_the_rest_may_go() -> None:
-    HeadWatch(lambda: [("dashboard", -9), ("log_monitor", -9), ("ray_client_server", 1)]).on_step_begin(1, [])
+    """The watch raises nothing for them, and does for the head beside them."""
+    ended = [("dashboard", -9), ("log_monitor", -9), ("ray_client_server", 1)]
+    ClusterWatch(lambda: ended).on_step_begin(1, [])
+    with pytest.raises(LostClusterError):
+        ClusterWatch(lambda: [*ended, ("gcs_server", -9)]).on_step_begin(1, [])
 
 
 def test_p8_where_no_cluster_was_started_nothing_is_missed() -> None:
