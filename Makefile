@@ -6,13 +6,15 @@ STAMP  := $(VENV)/.luthier-installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check bench soak format clean
+.PHONY: help setup demo test test-fast test-long test-gpu check bench soak format clean
 
 help:
 	@echo "make setup   virtual environment in $(VENV) with Luthier and its tools (once; the others call it)"
 	@echo "make demo    five strategies on two small networks and real digits"
+	@echo "make test-fast  an answer in about a minute and a half: no Ray, no tracking server"
 	@echo "make test    all tests but the longest"
 	@echo "make test-long  real studies killed, starved and stopped: another ten minutes"
+	@echo "make test-gpu   what runs on a machine with a GPU, PyTorch, timm and pytest alone (PYTHON; no setup)"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the measurements behind the README's figures"
 	@echo "make soak    a study through thirty faults and more, and plain Ray Tune through the same (half an hour)"
@@ -34,8 +36,19 @@ demo: setup
 test: setup
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
+# Left out: what starts Ray or a server, every training that is repeated to compare bits, and most of timm's networks.
+FAST := not ray and not server and not slow and not thorough and not sweep and not long
+
+test-fast: setup
+	$(PYTEST) -n 2 --dist loadfile -m "$(FAST)"
+
 test-long: setup
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m long
+
+# Without `setup`: such a machine has its own PyTorch, and perhaps no network. OMP: one thread per worker.
+test-gpu:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --skip-missing \
+	  -m "not ray and not server and not slow and not long" tests/trainables tests/search_spaces
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import Study
 from orchestrator.cluster.connection import connect
-from orchestrator.results.leaderboard import mean_interval, measured
+from orchestrator.results.leaderboard import mean_interval, reported_trials
 from orchestrator.study_file.load import load_study
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
     """Per entry: ID and OOD accuracy over the confirmation's seeds, gain over the linear probe, chosen λ."""
     found = []
     for row in results.leaderboard().to_dict("records"):
-        runs = measured(results.records, row["config_hash"])
+        runs = reported_trials(results.records, row["config_hash"])
         lams = [value for run in runs if (value := run.metric("layernorm/lambda")) is not None]
         found.append({**row, "lambda": mean_interval(lams), "validation": _mean(runs, "best/val/acc")})
     return sorted(found, key=lambda row: str(row["label"]))

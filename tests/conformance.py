@@ -23,13 +23,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import search_spaces
 from benchmarks.support.synthetic import OOD_DOMAINS, shapes
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables import strategy_class
 from trainables.engine.contract import TrainingConfig
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 EVERY_UNIT = {
@@ -46,7 +45,7 @@ DIAGNOSED = ("distortion/", "change/", "ln_shift/", "bn_shift/", "cka/", "grad_n
 """First parts of the names that the base's own diagnostics report; which ones depends on the network."""
 ONCE = {"cost/trainable_parameters", "cost/training_images", "cost/total_seconds", "cost/first_batch_seconds"}
 
-Whole = tuple[Run, list[dict[str, Any]]]
+Whole = tuple[Trial, list[dict[str, Any]]]
 """A finished trial and the metrics of its units."""
 
 
@@ -95,18 +94,18 @@ class StrategyConformance:
 
     def spec(self, kind: str, **hparams: Any) -> TrialSpec:
         """A short trial on one of the tiny networks."""
-        task = Task(
+        task = SharedTrialSettings(
             store="memory",
             model=ModelSpec(name=self._network(kind)),
             epochs=self.epochs,
             batch_size=16,
             cache=str(self._cache),
         )
-        return TrialSpec(task=task, strategy=self.strategy, hparams={**self.hparams, **hparams}, seed=3)
+        return TrialSpec(shared=task, strategy=self.strategy, hparams={**self.hparams, **hparams}, seed=3)
 
-    def trial(self, spec: TrialSpec) -> Run:
+    def trial(self, spec: TrialSpec) -> Trial:
         """A trial on the CPU, where the same numbers are the same bits."""
-        return Run(spec, store=shapes(), device="cpu")
+        return Trial(spec, store=shapes(), device="cpu")
 
     def whole(self, kind: str) -> Whole:
         """The uninterrupted trial at the default point, computed once per class. Read it; do not change it."""
@@ -123,6 +122,7 @@ class StrategyConformance:
         return {unit for unit, solved in enumerate(kinds) if solved}
 
     def test_the_default_config_is_valid_and_the_search_space_holds_only_its_fields(self) -> None:
+        search_spaces = pytest.importorskip("search_spaces", reason="a machine for training alone may lack Optuna")
         cls = strategy_class(self.strategy)
         fields = {f.name for f in dataclasses.fields(cls.Config())}
         assert set(search_spaces.space(self.strategy)) <= fields
@@ -132,10 +132,11 @@ class StrategyConformance:
 
     def test_an_unknown_hyperparameter_is_rejected_with_its_name(self) -> None:
         with pytest.raises(ValueError) as error:
-            Run(self.spec(self.networks[0], no_such_knob=1))
+            Trial(self.spec(self.networks[0], no_such_knob=1))
         fields = ", ".join(f.name for f in dataclasses.fields(strategy_class(self.strategy).Config))
         assert str(error.value) == f"{self.strategy} has no hyperparameter 'no_such_knob'. It has {fields}."
 
+    @pytest.mark.thorough
     def test_one_seed_gives_one_result_whatever_else_the_process_did(self, kind: str) -> None:
         _, first = self.whole(kind)
         torch.manual_seed(99)
@@ -145,15 +146,16 @@ class StrategyConformance:
         assert same_numbers(first, second)
         assert torch.equal(torch.random.get_rng_state(), before)
 
+    @pytest.mark.thorough
     def test_a_fresh_process_gives_the_same_result(self) -> None:
         spec = self.spec(self.networks[0])
         _, here = self.whole(self.networks[0])
         script = (
             "import json, sys, torch; torch.set_num_threads(1)\n"
             "from benchmarks.support.synthetic import shapes\n"
-            "from trainables.engine.trial import Run\n"
+            "from trainables.engine.trial import Trial\n"
             "from trainables.specs.trial_spec import TrialSpec\n"
-            "run, history = Run(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"
+            "run, history = Trial(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"
             "while not run.finished: history.append(run.step())\n"
             "print(json.dumps(history))"
         )
@@ -168,7 +170,7 @@ class StrategyConformance:
         """Buffers too: running statistics of BatchNorm may follow the data under `bn_mode: train` alone."""
         run = self.trial(self.spec(kind, **self.learning))
         model = run.model
-        moving = {id(p) for group in run.strategy.param_groups(model) for p in group.parameters}
+        moving = {id(p) for group in run.param_groups() for p in group.parameters}
         before = copies(model)
         last = max(1, self.epochs - 1)  # the last of several units ends with `finalize`, which may merge
         while not run.finished and run.unit < last:
@@ -195,13 +197,14 @@ class StrategyConformance:
         after = self.training_loss(run)
         assert after < before
 
-    def training_loss(self, run: Run) -> float:
+    def training_loss(self, run: Trial) -> float:
         """Mean cross-entropy over the training images in eval mode."""
         with torch.no_grad():
             model = run.model.eval()
             images, labels = next(run.data.batches("train", batch_size=64))
             return float(torch.nn.functional.cross_entropy(model(images), labels))
 
+    @pytest.mark.thorough
     def test_a_resumed_trial_continues_bit_for_bit(self, kind: str) -> None:
         """From the state after every unit; after the last one it is finished, with the same weights."""
         spec = self.spec(kind)
@@ -217,6 +220,7 @@ class StrategyConformance:
             assert same_numbers(history, start + rest), f"after unit {units}"
             assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("position", ["first", "last"])
     def test_p28_a_trial_cut_off_in_the_middle_of_a_unit_continues_bit_for_bit(self, kind: str, position: str) -> None:
         spec = self.spec(kind)
@@ -236,7 +240,7 @@ class StrategyConformance:
         assert same_numbers(history, start + rest)
         assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
-    def save_after_step(self, run: Run, step: int, folder: Path) -> None:
+    def save_after_step(self, run: Trial, step: int, folder: Path) -> None:
         """Do one more unit, and save the state after `step` of its optimiser steps."""
         steps = 0
 

@@ -1,8 +1,9 @@
-"""Fixtures that several packages share. Tests get a cache of their own, never the person's."""
+"""Fixtures and options that several packages share. Tests get a cache of their own, never the user's."""
 
 from __future__ import annotations
 
-import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,22 @@ import pytest
 if TYPE_CHECKING:
     from tests.support.trials import MakeTrial
 
+NOT_FOR_TRAINING = ("ray", "mlflow", "optuna", "pydantic", "pydantic_core")
+"""Packages that the orchestrator needs and a machine for training alone may lack."""
+_MISSING = re.compile(rf"No module named '(?:{'|'.join(NOT_FOR_TRAINING)})[.']")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("luthier")
+    group.addoption(
+        "--skip-missing", action="store_true",
+        help=f"skip test modules that need {', '.join(NOT_FOR_TRAINING)} where these are not installed",
+    )  # fmt: skip
+    group.addoption(
+        "--pretend-gpu", action="store_true",
+        help="let torch report a GPU: a test that leaves its device to the machine then fails here as on a GPU box",
+    )  # fmt: skip
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that take long come first: at the end no worker is left alone with one."""
@@ -19,17 +36,54 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """With `--skip-missing`, a module that cannot be imported for want of an orchestrator's package is skipped."""
+    report: pytest.CollectReport = yield  # type: ignore[assignment, misc]
+    if report.outcome == "failed" and collector.config.getoption("skip_missing"):
+        missing = _MISSING.search(str(report.longrepr))
+        if missing is not None:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: {missing.group()} on this machine")
+    return report  # type: ignore[return-value]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`$LUTHIER_CACHE` for the whole session."""
-    before = os.environ.get("LUTHIER_CACHE")
     folder = tmp_path_factory.mktemp("cache")
-    os.environ["LUTHIER_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["LUTHIER_CACHE"]
-    else:
-        os.environ["LUTHIER_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pretended_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--pretend-gpu`, `torch.cuda.is_available()` is true where Luthier's own modules ask.
+
+    Not where torch itself asks: its optimisers would look for the GPU's streams.
+    """
+    if not request.config.getoption("pretend_gpu"):
+        yield
+        return
+    import torch
+
+    def is_available() -> bool:
+        package = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
+        return package in ("trainables", "orchestrator", "benchmarks")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", is_available)
+        yield
+
+
+@pytest.fixture
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU in sight, in this process and those that it starts: for code that chooses its device by itself."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -19,8 +20,8 @@ MAY_IMPORT_RAY = ("trainables/engine/tune_trainable.py", "trainables/engine/ray_
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report", "tracking",
-    "planning", "running", "study", "commands", "cli",
+    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report",
+    "tracking", "planning", "running", "study", "commands", "cli",
 )  # fmt: skip
 """The parts of `orchestrator`; each may import those before it."""
 TRAINABLES_LAYERS = ("specs", "storage", "demo", "models", "data", "tasks", "diagnostics", "engine")
@@ -323,3 +324,44 @@ class TestSafeReads:
 class TestTests:
     def test_they_never_sleep(self) -> None:
         assert [file for file, tree in parsed("tests") for called, _ in calls(tree) if called == "time.sleep"] == []
+
+
+class TestSharing:
+    """What tests and benchmarks take from each other."""
+
+    def test_benchmarks_import_no_tests(self) -> None:
+        found = [f"{file}: {module}" for file, tree in parsed("benchmarks") for module in mentioned(tree, "tests")]
+        assert found == []
+
+    def test_tests_import_no_private_names_of_benchmarks(self) -> None:
+        found = []
+        for file, tree in parsed("tests"):
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("benchmarks"):
+                    continue
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                found += [f"{file}: {node.module}" for part in names if part.startswith("_")]
+        assert found == []
+
+    def test_test_modules_import_no_test_modules(self) -> None:
+        """Also in the code of processes that they start."""
+        found = {
+            file
+            for file, tree in parsed("tests")
+            for module in mentioned(tree, "tests")
+            if module.rpartition(".")[2].startswith("test_")
+        }
+        assert found - SHARES_WITH_A_TEST == set()
+
+
+SHARES_WITH_A_TEST = {"tests/orchestrator/tracking/test_access.py"}
+"""Still imports a test module."""
+
+_IMPORT = re.compile(r"^\s*(?:from|import) +([\w.]+)", re.MULTILINE)
+
+
+def mentioned(tree: ast.Module, package: str) -> list[str]:
+    """Modules of `package` that are imported, or stand in import lines of a text in the code."""
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    inside = [module for text in texts for module in _IMPORT.findall(text)]
+    return [module for module in [*imported(tree), *inside] if module.partition(".")[0] == package]

@@ -18,6 +18,7 @@ WITH_EXAMPLES = (
     "orchestrator.study_file.yaml_text",
     "search_spaces",
     "search_spaces._hyperparameter",
+    "trainables.specs.metrics",
 )
 """Modules whose docstrings hold at least one example."""
 

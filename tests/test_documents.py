@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -114,27 +112,6 @@ def test_make_needs_no_second_set_up() -> None:
     rule = re.search(r"^\$\(STAMP\): (.*)$", text("Makefile"), re.MULTILINE)
     assert rule is not None
     assert rule[1] == "pyproject.toml"
-
-
-def test_the_example_of_contributing_is_a_strategy(tmp_path: Path) -> None:
-    """Its three blocks, put where it says, are found by the registries and keep the contract."""
-    blocks = re.findall(r"```python\n(\"\"\".*?)```", text("CONTRIBUTING.md"), re.DOTALL)
-    places = ("trainables", "search_spaces", "tests/trainables")
-    assert len(blocks) == len(places)
-    for name in ("trainables", "search_spaces"):
-        _copy(ROOT / name, tmp_path / name)
-    for block, place in zip(blocks[:2], places[:2], strict=True):
-        (tmp_path / place / "bitfit.py").write_text(block, encoding="utf-8")
-    code = (
-        "import search_spaces, trainables, torch\n"
-        "from torch import nn\n"
-        "assert 'bitfit' in trainables.strategies() and 'bitfit' in search_spaces.names()\n"
-        "strategy = trainables.strategy_class('bitfit').from_hparams(search_spaces.default_point('bitfit'))\n"
-        "model = nn.Module(); model.backbone = nn.Linear(3, 2); model.head = nn.Linear(2, 2)\n"
-        "print([(g.name, len(g.parameters), g.lr) for g in strategy.param_groups(model)])\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert ended.stdout == "[('backbone', 1, 0.01), ('head', 2, 10.0)]\n", ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from benchmarks.support.synthetic import shapes, write_images, write_shapes
 from orchestrator import Study
 from orchestrator.errors import StudyError
 from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.request import IngestRequest, open_source
+from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.record.journal import Journal, JournalError
 from orchestrator.study_file.load import resolved_study
 from orchestrator.tracking.position import PositionFile
@@ -202,19 +202,19 @@ class TestSources:
         schema = pa.schema([field.with_name("image"), pa.field("label", pa.int64())])
         pq.write_table(pa.table([column, [0, 1, 0, 1]], schema=schema), tmp_path / "x.parquet")
         with pytest.raises(DataError, match=r"x\.parquet has an extension type, which could run code"):
-            open_source(IngestRequest(source="parquet", root=str(tmp_path / "x.parquet")))
+            scan(IngestRequest(source="parquet", root=str(tmp_path / "x.parquet")))
 
     @pytest.mark.parametrize("source", ["parquet", "npz"])
     def test_s7_a_pickle_in_place_of_a_source(self, evil: bytes, source: str, tmp_path: Path) -> None:
         (tmp_path / f"x.{source}").write_bytes(evil)
         with pytest.raises(DataError, match=rf"x\.{source} must be an? "):
-            open_source(IngestRequest(source=source, root=str(tmp_path)))
+            scan(IngestRequest(source=source, root=str(tmp_path)))
 
     def test_s7_arrays_of_objects(self, marker: Path, tmp_path: Path) -> None:
         images = np.array([Canary(marker)] * 4, dtype=object)
         np.savez(tmp_path / "x.npz", train_images=images, train_labels=np.arange(4) % 2)
         with pytest.raises(DataError, match=r"x\.npz must be an \.npz file of plain arrays|train_images must be uint8"):
-            open_source(IngestRequest(source="npz", root=str(tmp_path)))
+            scan(IngestRequest(source="npz", root=str(tmp_path)))
 
     def test_s7_pictures_are_decoded_by_their_content(self, evil: bytes, tmp_path: Path) -> None:
         from orchestrator.ingest.check import check

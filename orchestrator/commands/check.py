@@ -120,6 +120,9 @@ def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
     from orchestrator.running.study_run import plain_spec
 
     before = study_header(events)
+    if not before:
+        yield Finding("study", "note", "The last run ended before the study began: there is nothing to compare.")
+        return
     now = {**before, "spec": plain_spec(study.spec), "versions": versions()}
     differences = changes(before, now)
     for change in differences:
@@ -136,6 +139,8 @@ def _data(study: Study, events: list[Event]) -> Iterator[Finding]:
     from trainables.data.store import MANIFEST, Store, StoreError
 
     digest = study_header(events).get("dataset_digest")
+    if digest is None:
+        return
     folder = study.folder.parent / "data"
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
         store = Store(manifest.parent)

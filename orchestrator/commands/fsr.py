@@ -1,4 +1,4 @@
-"""`luthier fsr`: the reference trials of a study alone, and what they say."""
+"""`luthier fsr`: the FSR reference trials of a study without its search, and the estimates from them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger("luthier")
 
 @dataclass(frozen=True)
 class FsrReport:
-    """What the references say."""
+    """FSR estimates of a study and the reference trials that they come from."""
 
     study: str
-    found: Sequence[FsrEstimate]
+    estimates: Sequence[FsrEstimate]
     records: Sequence[TrialRecord]
     """The reference trials."""
 
@@ -35,15 +35,23 @@ class FsrReport:
         """One row per sample, the smallest first: `sample, images, shift, ci95, seeds`."""
         rows = []
         for name, trials in reference_samples(self.records).items():
-            values = [value for trial in trials.values() if (value := trial.metric(SHIFT)) is not None]
-            images = next(iter(trials.values())).metric(IMAGES)
-            mean, half = mean_interval(values)
-            rows.append({"sample": name, "images": images, "shift": mean, "ci95": _finite(half), "seeds": len(values)})
+            shifts = [trial.metric(SHIFT) for trial in trials.values()]
+            measured = [shift for shift in shifts if shift is not None]
+            mean, half_width = mean_interval(measured)
+            rows.append(
+                {
+                    "sample": name,
+                    "images": next(iter(trials.values())).metric(IMAGES),
+                    "shift": mean,
+                    "ci95": _finite(half_width),
+                    "seeds": len(measured),
+                }
+            )
         return sorted(rows, key=lambda row: (row["images"] or 0, row["sample"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values; what is not known, and the open end of an interval, is null."""
-        first = suggested(self.found)
+        """Everything as JSON values; unknown values and the open end of an interval are null."""
+        first = suggested(self.estimates)
         rows = [
             {
                 "reference": e.reference,
@@ -57,22 +65,26 @@ class FsrReport:
                 "note": e.note,
                 "sentence": e.sentence(),
             }
-            for e in self.found
+            for e in self.estimates
         ]
-        ends = [_finite(end) for end in first.lam_interval] if first is not None else None
-        lam = None if first is None else first.lam
-        return {"study": self.study, "samples": self.samples(), "fsr": rows, "lambda": lam, "lambda_interval": ends}
+        return {
+            "study": self.study,
+            "samples": self.samples(),
+            "fsr": rows,
+            "lambda": None if first is None else first.lam,
+            "lambda_interval": None if first is None else [_finite(end) for end in first.lam_interval],
+        }
 
     def render(self, console: Console) -> None:
-        """Print the shift of every sample, a sentence per reference, and the λ that a search takes."""
+        """Print the shift of every sample, a sentence per reference, and the suggested λ."""
         from rich.markup import escape
         from rich.table import Table
 
-        def say(text: str) -> None:
+        def print_line(text: str) -> None:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-        if not self.found:
-            say("Too few reference trials have finished for an FSR. `luthier status` says why.")
+        if not self.estimates:
+            print_line("Too few reference trials have finished for an FSR. `luthier status` shows why.")
             return
         table = Table(title=f"{self.study}: shift of the LayerNorms by training sample", title_justify="left")
         for column in ("sample", "images", "shift", "seeds"):
@@ -82,29 +94,31 @@ class FsrReport:
             name = {"1": "1 (the study's own)"}.get(row["sample"], row["sample"])
             table.add_row(escape(name), f"{row['images'] or 0:.0f}", f"{row['shift']:.3f}{spread}", str(row["seeds"]))
         console.print(table)
-        for estimate in self.found:
-            say(estimate.sentence())
-        if (first := suggested(self.found)) is not None:
+        for estimate in self.estimates:
+            print_line(estimate.sentence())
+        if (first := suggested(self.estimates)) is not None:
             low, high = first.lam_interval
-            ends = f"[{low:.2f}, {'∞)' if math.isinf(high) else f'{high:.2f}]'}"
-            say(
-                f"Suggested λ = {first.lam:.2f} {ends}: a search of {self.study} that follows tries it early (another "
-                "study on the same network and sample: diagnostics.fsr_from)."
+            upper = "∞)" if math.isinf(high) else f"{high:.2f}]"
+            print_line(
+                f"Suggested λ = {first.lam:.2f} [{low:.2f}, {upper}: a later search of {self.study} tries it early "
+                "(another study on the same network and sample: diagnostics.fsr_from)."
             )
 
 
 def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[str] = ()) -> FsrReport:
-    """Run what is missing of a study's reference trials, in its own folder and journal, and read them all.
+    """Run the missing reference trials of a study, in its own folder and journal, and estimate FSR from all of them.
 
-    References are those of the study file; where it names none, `extrapolated`, and `full` where the study trains on a
-    fraction of its pool. What a call trained is not trained again by the next one, nor by `luthier run`, as long as the
-    same LayerNorm configuration is the best.
+    References are those of the study file; if it names none, `extrapolated`, and `full` if the study trains on a
+    fraction of its pool. Neither a second call nor `luthier run` repeats them, as long as the same LayerNorm
+    configuration is the best.
 
     Args:
+        study: the study.
+        progress: see `orchestrator.study.Study.run`.
         allow_change: see `orchestrator.study.Study.run`.
 
     Raises:
-        PreflightError: the study could not run, its network has no LayerNorm, or its training sample is too small to be
+        PreflightError: the study cannot run, its network has no LayerNorm, or its training sample is too small to be
             compared with shares of itself; nothing was spent.
     """
     from orchestrator.errors import PreflightError, Problem
@@ -123,8 +137,8 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
     stage = references_of(spec, task, store, names)
     if not stage.samples():
         rule = "FSR needs other samples to compare the study's own with, but there are none of another size."
-        way = "List other diagnostics.fsr_fractions, or train on more images."
-        problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way}")
+        way_out = "List other diagnostics.fsr_fractions, or train on more images."
+        problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way_out}")
         raise PreflightError([problem], f"The study {spec.name!r}")
     StudyRun(spec, study.folder, store, task, progress, stages=[stage], allow_change=allow_change).run()
     records = [r for r in study.results().records if r.role == "reference"]
@@ -139,8 +153,9 @@ def _check_network(spec: StudySpec) -> None:
     kinds = layer_kinds(spec.model.name)
     if "layer_norm" not in kinds:
         rule = f"FSR is measured by tuning LayerNorms, but {spec.model.name} has none."
-        way = " `luthier run` reports the shift of its BatchNorms as bn_shift." if "batch_norm" in kinds else ""
-        raise PreflightError([Problem(("model", "name"), rule + way)], f"The study {spec.name!r}")
+        if "batch_norm" in kinds:
+            rule += " `luthier run` reports the shift of its BatchNorms as bn_shift."
+        raise PreflightError([Problem(("model", "name"), rule)], f"The study {spec.name!r}")
 
 
 def _finite(value: float) -> float | None:

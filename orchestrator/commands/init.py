@@ -1,4 +1,4 @@
-"""A first study file for a person's own data, with every key explained where it stands."""
+"""`luthier init`: a commented study file for the user's own data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from orchestrator.study_file.rules import RESERVED
 if TYPE_CHECKING:
     from rich.console import Console
 
-DIGITS_MODEL, MODEL = "digits_vit", "resnet18"
-"""What a new study starts from; any timm name can take its place."""
+DIGITS_MODEL = "digits_vit"
+DEFAULT_MODEL = "resnet18"
 
 _HEAD = """\
-# A Luthier study. Every key is here; those that you do not need can be left out (docs/study.md has the defaults).
-# Check it:      luthier plan {file}
-# Run it:        luthier run {file}
-# Where is it:   luthier status {file}
+# A Luthier study. Every key is listed; those that you do not need can be left out (docs/study.md has the defaults).
+# Preview:       luthier plan {file}
+# Run:           luthier run {file}
+# Progress:      luthier status {file}
 """
 
 
@@ -40,16 +40,21 @@ def write_study(
     """Write a study file for the images at `data` (None = the built-in digits).
 
     Args:
-        label: the label column of Parquet files, where its name is no usual one.
+        data: folder or file with the images.
+        output: the study file.
+        model: a timm model name; None = a default.
+        name: the study's name; None = from the data.
+        label: the label column of Parquet files, if its name is not among the usual ones.
+        force: replace an existing file.
 
     Returns:
-        What was written, as JSON values: `study_file`, and the `fields` that were chosen.
+        JSON values: `study_file`, and the `fields` that were chosen.
 
     Raises:
         FileExistsError: the file exists (unless `force`).
-        StudyError: a name that a study cannot have.
-        PreflightError: a network that is not known.
-        DataError: `data` holds no images that a study could use.
+        StudyError: an invalid name.
+        PreflightError: an unknown network.
+        DataError: no usable images in `data`.
         OSError: the file cannot be written.
     """
     from orchestrator.ingest.check import detect
@@ -58,35 +63,39 @@ def write_study(
 
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
-    fields = _digits(model) if data is None or detect(data) == "digits" else _found(data, model, label)
+    if data is None or detect(data) == "digits":
+        fields = _fields_of_digits(model)
+    else:
+        fields = _fields_of_data(data, model, label)
     fields["name"] = name or fields["name"]
-    unfit = _unfit(fields["model"]["name"])
-    fields["strategies"] = [strategy for strategy in strategies() if strategy not in unfit]
+    unusable = _unusable_strategies(fields["model"]["name"])
+    fields["strategies"] = [strategy for strategy in strategies() if strategy not in unusable]
     StudySpec.from_fields(fields)
-    text = render(fields, output, unfit)
+    text = render(fields, output, unusable)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(
-            f"The study file needs a place that can be written, but {output} is none ({error.strerror}). Give another "
-            "with --output."
+            f"The study file must be writable, but {output} is not ({error.strerror}). Give another one with --output."
         ) from error
     return {"study_file": str(output), "fields": fields}
 
 
-def announced(written: Mapping[str, Any]) -> Callable[[Console], None]:
-    """What a person is told."""
-    file = written["study_file"]
-    text = f"Wrote {file}. Look at it, then: luthier plan {shlex.quote(file)}"
+def announced(result: Mapping[str, Any]) -> Callable[[Console], None]:
+    """Prints the result of `write_study` as text."""
+    file = result["study_file"]
+    text = f"Wrote {file}. Review it, then: luthier plan {shlex.quote(file)}"
     return lambda console: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def render(fields: Mapping[str, Any], file: Path, unfit: Mapping[str, str]) -> str:
-    """The text of a study file: every key with what it means, at the given value or its default.
+def render(fields: Mapping[str, Any], file: Path, unusable: Mapping[str, str]) -> str:
+    """The text of a study file: every key with its meaning, at the chosen value or its default.
 
     Args:
-        unfit: strategies that are left out, and why.
+        fields: the chosen fields.
+        file: the study file, for the commands in its head.
+        unusable: strategies that are left out, with the reason.
     """
     lines = [_HEAD.format(file=file)]
     for row in rows("study"):
@@ -95,29 +104,30 @@ def render(fields: Mapping[str, Any], file: Path, unfit: Mapping[str, str]) -> s
     for section in [s for s in sections() if s != "study"]:
         lines.append("")
         if section == "strategies":
-            lines += _strategies(fields["strategies"], unfit)
+            lines += _strategies(fields["strategies"], unusable)
             continue
         lines += _comment(sections()[section].__doc__ or "", "")
-        given = fields.get(section, {})
+        values = fields.get(section, {})
         lines.append(f"{section}:")
         for row in rows(section):
-            lines += _key(row, given, "  ")
+            lines += _key(row, values, "  ")
     for row in rows("study"):
         if row.key == "storage":
             lines += ["", *_key(row, fields, "")]
     return "\n".join(lines) + "\n"
 
 
-def _key(row: Row, given: Mapping[str, Any], indent: str) -> list[str]:
+def _key(row: Row, values: Mapping[str, Any], indent: str) -> list[str]:
     lines = _comment(row.meaning.replace("\\|", "|"), indent)
-    return [*lines, f"{indent}{row.key}: {yaml_value(given[row.key]) if row.key in given else row.default}"]
+    value = yaml_value(values[row.key]) if row.key in values else row.default
+    return [*lines, f"{indent}{row.key}: {value}"]
 
 
-def _strategies(names: list[str], unfit: Mapping[str, str]) -> list[str]:
+def _strategies(names: list[str], unusable: Mapping[str, str]) -> list[str]:
     lines = ["# Ways of fine-tuning that compete under one budget. Instead of a name, an entry may be"]
     lines += ["#   {name: daft, label: daft_no_conversion, fixed: {bn_conversion: false}}", "strategies:"]
-    left = [f"  # {name}: {reason}" for name, reason in unfit.items()]
-    return [*lines, *(f"  - {name}" for name in names), *left]
+    left_out = [f"  # {name}: {reason}" for name, reason in unusable.items()]
+    return [*lines, *(f"  - {name}" for name in names), *left_out]
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -125,7 +135,7 @@ def _comment(text: str, indent: str) -> list[str]:
     return textwrap.wrap(plain, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
-def _digits(model: str | None) -> dict[str, Any]:
+def _fields_of_digits(model: str | None) -> dict[str, Any]:
     return {
         "name": "digits",
         "data": {"source": "digits"},
@@ -134,13 +144,12 @@ def _digits(model: str | None) -> dict[str, Any]:
     }
 
 
-def _found(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
-    """Fields for real data. OOD is what the source marks so; else all domains but the largest, for the person to
-    look at."""
+def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
+    """Fields for real data. OOD = the domains that the source marks so, else all but the largest (to be reviewed)."""
     from orchestrator.ingest.check import detect
-    from orchestrator.ingest.request import IngestRequest, open_source
+    from orchestrator.ingest.request import IngestRequest, scan
 
-    source = open_source(IngestRequest(source=detect(data), root=str(data), label=label))
+    source = scan(IngestRequest(source=detect(data), root=str(data), label=label))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
     if not outside and len(domains) > 1:
@@ -152,13 +161,13 @@ def _found(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
     return {
         "name": stem,
         "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside, "label": label},
-        "model": {"name": model or MODEL},
+        "model": {"name": model or DEFAULT_MODEL},
         "search": {"trials": 40, "epochs": 20},
     }
 
 
-def _unfit(model: str) -> dict[str, str]:
-    """Strategies that this network cannot be tuned by here, and why; none where only a download would tell."""
+def _unusable_strategies(model: str) -> dict[str, str]:
+    """Strategies that cannot tune this network here → the reason; empty if only a download would tell."""
     if ":" in model:
         return {}
     from importlib.util import find_spec
@@ -172,12 +181,14 @@ def _unfit(model: str) -> dict[str, str]:
         check_model(ModelSpec(name=model, pretrained=False))
     except ValueError as error:
         raise PreflightError([Problem(("model",), str(error))]) from None
-    kinds, found = layer_kinds(model), dict[str, str]()
+    kinds = layer_kinds(model)
+    reasons: dict[str, str] = {}
     for name in strategies():
-        lacking = sorted(strategy_class(name).needs - kinds)
-        extras = [extra for package, extra in strategy_class(name).packages.items() if find_spec(package) is None]
-        if lacking:
-            found[name] = f"needs {lacking[0]} layers, of which {model} has none"
-        elif extras:
-            found[name] = f'needs pip install "luthier[{extras[0]}]"'
-    return found
+        strategy = strategy_class(name)
+        missing_kinds = sorted(strategy.needs - kinds)
+        missing_extras = [extra for package, extra in strategy.packages.items() if find_spec(package) is None]
+        if missing_kinds:
+            reasons[name] = f"needs {missing_kinds[0]} layers, of which {model} has none"
+        elif missing_extras:
+            reasons[name] = f'needs pip install "luthier[{missing_extras[0]}]"'
+    return reasons

@@ -1,4 +1,4 @@
-"""Send a study to a cluster as a Ray job, follow it, and return its exit code."""
+"""`luthier submit`: runs a study on a cluster as a Ray job and follows it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def submit(
 ) -> int:
     """Submit a study file to the cluster behind a dashboard address.
 
-    The job carries Luthier's packages and a copy of the study with absolute paths; data, weights and storage stay
-    where they are and must be visible to the machines of the cluster. A study that is already running there is
-    followed, not started twice; one that has ended is started again and continues from its journal.
+    The job contains Luthier's packages and a copy of the study with absolute paths; data, weights and storage are not
+    uploaded and must be visible to the machines of the cluster. A study that is already running there is followed, not
+    started twice; one that has ended is started again and continues from its journal.
 
     Args:
         study_path: the study file.
@@ -69,7 +69,8 @@ def submit(
         ClusterError: the cluster cannot be reached, asks for a token that is missing or wrong, asks for none, or does
             not take jobs.
     """
-    out, notes = out or sys.stdout, notes or sys.stderr
+    out = out or sys.stdout
+    notes = notes or sys.stderr
     fields = resolved_study(study_path)
     url = dashboard_url(address)
     host = urlsplit(url).hostname or ""
@@ -80,7 +81,7 @@ def submit(
     client = _client(url, token)
     _compare_versions(client, notes)
     job = _start(client, fields, entrypoint, notes)
-    # Ray's own command sends the token only when it is told to.
+    # `ray job stop` sends the token only with RAY_AUTH_MODE=token.
     stop = f"{'RAY_AUTH_MODE=token ' if token else ''}ray job stop --address {url} {job}"
     print(f"Follow it (again) with the same command; stop it with: {stop}", file=notes)
     if not follow:
@@ -89,18 +90,18 @@ def submit(
 
 
 def dashboard_url(address: str | None) -> str:
-    """The URL of a cluster's dashboard from what the user gave.
+    """The URL of a cluster's dashboard, from the given address or the environment.
 
     Raises:
-        ClusterError: nothing was given, or another kind of address.
+        ClusterError: no address, or one of another kind.
     """
-    given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
-    if given and "://" not in given and address:
-        given = f"http://{given}"
-    parts = urlsplit(given)
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if address and "://" not in address:
+        url = f"http://{address}"
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ClusterError(
-            f"Submitting needs the address of the cluster's dashboard, but got {given or 'none'!r}. "
+            f"Submitting needs the address of the cluster's dashboard, but got {url or 'none'!r}. "
             "Give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS."
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
@@ -122,15 +123,15 @@ def cautions(study: Mapping[str, Any], url: str) -> list[str]:
 
 
 def submission_id(fields: Mapping[str, Any], attempt: int) -> str:
-    """The job's name: the same study gives the same name, so that it cannot be started twice at a time."""
+    """The job's id. Equal for equal studies, so that a study cannot run twice at the same time."""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(fields["name"]))
     return f"luthier-{name}-{digest}-{attempt}"
 
 
 def _client(url: str, token: str | None) -> JobSubmissionClient:
-    """A job client for exactly this address and token, whatever the environment says."""
-    # Ray lets RAY_ADDRESS override the address that it is given, unless this variable is set.
+    """A job client for this address and token, independent of the environment."""
+    # RAY_ADDRESS overrides the client's argument unless this variable is set.
     with environment({"RAY_API_SERVER_ADDRESS": url}, override=True):
         from ray.job_submission import JobSubmissionClient
 
@@ -148,24 +149,28 @@ def _compare_versions(client: JobSubmissionClient, notes: TextIO) -> None:
 
     from orchestrator.ray_internals import server_version
 
-    theirs = server_version(client) or ray.__version__
-    if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
-        print(f"Warning: the cluster runs Ray {theirs}, Luthier here was tested with {ray.__version__}.", file=notes)
+    cluster_version = server_version(client) or ray.__version__
+    if cluster_version.split(".")[:2] != ray.__version__.split(".")[:2]:
+        print(
+            f"Warning: the cluster runs Ray {cluster_version}, Luthier here was tested with {ray.__version__}.",
+            file=notes,
+        )
 
 
 def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: str, notes: TextIO) -> str:
-    """Submit the job, or find it running; returns its submission id."""
+    """Submit the job unless it is already running; returns its submission id."""
     jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     attempt = 1
-    while (known := jobs.get(submission_id(fields, attempt))) and known.status.value in ENDED:
+    while (job := jobs.get(submission_id(fields, attempt))) and job.status.value in ENDED:
         attempt += 1
-    name, folder = submission_id(fields, attempt), f"{fields['storage']}/{fields['name']}"
-    if known:
-        print(f"{name} is {known.status.value.lower()} on the cluster already; following it.", file=notes)
+    name = submission_id(fields, attempt)
+    if job:
+        print(f"{name} is already {job.status.value.lower()} on the cluster; following it.", file=notes)
         return name
+    folder = f"{fields['storage']}/{fields['name']}"
     for other in jobs.values():
         if (other.metadata or {}).get(_FOLDER) == folder and other.status.value not in ENDED:
-            # Two drivers of one study folder would write one journal.
+            # Two drivers with the same study folder would write the same journal.
             raise ClusterError(
                 f"The study {fields['name']!r} is running on the cluster as {other.submission_id}, from another "
                 "version of its file. Wait for it, stop it with `ray job stop`, or give this study another name."
@@ -181,7 +186,7 @@ def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: s
 def _submit_when_ready(
     client: JobSubmissionClient, job: str, entrypoint: str, folder: str, metadata: dict[str, str]
 ) -> None:
-    """Submit; for the first seconds of a cluster's life its job agent is not there yet."""
+    """Submit with retries: a new cluster's job agent takes some seconds to start."""
     deadline = time.monotonic() + AGENT_PATIENCE_S
     while True:
         try:
@@ -191,7 +196,7 @@ def _submit_when_ready(
                 metadata=metadata,
                 runtime_env={
                     "working_dir": folder,
-                    # Ray's own way to stop a job is SIGTERM and, 3 s later, SIGKILL: Tune would save nothing.
+                    # Ray's default, SIGTERM and SIGKILL 3 s later, leaves no time for checkpoints.
                     "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
                 },
             )
@@ -209,7 +214,7 @@ def _submit_when_ready(
 
 
 def _follow_with_interrupts(follower: Follower, stop: bool | None, notes: TextIO) -> int:
-    """Follow the job; at the first Ctrl-C stop it or let it run, at the second return."""
+    """Follow the job; the first Ctrl-C stops it or leaves it running, the second returns."""
     try:
         return follower.run()
     except KeyboardInterrupt:
@@ -222,13 +227,13 @@ def _follow_with_interrupts(follower: Follower, stop: bool | None, notes: TextIO
             return follower.run()
     except KeyboardInterrupt:
         print(file=notes)
-    ending = "has been told to stop" if stop else "goes on running on the cluster"
-    print(f"{follower.job} {ending}.", file=notes)
+    state = "is being stopped" if stop else "keeps running on the cluster"
+    print(f"{follower.job} {state}.", file=notes)
     return INTERRUPTED
 
 
 def _ask_to_stop(job: str, notes: TextIO) -> bool:
     if not sys.stdin.isatty():
         return False
-    print(f"Stop {job} too? It goes on running otherwise. [y/N] ", end="", file=notes, flush=True)
+    print(f"Stop {job} too? It keeps running otherwise. [y/N] ", end="", file=notes, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -1,1 +1,1 @@
-"""From a source of images to the Arrow store: one file per kind of source, and the only writer of stores."""
+"""From a source of images to a data store: scan, assign, write, verify."""

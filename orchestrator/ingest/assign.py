@@ -1,6 +1,6 @@
-"""From a list of samples to the splits of a store: which domains are ID and OOD, the classes, who goes where.
+"""Assignment of samples to splits: ID and OOD domains, classes, train, validation and test.
 
-Nothing is read here, so that a study's data are judged in the time it takes to list them.
+Works on the scan alone, so that data are judged before any image is decoded.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.ingest.errors import DataError, counted, did_you_mean, few
+from orchestrator.errors import did_you_mean
+from orchestrator.ingest.errors import DataError, counted, first_few
 from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Sample, Source
 from trainables.data.splits import TEST, TRAIN, VAL, nested_order, stratified_split
 
 Integers = NDArray[np.int64]
-PARTS = {"train": TRAIN, "val": VAL, "test": TEST}
+
+SPLIT_CODES = {"train": TRAIN, "val": VAL, "test": TEST}
+UNUSED = -1
+"""Label or domain of a sample that is not used; split code of one whose split is to be drawn."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where every used sample goes."""
+    """Splits, classes and domains of a store."""
 
     classes: list[str]
     id_domains: list[str]
@@ -32,9 +36,9 @@ class Assignment:
     splits: dict[str, Integers]
     """Split → positions in `source.samples`, in the order of the store."""
     labels: Integers
-    """Index into `classes` of each sample of the source; -1 = not used."""
+    """Index into `classes` of each sample of the source; `UNUSED` = not used."""
     domain_ids: Integers
-    """Index into `domains`; -1 = not used."""
+    """Index into `domains`; `UNUSED` = not used."""
 
     @property
     def domains(self) -> list[str]:
@@ -43,18 +47,24 @@ class Assignment:
 
     @property
     def used(self) -> Integers:
-        """Positions of all used samples, rising."""
+        """Positions of all used samples, ascending."""
         return np.flatnonzero(self.labels >= 0)
+
+    @property
+    def split_of(self) -> dict[int, str]:
+        """Position of each used sample → its split."""
+        return {int(i): name for name, positions in self.splits.items() for i in positions}
 
 
 def assign(source: Source, request: IngestRequest, bad: Collection[int] = ()) -> Assignment:
-    """Decide on domains, classes and splits.
+    """Assign domains, classes and splits.
 
-    The splits that the source gives are kept; what it lacks of validation and test is cut from its training part, by
-    class. OOD domains are wholly for evaluation, whatever splits they have. Every split is stored in nested stratified
-    order, so that any prefix of it is a stratified sample.
+    Splits of the source are kept; missing validation and test splits are drawn from its training split, by class. OOD
+    domains are for evaluation only, whatever splits they have. Every split is stored in nested stratified order, so
+    that any prefix of it is a stratified sample.
 
     Args:
+        source: the scan.
         request: domains, fractions and seed. No ID domains = all that are not OOD; no OOD domains = those that the
             source marks as such.
         bad: positions of unreadable samples, which are left out.
@@ -64,85 +74,102 @@ def assign(source: Source, request: IngestRequest, bad: Collection[int] = ()) ->
             in training; a class too small for the splits.
     """
     samples = source.samples
-    inside, outside, unused = _roles(source, request.id, request.ood, bad)
+    id_domains, ood_domains, unused_domains = _domain_roles(source, request.id, request.ood, bad)
     note = f" ({counted(len(bad), 'unreadable image')} left out)" if bad else ""
-    numbers = {name: i for i, name in enumerate([*inside, *outside])}
-    domain_ids = np.array([numbers.get(s.domain, -1) for s in samples], dtype=np.int64)
-    domain_ids[list(bad)] = -1
-    members = np.flatnonzero((domain_ids >= 0) & (domain_ids < len(inside)))
-    classes = _classes(source, members, np.flatnonzero(domain_ids >= len(inside)), inside, note)
-    indices = {name: i for i, name in enumerate(classes)}
-    labels = np.full(len(samples), -1, dtype=np.int64)
+
+    domain_index = {name: i for i, name in enumerate([*id_domains, *ood_domains])}
+    domain_ids = np.array([domain_index.get(s.domain, UNUSED) for s in samples], dtype=np.int64)
+    domain_ids[list(bad)] = UNUSED
+    id_positions = np.flatnonzero((domain_ids >= 0) & (domain_ids < len(id_domains)))
+    ood_positions = np.flatnonzero(domain_ids >= len(id_domains))
+
+    classes = _classes(source, id_positions, ood_positions, id_domains, note)
+    class_index = {name: i for i, name in enumerate(classes)}
+    labels = np.full(len(samples), UNUSED, dtype=np.int64)
     for position in np.flatnonzero(domain_ids >= 0):
-        labels[position] = indices[samples[position].label]
-    codes = _split_codes(samples, members, labels, domain_ids, classes, request, note)
-    splits = {name: members[codes == code] for name, code in PARTS.items()}
-    for domain in outside:
-        splits[f"ood/{domain}"] = np.flatnonzero(domain_ids == numbers[domain])
-    for name, rows in splits.items():
-        splits[name] = rows[nested_order(labels[rows], domain_ids[rows], request.seed)]
-    return Assignment(classes, inside, outside, unused, splits, labels, domain_ids)
+        labels[position] = class_index[samples[position].label]
+
+    codes = _split_codes(samples, id_positions, labels, domain_ids, classes, request, note)
+    splits = {name: id_positions[codes == code] for name, code in SPLIT_CODES.items()}
+    for domain in ood_domains:
+        splits[f"ood/{domain}"] = np.flatnonzero(domain_ids == domain_index[domain])
+    for name, positions in splits.items():
+        splits[name] = positions[nested_order(labels[positions], domain_ids[positions], request.seed)]
+    return Assignment(classes, id_domains, ood_domains, unused_domains, splits, labels, domain_ids)
 
 
-def _roles(
-    source: Source, id_domains: Collection[str], ood_domains: Collection[str], bad: Collection[int]
+def _domain_roles(
+    source: Source, requested_id: Collection[str], requested_ood: Collection[str], bad: Collection[int]
 ) -> tuple[list[str], list[str], list[str]]:
-    """ID, OOD and unused domains; each used one has images."""
-    listed = sorted({s.domain for s in source.samples})
-    known = sorted({*listed, *source.empty_domains})
-    for key, names in (("data.id", id_domains), ("data.ood", ood_domains)):
-        for name in names:
-            if name not in known:
-                raise DataError(
-                    f"The domains of {key} must be among those of the data, but {name!r} is not."
-                    f"{did_you_mean(name, known)} The domains are: {few(known, 20)}."
-                )
-    both = sorted({*id_domains} & {*ood_domains})
+    """ID, OOD and unused domains; every ID and OOD domain has images."""
+    listed = {sample.domain for sample in source.samples}
+    domains = {*listed, *source.empty_domains}
+    _check_domain_names("data.id", requested_id, sorted(domains))
+    _check_domain_names("data.ood", requested_ood, sorted(domains))
+    both = sorted({*requested_id} & {*requested_ood})
     if both:
-        raise DataError(f"A domain is either ID or OOD, but {few(both)} stands in data.id and in data.ood.")
-    outside = sorted({*(ood_domains or source.evaluation_domains - {*id_domains})})
-    inside = sorted(id_domains or {*known} - {*outside} - source.evaluation_domains)
-    if not inside:
+        raise DataError(f"A domain is either ID or OOD, but {first_few(both)} stands in data.id and in data.ood.")
+
+    ood_domains = sorted({*(requested_ood or source.evaluation_domains - {*requested_id})})
+    id_domains = sorted(requested_id or domains - {*ood_domains} - source.evaluation_domains)
+    if not id_domains:
         raise DataError(
-            f"At least one domain must be ID, to train on, but all are OOD: {few(outside)}. Take one out of data.ood."
+            f"At least one domain must be ID, to train on, but all are OOD: {first_few(ood_domains)}. Take one out of "
+            "data.ood."
         )
-    bad = set(bad)
-    filled = {s.domain for i, s in enumerate(source.samples) if i not in bad} if bad else set(listed)
-    empty = [d for d in (*inside, *outside) if d not in filled]
+    readable = listed
+    if bad:
+        unreadable = set(bad)
+        readable = {sample.domain for i, sample in enumerate(source.samples) if i not in unreadable}
+    empty = [domain for domain in (*id_domains, *ood_domains) if domain not in readable]
     if empty:
         none = "no readable one" if bad else "none"
         raise DataError(
-            f"Every domain needs images, but there is {none} in {few(empty)}. Add some, remove the folder, "
+            f"Every domain needs images, but there is {none} in {first_few(empty)}. Add some, remove the folder, "
             "or name the domains to use in data.id and data.ood."
         )
-    return inside, outside, sorted({*known} - {*inside} - {*outside})
+    return id_domains, ood_domains, sorted(domains - {*id_domains} - {*ood_domains})
 
 
-def _classes(source: Source, inner: Integers, outer: Integers, inside: list[str], note: str) -> list[str]:
+def _check_domain_names(key: str, requested: Collection[str], domains: Sequence[str]) -> None:
+    for name in requested:
+        if name not in domains:
+            raise DataError(
+                f"The domains of {key} must be among those of the data, but {name!r} is not."
+                f"{did_you_mean(name, domains)} The domains are: {first_few(domains, 20)}."
+            )
+
+
+def _classes(
+    source: Source, id_positions: Integers, ood_positions: Integers, id_domains: list[str], note: str
+) -> list[str]:
+    """Class names of the ID images, in the order of their labels."""
     samples = source.samples
-    learnt = {samples[i].label for i in inner}
-    stray = Counter((samples[i].label, samples[i].domain) for i in outer if samples[i].label not in learnt)
-    if stray:
-        (label, domain), number = stray.most_common(1)[0]
-        others = len({name for name, _ in stray} - {label})
-        more = f", and so {'does' if others == 1 else 'do'} {others} more" if others else ""
+    names = {samples[i].label for i in id_positions}
+    ood_only = Counter((samples[i].label, samples[i].domain) for i in ood_positions if samples[i].label not in names)
+    if ood_only:
+        (label, domain), count = ood_only.most_common(1)[0]
+        others = len({name for name, _ in ood_only} - {label})
+        more = ""
+        if others:
+            more = f", and so {'does' if others == 1 else 'do'} {others} more"
         raise DataError(
             f"Every class must have ID images to learn from, but {label!r} occurs only in OOD domains "
-            f"({counted(number, 'image')} in {domain}){more}{note}. Remove these images, or add the class to "
-            f"{few(inside)}."
+            f"({counted(count, 'image')} in {domain}){more}{note}. Remove these images, or add the class to "
+            f"{first_few(id_domains)}."
         )
-    if len(learnt) < 2:
-        only = few(sorted(learnt)) or "none"
+    if len(names) < 2:
+        only = first_few(sorted(names)) or "none"
         raise DataError(
             f"There must be at least two classes, but the ID images have only {only}{note}. Add "
             "images of another class, or more domains to data.id."
         )
-    order = [name for name in source.class_order or () if name in learnt]
-    return order + _by_name(learnt - {*order})
+    in_source_order = [name for name in source.class_order or () if name in names]
+    return in_source_order + _sorted_names(names - {*in_source_order})
 
 
-def _by_name(names: Collection[str]) -> list[str]:
-    """Sorted, as numbers where all of them are."""
+def _sorted_names(names: Collection[str]) -> list[str]:
+    """Names in ascending order, by value where all are numbers."""
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
@@ -150,44 +177,52 @@ def _by_name(names: Collection[str]) -> list[str]:
 
 def _split_codes(
     samples: Sequence[Sample],
-    members: Integers,
+    positions: Integers,
     labels: Integers,
     domain_ids: Integers,
     classes: list[str],
     request: IngestRequest,
     note: str,
 ) -> Integers:
-    """`TRAIN`, `VAL` or `TEST` of each ID sample: as the source says, else drawn."""
-    codes = np.array([PARTS.get(samples[i].split or "", -1) for i in members], dtype=np.int64)
+    """`TRAIN`, `VAL` or `TEST` of each ID sample: the source's own split, else drawn."""
+    codes = np.array([SPLIT_CODES.get(samples[i].split or "", UNUSED) for i in positions], dtype=np.int64)
     present = {int(code) for code in np.unique(codes)}
-    if -1 in present and len(present) > 1:
-        without = samples[members[codes == -1][0]].name
+    if UNUSED in present and len(present) > 1:
+        without = samples[positions[codes == UNUSED][0]].name
         raise DataError(
             f"Either all ID images belong to a split or none, but {without} does not while others do{note}."
         )
-    if -1 not in present and TRAIN not in present:
+    if UNUSED not in present and TRAIN not in present:
         raise DataError(f"There must be training images, but the ID images only have other splits{note}.")
-    free = codes <= TRAIN
-    pool = members[free]
-    val = 0.0 if VAL in present else request.val_fraction
-    test = 0.0 if TEST in present else request.test_fraction
-    _check_sizes(labels[pool], classes, ["validation"] * (val > 0) + ["testing"] * (test > 0), note)
-    codes[free] = stratified_split(labels[pool], domain_ids[pool], val, test, request.seed)
+    val_fraction = 0.0 if VAL in present else request.val_fraction
+    test_fraction = 0.0 if TEST in present else request.test_fraction
+    purposes = []
+    if val_fraction > 0:
+        purposes.append("validation")
+    if test_fraction > 0:
+        purposes.append("testing")
+    drawable = codes <= TRAIN  # training images and those without a split
+    pool = positions[drawable]
+    _check_class_sizes(labels[pool], classes, purposes, note)
+    codes[drawable] = stratified_split(labels[pool], domain_ids[pool], val_fraction, test_fraction, request.seed)
     return codes
 
 
-def _check_sizes(labels: Integers, classes: list[str], cut: list[str], note: str) -> None:
+def _check_class_sizes(labels: Integers, classes: list[str], purposes: list[str], note: str) -> None:
+    """Raise DataError unless every class has an image for training and for each split that is drawn from it."""
     counts = np.bincount(labels, minlength=len(classes))
-    needed = 1 + len(cut)
+    needed = 1 + len(purposes)
     small = np.flatnonzero(counts < needed)
     if not len(small):
         return
-    listed = few([f"{classes[i]} has {counts[i]}" for i in small])
-    purpose = " and ".join(["one for training", *(f"one for {name}" for name in cut)]) if cut else "to learn from"
+    listed = first_few([f"{classes[i]} has {counts[i]}" for i in small])
+    uses = "to learn from"
+    if purposes:
+        uses = " and ".join(["one for training", *(f"one for {purpose}" for purpose in purposes)])
     hint = ""
     if len(small) > max(10, len(classes) // 2):
         hint = " That many tiny classes look like an identifier or a measured value, not like classes."
     raise DataError(
-        f"Every class needs at least {counted(needed, 'ID training image')}, {purpose}, but {listed}{note}. "
+        f"Every class needs at least {counted(needed, 'ID training image')}, {uses}, but {listed}{note}. "
         f"Add images, or remove the class.{hint}"
     )

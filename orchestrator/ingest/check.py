@@ -1,6 +1,6 @@
-"""`luthier data check PATH`: what a source is taken for, what is in it, and what is wrong with it.
+"""Report of `luthier data check PATH`: detected layout, contents and problems of a source.
 
-The answer of `luthier data check`: plain values, JSON, or tables for a person.
+In this order: the report (values, JSON, tables), the check that makes it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.ingest.assign import assign
-from orchestrator.ingest.decoding import DecodingProgress, Job, decode_all
-from orchestrator.ingest.errors import DataError, counted, existing, few
+from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
+from orchestrator.ingest.errors import DataError, counted, existing, first_few
 from orchestrator.ingest.manifest import find_duplicates, in_words
-from orchestrator.ingest.request import IngestRequest, open_source
+from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import Outcome, Source
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-LISTED = 20
-"""Names that are shown to a person; JSON has them all."""
+MAX_LISTED = 20
+"""Names per list in the printed report; JSON has all."""
+THUMBNAIL_SIDE = 8
+"""Side to which images are decoded for a check, in pixels."""
 
 NOTES = {
     "animated": "with several frames or pages; the first is used",
@@ -33,6 +35,7 @@ NOTES = {
     "cmyk": "in CMYK; converted without colour profile",
     "rotated_by_exif": "turned upright by their EXIF orientation",
 }
+"""Notes on images → what was done about them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in a source of data. Counts are of readable images."""
+    """Contents and problems of a source. Counts are of readable images."""
 
     path: str
     source: str
@@ -60,20 +63,20 @@ class DataReport:
     ood_domains: list[str]
     """Domains that the source itself marks as OOD."""
     splits: dict[str, int]
-    """Splits that the source itself gives → images; empty = they will be drawn."""
+    """Splits of the source itself → images; empty = they will be drawn."""
     sizes: Sizes | None
     """None = no readable image."""
     formats: dict[str, int]
     notes: dict[str, int]
-    """What was special about images (see `NOTES`) → how many."""
+    """Kinds of `NOTES` → images."""
     unreadable: list[dict[str, str]]
     """Name and reason of each image that would be quarantined."""
     ignored: list[dict[str, str]]
-    """Name and reason of everything that is not a sample."""
+    """Name and reason of each file or folder that is not a sample."""
     duplicates: dict[str, Any]
     """See `orchestrator.ingest.manifest.Duplicates.to_dict`."""
     problems: list[str]
-    """Why a study with default settings would refuse the data; empty = it would not."""
+    """Why a study with default settings would refuse the data; empty = it would accept them."""
 
     @property
     def classes(self) -> list[str]:
@@ -85,12 +88,16 @@ class DataReport:
         return {**dataclasses.asdict(self), "classes": self.classes}
 
     def render(self, console: Console) -> None:
-        """Print the report for a person."""
+        """Print the report as text and tables."""
         from rich.markup import escape
 
         console.print(f"[bold]{escape(self.path)}[/bold]: {escape(self.source)}, {escape(self.layout)}")
-        counts = counted(len(self.domains), "domain"), counted(len(self.classes), "class", "classes")
-        console.print(f"{counted(self.images, 'readable image')}, {', '.join(counts)}")
+        counts = [
+            counted(self.images, "readable image"),
+            counted(len(self.domains), "domain"),
+            counted(len(self.classes), "class", "classes"),
+        ]
+        console.print(", ".join(counts))
         if self.splits:
             console.print("Splits of the source: " + ", ".join(f"{name} {n}" for name, n in self.splits.items()))
         else:
@@ -116,13 +123,14 @@ class DataReport:
         for domain, counts in self.domains.items():
             role = " (OOD)" if domain in self.ood_domains else ""
             missing = sorted(set(self.classes) - set(counts))
-            least, most = min(counts.values(), default=0), max(counts.values(), default=0)
+            least = min(counts.values(), default=0)
+            most = max(counts.values(), default=0)
             table.add_row(
                 escape(domain) + role,
                 str(sum(counts.values())),
                 str(len(counts)),
                 str(most) if least == most else f"{least} to {most}",
-                escape(", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")),
+                escape(first_few(missing)),
             )
         console.print(table)
 
@@ -131,20 +139,21 @@ class DataReport:
 
         unreadable = [f"{entry['name']}: {entry['reason']}" for entry in self.unreadable]
         _print_list(console, f"Unreadable, will be left out: {len(unreadable)}", unreadable)
-        drawn = "splits" if self.splits else "splits (as a study draws them by default)"
-        for key, text in (("across", f"{drawn} or domains"), ("contradictory", "classes")):
-            title = f"The same image in several {text}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
+        splits = "splits" if self.splits else "splits (as a study draws them by default)"
+        for key, groups in (("across", f"{splits} or domains"), ("contradictory", "classes")):
+            title = f"The same image in several {groups}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
             _print_list(console, title, [in_words(group) for group in self.duplicates[key]])
         if self.duplicates["repeats"]:
             repeats = counted(self.duplicates["repeats"], "image")
             console.print(f"Repeats of another image of the same domain, split and class: {repeats}")
-        reasons = Counter(_kind(entry["reason"]) for entry in self.ignored)
+        reasons = Counter(_kind_of_reason(entry["reason"]) for entry in self.ignored)
         if reasons:
             listed = ", ".join(f"{escape(reason)}: {count}" for reason, count in reasons.most_common())
             console.print(f"Not used as images: {listed}", soft_wrap=True)
 
 
-def _kind(reason: str) -> str:
+def _kind_of_reason(reason: str) -> str:
+    """The reason without the target of a link, by which reasons are counted."""
     return "a link back into the data" if reason.startswith("a link to") else reason
 
 
@@ -154,10 +163,10 @@ def _print_list(console: Console, title: str, lines: list[str]) -> None:
     if not lines:
         return
     console.print(f"[yellow]{escape(title)}[/yellow]")
-    for line in lines[:LISTED]:
+    for line in lines[:MAX_LISTED]:
         console.print(f"  {escape(line)}", soft_wrap=True)
-    if len(lines) > LISTED:
-        console.print(f"  and {len(lines) - LISTED} more (all with --json)")
+    if len(lines) > MAX_LISTED:
+        console.print(f"  and {len(lines) - MAX_LISTED} more (all with --json)")
 
 
 def check(
@@ -167,36 +176,41 @@ def check(
     label: str | None = None,
     fail_on_leak: bool = False,
 ) -> DataReport:
-    """Open every image of a source and explain what was found; nothing is written.
+    """Decode every image of a source and report contents and problems; nothing is written.
 
     Args:
-        path: folder, `.parquet` or `.npz` file, or the word `digits` where no such path exists.
+        path: folder, `.parquet` or `.npz` file, or `digits` for the built-in images where no such path exists.
         workers: decoder processes; None = one per CPU.
-        progress: called from several threads with (images done, images in all, unreadable ones).
-        label: column with the classes of a Parquet source; None = the one with a usual name.
-        fail_on_leak: the same image in several splits or domains is a problem.
+        progress: called from several threads, see `DecodingProgress`.
+        label: column with the classes of a Parquet source; None = the first with a usual name.
+        fail_on_leak: report the same image in several splits or domains as a problem.
 
     Raises:
-        DataError: nothing there, or nothing that could be read as data.
+        DataError: nothing there, or no data that can be interpreted.
     """
     request = IngestRequest(source=detect(Path(path)), root=str(path), label=label)
-    source = open_source(request)
-    # Pictures are decoded as for a store, but to a thumbnail: what is wanted is whether they can be.
-    outcomes = decode_all(source, range(len(source.samples)), Job(side=8, interpolation="nearest"), workers, progress)
+    source = scan(request)
+    # Decoded as for a store, but to a thumbnail: the check needs to know only whether they can be.
+    job = DecodeJob(THUMBNAIL_SIDE, interpolation="nearest")
+    outcomes = decode_all(source, range(len(source.samples)), job, workers, progress)
     report = _report(Path(path), source, request, outcomes)
     return replace(report, problems=[*report.problems, *_leaks(report)]) if fail_on_leak else report
 
 
 def _leaks(report: DataReport) -> list[str]:
-    found = report.duplicates
-    count = found["across_groups"]
-    rule = "No image may lie in more than one split or domain (--fail-on-leak), but "
-    what = f"{counted(count, 'image')} {'does' if count == 1 else 'do'}: {few(map(in_words, found['across']))}"
-    return [f"{rule}{what}. Remove the copies; --json lists them all."] if count else []
+    count = report.duplicates["across_groups"]
+    if not count:
+        return []
+    groups = first_few(map(in_words, report.duplicates["across"]))
+    return [
+        "No image may lie in more than one split or domain (--fail-on-leak), but "
+        f"{counted(count, 'image')} {'does' if count == 1 else 'do'}: {groups}. Remove the copies; --json lists them "
+        "all."
+    ]
 
 
 def detect(path: Path) -> str:
-    """The kind of source at a path: by its ending, or by which kind of file a folder holds.
+    """The kind of source at a path, by its suffix or by the files in the folder.
 
     Raises:
         DataError: nothing there, or a file of no known kind.
@@ -219,52 +233,53 @@ def detect(path: Path) -> str:
 
 def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mapping[int, Outcome]) -> DataReport:
     samples = source.samples
-    good = [i for i, outcome in outcomes.items() if outcome.reason is None]
+    readable = [i for i, outcome in outcomes.items() if outcome.reason is None]
     domains: dict[str, dict[str, int]] = {domain: {} for domain in source.empty_domains}
-    for (domain, label), count in sorted(Counter((samples[i].domain, samples[i].label) for i in good).items()):
+    for (domain, label), count in sorted(Counter((samples[i].domain, samples[i].label) for i in readable).items()):
         domains.setdefault(domain, {})[label] = count
-    splits = Counter(samples[i].split for i in good if samples[i].split is not None)
-    bad = [i for i in outcomes if outcomes[i].reason is not None]
-    place_of, problems = _places(source, request, bad)
+    splits = Counter(samples[i].split for i in readable if samples[i].split is not None)
+    bad = [i for i, outcome in outcomes.items() if outcome.reason is not None]
+    split_of, problems = _default_splits(source, request, bad)
     return DataReport(
         path=str(path),
         source=source.kind,
         layout=source.layout,
-        images=len(good),
+        images=len(readable),
         domains={domain: domains[domain] for domain in sorted(domains)},
         ood_domains=sorted(source.evaluation_domains),
         splits={name: splits[name] for name in ("train", "val", "test") if name in splits},
-        sizes=_sizes([outcomes[i] for i in good]),
-        formats=dict(Counter(outcomes[i].format for i in good).most_common()),
-        notes=dict(Counter(note for i in good for note in outcomes[i].notes).most_common()),
+        sizes=_sizes([outcomes[i] for i in readable]),
+        formats=dict(Counter(outcomes[i].format for i in readable).most_common()),
+        notes=dict(Counter(note for i in readable for note in outcomes[i].notes).most_common()),
         unreadable=[{"name": samples[i].name, "reason": str(outcomes[i].reason)} for i in bad],
-        ignored=[left._asdict() for left in source.ignored],
-        duplicates=find_duplicates(samples, outcomes, place_of).to_dict(),
+        ignored=[entry._asdict() for entry in source.ignored],
+        duplicates=find_duplicates(samples, outcomes, split_of).to_dict(),
         problems=problems,
     )
 
 
-def _places(source: Source, request: IngestRequest, bad: list[int]) -> tuple[dict[int, str], list[str]]:
-    """The split of each sample in a study with default settings (if that would refuse the data: as the source says),
-    and why it would."""
+def _default_splits(source: Source, request: IngestRequest, bad: list[int]) -> tuple[dict[int, str], list[str]]:
+    """The split of each sample in a study with default settings, and why such a study would refuse the data.
+
+    If it would, the splits are the source's own.
+    """
     if len(bad) == len(source.samples):
         return {}, [f"Images must be readable, but none of {len(bad)} is."]
     try:
         assignment = assign(source, request, bad)
     except DataError as error:
         return {i: sample.split or "" for i, sample in enumerate(source.samples)}, [str(error)]
-    return {int(i): name for name, positions in assignment.splits.items() for i in positions}, []
+    return assignment.split_of, []
 
 
 def _sizes(outcomes: list[Outcome]) -> Sizes | None:
     if not outcomes:
         return None
-    by_area = sorted((o.width * o.height, o.width, o.height) for o in outcomes)
-    (_, *least), (_, *middle), (_, *most) = by_area[0], by_area[len(by_area) // 2], by_area[-1]
+    sizes = sorted(((o.width, o.height) for o in outcomes), key=lambda size: (size[0] * size[1], size))
     common = Counter((o.width, o.height) for o in outcomes).most_common(5)
     return Sizes(
-        smallest=(least[0], least[1]),
-        median=(middle[0], middle[1]),
-        largest=(most[0], most[1]),
+        smallest=sizes[0],
+        median=sizes[len(sizes) // 2],
+        largest=sizes[-1],
         most_common={f"{width}x{height}": count for (width, height), count in common},
     )

@@ -1,4 +1,8 @@
-"""All samples of a source, decoded once and in parallel, each written where its row of the store is."""
+"""Decoding of all samples, once and in parallel, each written to its row of the store.
+
+Encoded images are decoded in worker processes (`orchestrator.ingest.worker`), one thread of this process per worker;
+pixel arrays are converted by threads.
+"""
 
 from __future__ import annotations
 
@@ -25,86 +29,103 @@ from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Sour
 from orchestrator.ingest.worker import write_at
 from trainables.specs.redaction import is_secret
 
-PER_WORKER = 256
-"""Samples that are worth the start of one more process."""
-PATIENCE = 300.0
-"""Seconds for one request (at most 256 pictures) before its process is taken for hung and killed."""
+SAMPLES_PER_WORKER = 256
+"""Samples that justify one more process."""
+REQUEST_TIMEOUT_S = 300.0
+"""Time limit of one request (at most 256 images), after which its process is killed, in seconds."""
 
 DecodingProgress = Callable[[int, int, int], None]
-"""Called with (samples done, samples in all, samples done that cannot be read)."""
+"""Called with (samples done, samples in all, unreadable samples)."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to become of the samples."""
+class DecodeJob:
+    """Size of the decoded images, and where their pixels are written."""
 
     side: int
     interpolation: str
     target: Path | None = None
-    """File for the pixels; None = only look."""
+    """File for the pixels; None = decode only."""
     offsets: NDArray[np.int64] | None = None
     """Byte offset in the target of each sample of the source."""
 
     def offset(self, position: int) -> int | None:
-        """Where the pixels of a sample go."""
+        """Byte offset of a sample's pixels; None = not written."""
         return None if self.offsets is None else int(self.offsets[position])
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    # `sched_getaffinity` exists on Linux only; `os.process_cpu_count`, which does the same, since Python 3.13.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def decode_all(
     source: Source,
-    wanted: Sequence[int],
-    job: Job,
+    positions: Sequence[int],
+    job: DecodeJob,
     workers: int | None = None,
     progress: DecodingProgress | None = None,
 ) -> dict[int, Outcome]:
-    """Decode the samples at the positions `wanted` (rising).
+    """Decode the samples at `positions` (ascending).
 
     Args:
-        workers: processes at most; None = one per CPU of this process.
+        source: the scan.
+        positions: in `source.samples`.
+        job: size and target.
+        workers: maximum number of processes; None = one per CPU of this process.
         progress: called from several threads, see `DecodingProgress`.
 
     Returns:
-        Outcome by position, in the order of `wanted`.
+        Outcome by position, in the order of `positions`.
 
     Raises:
         OSError: the target could not be written.
     """
-    found: dict[int, Outcome] = {}
-    lock, unreadable = threading.Lock(), 0
+    outcomes: dict[int, Outcome] = {}
+    lock = threading.Lock()
+    unreadable = 0
 
-    def done(outcomes: dict[int, Outcome]) -> None:
+    def collect(batch: dict[int, Outcome]) -> None:
         nonlocal unreadable
         with lock:
-            found.update(outcomes)
-            unreadable += sum(outcome.reason is not None for outcome in outcomes.values())
-            counts = len(found), len(wanted), unreadable
+            outcomes.update(batch)
+            unreadable += sum(outcome.reason is not None for outcome in batch.values())
+            counts = (len(outcomes), len(positions), unreadable)
         if progress is not None:
             progress(*counts)
 
-    count = max(1, min(workers or len(os.sched_getaffinity(0)), -(-len(wanted) // PER_WORKER)))
+    count = max(1, min(workers or available_cpus(), -(-len(positions) // SAMPLES_PER_WORKER)))
     if isinstance(source, ArraySource):
-        _decode_arrays(source, set(wanted), job, done, count)
+        _decode_arrays(source, set(positions), job, collect, count)
     elif isinstance(source, EncodedSource):
-        _decode_encoded(source, wanted, job, done, count)
-    return {position: found[position] for position in wanted}
+        _decode_encoded(source, positions, job, collect, count)
+    return {position: outcomes[position] for position in positions}
 
 
 def _decode_encoded(
-    source: EncodedSource, wanted: Sequence[int], job: Job, done: Callable[[dict[int, Outcome]], None], count: int
+    source: EncodedSource,
+    positions: Sequence[int],
+    job: DecodeJob,
+    collect: Callable[[dict[int, Outcome]], None],
+    count: int,
 ) -> None:
-    chunks, lock = source.chunks(wanted), threading.Lock()
+    chunks = source.chunks(positions)
+    lock = threading.Lock()
     stopped = threading.Event()
 
     def serve() -> None:
-        with contextlib.closing(_Decoder(job)) as decoder:
+        with contextlib.closing(_DecoderProcess(job)) as decoder:
             while not stopped.is_set():
                 with lock:
                     chunk = next(chunks, None)
                 if chunk is None:
                     return
-                request, positions = chunk
-                items = [[_item(source, p), job.offset(p)] for p in positions]
-                done(dict(zip(positions, decoder.outcomes(request, items), strict=True)))
+                request, chunk_positions = chunk
+                items = [[_item(source, i), job.offset(i)] for i in chunk_positions]
+                collect(dict(zip(chunk_positions, decoder.outcomes(request, items), strict=True)))
 
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(serve) for _ in range(count)]
@@ -112,47 +133,51 @@ def _decode_encoded(
             for future in futures:
                 future.result()
         finally:
-            stopped.set()
+            stopped.set()  # after an error of one thread the others finish their chunk only
 
 
 def _item(source: EncodedSource, position: int) -> Any:
-    where = source.samples[position].where
-    return where[-1] if isinstance(where, tuple) else where
+    """The part of a sample's location that differs within a chunk."""
+    location = source.samples[position].location
+    return location[-1] if isinstance(location, tuple) else location
 
 
-class _Decoder:
-    """A worker process, started again when it dies."""
+class _DecoderProcess:
+    """A worker process, restarted when it dies."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: DecodeJob) -> None:
         self._job = job
-        self._status = 0
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._exit_status = 0
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self._process = self._start()
 
     def outcomes(self, request: dict[str, Any], items: list[list[Any]]) -> Iterator[Outcome]:
-        """The outcome of each item; one that kills the process is quarantined for it, its neighbours are not."""
-        reply = self._ask({**request, "items": items})
+        """The outcome of each item; an item that kills the process is quarantined, its neighbours are decoded."""
+        reply = self._request({**request, "items": items})
         if reply is None and len(items) > 1:
+            # One of them killed the process: each alone, to find out which.
             for item in items:
                 yield from self.outcomes(request, [item])
             return
         if reply is None:
-            yield Outcome(f"the decoder died of it (exit status {self._status})", b"", b"", 0, 0, "", ())
+            yield Outcome(f"the decoder died of it (exit status {self._exit_status})", b"", b"", 0, 0, "", ())
             return
         if "error" in reply:
             raise OSError(f"The pixels could not be written to {self._job.target}: {reply['error']}")
-        for reason, digest, pixels, width, height, kind, notes in reply["outcomes"]:
-            yield Outcome(reason, bytes.fromhex(digest), bytes.fromhex(pixels), width, height, kind, tuple(notes))
+        for reason, digest, pixels, width, height, file_format, notes in reply["outcomes"]:
+            yield Outcome(
+                reason, bytes.fromhex(digest), bytes.fromhex(pixels), width, height, file_format, tuple(notes)
+            )
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """The reply, or None if the process died (it has been replaced then)."""
-        watchdog = threading.Timer(PATIENCE, self._process.kill)
+    def _request(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply; None = the process died, and has been replaced."""
+        watchdog = threading.Timer(REQUEST_TIMEOUT_S, self._process.kill)
         watchdog.start()
         try:
             line = _exchange(self._process, message)
@@ -161,25 +186,26 @@ class _Decoder:
         if line:
             reply: dict[str, Any] = json.loads(line)
             return reply
-        self._status = self._process.wait()
+        self._exit_status = self._process.wait()
         self._process = self._start()
         return None
 
     def _start(self) -> subprocess.Popen[str]:
+        # A malicious image may take over the decoder process: give it no secrets.
+        environment = {name: value for name, value in os.environ.items() if not is_secret(name)}
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["OMP_NUM_THREADS"] = "1"
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.ingest.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={
-                **{name: value for name, value in os.environ.items() if not is_secret(name)},  # a picture may win
-                "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-                "OMP_NUM_THREADS": "1",
-            },
+            env=environment,
         )
         target = str(self._job.target) if self._job.target is not None else None
-        if not _exchange(process, {"target": target, "side": self._job.side, "interpolation": self._job.interpolation}):
+        first_line = {"target": target, "side": self._job.side, "interpolation": self._job.interpolation}
+        if not _exchange(process, first_line):
             self._errors.seek(0)
             text = self._errors.read().decode(errors="replace")
             process.communicate()
@@ -188,7 +214,7 @@ class _Decoder:
 
 
 def _exchange(process: subprocess.Popen[str], message: dict[str, Any]) -> str:
-    """Send one line and wait for one; empty if the process has died."""
+    """Send one line and read one; empty if the process has died."""
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
@@ -198,27 +224,34 @@ def _exchange(process: subprocess.Popen[str], message: dict[str, Any]) -> str:
 
 
 def _decode_arrays(
-    source: ArraySource, wanted: set[int], job: Job, done: Callable[[dict[int, Outcome]], None], count: int
+    source: ArraySource,
+    positions: set[int],
+    job: DecodeJob,
+    collect: Callable[[dict[int, Outcome]], None],
+    count: int,
 ) -> None:
     descriptor = os.open(job.target, os.O_WRONLY) if job.target is not None else None
 
-    def one(position: int, pixels: NDArray[Any]) -> Outcome:
-        eight = to_eight_bit(pixels) if pixels.dtype == np.uint16 else pixels
-        whole = Image.fromarray(eight).convert("RGB")
-        image = square(whole, job.side, job.interpolation)
+    def convert(position: int, pixels: NDArray[Any]) -> Outcome:
+        notes: tuple[str, ...] = ()
+        eight_bit = pixels
+        if pixels.dtype == np.uint16:
+            eight_bit = to_eight_bit(pixels)
+            notes = ("sixteen_bit",)
+        image = Image.fromarray(eight_bit).convert("RGB")
         offset = job.offset(position)
+        stored = square(image, job.side, job.interpolation)
         if descriptor is not None and offset is not None:
-            write_at(descriptor, image.tobytes(), offset)
+            write_at(descriptor, stored.tobytes(), offset)
         digest = hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
-        notes = ("sixteen_bit",) if pixels.dtype == np.uint16 else ()
-        return Outcome(None, digest, pixels_digest(whole), pixels.shape[1], pixels.shape[0], "array", notes)
+        return Outcome(None, digest, pixels_digest(image), pixels.shape[1], pixels.shape[0], "array", notes)
 
     try:
         with ThreadPoolExecutor(count) as pool:
-            for first, run in source.arrays():
-                positions = [p for p in range(first, first + len(run)) if p in wanted]
-                outcomes = pool.map(one, positions, (run[p - first] for p in positions), chunksize=64)
-                done(dict(zip(positions, outcomes, strict=True)))
+            for first, block in source.arrays():
+                in_block = [i for i in range(first, first + len(block)) if i in positions]
+                outcomes = pool.map(convert, in_block, (block[i - first] for i in in_block), chunksize=64)
+                collect(dict(zip(in_block, outcomes, strict=True)))
     finally:
         if descriptor is not None:
             os.close(descriptor)

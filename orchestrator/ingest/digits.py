@@ -1,7 +1,8 @@
-"""The built-in source: handwritten digits in distribution, shifted and printed ones out of it."""
+"""The built-in source: handwritten digits in distribution, shifted and printed digits out of distribution."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import sys
@@ -24,7 +25,7 @@ _SPLITS = {TRAIN: "train", VAL: "val", TEST: "test"}
 
 @dataclass
 class DigitsSource(ArraySource):
-    """The images, made in memory."""
+    """Images in memory."""
 
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
 
@@ -35,22 +36,22 @@ class DigitsSource(ArraySource):
             first += len(pixels)
 
 
-def open_digits(val_fraction: float, test_fraction: float, seed: int) -> DigitsSource:
+@functools.lru_cache(maxsize=1)  # a study scans twice: for its plan and for its store
+def scan_digits(val_fraction: float, test_fraction: float, seed: int) -> DigitsSource:
     """Handwritten digits (ID) and the OOD domains `OOD_DOMAINS`.
 
-    The shifted domains are made of the handwritten digits of the test split, so that no OOD image is a changed training
-    image; the printed ones (what the demo networks were pretrained on: retention) are fresh renderings.
+    The shifted domains are derived from the handwritten digits of the test split, so that no OOD image is a transformed
+    training image. The printed ones, the kind that the demo networks were pretrained on, are fresh renderings; they
+    measure retention.
     """
     images, labels = digits.handwritten_digits()
     codes = stratified_split(labels, np.zeros_like(labels), val_fraction, test_fraction, seed)
     test = np.flatnonzero(codes == TEST)
-    pixels, samples = (
-        [images],
-        [
-            Sample(f"{ID_DOMAIN}/{i}", str(label), ID_DOMAIN, _SPLITS[int(code)], None)
-            for i, (label, code) in enumerate(zip(labels, codes, strict=True))
-        ],
-    )
+    pixels = [images]
+    samples = [
+        Sample(f"{ID_DOMAIN}/{i}", str(label), ID_DOMAIN, _SPLITS[int(code)], None)
+        for i, (label, code) in enumerate(zip(labels, codes, strict=True))
+    ]
     for kind in digits.SHIFTS:
         pixels.append(digits.shift(images[test], kind, stream_seed(seed, "shift", kind)))
         samples += [Sample(f"{kind}/{i}", str(labels[i]), kind, None, None) for i in test]
@@ -61,13 +62,13 @@ def open_digits(val_fraction: float, test_fraction: float, seed: int) -> DigitsS
         kind="digits",
         layout="built-in digits",
         samples=samples,
-        digest=recipe_digest(),
+        digest=_recipe_digest(),
         evaluation_domains=frozenset(OOD_DOMAINS),
         pixels=pixels,
     )
 
 
-def recipe_digest() -> str:
-    """Changes with the code that makes the digits."""
+def _recipe_digest() -> str:
+    """SHA-256 of the code that makes the digits."""
     text = inspect.getsource(digits) + inspect.getsource(sys.modules[__name__])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,52 +1,69 @@
-"""What a person is told about data that cannot be used, and names made fit to be shown."""
+"""Data errors, and the wording of their messages."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-OTHER = "Set data.source to what is there."
-"""The way out where a folder holds nothing of the kind of source that was named."""
+from orchestrator.errors import did_you_mean
+
+SOURCE_HINT = "Set data.source to what is there."
+"""Way out where a folder has no file of the kind of source that the study names."""
 
 
 class DataError(ValueError):
-    """Data that no study could use: the rule, what was found, the way out."""
+    """Data that no study could use: rule, value found, way out."""
 
 
-def shown(name: str) -> str:
-    r"""A name as it may stand in logs, lists and Arrow files: backslashes, control characters and bytes that are no
-    valid UTF-8 become escapes (`\n` → the two characters `\n`). Different names stay different."""
+def printable(name: str) -> str:
+    r"""A name with backslashes, control characters and invalid UTF-8 escaped, for logs, lists and Arrow files.
+
+    Different names stay different.
+
+    Example:
+        >>> print(printable("cat\n.png"))
+        cat\n.png
+    """
     if name.isprintable() and "\\" not in name:
         return name
-    return "".join(
-        c if c.isprintable() and c != "\\" else c.encode("unicode_escape", "surrogatepass").decode() for c in name
-    )
+    return "".join(_escaped(character) for character in name)
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """` Did you mean 'x'?`, or nothing if nothing is near."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+def _escaped(character: str) -> str:
+    if character.isprintable() and character != "\\":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
-def few(names: Iterable[str], limit: int = 5) -> str:
-    """The first names of a list (as they are to be shown), and how many more there are."""
+def first_few(names: Iterable[str], limit: int = 5) -> str:
+    """The first names of a list, and how many more there are.
+
+    Example:
+        >>> first_few("abcdefg")
+        'a, b, c, d, e and 2 more'
+    """
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
-def counted(count: int, noun: str, several: str = "") -> str:
-    """`1 image`, `2 images`; `several` is the plural where it is not made with an s."""
-    return f"{count} {noun if count == 1 else several or f'{noun}s'}"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count with its noun; `plural` where it is not the noun with an s.
+
+    Example:
+        >>> counted(1, "image"), counted(2, "image"), counted(2, "class", "classes")
+        ('1 image', '2 images', '2 classes')
+    """
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {plural or noun + 's'}"
 
 
 def existing(path: Path) -> Path:
-    """The path itself, if there is something that can be listed or read.
+    """The path itself, after a check that it can be listed or read.
 
     Raises:
-        DataError: nothing there, with the nearest names of the folder that exists; or no permission.
+        DataError: nothing there, with similar names of the nearest folder; or no permission.
     """
     try:
         if path.is_dir():
@@ -62,9 +79,10 @@ def existing(path: Path) -> Path:
 
 
 def _missing(path: Path) -> DataError:
-    parents = (p for p in path.absolute().parents if p.is_dir())
-    parent = next(parents)
-    wanted = path.absolute().relative_to(parent).parts[0]
-    names = sorted(shown(p.name) for p in parent.iterdir() if not p.name.startswith("."))
-    hint = did_you_mean(wanted, names) or f" The folder {shown(str(parent))} holds: {few(names) or 'nothing'}."
-    return DataError(f"Data must exist, but there is nothing at {shown(str(path))}.{hint}")
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    first_missing = path.absolute().relative_to(folder).parts[0]
+    names = sorted(printable(entry.name) for entry in folder.iterdir() if not entry.name.startswith("."))
+    hint = did_you_mean(first_missing, names)
+    if not hint:
+        hint = f" The folder {printable(str(folder))} holds: {first_few(names) or 'nothing'}."
+    return DataError(f"Data must exist, but there is nothing at {printable(str(path))}.{hint}")

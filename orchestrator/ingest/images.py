@@ -1,4 +1,4 @@
-"""Encoded bytes → one square RGB image, or the reason why not. The only place where pictures are opened."""
+"""Decoding of untrusted image files to square RGB images; the only module that opens them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What may be opened, recognised by content, whatever the name says. EPS is not among them: it would run a program."""
+"""Formats that are opened, recognised by content. EPS is not among them: Pillow would run Ghostscript."""
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 256 * 2**20
 MIN_SIDE = 4
-"""Pixels of the shorter side that an image must have to show anything."""
+"""Minimum length of the shorter side, in pixels."""
 MAX_ASPECT = 20
-"""Of a longer strip the centre square would show less than a twentieth."""
+"""Maximum ratio of the sides: of a longer strip the centre square shows less than a twentieth."""
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -28,18 +28,18 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-"""Names as timm's data configuration has them."""
+"""By the names of timm's data configuration."""
 
 _ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImageError(Exception):
-    """An image that is not used; the text is the reason as it stands in the quarantine list."""
+    """An image that cannot be used; the text is the reason in the quarantine list."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A decoded image."""
 
     pixels: NDArray[np.uint8]
@@ -47,19 +47,19 @@ class Picture:
     digest: bytes
     """See `pixels_digest`."""
     width: int
-    """Of the original after its EXIF orientation, in pixels."""
+    """Of the original, upright, in pixels."""
     height: int
     format: str
-    """Pillow's name of the format found, such as `JPEG`."""
+    """Pillow's name of the format, such as `JPEG`."""
     notes: tuple[str, ...]
-    """What was special: `animated`, `sixteen_bit`, `transparent`, `cmyk`, `rotated_by_exif`."""
+    """Any of `animated`, `sixteen_bit`, `transparent`, `cmyk`, `rotated_by_exif`."""
 
 
-def decode(data: bytes, side: int, interpolation: str) -> Picture:
-    """Decode, turn upright, flatten to RGB, resize the shorter side and cut out the centre square.
+def decode(data: bytes, side: int, interpolation: str) -> DecodedImage:
+    """Decode, rotate upright, flatten to RGB, resize the shorter side and crop the centre square.
 
-    Transparent pixels are put on white; 16-bit values are scaled by their declared range (v / 257), not clipped; of an
-    animation the first frame counts.
+    Transparency is composited on white; 16-bit values are scaled by their declared range (v / 257), not clipped; of an
+    animation the first frame is used.
 
     Args:
         data: the whole file.
@@ -67,7 +67,7 @@ def decode(data: bytes, side: int, interpolation: str) -> Picture:
         interpolation: one of `INTERPOLATIONS`.
 
     Raises:
-        BadImageError: whatever is wrong with the bytes.
+        BadImageError: the bytes are no image that can be used.
     """
     if not data:
         raise BadImageError("the file is empty")
@@ -76,7 +76,7 @@ def decode(data: bytes, side: int, interpolation: str) -> Picture:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            return _finish(image, side, interpolation)
+            return _convert(image, side, interpolation)
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -90,19 +90,25 @@ def decode(data: bytes, side: int, interpolation: str) -> Picture:
 
 
 def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Scale 0…65535 to 0…255, rounded."""
+    """Scale 0…65535 to 0…255, rounded.
+
+    Example:
+        >>> to_eight_bit(np.array([0, 257, 65535], np.uint16)).tolist()
+        [0, 1, 255]
+    """
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def pixels_digest(image: Image.Image) -> bytes:
-    """SHA-256 of an RGB image at its full size, whatever file it came from."""
+    """SHA-256 of an RGB image at full size, independent of its file format."""
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
 
 
 def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
-    """Shorter side to `side`, then the centre square; roundings as torchvision's `Resize` and `CenterCrop`."""
+    """Resize the shorter side to `side` and crop the centre square; rounds as torchvision's `Resize`, `CenterCrop`."""
     width, height = image.size
-    short, long = min(width, height), max(width, height)
+    short = min(width, height)
+    long = max(width, height)
     if short != side:
         other = int(side * long / short)
         size = (side, other) if width <= height else (other, side)
@@ -127,36 +133,43 @@ def _too_many_pixels(count: int) -> BadImageError:
     return BadImageError(f"{count / 1e6:.0f} megapixels are over the limit of {MAX_PIXELS // 10**6}")
 
 
-def _finish(image: Image.Image, side: int, interpolation: str) -> Picture:
-    notes = ["animated"] if getattr(image, "n_frames", 1) > 1 else []
-    kind = str(image.format)
+def _convert(image: Image.Image, side: int, interpolation: str) -> DecodedImage:
+    notes = []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append("animated")
+    file_format = str(image.format)
     image.load()
-    notes += ["cmyk"] if image.mode == "CMYK" else []
-    turned = _upright(image)
-    notes += ["rotated_by_exif"] if turned is not image else []
-    flat, how = _to_rgb(turned, kind)
-    notes += [how] if how else []
-    pixels = np.asarray(square(flat, side, interpolation))
-    return Picture(pixels, pixels_digest(flat), *turned.size, kind, tuple(notes))
+    if image.mode == "CMYK":
+        notes.append("cmyk")
+    upright = _upright(image)
+    if upright is not image:
+        notes.append("rotated_by_exif")
+    rgb, note = _to_rgb(upright, file_format)
+    if note is not None:
+        notes.append(note)
+    pixels = np.asarray(square(rgb, side, interpolation))
+    return DecodedImage(pixels, pixels_digest(rgb), *upright.size, file_format, tuple(notes))
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF beside intact pixels says nothing about orientation
+    except Exception:  # damaged EXIF beside intact pixels: no orientation
         return image
     return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
 
 
-def _to_rgb(image: Image.Image, kind: str) -> tuple[Image.Image, str | None]:
+def _to_rgb(image: Image.Image, file_format: str) -> tuple[Image.Image, str | None]:
+    """The image in RGB, and the note on how it was converted."""
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray(to_eight_bit(np.asarray(image, dtype=np.uint16))).convert("RGB"), "sixteen_bit"
-    if image.mode == "I" and kind in ("PNG", "PPM"):
+    if image.mode == "I" and file_format in ("PNG", "PPM"):
         return Image.fromarray(to_eight_bit(np.asarray(image).astype(np.uint16))).convert("RGB"), "sixteen_bit"
     if image.mode in ("I", "F"):
         raise BadImageError(f"pixels of mode {image.mode!r} have no declared range; save them with 8 or 16 bits")
     if image.has_transparency_data:
-        overlay = image.convert("RGBA")
-        page = Image.new("RGBA", overlay.size, (255, 255, 255, 255))
-        return Image.alpha_composite(page, overlay).convert("RGB"), "transparent"
-    return (image if image.mode == "RGB" else image.convert("RGB")), None
+        foreground = image.convert("RGBA")
+        white = Image.new("RGBA", foreground.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, foreground).convert("RGB"), "transparent"
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return rgb, None

@@ -1,9 +1,8 @@
-"""What a store says about itself: counts, what was left out and why, duplicates, statistics.
+"""The manifest of a store: counts, quarantined images, duplicates, channel statistics.
 
-Images that occur more than once: leaks between splits, and contradictory labels.
-
-Two samples are the same image if their pixels are equal before they are scaled: copies of a file, and the same picture
-saved again without loss (PNG as BMP, with other metadata). Pictures that only look alike are not found.
+Duplicates are images that occur more than once: leaks between splits, and contradictory labels. Two samples are the
+same image if their pixels are equal before scaling: copies of a file, and files saved again without loss (PNG as BMP,
+with other metadata). Near-duplicates are not detected.
 """
 
 from __future__ import annotations
@@ -22,10 +21,14 @@ from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Outcome, Sample, Source
 from trainables.data.store import DATA, FORMAT
 
-SHOWN = 6
-"""Images of one group that are shown to a person."""
-LISTED = 1000
-"""Groups that are named; the counts hold for all."""
+MANIFEST_VERSION = 2
+"""Version of the manifest's content. A store with an older one is written again; its data and digest do not change."""
+STATISTICS_IMAGES = 4096
+"""Training images of the channel statistics; a prefix is a stratified sample."""
+MAX_NAMES = 6
+"""Images of one group that are named in a sentence."""
+MAX_GROUPS = 1000
+"""Groups of each kind that a manifest names; it counts all."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +38,24 @@ class Duplicates:
     across: list[list[int]]
     """In more than one split or domain."""
     leaks: list[list[int]]
-    """Of these: in more than one of training, validation, and what is measured (test and OOD), so that a number tells
-    what was learnt or chosen by heart."""
+    """Of these: in more than one of training, validation, and what is measured (test and OOD). Train/test leakage: the
+    score would measure memorisation."""
     contradictory: list[list[int]]
     """In more than one class."""
     repeats: int
     """Images that repeat another one of the same split, domain and class."""
     names: dict[int, tuple[str, str]]
-    """Name and place of the samples in the groups."""
+    """Name and split of the samples in the groups."""
     resaved: frozenset[int]
-    """First positions of the groups whose files differ: their pixels are equal, their bytes are not."""
+    """First positions of the groups with equal pixels in different bytes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; the groups named, up to `LISTED` of each."""
-        found: dict[str, Any] = {"repeats": self.repeats}
+        """JSON values, with the names of up to `MAX_GROUPS` of each."""
+        fields: dict[str, Any] = {"repeats": self.repeats}
         for key, groups in (("across", self.across), ("leaks", self.leaks), ("contradictory", self.contradictory)):
-            found |= {key: [self._named(group) for group in groups[:LISTED]], f"{key}_groups": len(groups)}
-        return found
+            fields[key] = [self._named(group) for group in groups[:MAX_GROUPS]]
+            fields[f"{key}_groups"] = len(groups)
+        return fields
 
     def _named(self, group: list[int]) -> dict[str, Any]:
         return {
@@ -62,59 +66,68 @@ class Duplicates:
 
 
 def in_words(group: Mapping[str, Any]) -> str:
-    """A named group: `a.png (train) = b.bmp (test)`; says so where only the pixels are the same."""
+    """A group in words: `a.png (train) = b.bmp (test)`, and a note where only the pixels are equal.
+
+    Example:
+        >>> in_words({"names": ["a.png", "b.bmp"], "places": ["train", "test"], "same": "pixels"})
+        'a.png (train) = b.bmp (test) (equal pixels, other bytes)'
+    """
     named = list(zip(group["names"], group["places"], strict=True))
-    equal = " = ".join(f"{name} ({place})" if place else name for name, place in named[:SHOWN])
-    equal += f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    return equal + (" (equal pixels, other bytes)" if group["same"] == "pixels" else "")
+    text = " = ".join(f"{name} ({split})" if split else name for name, split in named[:MAX_NAMES])
+    if len(named) > MAX_NAMES:
+        text += f" and {len(named) - MAX_NAMES} more"
+    if group["same"] == "pixels":
+        text += " (equal pixels, other bytes)"
+    return text
 
 
 def find_duplicates(
-    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], place_of: Mapping[int, str]
+    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], split_of: Mapping[int, str]
 ) -> Duplicates:
     """Group the readable samples by the SHA-256 of their pixels.
 
     Args:
+        samples: of the source.
         outcomes: by position in `samples`.
-        place_of: the split of a position, `ood/<domain>` for OOD domains.
+        split_of: the split of a position, `ood/<domain>` for OOD domains.
     """
-    groups: dict[bytes, list[int]] = {}
+    by_pixels: dict[bytes, list[int]] = {}
     for position, outcome in outcomes.items():
         if outcome.reason is None:
-            groups.setdefault(outcome.pixels, []).append(position)
-    several = [group for group in groups.values() if len(group) > 1]
-    across = [group for group in several if len({_place(samples, place_of, i) for i in group}) > 1]
-    leaks = [group for group in across if len({_use(place_of.get(i, "")) for i in group}) > 1]
-    contradictory = [group for group in several if len({samples[i].label for i in group}) > 1]
-    distinct = (len({(_place(samples, place_of, i), samples[i].label) for i in group}) for group in several)
+            by_pixels.setdefault(outcome.pixels, []).append(position)
+    groups = [group for group in by_pixels.values() if len(group) > 1]
+
+    def domain_and_split(position: int) -> tuple[str, str]:
+        return samples[position].domain, split_of.get(position, "")
+
+    across = [group for group in groups if len({domain_and_split(i) for i in group}) > 1]
+    contradictory = [group for group in groups if len({samples[i].label for i in group}) > 1]
+    distinct = (len({(domain_and_split(i), samples[i].label) for i in group}) for group in groups)
     return Duplicates(
-        across,
-        leaks,
-        contradictory,
-        sum(map(len, several)) - sum(distinct),
-        {i: (samples[i].name, place_of.get(i, "")) for group in (*across, *contradictory) for i in group},
-        frozenset(group[0] for group in several if len({outcomes[i].sha256 for i in group}) > 1),
+        across=across,
+        leaks=[group for group in across if len({_role(split_of.get(i, "")) for i in group}) > 1],
+        contradictory=contradictory,
+        repeats=sum(map(len, groups)) - sum(distinct),
+        names={i: (samples[i].name, split_of.get(i, "")) for group in (*across, *contradictory) for i in group},
+        resaved=frozenset(group[0] for group in groups if len({outcomes[i].sha256 for i in group}) > 1),
     )
 
 
-def _place(samples: Sequence[Sample], place_of: Mapping[int, str], position: int) -> tuple[str, str]:
-    return samples[position].domain, place_of.get(position, "")
-
-
-def _use(place: str) -> str:
-    return "measured" if place == "test" or place.startswith("ood/") else place
-
-
-DESCRIPTION = 2
-"""Version of what `describe` says. A store that says less is made again; its data and digest stay what they were."""
-STATISTICS_IMAGES = 4096
-"""How many training images the channel statistics are taken over; a prefix is a stratified sample."""
+def _role(split: str) -> str:
+    """Training, validation, or measured: copies within one role leak nothing."""
+    return "measured" if split == "test" or split.startswith("ood/") else split
 
 
 def quarantine_list(source: Source, outcomes: Mapping[int, Outcome]) -> list[dict[str, str]]:
     """Name, reason, domain and class of every unreadable sample."""
-    bad = ((source.samples[i], outcome.reason) for i, outcome in outcomes.items() if outcome.reason is not None)
-    return [{"name": s.name, "reason": str(reason), "domain": s.domain, "class": s.label} for s, reason in bad]
+    entries = []
+    for position, outcome in outcomes.items():
+        if outcome.reason is not None:
+            sample = source.samples[position]
+            entries.append(
+                {"name": sample.name, "reason": outcome.reason, "domain": sample.domain, "class": sample.label}
+            )
+    return entries
 
 
 def describe(
@@ -125,15 +138,18 @@ def describe(
     folder: Path,
     seconds: float,
 ) -> dict[str, Any]:
-    """Everything that a manifest says but size and SHA-256 of the data.
+    """The manifest, except size and SHA-256 of the data file.
 
     Args:
-        folder: the unfinished store, with all pixels in place.
-        seconds: what reading and decoding took.
+        source: the scan.
+        request: what the store was made for.
+        assignment: the split of each readable sample.
+        outcomes: by position in `source.samples`.
+        folder: the incomplete store, with all pixels.
+        seconds: of reading and decoding.
     """
     samples = source.samples
-    splits = {name: Counter(samples[i].label for i in rows) for name, rows in assignment.splits.items()}
-    place_of = {int(i): name for name, positions in assignment.splits.items() for i in positions}
+    class_counts = {name: Counter(samples[i].label for i in positions) for name, positions in assignment.splits.items()}
     notes = Counter(note for outcome in outcomes.values() for note in outcome.notes)
     mean, std = _statistics(folder / DATA, list(assignment.splits).index("train"))
     return {
@@ -148,24 +164,25 @@ def describe(
         "id_domains": assignment.id_domains,
         "ood_domains": assignment.ood_domains,
         "unused_domains": assignment.unused_domains,
-        "splits": list(splits),
-        "counts": {name: counts.total() for name, counts in splits.items()},
+        "splits": list(class_counts),
+        "counts": {name: counts.total() for name, counts in class_counts.items()},
         "class_counts": {
-            name: {c: counts[c] for c in assignment.classes if c in counts} for name, counts in splits.items()
+            name: {label: counts[label] for label in assignment.classes if label in counts}
+            for name, counts in class_counts.items()
         },
         "channel_mean": mean,
         "channel_std": std,
         "quarantine": quarantine_list(source, outcomes),
-        "ignored": [left._asdict() for left in source.ignored],
+        "ignored": [entry._asdict() for entry in source.ignored],
         "notes": dict(sorted(notes.items())),
-        "duplicates": find_duplicates(samples, outcomes, place_of).to_dict(),
+        "duplicates": find_duplicates(samples, outcomes, assignment.split_of).to_dict(),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(outcomes) / seconds, 1),
     }
 
 
 def _statistics(path: Path, batch: int) -> tuple[list[float], list[float]]:
-    """Per channel, of pixel values in 0…1."""
+    """Mean and standard deviation per channel, of pixel values in 0…1."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as mapped:

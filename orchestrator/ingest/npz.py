@@ -16,22 +16,23 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.ingest.errors import OTHER, DataError, few, shown
+from orchestrator.ingest.errors import SOURCE_HINT, DataError, first_few, printable
 from orchestrator.ingest.source import DEFAULT_DOMAIN, ArraySource, Sample
 
 SPLITS = ("train", "val", "test")
-_RUN_BYTES = 16 * 2**20
+_BLOCK_BYTES = 16 * 2**20
+"""Pixels that are read at a time."""
 _DAMAGED = (
     OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
     zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
 )  # fmt: skip
-"""What a damaged archive, or the header of an array in it, raises."""
-_PIXELS = (np.dtype(np.uint8), np.dtype("<u2"))
+"""Exceptions that a damaged archive, or the header of an array in it, can raise."""
+_PIXEL_TYPES = (np.dtype(np.uint8), np.dtype("<u2"))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One `<split>_images` of one file."""
+    """One array `<split>_images` of one file."""
 
     file: Path
     member: str
@@ -41,7 +42,7 @@ class _Part:
 
 @dataclass
 class NpzSource(ArraySource):
-    """Image arrays, read through the archive a few megabytes at a time; no pickle is ever loaded."""
+    """Image arrays, read from the archive a few megabytes at a time; no pickle is loaded."""
 
     parts: list[_Part] = field(default_factory=list)
 
@@ -49,7 +50,7 @@ class NpzSource(ArraySource):
         first = 0
         for part in self.parts:
             row_bytes = int(np.prod(part.shape[1:])) * part.dtype.itemsize
-            rows = max(1, _RUN_BYTES // row_bytes)
+            rows = max(1, _BLOCK_BYTES // row_bytes)
             with _readable(part), zipfile.ZipFile(part.file) as archive, archive.open(f"{part.member}.npy") as stream:
                 _header(stream)
                 for start in range(0, part.shape[0], rows):
@@ -58,7 +59,9 @@ class NpzSource(ArraySource):
                     if len(data) < count * row_bytes:
                         raise EOFError("it ends too early")
                     pixels = np.frombuffer(data, part.dtype).reshape(count, *part.shape[1:])
-                    yield first + start, pixels[..., 0] if pixels.ndim == 4 and pixels.shape[3] == 1 else pixels
+                    if pixels.ndim == 4 and pixels.shape[3] == 1:
+                        pixels = pixels[..., 0]
+                    yield first + start, pixels
             first += part.shape[0]
 
 
@@ -70,34 +73,39 @@ def _readable(part: _Part) -> Iterator[None]:
         raise
     except _DAMAGED as error:
         raise DataError(
-            f"{part.member} in {shown(str(part.file))} is damaged ({error}). Give an undamaged file."
+            f"{part.member} in {printable(str(part.file))} is damaged ({error}). Give an undamaged file."
         ) from error
 
 
-def open_npz(root: Path) -> NpzSource:
-    """List the images of one `.npz` file, or of all directly in a folder.
+def scan_npz(root: Path) -> NpzSource:
+    """List the images of one `.npz` file, or of all files directly in a folder.
 
     Raises:
-        DataError: no or damaged files, arrays missing, of other types or shapes, or labels that are no classes.
+        DataError: no or damaged files; arrays missing or of other types or shapes; labels that are no classes.
     """
     files = [root] if root.is_file() else sorted(p for p in root.glob("*.npz") if p.is_file())
     if not files:
-        raise DataError(f"An npz source needs files that end in .npz, but {shown(str(root))} holds none. {OTHER}")
-    digest, parts, samples = hashlib.sha256(), list[_Part](), list[Sample]()
+        raise DataError(
+            f"An npz source needs files that end in .npz, but {printable(str(root))} holds none. {SOURCE_HINT}"
+        )
+    digest = hashlib.sha256()
+    parts: list[_Part] = []
+    samples: list[Sample] = []
     for file in files:
         status = file.stat()
         digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        domain = DEFAULT_DOMAIN if len(files) == 1 else shown(file.stem)
+        domain = DEFAULT_DOMAIN if len(files) == 1 else printable(file.stem)
         for split, part, labels in _parts(file):
             parts.append(part)
             samples += [
-                Sample(f"{shown(file.name)}/{part.member}#{row}", label, domain, split, None)
+                Sample(f"{printable(file.name)}/{part.member}#{row}", label, domain, split, None)
                 for row, label in enumerate(labels)
             ]
-    named = "|".join(split for split in SPLITS if any(s.split == split for s in samples))
+    present = {sample.split for sample in samples}
+    splits = "|".join(split for split in SPLITS if split in present)
     return NpzSource(
         kind="npz",
-        layout=f"{len(files)} .npz file{'s' * (len(files) > 1)} with {named} arrays",
+        layout=f"{len(files)} .npz file{'s' * (len(files) > 1)} with {splits} arrays",
         samples=samples,
         digest=digest.hexdigest(),
         parts=parts,
@@ -106,15 +114,15 @@ def open_npz(root: Path) -> NpzSource:
 
 def _parts(file: Path) -> Iterator[tuple[str, _Part, list[str]]]:
     """Split, images and labels of one file."""
-    name = shown(file.name)
+    name = printable(file.name)
     try:
-        if not zipfile.is_zipfile(file):  # NumPy would take it for a pickle, and say how to load it unsafely
+        if not zipfile.is_zipfile(file):  # NumPy would suggest to load it as a pickle
             raise ValueError("it is no zip archive")
         with np.load(file, allow_pickle=False) as archive, zipfile.ZipFile(file) as members:
             if "train_images" not in archive.files or "train_labels" not in archive.files:
                 raise DataError(
                     "An .npz file needs the arrays train_images and train_labels, and may have val_ and test_ ones, "
-                    f"but {name} has {few(map(shown, archive.files)) or 'none'}."
+                    f"but {name} has {first_few(map(printable, archive.files)) or 'none'}."
                 )
             for split in SPLITS:
                 if f"{split}_images" not in archive.files:
@@ -145,8 +153,8 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _check_images(part: _Part, name: str) -> None:
     shape = part.shape
-    good = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
-    if not good or part.dtype not in _PIXELS or min(shape[1:3], default=0) < 1:
+    is_image_shape = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+    if not is_image_shape or part.dtype not in _PIXEL_TYPES or min(shape[1:3], default=0) < 1:
         raise DataError(
             f"{part.member} must be uint8 or uint16 of shape (n, H, W), (n, H, W, 1) or (n, H, W, 3), but in {name} "
             f"it is {part.dtype} of shape {shape}."
@@ -154,7 +162,7 @@ def _check_images(part: _Part, name: str) -> None:
 
 
 def _labels(archive: Any, key: str, count: int, name: str) -> list[str]:
-    """One class name per image, from whole numbers of shape (n,) or (n, 1)."""
+    """One class name per image, from integers of shape (n,) or (n, 1)."""
     if key not in archive.files:
         raise DataError(f"Every array of images needs one of labels, but {name} has no {key}.")
     labels = archive[key]
@@ -162,12 +170,11 @@ def _labels(archive: Any, key: str, count: int, name: str) -> list[str]:
         labels = labels[:, 0]
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
-            f"{key} must hold one whole number per image, shape ({count},) or ({count}, 1), but in {name} it is "
+            f"{key} must hold one integer per image, shape ({count},) or ({count}, 1), but in {name} it is "
             f"{labels.dtype} of shape {labels.shape}."
         )
-    wrong = np.flatnonzero(labels < 0)
-    if len(wrong):
-        raise DataError(
-            f"{key} must hold numbers from 0, but in {name} row {few([f'{i} has {labels[i]}' for i in wrong])}."
-        )
+    negative = np.flatnonzero(labels < 0)
+    if len(negative):
+        listed = first_few([f"{i} has {labels[i]}" for i in negative])
+        raise DataError(f"{key} must hold numbers from 0, but in {name} row {listed}.")
     return [str(int(label)) for label in labels]

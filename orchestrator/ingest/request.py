@@ -1,12 +1,14 @@
-"""What a study asks of its data, and the listing of the source that it names."""
+"""What a study asks of its data, and the scan of the source that it names."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.ingest.errors import DataError, did_you_mean, existing
+from orchestrator.errors import did_you_mean
+from orchestrator.ingest.errors import DataError, existing
 from orchestrator.ingest.images import INTERPOLATIONS
 from orchestrator.ingest.source import Source
 
@@ -15,7 +17,7 @@ SOURCES = ("folder", "parquet", "npz", "digits")
 
 @dataclass(frozen=True)
 class IngestRequest:
-    """What to read, and how to lay it out."""
+    """Source, domains, splits and image size of a data store."""
 
     source: str
     """One of `SOURCES`."""
@@ -32,24 +34,19 @@ class IngestRequest:
     val_fraction: float = 0.15
     test_fraction: float = 0.15
     seed: int = 0
-    """Decides splits and order."""
+    """Of splits and order."""
     on_bad: Literal["quarantine", "fail"] = "quarantine"
-    """What to do with unreadable images: leave them out and list them, or refuse the source."""
+    """Unreadable images: leave them out and list them, or refuse the source."""
     on_leak: Literal["report", "fail"] = "report"
-    """What to do if the same image is in training and in what is measured: say so, or refuse the source."""
+    """The same image in training and in what is measured: report it, or refuse the source."""
     label: str | None = None
-    """Column with the classes of a Parquet source; None = the one with a usual name."""
+    """Column with the classes of a Parquet source; None = the first with a usual name."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("source", self.source, SOURCES),
-            ("interpolation", self.interpolation, tuple(INTERPOLATIONS)),
-            ("on_bad", self.on_bad, ("quarantine", "fail")),
-            ("on_leak", self.on_leak, ("report", "fail")),
-        ):
-            if value not in known:
-                hint = did_you_mean(value, known)
-                raise DataError(f"{name} must be one of {', '.join(known)}, but got {value!r}.{hint}")
+        _check_option("source", self.source, SOURCES)
+        _check_option("interpolation", self.interpolation, tuple(INTERPOLATIONS))
+        _check_option("on_bad", self.on_bad, ("quarantine", "fail"))
+        _check_option("on_leak", self.on_leak, ("report", "fail"))
         if self.label is not None and self.source != "parquet":
             raise DataError(
                 f"Only Parquet files have a label column to choose, but label is {self.label!r} and the source is "
@@ -59,32 +56,38 @@ class IngestRequest:
             raise DataError(f"image_size must be at least 1 pixel, but got {self.image_size}.")
 
 
-def open_source(request: IngestRequest) -> Source:
+def _check_option(name: str, value: str, options: Collection[str]) -> None:
+    if value not in options:
+        hint = did_you_mean(value, options)
+        raise DataError(f"{name} must be one of {', '.join(options)}, but got {value!r}.{hint}")
+
+
+def scan(request: IngestRequest) -> Source:
     """List the samples of a source; no image is opened.
 
     Raises:
-        DataError: nothing there, no permission, or nothing that the kind of source can make sense of.
+        DataError: nothing there, no permission, or a content that this kind of source cannot interpret.
     """
     if request.source == "digits":
-        from orchestrator.ingest.digits import open_digits
+        from orchestrator.ingest.digits import scan_digits
 
-        return open_digits(request.val_fraction, request.test_fraction, request.seed)
+        return scan_digits(request.val_fraction, request.test_fraction, request.seed)
     if request.root is None:
         raise DataError(f"The source {request.source!r} needs data.root, the path of the images, but got none.")
     root = existing(Path(request.root).expanduser())
     if request.source == "folder":
-        from orchestrator.ingest.folder import open_folder
+        from orchestrator.ingest.folder import scan_folder
 
         if not root.is_dir():
             raise DataError(
                 f"The source 'folder' needs a folder, but {root} is a file. Set data.source to what it is: parquet or "
                 "npz."
             )
-        return open_folder(root)
+        return scan_folder(root)
     if request.source == "parquet":
-        from orchestrator.ingest.parquet import open_parquet
+        from orchestrator.ingest.parquet import scan_parquet
 
-        return open_parquet(root, request.label)
-    from orchestrator.ingest.npz import open_npz
+        return scan_parquet(root, request.label)
+    from orchestrator.ingest.npz import scan_npz
 
-    return open_npz(root)
+    return scan_npz(root)

@@ -1,4 +1,4 @@
-"""What every kind of source gives: a list of samples, and their pixels either encoded or as arrays."""
+"""Interface of the kinds of source: a list of samples, with pixels either encoded or as arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DEFAULT_DOMAIN = "id"
-"""Name of the one domain of a source that knows no domains."""
+"""Name of the only domain of a source without domains."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -22,39 +22,39 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-"""How sources call their splits → how the store does."""
+"""Split names of sources → split names of the store."""
 
 
 class Sample(NamedTuple):
     """One image of a source, before it is opened."""
 
     name: str
-    """Unique within the source, fit to be shown: a relative path, or `file#row`."""
+    """Unique within the source, printable: a relative path, or `file#row`."""
     label: str
     """Class name."""
     domain: str
     split: str | None
-    """`train`, `val` or `test` where the source says so; None = to be drawn."""
-    where: Any
-    """What the source's reader needs to find it."""
+    """`train`, `val` or `test` if the source has splits; None = to be drawn."""
+    location: Any
+    """Key by which the source's reader finds it."""
 
 
-class Left(NamedTuple):
-    """Something that is not used, and why."""
+class SkippedEntry(NamedTuple):
+    """A file or folder that is not a sample."""
 
     name: str
     reason: str
 
 
 class Outcome(NamedTuple):
-    """What became of one sample."""
+    """Result of decoding one sample."""
 
     reason: str | None
-    """Why it is in quarantine; None = it was decoded."""
+    """Why it is quarantined; None = decoded."""
     sha256: bytes
-    """Of the encoded bytes (of the pixels, where a source has no encoded bytes)."""
+    """Of the encoded bytes; of the pixels, where a source has no encoded bytes."""
     pixels: bytes
-    """SHA-256 of the upright RGB image at its full size: the same for the same picture saved in another way."""
+    """SHA-256 of the upright RGB image at full size: equal for the same picture in another file format."""
     width: int
     height: int
     format: str
@@ -63,42 +63,42 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Source(ABC):
-    """A source that has been listed, not yet read."""
+    """A scanned source: all samples are listed, no image is opened."""
 
     kind: str
     """`folder`, `parquet`, `npz` or `digits`."""
     layout: str
-    """What was detected, in words."""
+    """The detected layout, in words."""
     samples: list[Sample]
     digest: str
-    """SHA-256 over names, sizes and modification times of everything that would be read."""
+    """SHA-256 over names, sizes and modification times of all files that would be read."""
     evaluation_domains: frozenset[str] = frozenset()
     """Domains that the source itself marks as OOD."""
     empty_domains: tuple[str, ...] = ()
-    """Domains without a single image."""
-    ignored: list[Left] = field(default_factory=list)
-    """Files and folders that are no samples."""
+    """Domains without any image."""
+    ignored: list[SkippedEntry] = field(default_factory=list)
+    """Files and folders that are not samples."""
     class_order: list[str] | None = None
     """Class names in the source's own order; None = by name, or by value where all are numbers."""
 
 
 @dataclass
 class EncodedSource(Source):
-    """Samples are encoded images, which worker processes read and decode."""
+    """A source of encoded images, which decoder processes read."""
 
     @abstractmethod
-    def chunks(self, wanted: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Work for the decoders: a JSON-able request without its items, and the positions in `samples` it is for.
+    def chunks(self, positions: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        """Requests to decoder processes: JSON values without the items, and the positions that each is for.
 
         Args:
-            wanted: positions in `samples`, rising.
+            positions: in `samples`, ascending.
         """
 
 
 @dataclass
 class ArraySource(Source):
-    """Samples are rows of pixel arrays."""
+    """A source of pixel arrays."""
 
     @abstractmethod
     def arrays(self) -> Iterator[tuple[int, NDArray[np.uint8] | NDArray[np.uint16]]]:
-        """Runs of samples: position of the first in `samples`, and pixels (n, H, W) or (n, H, W, 3)."""
+        """Blocks of samples: position of the first in `samples`, and pixels (n, H, W) or (n, H, W, 3)."""

@@ -1,7 +1,7 @@
-"""A decoder process: `python -m orchestrator.ingest.worker`, spoken to in JSON lines, one reply per request.
+"""A decoder process: `python -m orchestrator.ingest.worker`, JSON lines on stdin and stdout, one reply per request.
 
-Pictures from anywhere are decoded here and not in the driver: a crash or a bomb costs this process alone, its memory is
-limited, and no object ever travels (no pickle). It imports neither torch nor ray, and starts in a fraction of a second.
+Untrusted images are decoded here and not in the driver: a crash or a decompression bomb ends this process alone, its
+memory is limited, and no object is pickled. It imports neither torch nor ray, and pyarrow for Parquet only.
 
 First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic"}
 Reply:          {"ready": true}
@@ -28,7 +28,10 @@ from PIL import Image
 from orchestrator.ingest.images import MAX_BYTES, MAX_PIXELS, BadImageError, decode
 
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes of address space: 50 megapixels in 32 bits twice over, and the libraries."""
+"""Limit of the address space, in bytes: 50 megapixels of 32 bits twice, and the libraries."""
+
+Contents = Iterator[tuple[bytes | BadImageError, int | None]]
+"""The encoded bytes of each item, or why they cannot be read, and the offset for its pixels."""
 
 
 def main() -> None:
@@ -37,7 +40,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    replies, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not garble the protocol
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # a library that prints must not garble the protocol
     job = json.loads(sys.stdin.readline())
     target = os.open(job["target"], os.O_WRONLY) if job["target"] is not None else None
     _reply(replies, {"ready": True})
@@ -47,10 +51,22 @@ def main() -> None:
             outcomes = [
                 _outcome(data, offset, target, job["side"], job["interpolation"]) for data, offset in _contents(request)
             ]
-        except OSError as error:  # the store could not be written: no fault of the picture
+        except OSError as error:  # the store could not be written, which no image is to blame for
             _reply(replies, {"error": f"{type(error).__name__}: {error}"})
         else:
             _reply(replies, {"outcomes": outcomes})
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at a byte offset of a file; safe for concurrent writers of other offsets.
+
+    Raises:
+        OSError: the file system refused the write.
+    """
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data = data[written:]
+        offset += written
 
 
 def _reply(out: IO[str], message: dict[str, Any]) -> None:
@@ -58,22 +74,21 @@ def _reply(out: IO[str], message: dict[str, Any]) -> None:
     out.flush()
 
 
-def _contents(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int | None]]:
-    """The bytes of each item, or why they cannot be had, and where its pixels go."""
+def _contents(request: dict[str, Any]) -> Contents:
     if request["reader"] == "parquet":
-        yield from _rows(request)
+        yield from _parquet_contents(request)
         return
     for path, offset in request["items"]:
         try:
-            yield _file(os.path.join(request["root"], path)), offset
+            yield _read_file(os.path.join(request["root"], path)), offset
         except BadImageError as error:
             yield error, offset
         except OSError as error:
             yield BadImageError(f"cannot be read: {error.strerror}"), offset
 
 
-def _file(path: str) -> bytes:
-    # A pipe that took the place of a file after it was listed must not block, nor a huge file fill the memory.
+def _read_file(path: str) -> bytes:
+    # A pipe that has replaced the file since the scan must not block, and a huge file must not fill the memory.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -84,7 +99,7 @@ def _file(path: str) -> bytes:
         return file.read()
 
 
-def _rows(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int | None]]:
+def _parquet_contents(request: dict[str, Any]) -> Contents:
     import pyarrow as pa
 
     from orchestrator.ingest.parquet import encoded_images
@@ -93,38 +108,29 @@ def _rows(request: dict[str, Any]) -> Iterator[tuple[bytes | BadImageError, int 
     images = encoded_images(request["file"], request["column"], request["group"], [row for row, _ in items])
     failure: BadImageError | None = None
     for _, offset in items:
-        try:
-            data = None if failure else next(images)
-        except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
-            failure = BadImageError(f"row group {request['group']} is damaged: {error}")
-            data = None
+        data = None
+        if failure is None:
+            try:
+                data = next(images)
+            except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+                failure = BadImageError(f"row group {request['group']} is damaged: {error}")
         yield failure or data or BadImageError("the row has no image bytes (paths are not followed)"), offset
 
 
 def _outcome(
     data: bytes | BadImageError, offset: int | None, target: int | None, side: int, interpolation: str
 ) -> list[Any]:
+    """Decode one item and write its pixels; the fields of `orchestrator.ingest.source.Outcome` as JSON values."""
     if isinstance(data, BadImageError):
         return [str(data), "", "", 0, 0, "", []]
     digest = hashlib.sha256(data).hexdigest()
     try:
-        picture = decode(data, side, interpolation)
+        image = decode(data, side, interpolation)
     except BadImageError as error:
         return [str(error), digest, "", 0, 0, "", []]
     if target is not None and offset is not None:
-        write_at(target, picture.pixels.tobytes(), offset)
-    return [None, digest, picture.digest.hex(), picture.width, picture.height, picture.format, list(picture.notes)]
-
-
-def write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of `data` at a place of a file, without a shared position.
-
-    Raises:
-        OSError: the file system did not take it.
-    """
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+        write_at(target, image.pixels.tobytes(), offset)
+    return [None, digest, image.digest.hex(), image.width, image.height, image.format, list(image.notes)]
 
 
 if __name__ == "__main__":

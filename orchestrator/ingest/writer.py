@@ -1,12 +1,20 @@
-"""The Arrow file of a store: laid out first, with blank pixels, so that decoders can write each row into its place."""
+"""Writing a data store: an Arrow file laid out with blank pixels, then filled in place by the decoders.
+
+The whole file is written before decoding begins, so that decoders write each row where it belongs, in any order, and a
+disk that is too small fails at once. If images turn out unreadable, the splits are assigned again without them and the
+decoded rows are copied into a new layout.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,36 +23,130 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from orchestrator.ingest.assign import Assignment, assign
+from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
+from orchestrator.ingest.errors import DataError, counted, first_few
+from orchestrator.ingest.manifest import describe, quarantine_list
+from orchestrator.ingest.request import IngestRequest
+from orchestrator.ingest.source import Outcome, Source
 from orchestrator.ingest.worker import write_at
-from trainables.data.store import DATA, MANIFEST
+from trainables.data.store import DATA, FORMAT, MANIFEST
+from trainables.storage.atomic_files import atomic_folder
 
-_COPY_BYTES = 32 * 2**20
+log = logging.getLogger("luthier")
+
+Offsets = NDArray[np.int64]
+"""Byte offset of each sample's pixels in the data file; -1 = not used."""
+
+
+def row_bytes(request: IngestRequest) -> int:
+    """Bytes of one stored image."""
+    return request.image_size**2 * 3
+
+
+def write_store(
+    source: Source,
+    assignment: Assignment,
+    request: IngestRequest,
+    folder: Path,
+    workers: int | None = None,
+    progress: DecodingProgress | None = None,
+) -> None:
+    """Decode all used samples into a new store; the folder appears when it is complete.
+
+    Args:
+        source: the scan.
+        assignment: the split of each sample.
+        request: image size, interpolation, treatment of unreadable images.
+        folder: of the store; the caller holds its lock.
+        workers: decoder processes; None = one per CPU.
+        progress: called from several threads, see `DecodingProgress`.
+
+    Raises:
+        DataError: all images are unreadable, or some are and the request or the smaller splits do not allow it.
+        OSError: the disk refused a write.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of an ingest that was killed
+        shutil.rmtree(leftover)
+    started = time.perf_counter()
+    with atomic_folder(folder) as partial:
+        offsets = _lay_out(partial / DATA, source, request, assignment)
+        job = DecodeJob(request.image_size, request.interpolation, partial / DATA, offsets)
+        outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)
+        bad = [position for position, outcome in outcomes.items() if outcome.reason is not None]
+        if bad:
+            assignment = _assign_readable(source, request, outcomes, bad)
+            _move_rows(partial, source, request, assignment, offsets)
+        seconds = time.perf_counter() - started
+        manifest = describe(source, request, assignment, outcomes, partial, seconds)
+        _write_manifest(partial, manifest)
+    images = sum(manifest["counts"].values())
+    log.info("%d images (%.0f/s) → %s", images, manifest["images_per_second"], folder)
+
+
+def refuse_unreadable(quarantine: Sequence[Mapping[str, str]], request: IngestRequest) -> DataError:
+    """The error for unreadable images that a request does not allow."""
+    return DataError(
+        f"All images must be readable, but {counted(len(quarantine), 'image')} cannot be read: "
+        f"{describe_quarantined(quarantine)}. Replace or remove what `luthier data check {request.root}` lists."
+    )
+
+
+def describe_quarantined(quarantine: Sequence[Mapping[str, str]]) -> str:
+    """The first quarantined images with their reasons, in a sentence."""
+    return first_few([f"{entry['name']} ({entry['reason']})" for entry in quarantine])
+
+
+def _assign_readable(
+    source: Source, request: IngestRequest, outcomes: Mapping[int, Outcome], bad: list[int]
+) -> Assignment:
+    """The assignment without unreadable samples."""
+    quarantine = quarantine_list(source, outcomes)
+    if request.on_bad == "fail" or len(bad) == len(outcomes):
+        raise refuse_unreadable(quarantine, request)
+    try:
+        return assign(source, request, bad)
+    except DataError as error:
+        raise DataError(f"{error} Unreadable: {describe_quarantined(quarantine)}.") from error
+
+
+def _move_rows(
+    folder: Path, source: Source, request: IngestRequest, assignment: Assignment, old_offsets: Offsets
+) -> None:
+    """Replace the data file by one for another assignment, with the pixels copied."""
+    old = folder / "with-unreadable.arrow"
+    os.replace(folder / DATA, old)
+    new_offsets = _lay_out(folder / DATA, source, request, assignment)
+    positions = assignment.used[np.argsort(new_offsets[assignment.used])]  # written in ascending order
+    with open(old, "rb") as readable, open(folder / DATA, "r+b") as writable:
+        for i in positions:
+            pixels = os.pread(readable.fileno(), row_bytes(request), int(old_offsets[i]))
+            write_at(writable.fileno(), pixels, int(new_offsets[i]))
+    old.unlink()
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The small columns of one split, in order."""
+class _Columns:
+    """The columns of one split beside the pixels, in the order of the store."""
 
     labels: NDArray[np.int64]
     domain_ids: NDArray[np.int64]
     names: list[str]
 
 
-def lay_out(path: Path, side: int, splits: Mapping[str, Rows], notes: Mapping[str, Any]) -> dict[str, int]:
-    """Write the whole file with zeros for pixels, one record batch per split.
+def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Assignment) -> Offsets:
+    """Write the whole Arrow file with zeros for pixels, one record batch per split.
 
-    All space is taken here: a disk that is too small fails now, not while decoders write.
-
-    Args:
-        path: file to write.
-        side: of the images, in pixels.
-        splits: the other columns.
-        notes: kept as JSON in the schema's metadata, so that the file's digest covers it.
-
-    Returns:
-        Byte offset of the first pixel of each split.
+    The metadata of the schema repeats classes, domains, splits and size as JSON, so that the file's digest covers them.
     """
-    width = side * side * 3
+    width = row_bytes(request)
+    metadata = {
+        "format": FORMAT,
+        "classes": assignment.classes,
+        "domains": assignment.domains,
+        "splits": list(assignment.splits),
+        "image_size": request.image_size,
+    }
     schema = pa.schema(
         [
             pa.field("image", pa.list_(pa.uint8(), width), nullable=False),
@@ -52,43 +154,53 @@ def lay_out(path: Path, side: int, splits: Mapping[str, Rows], notes: Mapping[st
             pa.field("domain", pa.int64(), nullable=False),
             pa.field("name", pa.string(), nullable=False),
         ],
-        metadata={"luthier": json.dumps(notes, sort_keys=True)},
+        metadata={"luthier": json.dumps(metadata, sort_keys=True)},
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for rows in splits.values():
-            with _zeros(len(rows.labels) * width) as blank:
-                writer.write_batch(_batch(schema, rows, blank, width))
-    return _pixel_offsets(path, list(splits))
+        for positions in assignment.splits.values():
+            names = [source.samples[i].name for i in positions]
+            columns = _Columns(assignment.labels[positions], assignment.domain_ids[positions], names)
+            with _zeros(len(positions) * width) as blank:
+                writer.write_batch(_record_batch(schema, columns, blank, width))
+
+    first_pixel = _pixel_offsets(path, list(assignment.splits))
+    offsets = np.full(len(source.samples), -1, dtype=np.int64)
+    for split, positions in assignment.splits.items():
+        offsets[positions] = first_pixel[split] + np.arange(len(positions)) * width
+    return offsets
 
 
 def _zeros(size: int) -> mmap.mmap:
-    """Zero bytes that take no memory: they are mapped, and only read."""
+    """Zero bytes that take no memory: an anonymous mapping that is only read."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _batch(schema: Any, rows: Rows, pixels: mmap.mmap, width: int) -> Any:
-    """One record batch, made of buffers: `pa.array` would import pandas, which takes longer than a small ingest."""
-    count = len(rows.labels)
+def _record_batch(schema: Any, columns: _Columns, pixels: mmap.mmap, width: int) -> Any:
+    """One record batch, built from buffers."""
+    # `pa.array` would import pandas, which takes longer than a small ingest.
+    count = len(columns.labels)
     values = pa.Array.from_buffers(pa.uint8(), count * width, [None, pa.py_buffer(pixels)])
-    names = [name.encode() for name in rows.names]
+    names = [name.encode() for name in columns.names]
     ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-    if ends[-1] >= 2**31:
+    if ends[-1] >= 2**31:  # Arrow's string columns have 32-bit offsets
         raise ValueError(f"The names of a split must have less than 2 GiB in all, but they have {ends[-1]} bytes.")
-    columns = [
+    name_buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(names))]
+    arrays = [
         pa.FixedSizeListArray.from_arrays(values, width),
-        *(
-            pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(np.ascontiguousarray(column, np.int64))])
-            for column in (rows.labels, rows.domain_ids)
-        ),
-        pa.Array.from_buffers(
-            pa.string(), count, [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(names))]
-        ),
+        _integer_array(columns.labels),
+        _integer_array(columns.domain_ids),
+        pa.Array.from_buffers(pa.string(), count, name_buffers),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _integer_array(values: NDArray[np.int64]) -> Any:
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])
 
 
 def _pixel_offsets(path: Path, splits: list[str]) -> dict[str, int]:
-    """Where Arrow put the pixels: the distance of their mapped address from that of the file's first byte."""
+    """Byte offset of each split's first pixel in the file."""
+    # Arrow does not tell offsets: the distance of the mapped pixels from the file's first mapped byte is the same.
     with pa.memory_map(str(path)) as mapped:
         whole = mapped.read_buffer()
         reader = pa.ipc.open_file(pa.BufferReader(whole))
@@ -98,21 +210,8 @@ def _pixel_offsets(path: Path, splits: list[str]) -> dict[str, int]:
         }
 
 
-def copy_rows(source: Path, target: Path, old: NDArray[np.int64], new: NDArray[np.int64], row_bytes: int) -> None:
-    """Copy rows of `row_bytes` from offsets `old` of one file to offsets `new` of another, in the order of `new`."""
-    order = np.argsort(new)
-    with open(source, "rb") as readable, open(target, "r+b") as writable:
-        for i in order:
-            write_at(writable.fileno(), os.pread(readable.fileno(), row_bytes, int(old[i])), int(new[i]))
-
-
-def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Take the data file's SHA-256 and write the manifest, last.
-
-    Args:
-        folder: with `data.arrow`.
-        manifest: everything but `bytes` and `sha256`.
-    """
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest with size and SHA-256 of the data file; last, since it marks the store as complete."""
     with open(folder / DATA, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.fstat(file.fileno()).st_size

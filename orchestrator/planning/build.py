@@ -1,25 +1,29 @@
-"""From the study file to the parts that run it: data request, task, entries, scheduler, stages."""
+"""Construction of a study's parts from its study file: data request, task, entries, scheduler, stages."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from orchestrator.record.records import metrics_of
+from trainables.specs.metrics import ood
 
 if TYPE_CHECKING:
     from orchestrator.ingest.pipeline import IngestRequest
     from orchestrator.planning.fsr import ReferenceStage
     from orchestrator.record.records import TrialRecord
-    from orchestrator.search.stages import Entry, Stage
+    from orchestrator.search.searcher import SearchSettings
+    from orchestrator.search.stages import Choose, Entry, Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import ModelSpec, Task
+    from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 
-FOLDED = 5
-"""Configurations, the best by ID validation, that leave-one-domain-out looks at: each costs a trial per ID domain."""
+LODO_CANDIDATES = 5
+"""Configurations, the best by ID validation, that leave-one-domain-out evaluates: each costs a trial per ID domain."""
 
 
 def model_of(spec: StudySpec) -> ModelSpec:
@@ -30,7 +34,7 @@ def model_of(spec: StudySpec) -> ModelSpec:
 
 
 def ingest_request(spec: StudySpec) -> IngestRequest:
-    """What to read, at the side that the backbone's evaluation view is cropped from (image size / crop share)."""
+    """The images to read, at the side that the backbone's evaluation crop is taken from (image size / crop share)."""
     from orchestrator.ingest.pipeline import IngestRequest
     from trainables.models.backbone import backbone_data_config
 
@@ -53,19 +57,19 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
 
 
 def make_built_in(model: ModelSpec) -> None:
-    """Pretrain a built-in network here, where a person sees it, not in the first trial, for which others wait."""
+    """Pretrain a built-in network in the driver, where its progress is visible, not in the first trial."""
     from trainables.demo.backbones import is_pretrained_here, pretrained_folder
 
     if is_pretrained_here(model):
         pretrained_folder(model.name)
 
 
-def make_task(spec: StudySpec, store: Store) -> Task:
-    """What all trials share."""
-    from trainables.specs.trial_spec import Task
+def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
+    """The settings that all trials share."""
+    from trainables.specs.trial_spec import SharedTrialSettings
 
     search = spec.search
-    return Task(
+    return SharedTrialSettings(
         store=str(store.path),
         model=model_of(spec),
         image_size=spec.data.image_size,
@@ -91,9 +95,31 @@ def entries_of(spec: StudySpec) -> list[Entry]:
 
 
 def metric_of(spec: StudySpec) -> str:
-    """The metric that the search maximises: ID validation accuracy, or that of a held-out validation domain."""
+    """Objective of the search: the task's selection metric on ID validation, or on a validation domain."""
+    metrics = metrics_of(spec)
     domain = spec.search.validation_domain
-    return f"ood/{domain}/acc" if domain else "val/acc"
+    return metrics.of_domain(domain) if domain else metrics.validation
+
+
+def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, Mapping[str, Any]]) -> SearchSettings:
+    """The search of a study.
+
+    Args:
+        task: `make_task` of the study.
+        hints: see `orchestrator.planning.fsr.Hints`.
+    """
+    from orchestrator.search.searcher import SearchSettings
+
+    return SearchSettings(
+        entries=entries_of(spec),
+        task=task,
+        trials=spec.search.trials,
+        sampler=spec.search.sampler,
+        seed=spec.search.seed,
+        metrics=metrics_of(spec),
+        objectives=(metric_of(spec),),
+        hints=hints,
+    )
 
 
 def rungs_of(spec: StudySpec) -> tuple[int, ...]:
@@ -104,23 +130,23 @@ def rungs_of(spec: StudySpec) -> tuple[int, ...]:
     return rungs(search.epochs, search.grace, search.reduction) if search.scheduler == "asha" else ()
 
 
-def planned_units(task: Task) -> Callable[[TrialRecord], int]:
-    """Trial → units that it takes: its budget, or fewer where its strategy needs no more (linear probing takes one)."""
+def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
+    """Trial → its units of budget: the task's, or fewer if its strategy needs fewer (linear probing takes one)."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     @functools.cache
     def units(strategy: str, hparams: str) -> int:
         try:
-            return Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
-        except ValueError:  # the trial itself will say what is wrong
+            return BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
+        except ValueError:  # the trial itself will fail with this error
             return task.epochs
 
     return lambda record: units(record.strategy, json.dumps(dict(record.hparams)))
 
 
 def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
-    """ASHA as the study says, or Tune's plain first-in-first-out; `history` = trials of earlier runs."""
+    """The study's scheduler: ASHA, or Tune's first-in-first-out; `history` = trials of earlier runs."""
     from ray.tune.schedulers import FIFOScheduler
 
     from orchestrator.search.asha import StudyScheduler
@@ -128,32 +154,48 @@ def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
     search = spec.search
     if search.scheduler == "none":
         return FIFOScheduler()
-    return StudyScheduler(metric_of(spec), True, search.epochs, search.grace, search.reduction, history)
+    maximise = metrics_of(spec).selection.direction == "max"
+    return StudyScheduler(metric_of(spec), maximise, search.epochs, search.grace, search.reduction, history)
 
 
-def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
-    """What follows the search: folds for leave-one-domain-out, then the best configurations on fresh seeds."""
-    from orchestrator.results.selection import top_candidates
+def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:
+    """The stages after the search: folds for leave-one-domain-out, confirmation on fresh seeds, FSR references."""
     from orchestrator.search.stages import ConfirmStage, FoldStage
 
-    seed, stages = spec.search.seed, list[Any]()
+    stages: list[Stage] = []
+    seed = spec.search.seed
     rule = spec.search.objective
     if rule == "leave_one_domain_out":
-        domains = tuple(domain for domain in store.domains if f"ood/{domain}" not in store.splits)
-        stages.append(FoldStage(task, lambda records: top_candidates(records, FOLDED, "id_val"), domains, seed))
+        domains = tuple(domain for domain in store.domains if ood(domain) not in store.splits)
+        stages.append(FoldStage(task, _best_by(spec, LODO_CANDIDATES, "id_val"), domains, seed))
     if spec.confirm.top_k and spec.confirm.seeds:
-        choose = lambda records: top_candidates(records, spec.confirm.top_k, rule)  # noqa: E731
-        stages.append(ConfirmStage(task, choose, spec.confirm.seeds, seed))
+        stages.append(ConfirmStage(task, _best_by(spec, spec.confirm.top_k, rule), spec.confirm.seeds, seed))
     if spec.diagnostics.fsr:
         stages.append(references_of(spec, task, store, spec.diagnostics.fsr))
     return stages
 
 
-def references_of(spec: StudySpec, task: Task, store: Store, references: Sequence[str]) -> ReferenceStage:
+def _best_by(spec: StudySpec, count: int, rule: str) -> Choose:
+    from orchestrator.results.selection import top_candidates
+
+    return functools.partial(top_candidates, k=count, rule=rule, metrics=metrics_of(spec))
+
+
+def references_of(
+    spec: StudySpec, task: SharedTrialSettings, store: Store, references: Sequence[str]
+) -> ReferenceStage:
     """The reference trials of FSR."""
     from orchestrator.planning.fsr import STRATEGY, ReferenceStage
 
-    wanted, rule, seed = spec.diagnostics, spec.search.objective, spec.search.seed
-    fractions, seeds = tuple(wanted.fsr_fractions), wanted.fsr_seeds
-    entry = next((entry for entry in entries_of(spec) if entry.strategy == STRATEGY), None)
-    return ReferenceStage(task, store, rule, tuple(references), fractions, seeds, seed, entry)
+    diagnostics = spec.diagnostics
+    return ReferenceStage(
+        task=task,
+        store=store,
+        rule=spec.search.objective,
+        references=tuple(references),
+        fractions=tuple(diagnostics.fsr_fractions),
+        seeds=diagnostics.fsr_seeds,
+        seed=spec.search.seed,
+        entry=next((entry for entry in entries_of(spec) if entry.strategy == STRATEGY), None),
+        metrics=metrics_of(spec),
+    )

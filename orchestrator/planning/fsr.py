@@ -1,9 +1,8 @@
-"""The first λ of a search from an earlier FSR: λ ≈ 1/FSR (papers/000).
+"""FSR's reference trials, and the first λ that an earlier FSR suggests to a search: λ ≈ 1/FSR (Tan et al., 2025).
 
-The reference trials in a study's own journal are the record of its FSR, so that nothing is written beside it: a search
-reads them again whenever it starts, from this study or from the one that `diagnostics.fsr_from` names.
-
-Reference trials for FSR: the same LayerNorm tuning on other samples of training images, after the search.
+Reference trials repeat one LayerNorm tuning on other samples of training images, after the search. They are recorded in
+the study's own journal only: a search reads them whenever it starts, from this study or from the one that
+`diagnostics.fsr_from` names.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord, fold, study_header
 from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, estimates, suggested
 from orchestrator.search.stages import Entry, trial
+from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, ood_domain
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.study_file.schema import StudySpec
@@ -33,20 +33,21 @@ log = logging.getLogger("luthier")
 
 STRATEGY = "layernorm"
 PLAIN = {"lam_choice": "fixed", "lam": 1.0}
-"""λ has no part in the shift that FSR compares."""
+"""Neutral λ: FSR compares the shift before it is rescaled."""
 DROPPED = ("lam_scope", "wise")
+"""Hyperparameters of the best configuration that reference trials leave at their defaults."""
 
 
 @dataclass(frozen=True)
 class ReferenceStage:
-    """`seeds` trials per sample: the study's own, nested shares of it, the whole pool, each OOD domain.
+    """Stage of `seeds` trials per sample: the study's own, nested shares of it, the whole pool, each OOD domain.
 
-    All run the recipe of the study's best LayerNorm configuration with λ = 1 and the same number of optimiser steps,
-    whatever the sample's size. Where none was searched it is the default point of the study's first LayerNorm entry,
-    or, without such an entry, that of the strategy.
+    All run the study's best LayerNorm configuration with λ = 1 and the same number of optimiser steps, whatever the
+    sample's size. Where none was searched, it is the default point of the study's first LayerNorm entry or, without
+    such an entry, of the strategy.
     """
 
-    task: Task
+    task: SharedTrialSettings
     store: Store
     rule: str
     references: tuple[str, ...]
@@ -58,6 +59,8 @@ class ReferenceStage:
     entry: Entry | None = None
     """The study's first LayerNorm entry."""
     name: str = "references"
+    metrics: TaskMetrics = CLASSIFICATION
+    """Of the study's task."""
 
     def __post_init__(self) -> None:
         if EXTRAPOLATED in self.references and not self._nested():
@@ -68,39 +71,41 @@ class ReferenceStage:
             )
 
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
-        """Seed by seed over all samples, so that an interrupted stage can compare what it has."""
+        """Seed by seed over all samples, so that the trials of an interrupted stage can be compared."""
         label, hparams = self._recipe(history)
-        samples, recipe = self.samples(), (label, STRATEGY, hparams)
+        samples = self.samples()
+        recipe = (label, STRATEGY, hparams)
         return [
             trial(task, recipe, reference_seed(self.seed, number), "reference", sample=sample)
             for number in range(self.seeds)
             for sample, task in samples.items()
         ]
 
-    def samples(self) -> dict[str, Task]:
-        """Name of each sample → what its trials share; empty where there is none to compare the study's own with."""
+    def samples(self) -> dict[str, SharedTrialSettings]:
+        """Sample → settings that its trials share; empty if the study's own has no sample to be compared with."""
         share = self.task.train_fraction
         steps = self.task.steps_per_unit or max(1, self._size(share) // self.task.batch_size)
         own = dataclasses.replace(self.task, steps_per_unit=steps, evaluate_at=(), diagnostics=("shift",))
-        found: dict[str, Task] = {}
+        references: dict[str, SharedTrialSettings] = {}
         if EXTRAPOLATED in self.references:
-            found |= {f"{f:g}": dataclasses.replace(own, train_fraction=share * f) for f in self._nested()}
+            for fraction in self._nested():
+                references[f"{fraction:g}"] = dataclasses.replace(own, train_fraction=share * fraction)
         if FULL in self.references:
-            found[FULL] = dataclasses.replace(own, train_fraction=1.0)
+            references[FULL] = dataclasses.replace(own, train_fraction=1.0)
         if "oracle" in self.references:
-            for split in self.store.splits:
-                if split.startswith("ood/"):
-                    domain = split.removeprefix("ood/")
-                    found[f"{ORACLE}{domain}"] = dataclasses.replace(own, train_on=domain, train_fraction=1.0)
-        return {OWN: own, **found} if found else {}
+            for domain in filter(None, map(ood_domain, self.store.splits)):
+                references[f"{ORACLE}{domain}"] = dataclasses.replace(own, train_on=domain, train_fraction=1.0)
+        return {OWN: own, **references} if references else {}
 
     @property
     def _shares(self) -> list[float]:
         return sorted(set(self.fractions))
 
     def _nested(self) -> list[float]:
-        """Shares of the own sample that differ in size, which with few images per class they may not; none where fewer
-        than two do: a curve through less has no limit."""
+        """Shares of the own sample with distinct sizes (with few images per class some coincide).
+
+        None if fewer than two: a curve through fewer points has no limit.
+        """
         whole = self.task.train_fraction
         sizes = {self._size(whole * share): share for share in reversed(self._shares)}
         sizes.pop(self._size(whole), None)
@@ -111,8 +116,11 @@ class ReferenceStage:
 
     def _recipe(self, history: Sequence[TrialRecord]) -> tuple[str, dict[str, Any]]:
         best = self._best([r for r in history if r.role != "reference" and r.strategy == STRATEGY])
-        label, chosen = (best.label, dict(best.hparams)) if best is not None else self._default()
-        return label, {**{key: value for key, value in chosen.items() if key not in DROPPED}, **PLAIN}
+        if best is None:
+            label, hparams = self._default()
+        else:
+            label, hparams = best.label, dict(best.hparams)
+        return label, {key: value for key, value in hparams.items() if key not in DROPPED} | PLAIN
 
     def _best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
         from orchestrator.results.selection import per_label
@@ -120,9 +128,10 @@ class ReferenceStage:
         if not any(r.role == "search" and r.state == "complete" for r in records):
             return None
         try:
-            return next(iter(per_label(records, self.rule).values())).record
-        except ValueError:  # not all that the rule asks for is there, such as the folds of a search that goes on
-            return next(iter(per_label(records, "id_val").values())).record
+            choices = per_label(records, self.rule, self.metrics)
+        except ValueError:  # the rule is not applicable yet: missing folds, while the search is still running
+            choices = per_label(records, "id_val", self.metrics)
+        return next(iter(choices.values())).record
 
     def _default(self) -> tuple[str, dict[str, Any]]:
         import search_spaces
@@ -134,7 +143,7 @@ class ReferenceStage:
 
 
 def reference_seed(seed: int, number: int) -> int:
-    """The seed of the reference trials with this number (0, 1 …): one for all samples, so that they pair."""
+    """Seed of the reference trials with this number (0, 1 …), shared by all samples so that trials pair up."""
     return stream_seed(seed, "reference", number)
 
 
@@ -145,26 +154,26 @@ KEY = ("diagnostics", "fsr_from")
 
 @dataclass(frozen=True)
 class Hints:
-    """Values that a search tries early, and where they come from; both go into the journal."""
+    """Values that a search tries early, and their source; both are journalled."""
 
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Label of an entry → hyperparameter → value; the others are at their defaults."""
     source: str = ""
 
     def fields(self) -> dict[str, Any]:
-        """Of the event `study_started`; nothing where there are no hints."""
+        """Fields of the event `study_started`; empty without hints."""
         return {"hints": dict(self.values), "hints_from": self.source} if self.values else {}
 
 
 def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hints:
-    """`lam` for every LayerNorm entry whose λ is searched, from the reference trials of the study that
-    `diagnostics.fsr_from` names, else of this study itself; nothing where they say nothing.
+    """`lam` for every LayerNorm entry whose λ is searched, clipped to the searched range.
 
-    λ is kept inside the range that the search draws from.
+    It is taken from the reference trials of the study that `diagnostics.fsr_from` names, else of this study itself.
+    Empty where these suggest no λ.
 
     Args:
         folder: of the study that is about to run.
-        digest: of its data, to be compared with those of the other study; None = not known yet.
+        digest: of its data, for comparison with those of the other study; None = not known yet.
 
     Raises:
         PreflightError: see `hint_problems`.
@@ -183,20 +192,20 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     journal = source / "journal.jsonl"
     if not searched or not journal.exists():
         return Hints()
-    found = suggested(estimates(fold(Journal.read(journal))))
-    if found is None:
+    estimate = suggested(estimates(fold(Journal.read(journal))))
+    if estimate is None:
         return Hints()
     lam_range = search_spaces.space(STRATEGY)["lam"].distribution
-    low = getattr(lam_range, "low", found.lam)
-    high = getattr(lam_range, "high", found.lam)
-    lam = round(min(max(found.lam, low), high), 3)
-    said = f"{source.name}: {found.sentence()}"
-    log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), said)
-    return Hints({label: {"lam": lam} for label in searched}, said)
+    low = getattr(lam_range, "low", estimate.lam)
+    high = getattr(lam_range, "high", estimate.lam)
+    lam = round(min(max(estimate.lam, low), high), 3)
+    reason = f"{source.name}: {estimate.sentence()}"
+    log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), reason)
+    return Hints({label: {"lam": lam} for label in searched}, reason)
 
 
 def hint_problems(spec: StudySpec, digest: str | None = None) -> Iterator[Problem]:
-    """What keeps the FSR of another study from telling this one anything.
+    """Reasons why the FSR of another study does not apply to this one.
 
     Args:
         digest: of this study's data; None = not known yet.
@@ -211,14 +220,16 @@ def hint_problems(spec: StudySpec, digest: str | None = None) -> Iterator[Proble
         return
     header = study_header(Journal.read(journal))
     other = header.get("spec") or {}
-    there, here = other.get("data") or {}, {"network": spec.model.name, "train_fraction": spec.data.train_fraction}
-    known = {"network": header.get("backbone"), "train_fraction": there.get("train_fraction")}
+    compared = [
+        ("network", header.get("backbone"), spec.model.name),
+        ("train_fraction", (other.get("data") or {}).get("train_fraction"), spec.data.train_fraction),
+    ]
     if digest is not None:
-        here["data digest"], known["data digest"] = digest, header.get("dataset_digest")
-    for what, mine in here.items():
-        if known[what] != mine:
-            rule = f"FSR belongs to one network and one training sample, but {name!r} has the {what} {known[what]}"
-            yield Problem(KEY, f"{rule}, and this study {mine}. Name another study, or leave the key out.")
+        compared.append(("data digest", header.get("dataset_digest"), digest))
+    for what, there, here in compared:
+        if there != here:
+            rule = f"FSR belongs to one network and one training sample, but {name!r} has the {what} {there}"
+            yield Problem(KEY, f"{rule}, and this study {here}. Name another study, or leave the key out.")
 
 
 def _named(spec: StudySpec) -> Path:

@@ -1,4 +1,4 @@
-"""What a study would do and cost: trials, budget, disk, and what would be trained. Nothing is spent to know it."""
+"""Plan of a study: its trials, budget and disk space, and what would be trained. No compute is spent on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from orchestrator.wording import counted
+from trainables.specs.metrics import ood_domain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedEntry:
-    """What one entry of `strategies` would do."""
+    """Plan of one entry of `strategies`."""
 
     label: str
     strategy: str
     given: int
-    """Trials that it gets whatever the sampler thinks: its default point, or its whole sweep."""
+    """Trials that it gets regardless of the sampler: its default point, or its whole sweep."""
     preset: str | None
     fixed: Mapping[str, Any]
     searched: Mapping[str, str]
@@ -48,12 +51,12 @@ class Plan:
     rungs: tuple[int, ...]
     """Units after which a trial may be stopped."""
     fold_trials: int | None
-    """Trials of leave-one-domain-out; None = the number of domains is known only when the data are read."""
+    """Trials of leave-one-domain-out; None = the number of domains is not known before the data are read."""
     confirm_trials: int
     reference_trials: int | None
     """Trials of LayerNorm tuning on other samples, for FSR; None = the number of OOD domains is not known yet."""
     measured: tuple[str, ...]
-    """What is measured of each trial beside accuracy."""
+    """Diagnostics of each trial."""
     plasticity: bool
     """Whether the pretrained network's plasticity is measured, once at the start."""
     images: int
@@ -66,19 +69,21 @@ class Plan:
     """Estimated size of the data store plus records, without checkpoints."""
     resources: str
     train_fraction: float = 1.0
+    selection: str = "accuracy"
+    """Title of the metric that configurations are chosen by."""
 
     @property
     def max_units(self) -> int:
         """Budget if no trial is stopped (folds and references of unknown number left out)."""
-        known = self.search_trials + self.confirm_trials + (self.fold_trials or 0) + (self.reference_trials or 0)
-        return self.epochs * known
+        trials = self.search_trials + self.confirm_trials + (self.fold_trials or 0) + (self.reference_trials or 0)
+        return self.epochs * trials
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
         return {**dataclasses.asdict(self), "max_units": self.max_units}
 
     def render(self, console: Console) -> None:
-        """Print the plan for a person."""
+        """Print the plan."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -106,8 +111,8 @@ class Plan:
             self._images(),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
-            f"Budget of a trial: {_counted(self.epochs)} of {self.unit}{stop}.",
-            f"At most {_counted(self.max_units)} in all. Each trial gets {self.resources}.",
+            f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
+            f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
             f"Chosen by {self.objective}.",
             self._diagnostics(),
             f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
@@ -115,20 +120,19 @@ class Plan:
         ]
 
     def _images(self) -> str:
-        from orchestrator.ingest.errors import few
+        from orchestrator.ingest.errors import first_few
 
-        outside = {name.removeprefix("ood/"): n for name, n in self.splits.items() if name.startswith("ood/")}
-        ood = few([f"{count:,} of {name}" for name, count in outside.items()]) or "none"
+        domains = {ood_domain(split): count for split, count in self.splits.items()}
+        ood = first_few([f"{count:,} of {domain}" for domain, count in domains.items() if domain is not None]) or "none"
         train, val, test = (f"{self.splits[name]:,}" for name in ("train", "val", "test"))
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
-        domains = few(self.id_domains)
         inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
-        return f"Images of {domains}: {inside}; OOD: {ood}."
+        return f"Images of {first_few(self.id_domains)}: {inside}; OOD: {ood}."
 
     def _diagnostics(self) -> str:
         of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
         start = "; plasticity of the pretrained network, once at the start" if self.plasticity else ""
-        return f"Measured beside accuracy: {of_trials}{start}."
+        return f"Measured beside {self.selection}: {of_trials}{start}."
 
 
 def make_plan(spec: StudySpec) -> Plan:
@@ -138,19 +142,18 @@ def make_plan(spec: StudySpec) -> Plan:
     from orchestrator.planning.build import rungs_of
     from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
     from orchestrator.planning.preflight import layer_kinds
+    from orchestrator.record.records import metrics_of
 
     space = space_of(spec)
-    search, data = spec.search, spec.data
+    search = spec.search
+    data = spec.data
     source, assignment = examine(data)
-    # The domains that the study leaves to the data are known now.
+    # Domains that the study file leaves open are known from the source.
     domains = {"id": assignment.id_domains, "ood": assignment.ood_domains}
     counts = count_trials(spec.model_copy(update={"data": data.model_copy(update=domains)}), space)
     images = len(source.samples)
-    gpus = (
-        "a GPU if there is one"
-        if spec.resources.gpus == "auto"
-        else f"{spec.resources.gpus:g} GPU{_s(spec.resources.gpus)}"
-    )
+    resources = spec.resources
+    gpus = "a GPU if there is one" if resources.gpus == "auto" else counted(resources.gpus, "GPU")
     return Plan(
         study=spec.name,
         folder=str(Path(spec.storage).absolute() / spec.name),
@@ -174,23 +177,24 @@ def make_plan(spec: StudySpec) -> Plan:
         id_domains=tuple(assignment.id_domains),
         train_fraction=data.train_fraction,
         disk_bytes=store_bytes(spec, images, counts.total),
-        resources=f"{spec.resources.cpus:g} CPU{_s(spec.resources.cpus)} and {gpus}",
+        resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
+        selection=metrics_of(spec).selection.title,
     )
 
 
 def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchSpace) -> PlannedEntry:
     import search_spaces
 
-    sweep = space.sweeps.get(label)
-    if sweep is not None:
+    preset = space.presets.get(label)
+    if preset is not None:
         swept: dict[str, list[Any]] = {}
-        for step in sweep.preset.steps:
+        for step in preset.steps:
             for key, values in step.items():
                 swept.setdefault(key, []).extend(values)
-        held = {k: v for k, v in {**sweep.preset.fixed, **fixed}.items() if k not in swept}
-        shown = {key: ", ".join(map(_plain, values)) for key, values in swept.items()}
-        name = sweep.entry.preset or ("paper" if swept else None)
-        return PlannedEntry(label, strategy, sweep.preset.size, name, held, shown)
+        held = {k: v for k, v in {**preset.fixed, **fixed}.items() if k not in swept}
+        grids = {key: ", ".join(map(_plain, values)) for key, values in swept.items()}
+        name = space.entries[label].preset or ("paper" if swept else None)
+        return PlannedEntry(label, strategy, preset.size, name, held, grids)
     hyperparameters = search_spaces.space(strategy)
     searched = {key: range_in_words(hyperparameters[key]) for key in search_spaces.searched(strategy, fixed)}
     return PlannedEntry(label, strategy, 1, None, dict(fixed), searched)
@@ -211,16 +215,8 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _s(count: float) -> str:
-    return "" if count == 1 else "s"
-
-
 def _or_unknown(count: int | None) -> str:
     return "an unknown number of" if count is None else str(count)
-
-
-def _counted(units: int) -> str:
-    return f"{units} unit{_s(units)}"
 
 
 def _units(rungs: tuple[int, ...]) -> str:

@@ -144,12 +144,12 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
     """What a strategy refuses at this budget: at its default point, or at a choice that the search may make."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     for index, entry in enumerate(spec.strategies):
         for hparams in _points(entry):
             try:
-                Plan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+                BudgetPlan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break

@@ -3,7 +3,7 @@
 Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decreasing, even if the clock is set back) and
 `kind`; its line ends with a checksum. The kinds are
 
-    study_started{study, spec, versions, dataset_digest, …}            study_finished{state}
+    study_started{format, study, spec, versions, dataset_digest, …}    study_finished{state}
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
     trial_suggested{trial_id, number, seed, role, held_out, sample, strategy, label, hparams, config_hash,
                     search_values}
@@ -40,6 +40,10 @@ from orchestrator.record.records import fold
 from trainables.specs.fault_injection import fault_point
 from trainables.specs.redaction import redact
 from trainables.storage.atomic_files import sync
+
+FORMAT = 1
+"""Format of the events, part of every `study_started`; raise it when an event changes its meaning. Journals without one
+have format 1, which this version reads as well."""
 
 REQUIRED_FIELDS = frozenset({"seq", "time", "kind"})
 """Fields of every event."""
@@ -144,6 +148,8 @@ class Journal:
                 self._open()
             now = max(time.time(), self._latest)
             event: Event = {"seq": self._next, "time": now, "kind": kind} | _plain(fields)
+            if kind == "study_started":
+                event["format"] = FORMAT
             event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
             fault_point("before_event", event=kind, seq=self._next)
             self._write(encode(event))
@@ -243,7 +249,7 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
 
     Raises:
         FileNotFoundError: no such file.
-        JournalError: a line other than the last is damaged.
+        JournalError: a line other than the last is damaged, or a newer Luthier wrote the journal in another format.
     """
     with open(path, "rb") as file:
         file.seek(offset)
@@ -259,6 +265,11 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
                 f"Every line of a journal is one JSON event, but the one at byte {offset} of {path} is damaged "
                 f"({error}). Restore the file from a copy, or cut it off before that line."
             ) from None
+        if event["kind"] == "study_started" and event.get("format", 1) != FORMAT:
+            raise JournalError(
+                f"This Luthier reads journals of format {FORMAT}, but {path} has format {event['format']!r}. Use the "
+                "Luthier that wrote it, or a newer one."
+            )
         events.append(event)
         offset += len(line) + 1
     return events, offset

@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG. Neither matplotlib's global state nor its settings are changed."""
+"""Figures of a report, as SVG, without matplotlib's global state or settings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.curve_plot import BLACK, GREY, PALETTE
-from orchestrator.results.leaderboard import measured
+from orchestrator.results.leaderboard import INTERVAL, reported_trials
 from orchestrator.results.selection import Choice
+from trainables.specs.metrics import CLASSIFICATION, Metric, TaskMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,50 +23,56 @@ Row = Mapping[Any, Any]
 
 RATES = ("lr_head", "lr_backbone")
 RATE_NAMES = {"lr_head": "head learning rate", "lr_backbone": "backbone learning rate"}
-VAL = "best/val/acc"
 PANELS_PER_ROW = 4
 
 
 def data_uri(figure: Figure) -> str:
-    """A figure as the `src` of an `<img>`: SVG whose letters are paths, so that it looks the same everywhere."""
+    """A figure as the `src` of an `<img>`: SVG with letters as paths, so that it needs no fonts."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight", pad_inches=0.05)
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue().encode()).decode()
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
-    """A colour per entry, the same in all pictures."""
+    """Label → colour, the same in all figures."""
     return {label: PALETTE[index % len(PALETTE)] for index, label in enumerate(labels)}
 
 
-def id_and_ood(rows: Sequence[Row], colour: Mapping[str, str]) -> Figure | None:
-    """ID test accuracy against mean OOD accuracy per entry, per cent, with 95 % intervals; None without two entries
-    that have both."""
-    points = [row for row in rows if all(math.isfinite(row[name]) for name in ("test/acc", "ood/mean/acc"))]
+def id_and_ood(rows: Sequence[Row], colour: Mapping[str, str], metrics: TaskMetrics = CLASSIFICATION) -> Figure | None:
+    """Selection metric on ID test against its mean over the OOD domains, per entry, with 95 % intervals.
+
+    None without two entries that have both.
+    """
+    names = (metrics.test, metrics.ood_mean)
+    metric = metrics.selection
+    points = [row for row in rows if all(math.isfinite(row[name]) for name in names)]
     if len(points) < 2:
         return None
     figure = _figure(5.4, 4.0)
     axes = figure.subplots()
     for row in points:
-        x, y = 100 * row["test/acc"], 100 * row["ood/mean/acc"]
-        half = [_half(row[f"{name}/ci95"]) for name in ("test/acc", "ood/mean/acc")]
+        x, y = (metric.scale * row[name] for name in names)
+        x_half, y_half = (_half(row[f"{name}{INTERVAL}"], metric) for name in names)
         style: dict[str, Any] = {"fmt": "o", "markersize": 7, "linewidth": 1.2, "capsize": 2}
-        axes.errorbar(x, y, xerr=half[0], yerr=half[1], color=colour[row["label"]], label=row["label"], **style)
-    axes.set_xlabel("ID test accuracy (%)")
-    axes.set_ylabel("mean OOD accuracy (%)")
+        axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour[row["label"]], label=row["label"], **style)
+    axes.set_xlabel(f"ID test {metric.axis}")
+    axes.set_ylabel(f"mean OOD {metric.axis}")
     axes.margins(0.12)
     _legend(axes)
     _plain(axes)
     return figure
 
 
-def learning_rates(records: Sequence[TrialRecord], chosen: Mapping[str, Choice]) -> Figure | None:
-    """Validation accuracy over the learning rates that were tried, a panel per entry; the chosen point is ringed. None
-    where no entry has tried two rates.
+def learning_rates(
+    records: Sequence[TrialRecord], chosen: Mapping[str, Choice], metrics: TaskMetrics = CLASSIFICATION
+) -> Figure | None:
+    """Validation score over the searched learning rates, one panel per entry; a ring marks the chosen point.
 
-    With both rates searched, a panel has the rates as its axes and accuracy as colour; with one, accuracy is an axis.
+    With both rates searched, a panel has the rates as its axes and the score as colour; with one, the score is an axis.
+    None where no entry tried two rates.
     """
-    panels = {label: tried for label in chosen if (tried := _tried(records, label)) is not None}
+    tried = {label: _tried_rates(records, label, metrics) for label in chosen}
+    panels = {label: rates for label, rates in tried.items() if rates is not None}
     if not panels:
         return None
     across = min(PANELS_PER_ROW, len(panels))
@@ -72,70 +80,95 @@ def learning_rates(records: Sequence[TrialRecord], chosen: Mapping[str, Choice])
     figure = _figure(3.0 * across + 0.6, 2.9 * down)
     figure.subplots_adjust(wspace=0.45, hspace=0.6)
     grid = figure.subplots(down, across, squeeze=False).ravel()
-    for axes, (label, (rates, trials)) in zip(grid, panels.items(), strict=False):
-        _rates_panel(axes, rates, trials, chosen[label].record)
+    for axes, (label, rates) in zip(grid, panels.items(), strict=False):
+        _rates_panel(axes, rates, chosen[label].record, metrics)
         axes.set_title(label, loc="left", fontsize=10, fontweight="bold", parse_math=False)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     return figure
 
 
-def training(records: Sequence[TrialRecord], chosen: Mapping[str, Choice], colour: Mapping[str, str]) -> Figure | None:
-    """Validation accuracy over the units of budget, of every run of each entry's chosen configuration; None where none
-    has two units."""
-    curves = {
-        label: [curve for record in measured(records, choice.record.config_hash) if (curve := _curve(record))]
-        for label, choice in chosen.items()
-    }
-    curves = {label: found for label, found in curves.items() if found}
-    if not curves:
+def training(
+    records: Sequence[TrialRecord],
+    chosen: Mapping[str, Choice],
+    colour: Mapping[str, str],
+    metrics: TaskMetrics = CLASSIFICATION,
+) -> Figure | None:
+    """Validation score over the units of budget, of every run of each entry's chosen configuration.
+
+    None where no run has two units.
+    """
+    curves: dict[str, list[list[tuple[float, float]]]] = {}
+    for label, choice in chosen.items():
+        runs = [_curve(record, metrics) for record in reported_trials(records, choice.record.config_hash)]
+        curves[label] = [curve for curve in runs if curve]
+    if not any(curves.values()):
         return None
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(5.4, 4.0)
     axes = figure.subplots()
-    for label, found in curves.items():
-        for index, curve in enumerate(found):
+    for label, runs in curves.items():
+        for index, curve in enumerate(runs):
             name = "" if index else label
             axes.plot(*zip(*curve, strict=True), color=colour[label], linewidth=1.4, alpha=0.85, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("units of budget")
-    axes.set_ylabel("validation accuracy (%)")
+    axes.set_ylabel(f"validation {metrics.selection.axis}")
     _legend(axes)
     _plain(axes)
     return figure
 
 
-def _rates_panel(axes: Axes, rates: Sequence[str], trials: Sequence[TrialRecord], chosen: TrialRecord) -> None:
-    accuracy = [100 * (record.metric(VAL) or 0.0) for record in trials]
-    x = [float(record.hparams[rates[0]]) for record in trials]
-    at = [record.number for record in trials].index(chosen.number) if chosen in trials else None
+@dataclass(frozen=True)
+class _TriedRates:
+    names: list[str]
+    """Learning rates that differ between the trials: one or two."""
+    trials: list[TrialRecord]
+    scores: list[float]
+    """Selection metric on validation, per trial."""
+
+
+def _rates_panel(axes: Axes, rates: _TriedRates, chosen: TrialRecord, metrics: TaskMetrics) -> None:
+    metric = metrics.selection
+    scores = [metric.scale * score for score in rates.scores]
+    x = [float(record.hparams[rates.names[0]]) for record in rates.trials]
     _log_axis(axes, "x", x)
-    axes.set_xlabel(RATE_NAMES[rates[0]], fontsize=8.5)
-    if len(rates) == 2:
-        y = [float(record.hparams[rates[1]]) for record in trials]
+    axes.set_xlabel(RATE_NAMES[rates.names[0]], fontsize=8.5)
+    if len(rates.names) == 2:
+        y = [float(record.hparams[rates.names[1]]) for record in rates.trials]
         _log_axis(axes, "y", y)
-        axes.set_ylabel(RATE_NAMES[rates[1]], fontsize=8.5)
-        shown = axes.scatter(x, y, c=accuracy, cmap="viridis", s=46, edgecolors="white", linewidths=0.6)
-        bar = axes.figure.colorbar(shown, ax=axes, fraction=0.05, pad=0.03)
+        axes.set_ylabel(RATE_NAMES[rates.names[1]], fontsize=8.5)
+        points = axes.scatter(x, y, c=scores, cmap="viridis", s=46, edgecolors="white", linewidths=0.6)
+        bar = axes.figure.colorbar(points, ax=axes, fraction=0.05, pad=0.03)
         bar.ax.tick_params(labelsize=7.5)
-        bar.ax.set_title("val %", fontsize=7.5)
+        bar.ax.set_title("val %" if metric.unit == "fraction" else "val", fontsize=7.5)
     else:
-        y = accuracy
-        axes.set_ylabel("validation accuracy (%)", fontsize=8.5)
+        y = scores
+        axes.set_ylabel(f"validation {metric.axis}", fontsize=8.5)
         axes.scatter(x, y, color=PALETTE[8], s=40)
-    if at is not None:
-        axes.scatter([x[at]], [y[at]], s=150, facecolors="none", edgecolors=BLACK, linewidths=1.4)
+    if chosen in rates.trials:
+        index = [record.number for record in rates.trials].index(chosen.number)
+        axes.scatter([x[index]], [y[index]], s=150, facecolors="none", edgecolors=BLACK, linewidths=1.4)
     _plain(axes)
 
 
-def _tried(records: Sequence[TrialRecord], label: str) -> tuple[list[str], list[TrialRecord]] | None:
-    """(rates that differ between the entry's search trials, those trials); None where there are none."""
-    mine = [r for r in records if r.label == label and r.role == "search" and r.metric(VAL) is not None]
-    mine = [r for r in mine if all((rate := _rate(r, name)) is None or rate > 0 for name in RATES)]
-    rates = [name for name in RATES if len({_rate(r, name) for r in mine} - {None}) > 1]
-    mine = [r for r in mine if all(_rate(r, name) is not None for name in rates)]
-    return (rates, mine) if rates and len(mine) > 1 else None
+def _tried_rates(records: Sequence[TrialRecord], label: str, metrics: TaskMetrics) -> _TriedRates | None:
+    """The entry's search trials with a score, and the rates that differ between them; None where no rate does."""
+    searched = [r for r in records if r.label == label and r.role == "search"]
+    scored = [(record, record.metric(metrics.best_validation)) for record in searched]
+    trials = [(r, score) for r, score in scored if score is not None and not _has_zero_rate(r)]
+    names = [name for name in RATES if len({_rate(r, name) for r, _ in trials} - {None}) > 1]
+    trials = [(r, score) for r, score in trials if all(_rate(r, name) is not None for name in names)]
+    if not names or len(trials) < 2:
+        return None
+    return _TriedRates(names, [record for record, _ in trials], [score for _, score in trials])
+
+
+def _has_zero_rate(record: TrialRecord) -> bool:
+    """Whether a rate has no place on a logarithmic axis."""
+    rates = (_rate(record, name) for name in RATES)
+    return any(rate is not None and rate <= 0 for rate in rates)
 
 
 def _rate(record: TrialRecord, name: str) -> float | None:
@@ -143,15 +176,17 @@ def _rate(record: TrialRecord, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _curve(record: TrialRecord) -> list[tuple[float, float]]:
-    found = [
-        (unit["unit"], 100 * unit["val/acc"]) for unit in record.history if math.isfinite(unit.get("val/acc", math.nan))
-    ]
-    return found if len(found) > 1 else []
+def _curve(record: TrialRecord, metrics: TaskMetrics) -> list[tuple[float, float]]:
+    """(unit, displayed validation score); empty for fewer than two units."""
+    name = metrics.validation
+    scale = metrics.selection.scale
+    points = [(unit["unit"], scale * unit.get(name, math.nan)) for unit in record.history]
+    points = [point for point in points if math.isfinite(point[1])]
+    return points if len(points) > 1 else []
 
 
-def _half(value: float) -> float | None:
-    return 100 * value if math.isfinite(value) else None
+def _half(value: float, metric: Metric) -> float | None:
+    return metric.scale * value if math.isfinite(value) else None
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -161,10 +196,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
-    """Whole decades, so that an axis always has two numbers on it."""
+    """Logarithmic axis over whole decades, so that it always has two tick labels."""
     from matplotlib.ticker import NullFormatter
 
-    low, high = math.floor(math.log10(min(values)) - 0.05), math.ceil(math.log10(max(values)) + 0.05)
+    low = math.floor(math.log10(min(values)) - 0.05)
+    high = math.ceil(math.log10(max(values)) + 0.05)
     axes.set(**{f"{which}scale": "log", f"{which}lim": (10.0**low, 10.0**high)})
     getattr(axes, f"{which}axis").set_minor_formatter(NullFormatter())
 
@@ -172,7 +208,7 @@ def _log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
 def _legend(axes: Axes) -> None:
     legend = axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may hold a $
+        text.set_parse_math(False)  # a label may contain a $
 
 
 def _plain(axes: Axes) -> None:

@@ -1,7 +1,7 @@
-"""The report of a study: one self-contained HTML page, from its journal alone.
+"""Report of a study: one self-contained HTML page, from its journal alone.
 
-Whatever a study file, a data set or a failing trial may bring in – names, messages, paths – is escaped by the template,
-and the page's content security policy lets it load nothing and run no script but its own.
+Untrusted strings of study files, data sets and failing trials (names, messages, paths) are escaped by the template, and
+the page's content security policy forbids loading anything and running any script but its own.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from orchestrator.record.records import TrialRecord, fold, measurements, study_h
 from orchestrator.report import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
-from orchestrator.results.leaderboard import GAIN_TITLES, SCORES, cells, describe, gains, has_gains
-from orchestrator.results.selection import Choice, per_label
+from orchestrator.results.leaderboard import GAIN_TITLES, cells, describe, gains, has_gains, score_note, score_titles
+from orchestrator.results.selection import Choice
 from orchestrator.results.study_results import Results
+from trainables.specs.metrics import TaskMetrics
 from trainables.storage.atomic_files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from matplotlib.figure import Figure
 
     from orchestrator.record.journal import Event
 
@@ -38,24 +40,24 @@ REPORT = "report.html"
 MOST_TRIALS = 500
 """Rows of the table of trials; more would make the page slow. `luthier results --json` has all trials."""
 WIDE = 8.0
-"""Inches from which on a picture has a row of its own."""
+"""Width, in inches, from which on a picture has a row of its own."""
 
 
-def write_report(events: Sequence[Event], place: Path) -> None:
-    """Write the page of a study (arguments and errors: see `report_html`); the folder of `place` is made."""
+def write_report(events: Sequence[Event], path: Path) -> None:
+    """Write the page of a study, and the folder of `path` (arguments and errors: see `report_html`)."""
     page = report_html(events)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
 
 
 def report_html(events: Sequence[Event]) -> str:
     """The page of a study.
 
     Args:
-        events: its journal (`orchestrator.record.journal.Journal.read`); of a running study as far as it has come.
+        events: its journal (`orchestrator.record.journal.Journal.read`), also of a running study.
 
     Raises:
-        ValueError: the journal does not begin with a study.
+        ValueError: the journal has no study, or the study's task is unknown.
     """
     header = study_header(events)
     if not header:
@@ -66,7 +68,7 @@ def report_html(events: Sequence[Event]) -> str:
 def page_of(
     header: Mapping[str, Any], records: Sequence[TrialRecord], measured: Mapping[str, Mapping[str, Any]]
 ) -> str:
-    """The page of a study whose journal was read already.
+    """The page of a study from its folded journal.
 
     Args:
         header: `orchestrator.record.records.study_header`.
@@ -84,8 +86,8 @@ def page_of(
         findings=results.findings(),
         warnings=results.warnings(),
         table=table,
-        pictures=list(_pictures(rows, records, chosen, measured)),
-        trials=[_trial(record) for record in records[:MOST_TRIALS]],
+        pictures=list(_pictures(rows, results, chosen)),
+        trials=[_trial(record, results.metrics) for record in records[:MOST_TRIALS]],
         left_out=max(0, len(records) - MOST_TRIALS),
         failures=_failures(records),
         spec=_spec_text(spec),
@@ -110,23 +112,32 @@ class Page:
 
 
 def _leaderboard(results: Results) -> tuple[dict[str, Any], list[dict[Any, Any]], dict[str, Choice]]:
-    """The leaderboard for the template, its rows and the chosen configurations; before a trial is complete, why there
-    is none."""
+    """(Leaderboard for the template, its rows, the chosen configurations); the reason, before a trial is complete."""
+    metrics = results.metrics
     try:
         rows = results.leaderboard().to_dict("records")
-        chosen = per_label(results.records, results.rule)
+        chosen = results.per_label()
     except ValueError as error:
         return {"problem": str(error)}, [], {}
-    titles = ["strategy", "seeds", *SCORES, *(GAIN_TITLES if has_gains(rows) else ()), "chosen configuration"]
-    shown = []
+    gain_titles = GAIN_TITLES if has_gains(rows) else ()
+    titles = ["strategy", "seeds", *score_titles(metrics), *gain_titles, "chosen configuration"]
+    lines = []
     for row in rows:
-        label, hparams, *numbers = cells(row)
-        shown.append([label, *numbers, *gains(row), f"trial {row['number']}: {hparams}" if row["seeds"] else "–"])
-    return {"titles": titles, "rows": shown, "line": results.regret_line()}, rows, chosen
+        label, hparams, *numbers = cells(row, metrics)
+        configuration = f"trial {row['number']}: {hparams}" if row["seeds"] else "–"
+        lines.append([label, *numbers, *gains(row), configuration])
+    note = score_note(metrics)
+    table = {
+        "titles": titles,
+        "rows": lines,
+        "note": f"{note[0].upper()}{note[1:]}.",
+        "line": results.regret_line(),
+    }
+    return table, rows, chosen
 
 
 def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterator[tuple[str, str]]:
-    """What the study was, as (name, text)."""
+    """The study's settings and state, as (name, text)."""
     spec = header.get("spec") or {}
     yield "backbone", str(header.get("backbone") or (spec.get("model") or {}).get("name", ""))
     yield "data", f"{header.get('dataset')} (digest {str(header.get('dataset_digest'))[:12]})"
@@ -143,21 +154,25 @@ def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterato
 
 
 def _pictures(
-    rows: Sequence[Mapping[Any, Any]],
-    records: Sequence[TrialRecord],
-    chosen: Mapping[str, Choice],
-    measured: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[Mapping[Any, Any]], results: Results, chosen: Mapping[str, Choice]
 ) -> Iterator[dict[str, Any]]:
+    metrics = results.metrics
+    records = results.records
     colour = figures.colours([row["label"] for row in rows])
-    drawn: list[tuple[str, str, Callable[[], Any]]] = [
-        ("In and out of distribution", "mean, 95 % interval", lambda: figures.id_and_ood(rows, colour)),
-        ("Training", "all runs of the chosen configurations", lambda: figures.training(records, chosen, colour)),
-        ("Learning rates", "search trials; ring: the chosen one", lambda: figures.learning_rates(records, chosen)),
+    scatter = functools.partial(figures.id_and_ood, rows, colour, metrics)
+    training = functools.partial(figures.training, records, chosen, colour, metrics)
+    rates = functools.partial(figures.learning_rates, records, chosen, metrics)
+    pictures: list[tuple[str, str, Callable[[], Figure | None]]] = [
+        ("In and out of distribution", "mean, 95 % interval", scatter),
+        ("Training", "all runs of the chosen configurations", training),
+        ("Learning rates", "search trials; ring: the chosen one", rates),
     ]
-    curves = {name: curve for found in measured.values() for name, curve in (found.get("curves") or {}).items()}
-    for name in [name for name in curves if name not in NUMBERS_ONLY]:
-        drawn.append(("Measured", name.replace("_", " "), functools.partial(figure_of, name, curves[name])))
-    for title, note, draw in drawn:
+    for measurement in results.measurements.values():
+        for name, curve in (measurement.get("curves") or {}).items():
+            if name not in NUMBERS_ONLY:
+                plot = functools.partial(figure_of, name, curve, metrics=metrics)
+                pictures.append(("Measured", name.replace("_", " "), plot))
+    for title, note, draw in pictures:
         try:
             figure = draw()
         except Exception as error:  # a picture that cannot be drawn must not cost the page
@@ -168,8 +183,9 @@ def _pictures(
             yield {"title": title, "note": note, "source": figures.data_uri(figure), "wide": wide}
 
 
-def _trial(record: TrialRecord) -> list[str]:
-    scores = [record.metric(name) for name in (figures.VAL, "test/acc", "ood/mean/acc")]
+def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
+    names = (metrics.best_validation, metrics.test, metrics.ood_mean)
+    scores = [record.metric(name) for name in names]
     role = record.role if record.held_out is None else f"{record.role} ({record.held_out})"
     seconds = None if record.started is None or record.ended is None else record.ended - record.started
     return [
@@ -177,7 +193,7 @@ def _trial(record: TrialRecord) -> list[str]:
         record.label,
         role,
         record.state if record.reason is None else f"{record.state}: {record.reason}",
-        *("–" if score is None else f"{100 * score:.1f}" for score in scores),
+        *("–" if score is None else metrics.selection.number(score) for score in scores),
         str(record.unit),
         "–" if seconds is None else f"{seconds:.0f}",
         describe(record.hparams),
@@ -185,7 +201,7 @@ def _trial(record: TrialRecord) -> list[str]:
 
 
 def _failures(records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
-    """(trial, its error) of every trial that failed by itself."""
+    """(trial, its error) of every failed trial, but those that their driver interrupted."""
     failed = [record for record in records if record.state == "failed" and not record.unfinished]
     return [(f"trial {r.number}, {r.label}: {r.reason}", redact(r.error or "no message")) for r in failed]
 

@@ -1,4 +1,4 @@
-"""What can be said of two numbers with intervals: the entries of a study side by side, and words for how sure it is."""
+"""Scores with intervals, their comparison, and the chosen entries of a study side by side."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.leaderboard import mean_interval, measured
-from orchestrator.results.selection import per_label, tested
+from orchestrator.results.leaderboard import mean_interval, reported_trials
+from orchestrator.results.selection import per_label, without_validation_domain
+from trainables.specs.metrics import CLASSIFICATION, Metric, TaskMetrics
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,18 @@ class Score:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Score | None:
-        """None without a value."""
-        found = list(values)
-        return cls(*mean_interval(found)) if found else None
+        """None without a value.
+
+        Example:
+            >>> Score.of([0.5]).has_interval
+            False
+        """
+        numbers = list(values)
+        return cls(*mean_interval(numbers)) if numbers else None
 
     @property
-    def known(self) -> bool:
-        """Whether there is an interval."""
+    def has_interval(self) -> bool:
+        """False for a single seed."""
         return math.isfinite(self.half)
 
     @property
@@ -39,27 +45,39 @@ class Score:
         """Upper end of the interval."""
         return self.mean + self.half
 
-    def per_cent(self) -> str:
-        """`97.1 ± 0.4 %`, or `97.1 %` of one seed."""
-        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.half:.1f} %" if self.known else " %")
+    def text(self, metric: Metric) -> str:
+        """The score in the metric's unit.
 
-    def points(self) -> str:
-        """A difference of two accuracies: `+1.2 ± 0.8 points`, and whether its interval holds 0."""
-        text = f"{100 * self.mean:+.1f}" + (f" ± {100 * self.half:.1f} points" if self.known else " points")
-        if not self.known:
+        Example:
+            >>> from trainables.specs.metrics import ACCURACY
+            >>> Score(0.971, 0.004).text(ACCURACY), Score(0.971, float("nan")).text(ACCURACY)
+            ('97.1 ± 0.4 %', '97.1 %')
+        """
+        return metric.text(self.mean, self.half)
+
+    def difference(self, metric: Metric) -> str:
+        """The score as a difference of two values of a metric, and whether its interval contains 0.
+
+        Example:
+            >>> from trainables.specs.metrics import ACCURACY
+            >>> Score(0.012, 0.02).difference(ACCURACY)
+            '+1.2 ± 2.0 points (within the interval)'
+        """
+        text = metric.difference(self.mean, self.half)
+        if not self.has_interval:
             return f"{text} (one seed)"
         return f"{text} (within the interval)" if self.low <= 0 <= self.high else text
 
 
 def overlap(a: Score, b: Score) -> bool | None:
-    """Whether two 95 % intervals share a point; None where one of them is not known."""
-    if not (a.known and b.known):
+    """Whether two 95 % intervals overlap; None where one of the scores has no interval."""
+    if not (a.has_interval and b.has_interval):
         return None
     return a.low <= b.high and b.low <= a.high
 
 
 def certainty(a: Score, b: Score) -> str:
-    """How far the order of two scores can be trusted, as the end of a sentence."""
+    """Clause on how far the order of two scores can be trusted."""
     shared = overlap(a, b)
     if shared is None:
         return "one seed has no interval, so that the order may be chance"
@@ -70,33 +88,27 @@ def certainty(a: Score, b: Score) -> str:
 
 @dataclass(frozen=True)
 class Competitor:
-    """One entry of the study with the configuration that was chosen for it, and the trials it is reported by."""
+    """One entry of a study with its chosen configuration and the trials that report it."""
 
     label: str
     strategy: str
     chosen: TrialRecord
     runs: Sequence[TrialRecord]
 
-    def score(self, metric: str) -> Score | None:
-        """Mean over the runs that have the metric."""
-        return Score.of(value for run in self.runs if (value := run.metric(metric)) is not None)
+    def score(self, name: str) -> Score | None:
+        """Mean of a recorded metric over the runs that have it; None where none has."""
+        values = (run.metric(name) for run in self.runs)
+        return Score.of(value for value in values if value is not None)
 
 
-def competitors(records: Sequence[TrialRecord], rule: str) -> list[Competitor]:
+def competitors(records: Sequence[TrialRecord], rule: str, metrics: TaskMetrics = CLASSIFICATION) -> list[Competitor]:
     """All entries with a complete trial, best first by the rule, OOD scores over test domains alone.
 
     Raises:
         ValueError: no complete trial, or the rule lacks what it needs.
     """
-    found = tested(records, rule)
+    records = without_validation_domain(records, rule, metrics)
     return [
-        Competitor(label, choice.record.strategy, choice.record, measured(found, choice.record.config_hash))
-        for label, choice in per_label(found, rule).items()
+        Competitor(label, choice.record.strategy, choice.record, reported_trials(records, choice.record.config_hash))
+        for label, choice in per_label(records, rule, metrics).items()
     ]
-
-
-def listed(words: Sequence[str], most: int = 3) -> str:
-    """`a`, `a and b`, `a, b and c`, `a, b and 4 others`."""
-    if len(words) > most:
-        words = [*words[: most - 1], f"{len(words) - most + 1} others"]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

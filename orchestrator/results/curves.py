@@ -1,4 +1,4 @@
-"""Curves of a trial, or of a study, as small artifacts: the numbers as JSON, and what to draw of them."""
+"""Curves of a trial or of a study as artifacts: the numbers as JSON, and pictures of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.record.records import TrialRecord
+from trainables.specs.metrics import CLASSIFICATION, LAYERNORM_LAMBDA, WISE_ALPHA, TaskMetrics
 
 Curves = Mapping[str, Mapping[str, Any]]
 """Name → `columns` (name → values, the x axis first) and `note`."""
 
 NUMBERS_ONLY = frozenset({"change"})
-"""Curves without a picture: a row per tensor is too much for one; `change_by_stage` shows the same."""
+"""Curves without a picture: one row per tensor is too much for one; `change_by_stage` shows the same."""
 
 
 class Drawn(Protocol):
@@ -38,12 +39,14 @@ class Picture:
     curve: Mapping[str, Any]
     chosen: float | None
     """x of the point that the trial chose."""
+    metrics: TaskMetrics = CLASSIFICATION
+    """Titles and units of its columns."""
 
     def content(self) -> bytes:
         """A PNG (ValueError: nothing in the curve can be drawn)."""
         from orchestrator.results.curve_plot import draw
 
-        return draw(self.name, self.curve, self.chosen)
+        return draw(self.name, self.curve, self.chosen, self.metrics)
 
 
 def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, str]:
@@ -58,10 +61,14 @@ def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, 
     return texts
 
 
-def pictures(curves: Curves, record: TrialRecord | None = None) -> dict[str, Drawn]:
-    """Artifact `curves/<name>.png` → what to draw there."""
+def pictures(
+    curves: Curves, record: TrialRecord | None = None, metrics: TaskMetrics = CLASSIFICATION
+) -> dict[str, Drawn]:
+    """Artifact `curves/<name>.png` → its picture, to be drawn on delivery."""
     drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
-    return {f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name)) for name, curve in drawn.items()}
+    return {
+        f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name), metrics) for name, curve in drawn.items()
+    }
 
 
 def stem(name: str) -> str:
@@ -70,10 +77,12 @@ def stem(name: str) -> str:
 
 
 def chosen_at(record: TrialRecord | None, name: str) -> float | None:
-    """x of the point of a curve that the trial's result stands at, None where the trial did not choose one there."""
+    """x of the point that a trial chose on a sweep (`lambda`, `wise`); None where it chose none on this curve."""
     if record is None:
         return None
-    if name == "lambda":
-        # In the cyclic framework the sweep starts from weights that were rescaled already: those of λ = 1.
-        return 1.0 if record.hparams.get("cycles") else record.metric("layernorm/lambda")
-    return record.metric("wise/alpha") if name == "wise" else None
+    if name == "wise":
+        return record.metric(WISE_ALPHA.name)
+    if name != "lambda":
+        return None
+    # In the cyclic framework the sweep starts from weights that were rescaled already: those of λ = 1.
+    return 1.0 if record.hparams.get("cycles") else record.metric(LAYERNORM_LAMBDA.name)

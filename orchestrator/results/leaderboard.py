@@ -1,7 +1,6 @@
-"""The leaderboard: one row per entry of the study, with the configuration that the rule chose and its numbers over
-fresh seeds. Pure functions on records.
+"""Leaderboard: one row per entry of the study, with its chosen configuration and that one's numbers over fresh seeds.
 
-The leaderboard as a person sees it: a table on a terminal, Markdown, and plain JSON values.
+As a data frame, on a terminal, in Markdown, and as plain JSON values. Pure functions on records.
 """
 
 from __future__ import annotations
@@ -14,24 +13,50 @@ import pandas as pd
 from scipy.stats import t as student_t
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.selection import Choice, per_label, tested
+from orchestrator.results.selection import Choice, per_label, without_validation_domain
+from trainables.specs.metrics import CLASSIFICATION, GAIN, GAIN_OOD, TEST, Metric, TaskMetrics
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-REPORTED = ("test/acc", "ood/mean/acc", "ood/worst/acc", "calib/ece")
-"""Metrics of the leaderboard; `<metric>/ci95` is the half-width of their 95 % interval."""
-GAINS = {"gain": "test/acc", "gain/ood": "ood/mean/acc"}
-"""Column of the relative gain over linear probing → the accuracy that it compares."""
+INTERVAL = "/ci95"
+"""Suffix of the columns with the half-width of a metric's 95 % interval."""
+GAINS = (GAIN.name, GAIN_OOD.name)
+"""Columns of the relative gain over linear probing, on ID test and on OOD."""
 PROBE = "linear_probe"
 """The strategy that gains are measured from."""
+
+
+def reported_metrics(metrics: TaskMetrics) -> dict[str, Metric]:
+    """Recorded name → metric, of the leaderboard's columns with intervals.
+
+    Example:
+        >>> list(reported_metrics(CLASSIFICATION))
+        ['test/acc', 'ood/mean/acc', 'ood/worst/acc', 'calib/ece']
+    """
+    selection = dict.fromkeys((metrics.test, metrics.ood_mean, metrics.ood_worst), metrics.selection)
+    return selection | {metric.on(TEST): metric for metric in metrics.leaderboard}
+
+
+def summary_names(metrics: TaskMetrics) -> list[str]:
+    """The leaderboard's columns that are metrics of the study's own run.
+
+    Example:
+        >>> summary_names(CLASSIFICATION)
+        ['val/acc', 'test/acc', 'ood/mean/acc', 'ood/worst/acc', 'calib/ece', 'gain', 'gain/ood']
+    """
+    return [metrics.validation, *reported_metrics(metrics), *GAINS]
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Mean and half-width of its two-sided Student-t interval, t(n-1) · s / √n with the sample standard deviation s.
 
     The half-width is NaN for fewer than two values, and both are NaN for none.
+
+    Example:
+        >>> mean, half = mean_interval([1.0, 2.0, 3.0])
+        >>> f"{mean:.1f} ± {half:.2f}"
+        '2.0 ± 2.48'
     """
     n = len(values)
     if n == 0:
@@ -43,51 +68,75 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean, float(student_t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
 
 
-def measured(records: Iterable[TrialRecord], config_hash: str) -> list[TrialRecord]:
-    """The trials that a configuration is reported by: its complete confirmations, one per seed. The search trial is
-    not among them, because it was chosen for being good; it stands in only where there is no confirmation."""
-    own = sorted((r for r in records if r.config_hash == config_hash and r.state == "complete"), key=lambda r: r.number)
-    confirmed = {r.seed: r for r in reversed(own) if r.role == "confirm"}
+def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[TrialRecord]:
+    """The trials that report a configuration: its complete confirmations, one per seed.
+
+    The search trial is not among them, because it was chosen for being good; it stands in only where there is no
+    confirmation.
+    """
+    complete = [r for r in records if r.config_hash == config_hash and r.state == "complete"]
+    complete.sort(key=lambda r: r.number)
+    confirmed = {r.seed: r for r in reversed(complete) if r.role == "confirm"}
     if confirmed:
         return sorted(confirmed.values(), key=lambda r: r.number)
-    return [r for r in own if r.role == "search"][:1]
+    return [r for r in complete if r.role == "search"][:1]
 
 
-def leaderboard(records: Sequence[TrialRecord], rule: str = "id_val") -> pd.DataFrame:
-    """One row per label, best first by the criterion of its chosen configuration; labels without a complete trial
-    stand last, with NaN.
+def leaderboard(
+    records: Sequence[TrialRecord], rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION
+) -> pd.DataFrame:
+    """One row per label, best first by the criterion of its chosen configuration.
 
-    Where a linear probe is among the labels, `gain` and `gain/ood` are the relative gains over it (see
-    `relative_gain`) of the means of `test/acc` and `ood/mean/acc`.
+    Labels without a complete trial come last, with NaN. Where a linear probe is among the labels, `gain` and `gain/ood`
+    are the relative gains over it (see `relative_gain`) of the means on ID test and over the OOD domains.
 
     Columns: `label, strategy, rule, criterion` (value that the rule ranked by)`, number, config_hash, hparams, seeds`
     (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then mean and
-    `/ci95` half-width of each metric of `REPORTED`, then `trials, complete, pruned, failed` of the search.
+    `/ci95` half-width of each of `reported_metrics`, then `trials, complete, pruned, failed` of the search. Metric
+    names are those of the task; here of classification.
 
     Under `val_domain:<name>` that domain counts as validation: OOD mean and worst are those of the others.
 
     Raises:
         ValueError: no complete search trial, or the rule lacks what it needs.
+
+    Example:
+        >>> from orchestrator.record.records import TrialRecord
+        >>> trial = TrialRecord(trial_id="t", number=0, strategy="full", label="full", state="complete",
+        ...                     config_hash="h", metrics={"best/val/acc": 0.9, "test/acc": 0.8})
+        >>> leaderboard([trial])[["label", "val/acc", "test/acc", "seeds"]].to_dict("records")
+        [{'label': 'full', 'val/acc': 0.9, 'test/acc': 0.8, 'seeds': 1}]
     """
-    records = tested(records, rule)
-    chosen = per_label(records, rule)
-    labels = list(chosen) + [label for label in dict.fromkeys(r.label for r in records) if label not in chosen]
-    rows = [_row(records, label, chosen.get(label), rule) for label in labels]
-    for probe in [row for row in rows if row["strategy"] == PROBE and row["seeds"]][:1]:
+    records = without_validation_domain(records, rule, metrics)
+    chosen = per_label(records, rule, metrics)
+    unranked = [label for label in dict.fromkeys(r.label for r in records) if label not in chosen]
+    rows = [_row(records, label, chosen.get(label), rule, metrics) for label in [*chosen, *unranked]]
+    probe = next((row for row in rows if row["strategy"] == PROBE and row["seeds"]), None)
+    if probe is not None:
         for row in rows:
-            row |= {gain: relative_gain(row[metric], probe[metric]) for gain, metric in GAINS.items()}
+            for gain, name in zip(GAINS, (metrics.test, metrics.ood_mean), strict=True):
+                row[gain] = relative_gain(row[name], probe[name], metrics.selection)
     return pd.DataFrame(rows)
 
 
-def relative_gain(accuracy: float, probe: float) -> float:
-    """(accuracy − probe) / probe: the improvement over the accuracy of linear probing, relative to it (papers/003,
-    Fig. 2). NaN where the probe's accuracy is 0 or either is NaN."""
-    return (accuracy - probe) / probe if probe else math.nan
+def relative_gain(value: float, probe: float, metric: Metric = CLASSIFICATION.selection) -> float:
+    """Improvement over the score of linear probing, relative to it: (value − probe) / probe for an accuracy.
+
+    After Odonnat et al. (2026), Fig. 2. Positive values are improvements, whatever the metric's direction. NaN where
+    the probe's value is 0 or either is NaN.
+
+    Example:
+        >>> relative_gain(0.75, 0.5)
+        0.5
+    """
+    return metric.score(value - probe) / abs(probe) if probe else math.nan
 
 
-def _row(records: Sequence[TrialRecord], label: str, choice: Choice | None, rule: str) -> dict[str, Any]:
+def _row(
+    records: Sequence[TrialRecord], label: str, choice: Choice | None, rule: str, metrics: TaskMetrics
+) -> dict[str, Any]:
     search = [r for r in records if r.label == label and r.role == "search"]
-    runs = measured(records, choice.record.config_hash) if choice else []
+    runs = reported_trials(records, choice.record.config_hash) if choice else []
     row: dict[str, Any] = {
         "label": label,
         "strategy": next(r.strategy for r in records if r.label == label),
@@ -98,61 +147,88 @@ def _row(records: Sequence[TrialRecord], label: str, choice: Choice | None, rule
         "hparams": dict(choice.record.hparams) if choice else {},
         "seeds": len(runs),
         "confirmed": any(r.role == "confirm" for r in runs),
-        "val/acc": _value(choice.record, "best/val/acc") if choice else math.nan,
+        metrics.validation: _value(choice.record, metrics.best_validation) if choice else math.nan,
     }
-    for metric in REPORTED:
-        values = [value for r in runs if (value := r.metric(metric)) is not None]
-        row[metric], row[f"{metric}/ci95"] = mean_interval(values)
+    for name in reported_metrics(metrics):
+        values = [run.metric(name) for run in runs]
+        row[name], row[f"{name}{INTERVAL}"] = mean_interval([value for value in values if value is not None])
     row["trials"] = len(search)
     for state in ("complete", "pruned", "failed"):
         row[state] = sum(r.state == state for r in search)
     return row
 
 
-def _value(record: TrialRecord, metric: str) -> float:
-    value = record.metric(metric)
+def _value(record: TrialRecord, name: str) -> float:
+    value = record.metric(name)
     return math.nan if value is None else value
 
 
 Row = Mapping[Any, Any]
-"""One row of `orchestrator.results.leaderboard.leaderboard`."""
+"""One row of `leaderboard`."""
 
-SCORES = ("val", "test", "OOD mean", "OOD worst", "ECE")
 GAIN_TITLES = ("gain", "gain OOD")
 WIDE = 100
-"""Columns of a terminal from which on the gains have a place in the table."""
+"""Terminal width, in columns, from which on the gains are columns of the table."""
 
 
-def markdown_table(rows: Sequence[Row]) -> list[str]:
+def score_titles(metrics: TaskMetrics) -> list[str]:
+    """Headings of the columns with scores, in the order of `cells`.
+
+    Example:
+        >>> score_titles(CLASSIFICATION)
+        ['val', 'test', 'OOD mean', 'OOD worst', 'ECE']
+    """
+    titles = ["val", "test", "OOD mean", "OOD worst"]
+    shown = [metrics.selection] * len(titles) + list(metrics.leaderboard)
+    titles += [metric.heading or metric.title for metric in metrics.leaderboard]
+    if len({metric.unit for metric in shown}) == 1:  # stated once, by `score_note`
+        return titles
+    units = ["%" if metric.unit == "fraction" else metric.unit for metric in shown]
+    return [f"{title} ({unit})" if unit else title for title, unit in zip(titles, units, strict=True)]
+
+
+def score_note(metrics: TaskMetrics) -> str:
+    """Caption of a table of scores: the unit that all of them share, and their meaning."""
+    units = {metric.unit for metric in (metrics.selection, *metrics.leaderboard)}
+    shared = units.pop() if len(units) == 1 else ""
+    unit = "per cent" if shared == "fraction" else shared
+    meaning = "mean ± 95 % interval over fresh seeds, or the search trial where there is one seed"
+    return f"{unit}; {meaning}" if unit else meaning
+
+
+def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
     """The leaderboard's lines in Markdown."""
-    titles = ["strategy", "hyperparameters", "seeds", *SCORES, *(GAIN_TITLES if has_gains(rows) else ())]
+    gain_titles = GAIN_TITLES if has_gains(rows) else ()
+    titles = ["strategy", "hyperparameters", "seeds", *score_titles(metrics), *gain_titles]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    return [*lines, *("| " + " | ".join([*cells(row), *gains(row)]) + " |" for row in rows)]
+    for row in rows:
+        lines.append("| " + " | ".join([*cells(row, metrics), *gains(row)]) + " |")
+    return lines
 
 
-def print_table(console: Console, rows: Sequence[Row]) -> None:
-    """The leaderboard on a terminal, and the configuration of each row below it."""
+def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
+    """Print the leaderboard, and the configuration of each row below it."""
     from rich import box
     from rich.table import Table
 
     wide = has_gains(rows) and console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold")
-    for title in ("seeds", *SCORES, *(GAIN_TITLES if wide else ())):
+    for title in ("seeds", *score_titles(metrics), *(GAIN_TITLES if wide else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        label, _, *numbers = cells(row)
+        label, _, *numbers = cells(row, metrics)
         table.add_row(label, *numbers, *(gains(row) if wide else ()))
-    table.caption = "per cent; mean ± 95 % interval over fresh seeds, or the search trial where there is one seed"
+    table.caption = score_note(metrics)
     if wide:
-        table.caption += "; gain = accuracy relative to linear probing's"
+        table.caption += f"; gain = {metrics.selection.title} relative to linear probing's"
     console.print(table)
     for row in rows:
         if row["seeds"]:
             parts = [f"trial {row['number']}", describe(row["hparams"])]
             if has_gains(rows) and not wide and row["strategy"] != PROBE:
-                found = zip(gains(row), ("", " OOD"), strict=True)
-                parts.insert(1, "gain " + ", ".join(f"{text}{where}" for text, where in found if text != "-"))
+                texts = zip(gains(row), ("", " OOD"), strict=True)
+                parts.insert(1, "gain " + ", ".join(f"{text}{split}" for text, split in texts if text != "-"))
             console.print(f"{row['label']}: {', '.join(parts)}", markup=False, highlight=False)
 
 
@@ -163,28 +239,34 @@ def has_gains(rows: Sequence[Row]) -> bool:
 
 def gains(row: Row) -> list[str]:
     """Relative gains over linear probing in per cent, as text; empty where the study has no linear probe."""
-    found = [float(row[name]) for name in GAINS if name in row]
-    return ["-" if math.isnan(value) else f"{100 * value:+.1f} %" for value in found]
+    values = [float(row[name]) for name in GAINS if name in row]
+    return ["-" if math.isnan(value) else f"{100 * value:+.1f} %" for value in values]
 
 
-def cells(row: Row) -> list[str]:
-    """Label, hyperparameters, seeds and `SCORES` of a row as text; numbers in per cent, "-" where there is none."""
-    values = [_percent(row["val/acc"], math.nan)]
-    values += [_percent(row[metric], row[f"{metric}/ci95"]) for metric in REPORTED]
-    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *values]
+def cells(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
+    """Label, hyperparameters, seeds and scores of a row as text; "-" where there is no number."""
+    scores = [_number(row[metrics.validation], math.nan, metrics.selection)]
+    for name, metric in reported_metrics(metrics).items():
+        scores.append(_number(row[name], row[f"{name}{INTERVAL}"], metric))
+    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *scores]
 
 
 def describe(hparams: Mapping[str, Any]) -> str:
-    """Hyperparameters on one line, numbers with three significant digits."""
-    shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in hparams.items() if v is not None}
-    return " ".join(f"{key}={value}" for key, value in shown.items()) or "-"
+    """Hyperparameters on one line, numbers with three significant digits.
+
+    Example:
+        >>> describe({"lr_head": 0.01234, "optimizer": "sgd", "preset": None})
+        'lr_head=0.0123 optimizer=sgd'
+    """
+    texts = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in hparams.items() if v is not None}
+    return " ".join(f"{key}={value}" for key, value in texts.items()) or "-"
 
 
 def choice_values(choice: Choice) -> dict[str, Any]:
     """A chosen configuration as plain values."""
     record = choice.record
-    shown = {name: getattr(record, name) for name in ("number", "label", "strategy", "config_hash", "seed", "trial_id")}
-    return shown | {
+    fields = ("number", "label", "strategy", "config_hash", "seed", "trial_id")
+    return {name: getattr(record, name) for name in fields} | {
         "rule": choice.rule,
         "oracle": choice.oracle,
         "criterion": choice.criterion,
@@ -202,7 +284,5 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _percent(mean: float, half: float) -> str:
-    if not math.isfinite(mean):
-        return "-"
-    return f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+def _number(mean: float, half: float, metric: Metric) -> str:
+    return metric.number(mean, half) if math.isfinite(mean) else "-"

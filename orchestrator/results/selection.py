@@ -1,85 +1,103 @@
-"""Which configuration to choose: pure functions on the records of a study, applied after its trials have run.
+"""Selection rules: which configuration to choose, as pure functions on the records of a study.
 
-The criteria are those of DomainBed (Gulrajani & Lopez-Paz 2021, section 3). A rule ranks configurations, best first.
-Only trials of the search that used their whole budget (`complete`) are candidates: a pruned trial was stopped because
-it was behind, its validation accuracy belongs to a smaller budget, and its test numbers may be missing; counting it
-would compare unequal budgets. Trials with role `fold` or `confirm` are never candidates themselves.
+The criteria are those of Gulrajani and Lopez-Paz (2021), "In Search of Lost Domain Generalization", section 3. A rule
+ranks configurations by the selection metric of the study's task, best first. Only trials of the search that used their
+whole budget (`complete`) are candidates: a pruned trial was stopped because it was behind, its validation score belongs
+to a smaller budget, and its test numbers may be missing; counting it would compare unequal budgets. Trials with role
+`fold` or `confirm` are never candidates themselves.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.study_file.rules import VAL_DOMAIN
+from trainables.specs.metrics import CLASSIFICATION, VAL, Metric, TaskMetrics
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One configuration as a rule sees it."""
+    """One configuration, ranked by a rule."""
 
     rule: str
     record: TrialRecord
     """The search trial of the configuration."""
     value: float
-    """The rule's criterion, higher is better."""
+    """The rule's criterion, as recorded."""
     criterion: str
-    """Name of the metric behind `value`."""
+    """Recorded name of the metric behind `value`."""
 
     @property
     def oracle(self) -> bool:
-        """True if test data was looked at: an upper bound, not a result."""
+        """Whether the rule looks at test data: an upper bound, not a result."""
         return self.rule == "oracle"
 
 
 @dataclass(frozen=True)
 class Regret:
-    """What a rule gave away against a choice that looks at the test data."""
+    """Loss of a rule's choice against a choice that looks at test data."""
 
-    metric: str
+    criterion: str
+    """Recorded name of the metric that is compared."""
     chosen: Choice
     oracle: Choice
     value: float
-    """`metric` of the oracle's configuration minus that of the chosen one (accuracy, 0 or more)."""
+    """Score of the oracle's configuration less that of the chosen one: 0 or more, in the metric's unit."""
+    metric: Metric
+    """Table entry of `criterion`."""
 
 
-Rule = Callable[[Iterable[TrialRecord]], list[Choice]]
+Rule = Callable[[Iterable[TrialRecord], TaskMetrics], list[Choice]]
 
 
-def id_val(records: Iterable[TrialRecord]) -> list[Choice]:
-    """Rank by best accuracy on ID validation (`best/val/acc`); ties: lower `val/nll`, then the earlier trial."""
-    return _ranked("id_val", "best/val/acc", [(r, r.metric("best/val/acc")) for r in candidates(records)])
+def id_val(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
+    """Rank by the best score on ID validation; ties: the task's tie-breaker on ID validation, then the earlier trial.
+
+    Example:
+        >>> from orchestrator.record.records import TrialRecord
+        >>> trials = [
+        ...     TrialRecord(trial_id=name, number=number, strategy=name, label=name, state="complete",
+        ...                 config_hash=name, metrics={"best/val/acc": accuracy})
+        ...     for number, (name, accuracy) in enumerate([("full", 0.91), ("lora", 0.93)])
+        ... ]
+        >>> [choice.record.label for choice in id_val(trials)]
+        ['lora', 'full']
+    """
+    name = metrics.best_validation
+    return _ranked("id_val", name, [(record, record.metric(name)) for record in candidates(records)], metrics)
 
 
-def leave_one_domain_out(records: Iterable[TrialRecord]) -> list[Choice]:
-    """Rank by mean accuracy on the held-out ID domain over a configuration's folds; every held-out domain of the study
-    counts once, and only configurations with a complete fold for each of them are ranked.
+def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
+    """Rank by the mean score on the held-out ID domain over a configuration's folds.
+
+    Every held-out domain of the study counts once, and only configurations with a complete fold for each of them are
+    ranked.
 
     Raises:
         ValueError: fewer than two domains were held out, or no configuration has all its folds.
     """
-    found = list(records)
+    records = list(records)
     folds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for record in found:
-        value = record.metric("held_out/acc")
+    for record in records:
+        value = record.metric(metrics.held_out)
         if record.role == "fold" and record.state == "complete" and record.held_out and value is not None:
             folds[record.config_hash][record.held_out].append(value)
     domains = {domain for by_domain in folds.values() for domain in by_domain}
     if len(domains) < 2:
+        names = f" ({', '.join(sorted(domains))})" if domains else ""
         raise ValueError(
-            f"leave_one_domain_out needs complete folds for at least 2 ID domains, but got {len(domains)}"
-            f"{' (' + ', '.join(sorted(domains)) + ')' if domains else ''}. "
+            f"leave_one_domain_out needs complete folds for at least 2 ID domains, but got {len(domains)}{names}. "
             "List two or more domains under data.id and set search.objective to leave_one_domain_out, or select by "
             "id_val."
         )
     scored: list[tuple[TrialRecord, float | None]] = [
         (record, _mean(_mean(values) for values in folds[record.config_hash].values()))
-        for record in candidates(found)
+        for record in candidates(records)
         if set(folds.get(record.config_hash, ())) == domains
     ]
     if not scored:
@@ -88,88 +106,104 @@ def leave_one_domain_out(records: Iterable[TrialRecord]) -> list[Choice]:
             f"{', '.join(sorted(domains))}, but none has them all. Run the study again to continue it, or select by "
             "id_val."
         )
-    return _ranked("leave_one_domain_out", "held_out/acc", scored)
+    return _ranked("leave_one_domain_out", metrics.held_out, scored, metrics)
 
 
-def oracle(records: Iterable[TrialRecord]) -> list[Choice]:
-    """Rank by mean accuracy on the OOD test domains (`test/acc` where a study has none). It looks at test data, so it
-    is only an upper bound to measure regret with."""
-    found = candidates(records)
-    metric = _oracle_metric(found)
-    return _ranked("oracle", metric, [(record, record.metric(metric)) for record in found])
+def oracle(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
+    """Rank by the mean score over the OOD test domains (the ID test where a study has none).
+
+    It looks at test data, so it is only an upper bound to measure regret with.
+    """
+    complete = candidates(records)
+    has_ood = any(record.metric(metrics.ood_mean) is not None for record in complete)
+    name = metrics.ood_mean if has_ood else metrics.test
+    return _ranked("oracle", name, [(record, record.metric(name)) for record in complete], metrics)
 
 
-def val_domain(records: Iterable[TrialRecord], domain: str) -> list[Choice]:
-    """Rank by accuracy on one OOD domain that the person gave up as a test (`val_domain:<name>`)."""
-    metric = f"ood/{domain}/acc"
-    return _ranked(f"{VAL_DOMAIN}{domain}", metric, [(r, r.metric(metric)) for r in candidates(records)])
+def val_domain(records: Iterable[TrialRecord], domain: str, metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
+    """Rank by the score on one OOD domain that the study gave up as a test domain (`val_domain:<name>`)."""
+    name = metrics.of_domain(domain)
+    scored = [(record, record.metric(name)) for record in candidates(records)]
+    return _ranked(f"{VAL_DOMAIN}{domain}", name, scored, metrics)
 
 
 RULES: dict[str, Rule] = {"id_val": id_val, "leave_one_domain_out": leave_one_domain_out, "oracle": oracle}
 
 
-def rank(records: Iterable[TrialRecord], rule: str = "id_val") -> list[Choice]:
+def rank(records: Iterable[TrialRecord], rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
     """Distinct configurations, best first, by the rule of that name.
 
     Raises:
         ValueError: unknown rule, no complete trial, or what the rule itself needs is missing.
     """
     if rule.startswith(VAL_DOMAIN):
-        return val_domain(records, rule.removeprefix(VAL_DOMAIN))
+        return val_domain(records, rule.removeprefix(VAL_DOMAIN), metrics)
     if rule not in RULES:
         near = difflib.get_close_matches(rule, RULES, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        known = ", ".join([*RULES, f"{VAL_DOMAIN}<name>"])
-        raise ValueError(f"A selection rule is one of {known}, but got {rule!r}.{hint}")
-    return RULES[rule](records)
+        names = ", ".join([*RULES, f"{VAL_DOMAIN}<name>"])
+        raise ValueError(f"A selection rule is one of {names}, but got {rule!r}.{hint}")
+    return RULES[rule](records, metrics)
 
 
-def tested(records: Iterable[TrialRecord], rule: str) -> list[TrialRecord]:
-    """The records with OOD mean and worst over test domains alone: a domain that `rule` uses for validation is left out
-    of both. Other rules change nothing."""
+def without_validation_domain(
+    records: Iterable[TrialRecord], rule: str, metrics: TaskMetrics = CLASSIFICATION
+) -> list[TrialRecord]:
+    """The records with OOD mean and worst over test domains only.
+
+    A domain that `rule` uses for validation is left out of both. Other rules change nothing.
+    """
     if not rule.startswith(VAL_DOMAIN):
         return list(records)
-    return [_without_domain(record, rule.removeprefix(VAL_DOMAIN)) for record in records]
+    return [_without_domain(record, rule.removeprefix(VAL_DOMAIN), metrics) for record in records]
 
 
-def select(records: Iterable[TrialRecord], rule: str = "id_val", label: str | None = None) -> Choice:
-    """The configuration that the rule chooses, of all or of one label (errors: see `rank`)."""
-    ranked = rank(records, rule)
+def select(
+    records: Iterable[TrialRecord],
+    rule: str = "id_val",
+    label: str | None = None,
+    metrics: TaskMetrics = CLASSIFICATION,
+) -> Choice:
+    """The best configuration by a rule, of all or of one label (errors: see `rank`)."""
+    ranked = rank(records, rule, metrics)
     if label is None:
         return ranked[0]
     for choice in ranked:
         if choice.record.label == label:
             return choice
-    known = ", ".join(dict.fromkeys(choice.record.label for choice in ranked))
-    raise ValueError(f"A label with a complete trial is one of {known}, but got {label!r}.")
+    labels = ", ".join(dict.fromkeys(choice.record.label for choice in ranked))
+    raise ValueError(f"A label with a complete trial is one of {labels}, but got {label!r}.")
 
 
-def per_label(records: Iterable[TrialRecord], rule: str = "id_val") -> dict[str, Choice]:
+def per_label(
+    records: Iterable[TrialRecord], rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION
+) -> dict[str, Choice]:
     """The chosen configuration of every label that has one, best label first (errors: see `rank`)."""
-    chosen: dict[str, Choice] = {}
-    for choice in rank(records, rule):
-        chosen.setdefault(choice.record.label, choice)
-    return chosen
+    return _best_of_each_label(rank(records, rule, metrics))
 
 
-def regret(records: Iterable[TrialRecord], rule: str = "id_val") -> Regret:
-    """What the rule's choice lacks against the oracle's, both measured on their search trials (errors: see `rank`)."""
-    found = tested(records, rule)
-    best, chosen = select(found, "oracle"), select(found, rule)
-    metric = best.criterion
-    return Regret(metric, chosen, best, best.value - chosen.record.metrics.get(metric, math.nan))
+def regret(records: Iterable[TrialRecord], rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION) -> Regret:
+    """Loss of the rule's choice against the oracle's, both measured on their search trials (errors: see `rank`)."""
+    records = without_validation_domain(records, rule, metrics)
+    best = select(records, "oracle", metrics=metrics)
+    chosen = select(records, rule, metrics=metrics)
+    metric = metrics.selection
+    reached = chosen.record.metrics.get(best.criterion, math.nan)
+    return Regret(best.criterion, chosen, best, metric.score(best.value) - metric.score(reached), metric)
 
 
-def top_candidates(records: Iterable[TrialRecord], k: int, rule: str = "id_val") -> list[TrialRecord]:
-    """Up to `k` distinct configurations to look at again: the best of every label first, then the rest, each ranked.
+def top_candidates(
+    records: Iterable[TrialRecord], k: int, rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION
+) -> list[TrialRecord]:
+    """Up to `k` distinct configurations for confirmation: the best of every label first, then the rest, each ranked.
 
     Raises:
         ValueError: negative `k`; or see `rank`.
     """
     if k < 0:
         raise ValueError(f"The number of candidates must be 0 or more, but got {k}.")
-    ranked = rank(records, rule)
-    first = {id(choice) for choice in _first_of_each_label(ranked)}
+    ranked = rank(records, rule, metrics)
+    first = {id(choice) for choice in _best_of_each_label(ranked).values()}
     ordered = sorted(ranked, key=lambda choice: id(choice) not in first)  # stable: keeps the ranks
     return [choice.record for choice in ordered[:k]]
 
@@ -192,42 +226,44 @@ def candidates(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     return sorted(distinct.values(), key=lambda r: r.number)
 
 
-def _ranked(rule: str, criterion: str, scored: Sequence[tuple[TrialRecord, float | None]]) -> list[Choice]:
+def _ranked(
+    rule: str, criterion: str, scored: Sequence[tuple[TrialRecord, float | None]], metrics: TaskMetrics
+) -> list[Choice]:
     choices = [Choice(rule, record, value, criterion) for record, value in scored if value is not None]
     if not choices:
         raise ValueError(
             f"The rule {rule} needs the metric {criterion}, but none of the {len(scored)} complete trials has a finite "
             "one. Choose another rule."
         )
-    return sorted(choices, key=lambda c: (-c.value, _nll(c.record), c.record.number))
+
+    def order(choice: Choice) -> tuple[float, float, int]:
+        return -metrics.selection.score(choice.value), -_tie_score(choice.record, metrics), choice.record.number
+
+    return sorted(choices, key=order)
 
 
-def _nll(record: TrialRecord) -> float:
-    value = record.metric("val/nll")
-    return math.inf if value is None else value
+def _tie_score(record: TrialRecord, metrics: TaskMetrics) -> float:
+    value = record.metric(metrics.tie_breaker.on(VAL))
+    return -math.inf if value is None else metrics.tie_breaker.score(value)
 
 
-def _without_domain(record: TrialRecord, domain: str) -> TrialRecord:
-    named = (re.fullmatch(r"ood/(.+)/acc", key) for key in record.metrics)
-    domains = {match[1] for match in named if match} - {"mean", "worst", domain}
-    values = [record.metrics[f"ood/{name}/acc"] for name in sorted(domains)]
-    metrics = {key: value for key, value in record.metrics.items() if key not in ("ood/mean/acc", "ood/worst/acc")}
+def _without_domain(record: TrialRecord, domain: str, metrics: TaskMetrics) -> TrialRecord:
+    summaries = (metrics.ood_mean, metrics.ood_worst)
+    values = [record.metrics[metrics.of_domain(name)] for name in metrics.domains(record.metrics) if name != domain]
+    kept = {name: value for name, value in record.metrics.items() if name not in summaries}
     if values:
-        metrics |= {"ood/mean/acc": _mean(values), "ood/worst/acc": min(values)}
-    return replace(record, metrics=metrics)
+        kept[metrics.ood_mean] = _mean(values)
+        kept[metrics.ood_worst] = metrics.selection.worst(values)
+    return replace(record, metrics=kept)
 
 
-def _oracle_metric(records: Sequence[TrialRecord]) -> str:
-    return "ood/mean/acc" if any(r.metric("ood/mean/acc") is not None for r in records) else "test/acc"
-
-
-def _first_of_each_label(ranked: Iterable[Choice]) -> list[Choice]:
-    first: dict[str, Choice] = {}
+def _best_of_each_label(ranked: Iterable[Choice]) -> dict[str, Choice]:
+    best: dict[str, Choice] = {}
     for choice in ranked:
-        first.setdefault(choice.record.label, choice)
-    return list(first.values())
+        best.setdefault(choice.record.label, choice)
+    return best
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.fsum(found) / len(found)
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)

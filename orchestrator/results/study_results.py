@@ -1,16 +1,23 @@
-"""What a study found: leaderboard, best configuration, regret and warnings, from its records alone."""
+"""Results of a study: leaderboard, best configuration, regret, findings and warnings, from its records alone."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.records import INTERRUPTED, TrialRecord
+from orchestrator.record.records import INTERRUPTED, TrialRecord, metrics_of
 from orchestrator.results import selection
 from orchestrator.results.findings import findings
-from orchestrator.results.leaderboard import choice_values, finite, leaderboard, markdown_table, measured, print_table
+from orchestrator.results.leaderboard import (
+    choice_values,
+    finite,
+    leaderboard,
+    markdown_table,
+    print_table,
+    reported_trials,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,88 +25,119 @@ if TYPE_CHECKING:
 
     from orchestrator.study_file.schema import StudySpec
 
-NearEdge = Callable[..., list[str]]
-"""(strategy, hparams, fixed=…, preset=…) → one sentence per value at an edge, as `search_spaces.near_edge`."""
-
 ENOUGH_SEEDS = 3
 """Below this many seeds a leaderboard row is warned about: the 95 % interval of two seeds is 12.7 standard errors."""
 
 
 class Results:
-    """The outcome of a study. Reading it changes nothing and needs neither a cluster nor a tracking server.
+    """The outcome of a study. Read-only; needs neither a cluster nor a tracking server.
 
     Args:
-        records: the study's trials (`orchestrator.record.journal.fold`).
-        spec: the study, or its fields as a mapping; `name`, `search.objective` and the `label`, `fixed` and `preset` of
-            its strategies are read.
-        near_edge: says which values lie at the edge of their range; default `search_spaces.near_edge`.
-        measurements: what was measured of the study as a whole (`orchestrator.record.records.measurements`).
+        records: the study's trials (`orchestrator.record.records.fold`).
+        spec: the study, or its fields as a mapping; `name`, `task`, `search.objective` and the `label`, `fixed` and
+            `preset` of its strategies are read.
+        measurements: study-level measurements (`orchestrator.record.records.measurements`).
+
+    Raises:
+        ValueError: the study's task is unknown.
+
+    Example:
+        >>> from orchestrator.record.records import TrialRecord
+        >>> trials = [
+        ...     TrialRecord(trial_id=name, number=number, strategy=name, label=name, config_hash=name, state="complete",
+        ...                 metrics={"best/val/acc": val, "test/acc": test})
+        ...     for number, (name, val, test) in enumerate([("full", 0.91, 0.88), ("lora", 0.93, 0.87)])
+        ... ]
+        >>> results = Results(trials, {"name": "pets"})
+        >>> results.best().record.label
+        'lora'
+        >>> results.leaderboard()["test/acc"].to_list()
+        [0.87, 0.88]
+        >>> f"{results.regret().value:.2f}"
+        '0.01'
     """
 
     def __init__(
         self,
         records: Sequence[TrialRecord],
         spec: StudySpec | Mapping[str, Any] | None = None,
-        near_edge: NearEdge | None = None,
         measurements: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.records = list(records)
         self.measurements = dict(measurements or {})
         self.spec = spec
+        self.metrics = metrics_of(spec)
+        """Metrics of the study's task."""
         self.name = str(_field(spec, "name") or "study")
         objective = _field(_field(spec, "search"), "objective")
         self.rule = str(objective or "id_val")
-        self._near_edge = near_edge
+        """The study's own selection rule."""
 
     def leaderboard(self, rule: str | None = None) -> pd.DataFrame:
-        """One row per label; columns and errors: see `orchestrator.results.leaderboard.leaderboard`. Default rule: the
-        study's own."""
-        return leaderboard(self.records, rule or self.rule)
+        """One row per label, by a rule or the study's own.
+
+        Columns and errors: see `orchestrator.results.leaderboard.leaderboard`.
+        """
+        return leaderboard(self.records, rule or self.rule, self.metrics)
 
     def best(self, rule: str = "id_val", label: str | None = None) -> selection.Choice:
-        """The configuration that a rule chooses, of all or of one label (ValueError: no complete trial)."""
-        return selection.select(self.records, rule, label)
+        """The best configuration by a rule, of all or of one label (ValueError: no complete trial)."""
+        return selection.select(self.records, rule, label, self.metrics)
+
+    def per_label(self, rule: str | None = None) -> dict[str, selection.Choice]:
+        """The best configuration of every label that has one, best label first (ValueError: no complete trial)."""
+        return selection.per_label(self.records, rule or self.rule, self.metrics)
 
     def regret(self, rule: str | None = None) -> selection.Regret:
-        """What the rule gave away against the oracle (ValueError: no complete trial)."""
-        return selection.regret(self.records, rule or self.rule)
+        """Loss of a rule's choice against the oracle's (ValueError: no complete trial)."""
+        return selection.regret(self.records, rule or self.rule, self.metrics)
 
     def findings(self) -> list[str]:
-        """What the study says, in sentences; none before a trial is complete."""
-        return findings(self.records, self.rule, self.measurements)
+        """Findings as sentences; none before a trial is complete."""
+        return findings(self.records, self.rule, self.measurements, self.metrics)
 
     def warnings(self) -> list[str]:
-        """What a reader of the leaderboard should know before believing it, one sentence each."""
-        found = [*_trouble(self.records)]
+        """Reasons to doubt the leaderboard, one sentence each."""
+        sentences = list(_trouble(self.records))
         if any(r.role == "search" and r.state == "complete" for r in self.records):
-            found += self._edges() + self._few_seeds()
-        return found
+            sentences += self._edges() + self._few_seeds()
+        return sentences
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values (NaN as None), with every trial under `records`.
 
-        Without a complete trial the leaderboard is empty and `problem` says why.
+        Without a complete trial the leaderboard is empty and `problem` is the reason.
         """
-        out: dict[str, Any] = {"study": self.name, "rule": self.rule, "problem": None, "leaderboard": []}
-        out |= {"best": None, "regret": None, "findings": self.findings(), "warnings": self.warnings()}
-        out["measurements"] = finite(self.measurements)
-        out["trials"] = dict(Counter(r.state for r in self.records))
-        out["records"] = [finite(_trial_values(record)) for record in self.records]
+        values: dict[str, Any] = {
+            "study": self.name,
+            "rule": self.rule,
+            "problem": None,
+            "leaderboard": [],
+            "best": None,
+            "regret": None,
+            "findings": self.findings(),
+            "warnings": self.warnings(),
+            "measurements": finite(self.measurements),
+            "trials": dict(Counter(r.state for r in self.records)),
+            "records": [finite(_trial_values(record)) for record in self.records],
+        }
         try:
-            best, lost, table = self.best(self.rule), self.regret(), self.leaderboard()
+            best = self.best(self.rule)
+            regret = self.regret()
+            table = self.leaderboard()
         except ValueError as error:
-            return out | {"problem": str(error)}
-        out["leaderboard"] = finite(table.to_dict("records"))
-        out["best"] = finite(choice_values(best))
-        out["regret"] = finite(
+            return values | {"problem": str(error)}
+        values["leaderboard"] = finite(table.to_dict("records"))
+        values["best"] = finite(choice_values(best))
+        values["regret"] = finite(
             {
-                "metric": lost.metric,
-                "value": lost.value,
-                "chosen": choice_values(lost.chosen),
-                "oracle": choice_values(lost.oracle),
+                "metric": regret.criterion,
+                "value": regret.value,
+                "chosen": choice_values(regret.chosen),
+                "oracle": choice_values(regret.oracle),
             }
         )
-        return out
+        return values
 
     def render(self, console: Console) -> None:
         """Print leaderboard, regret line, findings and warnings."""
@@ -107,7 +145,7 @@ class Results:
             title = f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}"
             rows = self.leaderboard().to_dict("records")
             console.print(title, markup=False, highlight=False, style="bold", soft_wrap=True)
-            print_table(console, rows)
+            print_table(console, rows, self.metrics)
             console.print(self.regret_line(), markup=False, highlight=False)
         except ValueError as error:
             console.print(str(error), markup=False)
@@ -117,54 +155,57 @@ class Results:
             console.print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
 
     def regret_line(self) -> str:
-        """One sentence: what the rule chose, and what the oracle would have (ValueError: no complete trial)."""
-        lost = self.regret()
-        chosen, best = lost.chosen.record, lost.oracle.record
-        head = f"Selection by {lost.chosen.rule}: {chosen.label} (trial {chosen.number})."
-        if lost.value == 0:
-            return (
-                f"{head} Regret 0.0 points of {lost.metric}: the oracle, which looks at test data, finds none better."
-            )
+        """One sentence: the rule's choice, and the oracle's (ValueError: no complete trial)."""
+        regret = self.regret()
+        chosen = regret.chosen.record
+        best = regret.oracle.record
+        lost = regret.metric.difference(regret.value, signed=False)
+        head = f"Selection by {regret.chosen.rule}: {chosen.label} (trial {chosen.number}). Regret {lost}"
+        if regret.value == 0:
+            return f"{head} of {regret.criterion}: the oracle, which looks at test data, finds none better."
         return (
-            f"{head} Regret {100 * lost.value:.1f} points of {lost.metric}: the oracle, which looks at test data, "
-            f"would choose {best.label} (trial {best.number}), {100 * lost.oracle.value:.1f} %."
+            f"{head} of {regret.criterion}: the oracle, which looks at test data, would choose {best.label} "
+            f"(trial {best.number}), {regret.metric.text(regret.oracle.value)}."
         )
 
     def markdown(self) -> str:
         """Leaderboard, regret, findings and warnings as Markdown (the note of the study's run in MLflow)."""
         lines = [f"# {self.name}", "", f"Selection by `{self.rule}`{self._oracle_mark()}.", ""]
         try:
-            lines += [*markdown_table(self.leaderboard().to_dict("records")), "", self.regret_line()]
+            lines += [*markdown_table(self.leaderboard().to_dict("records"), self.metrics), "", self.regret_line()]
         except ValueError as error:
             lines += [str(error)]
-        if found := self.findings():
-            lines += ["", "## Findings", "", *(f"- {sentence}" for sentence in found)]
+        sentences = self.findings()
+        if sentences:
+            lines += ["", "## Findings", "", *(f"- {sentence}" for sentence in sentences)]
         text = "\n".join([*lines, "", *(f"- **Warning:** {w}" for w in self.warnings())]).rstrip() + "\n"
-        return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # Markdown may hold HTML, and names come from anywhere
+        return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)  # Markdown may contain HTML, and names are untrusted
 
     def _oracle_mark(self) -> str:
         return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""
 
     def _edges(self) -> list[str]:
-        near_edge = self._near_edge or _near_edge_of_the_spaces()
+        import search_spaces
+
         entries = {str(_field(entry, "label")): entry for entry in _field(self.spec, "strategies") or ()}
-        found = []
+        sentences = []
         for label, record in self._chosen().items():
-            fixed, preset = _field(entries.get(label), "fixed") or {}, _field(entries.get(label), "preset")
-            edges = near_edge(record.strategy, record.hparams, fixed=tuple(fixed), preset=preset)
-            found += [f"{label}: {edge}" for edge in edges]
-        return found
+            fixed = _field(entries.get(label), "fixed") or {}
+            preset = _field(entries.get(label), "preset")
+            edges = search_spaces.near_edge(record.strategy, record.hparams, fixed=tuple(fixed), preset=preset)
+            sentences += [f"{label}: {edge}" for edge in edges]
+        return sentences
 
     def _chosen(self) -> dict[str, TrialRecord]:
-        """The chosen configuration per label; by ID validation where the study's own rule cannot say."""
+        """The chosen configuration per label; by ID validation where the study's own rule is not applicable."""
         try:
-            choices = selection.per_label(self.records, self.rule)
+            choices = self.per_label()
         except ValueError:
-            choices = selection.per_label(self.records)
+            choices = self.per_label("id_val")
         return {label: choice.record for label, choice in choices.items()}
 
     def _few_seeds(self) -> list[str]:
-        runs = {label: len(measured(self.records, r.config_hash)) for label, r in self._chosen().items()}
+        runs = {label: len(reported_trials(self.records, r.config_hash)) for label, r in self._chosen().items()}
         few = [f"{label} ({count})" for label, count in runs.items() if count < ENOUGH_SEEDS]
         if not few:
             return []
@@ -194,28 +235,20 @@ def _trial_values(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _near_edge_of_the_spaces() -> NearEdge:
-    import search_spaces
-
-    found: NearEdge = search_spaces.near_edge
-    return found
-
-
-def _trouble(records: Sequence[TrialRecord]) -> list[str]:
-    found = []
+def _trouble(records: Sequence[TrialRecord]) -> Iterator[str]:
     failed = [r for r in records if r.state == "failed" and r.reason != INTERRUPTED]
     if failed:
         reasons = ", ".join(f"{n} {why or 'unknown'}" for why, n in Counter(r.reason for r in failed).most_common())
-        found.append(f"{len(failed)} of {len(records)} trials failed ({reasons}); `luthier status` shows their errors.")
-    if unfinished := [r for r in records if r.unfinished]:
-        found.append(f"{len(unfinished)} of {len(records)} trials are unfinished. Run the study again to continue it.")
+        yield f"{len(failed)} of {len(records)} trials failed ({reasons}); `luthier status` shows their errors."
+    unfinished = [r for r in records if r.unfinished]
+    if unfinished:
+        yield f"{len(unfinished)} of {len(records)} trials are unfinished. Run the study again to continue it."
     search = [r for r in records if r.role == "search"]
     for label in dict.fromkeys(r.label for r in search):
         states = Counter(r.state for r in search if r.label == label)
         if not states["complete"]:
-            got = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
-            found.append(f"{label}: no trial used its whole budget ({got}), so it cannot be ranked.")
-    return found
+            counts = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+            yield f"{label}: no trial used its whole budget ({counts}), so it cannot be ranked."
 
 
 def _field(owner: Any, name: str) -> Any:

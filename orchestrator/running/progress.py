@@ -135,7 +135,8 @@ class Progress:
         for header in ("trial", "strategy", "epoch", "val", "spend", "state"):
             table.add_column(header, justify="left" if header in ("strategy", "state") else "right")
         for record in [*ended, *sorted(active, key=lambda r: r.number)]:
-            table.add_row(*_row(record, self._units(record), self._metrics), style=_STYLES.get(record.state))
+            style = _STYLES.get(record.state)
+            table.add_row(*_row(record, self._units(record), self._metrics), style=style)
         return Group(table, Text(self.summary(), style="bold"))
 
     def summary(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
-from orchestrator.planning.build import entries_of, make_scheduler, metric_of, planned_units, stages_of
+from orchestrator.planning.build import make_scheduler, planned_units, settings_of, stages_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
 from orchestrator.record.changes import check_changes, versions
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 log = logging.getLogger("luthier")
 
@@ -44,7 +44,7 @@ class StudyRun:
     spec: StudySpec
     folder: Path
     store: Store
-    task: Task
+    task: SharedTrialSettings
     progress: bool = True
     stages: Sequence[Stage] | None = None
     """The stages to run, without the search; None = the whole study."""
@@ -106,7 +106,7 @@ class StudyRun:
         from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory
         from orchestrator.running.journal_callback import RecordCallback
         from orchestrator.running.watchdog import Watchdog
-        from trainables.engine.tune_trainable import Trial
+        from trainables.engine.tune_trainable import TuneTrainable
 
         history = fold(journal.events())
         limits = self.spec.failures
@@ -116,7 +116,7 @@ class StudyRun:
         breaker = CircuitBreaker(limits.stop_after, limits.stop_share)
         journal.subscribe(breaker.event)
         tuner = tune.Tuner(
-            tune.with_resources(Trial, request),
+            tune.with_resources(TuneTrainable, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=make_scheduler(self.spec, history),
@@ -153,17 +153,11 @@ class StudyRun:
 
         spec = self.spec
         return StudySearcher(
-            entries=entries_of(spec),
-            task=self.task,
+            settings_of(spec, self.task, hints.values),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
-            trials=spec.search.trials,
-            sampler=spec.search.sampler,
-            seed=spec.search.seed,
-            metric=metric_of(spec),
             stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
             journal=journal,
-            hints=hints.values,
             searching=self.stages is None,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             changed=changed,

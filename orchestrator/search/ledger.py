@@ -1,6 +1,6 @@
-"""The Optuna side of a study: which trials exist, in what state, and what they are worth.
+"""Ledger of a study's trials: their states and objectives, in step with Optuna.
 
-Everything here is rebuilt from Optuna's storage (optuna_storage.py), and that from the journal where there is one.
+Rebuilt from Optuna's storage (orchestrator/search/optuna_store.py), which in turn is reconciled with the journal.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _STATES: dict[TrialState, Any] = {
     TrialState.FAIL: "failed",
 }
 Identity = tuple[str, int, str, str | None, str | None]
-"""(config_hash, seed, role, held_out, sample): what makes a trial the same trial for a resumed study."""
+"""(config_hash, seed, role, held_out, sample): equal for a trial and its resumed run."""
 
 
 def identity(trial: TrialSpec | TrialRecord) -> Identity:
-    """What a resumed study knows a trial by."""
+    """The key by which a resumed study recognises a trial."""
     return trial.config_hash, trial.seed, trial.role, trial.held_out, trial.sample
 
 
@@ -40,25 +40,29 @@ class Ledger:
     """All trials of a study in Optuna's storage, and those that run now.
 
     Args:
-        storage: where they are kept.
-        journal: hears of the sampler's repetitions, which `replay` needs.
+        storage: Optuna's.
+        journal: journals duplicate proposals, which `Replay` needs.
     """
 
     def __init__(self, storage: OptunaStorage, journal: Journal | None = None) -> None:
         self._storage = storage
         self._journal = journal
         self.records: dict[str, TrialRecord] = {}
-        """Trials of this and earlier drivers by Tune's id, without those that an earlier driver left unfinished."""
+        """Trials of this and earlier drivers by Tune's id, without the unfinished ones of earlier drivers."""
         self.values: dict[str, list[float]] = {}
         """Objectives of complete trials by Tune's id."""
         self.interrupted: dict[Identity, TrialRecord] = {}
-        """Trials that an earlier driver left unfinished and that have not been proposed again."""
-        self._heard: dict[Identity, dict[int, float]] = {}
+        """Unfinished trials of earlier drivers that have not been proposed again."""
+        self.sampled = storage.sampled
+        """Optuna study of the trials that the sampler may learn from."""
+        self.fixed = storage.fixed
+        """Optuna study of the trials whose configuration was fixed."""
+        self._reported: dict[Identity, dict[int, float]] = {}
+        """Interrupted trial → unit → objective."""
         self._live: dict[str, Trial] = {}
-        self._reported: dict[str, int] = {}
+        self._last_unit: dict[str, int] = {}
         self._next = 0
-        self.drawn, self.given = self._storage.drawn, self._storage.given
-        for study in (self.drawn, self.given):
+        for study in (self.sampled, self.fixed):
             self._read(study)
 
     @property
@@ -73,9 +77,9 @@ class Ledger:
         return sorted(done, key=lambda record: record.number)
 
     def start(self, trial_id: str, trial: Trial, spec: TrialSpec) -> TrialRecord:
-        """Enter a proposed trial. One that an earlier driver left unfinished gets its old number again."""
-        before = self.interrupted.pop(identity(spec), None)
-        number = self._next if before is None else before.number
+        """Enter a proposed trial; an unfinished trial of an earlier driver keeps its number."""
+        interrupted = self.interrupted.pop(identity(spec), None)
+        number = self._next if interrupted is None else interrupted.number
         self._next = max(self._next, number + 1)
         record = TrialRecord(
             trial_id=trial_id,
@@ -98,17 +102,17 @@ class Ledger:
         trial.set_user_attr("trial", {key: getattr(record, key) for key in fields})
         self.records[trial_id] = record
         self._live[trial_id] = trial
-        if before is not None:  # it goes on: Optuna is to see the whole of it
-            for unit, value in self._heard.pop(identity(spec), {}).items():
+        if interrupted is not None:  # resumed: report its intermediate values from the first unit
+            for unit, value in self._reported.pop(identity(spec), {}).items():
                 self.report(trial_id, unit, value)
         return record
 
     def report(self, trial_id: str, unit: int, value: float) -> None:
-        """Keep an intermediate value; a unit that was reported before is ignored."""
+        """Report an intermediate value to Optuna; a unit that was reported before is ignored."""
         trial = self._live.get(trial_id)
-        if trial is not None and unit > self._reported.get(trial_id, -1) and len(trial.study.directions) == 1:
+        if trial is not None and unit > self._last_unit.get(trial_id, -1) and len(trial.study.directions) == 1:
             trial.report(value, unit)
-            self._reported[trial_id] = unit
+            self._last_unit[trial_id] = unit
 
     def end(
         self, trial_id: str, state: TrialState, values: Sequence[float] | None, result: Mapping[str, Any] | None
@@ -125,17 +129,22 @@ class Ledger:
             self.values[trial_id] = list(values)
 
     def duplicate(self, trial: Trial, twin: TrialRecord) -> None:
-        """Tell a proposal whose configuration is known already the known value (FAIL where there is none yet)."""
+        """Tell Optuna the objectives of an earlier trial with the same configuration (FAIL if it has none yet)."""
         trial.set_user_attr("duplicate_of", twin.number)
         values = self.values.get(twin.trial_id)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
         if self._journal is not None:
-            told = {"search_values": dict(trial.params), "values": values, "state": state.name}
-            self._journal.append("proposal_repeated", number=twin.number, **told)
+            self._journal.append(
+                "proposal_repeated",
+                number=twin.number,
+                search_values=dict(trial.params),
+                values=values,
+                state=state.name,
+            )
         trial.study.tell(trial, values, state=state)
 
     def close(self) -> None:
-        """Withdraw the trials that still run: Optuna gets FAIL, and the next driver proposes them again."""
+        """Withdraw the running trials: Optuna gets FAIL, and the next driver proposes them again."""
         for trial_id, trial in list(self._live.items()):
             trial.set_user_attr("interrupted", True)
             trial.study.tell(trial, state=TrialState.FAIL)
@@ -144,9 +153,9 @@ class Ledger:
         self._storage.close()
 
     def _read(self, study: optuna.Study) -> None:
-        """Take over what an earlier driver left: ended trials as they are, unfinished ones as FAIL, to be repeated."""
+        """Take over the trials of earlier drivers: ended ones as they are, unfinished ones as FAIL, to be repeated."""
         while any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
-            study.ask()  # a waiting trial cannot be told; asked for, it is a running one
+            study.ask()  # Optuna cannot end a waiting trial, only a running one
         for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING:
                 self._storage.interrupt(study, trial.number)
@@ -169,7 +178,7 @@ class Ledger:
         self._next = max(self._next, record.number + 1)
         if attrs.get("interrupted"):
             self.interrupted[identity(record)] = record
-            self._heard[identity(record)] = dict(sorted(trial.intermediate_values.items()))
+            self._reported[identity(record)] = dict(sorted(trial.intermediate_values.items()))
             return
         self.interrupted.pop(identity(record), None)
         self.records[record.trial_id] = record

@@ -1,14 +1,11 @@
-"""Optuna's storage of a study: opened, checked, and made again from the journal where that knows better.
+"""Optuna's storage of a study, reconciled with the journal (source of truth).
 
 Two Optuna studies share one database. `<name>` holds the trials that the sampler may learn from; `<name>/given` holds
-those whose configuration was given to it: folds, confirmations, single points, and (beside a learning sampler) the
-papers' sweeps.
+those with a fixed configuration: folds, confirmations, single points, and (beside a learning sampler) published sweeps.
 
-Optuna's storage made again from the journal, wherever the two disagree: the journal is the truth.
-
-They disagree after most deaths of a driver (Optuna hears of the end of a trial a moment before the journal does), when
-the database was deleted, damaged, put back from an old copy or written by an Optuna that this one cannot read, and when
-a person allowed a change of what is searched.
+Storage and journal disagree after most crashes of a driver (a trial's end is told to Optuna shortly before it is
+journalled), when the database was deleted, damaged, restored from an old copy or written by an incompatible version of
+Optuna, and when a change of the search space was allowed. The storage is then rebuilt from the journal.
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.search.sampling import LEARNING
 from orchestrator.search.space import SearchError, SearchSpace
+from trainables.specs.metrics import best_or_last
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Event
@@ -42,84 +40,91 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("luthier")
 
-Fate = tuple[str, tuple[float, ...]]
-"""Name of the Optuna state and the values, of a trial that has ended."""
+FIXED_SUFFIX = "/given"
+"""Suffix of the Optuna study with fixed configurations; part of stored studies, so it cannot change."""
+
+FinalState = tuple[str, tuple[float, ...]]
+"""Name of Optuna's state, and the objectives, of a trial that has ended."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the journal says of the search."""
+    """The search as recorded in the journal."""
 
     records: Sequence[TrialRecord]
     """All trials, by number."""
     repeats: Sequence[Mapping[str, Any]]
     """`proposal_repeated` events."""
     order: Mapping[int, int]
-    """Number of a trial → place of its first event in the journal."""
-    metrics: Sequence[str]
-    """The objectives."""
+    """Number of a trial → sequence number of its first event."""
+    objectives: Sequence[str]
+    """Recorded names of the objectives."""
 
     @classmethod
-    def of(cls, events: Sequence[Event], metrics: Sequence[str]) -> History:
+    def of(cls, events: Sequence[Event], objectives: Sequence[str]) -> History:
         """From a journal's events."""
         order: dict[int, int] = {}
         for event in events:
             if event["kind"] == "trial_suggested":
                 order.setdefault(int(event["number"]), int(event["seq"]))
-        return cls(fold(events), [e for e in events if e["kind"] == "proposal_repeated"], order, metrics)
+        return cls(fold(events), [e for e in events if e["kind"] == "proposal_repeated"], order, objectives)
 
-    def agrees(self, drawn: Sequence[FrozenTrial], given: Sequence[FrozenTrial]) -> bool:
-        """Whether the storage tells the same story: every trial of the journal is there, every ended one ended the
-        same way in both, and the sampler's repetitions are the same ones."""
-        every = [trial for trial in (*drawn, *given) if "trial" in trial.user_attrs]
-        told = {
-            int(trial.user_attrs["trial"]["number"]): _fate(trial)
-            for trial in every
+    def agrees(self, sampled: Sequence[FrozenTrial], fixed: Sequence[FrozenTrial]) -> bool:
+        """Whether Optuna's trials match the journal.
+
+        Every trial of the journal is in the storage, ended trials ended the same way in both, and the duplicate
+        proposals are the same.
+        """
+        trials = [trial for trial in (*sampled, *fixed) if "trial" in trial.user_attrs]
+        stored = {int(trial.user_attrs["trial"]["number"]) for trial in trials}
+        stored_ends = {
+            int(trial.user_attrs["trial"]["number"]): _final_state(trial)
+            for trial in trials
             if trial.state.is_finished() and "interrupted" not in trial.user_attrs
         }
-        mine = {r.number: self.ended(r) for r in self.records if not r.resumable}
-        there = {int(trial.user_attrs["trial"]["number"]) for trial in every}
-        repeated = [(t.user_attrs["duplicate_of"], _fate(t)) for t in drawn if "duplicate_of" in t.user_attrs]
-        known = [(e["number"], (e["state"], tuple(e["values"] or ()))) for e in self.repeats]
-        return told == mine and {r.number for r in self.records} <= there and repeated == known
+        journal_ends = {r.number: self.ended(r) for r in self.records if not r.resumable}
+        stored_repeats = [
+            (trial.user_attrs["duplicate_of"], _final_state(trial))
+            for trial in sampled
+            if "duplicate_of" in trial.user_attrs
+        ]
+        journal_repeats = [(e["number"], (e["state"], tuple(e["values"] or ()))) for e in self.repeats]
+        complete = {r.number for r in self.records} <= stored
+        return complete and stored_ends == journal_ends and stored_repeats == journal_repeats
 
-    def ended(self, record: TrialRecord) -> Fate:
-        """What `StudySearcher.on_trial_complete` tells Optuna of a trial that ended so."""
+    def ended(self, record: TrialRecord) -> FinalState:
+        """The final state that `StudySearcher.on_trial_complete` tells Optuna for an ended trial."""
         if record.state == "pruned":
             steps = self.intermediate(record)
             return "PRUNED", (steps[max(steps)],) if steps else ()
-        found = [record.metrics.get(f"best/{name}", record.metrics.get(name)) for name in self.metrics]
-        values = tuple(value for value in found if value is not None and math.isfinite(value))
-        if record.state == "complete" and len(values) == len(found):
+        reported = [best_or_last(record.metrics, name) for name in self.objectives]
+        values = tuple(value for value in reported if value is not None and math.isfinite(value))
+        if record.state == "complete" and len(values) == len(reported):
             return "COMPLETE", values
         return "FAIL", ()
 
     def intermediate(self, record: TrialRecord) -> dict[int, float]:
-        """Unit → value of the objective, as far as it is finite; empty where there are several objectives."""
-        if len(self.metrics) > 1:
+        """Unit → objective, where finite; empty with several objectives, for which Optuna takes no such values."""
+        if len(self.objectives) > 1:
             return {}
-        values = {int(past["unit"]): past.get(self.metrics[0], math.nan) for past in record.history}
+        values = {int(past["unit"]): past.get(self.objectives[0], math.nan) for past in record.history}
         return {unit: value for unit, value in values.items() if math.isfinite(value)}
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The journal's side of a study's Optuna storage.
-
-    Args:
-        history: what the journal says.
-        searched: what is searched.
-    """
+    """Rebuilds a study's Optuna storage from its journal."""
 
     history: History
     searched: SearchSpace
+    """The present search space."""
 
-    def fill(self, drawn: optuna.Study, given: optuna.Study) -> None:
+    def fill(self, sampled: optuna.Study, fixed: optuna.Study) -> None:
         """Enter all trials of the journal into two empty studies, in the order of the journal."""
         entries: list[tuple[int, optuna.Study, FrozenTrial]] = []
         for record in self.history.records:
             space = self.space(record)
-            study = given if space is None else drawn
+            study = fixed if space is None else sampled
             entries.append((self.history.order[record.number], study, self._trial(record, space or {})))
         for event in self.history.repeats:
             space = self._searched_space(event["search_values"]) or {}
@@ -128,23 +133,26 @@ class Replay:
                 state=state, values=values, params={name: event["search_values"][name] for name in space},
                 distributions=space, user_attrs={"duplicate_of": event["number"]},
             )  # fmt: skip
-            entries.append((int(event["seq"]), drawn, trial))
+            entries.append((int(event["seq"]), sampled, trial))
         for _, study, trial in sorted(entries, key=lambda entry: entry[0]):
             study.add_trial(trial)
 
     def space(self, record: TrialRecord) -> dict[str, BaseDistribution] | None:
-        """The distributions of a trial's search values, maybe none; None = the sampler must not learn from it: it was
-        given to the search, or lies outside of what is searched now."""
-        searched, values = self.searched, record.search_values
+        """The distributions of a trial's search values, possibly empty.
+
+        None if the sampler must not learn from it: its configuration was fixed, or is outside of the present space.
+        """
+        searched = self.searched
+        values = record.search_values
         if record.role != "search":
             return None
-        sweep = searched.sweeps.get(record.label)
-        if sweep is None:
+        preset = searched.presets.get(record.label)
+        if preset is None:
             return self._searched_space(values)
         if searched.sampler in LEARNING:
             return None
         choices: dict[str, Sequence[Any]] = {"strategy": searched.labels}
-        for step in sweep.preset.steps:
+        for step in preset.steps:
             choices |= {f"{record.label}.{key}": tuple(grid) for key, grid in step.items()}
         return {
             name: CategoricalDistribution(choices[name]) for name in values if values[name] in choices.get(name, ())
@@ -154,8 +162,8 @@ class Replay:
         trial = FixedTrial(dict(values))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # Optuna only warns of a value outside of its range
-                self.searched.configuration(trial)
+                warnings.simplefilter("error")  # Optuna only warns about a value outside its range
+                self.searched.suggest(trial)
         except (ValueError, KeyError, UserWarning):
             return None
         return dict(trial.distributions) if trial.distributions.keys() == values.keys() else None
@@ -168,8 +176,13 @@ class Replay:
             "label": record.label,
             "trial": {name: getattr(record, name) for name in fields},
         }
-        state, values = ("FAIL", ()) if record.resumable else self.history.ended(record)
-        attrs |= {"interrupted": True} if record.resumable else {"metrics": dict(record.metrics)}
+        if record.resumable:
+            attrs["interrupted"] = True
+            state: str = "FAIL"
+            values: tuple[float, ...] = ()
+        else:
+            attrs["metrics"] = dict(record.metrics)
+            state, values = self.history.ended(record)
         return create_trial(
             state=TrialState[state],
             values=list(values) or None,
@@ -181,27 +194,27 @@ class Replay:
 
 
 def set_aside(database: Path) -> None:
-    """Move a SQLite database out of the way, over the one that was moved before."""
+    """Rename a SQLite database to `<name>.replaced`, overwriting an earlier one."""
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     if database.exists():
         os.replace(database, database.with_name(f"{database.name}.replaced"))
 
 
-def _fate(trial: FrozenTrial) -> Fate:
+def _final_state(trial: FrozenTrial) -> FinalState:
     return trial.state.name, tuple(trial.values or ())
 
 
-log = logging.getLogger("luthier")
-
 LOCK_SECONDS = 30
-"""How long SQLite waits for somebody else's transaction."""
+"""Timeout for another connection's transaction."""
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Optuna's storage; SQLite with a write-ahead log, so that a commit (some twenty per trial) does not wait for the
-    disk and a dashboard may read meanwhile. Killing the driver loses nothing; a power cut may lose the last trials,
-    never the file, and what the journal knows of them is joined again by their numbers."""
+    """Optuna's storage; SQLite with a write-ahead log.
+
+    Commits (some twenty per trial) then do not wait for the disk, and a dashboard can read meanwhile. A killed driver
+    loses nothing; a power cut may lose the last trials, never the file, and these are rebuilt from the journal.
+    """
     if not url.startswith("sqlite"):
         return optuna.storages.RDBStorage(url)
     storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
@@ -211,27 +224,29 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         connection.execute("PRAGMA synchronous=NORMAL")
 
     sqlalchemy_event.listen(storage.engine, "connect", prepare)
-    storage.engine.dispose()  # the constructor's connection was opened without
+    storage.engine.dispose()  # the constructor's connection was opened without these settings
     return storage
 
 
 class OptunaStorage:
-    """Both studies, open.
+    """Both Optuna studies, open.
 
     Args:
         url: Optuna storage, e.g. `sqlite:////abs/study/optuna.db`.
-        name: the Optuna study.
+        name: of the Optuna study.
         maximise: per objective, whether higher is better.
-        contents: what the study is about; a study of this name with other contents is an error.
-        replay: the journal's side; where the storage disagrees with it, or cannot be read, it is made again.
-        changed: a person allowed a change of the contents: then it is made again, too.
+        contents: settings that make trials comparable; a study of this name with other contents is an error.
+        replay: rebuilds the storage where it disagrees with the journal or cannot be read; None = there is no journal.
+        changed: whether a change of the contents was allowed; the storage is then rebuilt, too.
 
     Raises:
         SearchError: a study of that name exists with other directions or contents, or the storage is locked.
     """
 
-    drawn: optuna.Study
-    given: optuna.Study
+    sampled: optuna.Study
+    """Trials that the sampler may learn from."""
+    fixed: optuna.Study
+    """Trials with a fixed configuration."""
 
     def __init__(
         self,
@@ -242,8 +257,9 @@ class OptunaStorage:
         replay: Replay | None = None,
         changed: bool = False,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what a person has to know, Luthier says itself
-        self.url, self._name = url, name
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # Luthier reports what the user needs
+        self.url = url
+        self._name = name
         self._directions = [StudyDirection.MAXIMIZE if m else StudyDirection.MINIMIZE for m in maximise]
         self._contents = json.loads(json.dumps(contents))
         self._database: optuna.storages.RDBStorage | None = None
@@ -253,38 +269,36 @@ class OptunaStorage:
             self.close()
             set_aside(Path(url.removeprefix("sqlite:///")))
             self._connect(None, False)
-            replay.fill(self.drawn, self.given)
+            replay.fill(self.sampled, self.fixed)
 
     def interrupt(self, study: optuna.Study, number: int) -> None:
-        """End a running trial that nobody runs any more; a later one continues it."""
-        database = self._database
-        assert database is not None
-        study_id = database.get_study_id_from_name(study.study_name)
-        trial_id = database.get_trial_id_from_study_id_trial_number(study_id, number)
-        database.set_trial_user_attr(trial_id, "interrupted", True)
-        study.tell(number, state=optuna.trial.TrialState.FAIL)
+        """End a running trial whose driver is gone; a later trial continues it."""
+        assert self._database is not None
+        study_id = self._database.get_study_id_from_name(study.study_name)
+        trial_id = self._database.get_trial_id_from_study_id_trial_number(study_id, number)
+        self._database.set_trial_user_attr(trial_id, "interrupted", True)
+        study.tell(number, state=TrialState.FAIL)
 
     def close(self) -> None:
-        """Let go of the database; SQLite then folds its write-ahead log into its one file."""
+        """Close the database; SQLite then checkpoints its write-ahead log into the database file."""
         if self._database is not None:
             self._database.remove_session()
             self._database.engine.dispose()
 
     def _connect(self, replay: Replay | None, changed: bool) -> tuple[int, str] | None:
-        """Open both studies. What is wrong with them, as level and line of the log, if `replay` can mend it."""
+        """Open both studies. Returns the log level and message of a problem that `replay` can mend, else None."""
         try:
             self._database = _storage(self.url)
             cached = optuna.storages.get_storage(self._database)
-            self.drawn, self.given = (self._open(cached, name) for name in (self._name, f"{self._name}/given"))
-            if replay is None or replay.history.agrees(
-                *(s.get_trials(deepcopy=False) for s in (self.drawn, self.given))
-            ):
+            self.sampled = self._open(cached, self._name)
+            self.fixed = self._open(cached, f"{self._name}{FIXED_SUFFIX}")
+            if replay is None or _agrees(replay.history, self.sampled, self.fixed):
                 return None
-            return logging.INFO, f"{self.url} is made again from the journal, which knows better."
+            return logging.INFO, f"{self.url} is rebuilt from the journal, with which it disagrees."
         except SearchError as error:
             if not changed:
                 raise
-            return logging.WARNING, f"{self.url} is made again for the changed study. {error}"
+            return logging.WARNING, f"{self.url} is rebuilt for the changed study. {error}"
         except (SQLAlchemyError, StorageInternalError, RuntimeError, sqlite3.Error) as error:
             if "locked" in f"{error} {error.__cause__}":
                 raise SearchError(
@@ -294,16 +308,16 @@ class OptunaStorage:
             if replay is None:
                 raise
             reason = str(error).partition("\n")[0]
-            return logging.WARNING, f"{self.url} cannot be read ({reason}): it is made again from the journal."
+            return logging.WARNING, f"{self.url} cannot be read ({reason}): it is rebuilt from the journal."
 
     def _open(self, storage: optuna.storages.BaseStorage, name: str) -> optuna.Study:
-        directions, contents = self._directions, self._contents
+        directions = self._directions
+        contents = self._contents
         study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True, directions=directions)
         if study.directions != directions:
-            found, asked = (", ".join(d.name.lower() for d in ds) for ds in (study.directions, directions))
             raise SearchError(
-                f"The Optuna study {name!r} at {self.url} has the directions {found}, but this study needs {asked}. "
-                "Give the study another name."
+                f"The Optuna study {name!r} at {self.url} has the directions {_names(study.directions)}, but this "
+                f"study needs {_names(directions)}. Give the study another name."
             )
         before = study.user_attrs.get("luthier")
         if before is None and study.get_trials(deepcopy=False):
@@ -313,23 +327,32 @@ class OptunaStorage:
         if before is None:
             study.set_user_attr("luthier", contents)
         elif before != contents:
-            differ = sorted(k for k in {*before, *contents} if before.get(k) != contents.get(k))
+            keys = sorted(k for k in {*before, *contents} if before.get(k) != contents.get(k))
             raise SearchError(
-                f"The Optuna study {name!r} at {self.url} was made for something else: {', '.join(differ)} "
-                f"{'differs' if len(differ) == 1 else 'differ'}. Its trials cannot be compared with new ones. Give the "
+                f"The Optuna study {name!r} at {self.url} was made for something else: {', '.join(keys)} "
+                f"{'differs' if len(keys) == 1 else 'differ'}. Its trials cannot be compared with new ones. Give the "
                 "study another name, or put the old values back."
             )
         return study
 
 
 def disagreement(url: str, name: str, history: History) -> str | None:
-    """What is wrong with the storage of a study, seen from its journal; None = nothing. May write to the database."""
+    """How the storage of a study disagrees with its journal; None = it agrees. May write to the database."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = _storage(url)
-        studies = [optuna.load_study(study_name=found, storage=storage) for found in (name, f"{name}/given")]
-        agrees = history.agrees(*(study.get_trials(deepcopy=False) for study in studies))
+        sampled = optuna.load_study(study_name=name, storage=storage)
+        fixed = optuna.load_study(study_name=f"{name}{FIXED_SUFFIX}", storage=storage)
+        agrees = _agrees(history, sampled, fixed)
         storage.engine.dispose()
     except (SQLAlchemyError, StorageInternalError, RuntimeError, KeyError, sqlite3.Error) as error:
         return f"cannot be read ({str(error).partition(chr(10))[0]})"
     return None if agrees else "does not agree with the journal"
+
+
+def _agrees(history: History, sampled: optuna.Study, fixed: optuna.Study) -> bool:
+    return history.agrees(sampled.get_trials(deepcopy=False), fixed.get_trials(deepcopy=False))
+
+
+def _names(directions: Sequence[StudyDirection]) -> str:
+    return ", ".join(direction.name.lower() for direction in directions)

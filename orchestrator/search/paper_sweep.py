@@ -1,4 +1,4 @@
-"""The papers' own sweeps as a sequential searcher: a grid, then the next grid at the best point of the first."""
+"""Published sweeps as a sequential search: a grid, then the next grid at the best point of the first."""
 
 from __future__ import annotations
 
@@ -11,47 +11,38 @@ import search_spaces
 from orchestrator.record.records import TrialRecord
 from orchestrator.search.stages import Entry
 from search_spaces import Preset
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
 
 class Later(enum.Enum):
-    """What a sweep answers when it has no point to give."""
+    """Why a sweep has no point to propose now."""
 
     WAIT = "the next step needs trials that still run"
-    DONE = "all points were given"
+    DONE = "all points were proposed"
 
 
 class Sweep:
-    """One entry's published sweep; asks for its points one by one.
+    """One entry's published sweep, proposed point by point.
 
-    It keeps no state of its own: which point is next follows from the trials that are finished or running, so a
-    restarted driver goes on where the last one was.
+    Stateless: the next point follows from the finished and running trials, so that a restarted driver continues where
+    the last one stopped.
 
     Args:
         entry: what is swept; its `fixed` is added to the preset's.
         preset: the sweep.
-        task: what the study's trials share.
-        maximise: whether a higher value of the study's metric is better.
-
-    Raises:
-        ValueError: the entry fixes what the preset sweeps.
+        task: settings that the study's trials share.
+        maximise: whether a higher objective is better.
     """
 
-    def __init__(self, entry: Entry, preset: Preset, task: Task, maximise: bool = True) -> None:
-        clash = sorted(preset.swept & set(entry.fixed))
-        if clash:
-            raise ValueError(
-                f"A preset decides the values that it sweeps, but {entry.label} fixes {', '.join(clash)} too. "
-                "Take it out of `fixed`, or drop the preset."
-            )
+    def __init__(self, entry: Entry, preset: Preset, task: SharedTrialSettings, maximise: bool = True) -> None:
         self.entry = entry
         self.preset = preset
         self.task = task
         self.maximise = maximise
         self.ended_early = False
-        """True once a step ended without a complete trial, so that the steps after it have no point to start from."""
+        """True once a step ended without a complete trial, so that the steps after it have no starting point."""
 
     def next(
         self, finished: Mapping[str, TrialRecord], running: Collection[str], values: Mapping[str, float]
@@ -60,8 +51,8 @@ class Sweep:
 
         Args:
             finished: search trials by `config_hash`, of any entry.
-            running: `config_hash` of the trials that run now.
-            values: the study's metric by `config_hash`, of complete trials.
+            running: `config_hash` of the running trials.
+            values: the objective by `config_hash`, of complete trials.
         """
         base = {**self.preset.fixed, **self.entry.fixed}
         steps = range(len(self.preset.steps))
@@ -78,12 +69,12 @@ class Sweep:
                 break
             if any(key in running for key in hashes):
                 return Later.WAIT
-            known = [(values[key], -index) for index, key in enumerate(hashes) if key in values]
-            if not known:
+            complete = [index for index, key in enumerate(hashes) if key in values]
+            if not complete:
                 self._end_early(step, len(points))
                 break
-            best = max(known, key=lambda pair: (pair[0] if self.maximise else -pair[0], pair[1]))
-            base = points[-best[1]]
+            scores = {index: values[hashes[index]] if self.maximise else -values[hashes[index]] for index in complete}
+            base = points[max(complete, key=lambda index: scores[index])]  # of equals the first
         return Later.DONE
 
     def hash_of(self, hparams: Mapping[str, Any]) -> str:
@@ -93,7 +84,7 @@ class Sweep:
     def spec_of(self, hparams: Mapping[str, Any], seed: int = 0) -> TrialSpec:
         """One configuration of this entry as a trial."""
         return TrialSpec(
-            task=self.task, strategy=self.entry.strategy, label=self.entry.label, hparams=hparams, seed=seed
+            shared=self.task, strategy=self.entry.strategy, label=self.entry.label, hparams=hparams, seed=seed
         )
 
     def _end_early(self, step: int, points: int) -> None:
@@ -105,21 +96,29 @@ class Sweep:
         self.ended_early = True
 
 
-def sweep_of(entry: Entry, sampler: str, task: Task, maximise: bool = True) -> Sweep | None:
-    """The sweep that an entry runs under a sampler, or None where the sampler draws its configurations.
+def preset_of(entry: Entry, sampler: str) -> Preset | None:
+    """The preset that an entry follows under a sampler, or None where the sampler searches it.
 
-    An entry with a preset runs it under every sampler. With the sampler `paper` every entry has one: its preset
-    `paper`, or its default point where the strategy has no such preset. An entry that leaves nothing to search is a
+    An entry with a preset follows it under every sampler. Under the sampler `paper` every entry has one: its preset
+    `paper`, or its default point where the strategy has no such preset. An entry without searched hyperparameters is a
     sweep of one point.
 
     Raises:
         ValueError: unknown strategy or preset, or the entry fixes what the preset sweeps.
     """
+    presets = search_spaces.presets(entry.strategy)
     if entry.preset is not None:
-        return Sweep(entry, search_spaces.preset(entry.strategy, entry.preset), task, maximise)
-    known = search_spaces.presets(entry.strategy)
-    if sampler == "paper" and "paper" in known:
-        return Sweep(entry, known["paper"], task, maximise)
-    if sampler == "paper" or not search_spaces.searched(entry.strategy, entry.fixed):
-        return Sweep(entry, Preset(fixed=search_spaces.default_point(entry.strategy, entry.fixed)), task, maximise)
-    return None
+        preset = search_spaces.preset(entry.strategy, entry.preset)
+    elif sampler == "paper" and "paper" in presets:
+        preset = presets["paper"]
+    elif sampler == "paper" or not search_spaces.searched(entry.strategy, entry.fixed):
+        preset = Preset(fixed=search_spaces.default_point(entry.strategy, entry.fixed))
+    else:
+        return None
+    clash = sorted(preset.swept & set(entry.fixed))
+    if clash:
+        raise ValueError(
+            f"A preset decides the values that it sweeps, but {entry.label} fixes {', '.join(clash)} too. "
+            "Take it out of `fixed`, or drop the preset."
+        )
+    return preset

@@ -1,4 +1,4 @@
-"""The search itself: default points first, then sweeps and the sampler's proposals, until the budget is used."""
+"""Proposals of a search: default points first, then sweeps and the sampler, until the budget is used."""
 
 from __future__ import annotations
 
@@ -16,45 +16,63 @@ from orchestrator.search.sampling import LEARNING, make_sampler
 from orchestrator.search.space import SearchSpace
 from orchestrator.search.stages import search_seed
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
 ROUNDS = 2
-"""Random points that every searched entry gets after its default, before the sampler may choose between entries: a
-strategy is not given up for one unlucky draw."""
+"""Random points of every searched entry after its default, before the sampler chooses between entries, so that one
+unlucky point does not rule out a strategy."""
 ATTEMPTS = 16
-"""Proposals in a row that may repeat known configurations before the space counts as used up; the second half are
-drawn at random."""
+"""Consecutive duplicate proposals after which the space counts as exhausted; the second half are random."""
 
 Proposal = tuple[Trial, TrialSpec]
 
 
 class Proposals:
-    """Proposes search trials; what comes next follows from the ledger, the seed and the arguments alone.
+    """Proposes search trials; the next one follows from the ledger, the seed and the arguments alone.
 
-    Order: the default point of every entry that the sampler searches and the first point of every sweep; hints that are
-    new to the study, each with its entry's defaults; what an earlier driver left unfinished; the rest of the sweeps;
+    Order: the default point of every searched entry and the first point of every sweep; hints that are new to the
+    study, each with its entry's defaults; trials that an earlier driver left unfinished; the rest of the sweeps;
     `ROUNDS` rounds over the searched entries; then the sampler chooses entry and values. A sweep that waits for its own
-    trials holds nobody else up.
+    trials does not block the others.
 
     Args:
         space: what may be proposed.
-        trials: search trials in all.
-        hints: see `orchestrator.search.searcher.StudySearcher`.
+        task: settings that all trials share.
+        seed: the study's.
+        trials: budget of the search.
+        maximise: whether a higher (first) objective is better.
+        hints: see `orchestrator.search.searcher.SearchSettings`.
 
     Raises:
-        SearchError: the budget does not hold the default points and sweeps.
+        SearchError: the budget is smaller than the default points and sweeps.
     """
 
-    def __init__(self, space: SearchSpace, trials: int, hints: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        task: SharedTrialSettings,
+        seed: int,
+        trials: int,
+        maximise: bool = True,
+        hints: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         space.check_budget(trials)
-        self.space, self.trials = space, trials
-        searched = space.searched
-        self.exhausted = not searched
-        self.hints = {label: values for label, values in (hints or {}).items() if label in searched}
-        spare = trials - space.given
-        self._rounds = min(ROUNDS, spare // (2 * len(searched))) if searched and space.sampler != "random" else 0
+        self.space = space
+        self.task = task
+        self.seed = seed
+        self.trials = trials
+        self.sweeps = {
+            label: Sweep(space.entries[label], preset, task, maximise) for label, preset in space.presets.items()
+        }
+        """Label → sweep, of entries that follow a preset."""
+        self.exhausted = not space.searched
+        """Whether the sampler has nothing new to propose."""
+        self.hints = {label: values for label, values in (hints or {}).items() if label in space.searched}
+        self._rounds = 0
+        if space.searched and space.sampler != "random":
+            self._rounds = min(ROUNDS, (trials - space.prescribed) // (2 * len(space.searched)))
 
     def next(self, ledger: Ledger) -> Proposal | None:
         """The next search trial; None = wait for running trials, or, where none runs, the search is over."""
@@ -66,9 +84,9 @@ class Proposals:
             if not self._proposed(ledger, label):
                 if label in self.space.searched:
                     return self._draw(ledger, self.space.default(self.space.searched[label]))
-                found = self._from_sweep(ledger, self.space.sweeps[label], finished, running)
-                if found is not None:
-                    return found
+                proposal = self._from_sweep(ledger, self.sweeps[label], finished, running)
+                if proposal is not None:
+                    return proposal
         for label, values in self.hints.items():
             if not self._hinted(ledger, label, values):
                 hint = {f"{label}.{key}": value for key, value in values.items()}
@@ -76,50 +94,60 @@ class Proposals:
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
             if record.role == "search" and record.label in self.space.searched and record.search_values:
                 return self._draw(ledger, dict(record.search_values))
-        for sweep in self.space.sweeps.values():
-            found = self._from_sweep(ledger, sweep, finished, running)
-            if found is not None:
-                return found
+        for sweep in self.sweeps.values():
+            proposal = self._from_sweep(ledger, sweep, finished, running)
+            if proposal is not None:
+                return proposal
         return None if self.exhausted else self._draw(ledger, self._round(ledger))
 
     def _proposed(self, ledger: Ledger, label: str) -> int:
         return sum(r.label == label and r.role == "search" for r in ledger.records.values())
 
     def _hinted(self, ledger: Ledger, label: str, values: Mapping[str, Any]) -> bool:
-        """Whether the default point with these values has been proposed, in this run or in an earlier one."""
+        """Whether the default point with these values was proposed, in this run or an earlier one."""
         entry = self.space.searched[label]
         point = search_spaces.default_point(entry.strategy, entry.fixed) | dict(values)
-        wanted = TrialSpec(task=self.space.task, strategy=entry.strategy, label=label, hparams=point).config_hash
-        return any(r.config_hash == wanted and r.role == "search" for r in ledger.records.values())
+        hinted = TrialSpec(shared=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
+        return any(r.config_hash == hinted and r.role == "search" for r in ledger.records.values())
 
     def _round(self, ledger: Ledger) -> dict[str, Any]:
-        """The entry whose turn it is in the first rounds; empty = the sampler may choose."""
+        """Optuna's parameter of the next entry in the first rounds; empty = the sampler chooses the entry."""
         counts = {label: self._proposed(ledger, label) for label in self.space.searched}
         fewest = min(counts, key=lambda label: counts[label])
         return {"strategy": fewest} if counts[fewest] <= self._rounds else {}
 
-    def _draw(self, ledger: Ledger, given: Mapping[str, Any]) -> Proposal | None:
-        """Ask Optuna, with some parameters given, until the configuration is a new one."""
+    def _draw(self, ledger: Ledger, fixed: Mapping[str, Any]) -> Proposal | None:
+        """Ask Optuna, the first time with some parameters fixed, until the configuration is new."""
+        study = ledger.sampled
         for attempt in range(ATTEMPTS):
-            study = ledger.drawn
-            # Interrupted trials do not count, so that a continued study draws what an uninterrupted one would have.
+            # Interrupted trials do not count, so that a continued study proposes what an uninterrupted one would have.
             number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
             sampler = self.space.sampler if attempt < ATTEMPTS // 2 else "random"
-            study.sampler = make_sampler(sampler, stream_seed(self.space.seed, "sampler", number), self.trials)
-            if given:
-                study.enqueue_trial(dict(given))
+            study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number), self.trials)
+            if fixed and attempt == 0:
+                study.enqueue_trial(dict(fixed))
             trial = study.ask()
-            spec = self.space.configuration(trial)
-            same = (r for r in ledger.records.values() if r.config_hash == spec.config_hash)
-            twin = next((r for r in same if r.role == "search"), None)  # a reference trial may have been there before
+            spec = self._spec(trial)
+            # A reference trial of the same configuration is no duplicate: it ran on another sample.
+            same = (r for r in ledger.records.values() if r.config_hash == spec.config_hash and r.role == "search")
+            twin = next(same, None)
             if twin is None:
                 return trial, spec
             ledger.duplicate(trial, twin)
             ledger.interrupted.pop(identity(spec), None)
-            given = {}
         log.warning("%d proposals in a row were known already: the search ends early.", ATTEMPTS)
         self.exhausted = True
         return None
+
+    def _spec(self, trial: Trial) -> TrialSpec:
+        entry, hparams = self.space.suggest(trial)
+        return TrialSpec(
+            shared=self.task,
+            strategy=entry.strategy,
+            label=entry.label,
+            hparams=hparams,
+            seed=search_seed(self.seed),
+        )
 
     def _from_sweep(
         self, ledger: Ledger, sweep: Sweep, finished: Mapping[str, TrialRecord], running: Sequence[TrialRecord]
@@ -128,20 +156,22 @@ class Proposals:
         point = sweep.next(finished, {r.config_hash for r in running}, values)
         if isinstance(point, Later):
             return None
-        spec = sweep.spec_of(point, search_seed(self.space.seed))
+        spec = sweep.spec_of(point, search_seed(self.seed))
         if self.space.sampler in LEARNING:
-            return ledger.given.ask(), spec
+            return ledger.fixed.ask(), spec
         if self.space.sampler != "paper":
-            return ledger.drawn.ask(), spec
-        # Only for people who open the study in optuna-dashboard: the sweep's values as parameters.
-        grids = {f"{sweep.entry.label}.{key}": grid for step in sweep.preset.steps for key, grid in step.items()}
-        shown: dict[str, tuple[Any, Sequence[Any]]] = {"strategy": (sweep.entry.label, self.space.labels)}
-        for name, grid in grids.items():
-            value = point[name.rpartition(".")[2]]
-            if value in grid:
-                shown[name] = (value, grid)
-        ledger.drawn.enqueue_trial({name: value for name, (value, _) in shown.items()})
-        trial = ledger.drawn.ask()
-        for name, (_, choices) in shown.items():
+            return ledger.sampled.ask(), spec
+        return self._with_grid_parameters(ledger, sweep, point), spec
+
+    def _with_grid_parameters(self, ledger: Ledger, sweep: Sweep, point: Mapping[str, Any]) -> Trial:
+        """An Optuna trial with a sweep's values as parameters, for display in optuna-dashboard only."""
+        parameters: dict[str, tuple[Any, Sequence[Any]]] = {"strategy": (sweep.entry.label, self.space.labels)}
+        for step in sweep.preset.steps:
+            for key, grid in step.items():
+                if point[key] in grid:
+                    parameters[f"{sweep.entry.label}.{key}"] = (point[key], grid)
+        ledger.sampled.enqueue_trial({name: value for name, (value, _) in parameters.items()})
+        trial = ledger.sampled.ask()
+        for name, (_, choices) in parameters.items():
             trial.suggest_categorical(name, choices)
-        return trial, spec
+        return trial

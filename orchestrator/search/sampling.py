@@ -1,4 +1,4 @@
-"""Which Optuna sampler proposes, and which way a metric is better."""
+"""Optuna samplers, and the direction of an objective."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import warnings
 
 import optuna
 
+from trainables.specs.metrics import CLASSIFICATION, TOTAL_SECONDS, VAL, TaskMetrics, quantity
+
 SAMPLERS = ("tpe", "gp", "random", "nsga2", "paper")
 LEARNING = frozenset({"tpe", "gp", "nsga2"})
 """Samplers whose proposals depend on results."""
 FLAT = frozenset({"gp", "nsga2"})
-"""Samplers that know no conditional parameters: every trial draws the parameters of all entries, and uses those of
-the entry that it chose."""
+"""Samplers without conditional parameters: every trial samples the parameters of all entries, and uses those of the
+entry that it chose."""
 STARTUP = 10
 """Trials before a learning sampler learns; Optuna's own default."""
-
-_MINIMISED = frozenset({"loss", "nll", "ece"})
-_TEST = ("test/", "calib/", "ood/mean/", "ood/worst/")
 
 
 def check_sampler(name: str, objectives: int) -> None:
@@ -34,25 +33,41 @@ def check_sampler(name: str, objectives: int) -> None:
         )
 
 
-def maximised(metric: str) -> bool:
-    """Whether higher is better: not so for losses, calibration errors and costs.
+def maximised(name: str, metrics: TaskMetrics = CLASSIFICATION) -> bool:
+    """Whether a higher value of an objective is better.
+
+    Args:
+        name: recorded name, of a metric of the task or of a quantity with a direction.
+        metrics: of the study's task.
 
     Raises:
-        ValueError: a metric of test data, which must never steer a search. `ood/<domain>/…` of one domain is let
-            through: the study file names it as its validation domain.
+        ValueError: a metric of test data, which must never steer a search, or no objective at all. `ood/<domain>/…` of
+            one domain is accepted: the study file names it as its validation domain.
+
+    Example:
+        >>> maximised("val/acc"), maximised("val/nll"), maximised("cost/images_per_second")
+        (True, False, True)
     """
-    if metric.startswith(_TEST):
+    if metrics.tests(name):
+        alternatives = dict.fromkeys((metrics.validation, metrics.tie_breaker.on(VAL)))
         raise ValueError(
-            f"A search never looks at test data, but got the metric {metric!r}. Use val/acc or val/nll, or name one "
-            "domain for validation (search.validation_domain)."
+            f"A search never looks at test data, but got the metric {name!r}. Use {' or '.join(alternatives)}, or name "
+            "one domain for validation (search.validation_domain)."
         )
-    if metric.startswith("cost/"):
-        return metric.endswith("_per_second")
-    return metric.rpartition("/")[2] not in _MINIMISED
+    metric = metrics.named(name)
+    recorded = quantity(name)
+    if metric is not None:
+        return metric.direction == "max"
+    if recorded is not None and recorded.direction is not None:
+        return recorded.direction == "max"
+    raise ValueError(
+        f"A search optimises a metric with a direction, but got {name!r}. Use {metrics.validation}, or a cost such as "
+        f"{TOTAL_SECONDS.name} (docs/metrics.md has all names)."
+    )
 
 
 def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
-    """A fresh sampler; the seed must differ from proposal to proposal, since nothing of the last one is kept.
+    """A fresh sampler. The seed must differ from proposal to proposal, since no sampler state is kept between them.
 
     Args:
         name: one of `SAMPLERS`.

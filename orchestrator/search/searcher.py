@@ -1,13 +1,13 @@
-"""What to try next: a Tune searcher on Optuna's ask and tell, over all strategies of a study under one budget."""
+"""Search of a study: a Tune searcher on Optuna's ask and tell, over all strategies under one budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,42 @@ from orchestrator.search.proposals import Proposals
 from orchestrator.search.sampling import check_sampler, maximised
 from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, best_or_last
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
     from orchestrator.record.records import TrialRecord
 
-__all__ = ["Entry", "SearchError", "StudySearcher"]
+__all__ = ["Entry", "SearchError", "SearchSettings", "StudySearcher"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What is searched, and with which sampler and budget."""
+
+    entries: Sequence[Entry]
+    """What competes; labels are unique."""
+    task: SharedTrialSettings
+    """Settings that all trials share."""
+    trials: int
+    """Budget of the search; folds and confirmations are additional."""
+    sampler: str = "tpe"
+    """One of `orchestrator.search.sampling.SAMPLERS`."""
+    seed: int = 0
+    """The study's seed."""
+    metrics: TaskMetrics = CLASSIFICATION
+    """Of the study's task."""
+    objectives: tuple[str, ...] = ()
+    """Recorded names of the objectives; empty = the task's selection metric on ID validation."""
+    hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Label → values of a trial after the default points, with the others at their defaults."""
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            object.__setattr__(self, "objectives", (self.metrics.validation,))
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -36,107 +63,89 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     Use it with `TuneConfig(search_alg=…, num_samples=-1, max_concurrent_trials=…)`; it ends the run itself. Every
     config that it returns is `TrialSpec.to_dict()` plus `_number`, the trial's position in the study. Optuna's storage
-    holds the study: a new searcher over the same storage continues it, trials that an earlier driver left
-    unfinished first and under their old numbers. With one trial at a time, proposals depend on the seed alone.
+    holds the study: a new searcher over the same storage continues it, with unfinished trials of earlier drivers first
+    and under their old numbers. With one trial at a time, proposals depend on the seed alone.
 
-    Optuna hears COMPLETE only of trials that used their budget (`finished`), PRUNED of those stopped before, FAIL of
-    those that raised or whose metric is missing or not finite. The value told is `best/<metric>` where a trial reports
-    it, since the weights of the best unit are what a trial is worth.
+    Only trials that use their whole budget (`finished`) are told to Optuna as COMPLETE; early-stopped ones as PRUNED,
+    and those that raised or whose objective is missing or not finite as FAIL. The objective is `best/<metric>` where a
+    trial reports it, since a trial is worth the weights of its best unit.
 
     Args:
-        entries: what competes; their labels are unique.
-        task: what all trials share.
+        settings: what is searched.
         url: Optuna storage, e.g. `sqlite:////abs/study/optuna.db`.
         study_name: Optuna's name of the study.
-        trials: budget of the search; folds and confirmations come on top.
-        sampler: `tpe`, `gp`, `random`, `nsga2` or `paper` (see orchestrator/search/sampling.py).
-        seed: the study's seed.
-        epochs: units of a full trial, for trainables that do not report `finished`; None = the task's.
-        metric: the objective, or several of them.
         stages: what follows the search, in order.
-        journal: gets `trial_suggested` before Tune hears of a trial; what it says of earlier runs counts, not Optuna.
-        time_budget_s: seconds from the first proposal after which nothing more is proposed.
-        checkpoints: number → folder where that trial keeps its checkpoints; None = trials keep none.
-        changed: the study was changed since its last run, and a person allowed it.
-        hints: label → values that a trial after the default points gets, the others at their defaults.
+        journal: gets `trial_suggested` before Tune gets the trial; it takes precedence over Optuna's storage.
+        checkpoints: number → checkpoint folder of that trial; None = trials keep none.
+        changed: whether a change of the study since its last run was allowed.
         searching: False = only the stages run.
 
     Raises:
-        ValueError: two entries of one label, unknown sampler, strategy or preset, a metric of test data, a budget too
-            small for the given points (SearchError), or an existing Optuna study with other contents (SearchError).
+        ValueError: two entries of one label, unknown sampler, strategy or preset, an objective that is a metric of test
+            data or has no direction, a budget smaller than the prescribed points (SearchError), or an existing Optuna
+            study with other contents (SearchError).
     """
 
     def __init__(
         self,
-        entries: Sequence[Entry],
-        task: Task,
+        settings: SearchSettings,
         url: str,
         study_name: str,
-        trials: int,
-        sampler: str = "tpe",
-        seed: int = 0,
-        epochs: int | None = None,
-        metric: str | Sequence[str] = "val/acc",
+        *,
         stages: Sequence[Stage] = (),
         journal: Journal | None = None,
-        time_budget_s: float | None = None,
         checkpoints: Callable[[int], Path] | None = None,
         changed: bool = False,
-        hints: Mapping[str, Mapping[str, Any]] | None = None,
         searching: bool = True,
     ) -> None:
-        self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
-        maximise = [maximised(name) for name in self.metrics]
-        check_sampler(sampler, len(self.metrics))
-        modes = ["max" if m else "min" for m in maximise]
-        one = len(self.metrics) == 1
-        super().__init__(self.metrics[0] if one else list(self.metrics), modes[0] if one else modes)
-        self.epochs = task.epochs if epochs is None else epochs
+        self.settings = settings
+        self.objectives = settings.objectives
+        maximise = [maximised(name, settings.metrics) for name in self.objectives]
+        check_sampler(settings.sampler, len(self.objectives))
+        modes = ["max" if higher_is_better else "min" for higher_is_better in maximise]
+        if len(self.objectives) == 1:
+            super().__init__(self.objectives[0], modes[0])
+        else:
+            super().__init__(list(self.objectives), modes)
         self.max_concurrent: int | None = None
-        contents = _contents(entries, task, self.epochs, self.metrics, seed)
-        space = SearchSpace(entries, task, sampler, seed, maximise)
-        self.proposals = Proposals(space, trials, hints)
+        space = SearchSpace(settings.entries, settings.sampler)
+        self.proposals = Proposals(space, settings.task, settings.seed, settings.trials, maximise[0], settings.hints)
         self._searching = searching
         replay = None
         if journal is not None:
-            replay = Replay(History.of(journal.events(), self.metrics), space)
-        storage = OptunaStorage(url, study_name, maximise, contents, replay, changed)
+            replay = Replay(History.of(journal.events(), self.objectives), space)
+        storage = OptunaStorage(url, study_name, maximise, _contents(settings), replay, changed)
         self.ledger = Ledger(storage, journal)
-        self._journal, self._checkpoints = journal, checkpoints
+        self._journal = journal
+        self._checkpoints = checkpoints
         self._stages = deque(stages)
         self._queue: deque[TrialSpec] = deque()
         self._configs: dict[str, dict[str, Any]] = {}
-        self._budget_s = time_budget_s
-        self._began: float | None = None
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Keep the limit here: Tune's own limiter would drop completions of resumed trials (STACK facts, A3.7)."""
+        """Enforce the limit in `suggest`: Tune's own limiter would drop completions of resumed trials."""
         self.max_concurrent = max_concurrent
         return True
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """Metric and space are the study's own; what Tune passes is not used."""
+        """Ignore Tune's metric and space: the study has its own."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The config of the next trial, None to be asked again later, or `Searcher.FINISHED`."""
         if trial_id in self._configs:
             return self._configs[trial_id]
-        self._began = time.monotonic() if self._began is None else self._began
-        if self._budget_s is not None and time.monotonic() - self._began >= self._budget_s:
-            log.warning("The time budget of %g s is used up: nothing more is proposed.", self._budget_s)
-            return str(Searcher.FINISHED)
         if self.max_concurrent and len(self.ledger.running) >= self.max_concurrent:
             return None
-        found = self.proposals.next(self.ledger) if self._searching else None
-        if found is None:
+        proposal = self.proposals.next(self.ledger) if self._searching else None
+        if proposal is None:
             if self.ledger.running and not self._queue:
                 return None
             spec = self._staged()
             if spec is None:
                 return str(Searcher.FINISHED)
-            found = self.ledger.given.ask(), spec
-        trial, spec = found
+            proposal = self.ledger.fixed.ask(), spec
+        trial, spec = proposal
         record = self.ledger.start(trial_id, trial, spec)
         self._record(record)
         self._configs[trial_id] = {**spec.to_dict(), "_number": record.number}
@@ -145,8 +154,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return self._configs[trial_id]
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Keep the value of one unit."""
-        value = result.get(self.metrics[0])
+        """Report the objective of one unit to Optuna."""
+        value = result.get(self.objectives[0])
         if isinstance(value, int | float) and math.isfinite(value):
             self.ledger.report(trial_id, _unit(result), float(value))
 
@@ -158,57 +167,66 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         values = self._values(result or {})
         if error or (result and (values is None or "failure" in result)):
             self.ledger.end(trial_id, TrialState.FAIL, None, result)
-        elif not result or not (result.get("finished") or _unit(result) >= self.epochs):
+        elif not result or not (result.get("finished") or _unit(result) >= self.settings.task.epochs):
             self.ledger.end(trial_id, TrialState.PRUNED, None, result)
         else:
             self.ledger.end(trial_id, TrialState.COMPLETE, values, result)
 
     def close(self) -> None:
-        """Withdraw what still runs (interrupted, or the time budget is used up): the next driver repeats it."""
+        """Withdraw the running trials after an interruption; the next driver repeats them."""
         self.ledger.close()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: Optuna's storage has it."""
+        """Save an empty state: Optuna's storage has it all."""
         with open(checkpoint_path, "w", encoding="utf-8") as file:
             file.write("{}\n")
 
     def restore(self, checkpoint_path: str) -> None:
-        """Refuse: `Tuner.restore` would bring back trials that Optuna's storage knows better."""
+        """Refuse: `Tuner.restore` would bring back trials that disagree with Optuna's storage."""
         raise SearchError("A study is continued by running it again over the same storage, not by Tuner.restore.")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher for `restore`, which this one refuses; the copy holds nothing."""
+        """Nothing: Tune pickles its searcher for `restore`, which this one refuses."""
         return {}
 
     def _staged(self) -> TrialSpec | None:
-        """The next trial of the stages; called only when the search is over. None = the study is over."""
+        """The next trial of the stages, once the search is over; None = the study is over."""
         while not self._queue and self._stages:
             finished = self.ledger.finished
-            known = {identity(record) for record in finished}
-            self._queue.extend(s for s in self._stages[0].next(finished) if identity(s) not in known)
+            done = {identity(record) for record in finished}
+            self._queue.extend(spec for spec in self._stages[0].next(finished) if identity(spec) not in done)
             if not self._queue:
                 self._stages.popleft()
         return self._queue.popleft() if self._queue else None
 
     def _values(self, result: Mapping[str, Any]) -> list[float] | None:
-        found = [result.get(f"best/{name}", result.get(name)) for name in self.metrics]
-        values = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v)]
-        return values if len(values) == len(found) else None
+        reported = [best_or_last(result, name) for name in self.objectives]
+        values = [float(value) for value in reported if isinstance(value, int | float) and math.isfinite(value)]
+        return values if len(values) == len(reported) else None
 
     def _record(self, record: TrialRecord) -> None:
         if self._journal is not None:
-            place = ("trial_id", "number", "seed", "role", "held_out", "sample")
-            names = (*place, "strategy", "label", "hparams", "config_hash", "search_values")
-            self._journal.append("trial_suggested", **{name: getattr(record, name) for name in names})
+            self._journal.append("trial_suggested", **{name: getattr(record, name) for name in _JOURNALLED})
+
+
+_JOURNALLED = (
+    "trial_id", "number", "seed", "role", "held_out", "sample", "strategy", "label", "hparams", "config_hash",
+    "search_values",
+)  # fmt: skip
+"""Fields of a record in its event `trial_suggested`."""
 
 
 def _unit(result: Mapping[str, Any]) -> int:
     return int(result.get("unit", result.get("training_iteration", 0)))
 
 
-def _contents(entries: Sequence[Entry], task: Task, epochs: int, metrics: Sequence[str], seed: int) -> dict[str, Any]:
-    """What trials must have in common to be comparable: not where the data lie, but what is done with them."""
-    shared = dataclasses.asdict(task)
+def _contents(settings: SearchSettings) -> dict[str, Any]:
+    """Settings that trials must share to be comparable: not where the data are stored, but how they are used."""
+    shared = dataclasses.asdict(settings.task)
     for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
         del shared[name]
-    return {**shared, "epochs": epochs, "metric": list(metrics), "seed": seed, "strategies": space_contents(entries)}
+    return shared | {
+        "metric": list(settings.objectives),
+        "seed": settings.seed,
+        "strategies": space_contents(settings.entries),
+    }

@@ -1,4 +1,4 @@
-"""The space of a study: which entries are swept, which are searched, and what an Optuna trial over them means."""
+"""Search space of a study: which entries follow a preset, which are searched, and their parameters in Optuna."""
 
 from __future__ import annotations
 
@@ -11,63 +11,76 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import BaseTrial
 
 import search_spaces
-from orchestrator.search.paper_sweep import Sweep, sweep_of
+from orchestrator.search.paper_sweep import preset_of
 from orchestrator.search.sampling import FLAT
-from orchestrator.search.stages import Entry, search_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from orchestrator.search.stages import Entry
+from search_spaces import Preset
 
 
 class SearchError(ValueError):
-    """The search cannot be run as asked."""
+    """The search cannot be run as configured."""
 
 
 class SearchSpace:
-    """The entries of a study as the sampler sees them.
+    """The entries of a study, split into those that follow a preset and those that the sampler searches.
 
-    Args: see `orchestrator.search.searcher.StudySearcher`; `maximise` is per objective.
+    Args:
+        entries: what competes; their labels are unique.
+        sampler: one of `orchestrator.search.sampling.SAMPLERS`.
 
     Raises:
         SearchError: no entries, or two of one label.
-        ValueError: an unknown strategy or preset.
+        ValueError: an unknown strategy or preset, or an entry that fixes what its preset sweeps.
+
+    Example:
+        >>> space = SearchSpace([Entry("", "full"), Entry("", "linear_probe")], "tpe")
+        >>> list(space.searched), list(space.presets), space.prescribed
+        (['full'], ['linear_probe'], 2)
     """
 
-    def __init__(self, entries: Sequence[Entry], task: Task, sampler: str, seed: int, maximise: Sequence[bool]) -> None:
+    def __init__(self, entries: Sequence[Entry], sampler: str) -> None:
         repeated = sorted(label for label, n in Counter(e.label for e in entries).items() if n > 1)
         if repeated or not entries:
             got = f"{', '.join(repeated)} twice" if repeated else "no entry"
             raise SearchError(f"A study needs entries with distinct labels, but got {got}. Add or change `label`.")
-        self.task, self.sampler, self.seed = task, sampler, seed
-        self.labels = tuple(entry.label for entry in entries)
-        self.sweeps: dict[str, Sweep] = {}
-        """Label → sweep, of entries that follow a given sequence of points."""
+        self.sampler = sampler
+        self.entries = {entry.label: entry for entry in entries}
+        """Label → entry, in the order of the study."""
+        self.presets: dict[str, Preset] = {}
+        """Label → preset, of entries that follow a prescribed sequence of points."""
         self.searched: dict[str, Entry] = {}
         """Label → entry, of those that the sampler searches."""
         for entry in entries:
-            sweep = sweep_of(entry, sampler, task, maximise[0])
-            if sweep is None:
+            preset = preset_of(entry, sampler)
+            if preset is None:
                 self.searched[entry.label] = entry
             else:
-                self.sweeps[entry.label] = sweep
+                self.presets[entry.label] = preset
 
     @property
-    def given(self) -> int:
-        """Trials that are run whatever the sampler thinks: default points and whole sweeps."""
-        return sum(sweep.preset.size for sweep in self.sweeps.values()) + len(self.searched)
+    def labels(self) -> tuple[str, ...]:
+        """The labels of all entries."""
+        return tuple(self.entries)
+
+    @property
+    def prescribed(self) -> int:
+        """Trials that run regardless of the sampler: default points and whole sweeps."""
+        return sum(preset.size for preset in self.presets.values()) + len(self.searched)
 
     def check_budget(self, trials: int) -> None:
-        """Whether a budget holds the given trials.
+        """Check that a budget covers the prescribed trials.
 
         Raises:
             SearchError: it does not.
         """
-        if trials < self.given:
+        if trials < self.prescribed:
             raise SearchError(
-                f"The default points and sweeps of {', '.join(self.labels)} take {self.given} trials, but "
-                f"search.trials is {trials}. Raise it to {self.given} or more, or leave entries out."
+                f"The default points and sweeps of {', '.join(self.labels)} take {self.prescribed} trials, but "
+                f"search.trials is {trials}. Raise it to {self.prescribed} or more, or leave entries out."
             )
 
     def default(self, entry: Entry) -> dict[str, Any]:
-        """Optuna's parameters of an entry's default point (under a flat space with the others' defaults beside)."""
+        """Optuna's parameters of an entry's default point (in a flat space, with the defaults of the other entries)."""
         point: dict[str, Any] = {"strategy": entry.label}
         for other in self.searched.values() if self.sampler in FLAT else [entry]:
             fixed = set(other.fixed)
@@ -76,24 +89,17 @@ class SearchSpace:
                     point[f"{other.label}.{key}"] = value
         return point
 
-    def configuration(self, trial: BaseTrial) -> TrialSpec:
-        """The search trial that an Optuna trial means; asks it for entry and values."""
+    def suggest(self, trial: BaseTrial) -> tuple[Entry, dict[str, Any]]:
+        """The entry and hyperparameters of an Optuna trial, suggested by it."""
         label = trial.suggest_categorical("strategy", tuple(self.searched))
-        drawn: dict[str, dict[str, Any]] = {}
+        hparams: dict[str, dict[str, Any]] = {}
         for other in self.searched.values() if self.sampler in FLAT else [self.searched[label]]:
-            drawn[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
-        entry = self.searched[label]
-        return TrialSpec(
-            task=self.task,
-            strategy=entry.strategy,
-            label=label,
-            hparams=drawn[label],
-            seed=search_seed(self.seed),
-        )
+            hparams[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
+        return self.searched[label], hparams[label]
 
 
 def space_contents(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What the entries search, as JSON, to tell studies apart."""
+    """The entries and their search spaces as JSON, to compare studies."""
     return {
         entry.label: {
             "strategy": entry.strategy,

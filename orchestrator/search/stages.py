@@ -1,4 +1,4 @@
-"""What a study runs besides its search: the entries that compete, and the stages that follow the search."""
+"""Entries of a study, and the stages that follow its search."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Literal, Protocol
 
 from orchestrator.record.records import TrialRecord
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
 Configuration = tuple[str, str, Mapping[str, Any]]
 """(label, strategy, hparams)"""
 Choose = Callable[[list[TrialRecord]], Sequence[TrialRecord | Configuration]]
-"""Picks configurations from the finished trials of a search, best first; ValueError = nothing can be picked."""
+"""Chooses configurations from the finished trials of a search, best first; ValueError = none can be chosen."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Entry:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Hyperparameters that are not searched."""
     preset: str | None = None
-    """Run this published sweep of the strategy in place of a search."""
+    """Published sweep of the strategy that replaces the search."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.strategy)
@@ -43,18 +43,18 @@ class Stage(Protocol):
         """For messages."""
 
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
-        """The trials to run now, in order; called whenever nothing else runs.
+        """The trials of the stage, in order, given all finished trials; called whenever no trial is running.
 
-        A stage keeps no state: it says what it wants given everything that has finished, and what was run before
-        (also by an earlier driver) is left out by the caller. The stage is over once nothing new is wanted.
+        Stages are stateless: the caller drops trials that were run before, also by an earlier driver. A stage is over
+        once it has no new trial.
         """
 
 
 @dataclass(frozen=True)
 class FoldStage:
-    """Leave one domain out: each chosen configuration once per ID domain, trained without that domain."""
+    """Leave-one-domain-out: each chosen configuration once per ID domain, trained without that domain."""
 
-    task: Task
+    task: SharedTrialSettings
     choose: Choose
     domains: tuple[str, ...]
     seed: int
@@ -80,9 +80,9 @@ class FoldStage:
 
 @dataclass(frozen=True)
 class ConfirmStage:
-    """The chosen configurations again, on fresh seeds: what the leaderboard's intervals are computed from."""
+    """Confirmation: the chosen configurations on fresh seeds, from which the leaderboard's intervals are computed."""
 
-    task: Task
+    task: SharedTrialSettings
     choose: Choose
     seeds: int
     """How many fresh seeds per configuration."""
@@ -91,7 +91,7 @@ class ConfirmStage:
     name: str = "confirm"
 
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
-        """Seed by seed, so that an interrupted confirmation has looked at all configurations equally often."""
+        """Seed by seed, so that an interrupted confirmation has covered all configurations equally often."""
         before = [record for record in history if record.role != "confirm"]
         chosen = _chosen(self, before)
         return [
@@ -102,7 +102,7 @@ class ConfirmStage:
 
 
 def trial(
-    task: Task,
+    task: SharedTrialSettings,
     configuration: Configuration,
     seed: int,
     role: Literal["fold", "confirm", "reference"],
@@ -110,10 +110,10 @@ def trial(
     held_out: str | None = None,
     sample: str | None = None,
 ) -> TrialSpec:
-    """What a stage runs: a configuration on a task, under a seed and in a role (`TrialSpec` says what they mean)."""
+    """A trial of a stage: a configuration on a task, with a seed and a role (see `TrialSpec`)."""
     label, strategy, hparams = configuration
     return TrialSpec(
-        task=task,
+        shared=task,
         strategy=strategy,
         label=label,
         hparams=dict(hparams),
@@ -125,19 +125,19 @@ def trial(
 
 
 def search_seed(seed: int) -> int:
-    """The seed of every search trial: one for all, so that configurations are compared on equal draws."""
+    """Seed of every search trial: one for all, so that configurations differ in nothing else."""
     return stream_seed(seed, "search")
 
 
 def confirm_seed(seed: int, number: int) -> int:
-    """The seed of the confirmation runs with this number (0, 1 …); the search has never seen it."""
+    """Seed of the confirmation runs with this number (0, 1 …); the search never used it."""
     return stream_seed(seed, "confirm", number)
 
 
 def _chosen(stage: FoldStage | ConfirmStage, history: list[TrialRecord]) -> list[Configuration]:
     try:
-        picked = stage.choose(history)
+        choices = stage.choose(history)
     except ValueError as error:
         log.warning("Nothing to run for the stage %r: %s", stage.name, error)
         return []
-    return [(c.label, c.strategy, c.hparams) if isinstance(c, TrialRecord) else c for c in picked]
+    return [(c.label, c.strategy, c.hparams) if isinstance(c, TrialRecord) else c for c in choices]

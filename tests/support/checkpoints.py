@@ -23,10 +23,9 @@ def state(unit: int, step: int = 0, **meta: Any) -> RunState:
 
 def write_three_units(folder: Path) -> None:
     """Acquire the folder and save the states of units 1, 2 and 3, whatever the rate limit says."""
-    store = CheckpointStore(folder)
+    store = CheckpointStore(folder, clock=lambda: 0.0)
     store.acquire()
     for unit in (1, 2, 3):
-        store._cost = 0.0
         store.save_after_unit(partial(state, unit))
 
 

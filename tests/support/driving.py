@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import deque
@@ -12,9 +13,9 @@ from typing import Any
 import optuna
 from ray.tune.search import Searcher
 
-from orchestrator.search.searcher import StudySearcher
+from orchestrator.search.searcher import SearchSettings, StudySearcher
 from orchestrator.search.stages import Entry
-from trainables.specs.trial_spec import ModelSpec, Task
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 EPOCHS = 4
 BASE = {"linear_probe": 0.70, "full": 0.72, "lp_ft": 0.74, "daft": 0.78}
@@ -32,9 +33,11 @@ def entries(*names: str) -> list[Entry]:
     return [Entry("", name) for name in names]
 
 
-def task(**fields: Any) -> Task:
+def task(**fields: Any) -> SharedTrialSettings:
     """A task; its store is never opened."""
-    return Task(**{"store": "/data/store", "model": ModelSpec(name="resnet18"), "epochs": EPOCHS, **fields})
+    return SharedTrialSettings(
+        **{"store": "/data/store", "model": ModelSpec(name="resnet18"), "epochs": EPOCHS, **fields}
+    )
 
 
 def url(folder: Path) -> str:
@@ -46,8 +49,11 @@ def searcher(
     folder: Path, names: tuple[str, ...] = ("linear_probe", "full", "lp_ft", "daft"), **fields: Any
 ) -> StudySearcher:
     """A searcher over plain entries."""
-    given: dict[str, Any] = {"entries": entries(*names), "task": task(), "trials": 12, "sampler": "tpe", "seed": 3}
-    return StudySearcher(url=url(folder), study_name="s", **{**given, **fields})
+    settings: dict[str, Any] = {"entries": entries(*names), "task": task(), "trials": 12, "sampler": "tpe", "seed": 3}
+    names_of_settings = {field.name for field in dataclasses.fields(SearchSettings)}
+    settings |= {key: value for key, value in fields.items() if key in names_of_settings}
+    rest = {key: value for key, value in fields.items() if key not in names_of_settings}
+    return StudySearcher(SearchSettings(**settings), url=url(folder), study_name="s", **rest)
 
 
 def accuracy(config: Config) -> float:

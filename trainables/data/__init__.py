@@ -1,1 +1,1 @@
-"""The pixel store as a trial reads it: splits, transforms, batches, cached features."""
+"""Data of a trial: pixel store, splits, transforms, feature cache."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainables.specs.short_hash import short_hash
 from trainables.storage.atomic_files import atomic_file
-from trainables.storage.compute_once import cache_root
+from trainables.storage.compute_once import cache_root, compute_once
 
 if TYPE_CHECKING:
     from trainables.data.store import StoreLike
@@ -26,17 +25,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("luthier")
 
 BATCH = 256
-KEPT = 64
-"""Arrays that a process keeps mapped."""
+MAPPED_LIMIT = 64
+"""Arrays that a process has mapped at a time."""
 
 _mapped: OrderedDict[Path, NDArray[np.float32]] = OrderedDict()
+"""Least recently used first."""
 
 
 class FeatureCache:
-    """Features on disk as `.npy`, memory-mapped; written by whoever needs them first.
+    """Features on disk as `.npy`, memory-mapped; computed by the first trial that needs them.
 
-    Images go through the network in fixed batches from the first on, so that an image's features are the same bits
-    whichever number of images was asked for; a longer file therefore serves shorter requests.
+    Images go through the network in the same batches however many are requested, so that an image's features are the
+    same bits; a longer file therefore serves shorter requests.
+
+    Args:
+        root: see `trainables.storage.compute_once.cache_root`.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -54,12 +57,12 @@ class FeatureCache:
         """Features (count, D) of the first `count` images of a split, in the order of the store; read-only.
 
         Args:
-            backbone: the pretrained network, left where it is.
-            store: where the images are.
+            backbone: the pretrained network; it is not moved or changed.
+            store: the images.
             split: one of the store's.
-            count: how many images from the first on.
+            count: number of images.
             view: uint8 (B, H, W, 3) → float32 (B, 3, S, S), without augmentation.
-            device: where to compute.
+            device: of the computation.
 
         Raises:
             ValueError: the split has fewer images.
@@ -67,43 +70,45 @@ class FeatureCache:
         total = len(store.labels(split))
         if count > total:
             raise ValueError(f"Features of the first {count} images of {split} were asked for, but it has {total}.")
-        whole = min(total, -(-count // BATCH) * BATCH)
-        text = f"{backbone.digest} {store.digest} {split} {backbone.data_config} {torch.device(device).type}"
-        stem = hashlib.sha256(text.encode()).hexdigest()[:24]
-        folder = self.root / "features"
-        found = _find(folder, stem, whole, backbone.num_features)
-        if found is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / f"{stem}.lock"):
-                found = _find(folder, stem, whole, backbone.num_features)
-                if found is None:
-                    path = folder / f"{stem}-{whole}.npy"
-                    _write(path, _compute(backbone, store.images(split)[:whole], view, torch.device(device)))
-                    found = _map(path)
-        return found[:count]
+        device = torch.device(device)
+        rows = min(total, -(-count // BATCH) * BATCH)  # whole batches
+        key = [backbone.digest, store.digest, split, str(backbone.data_config), device.type]
+        stem = self.root / "features" / short_hash(key, digits=24)
+
+        def compute() -> NDArray[np.float32]:
+            path = _array_path(stem, rows)
+            _save(path, _compute(backbone, store.images(split)[:rows], view, device))
+            return _map(path)
+
+        features = compute_once(stem, lambda stem: _load_longer(stem, rows, backbone.num_features), compute)
+        return features[:count]
 
 
-def _find(folder: Path, stem: str, count: int, width: int) -> NDArray[np.float32] | None:
-    """The shortest readable array with at least `count` rows; None if there is none."""
-    sizes = sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{stem}-*.npy"))
+def _array_path(stem: Path, rows: int) -> Path:
+    return stem.with_name(f"{stem.name}-{rows}.npy")
+
+
+def _load_longer(stem: Path, rows: int, width: int) -> NDArray[np.float32] | None:
+    """The shortest readable array with at least `rows` rows; None = there is none."""
+    sizes = sorted(int(path.stem.rpartition("-")[2]) for path in stem.parent.glob(f"{stem.name}-*.npy"))
     for size in sizes:
-        if size < count:
+        if size < rows:
             continue
-        path = folder / f"{stem}-{size}.npy"
+        path = _array_path(stem, size)
         try:
-            found = _map(path)
+            features = _map(path)
         except (OSError, ValueError, EOFError) as error:
             log.warning("The stored features %s are damaged (%s) and are computed again.", path, error)
             continue
-        if found.shape == (size, width):
-            return found
+        if features.shape == (size, width):
+            return features
     return None
 
 
 def _map(path: Path) -> NDArray[np.float32]:
     if path not in _mapped:
         _mapped[path] = np.load(path, mmap_mode="r", allow_pickle=False)
-        while len(_mapped) > KEPT:
+        while len(_mapped) > MAPPED_LIMIT:
             _mapped.popitem(last=False)
     _mapped.move_to_end(path)
     return _mapped[path]
@@ -116,17 +121,17 @@ def _compute(
     module = backbone.module
     if any(tensor.device != device for tensor in module.state_dict().values()):
         module = copy.deepcopy(module).to(device)  # the pristine network stays where it is
-    found = np.empty((len(images), backbone.num_features), np.float32)
-    # Full float32 also on a GPU: these numbers are kept, and the linear probe's optimum is as good as they are.
+    features = np.empty((len(images), backbone.num_features), np.float32)
+    # Full float32 also on a GPU: the features are kept, and the linear probe's optimum is as accurate as they are.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         for i in range(0, len(images), BATCH):
             # A copy per batch: the store's view is read-only memory, which torch would not respect.
             batch = view(torch.tensor(images[i : i + BATCH]).to(device))
-            found[i : i + BATCH] = module(batch).float().cpu().numpy()
-    return found
+            features[i : i + BATCH] = module(batch).float().cpu().numpy()
+    return features
 
 
-def _write(path: Path, features: NDArray[np.float32]) -> None:
-    with atomic_file(path) as written, open(written, "wb") as file:  # given a path, np.save would add .npy
+def _save(path: Path, features: NDArray[np.float32]) -> None:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:  # given a path, np.save would append .npy
         np.save(file, features)
     _mapped.pop(path, None)

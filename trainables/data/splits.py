@@ -1,6 +1,6 @@
-"""Which sample goes where: seeded splits, stratified by class, and the nested order behind `train_fraction`.
+"""Seeded splits, stratified by class, and the nested order behind `train_fraction`.
 
-Pure functions on integer labels; no file is read here.
+Pure functions on integer labels.
 """
 
 from __future__ import annotations
@@ -12,31 +12,38 @@ from trainables.specs.seeds import stream_seed
 
 Integers = NDArray[np.int64]
 
-TRAIN, VAL, TEST = 0, 1, 2
-"""Codes that `stratified_split` returns."""
+TRAIN = 0
+VAL = 1
+TEST = 2
 
 
 def stratified_split(
     labels: Integers, domains: Integers, val_fraction: float, test_fraction: float, seed: int
 ) -> NDArray[np.int8]:
-    """Give every sample to train, val or test; each class is split by the same shares.
+    """Assign every sample to train, val or test, with the same shares in each class.
 
-    Of a class with n samples, max(1, round(n · fraction)) go to test and as many to val by its own fraction; the rest,
-    at least one, is for training. Within a class the domains are spread evenly over the three parts. A class is split
-    by random numbers of its own, so that another class never changes where its samples go.
+    Of a class with n samples, max(1, round(n · fraction)) go to test, and likewise to val; the rest, at least one, is
+    for training. Within a class the domains are spread evenly over the three. Each class has a random stream of its
+    own, so that other classes never change where its samples go.
 
     Args:
         labels: (n,) class of each sample.
         domains: (n,) domain of each sample.
-        val_fraction: share for validation, in [0, 1); 0 = no such part.
-        test_fraction: share for testing, in [0, 1); 0 = no such part.
-        seed: decides which samples; the sizes depend on the fractions alone.
+        val_fraction: share for validation, in [0, 1); 0 = no validation split.
+        test_fraction: share for testing, in [0, 1); 0 = no test split.
+        seed: which samples go where; the sizes depend on the fractions alone.
 
     Returns:
-        (n,) codes `TRAIN`, `VAL`, `TEST`.
+        (n,) codes `TRAIN`, `VAL` or `TEST`.
 
     Raises:
-        ValueError: the fractions leave nothing to train on, or a class has fewer samples than parts.
+        ValueError: the fractions leave nothing to train on, or a class has fewer samples than splits.
+
+    Example:
+        >>> labels = np.repeat([0, 1], 6)
+        >>> codes = stratified_split(labels, np.zeros(12, int), val_fraction=0.2, test_fraction=0.2, seed=0)
+        >>> np.bincount(codes).tolist()  # per class: four for training, one for validation, one for testing
+        [8, 2, 2]
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise ValueError(
@@ -46,10 +53,10 @@ def stratified_split(
     codes = np.full(len(labels), TRAIN, dtype=np.int8)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        sizes = _part_sizes(len(members), val_fraction, test_fraction, int(label))
+        val_size, test_size = _split_sizes(len(members), val_fraction, test_fraction, int(label))
         order = members[_spread(domains[members], stream_seed(seed, "split", int(label)))]
-        codes[order[: sizes[1]]] = TEST
-        codes[order[sizes[1] : sum(sizes)]] = VAL
+        codes[order[:test_size]] = TEST
+        codes[order[test_size : test_size + val_size]] = VAL
     return codes
 
 
@@ -63,10 +70,16 @@ def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:
     Args:
         labels: (n,) class of each sample.
         domains: (n,) domain of each sample.
-        seed: decides the shuffles.
+        seed: of the shuffles.
 
     Returns:
         (n,) positions, to be applied as `labels[order]`.
+
+    Example:
+        >>> labels = np.array([0, 0, 0, 0, 1, 1])
+        >>> order = nested_order(labels, np.zeros(6, int), seed=0)
+        >>> labels[order].tolist()  # half of each class comes first
+        [0, 1, 0, 0, 1, 0]
     """
     keys = np.empty(len(labels))
     ranks = np.empty(len(labels), dtype=np.int64)
@@ -79,7 +92,7 @@ def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:
 
 
 def fraction_size(labels: Integers, fraction: float) -> int:
-    """Length of the prefix that a fraction takes of samples in nested order: Σ_c |{r : r / n_c < fraction}|.
+    """Length of the prefix with a fraction of each class in nested order: Σ_c |{r : r / n_c < fraction}|.
 
     At least one sample per class.
 
@@ -89,28 +102,33 @@ def fraction_size(labels: Integers, fraction: float) -> int:
 
     Raises:
         ValueError: the fraction lies outside (0, 1].
+
+    Example:
+        >>> fraction_size(np.repeat([0, 1], 100), 0.07)
+        14
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"A fraction of the training data must lie in (0, 1], but got {fraction}.")
     _, counts = np.unique(labels, return_counts=True)
-    # The same division as in `nested_order`, so that both round alike: ceil(0.07 · 100) would be 8.
+    # Divided as in `nested_order`, so that both round alike: ceil(0.07 · 100) would be 8.
     return sum(int(np.count_nonzero(np.arange(n) / n < fraction)) for n in counts)
 
 
-def _part_sizes(count: int, val_fraction: float, test_fraction: float, label: int) -> tuple[int, int]:
-    wanted = [max(1, round(count * f)) if f > 0 else 0 for f in (val_fraction, test_fraction)]
-    parts = 1 + sum(size > 0 for size in wanted)
+def _split_sizes(count: int, val_fraction: float, test_fraction: float, label: int) -> tuple[int, int]:
+    """Sizes of validation and test of a class with `count` samples; at least one sample remains for training."""
+    sizes = [max(1, round(count * fraction)) if fraction > 0 else 0 for fraction in (val_fraction, test_fraction)]
+    parts = 1 + sum(size > 0 for size in sizes)
     if count < parts:
         raise ValueError(
             f"A class to be split into {parts} parts needs {parts} samples, but class {label} has {count}."
         )
-    while sum(wanted) >= count:
-        wanted[int(np.argmax(wanted))] -= 1
-    return wanted[0], wanted[1]
+    while sum(sizes) >= count:
+        sizes[int(np.argmax(sizes))] -= 1
+    return sizes[0], sizes[1]
 
 
 def _spread(domains: Integers, seed: int) -> Integers:
-    """A random order of one class in which any stretch holds each domain in its share, give or take one sample."""
+    """A random order of one class in which any stretch has each domain in proportion, to within one sample."""
     generator = np.random.default_rng(seed)
     keys = np.empty(len(domains))
     for domain in np.unique(domains):

@@ -1,9 +1,8 @@
-"""The data store: uint8 pixels in one Arrow file that every trial of a machine maps into memory, and its manifest.
+"""The data store: uint8 pixels in one Arrow file, memory-mapped by all trials of a machine, and its manifest.
 
 A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`) and
-`manifest.json`. The folder is renamed into place when both are complete, so a store that exists is whole.
-
-What the training side needs of a store, so that a test or a benchmark may keep its images in memory.
+`manifest.json`. The folder is renamed into place when both are complete, so a store that exists is complete.
+`StoreLike` is what training needs of it; tests and benchmarks implement it in memory.
 """
 
 from __future__ import annotations
@@ -21,10 +20,19 @@ from numpy.typing import NDArray
 from trainables.data.splits import fraction_size
 
 Indices = NDArray[np.int64]
+Number = TypeVar("Number", np.uint8, np.int64)
+
+DATA = "data.arrow"
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of the layout; a store of another version is refused."""
+
+_MAGIC = b"ARROW1"
+"""An Arrow file ends with its footer, the footer's length (4 bytes, little-endian) and this."""
 
 
 class StoreLike(Protocol):
-    """What is needed of `trainables.data.store.Store`; anything in memory will do as well."""
+    """The part of `Store` that training uses."""
 
     @property
     def classes(self) -> list[str]: ...
@@ -50,23 +58,14 @@ class StoreLike(Protocol):
     def fraction(self, split: str, fraction: float, /) -> int: ...
 
 
-Number = TypeVar("Number", np.uint8, np.int64)
-
-DATA, MANIFEST = "data.arrow", "manifest.json"
-_END = b"ARROW1"
-"""<footer> <its length, 4 bytes> ARROW1"""
-FORMAT = 1
-"""Version of the layout; a store of another version is refused."""
-
-
 class StoreError(ValueError):
-    """A folder that is no data store, or one that is damaged."""
+    """Not a data store, or a damaged one."""
 
 
 class Store:
-    """An ingested data set, opened when something of it is asked for.
+    """An ingested data set; files are opened at first use.
 
-    It pickles as its path: each process maps the file itself, and the pages are shared by all processes of a machine.
+    It pickles as its path: each process maps the file itself, and all processes of a machine share its pages.
 
     Args:
         path: folder of the store.
@@ -84,7 +83,7 @@ class Store:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """What was read, from where, what was left out and why.
+        """The manifest: source, splits, counts, quarantined images and statistics.
 
         Raises:
             StoreError: there is no complete store at the path, or one of another version.
@@ -115,7 +114,7 @@ class Store:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of `data.arrow`, in hex: pixels, labels, domains, names, order and splits."""
+        """SHA-256 of `data.arrow`, in hex; covers pixels, labels, domains, names, order and splits."""
         return str(self.manifest["sha256"])
 
     @cached_property
@@ -139,7 +138,7 @@ class Store:
         return int(self.manifest["image_size"])
 
     def images(self, split: str) -> NDArray[np.uint8]:
-        """Pixels (n, H, W, 3), a read-only view of the mapped file."""
+        """Pixels (n, H, W, 3) uint8, a read-only view of the mapped file."""
         if split not in self._images:
             side = self.image_size
             pixels = _view(self._column(split, "image").values, np.uint8)
@@ -147,80 +146,79 @@ class Store:
         return self._images[split]
 
     def labels(self, split: str) -> NDArray[np.int64]:
-        """Labels (n,), indices into `classes`; read-only."""
+        """Labels (n,) int64, indices into `classes`; read-only."""
         return _view(self._column(split, "label"), np.int64)
 
     def domain_ids(self, split: str) -> NDArray[np.int64]:
-        """Domains (n,), indices into `domains`; read-only."""
+        """Domains (n,) int64, indices into `domains`; read-only."""
         return _view(self._column(split, "domain"), np.int64)
 
     def names(self, split: str) -> list[str]:
-        """Where each sample came from: its path or row within the source, control characters escaped."""
+        """Origin of each sample: its path or row within the source, control characters escaped."""
         return list(self._column(split, "name").to_pylist())
 
     def fraction(self, split: str, f: float) -> int:
-        """How many leading samples make up the share `f` of every class (see `splits.nested_order`)."""
+        """Length of the prefix with the share `f` of every class, see `splits.nested_order`."""
         return fraction_size(self.labels(split), f)
 
     def verify(self) -> None:
-        """Read the whole file and compare its SHA-256 with the manifest's, then the manifest with what the file says of
-        itself: a flipped bit in the name of a class is as good JSON as the right one.
+        """Compare the SHA-256 of the data file with the manifest, and the manifest with the data file's metadata.
 
         Raises:
             StoreError: one of the two has changed since it was written.
         """
         with open(self.path / DATA, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.digest:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual != self.digest:
             raise StoreError(
-                f"{self.path / DATA} must have the SHA-256 {self.digest}, but it has {found}: the file is damaged. "
+                f"{self.path / DATA} must have the SHA-256 {self.digest}, but it has {actual}: the file is damaged. "
                 f"Delete {self.path}: the next run reads the data again."
             )
-
-        wrong = [name for name, value in self._notes().items() if self.manifest.get(name) != value]
-        if wrong:
+        # The manifest has no digest of its own, and a flipped bit in the name of a class is still valid JSON.
+        differing = [name for name, value in self._arrow_metadata().items() if self.manifest.get(name) != value]
+        if differing:
             raise StoreError(
-                f"{self.path / MANIFEST} must agree with {DATA}, but they differ in {', '.join(wrong)}: the manifest "
-                f"is damaged. Delete {self.path}: the next run reads the data again."
+                f"{self.path / MANIFEST} must agree with {DATA}, but they differ in {', '.join(differing)}: the "
+                f"manifest is damaged. Delete {self.path}: the next run reads the data again."
             )
 
-    def _notes(self) -> dict[str, Any]:
-        """What `data.arrow` itself says of classes, domains, splits and size; nothing if it was not written by us."""
+    def _arrow_metadata(self) -> dict[str, Any]:
+        """Classes, domains, splits and size from the schema of `data.arrow`; empty if another program wrote it."""
         import pyarrow as pa
 
-        self._check_plain()
+        self._check_no_extension_types()
         with pa.memory_map(str(self.path / DATA)) as file:
-            found = (pa.ipc.open_file(file).schema.metadata or {}).get(b"luthier", b"{}")
-        notes: dict[str, Any] = json.loads(found)
-        return notes
+            text = (pa.ipc.open_file(file).schema.metadata or {}).get(b"luthier", b"{}")
+        metadata: dict[str, Any] = json.loads(text)
+        return metadata
 
     @cached_property
     def _batches(self) -> dict[str, Any]:
         import pyarrow as pa
 
         names = self.splits
-        self._check_plain()
+        self._check_no_extension_types()
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
             return {name: reader.get_batch(index) for index, name in enumerate(names)}
         except pa.ArrowException as error:
-            raise self._foreign(f"cannot be read as one ({error})") from error
+            raise self._not_plain(f"cannot be read as one ({error})") from error
 
-    def _check_plain(self) -> None:
-        """Refuse extension types before Arrow parses the schema: a type that another library has registered (ray does,
-        in every trial) may run code that lies in the file."""
+    def _check_no_extension_types(self) -> None:
+        """Search the raw footer for extension types, before Arrow parses the schema."""
+        # Parsing a type that a library has registered, as ray does in every trial, may run code from the file.
         with open(self.path / DATA, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - len(_END) - 4))
+            file.seek(max(0, size - len(_MAGIC) - 4))
             tail = file.read()
             length = int.from_bytes(tail[:4], "little")
-            if tail[4:] != _END or length > size:
-                raise self._foreign("does not end like one")
-            file.seek(max(0, size - len(_END) - 4 - length))
+            if tail[4:] != _MAGIC or length > size:
+                raise self._not_plain("does not end like one")
+            file.seek(max(0, size - len(_MAGIC) - 4 - length))
             if b"ARROW:extension:name" in file.read(length):
-                raise self._foreign("has an extension type, which could run code when it is read")
+                raise self._not_plain("has an extension type, which could run code when it is read")
 
-    def _foreign(self, problem: str) -> StoreError:
+    def _not_plain(self, problem: str) -> StoreError:
         return StoreError(
             f"{self.path / DATA} must be an Arrow file of plain columns, but it {problem}. Delete {self.path}: the "
             "next run reads the data again."
@@ -233,6 +231,6 @@ class Store:
 
 
 def _view(column: Any, kind: type[Number]) -> NDArray[Number]:
-    """The values of an Arrow array without nulls, where they are; Arrow's own `to_numpy` would import pandas, which
-    takes longer than all the rest of opening a store."""
+    """The values of an Arrow array without nulls, without a copy."""
+    # Arrow's own `to_numpy` would import pandas, which takes longer than the rest of opening a store.
     return np.frombuffer(column.buffers()[1], kind, count=len(column), offset=column.offset * np.dtype(kind).itemsize)

@@ -1,18 +1,19 @@
-"""From stored uint8 pixels to what a network takes, a whole batch at a time, on the batch's own device."""
+"""Crop, augmentation and normalisation of a batch of uint8 pixels, on the device of the batch."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from trainables.specs.suggestions import did_you_mean
+
 AUGMENTATIONS = {
     "flip": "mirror left-right with probability 1/2",
     "crop": "a random square of the network's side out of the stored image, padded by reflection where both are equal",
 }
-"""Names that `data.augment` takes, and what they do to each image of its own."""
+"""Values of `data.augment`, and what they do; each image has a draw of its own."""
 
 PAD_SHARE = 8
 """A stored image that is no larger than the network's input is padded by side / 8 on every edge before a crop."""
@@ -25,29 +26,36 @@ class BatchTransform:
         mean: per channel, of pixel values in 0…1.
         std: per channel, of pixel values in 0…1.
         image_size: side of the result, in pixels; stored images are at least as large.
-        augment: any of `AUGMENTATIONS`; used only where a call brings a generator.
+        augment: any of `AUGMENTATIONS`; applied only in calls with a generator.
 
     Raises:
         ValueError: an unknown augmentation.
+
+    Example:
+        >>> transform = BatchTransform(mean=[0.5] * 3, std=[0.5] * 3, image_size=2, augment=["flip"])
+        >>> images = torch.full((1, 4, 4, 3), 255, dtype=torch.uint8)
+        >>> transform(images)[0, 0]
+        tensor([[1., 1.],
+                [1., 1.]])
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], image_size: int, augment: Sequence[str]) -> None:
         for name in augment:
             if name not in AUGMENTATIONS:
-                near = difflib.get_close_matches(name, AUGMENTATIONS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, AUGMENTATIONS)
                 raise ValueError(f"An augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}.{hint}")
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.image_size = image_size
         self.augment = tuple(augment)
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std; the input is not written to.
+        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std; the input is not modified.
 
         Args:
             images: stored pixels, on any device.
-            generator: draws the augmentation, each image's own, on the device of the images; None = centre crop.
+            generator: of the augmentation's draws, on the device of the images; None = centre crop.
 
         Raises:
             ValueError: wrong shape or type, or images smaller than the network's input.
@@ -67,9 +75,9 @@ class BatchTransform:
             pixels = self._centre(images).permute(0, 3, 1, 2).contiguous()
         if generator is not None and "flip" in self.augment:
             flipped = torch.rand(len(pixels), 1, 1, 1, device=images.device, generator=generator) < 0.5
-            # Keep or exchange all bits: five times as fast as `torch.where` on a CPU, and as exact.
+            # Exchange all bits or none: five times as fast as `torch.where` on a CPU, and as exact.
             pixels = pixels ^ ((pixels ^ pixels.flip(3)) & (flipped.to(torch.uint8) * 255))
-        scale, offset = self._on(images.device)
+        scale, offset = self._scale_and_offset(images.device)
         return pixels.to(torch.float32).mul_(scale).add_(offset)
 
     def _centre(self, images: Tensor) -> Tensor:
@@ -79,29 +87,31 @@ class BatchTransform:
         return images[:, top : top + side, left : left + side]
 
     def _cropped(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A window of each image's own, reflected where it juts out; one look-up by index: (B, 3, S, S) uint8."""
+        """A random window of each image, reflected beyond the edges, by one indexed look-up: (B, 3, S, S) uint8."""
         count, height, width, channels = images.shape
-        rows, columns = self._window(count, height, generator), self._window(count, width, generator)
+        rows = self._window(count, height, generator)
+        columns = self._window(count, width, generator)
         index = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, self.image_size**2)
         planes = images.reshape(count, height * width, channels).transpose(1, 2).contiguous()
-        found = torch.gather(planes, 2, index.expand(-1, channels, -1))
-        return found.view(count, channels, self.image_size, self.image_size)
+        windows = torch.gather(planes, 2, index.expand(-1, channels, -1))
+        return windows.view(count, channels, self.image_size, self.image_size)
 
     def _window(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Indices (B, S) of the rows (or columns) that each image keeps."""
-        side, device = self.image_size, generator.device
+        """Indices (B, S) of the rows (or columns) in each image's window."""
+        side = self.image_size
+        device = generator.device
         pad = side // PAD_SHARE if length == side else 0
         start = torch.randint(0, length - side + 2 * pad + 1, (count, 1), device=device, generator=generator) - pad
         last = length - 1
-        # Reflected at both edges, which are not repeated.
+        # Reflected at both edges without repeating them.
         return last - (last - (start + torch.arange(side, device=device)).abs()).abs()
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Factor and summand of the normalisation, (1, 3, 1, 1) each; made once per device."""
+    def _scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Factor and summand of the normalisation, (1, 3, 1, 1) each; cached per device."""
         if device not in self._constants:
             mean = torch.tensor(self.mean, dtype=torch.float64).view(1, -1, 1, 1)
             std = torch.tensor(self.std, dtype=torch.float64).view(1, -1, 1, 1)
-            self._constants[device] = tuple(  # type: ignore[assignment]
-                values.to(torch.float32).to(device) for values in (1 / (255 * std), -mean / std)
-            )
+            scale = (1 / (255 * std)).to(torch.float32).to(device)
+            offset = (-mean / std).to(torch.float32).to(device)
+            self._constants[device] = (scale, offset)
         return self._constants[device]

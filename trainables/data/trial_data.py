@@ -1,8 +1,7 @@
-"""The data of one trial: which samples it may see, as batches on its device or as pretrained features.
+"""The data of one trial: its samples, as batches on its device or as features of the pretrained network.
 
-Raw images of a store on a device: gathered by index, without a host sync, and kept on a GPU where they fit.
-
-Which samples a trial sees, and in which order: pure functions of its spec and a seed.
+In this order: images by index on a device; which samples a trial uses, and their order, as pure functions of its spec
+and a seed; `TrialData`, which joins the two.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainables.data.store import Indices, StoreLike
+from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 
@@ -27,55 +27,59 @@ if TYPE_CHECKING:
     from trainables.models.backbone import Backbone
 
 
-RESIDENT_BYTES = 4 * 2**30
-"""How many bytes of uint8 images a process keeps on its GPU for all of its trials; larger splits are sent batch by
-batch. (One process per trial slot: several trials on one GPU each keep their own copy.)"""
+GPU_CACHE_BYTES = 4 * 2**30
+"""Bytes of uint8 images that a process caches on its GPU for all of its trials; a larger split is sent batch by batch.
+Several trials on one GPU are several processes, each with a cache of its own."""
 
-_resident: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
+_gpu_cache: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
+"""Least recently used first; by store digest, split and device."""
 
 
 def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.device) -> Tensor:
-    """Images `indices` of a split as uint8 (B, H, W, 3) on `device`, in memory of their own."""
+    """Images of a split by index: (B, H, W, 3) uint8 on `device`, a copy."""
     images = store.images(split)
     if device.type == "cpu":
         return torch.from_numpy(np.take(images, indices, axis=0))
-    whole = _on_device(store, split, device)
-    if whole is not None:
-        return whole.index_select(0, to_device(indices, device))
+    cached = _cached_split(store, split, device)
+    if cached is not None:
+        return cached.index_select(0, to_device(indices, device))
     return to_device(np.take(images, indices, axis=0), device)
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of `values` on `device`; the copy to a GPU goes through pinned memory and does not wait."""
+    """A copy of `values` on `device`; to a GPU through pinned memory, without waiting for it."""
     # `torch.tensor` copies: `from_numpy` would let us write to an array that is a read-only view of mapped memory.
     host = torch.tensor(values)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-def _on_device(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
+def _cached_split(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
+    """All images of a split on `device`; None = larger than the cache."""
     key = (store.digest, split, str(device))
-    found = _resident.get(key)
-    if found is not None:
-        _resident.move_to_end(key)
-        return found
+    cached = _gpu_cache.get(key)
+    if cached is not None:
+        _gpu_cache.move_to_end(key)
+        return cached
     images = store.images(split)
-    if images.nbytes > RESIDENT_BYTES:
+    if images.nbytes > GPU_CACHE_BYTES:
         return None
-    while _resident and sum(t.nbytes for t in _resident.values()) + images.nbytes > RESIDENT_BYTES:
-        _resident.popitem(last=False)
-    _resident[key] = torch.tensor(images).to(device)
-    return _resident[key]
-
-
-HELD_OUT = "held_out"
-"""Name of the split that a `fold` trial is judged by: the training and validation images of the domain left out."""
+    while _gpu_cache and sum(t.nbytes for t in _gpu_cache.values()) + images.nbytes > GPU_CACHE_BYTES:
+        _gpu_cache.popitem(last=False)
+    _gpu_cache[key] = torch.tensor(images).to(device)
+    return _gpu_cache[key]
 
 
 def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) -> list[Indices]:
     """Positions 0…count-1 in batches of `size`, shuffled by `seed` (None = in order).
 
-    With `drop_last` a last, smaller batch is left out unless it is the only one: BatchNorm statistics of a remainder of
-    a few images are noise, but a split smaller than a batch must still train.
+    `drop_last` omits a last, smaller batch unless it is the only one: BatchNorm statistics of a remainder of a few
+    images are noise, but a split smaller than a batch must still train.
+
+    Example:
+        >>> [batch.tolist() for batch in batch_positions(5, 2, seed=None, drop_last=True)]
+        [[0, 1], [2, 3]]
+        >>> [batch.tolist() for batch in batch_positions(5, 8, seed=None, drop_last=True)]
+        [[0, 1, 2, 3, 4]]
     """
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     end = count - count % size if drop_last and count > size else count
@@ -83,29 +87,29 @@ def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) ->
 
 
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
-    """Split → parts, each a split of the store and positions (ascending) in it.
+    """The samples of each split: a list of (split of the store, ascending positions in it).
 
-    `train` is the fraction of the task, or all of the domain of `task.train_on`; a held-out domain leaves `train` and
-    `val` and makes the split `held_out`.
+    `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and validation images of a
+    held-out domain leave `train` and `val` and form the split `held_out`, on which a fold is scored.
 
     Raises:
         ValueError: the held-out domain is not an ID domain, or no other is left; `train_on` is not an OOD domain.
     """
     parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
-    if spec.task.train_on is not None:
-        return _oracle(spec.task.train_on, parts)
-    used = store.fraction("train", spec.task.train_fraction)
+    if spec.shared.train_on is not None:
+        return _oracle(spec.shared.train_on, parts)
+    used = store.fraction("train", spec.shared.train_fraction)
     parts["train"] = [("train", np.arange(used, dtype=np.int64))]
     if spec.held_out is None:
         return parts
     domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
     if spec.held_out not in domains:
         raise ValueError(f"A held-out domain is one of the ID domains {', '.join(domains)}, but got {spec.held_out!r}.")
-    wanted = store.domains.index(spec.held_out)
-    parts[HELD_OUT] = [(s, np.flatnonzero(store.domain_ids(s) == wanted)) for s in ("train", "val")]
+    held_out_id = store.domains.index(spec.held_out)
+    parts[HELD_OUT] = [(split, np.flatnonzero(store.domain_ids(split) == held_out_id)) for split in ("train", "val")]
     for split in ("train", "val"):
         source, indices = parts[split][0]
-        parts[split] = [(source, indices[store.domain_ids(source)[indices] != wanted])]
+        parts[split] = [(source, indices[store.domain_ids(source)[indices] != held_out_id])]
         if len(parts[split][0][1]) == 0:
             raise ValueError(
                 f"Without the held-out domain {spec.held_out!r} the {split} split must keep images, but it keeps none. "
@@ -115,28 +119,40 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
 
 
 def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[str, list[tuple[str, Indices]]]:
-    """`train` replaced by a whole OOD domain; validation stays that of the ID domains."""
+    """Replace `train` by a whole OOD domain; validation stays that of the ID domains."""
     if f"ood/{domain}" not in parts:
-        known = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
-        raise ValueError(f"An oracle reference trains on an OOD domain ({known or 'none'}), but got {domain!r}.")
+        domains = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
+        raise ValueError(f"An oracle reference trains on an OOD domain ({domains or 'none'}), but got {domain!r}.")
     return {**parts, "train": parts[f"ood/{domain}"]}
 
 
+ImageTransform = Callable[[Tensor, torch.Generator | None], Tensor]
+SampleTransform = Callable[[Tensor, Tensor, ImageTransform, torch.Generator | None], tuple[Tensor, Tensor]]
+"""Pixels (B, H, W, 3) uint8, labels (B,), an image transform and its generator → images and targets."""
+
+
+def _labels_unchanged(
+    pixels: Tensor, labels: Tensor, image_transform: ImageTransform, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    return image_transform(pixels, generator), labels
+
+
 _SCALE_SAMPLES = 1024
-"""How many training images the mean squared feature norm is taken over. The training split is stored in nested
-stratified order, so that any prefix is a stratified sample."""
+"""Training images of the mean squared feature norm. The training split is stored in nested stratified order, so that
+any prefix is a stratified sample."""
 
 
 class TrialData:
     """Batches, labels and pretrained features of the splits `train`, `val`, `test`, `ood/<domain>` and, for a trial
-    with `spec.held_out`, `held_out`; `train_fraction` and the held-out domain are already taken into account.
+    with `spec.held_out`, `held_out`, after `train_fraction` and the held-out domain have been applied.
 
     Args:
-        spec: the trial; its task says fraction, augmentation and batch sizes.
+        spec: the trial, with fraction, augmentation and batch sizes.
         store: the opened store.
-        backbone: the pristine pretrained backbone (its normalisation and crop are used, and its features).
-        device: where batches go.
+        backbone: the pristine pretrained backbone; its normalisation, input size and features are used.
+        device: of the batches.
         reference: the pristine network on `device`, if it is not `backbone.module`.
+        transform: the task's `trainables.tasks.base.Task.transform`; None = labels stay as they are.
 
     Raises:
         ValueError: `spec.held_out` is not an ID domain, or leaves no training image.
@@ -149,6 +165,7 @@ class TrialData:
         backbone: Backbone,
         device: torch.device | str,
         reference: nn.Module | None = None,
+        transform: SampleTransform | None = None,
     ) -> None:
         from trainables.data.feature_cache import FeatureCache
         from trainables.data.transforms import BatchTransform
@@ -159,13 +176,11 @@ class TrialData:
         config = backbone.data_config
         shape = (config.mean, config.std, config.image_size)
         self._view = BatchTransform(*shape, ())
-        self._augmented = BatchTransform(*shape, tuple(spec.task.augment))
+        self._augmented = BatchTransform(*shape, tuple(spec.shared.augment))
+        self._transform = _labels_unchanged if transform is None else transform
         self._parts = select_samples(spec, store)
-        self._cache = FeatureCache(spec.task.cache)
+        self._cache = FeatureCache(spec.shared.cache)
         self.first_delivery: float | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrialData:
-        return self  # read-only: a copied strategy shares it
 
     @property
     def classes(self) -> list[str]:
@@ -179,8 +194,8 @@ class TrialData:
 
     @property
     def ood_domains(self) -> list[str]:
-        """Names of the domains that are only evaluated."""
-        return [s.removeprefix("ood/") for s in self.store.splits if s.startswith("ood/")]
+        """Domains that are only evaluated."""
+        return [split.removeprefix("ood/") for split in self.store.splits if split.startswith("ood/")]
 
     @property
     def train_size(self) -> int:
@@ -190,7 +205,7 @@ class TrialData:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one pass over the training split; a last, smaller batch counts only if it is alone."""
-        return max(1, self.train_size // self.spec.task.batch_size)
+        return max(1, self.train_size // self.spec.shared.batch_size)
 
     def size(self, split: str) -> int:
         """Number of images of a split."""
@@ -210,18 +225,19 @@ class TrialData:
         drop_last: bool = False,
         start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a split: images (B, 3, H, W) float32, normalised, on the device; labels (B,) int64.
+        """Batches of a split: images (B, 3, H, W) float32, normalised, on the device; targets as the task has
+        them, labels (B,) int64 unless its transform makes others.
 
         Args:
             split: see the class.
             batch_size: None = the task's, for training if a seed is given, else for evaluation.
             augment_seed: augment as the task says, drawn from this seed and the batch's number; None = centre crop.
             shuffle_seed: order; None = as stored.
-            drop_last: leave out a last, smaller batch, unless it is the only one.
+            drop_last: omit a last, smaller batch, unless it is the only one.
             start: number of batches to skip (a unit that continues in the middle of an epoch).
         """
         training = augment_seed is not None or shuffle_seed is not None
-        task = self.spec.task
+        task = self.spec.shared
         size = batch_size or (task.batch_size if training else task.eval_batch_size)
         generator = torch.Generator(self.device) if augment_seed is not None and task.augment else None
         for number, (source, indices) in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
@@ -230,16 +246,16 @@ class TrialData:
             raw = gather_images(self.store, source, indices, self.device)
             labels = to_device(self.store.labels(source)[indices], self.device)
             if generator is None or augment_seed is None:
-                images = self._view(raw)
+                images, targets = self._transform(raw, labels, self._view, None)
             else:
                 generator.manual_seed(stream_seed(augment_seed, number))
-                images = self._augmented(raw, generator)
+                images, targets = self._transform(raw, labels, self._augmented, generator)
             self._delivered()
-            yield self._memory_format(images), labels
+            yield self._memory_format(images), targets
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops, in the order of `batches`
-        without shuffling; computed once per weights, data and view, then read from disk."""
+        without shuffling; see `trainables.data.feature_cache`."""
         return np.concatenate([self._cached_features(source, indices) for source, indices in self._part(split)])
 
     def feature_batches(
@@ -247,7 +263,7 @@ class TrialData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches of precomputed features (n, D) and labels (n,) on the device: the same samples in the same
         order as `batches("train", shuffle_seed=…, drop_last=True)`."""
-        plan = batch_positions(len(features), self.spec.task.batch_size, shuffle_seed, drop_last=True)
+        plan = batch_positions(len(features), self.spec.shared.batch_size, shuffle_seed, drop_last=True)
         for positions in plan[start:]:
             rows = to_device(positions, features.device)
             yield features.index_select(0, rows), labels.index_select(0, rows)
@@ -260,8 +276,8 @@ class TrialData:
 
     @property
     def cache_key(self) -> str:
-        """Sixteen hex digits that name what `features("train")` and `features("val")` depend on: weights, data, view,
-        fraction and held-out domain. A solution that depends on nothing else may be stored under it."""
+        """Sixteen hex digits of all that `features("train")` and `features("val")` depend on: weights, data, view,
+        fraction and held-out domain. A solution that depends on nothing else may be cached under it."""
         digest = hashlib.sha256()
         for name in (self.backbone.digest, self.store.digest, repr(self.backbone.data_config)):
             digest.update(name.encode() + b"\n")
@@ -271,7 +287,7 @@ class TrialData:
 
     @property
     def solution_folder(self) -> Path:
-        """Folder for closed-form solutions on the features of this data, shared by all trials that see the same."""
+        """Folder for closed-form solutions on these features, shared by all trials with the same `cache_key`."""
         return self._cache.root / "solutions" / self.cache_key
 
     def _part(self, split: str) -> list[tuple[str, Indices]]:

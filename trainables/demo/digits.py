@@ -1,7 +1,7 @@
-"""The built-in images: digits printed in many fonts, digits written by hand, and shifted versions. No download.
+"""The built-in images: digits printed in many fonts, handwritten digits, and shifted versions; no download.
 
 The printed digits are rendered from the fonts that matplotlib ships; the handwritten ones are scikit-learn's copy of
-the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin & Kaynak 1998; 1,797 images of 8 x 8 pixels).
+the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin and Kaynak, 1998; 1,797 images of 8 x 8 pixels).
 """
 
 from __future__ import annotations
@@ -43,14 +43,19 @@ FONTS = (
 """matplotlib's text fonts with upright-height digits (cmmi10 has old-style ones; the others are symbol fonts)."""
 
 _GLYPH_SIDE = 96
-"""Glyphs are drawn once at this size and sampled down with a random affine map."""
+"""Side at which glyphs are drawn once, before random affine maps sample them down."""
 
 
 def printed_digits(n_per_class: int, seed: int) -> tuple[Pixels, Labels]:
-    """Digits in a random font, dark on light, with random rotation, scale, shear and place.
+    """Digits in a random font, dark on light, with random rotation, scale, shear and position.
 
     Returns:
         (10 n, 32, 32, 3) uint8 and (10 n,) int64 labels 0…9 in turn, so that any prefix of 10 k images is balanced.
+
+    Example:
+        >>> images, labels = printed_digits(2, seed=0)
+        >>> images.shape, labels[:12].tolist()
+        ((20, 32, 32, 3), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1])
     """
     return render("0123456789", n_per_class, seed)
 
@@ -58,7 +63,7 @@ def printed_digits(n_per_class: int, seed: int) -> tuple[Pixels, Labels]:
 def handwritten_digits() -> tuple[Pixels, Labels]:
     """scikit-learn's 1,797 handwritten digits, dark on light, in their own order.
 
-    Enlarged to 24 x 24 (bicubic) in the middle of 32 x 32, as large as the printed ones, with room to be turned.
+    Enlarged to 24 x 24 (bicubic) in the middle of 32 x 32: as large as the printed ones, with room for rotation.
 
     Returns:
         (1797, 32, 32, 3) uint8 and (1797,) int64 labels 0…9.
@@ -66,20 +71,20 @@ def handwritten_digits() -> tuple[Pixels, Labels]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    paper = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)
-    enlarged = [np.asarray(Image.fromarray(x).resize((24, 24), Image.Resampling.BICUBIC)) for x in paper]
-    framed = np.pad(np.stack(enlarged), ((0, 0), (4, 4), (4, 4)), constant_values=255)
-    return _grey_to_rgb(framed), digits.target.astype(np.int64)
+    inverted = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)
+    enlarged = [np.asarray(Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)) for image in inverted]
+    padded = np.pad(np.stack(enlarged), ((0, 0), (4, 4), (4, 4)), constant_values=255)
+    return _grey_to_rgb(padded), digits.target.astype(np.int64)
 
 
 def shift(images: Pixels, kind: str, seed: int) -> Pixels:
-    """A shifted copy of images, the kind of change that a model meets after it is deployed.
+    """A copy of images under one kind of distribution shift.
 
     Args:
         images: (n, H, W, 3) uint8.
         kind: `inverted` (255 − x), `rotated` (by 20° to 45° either way), `noisy` (grey Gaussian noise, σ = 64 of 255)
             or `blurred` (Gaussian, σ = H / 14).
-        seed: decides angles and noise.
+        seed: of angles and noise.
 
     Raises:
         ValueError: an unknown kind.
@@ -94,9 +99,9 @@ def shift(images: Pixels, kind: str, seed: int) -> Pixels:
         return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
     if kind == "rotated":
         angles = generator.uniform(20, 45, size=len(images)) * generator.choice([-1, 1], size=len(images))
-        return _stack([_rotate(x, float(angle)) for x, angle in zip(images, angles, strict=True)], images)
+        return _stack([_rotate(image, float(angle)) for image, angle in zip(images, angles, strict=True)], images)
     blur = ImageFilter.GaussianBlur(images.shape[1] / 14)
-    return _stack([np.asarray(Image.fromarray(x).filter(blur)) for x in images], images)
+    return _stack([np.asarray(Image.fromarray(image).filter(blur)) for image in images], images)
 
 
 def render(characters: str, n_per_class: int, seed: int, side: int = SIDE) -> tuple[Pixels, Labels]:
@@ -105,11 +110,11 @@ def render(characters: str, n_per_class: int, seed: int, side: int = SIDE) -> tu
     Args:
         characters: one class each.
         n_per_class: images of each.
-        seed: decides fonts and maps.
+        seed: of fonts and maps.
         side: of the images, in pixels.
 
     Returns:
-        (n, side, side, 3) uint8 and (n,) int64 indices into `characters`, which take turns.
+        (n, side, side, 3) uint8 and (n,) int64 indices into `characters`, in turn.
     """
     generator = np.random.default_rng(seed)
     glyphs = [[_glyph(character, font) for font in FONTS] for character in characters]
@@ -127,36 +132,43 @@ def render(characters: str, n_per_class: int, seed: int, side: int = SIDE) -> tu
 
 
 def _glyph(character: str, font: str) -> Image.Image:
-    """A character in the middle of a square of `_GLYPH_SIDE`, black on white, slightly smoothed for sampling down."""
+    """A character in the middle of a square of `_GLYPH_SIDE`, black on white, smoothed against aliasing."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     image = Image.new("L", (_GLYPH_SIDE, _GLYPH_SIDE), 255)
     pen = ImageDraw.Draw(image)
-    shape = ImageFont.truetype(str(path), round(_GLYPH_SIDE * 0.85))
-    left, top, right, bottom = pen.textbbox((0, 0), character, font=shape)
+    typeface = ImageFont.truetype(str(path), round(_GLYPH_SIDE * 0.85))
+    left, top, right, bottom = pen.textbbox((0, 0), character, font=typeface)
     middle = _GLYPH_SIDE / 2
-    pen.text((middle - (left + right) / 2, middle - (top + bottom) / 2), character, font=shape, fill=0)
+    pen.text((middle - (left + right) / 2, middle - (top + bottom) / 2), character, font=typeface, fill=0)
     return image.filter(ImageFilter.GaussianBlur(1))
 
 
 def _affine(jitter: NDArray[np.float64], zoom: float, side: int) -> tuple[float, ...]:
-    """Pillow's six numbers, which map a pixel of the result to one of the glyph.
+    """Pillow's six coefficients, which map a pixel of the result to one of the glyph.
 
     Rotation ±15°, scale 0.75…1.05, shear ±0.2, shift ±side / 12; `jitter` holds five numbers in −1…1.
     """
-    angle, scale, shear = jitter[0] * math.radians(15), zoom / (0.9 + 0.15 * jitter[1]), 0.2 * jitter[2]
-    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
-    a, b, d, e = cos, cos * shear - sin, sin, sin * shear + cos
-    x, y = side * (0.5 + jitter[3] / 12), side * (0.5 + jitter[4] / 12)
+    angle = jitter[0] * math.radians(15)
+    scale = zoom / (0.9 + 0.15 * jitter[1])
+    shear = 0.2 * jitter[2]
+    cos = math.cos(angle) * scale
+    sin = math.sin(angle) * scale
+    a = cos
+    b = cos * shear - sin
+    d = sin
+    e = sin * shear + cos
+    x = side * (0.5 + jitter[3] / 12)
+    y = side * (0.5 + jitter[4] / 12)
     centre = zoom * side / 2
     return a, b, centre - a * x - b * y, d, e, centre - d * x - e * y
 
 
 def _rotate(image: Pixels, angle: float) -> Pixels:
     background = tuple(int(v) for v in image[0, 0])
-    turned = Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=background)
-    return np.asarray(turned)
+    rotated = Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=background)
+    return np.asarray(rotated)
 
 
 def _stack(images: list[Pixels], like: Pixels) -> Pixels:

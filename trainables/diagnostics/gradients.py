@@ -13,7 +13,7 @@ from trainables.models.layer_types import fine_kinds
 from trainables.models.torch_internals import tensor_norms
 
 if TYPE_CHECKING:
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 
 class GradientNorms:
@@ -71,7 +71,7 @@ class GradientNorms:
         self._steps = int(state["steps"])
 
 
-def moving_kinds(model: Classifier, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
+def moving_kinds(model: TaskModel, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Kind (component of a transformer block, else kind of layer) → parameters of the classifier that need gradients.
 
     Args:

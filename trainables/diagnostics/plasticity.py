@@ -105,7 +105,7 @@ def measure_plasticity(
     """Plasticity of a network over the pairs (source_images[i], target_images[i]).
 
     Args:
-        model: any network of `trainables.models.transformer_blocks.find_blocks`, or a `Classifier`; measured in
+        model: any network of `trainables.models.transformer_blocks.find_blocks`, or a `TaskModel`; measured in
             eval mode without gradients, and left unchanged.
         source_images: (N, 3, H, W), normalised; images like those of the pretraining.
         target_images: (N, 3, H, W), normalised; images of the target.
@@ -201,7 +201,7 @@ def plasticity_of(data: TrialData) -> PlasticityReport:
         ValueError: the components are not defined for this network, the source is no OOD domain, or there are not
             enough images for a pair.
     """
-    task = data.spec.task
+    task = data.spec.shared
     settings = [FORMAT, task.plasticity_probe, task.plasticity_source, task.plasticity_pairs, data.device.type]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     file = data.solution_folder / f"plasticity-{name}.json"
@@ -214,7 +214,7 @@ def plasticity_after(model: nn.Module, data: TrialData) -> PlasticityReport:
     Raises:
         ValueError: as `plasticity_of`.
     """
-    return measure_pairs(model, image_pairs(data), data.spec.task.plasticity_probe)
+    return measure_pairs(model, image_pairs(data), data.spec.shared.plasticity_probe)
 
 
 def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,7 +227,7 @@ def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
     Raises:
         ValueError: the source is no OOD domain, or there are not enough images for a pair.
     """
-    task = data.spec.task
+    task = data.spec.shared
     source, wanted = task.plasticity_source, task.plasticity_pairs
     if source is not None and source not in data.ood_domains:
         known = ", ".join(data.ood_domains) or "none"

@@ -1,1 +1,1 @@
-"""What a trial is asked to do and what it measures; errors, seeds, injected faults."""
+"""Specification of a trial: its settings, metric table, seeds, errors, redaction, injected faults."""

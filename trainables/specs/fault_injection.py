@@ -1,14 +1,13 @@
-"""Faults on purpose, at named points of a trial or of the driver: how the tests and the soak break things.
+"""Fault injection at named points of a trial and of the driver, for the tests and the soak.
 
-The environment variable `LUTHIER_FAULT` says what happens where, several faults separated by `;`:
+The environment variable `LUTHIER_FAULT` holds faults, separated by `;`:
 
     LUTHIER_FAULT="trial=2,unit=3,phase=after_checkpoint,action=kill;phase=step,trial=4,step=7,action=nan"
 
-A fault acts when its `phase` is reached and every other field that it names agrees (`trial`: number in the study,
+A fault fires at the point of its `phase` if every other field that it names matches (`trial`: number in the study,
 `unit`: 1-based, `step`: 1-based optimiser step within the unit, `event` and `seq`: kind and number of a journal event).
-It acts `times` times (default 1; 0 = always), counted over all processes where `LUTHIER_FAULT_LOG` names a file, else
-within each process.
-Without the variable a point costs one look at a cached empty tuple. The variable is read here and nowhere else.
+It fires `times` times (default 1; 0 = always), counted over all processes if `LUTHIER_FAULT_LOG` names a file, else per
+process. Without the variable a point costs one look-up of a cached empty tuple.
 """
 
 from __future__ import annotations
@@ -23,22 +22,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ENV_FAULTS, ENV_FAULT_LOG = "LUTHIER_FAULT", "LUTHIER_FAULT_LOG"
+ENV_FAULTS = "LUTHIER_FAULT"
+ENV_FAULT_LOG = "LUTHIER_FAULT_LOG"
 
 PHASES = {
-    "before_unit": "a trial is about to do a unit",
-    "step": "an optimiser step has its loss, not yet its gradients",
-    "before_checkpoint": "a unit is done, its checkpoint not begun",
-    "in_checkpoint": "tensors are written, the checkpoint is not yet valid",
-    "after_checkpoint": "the checkpoint is valid, the unit not yet reported",
-    "before_event": "the driver is about to write an event to the journal",
-    "after_event": "the event is on the disk, nobody has heard of it",
-    "finalize": "a trial's last unit is trained, its result not yet evaluated",
+    "before_unit": "before a trial's unit",
+    "step": "after an optimiser step's loss, before its gradients",
+    "before_checkpoint": "after a unit, before its checkpoint",
+    "in_checkpoint": "after a checkpoint's tensors, before its manifest makes it valid",
+    "after_checkpoint": "after a checkpoint, before the unit is reported",
+    "before_event": "before the driver writes an event to the journal",
+    "after_event": "after the event is synced, before any consumer reads it",
+    "finalize": "after a trial's last unit, before its final evaluation",
 }
 FIELDS = ("trial", "unit", "step", "event", "seq")
+"""Fields that narrow a fault down."""
 
-_where: dict[str, int | str] = {}
-_acted: dict[str, int] = {}
+_context: dict[str, int | str] = {}
+_fired: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -49,85 +50,100 @@ class Fault:
     phase: str
     action: str
     times: int = 1
+    """How often it fires; 0 = always."""
     where: dict[str, str] = field(default_factory=dict)
+    """Fields that must match, by name."""
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Read `key=value,…`.
+        """Parse `key=value,…`.
 
         Raises:
             ValueError: an unknown key, phase or action.
+
+        Example:
+            >>> Fault.parse("phase=step,trial=4,action=nan").where
+            {'trial': '4'}
         """
-        pairs = dict(part.strip().partition("=")[::2] for part in text.split(","))
-        phase, action, times = pairs.pop("phase", ""), pairs.pop("action", ""), pairs.pop("times", "1")
-        if phase not in PHASES or action not in ACTIONS or not times.isdigit() or set(pairs) - set(FIELDS):
+        fields = dict(part.strip().partition("=")[::2] for part in text.split(","))
+        phase = fields.pop("phase", "")
+        action = fields.pop("action", "")
+        times = fields.pop("times", "1")
+        if phase not in PHASES or action not in ACTIONS or not times.isdigit() or set(fields) - set(FIELDS):
             raise ValueError(
                 f"A fault has phase= one of {', '.join(PHASES)}, action= one of {', '.join(ACTIONS)}, and may have "
                 f"times= and {', '.join(f'{name}=' for name in FIELDS)}, but {ENV_FAULTS} has {text!r}."
             )
-        return cls(text.strip(), phase, action, int(times), pairs)
+        return cls(text.strip(), phase, action, int(times), fields)
 
 
 @contextlib.contextmanager
-def fault_context(**where: int | str) -> Iterator[None]:
-    """Say where the points inside are (`trial=`, `unit=`), for those that do not know it themselves."""
-    before = dict(_where)
-    _where.update(where)
+def fault_context(**fields: int | str) -> Iterator[None]:
+    """Set fields (`trial=`, `unit=`) for the points inside the block."""
+    before = dict(_context)
+    _context.update(fields)
     try:
         yield
     finally:
-        _where.clear()
-        _where.update(before)
+        _context.clear()
+        _context.update(before)
 
 
-def fault_point(phase: str, **where: int | str) -> str | None:
-    """A point of the code: act if a fault is meant for it.
+def fault_point(phase: str, **fields: int | str) -> str | None:
+    """Fire the first fault that matches this point.
 
     Returns:
-        The action that is left to the caller ("nan": make the loss NaN), else None.
+        The action that the caller must perform ("nan": make the loss NaN), else None.
     """
-    planned = _planned()
-    if not planned:
+    faults = _parsed_faults()
+    if not faults:
         return None
-    here = {name: str(value) for name, value in {**_where, **where}.items()}
-    for fault in planned:
-        if fault.phase == phase and all(here.get(k) == v for k, v in fault.where.items()) and _due(fault, here):
+    point = {name: str(value) for name, value in {**_context, **fields}.items()}
+    for fault in faults:
+        matches = fault.phase == phase and all(point.get(name) == value for name, value in fault.where.items())
+        if matches and _count_firing(fault, point):
             return ACTIONS[fault.action]()
     return None
 
 
 def reset_faults() -> None:
-    """Read `LUTHIER_FAULT` again at the next point and forget what this process counted."""
-    _planned.cache_clear()
-    _acted.clear()
+    """Read `LUTHIER_FAULT` again at the next point, and reset the counts of this process."""
+    _parsed_faults.cache_clear()
+    _fired.clear()
 
 
 @functools.cache
-def _planned() -> tuple[Fault, ...]:
+def _parsed_faults() -> tuple[Fault, ...]:
     return tuple(Fault.parse(text) for text in os.environ.get(ENV_FAULTS, "").split(";") if text.strip())
 
 
-def _due(fault: Fault, here: dict[str, str]) -> bool:
-    """Whether the fault may act once more; if so it is on record before it acts."""
-    path = os.environ.get(ENV_FAULT_LOG)
-    known = Path(path).read_text().splitlines() if path and Path(path).exists() else []
-    count = sum(line.partition(" @ ")[0] == fault.text for line in known) if path else _acted.get(fault.text, 0)
+def _count_firing(fault: Fault, point: dict[str, str]) -> bool:
+    """Whether the fault may fire once more; if so, counts it first, since it may kill this process."""
+    path = os.environ.get(ENV_FAULT_LOG) or None
+    count = _fired.get(fault.text, 0) if path is None else _logged_firings(Path(path), fault)
     if fault.times and count >= fault.times:
         return False
-    _acted[fault.text] = count + 1
-    if path:
+    _fired[fault.text] = count + 1
+    if path is not None:
+        fields = ",".join(f"{name}={value}" for name, value in point.items())
         with open(path, "a") as file:
-            file.write(f"{fault.text} @ {','.join(f'{k}={v}' for k, v in here.items())},pid={os.getpid()}\n")
+            file.write(f"{fault.text} @ {fields},pid={os.getpid()}\n")
             file.flush()
             os.fsync(file.fileno())
     return True
 
 
-def _signal(number: int) -> Callable[[], None]:
+def _logged_firings(log: Path, fault: Fault) -> int:
+    if not log.exists():
+        return 0
+    return sum(line.partition(" @ ")[0] == fault.text for line in log.read_text().splitlines())
+
+
+def _send(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def _fail(make: Callable[[], BaseException]) -> Callable[[], None]:
+def _raise(make: Callable[[], BaseException]) -> Callable[[], None]:
     def act() -> None:
         raise make()
 
@@ -147,28 +163,28 @@ def _hang() -> None:
 def _hang_holding_the_interpreter() -> None:
     import ctypes
 
-    ctypes.PyDLL(None).sleep(600)  # a PyDLL does not let go of the interpreter's lock
+    ctypes.PyDLL(None).sleep(600)  # unlike CDLL, PyDLL keeps the interpreter's lock during the call
 
 
 def _crash() -> None:
     import ctypes
 
-    ctypes.string_at(0)  # reads where no memory is
+    ctypes.string_at(0)  # reads address 0: segmentation fault
 
 
 ACTIONS: dict[str, Callable[[], str | None]] = {
-    "kill": _signal(signal.SIGKILL),
+    "kill": _send(signal.SIGKILL),
     "crash": _crash,
-    "stop": _signal(signal.SIGSTOP),
-    "interrupt": _signal(signal.SIGINT),
-    "terminate": _signal(signal.SIGTERM),
-    "raise": _fail(lambda: RuntimeError("A fault was injected here.")),
-    "oom": _fail(_out_of_memory),
-    "full": _fail(lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-    "io_error": _fail(lambda: OSError(errno.EIO, os.strerror(errno.EIO))),
+    "stop": _send(signal.SIGSTOP),
+    "interrupt": _send(signal.SIGINT),
+    "terminate": _send(signal.SIGTERM),
+    "raise": _raise(lambda: RuntimeError("A fault was injected here.")),
+    "oom": _raise(_out_of_memory),
+    "full": _raise(lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "io_error": _raise(lambda: OSError(errno.EIO, os.strerror(errno.EIO))),
     "hang": _hang,
     "hang_gil": _hang_holding_the_interpreter,
     "nan": lambda: "nan",
-    "note": lambda: None,  # only the line in LUTHIER_FAULT_LOG
+    "note": lambda: None,  # only logs to LUTHIER_FAULT_LOG
 }
-"""What a fault can do."""
+"""Action of a fault by name."""

@@ -1,4 +1,4 @@
-"""Seeds of named streams of random numbers."""
+"""Seeds of named random streams."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import json
 
 
 def stream_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for one named stream of random numbers ("shuffle", "head", …).
+    """A 63-bit seed for one named random stream, such as `"shuffle"` or `("split", 3)`.
 
-    Streams are derived by hashing names, so that a new stream never changes the draws of an old one.
+    Derived by hashing the names, so that a new stream never changes the draws of an existing one.
+
+    Example:
+        >>> stream_seed(0, "shuffle") == stream_seed(0, "shuffle")
+        True
+        >>> stream_seed(0, "shuffle") == stream_seed(0, "head")
+        False
     """
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

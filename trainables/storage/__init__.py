@@ -1,1 +1,1 @@
-"""Files that outlive a process: atomic writes, checkpoints, results computed once."""
+"""Persistent files: atomic writes, checkpoints, results computed once per machine."""

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and survive a power cut.
+"""Atomic, durable writes of files and folders.
 
-Whatever others may read while it is written, or must find intact after a crash, goes through here: it is written under
-a hidden name of its own in the same folder, synced, and renamed into place.
+A reader sees the old content or the new one, never a part, and what has its final name survives a power cut. Written
+under a unique hidden name in the same folder, synced, then renamed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def sync(path: str | Path) -> None:
-    """Return when a file's bytes, or a folder's names, are on the disk."""
+    """Flush a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -24,53 +24,59 @@ def sync(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(place: str | Path) -> Iterator[Path]:
-    """A path to write a file to, which replaces `place` when the block ends; a block that raises leaves no trace.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Replace a file atomically: yields a temporary path to write, renamed to `path` at the end of the block.
+
+    If the block raises, `path` is unchanged and the temporary file is removed.
 
     Raises:
-        OSError: the disk refused; `place` is as it was.
+        OSError: the disk refused a write; `path` is unchanged.
     """
-    target = Path(place)
-    written = _hidden(target)
+    target = Path(path)
+    temporary = _temporary_name(target)
     try:
-        yield written
-        sync(written)
-        os.replace(written, target)
+        yield temporary
+        # The bytes before the name: after a power cut a name without its bytes would be a valid, empty file.
+        sync(temporary)
+        os.replace(temporary, target)
+        # The rename itself is an entry of the folder, and is lost with the power until that is synced.
         sync(target.parent)
     except BaseException:
-        written.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def write_text(place: str | Path, text: str) -> None:
-    """Replace the file `place` by this text (UTF-8); see `atomic_file`."""
-    with atomic_file(place) as written:
-        written.write_text(text, encoding="utf-8")
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file's content by `text` (UTF-8) atomically, see `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def atomic_folder(place: str | Path) -> Iterator[Path]:
-    """An empty folder to fill with files, which becomes `place` when the block ends; a block that raises leaves no
-    trace. Its hidden name begins with `.<name of place>-`, by which those of killed processes are found.
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Create a folder atomically: yields an empty temporary folder to fill with files, renamed to `path` at the end.
+
+    If the block raises, the temporary folder is removed. Its name begins with `.<name of path>-`, by which the
+    leftovers of killed processes can be found.
 
     Raises:
-        OSError: the disk refused, or `place` exists and is not empty.
+        OSError: the disk refused a write, or `path` exists and is not empty.
     """
-    target = Path(place)
-    written = _hidden(target)
-    written.mkdir()
+    target = Path(path)
+    temporary = _temporary_name(target)
+    temporary.mkdir()
     try:
-        yield written
-        for path in written.iterdir():
-            sync(path)
-        sync(written)
-        os.replace(written, target)  # replaces an empty folder, fails on any other
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        os.replace(temporary, target)  # replaces an empty folder, fails on any other
         sync(target.parent)
     except BaseException:
-        shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _hidden(place: Path) -> Path:
-    """Beside `place`, since only within one file system is a rename atomic; unique, since threads may write too."""
-    return place.with_name(f".{place.name}-{uuid.uuid4().hex[:12]}")
+def _temporary_name(target: Path) -> Path:
+    """A unique hidden name beside `target`: a rename is atomic within one file system only."""
+    return target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")

@@ -1,12 +1,12 @@
-"""Where one trial keeps its checkpoints: written often but not too often, verified on reading, never by two at once.
+"""Checkpoint store of one trial: rate-limited writes, digests verified on read, a single writer by fencing token.
 
-    <study>/checkpoints/trial-0007/owner.json              who may write here: the latest process that took the trial
+    <study>/checkpoints/trial-0007/owner.json              fencing token of the process that may write
                                    unit-000003/            after three units
                                    unit-000003-step-0120/  in the middle of the fourth
-    <study>/checkpoints/quarantine/trial-0007-unit-000003/ what was found damaged, with `problem.txt`
+    <study>/checkpoints/quarantine/trial-0007-unit-000003/ a damaged checkpoint, with `problem.txt`
 
-The trial finds its newest intact checkpoint by itself, so that a retry by Tune, a lost node and a repeated
-`luthier run` are one and the same thing.
+A trial resumes from the newest valid checkpoint of its store, whatever interrupted it: a retry by Tune, a lost node
+and a repeated `luthier run` take the same path.
 """
 
 from __future__ import annotations
@@ -54,36 +54,41 @@ class CheckpointStore:
     """Reads and writes the checkpoints of one trial.
 
     Args:
-        folder: the trial's own; made by `acquire`.
-        within: seconds after which the middle of a unit is kept.
-        clock: seconds, for the rules on how often.
+        folder: the trial's own; created by `acquire`.
+        mid_unit_interval_s: minimum interval between checkpoints in the middle of a unit, in seconds.
+        clock: monotonic seconds, for the rate limit.
     """
 
     def __init__(
-        self, folder: str | Path, within: float = MID_UNIT_INTERVAL_S, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: str | Path,
+        mid_unit_interval_s: float = MID_UNIT_INTERVAL_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = Path(folder)
         self.problems: list[str] = []
-        """What went wrong with checkpoints and has not been reported yet."""
+        """Failed writes and damaged checkpoints that have not been reported yet."""
         self._token: str | None = None
-        self._within, self._clock = within, clock
-        self._last, self._cost = clock(), 0.0
-        self._looked = clock()
+        self._mid_unit_interval_s = mid_unit_interval_s
+        self._clock = clock
+        self._last_write = clock()
+        self._write_seconds = 0.0
+        self._last_poll = clock()
 
     def acquire(self) -> None:
-        """Become the one process that may write here; whoever could before cannot any more."""
+        """Acquire write ownership; revokes the previous owner's token."""
         self.folder.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
         fields = {"token": token, "pid": os.getpid(), "host": platform.node(), "time": time.time()}
         write_text(self.folder / OWNER_FILE, json.dumps(fields))
         self._token = token
         (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
-        for leftover in self.folder.glob(".*"):  # of a process that was killed while it wrote or removed
+        for leftover in self.folder.glob(".*"):  # temporary folders of a process that was killed
             _remove(leftover)
-        self._last = self._clock()
+        self._last_write = self._clock()
 
     def valid_states(self) -> Iterator[tuple[Path, RunState]]:
-        """The intact checkpoints, newest first; damaged ones go to the quarantine on the way."""
+        """The valid checkpoints, newest first; damaged ones are moved to the quarantine."""
         for path in reversed(list_checkpoints(self.folder)):
             try:
                 yield path, load_state(path)
@@ -91,71 +96,89 @@ class CheckpointStore:
                 self.quarantine(path, str(error))
 
     def quarantine(self, path: Path, problem: str) -> None:
-        """Put a checkpoint aside that cannot be used, and remember to report it."""
-        self._check_owner()
+        """Move an unusable checkpoint to the quarantine and record the problem.
+
+        Raises:
+            FencedError: another process owns the trial.
+        """
+        self._check_token()
         self.problems.append(problem)
-        log.warning("A checkpoint is put aside. %s", problem)
-        place = self.folder.parent / QUARANTINE / f"{self.folder.name}-{path.name}"
-        place.parent.mkdir(exist_ok=True)
-        _remove(place)
-        with contextlib.suppress(OSError):  # it may lie on a disk that fails: then it stays where it is, and is skipped
-            os.rename(path, place)
-            (place / "problem.txt").write_text(problem + "\n")
-        for old in sorted(place.parent.iterdir(), key=lambda p: p.stat().st_mtime)[:-QUARANTINE_LIMIT]:
+        log.warning("Quarantined a checkpoint. %s", problem)
+        target = self.folder.parent / QUARANTINE / f"{self.folder.name}-{path.name}"
+        target.parent.mkdir(exist_ok=True)
+        _remove(target)
+        # A failing disk may refuse the move; the checkpoint then stays where it is, and is skipped.
+        with contextlib.suppress(OSError):
+            os.rename(path, target)
+            (target / "problem.txt").write_text(problem + "\n")
+        by_age = sorted(target.parent.iterdir(), key=lambda p: p.stat().st_mtime)
+        for old in by_age[:-QUARANTINE_LIMIT]:
             _remove(old)
 
     def save_after_unit(self, state: Callable[[], RunState]) -> None:
-        """Keep the state after a unit, unless checkpoints are too dear for that."""
-        if self._clock() - self._last >= MIN_INTERVAL_FACTOR * self._cost or self._asked():
+        """Write a checkpoint after a unit, subject to the rate limit."""
+        if self._is_due(0.0):
+            self._write(state)
+
+    def save_after_step(self, state: Callable[[], RunState]) -> None:
+        """Write a checkpoint in the middle of a unit, subject to the rate limit and the mid-unit interval."""
+        if self._is_due(self._mid_unit_interval_s):
             self._write(state)
 
     def save_result(self, meta: Mapping[str, Any]) -> None:
-        """Keep the result of a trial that has used its budget: its state without tensors, which nobody will read."""
+        """Write the state of a trial that has used its budget; without tensors, since nothing resumes from it."""
         self._write(lambda: RunState({}, meta))
 
-    def save_after_step(self, state: Callable[[], RunState]) -> None:
-        """Keep the middle of a unit, if the last checkpoint is long ago or somebody asks for one."""
-        if self._clock() - self._last >= max(self._within, MIN_INTERVAL_FACTOR * self._cost) or self._asked():
-            self._write(state)
+    def _is_due(self, interval_s: float) -> bool:
+        elapsed = self._clock() - self._last_write
+        return elapsed >= max(interval_s, MIN_INTERVAL_FACTOR * self._write_seconds) or self._is_requested()
 
-    def _asked(self) -> bool:
+    def _is_requested(self) -> bool:
         now = self._clock()
-        if now - self._looked < POLL_INTERVAL_S:
+        if now - self._last_poll < POLL_INTERVAL_S:
             return False
-        self._looked = now
+        self._last_poll = now
         return (self.folder / SAVE_REQUEST_FILE).exists()
 
-    def _write(self, make: Callable[[], RunState]) -> None:
-        """A disk that is full or failing costs the checkpoint, not the trial.
+    def _write(self, make_state: Callable[[], RunState]) -> None:
+        """Write a checkpoint and remove older ones; a full or failing disk loses the checkpoint, not the trial.
 
         Raises:
-            FencedError: the trial belongs to another process now.
+            FencedError: another process owns the trial.
         """
         began = self._clock()
-        self._check_owner()
-        state = make()
-        unit, step = int(state.meta["unit"]), int(state.meta["step"])
-        target = self.folder / (f"unit-{unit:06d}" + (f"-step-{step:04d}" if step else ""))
+        self._check_token()
+        state = make_state()
+        unit = int(state.meta["unit"])
+        step = int(state.meta["step"])
+        name = f"unit-{unit:06d}"
+        if step:
+            name += f"-step-{step:04d}"
+        target = self.folder / name
         try:
             if target.exists():
-                self._discard(target)  # of an attempt before, from which this one did not start
+                self._discard(target)  # of an earlier attempt that this one did not resume from
             save_state(target, state)
             for old in list_checkpoints(self.folder)[:-RETAINED]:
                 self._discard(old)
         except OSError as error:
-            self._check_owner()  # rather the true reason, if the folder is gone
+            # Where the next owner has removed the folder, the cause is the lost token and not the disk.
+            self._check_token()
             self.problems.append(f"No checkpoint could be written to {target}: {error}")
-            log.warning("%s. The trial goes on without.", self.problems[-1])
+            log.warning("%s. The trial continues without it.", self.problems[-1])
         (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
-        self._last = self._clock()
-        self._cost = self._last - began
+        self._last_write = self._clock()
+        self._write_seconds = self._last_write - began
 
     def _discard(self, path: Path) -> None:
-        gone = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        os.rename(path, gone)  # in one go: a folder that is half removed must not look like a checkpoint
-        _remove(gone)
+        # Renamed first, in one step: a folder that is half removed must not look like a checkpoint.
+        hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        os.rename(path, hidden)
+        _remove(hidden)
 
-    def _check_owner(self) -> None:
+    def _check_token(self) -> None:
+        # Every write checks the token anew: a process that was stopped for minutes (SIGSTOP, a swapped-out machine)
+        # still believes to own the trial that was meanwhile restarted elsewhere.
         try:
             owner = json.loads((self.folder / OWNER_FILE).read_text())
         except (OSError, ValueError):
@@ -169,11 +192,16 @@ class CheckpointStore:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders that hold, or should hold, a checkpoint; oldest first."""
+    """Folders of a trial that are named like checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+    named = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(named, key=_position)
+
+
+def _position(checkpoint: Path) -> list[int]:
+    """Unit and step as numbers: a name of seven digits sorts after one of six."""
+    return [int(digits) for digits in re.findall(r"\d+", checkpoint.name)]
 
 
 def _remove(path: Path) -> None:

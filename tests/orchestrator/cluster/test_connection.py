@@ -73,7 +73,10 @@ class TestResources:
 
     @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (0.5, 0), (32, 0), (4, 1), (1, 0.25), (0, 1)])
     def test_what_fits_passes(self, cpus: float, gpus: float) -> None:
+        """It raises nothing; a request for more than the largest machine has beyond it does."""
         check_resources(cpus, gpus, [SMALL, LARGE, GPU])
+        with pytest.raises(ResourceError):
+            check_resources(cpus + 32.5, gpus, [SMALL, LARGE, GPU])
 
     @pytest.mark.parametrize("gpus", [1.5, 2])
     def test_more_than_one_gpu(self, gpus: float) -> None:

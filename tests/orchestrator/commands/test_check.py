@@ -165,6 +165,17 @@ def test_the_command_says_it_and_its_exit_code_tells(study: Study, tmp_path: Pat
     assert {f["what"] for f in report["findings"]} == {"journal", "study", "data", "search", "checkpoints", "tracking"}
 
 
+def test_a_run_that_ended_before_the_study_began(tmp_path: Path) -> None:
+    """Such as one that was interrupted while the data were read: its journal is empty."""
+    study = Study(**FIELDS, storage=str(tmp_path))
+    Journal(study.folder / "journal.jsonl").close()
+    assert check_study(study).sound
+    assert findings(study, "study") == [
+        ("note", "The last run ended before the study began: there is nothing to compare.")
+    ]
+    assert findings(study, "data") == []
+
+
 def test_a_study_that_never_ran_has_nothing_to_check(tmp_path: Path) -> None:
     study = Study(**FIELDS, storage=str(tmp_path))
     with pytest.raises(FileNotFoundError) as error:

@@ -32,6 +32,7 @@ from orchestrator.errors import PreflightError, Problem, StudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import State, TrialRecord
 from orchestrator.study import Study
+from tests.support.cpu_time import cpu_seconds_of_python
 from tests.support.images import write_plain_images
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,10 +68,12 @@ def write_journal(folder: Path, *, failed: bool = False) -> None:
 
 
 class TestHelp:
-    def test_help_lists_the_commands(self) -> None:
-        shown = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli", "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-        )
+    def test_help_costs_little_more_than_the_libraries_that_print_it(self) -> None:
+        """`luthier --help` in under a second: no library of the study itself may be loaded for it."""
+        command = ["-m", "orchestrator.cli", "--help"]
+        shown = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT)
+        floor = cpu_seconds_of_python("-c", "import typer, rich.console, rich.table, rich.panel, rich.markdown")
+        assert cpu_seconds_of_python(*command) < 2 * floor
         for command in ("init", "plan", "run", "check", "status", "results", "demo", "submit", "data"):
             assert f"\n  {command} " in shown.stdout
 
@@ -323,8 +326,8 @@ class TestInit:
         result = luthier("init", "-o", tmp_path / "file" / "study.yaml")
         assert result.exit_code == FAILED
         assert result.stderr == (
-            f"Error: The study file needs a place that can be written, but {tmp_path}/file/study.yaml is none (File "
-            "exists). Give another with --output.\n"
+            f"Error: The study file must be writable, but {tmp_path}/file/study.yaml is not (File exists). Give "
+            "another one with --output.\n"
         )
 
     def test_a_network_that_is_not_known(self, tmp_path: Path) -> None:

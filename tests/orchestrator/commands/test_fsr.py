@@ -79,16 +79,16 @@ def test_only_references_run_on_samples_of_the_right_size(measured: tuple[Study,
     assert images["1"] == pytest.approx(2 * (images["0.5"] or 0), abs=4)
     assert len(records) == 4 * 2
     assert {(r.hparams["lr_backbone"], r.hparams["lr_head"], r.hparams["lam"]) for r in records} == {(0.1, 3.0, 1.0)}
-    assert [e.reference for e in report.found] == ["full", "extrapolated"]
+    assert [e.reference for e in report.estimates] == ["full", "extrapolated"]
     by_seed = {(r.sample, r.seed): r.metric(SHIFT) for r in records}
     ratios = [(by_seed["1", s] or 0) / (by_seed["full", s] or 1) for s in {r.seed for r in records}]
-    assert report.found[0].value == pytest.approx(sum(ratios) / 2)
+    assert report.estimates[0].value == pytest.approx(sum(ratios) / 2)
 
 
 def test_what_was_found_is_in_the_journal_for_the_record_of_the_study(measured: tuple[Study, FsrReport]) -> None:
     study, report = measured
     found = measurements(events(study))["fsr"]
-    assert found["metrics"]["fsr/full"] == report.found[0].value
+    assert found["metrics"]["fsr/full"] == report.estimates[0].value
     columns = found["curves"]["fsr"]["columns"]
     assert list(columns) == ["images", "shift", "fit"]
     assert sum(value is not None for value in columns["shift"]) == 3
@@ -114,21 +114,21 @@ def test_the_command(measured: tuple[Study, FsrReport], tmp_path: Path) -> None:
     report.render(console)
     text = console.export_text()
     assert "1 (the study's own)" in text
-    assert all(estimate.sentence() in text for estimate in report.found)
+    assert all(estimate.sentence() in text for estimate in report.estimates)
 
 
 def test_the_search_that_follows_begins_with_the_lambda_that_the_references_suggest(
     measured: tuple[Study, FsrReport], make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, report = measured
-    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda found: report.found[0])
-    expected = round(min(max(report.found[0].lam, 0.0), 2.0), 3)
+    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda found: report.estimates[0])
+    expected = round(min(max(report.estimates[0].lam, 0.0), 2.0), 3)
     later = make(name="later", diagnostics={"fsr_from": "shapes", "plasticity": False})
     records = [r for r in later.run(progress=False).records if r.role == "search"]
     assert [r.hparams["lam"] for r in records[:2]] == [1.0, expected]
     header = study_header(events(later))
     assert header["hints"] == {"layernorm": {"lam": expected}}
-    assert header["hints_from"] == f"shapes: {report.found[0].sentence()}"
+    assert header["hints_from"] == f"shapes: {report.estimates[0].sentence()}"
 
 
 def test_references_follow_the_search_and_no_scheduler_stops_them(make: Callable[..., Study]) -> None:
@@ -182,7 +182,7 @@ class TestReport:
         FsrReport("pets", found, []).render(console)
         text = console.export_text()
         assert found[0].sentence() in text
-        assert "Suggested λ = 1.64 [1.47, 1.85]: a search of pets that follows tries it early" in text
+        assert "Suggested λ = 1.64 [1.47, 1.85]: a later search of pets tries it early" in text
 
     def test_c8_the_name_of_a_domain_is_no_markup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         row = {"sample": "oracle:[/red]cat", "images": 4.0, "shift": 1.0, "ci95": None, "seeds": 1}
@@ -195,7 +195,7 @@ class TestReport:
         console = Console(width=100, record=True)
         FsrReport("pets", [], []).render(console)
         assert console.export_text() == (
-            "Too few reference trials have finished for an FSR. `luthier status` says why.\n"
+            "Too few reference trials have finished for an FSR. `luthier status` shows why.\n"
         )
         assert FsrReport("pets", [], []).to_dict() == {
             "study": "pets",

@@ -135,7 +135,7 @@ class TestRealCluster:
         study.write_text(text)
         assert submit(study, head.url, stop_on_interrupt=True, out=out, notes=second, **same) == 130
         assert f"Submitted {name}" in first.getvalue()
-        assert re.search(f"{name} is (pending|running) on the cluster already; following it.", second.getvalue())
+        assert re.search(rf"{name} is already (pending|running) on the cluster; following it\.", second.getvalue())
         assert f"Stopping {name}; it saves its state first (up to 30 s)." in second.getvalue()
         assert "from another version of its file. Wait for it, stop it" in str(refused.value)
         lines = out.getvalue().splitlines()

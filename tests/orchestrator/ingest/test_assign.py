@@ -1,4 +1,4 @@
-"""Roles of domains, classes and splits; every refusal word for word. No image is opened."""
+"""Assignment of domains, classes and splits; every refusal in full."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.ingest.source import Sample, Source
 
 @dataclass
 class Listed(Source):
-    """A source with nothing behind its samples."""
+    """A source without images."""
 
 
 def source(counts: dict[tuple[str, str], int], split: str | None = None, **fields: Any) -> Listed:
@@ -44,30 +44,32 @@ TWO = {("photo", "cat"): 20, ("photo", "dog"): 20, ("art", "cat"): 10, ("art", "
 
 class TestRoles:
     def test_without_names_every_domain_is_id(self) -> None:
-        found = plan(source(TWO))
-        assert (found.id_domains, found.ood_domains, found.domains) == (["art", "photo"], [], ["art", "photo"])
-        assert {name: len(rows) for name, rows in found.splits.items()} == {"train": 42, "val": 9 - 1, "test": 10} or {
-            name: len(rows) for name, rows in found.splits.items()
-        } == {"train": 44, "val": 8, "test": 8}
+        assignment = plan(source(TWO))
+        assert (assignment.id_domains, assignment.ood_domains, assignment.domains) == (
+            ["art", "photo"],
+            [],
+            ["art", "photo"],
+        )
+        assert {name: len(rows) for name, rows in assignment.splits.items()} == {"train": 44, "val": 8, "test": 8}
 
     def test_what_is_not_ood_is_id(self) -> None:
-        found = plan(source(TWO), ood=("art",))
-        assert found.domains == ["photo", "art"]
-        assert list(found.splits) == ["train", "val", "test", "ood/art"]
-        assert len(found.splits["ood/art"]) == 20
+        assignment = plan(source(TWO), ood=("art",))
+        assert assignment.domains == ["photo", "art"]
+        assert list(assignment.splits) == ["train", "val", "test", "ood/art"]
+        assert len(assignment.splits["ood/art"]) == 20
 
     def test_domains_that_are_not_named_are_not_used(self) -> None:
-        found = plan(source({**TWO, ("clay", "cat"): 9}), id=("photo",), ood=("art",))
-        assert found.unused_domains == ["clay"]
-        assert len(found.used) == 60
+        assignment = plan(source({**TWO, ("clay", "cat"): 9}), id=("photo",), ood=("art",))
+        assert assignment.unused_domains == ["clay"]
+        assert len(assignment.used) == 60
 
     def test_the_source_may_say_itself_what_is_ood(self) -> None:
-        found = plan(source(TWO, evaluation_domains=frozenset({"art"})))
-        assert (found.id_domains, found.ood_domains) == (["photo"], ["art"])
+        assignment = plan(source(TWO, evaluation_domains=frozenset({"art"})))
+        assert (assignment.id_domains, assignment.ood_domains) == (["photo"], ["art"])
 
     def test_ood_images_are_wholly_for_evaluation_even_with_a_split(self) -> None:
-        found = plan(source(TWO, split="train"), ood=("art",))
-        assert len(found.splits["ood/art"]) == 20
+        assignment = plan(source(TWO, split="train"), ood=("art",))
+        assert len(assignment.splits["ood/art"]) == 20
 
     def test_unknown(self) -> None:
         assert refusal(source(TWO), ood=("arts",)) == (
@@ -104,9 +106,9 @@ class TestRoles:
 
 class TestClasses:
     def test_d18_a_class_may_be_missing_in_an_ood_domain(self) -> None:
-        found = plan(source({**TWO, ("clay", "dog"): 3}), ood=("clay", "art"))
-        assert found.labels[found.splits["ood/clay"]].tolist() == [1, 1, 1]
-        assert found.classes == ["cat", "dog"]
+        assignment = plan(source({**TWO, ("clay", "dog"): 3}), ood=("clay", "art"))
+        assert assignment.labels[assignment.splits["ood/clay"]].tolist() == [1, 1, 1]
+        assert assignment.classes == ["cat", "dog"]
 
     def test_d19_a_class_only_in_ood(self) -> None:
         assert refusal(source({**TWO, ("art", "fox"): 3}), ood=("art",)) == (
@@ -159,22 +161,22 @@ class TestSplits:
         listed = source({("id", "cat"): 20, ("id", "dog"): 20}, split="train")
         tests = range(len(listed.samples), len(listed.samples) + 6)
         listed.samples += [Sample(f"t{i}", "cat", "id", "test", None) for i in tests]
-        found = plan(listed, val_fraction=0.1)
-        assert sorted(found.splits["test"]) == list(tests)
-        assert {name: len(rows) for name, rows in found.splits.items()} == {"train": 36, "val": 4, "test": 6}
+        assignment = plan(listed, val_fraction=0.1)
+        assert sorted(assignment.splits["test"]) == list(tests)
+        assert {name: len(rows) for name, rows in assignment.splits.items()} == {"train": 36, "val": 4, "test": 6}
 
     def test_every_sample_is_in_one_place_and_labels_are_right(self) -> None:
         listed = source(TWO)
-        found = plan(listed, ood=("art",))
-        rows = np.concatenate(list(found.splits.values()))
+        assignment = plan(listed, ood=("art",))
+        rows = np.concatenate(list(assignment.splits.values()))
         assert sorted(rows) == list(range(60))
         for i in rows:
-            assert found.classes[found.labels[i]] == listed.samples[i].label
-            assert found.domains[found.domain_ids[i]] == listed.samples[i].domain
+            assert assignment.classes[assignment.labels[i]] == listed.samples[i].label
+            assert assignment.domains[assignment.domain_ids[i]] == listed.samples[i].domain
 
     def test_training_is_in_nested_order(self) -> None:
-        found = plan(source({("id", "cat"): 40, ("id", "dog"): 20}))
-        labels = found.labels[found.splits["train"]]
+        assignment = plan(source({("id", "cat"): 40, ("id", "dog"): 20}))
+        labels = assignment.labels[assignment.splits["train"]]
         assert np.bincount(labels[: round(len(labels) / 2)]).tolist() == [14, 7]
 
     def test_the_seed_decides(self) -> None:

@@ -1,4 +1,4 @@
-"""`luthier data check`: everything that a person should know before a study."""
+"""`luthier data check`: contents and problems of a source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.ingest.errors import DataError
 from tests.orchestrator.ingest.pictures import domains, fill, picture
 
 
-def shown(report: DataReport) -> str:
+def rendered(report: DataReport) -> str:
     console = Console(file=io.StringIO(), width=160)
     report.render(console)
     assert isinstance(console.file, io.StringIO)
@@ -26,7 +26,7 @@ def shown(report: DataReport) -> str:
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory: pytest.TempPathFactory) -> DataReport:
-    """Two domains with one of everything."""
+    """Two domains with one of each kind of problem."""
     root = domains(tmp_path_factory.mktemp("messy"), count=4)
     picture(100, 64, 48).save(root / "photo" / "ant" / "large.jpg")
     picture(101).convert("RGBA").save(root / "photo" / "ant" / "clear.png")
@@ -38,7 +38,7 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> DataReport:
     return check(root, workers=1)
 
 
-def test_what_was_found(messy: DataReport) -> None:
+def test_contents(messy: DataReport) -> None:
     assert (messy.source, messy.layout, messy.images) == ("folder", "<domain>/<class>/*", 27)
     assert messy.domains == {"photo": {"ant": 6, "bee": 4, "cat": 4}, "sketch": {"ant": 4, "bee": 4, "cat": 5}}
     assert messy.classes == ["ant", "bee", "cat"]
@@ -69,8 +69,8 @@ def test_it_is_json(messy: DataReport) -> None:
     assert again["sizes"]["largest"] == [64, 48]
 
 
-def test_it_can_be_read(messy: DataReport) -> None:
-    text = shown(messy)
+def test_the_printed_report(messy: DataReport) -> None:
+    text = rendered(messy)
     for line in (
         "27 readable images, 2 domains, 3 classes",
         "Unreadable, will be left out: 1",
@@ -86,7 +86,7 @@ def test_it_can_be_read(messy: DataReport) -> None:
 def test_c8_names_are_not_taken_for_markup(tmp_path: Path) -> None:
     fill(tmp_path, {"[bold]cat": 3, "<img onerror>": 3})
     (tmp_path / "[bold]cat" / "[red]x.png").touch()
-    assert "[bold]cat/[red]x.png: the file is empty" in shown(check(tmp_path, workers=1))
+    assert "[bold]cat/[red]x.png: the file is empty" in rendered(check(tmp_path, workers=1))
 
 
 def test_problems_say_why_a_study_would_refuse(tmp_path: Path) -> None:
@@ -95,18 +95,18 @@ def test_problems_say_why_a_study_would_refuse(tmp_path: Path) -> None:
     assert report.ood_domains == ["art"]
     assert report.splits == {"train": 4}
     assert report.problems[0].startswith("Every class must have ID images to learn from, but 'fox' occurs only in OOD")
-    assert "Problem: Every class must have" in shown(report)
+    assert "Problem: Every class must have" in rendered(report)
 
 
 def test_d25_duplicates_across_given_splits(tmp_path: Path) -> None:
     fill(tmp_path, {f"{split}/{name}": 2 for split in ("train", "val", "test") for name in ("cat", "dog")})
     (tmp_path / "test/cat/leak.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
     (tmp_path / "train/cat/again.png").write_bytes((tmp_path / "train/cat/0000.png").read_bytes())
-    found = check(tmp_path, workers=1).duplicates
-    (group,) = found["across"]
+    duplicates = check(tmp_path, workers=1).duplicates
+    (group,) = duplicates["across"]
     assert group["names"] == ["test/cat/leak.png", "train/cat/0000.png", "train/cat/again.png"]
     assert group["places"] == ["test", "train", "train"]
-    assert (found["contradictory"], found["repeats"]) == ([], 1)
+    assert (duplicates["contradictory"], duplicates["repeats"]) == ([], 1)
 
 
 def test_d25_a_picture_saved_again_is_the_same_image(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_d25_a_picture_saved_again_is_the_same_image(tmp_path: Path) -> None:
     assert (group["same"], report.duplicates["leaks_groups"], report.problems) == ("pixels", 1, [])
     assert (
         "test/cat/saved.bmp (test) = test/cat/thumb.tif (test) = train/cat/0000.png (train) (equal pixels, other bytes)"
-        in shown(report)
+        in rendered(report)
     )
 
 

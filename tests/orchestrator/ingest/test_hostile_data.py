@@ -1,4 +1,4 @@
-"""Data by somebody who means harm, or by chance: what cannot be read costs a sample or the run, never the driver."""
+"""Malicious and damaged data: an unreadable file costs a sample or the run, never the driver."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from orchestrator.ingest.decoding import Job, decode_all
+from orchestrator.ingest.decoding import DecodeJob, decode_all
 from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.folder import open_folder
+from orchestrator.ingest.folder import scan_folder
 from orchestrator.ingest.images import FORMATS
-from orchestrator.ingest.npz import open_npz
-from orchestrator.ingest.parquet import Table, encoded_images, open_parquet
+from orchestrator.ingest.npz import scan_npz
+from orchestrator.ingest.parquet import Table, encoded_images, scan_parquet
 from orchestrator.ingest.worker import MEMORY_LIMIT
 from tests.orchestrator.ingest.pictures import domains, encoded, picture
 from trainables.data.store import Store
 
 GREEDY = f"""
 from orchestrator.ingest import images, worker
-images._finish = lambda *arguments: bytearray({MEMORY_LIMIT})
+images._convert = lambda *arguments: bytearray({MEMORY_LIMIT})
 worker.main()
 """
 
 
 def reasons(root: Path) -> dict[str, str | None]:
-    """Name → why it is not used, for every picture of a folder."""
-    source = open_folder(root)
-    found = decode_all(source, range(len(source.samples)), Job(16, "nearest"), workers=1)
-    return {source.samples[i].name: outcome.reason for i, outcome in found.items()}
+    """Name → reason for quarantine, for every image of a folder."""
+    source = scan_folder(root)
+    outcomes = decode_all(source, range(len(source.samples)), DecodeJob(16, "nearest"), workers=1)
+    return {source.samples[i].name: outcome.reason for i, outcome in outcomes.items()}
 
 
 CURIOUS = """
 import os
 from orchestrator.ingest import images, worker
-def tell(*arguments):
+def report(*arguments):
     names = ("HF_TOKEN", "DB_PASSWORD", "LANG")
     raise images.BadImageError(" ".join(f"{name}={os.environ.get(name)}" for name in names))
-images._finish = tell
+images._convert = report
 worker.main()
 """
 
 
-def started(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """From now on decoders run this script."""
+def replace_decoder(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Make decoder processes run this script."""
     real = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> Any:
@@ -62,18 +62,16 @@ def started(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(subprocess, "Popen", start)
 
 
-def test_c9_a_picture_that_takes_a_decoder_over_finds_no_secrets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_c9_a_compromised_decoder_has_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "DB_PASSWORD", "LANG"):
         monkeypatch.setenv(name, "planted-7f3a")
-    started(monkeypatch, CURIOUS)
-    found = reasons(domains(tmp_path, ("photo",), 1))
-    assert set(found.values()) == {"HF_TOKEN=None DB_PASSWORD=None LANG=planted-7f3a"}
+    replace_decoder(monkeypatch, CURIOUS)
+    texts = reasons(domains(tmp_path, ("photo",), 1))
+    assert set(texts.values()) == {"HF_TOKEN=None DB_PASSWORD=None LANG=planted-7f3a"}
 
 
-def test_d9_a_decoder_has_only_so_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started(monkeypatch, GREEDY)
+def test_d9_the_memory_of_a_decoder_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_decoder(monkeypatch, GREEDY)
     assert set(reasons(domains(tmp_path, ("photo",), 1)).values()) == {"needs more memory than a decoder may take"}
 
 
@@ -81,7 +79,7 @@ def test_d9_a_decoder_has_only_so_much_memory(tmp_path: Path, monkeypatch: pytes
 def test_d10_a_format_that_is_not_on_the_list_is_not_opened_under_another_name(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ghostscript, which Pillow calls for EPS, is a program that files can steer."""
+    """Pillow calls Ghostscript for EPS, which executes the file as a program."""
     trap = tmp_path / "gs"
     trap.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
     trap.chmod(0o755)
@@ -91,41 +89,41 @@ def test_d10_a_format_that_is_not_on_the_list_is_not_opened_under_another_name(
     content = encoded(image.convert({"MSP": "1", "SPIDER": "F"}.get(kind, "RGB")), kind)
     (root / "photo" / "ant" / "evil.jpg").write_bytes(content)
     (root / "photo" / "ant" / "evil.eps").write_bytes(content)
-    found = reasons(root)
+    texts = reasons(root)
     for name in ("photo/ant/evil.jpg", "photo/ant/evil.eps"):
-        assert str(found.pop(name)).startswith(f"not a picture ({', '.join(FORMATS)}): it begins with ")
-    assert set(found.values()) == {None}
+        assert str(texts.pop(name)).startswith(f"not a picture ({', '.join(FORMATS)}): it begins with ")
+    assert set(texts.values()) == {None}
     assert not (tmp_path / "started").exists()
 
 
-def test_d10_a_picture_under_the_name_of_another_format_is_what_it_is(tmp_path: Path) -> None:
+def test_d10_a_format_is_recognised_by_content_and_not_by_extension(tmp_path: Path) -> None:
     root = domains(tmp_path, ("photo",), 1)
     (root / "photo" / "ant" / "png.jpg").write_bytes(encoded(picture(8)))
     (root / "photo" / "ant" / "svg.png").write_text("<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
-    found = reasons(root)
-    assert found["photo/ant/png.jpg"] is None
-    assert str(found["photo/ant/svg.png"]).startswith("not a picture")
+    texts = reasons(root)
+    assert texts["photo/ant/png.jpg"] is None
+    assert str(texts["photo/ant/svg.png"]).startswith("not a picture")
 
 
 def test_d7_a_multi_picture_jpeg_counts_once(tmp_path: Path) -> None:
     root = domains(tmp_path, ("photo",), 1)
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     (root / "photo" / "ant" / "two.mpo").write_bytes(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]))
-    source = open_folder(root)
-    outcomes = decode_all(source, range(4), Job(16, "nearest"), workers=1)
+    source = scan_folder(root)
+    outcomes = decode_all(source, range(4), DecodeJob(16, "nearest"), workers=1)
     (notes,) = [o.notes for i, o in outcomes.items() if source.samples[i].name.endswith(".mpo")]
     assert notes == ("animated",)
 
 
-@pytest.mark.parametrize("place", ["../../secret.png", "/etc/passwd", "http://127.0.0.1:9/x.png", "file:///etc/passwd"])
-def test_d29_a_path_in_a_table_leads_nowhere(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["../../secret.png", "/etc/passwd", "http://127.0.0.1:9/x.png", "file:///etc/passwd"])
+def test_d29_a_path_in_a_table_is_not_followed(path: str, tmp_path: Path) -> None:
     """Hugging Face's tables may name a file in place of its bytes; here a row without bytes has no image."""
     (tmp_path / "secret.png").write_bytes(encoded(picture(1)))
-    rows = [{"bytes": encoded(picture(n)), "path": f"{n}.png"} for n in range(3)] + [{"bytes": None, "path": place}]
+    rows = [{"bytes": encoded(picture(n)), "path": f"{n}.png"} for n in range(3)] + [{"bytes": None, "path": path}]
     (tmp_path / "a" / "b").mkdir(parents=True)
     pq.write_table(pa.table({"image": rows, "label": [0, 1, 0, 1]}), tmp_path / "a" / "b" / "x.parquet")
-    source = open_parquet(tmp_path / "a" / "b" / "x.parquet")
-    outcomes = decode_all(source, range(4), Job(16, "nearest"), workers=1)
+    source = scan_parquet(tmp_path / "a" / "b" / "x.parquet")
+    outcomes = decode_all(source, range(4), DecodeJob(16, "nearest"), workers=1)
     assert [outcome.reason for outcome in outcomes.values()] == [
         *[None] * 3,
         "the row has no image bytes (paths are not followed)",
@@ -133,13 +131,13 @@ def test_d29_a_path_in_a_table_leads_nowhere(place: str, tmp_path: Path) -> None
 
 
 def read_all(path: Path) -> list[tuple[str, bytes | None]] | None:
-    """Label and image of each row (None = damaged), or None where the table is refused as a whole."""
+    """Label and image of each row (None = damaged); None = the table is refused."""
     try:
-        source = open_parquet(path)
+        source = scan_parquet(path)
     except DataError:
         return None
     images: list[bytes | None] = []
-    with contextlib.suppress(pa.ArrowException, OSError, ValueError):  # as a decoder process takes it
+    with contextlib.suppress(pa.ArrowException, OSError, ValueError):  # as the decoder process does
         images += encoded_images(str(path), source.columns[0], 0, range(len(source.samples)))
     images += [None] * (len(source.samples) - len(images))
     return [(sample.label, image) for sample, image in zip(source.samples, images, strict=True)]
@@ -147,73 +145,80 @@ def read_all(path: Path) -> list[tuple[str, bytes | None]] | None:
 
 def mutants(content: bytes, count: int, first: int, end: int) -> Iterator[bytes]:
     """The content with one bit flipped at one of the bytes from `first` to `end`, `count` times."""
-    chance = random.Random(0)
+    generator = random.Random(0)
     for _ in range(count):
         changed = bytearray(content)
-        changed[chance.randrange(first, end)] ^= 1 << chance.randrange(8)
+        changed[generator.randrange(first, end)] ^= 1 << generator.randrange(8)
         yield bytes(changed)
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """Six pictures of two classes, with checksums."""
+    """A Parquet file of six images of two classes, with checksums."""
     path = tmp_path / "x.parquet"
-    found = pa.table({"image": [encoded(picture(n)) for n in range(6)], "label": [f"class {n % 2}" for n in range(6)]})
-    pq.write_table(found, path, write_page_checksum=True)
+    content = pa.table(
+        {"image": [encoded(picture(n)) for n in range(6)], "label": [f"class {n % 2}" for n in range(6)]}
+    )
+    pq.write_table(content, path, write_page_checksum=True)
     return path
 
 
-def test_d22_a_flipped_bit_in_a_table_with_checksums_is_never_taken_for_data(table: Path) -> None:
-    content, whole = table.read_bytes(), read_all(table)
-    assert whole is not None
+def test_d22_a_flipped_bit_in_a_table_with_checksums_is_always_detected(table: Path) -> None:
+    content = table.read_bytes()
+    intact = read_all(table)
+    assert intact is not None
     footer = int.from_bytes(content[-8:-4], "little")
     wrong = 0
     for mutant in mutants(content, 200, 4, len(content) - 8 - footer):
         table.write_bytes(mutant)
-        found = read_all(table) or [(label, None) for label, _ in whole]
-        assert [label for label, _ in found] == [label for label, _ in whole]
-        wrong += sum(image not in (None, right) for (_, image), (_, right) in zip(found, whole, strict=True))
+        rows = read_all(table) or [(label, None) for label, _ in intact]
+        assert [label for label, _ in rows] == [label for label, _ in intact]
+        wrong += sum(image not in (None, original) for (_, image), (_, original) in zip(rows, intact, strict=True))
     assert wrong == 0
 
 
-def test_d22_whatever_is_wrong_with_a_footer_is_an_error_for_people(table: Path) -> None:
-    """It has no checksum: names, types and counts of rows may be any."""
+def test_d22_a_damaged_footer_raises_nothing_but_data_errors(table: Path) -> None:
+    """A footer has no checksum: damage can change names, types and row counts."""
     content = table.read_bytes()
+    refused = 0
     footer = int.from_bytes(content[-8:-4], "little")
     for mutant in mutants(content, 600, len(content) - 8 - footer, len(content)):
         table.write_bytes(mutant)
-        read_all(table)  # raises nothing but DataError
+        refused += read_all(table) is None
+    assert 0 < refused < 600, "some bits of a footer make a table unreadable, some do not"
 
 
-def test_d22_a_footer_that_promises_other_rows_is_named(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_d22_a_wrong_row_count_in_the_footer_is_an_error(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Table, "group_sizes", [7])
     with pytest.raises(DataError) as error:
-        open_parquet(table)
+        scan_parquet(table)
     assert str(error.value) == "The column 'label' of x.parquet is damaged: 6 values for 7 rows."
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_d22_whatever_is_wrong_with_an_npz_file_is_an_error_for_people(save: Any, tmp_path: Path) -> None:
-    path, chance, outcomes = tmp_path / "x.npz", random.Random(0), Counter[str]()
+def test_d22_a_damaged_npz_file_raises_nothing_but_data_errors(save: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    generator = random.Random(0)
+    outcomes = Counter[str]()
     pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
     save(path, train_images=pixels, train_labels=np.arange(12) % 2)
     content = path.read_bytes()
     for _ in range(150):
         changed = bytearray(content)
-        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
         path.write_bytes(changed)
         try:
-            found = np.concatenate([run for _, run in open_npz(path).arrays()])
+            decoded = np.concatenate([block for _, block in scan_npz(path).arrays()])
         except DataError as error:
             outcomes["refused" if "x.npz" in str(error) else "refused without a name"] += 1
         else:
-            outcomes["same" if np.array_equal(found, pixels) else "wrong"] += 1
+            outcomes["same" if np.array_equal(decoded, pixels) else "wrong"] += 1
     assert outcomes["refused"] > 100
     assert set(outcomes) <= {"refused", "same"}
 
 
-def test_d28_an_archive_of_samples_is_no_source(tmp_path: Path) -> None:
-    """WebDataset shards hold pickles among others; there is no reader for them."""
+def test_d28_a_tar_archive_is_no_source(tmp_path: Path) -> None:
+    """WebDataset shards may contain pickles; there is no reader for them."""
     from orchestrator.ingest.check import check
 
     (tmp_path / "x.tar").write_bytes(b"x")
@@ -225,8 +230,8 @@ def test_d28_an_archive_of_samples_is_no_source(tmp_path: Path) -> None:
     )
 
 
-def test_d27_what_vanishes_after_it_was_read_is_not_missed(tmp_path: Path) -> None:
-    """Trials read the store: files of the source may go once it is made."""
+def test_d27_a_store_does_not_need_its_source(tmp_path: Path) -> None:
+    """Trials read the store; the source may be removed once it is written."""
     from tests.orchestrator.ingest.pictures import read
 
     root = domains(tmp_path / "data", count=6)

@@ -1,4 +1,4 @@
-"""Decoding of one file: against Pillow and torchvision where the picture is plain, by name of the fault where not."""
+"""Decoding of one file, against Pillow and torchvision; reasons for quarantine."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class TestPlainPictures:
         reference = transforms.Compose(
             [transforms.Resize(24, InterpolationMode(interpolation), antialias=True), transforms.CenterCrop(24)]
         )
-        found = decode(encoded(image), 24, interpolation)
-        assert np.array_equal(found.pixels, np.asarray(reference(image)))
-        assert (found.width, found.height, found.format, found.notes) == (*size, "PNG", ())
+        decoded = decode(encoded(image), 24, interpolation)
+        assert np.array_equal(decoded.pixels, np.asarray(reference(image)))
+        assert (decoded.width, decoded.height, decoded.format, decoded.notes) == (*size, "PNG", ())
 
-    def test_a_picture_of_the_wanted_size_is_kept_bit_by_bit(self) -> None:
+    def test_an_image_of_the_requested_size_is_unchanged(self) -> None:
         image = picture(2, 16, 16)
         assert np.array_equal(decode(encoded(image), 16, "bicubic").pixels, np.asarray(image))
 
     @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
     def test_formats_are_recognised_by_content(self, kind: str) -> None:
-        found = decode(encoded(picture(3, 16, 16), kind), 16, "nearest")
-        assert found.format == kind
-        assert found.pixels.shape == (16, 16, 3)
+        decoded = decode(encoded(picture(3, 16, 16), kind), 16, "nearest")
+        assert decoded.format == kind
+        assert decoded.pixels.shape == (16, 16, 3)
 
     def test_every_interpolation_has_a_name_of_its_own(self) -> None:
         assert len(set(INTERPOLATIONS.values())) == len(INTERPOLATIONS)
@@ -49,10 +49,10 @@ class TestPlainPictures:
 class TestSpecialPictures:
     def test_d4_sixteen_bit_png_is_scaled_not_clipped(self) -> None:
         ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-        found = decode(encoded(Image.fromarray(ramp)), 16, "nearest")
-        assert found.notes == ("sixteen_bit",)
-        assert np.array_equal(found.pixels[..., 0], np.round(ramp / 257).astype(np.uint8))
-        assert len(np.unique(found.pixels)) == 256
+        decoded = decode(encoded(Image.fromarray(ramp)), 16, "nearest")
+        assert decoded.notes == ("sixteen_bit",)
+        assert np.array_equal(decoded.pixels[..., 0], np.round(ramp / 257).astype(np.uint8))
+        assert len(np.unique(decoded.pixels)) == 256
 
     def test_d4_sixteen_bit_tiff(self) -> None:
         ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
@@ -69,9 +69,9 @@ class TestSpecialPictures:
 
     def test_d5_cmyk_jpeg_is_converted_and_noted(self) -> None:
         image = picture(4, 16, 16).resize((4, 4)).resize((16, 16))
-        found = decode(encoded(image.convert("CMYK"), "JPEG", quality=100), 16, "nearest")
-        assert found.notes == ("cmyk",)
-        assert np.abs(found.pixels.astype(int) - np.asarray(image)).mean() < 4
+        decoded = decode(encoded(image.convert("CMYK"), "JPEG", quality=100), 16, "nearest")
+        assert decoded.notes == ("cmyk",)
+        assert np.abs(decoded.pixels.astype(int) - np.asarray(image)).mean() < 4
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
     def test_d6_transparency_is_put_on_white(self, mode: str) -> None:
@@ -84,27 +84,27 @@ class TestSpecialPictures:
             data = encoded(image, transparency=0)
         else:
             data = encoded(image.convert(mode))
-        found = decode(data, 16, "nearest")
-        assert found.notes == ("transparent",)
-        assert (found.pixels[:, :8] == 255).all()
-        assert (found.pixels[:, 8:] == 0).all()
+        decoded = decode(data, 16, "nearest")
+        assert decoded.notes == ("transparent",)
+        assert (decoded.pixels[:, :8] == 255).all()
+        assert (decoded.pixels[:, 8:] == 0).all()
 
     @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-    def test_d7_of_an_animation_the_first_frame_counts(self, kind: str) -> None:
+    def test_d7_the_first_frame_of_an_animation_is_used(self, kind: str) -> None:
         frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 0, 255))]
         options = {"lossless": True} if kind == "WEBP" else {}
-        found = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), 16, "nearest")
-        assert "animated" in found.notes
-        assert np.array_equal(found.pixels, np.asarray(frames[0]))
+        decoded = decode(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options), 16, "nearest")
+        assert "animated" in decoded.notes
+        assert np.array_equal(decoded.pixels, np.asarray(frames[0]))
 
     def test_d11_exif_orientation_is_applied(self) -> None:
         image = picture(5, 16, 24)
         exif = Image.Exif()
         exif[0x0112] = 6  # the camera was turned: show the picture rotated by 90 degrees clockwise
-        found = decode(encoded(image, exif=exif.tobytes()), 16, "nearest")
-        assert found.notes == ("rotated_by_exif",)
-        assert (found.width, found.height) == (24, 16)
-        assert np.array_equal(found.pixels, np.rot90(np.asarray(image), -1)[:, 4:20])
+        decoded = decode(encoded(image, exif=exif.tobytes()), 16, "nearest")
+        assert decoded.notes == ("rotated_by_exif",)
+        assert (decoded.width, decoded.height) == (24, 16)
+        assert np.array_equal(decoded.pixels, np.rot90(np.asarray(image), -1)[:, 4:20])
 
 
 class TestBadFiles:

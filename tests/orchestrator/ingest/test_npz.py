@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.npz import open_npz
+from orchestrator.ingest.npz import scan_npz
 from tests.orchestrator.ingest.pictures import read
 
 
 def arrays(*shape: int, splits: tuple[str, ...] = ("train", "val", "test"), **fields: Any) -> dict[str, Any]:
     """Images of `shape` and labels 0, 1, 0, 1, … for each split."""
     random = np.random.default_rng(0)
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for split in splits:
-        found[f"{split}_images"] = random.integers(0, 256, shape).astype(np.uint8)
-        found[f"{split}_labels"] = (np.arange(shape[0]) % 2).reshape(-1, 1)
-    return {**found, **fields}
+        content[f"{split}_images"] = random.integers(0, 256, shape).astype(np.uint8)
+        content[f"{split}_labels"] = (np.arange(shape[0]) % 2).reshape(-1, 1)
+    return {**content, **fields}
 
 
 def save(path: Path, **content: Any) -> Path:
@@ -30,7 +30,7 @@ def save(path: Path, **content: Any) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as error:
-        open_npz(path)
+        scan_npz(path)
     return str(error.value)
 
 
@@ -97,7 +97,7 @@ class TestRefusals:
         assert refusal(tmp_path / "x.npz").startswith("x.npz must be an .npz file of plain arrays, but it cannot be")
 
     def test_another_kind_of_file(self, tmp_path: Path) -> None:
-        """NumPy takes it for a pickle, and says how to load it unsafely."""
+        """NumPy would suggest to load it as a pickle."""
         (tmp_path / "x.npz").write_text("label,image")
         assert refusal(tmp_path / "x.npz") == (
             "x.npz must be an .npz file of plain arrays, but it cannot be read as one: it is no zip archive. Give an "
@@ -127,7 +127,7 @@ class TestRefusals:
     @pytest.mark.parametrize("labels", [np.zeros((6, 14), int), np.zeros(6), np.zeros(5, int)])
     def test_several_labels_per_image_floats_or_too_few(self, tmp_path: Path, labels: np.ndarray) -> None:
         assert refusal(save(tmp_path / "x.npz", **arrays(6, 28, 28, train_labels=labels))) == (
-            "train_labels must hold one whole number per image, shape (6,) or (6, 1), but in x.npz it is "
+            "train_labels must hold one integer per image, shape (6,) or (6, 1), but in x.npz it is "
             f"{labels.dtype} of shape {labels.shape}."
         )
 

@@ -1,4 +1,4 @@
-"""Parquet: which columns are taken, what is refused, and that nothing of a file is ever executed."""
+"""Parquet sources: choice of columns, refusals, and that no code of a file is executed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.ingest.errors import DataError
-from orchestrator.ingest.parquet import open_parquet
+from orchestrator.ingest.parquet import scan_parquet
 from tests.orchestrator.ingest.pictures import encoded, picture, read
 
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -35,7 +35,7 @@ def write(path: Path, metadata: dict[str, str] | None = None, **columns: Any) ->
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as error:
-        open_parquet(path)
+        scan_parquet(path)
     return str(error.value)
 
 
@@ -47,14 +47,14 @@ class TestReading:
         names = [f"class {i % 3}" for i in range(24)]
         store = read(write(tmp_path / "x.parquet", image=column, label=names), tmp_path / "stores", "parquet")
         assert store.classes == ["class 0", "class 1", "class 2"]
-        seen = []
+        rows = []
         for split in store.splits:
             for name, label, pixels in zip(store.names(split), store.labels(split), store.images(split), strict=True):
                 row = int(name.removeprefix("x.parquet#"))
-                seen.append(row)
+                rows.append(row)
                 assert label == row % 3
                 assert np.array_equal(pixels, np.asarray(picture(row, 16, 16)))
-        assert sorted(seen) == list(range(24))
+        assert sorted(rows) == list(range(24))
 
     def test_domains_and_splits_from_columns(self, tmp_path: Path) -> None:
         path = write(
@@ -77,21 +77,21 @@ class TestReading:
             write(folder / f"{name}.parquet", metadata, image=hf(images(10, 10 * number)), label=[0, 1] * 5)
         store = read(folder, tmp_path / "stores", "parquet")
         assert store.classes == ["zebra", "ant"]
-        assert {k: store.manifest["counts"][k] for k in ("test",)} == {"test": 10}
+        assert store.manifest["counts"]["test"] == 10
         assert store.manifest["counts"]["train"] + store.manifest["counts"]["val"] == 20
 
     def test_d30_the_label_column_that_the_study_names(self, tmp_path: Path) -> None:
         clean = [0, 1] * 12
         noisy = [1, *clean[1:]]
         path = write(tmp_path / "x.parquet", image=images(24), label=noisy, label_clean=clean)
-        for column, wanted in ((None, noisy), ("label", noisy), ("label_clean", clean)):
+        for column, expected in ((None, noisy), ("label", noisy), ("label_clean", clean)):
             store = read(path, tmp_path / "stores", "parquet", label=column)
-            found = {
+            labels = {
                 int(name.partition("#")[2]): int(label)
                 for split in store.splits
                 for name, label in zip(store.names(split), store.labels(split), strict=True)
             }
-            assert [found[row] for row in range(24)] == wanted
+            assert [labels[row] for row in range(24)] == expected
             assert store.manifest["layout"].endswith(f"label column {column or 'label'}")
 
     def test_numbers_are_sorted_as_numbers(self, tmp_path: Path) -> None:
@@ -102,16 +102,16 @@ class TestReading:
         data: list[Any] = images(24)
         data[3], data[5], data[7] = None, b"", data[7][:60]
         store = read(write(tmp_path / "x.parquet", image=data, label=["a", "b"] * 12), tmp_path / "stores", "parquet")
-        found = {entry["name"]: entry["reason"] for entry in store.manifest["quarantine"]}
-        assert set(found) == {"x.parquet#3", "x.parquet#5", "x.parquet#7"}
-        assert found["x.parquet#3"] == "the row has no image bytes (paths are not followed)"
-        assert found["x.parquet#7"].startswith("truncated or damaged")
+        reasons = {entry["name"]: entry["reason"] for entry in store.manifest["quarantine"]}
+        assert set(reasons) == {"x.parquet#3", "x.parquet#5", "x.parquet#7"}
+        assert reasons["x.parquet#3"] == "the row has no image bytes (paths are not followed)"
+        assert reasons["x.parquet#7"].startswith("truncated or damaged")
 
-    def test_d22_a_flipped_bit_in_a_page_is_found(self, tmp_path: Path) -> None:
+    def test_d22_a_flipped_bit_in_a_page_is_detected(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.parquet", image=images(30), label=["a", "b", "c"] * 10)
         content = bytearray(path.read_bytes())
-        at = content.index(encoded(picture(25, 16, 16))[40:60])
-        content[at] ^= 1
+        offset = content.index(encoded(picture(25, 16, 16))[40:60])
+        content[offset] ^= 1
         path.write_bytes(bytes(content))
         reasons = {e["reason"] for e in read(path, tmp_path / "stores", "parquet").manifest["quarantine"]}
         assert len(reasons) == 1
@@ -124,27 +124,27 @@ class TestRefusals:
         [
             (
                 pa.array([0.5] * 4),
-                "The column 'label' must hold names or whole numbers from 0, but in x.parquet it holds double. Name "
+                "The column 'label' must hold names or integers from 0, but in x.parquet it holds double. Name "
                 "another column in data.label, or save names.",
             ),
             (
                 pa.array([True] * 4),
-                "The column 'label' must hold names or whole numbers from 0, but in x.parquet it holds bool. Name "
+                "The column 'label' must hold names or integers from 0, but in x.parquet it holds bool. Name "
                 "another column in data.label, or save names.",
             ),
             (
                 pa.array([0, 1, None, None]),
-                "The column 'label' must have a value of its own in every row, whole numbers from 0 or a name, but in "
+                "The column 'label' must have a value in every row, an integer from 0 or a name, but in "
                 "x.parquet row 2 has None, 3 has None.",
             ),
             (
                 pa.array([0, -1, 1, 0]),
-                "The column 'label' must have a value of its own in every row, whole numbers from 0 or a name, but in "
+                "The column 'label' must have a value in every row, an integer from 0 or a name, but in "
                 "x.parquet row 1 has -1.",
             ),
             (
                 pa.array(["a", "", "b", "a"]),
-                "The column 'label' must have a value of its own in every row, whole numbers from 0 or a name, but in "
+                "The column 'label' must have a value in every row, an integer from 0 or a name, but in "
                 "x.parquet row 1 has ''.",
             ),
         ],
@@ -152,11 +152,11 @@ class TestRefusals:
     def test_d20_labels_that_are_no_classes(self, tmp_path: Path, values: pa.Array, text: str) -> None:
         assert refusal(write(tmp_path / "x.parquet", image=images(4), label=values)) == text
 
-    def test_d20_huge_numbers_are_names_like_others(self, tmp_path: Path) -> None:
-        source = open_parquet(write(tmp_path / "x.parquet", image=images(2), label=[2**62, 5]))
+    def test_d20_huge_integers_are_class_names(self, tmp_path: Path) -> None:
+        source = scan_parquet(write(tmp_path / "x.parquet", image=images(2), label=[2**62, 5]))
         assert [s.label for s in source.samples] == [str(2**62), "5"]
 
-    def test_d21_missing_columns_name_what_is_there(self, tmp_path: Path) -> None:
+    def test_d21_missing_columns_list_the_schema(self, tmp_path: Path) -> None:
         assert refusal(write(tmp_path / "x.parquet", text=["a"], label=[0])) == (
             "A Parquet file needs an image column (binary, or a struct with a binary field 'bytes'), called image or "
             "img or images or picture or image_bytes or bytes if there are several; but x.parquet has text (string), "
@@ -170,15 +170,15 @@ class TestRefusals:
 
     def test_d30_a_label_column_that_is_not_there(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.parquet", image=images(1), label=[0], label_clean=[0])
-        for wrong in ("label_claen", "image"):
+        for column in ("label_claen", "image"):
             with pytest.raises(DataError) as error:
-                open_parquet(path, wrong)
+                scan_parquet(path, column)
             assert str(error.value).startswith(
-                f"The label column is {wrong!r} (data.label), but x.parquet has image (binary), label (int64), "
+                f"The label column is {column!r} (data.label), but x.parquet has image (binary), label (int64), "
                 "label_clean (int64)."
             )
         with pytest.raises(DataError, match="Did you mean 'label_clean'"):
-            open_parquet(path, "label_claen")
+            scan_parquet(path, "label_claen")
 
     @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"PAR1 and then nothing PAR1"])
     def test_d21_no_parquet_file(self, tmp_path: Path, content: bytes) -> None:
@@ -243,7 +243,7 @@ class TestRefusals:
             "The column 'label' of x.parquet names 2 classes, so labels must be below 2, but row 2 has 2."
         )
 
-    def test_a_folder_without_any(self, tmp_path: Path) -> None:
+    def test_a_folder_without_parquet_files(self, tmp_path: Path) -> None:
         assert refusal(tmp_path) == (
             f"A Parquet source needs files that end in .parquet, but {tmp_path} holds none. Set data.source to what is "
             "there."

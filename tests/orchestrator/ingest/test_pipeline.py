@@ -1,4 +1,4 @@
-"""From a folder to a store: what is in it, what is left out, and that it is made once."""
+"""From a source to a store: contents, quarantine, leaks, and that it is written once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from orchestrator.ingest import pipeline
+from orchestrator.ingest import writer
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.images import decode
 from orchestrator.ingest.pipeline import IngestRequest, ingest, survey
@@ -54,10 +54,10 @@ class TestStore:
     def test_every_image_is_there_once_decoded_with_its_class_and_domain(self, tmp_path: Path) -> None:
         root = domains(tmp_path / "data")
         store = read(root, tmp_path / "stores", ood=("sketch",))
-        found = contents(store)
-        assert len(found) == 48
+        stored = contents(store)
+        assert len(stored) == 48
         for path in root.rglob("*.png"):
-            split, domain, label, pixels = found[str(path.relative_to(root))]
+            split, domain, label, pixels = stored[str(path.relative_to(root))]
             assert (domain, label) == path.relative_to(root).parts[:2]
             assert (split == "ood/sketch") == (domain == "sketch")
             assert pixels == decode(path.read_bytes(), 16, "bilinear").pixels.tobytes()
@@ -111,7 +111,7 @@ class TestStore:
 
 
 class TestQuarantine:
-    def test_d1_d2_d3_d9_d10_d12_bad_files_are_listed_and_nothing_takes_their_place(self, tmp_path: Path) -> None:
+    def test_d1_d2_d3_d9_d10_d12_bad_files_are_listed_and_left_out(self, tmp_path: Path) -> None:
         root = domains(tmp_path / "data", ("photo",), 10)
         clean = read(root, tmp_path / "clean")
         expected = bad_files(root / "photo" / "bee")
@@ -126,7 +126,7 @@ class TestQuarantine:
     def test_the_same_list_every_time(self, tmp_path: Path) -> None:
         root = domains(tmp_path / "data", ("photo",), 5)
         bad_files(root / "photo" / "bee")
-        first, second = (read(root, tmp_path / place).manifest for place in ("one", "two"))
+        first, second = (read(root, tmp_path / folder).manifest for folder in ("one", "two"))
         assert first["quarantine"] == second["quarantine"]
         assert first["sha256"] == second["sha256"]
 
@@ -153,7 +153,7 @@ class TestQuarantine:
             "testing, but ant has 2 (1 unreadable image left out). Add images, or remove the class. "
             "Unreadable: photo/ant/0000.png (the file is empty)."
         )
-        assert [p.suffix for p in (tmp_path / "stores").iterdir()] == [".lock"], "nothing is left behind"
+        assert [p.suffix for p in (tmp_path / "stores").iterdir()] == [".lock"], "no partial store"
 
     def test_nothing_readable_at_all(self, tmp_path: Path) -> None:
         root = domains(tmp_path / "data", ("photo",), 3)
@@ -167,15 +167,15 @@ class TestQuarantine:
         copy = (root / "photo" / "ant" / "0000.png").read_bytes()
         (root / "sketch" / "ant" / "copy.png").write_bytes(copy)
         (root / "sketch" / "bee" / "copy.png").write_bytes(copy)
-        found = read(root, tmp_path / "stores", ood=("sketch",)).manifest["duplicates"]
+        duplicates = read(root, tmp_path / "stores", ood=("sketch",)).manifest["duplicates"]
         names = ["photo/ant/0000.png", "sketch/ant/copy.png", "sketch/bee/copy.png"]
-        assert [group["names"] for group in found["across"]] == [names]
-        assert [group["names"] for group in found["contradictory"]] == [names]
-        assert found["across"][0]["places"][1:] == ["ood/sketch", "ood/sketch"]
-        place = found["leaks"][0]["places"][0]
+        assert [group["names"] for group in duplicates["across"]] == [names]
+        assert [group["names"] for group in duplicates["contradictory"]] == [names]
+        assert duplicates["across"][0]["places"][1:] == ["ood/sketch", "ood/sketch"]
+        split = duplicates["leaks"][0]["places"][0]
         assert (
             "1 image in more than one of training, validation and what is measured, which flatters the numbers: "
-            f"{names[0]} ({place}) = " in caplog.text
+            f"{names[0]} ({split}) = " in caplog.text
         )
 
 
@@ -198,7 +198,7 @@ class TestLeaks:
         picture(2).save(root / "val" / "ant" / "copy.bmp")
         for _ in range(2):
             store = read(root, tmp_path / "stores")
-            assert caplog.text.count("which flatters the numbers") == 1, "said before every run"
+            assert caplog.text.count("which flatters the numbers") == 1, "warned before every run"
             caplog.clear()
             with pytest.raises(DataError) as error:
                 read(root, tmp_path / "stores", on_leak="fail")
@@ -216,17 +216,17 @@ class TestLeaks:
         for copy in ("ood/art/ant/copy.png", "ood/clay/ant/copy.png"):
             (root / copy).write_bytes((root / "test" / "ant" / "0012.png").read_bytes())
         (root / "train" / "ant" / "copy.png").write_bytes((root / "train" / "ant" / "0000.png").read_bytes())
-        found = read(root, tmp_path / "stores", on_leak="fail").manifest["duplicates"]
-        assert (found["across_groups"], found["leaks_groups"], found["repeats"]) == (1, 0, 1)
+        duplicates = read(root, tmp_path / "stores", on_leak="fail").manifest["duplicates"]
+        assert (duplicates["across_groups"], duplicates["leaks_groups"], duplicates["repeats"]) == (1, 0, 1)
 
 
 class TestOnce:
-    def test_the_second_call_finds_the_store_and_decodes_nothing(
+    def test_the_second_call_returns_the_store_and_decodes_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         root = domains(tmp_path / "data")
         first = read(root, tmp_path / "stores")
-        monkeypatch.setattr(pipeline, "decode_all", None)
+        monkeypatch.setattr(writer, "decode_all", None)
         assert read(root, tmp_path / "stores").path == first.path
 
     def test_a_moved_folder_is_the_same_data(self, tmp_path: Path) -> None:
@@ -260,16 +260,16 @@ class TestOnce:
         assert [p.exitcode for p in processes] == [0, 0]
         assert len([p for p in (tmp_path / "stores").iterdir() if p.is_dir()]) == 1
 
-    def test_what_a_killed_ingest_left_is_removed(self, tmp_path: Path) -> None:
+    def test_leftovers_of_a_killed_ingest_are_removed(self, tmp_path: Path) -> None:
         root = domains(tmp_path / "data")
         store = read(root, tmp_path / "stores")
-        left = store.path.parent / f".{store.path.name}-abc"
-        os.rename(store.path, left)
+        leftover = store.path.parent / f".{store.path.name}-abc"
+        os.rename(store.path, leftover)
         assert contents(read(root, tmp_path / "stores"))
-        assert not left.exists()
+        assert not leftover.exists()
 
 
-def test_survey_lists_and_judges_without_opening_an_image(tmp_path: Path) -> None:
+def test_survey_scans_and_assigns_without_opening_an_image(tmp_path: Path) -> None:
     root = domains(tmp_path / "data", ("photo",), 3)
     bad_files(root / "photo" / "bee")
     source, assignment = survey(IngestRequest(source="folder", root=str(root)))

@@ -1,4 +1,4 @@
-"""What is refused before anything is read, word for word."""
+"""Refusals before anything is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def refusal(request: IngestRequest, into: Path) -> str:
     return str(error.value)
 
 
-def test_a_missing_folder_names_what_is_near(tmp_path: Path) -> None:
+def test_a_missing_folder_suggests_similar_names(tmp_path: Path) -> None:
     (tmp_path / "pets").mkdir()
     request = IngestRequest(source="folder", root=str(tmp_path / "pest" / "photos"))
     assert refusal(request, tmp_path) == (

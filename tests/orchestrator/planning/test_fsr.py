@@ -15,7 +15,7 @@ from orchestrator.results.fsr import IMAGES, SHIFT
 from orchestrator.search.searcher import StudySearcher
 from orchestrator.search.stages import Entry
 from orchestrator.study_file.schema import StudySpec
-from tests.support.driving import Config, drive, finished, task, url
+from tests.support.driving import Config, drive, finished, searcher, task
 from trainables.specs.trial_spec import TrialSpec
 
 HINT = {"norms": {"lam": 1.643}}
@@ -26,7 +26,7 @@ def search(folder: Path, trials: int = 8, **fields: Any) -> StudySearcher:
         "entries": [Entry("", "full"), Entry("norms", "layernorm", {"cycles": 0})],
         "task": task(), "trials": trials, "sampler": "tpe", "seed": 3, "hints": HINT,
     }  # fmt: skip
-    return StudySearcher(url=url(folder), **{"study_name": "s", **given, **fields})
+    return searcher(folder, **{**given, **fields})
 
 
 def lambdas(configs: list[Config]) -> list[float]:
@@ -70,7 +70,7 @@ class TestSearch:
         fixed = {"lam_choice": "fixed", "lam": 1.0, "cycles": 0}
         references = [
             TrialSpec(
-                task=task(), strategy="layernorm", label="norms", role="reference", sample="1", seed=seed,
+                shared=task(), strategy="layernorm", label="norms", role="reference", sample="1", seed=seed,
                 hparams=search_spaces.default_point("layernorm", fixed),
             )
             for seed in range(2)

@@ -41,6 +41,22 @@ def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (events[1]["unit"], events[1]["metrics"]) == (3, {"val/acc": 0.5})
 
 
+def test_a_journal_of_another_format_is_refused_and_one_without_is_of_the_first(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert journal.append("study_started", study="pets")["format"] == 1
+    event = {"seq": 0, "time": 0.0, "kind": "study_started", "study": "pets"}
+    journal.path.write_text(json.dumps(event) + "\n")
+    assert Journal.read(journal.path) == [event]
+    journal.path.write_text(json.dumps(event | {"format": 2}) + "\n")
+    for open_it in (Journal, Journal.read):
+        with pytest.raises(JournalError) as caught:
+            open_it(journal.path)
+        assert str(caught.value) == (
+            f"This Luthier reads journals of format 1, but {journal.path} has format 2. Use the Luthier that wrote it, "
+            "or a newer one."
+        )
+
+
 def test_lines_are_strict_json_and_numbers_that_are_not_finite_come_back_as_nan(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
         suggest(journal)

@@ -73,7 +73,7 @@ class TestPictures:
         figure = figure_of("lambda", LAMBDA, chosen=1.0)
         accuracy, likelihood = figure.axes
         assert accuracy.get_ylabel() == "accuracy (%)"
-        assert likelihood.get_ylabel() == "negative log-likelihood"
+        assert likelihood.get_ylabel() == "negative log-likelihood (nats)"
         assert likelihood.get_xlabel() == "λ"
         lines = {line.get_label(): line for line in accuracy.get_lines()}
         assert list(lines["val"].get_ydata()) == [50.0, 90.0, 70.0]  # type: ignore[arg-type]

@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.comparison import Score, listed, overlap
+from orchestrator.results.comparison import Score, overlap
 from orchestrator.results.findings import findings
 from orchestrator.results.fsr import estimates
 from orchestrator.results.leaderboard import leaderboard, relative_gain
 from orchestrator.results.study_results import Results
+from orchestrator.wording import listed
 from tests.support.records import FULL, PROBE, Values, entry, shift_ratio
 
 
@@ -100,7 +101,7 @@ class TestGain:
 
     @pytest.mark.parametrize("width", [80, 120])
     def test_it_is_shown(self, width: int) -> None:
-        results = Results(FULL + PROBE + CLOSE, {"name": "pets"}, lambda *a, **k: [])
+        results = Results(FULL + PROBE + CLOSE, {"name": "pets"})
         console = Console(file=io.StringIO(), width=width)
         results.render(console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -315,7 +316,7 @@ class TestWords:
 
 
 def test_findings_are_everywhere_that_results_are() -> None:
-    results = Results(FULL + PROBE + CLOSE, {"name": "pets"}, lambda *a, **k: [], {"plasticity": {"metrics": {}}})
+    results = Results(FULL + PROBE + CLOSE, {"name": "pets"}, measurements={"plasticity": {"metrics": {}}})
     found = results.findings()
     assert len(found) == 3
     assert results.to_dict()["findings"] == found

@@ -83,7 +83,7 @@ def test_regret_is_the_gap_to_the_best_test_number_and_never_negative(values: li
     lost = selection.regret(records)
     assert lost.value == expected
     assert lost.value >= 0
-    assert lost.metric == "ood/mean/acc"
+    assert lost.criterion == "ood/mean/acc"
 
 
 def test_the_oracle_falls_back_to_the_id_test_and_is_marked() -> None:
@@ -148,11 +148,11 @@ def test_a_validation_domain_chooses_and_is_no_test_any_more() -> None:
     records = [trial(n, 0.5, metrics=m | {"ood/worst/acc": 0.1}) for n, m in enumerate(metrics)]
     rule = "val_domain:noisy"
     assert selection.select(records, rule).record.number == 0
-    first, second = selection.tested(records, rule)
+    first, second = selection.without_validation_domain(records, rule)
     assert (first.metrics["ood/mean/acc"], first.metrics["ood/worst/acc"]) == pytest.approx((0.3, 0.2))
     assert second.metrics["ood/mean/acc"] == pytest.approx(0.7)
     assert selection.regret(records, rule).value == pytest.approx(0.7 - 0.3)
-    assert selection.tested(records, "id_val") == records
+    assert selection.without_validation_domain(records, "id_val") == records
 
 
 def test_candidates_are_the_best_of_each_label_then_the_rest() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.leaderboard import leaderboard, mean_interval, measured
+from orchestrator.results.leaderboard import leaderboard, mean_interval, reported_trials
 from orchestrator.results.study_results import Results
 
 
@@ -36,10 +36,6 @@ STUDY = [
         for n, acc in enumerate((0.6, 0.7, 0.8))
     ),
 ]
-
-
-def silent(strategy: str, hparams: Any, **of: Any) -> list[str]:
-    return []
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6).filter(lambda v: max(v) - min(v) > 1e-3))
@@ -80,23 +76,23 @@ def test_a_seed_that_was_confirmed_twice_counts_once_and_failed_confirmations_no
         trial(2, "full", 0.9, 0.7, role="confirm", seed=1, config_hash="h0"),
         trial(3, "full", 0.9, 0.8, role="confirm", seed=2, config_hash="h0", state="failed"),
     ]
-    assert [record.number for record in measured(again, "h0")] == [1]
+    assert [record.number for record in reported_trials(again, "h0")] == [1]
 
 
 def test_the_regret_line() -> None:
-    results = Results(STUDY, {"name": "pets"}, silent)
+    results = Results(STUDY, {"name": "pets"})
     assert results.regret_line() == (
         "Selection by id_val: full (trial 1). Regret 30.0 points of ood/mean/acc: the oracle, which looks at test "
         "data, would choose daft (trial 2), 80.0 %."
     )
-    alone = Results([trial(0, "full", 0.9, 0.7)], {"name": "pets"}, silent)
+    alone = Results([trial(0, "full", 0.9, 0.7)], {"name": "pets"})
     assert alone.regret_line() == (
         "Selection by id_val: full (trial 0). Regret 0.0 points of ood/mean/acc: the oracle, which looks at test data, "
         "finds none better."
     )
 
 
-def test_warnings_name_failures_labels_without_result_edges_and_few_seeds() -> None:
+def test_warnings_name_failures_labels_without_result_edges_and_few_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def near_edge(strategy: str, hparams: Any, **of: Any) -> list[str]:
@@ -106,7 +102,8 @@ def test_warnings_name_failures_labels_without_result_edges_and_few_seeds() -> N
     spec = {"name": "pets", "strategies": [{"label": "daft", "fixed": {"bn": True}, "preset": "paper"}]}
     running = trial(20, "daft", 0.1, 0.1, role="confirm", config_hash="h2", state="running")
     interrupted = trial(21, "daft", 0.1, 0.1, role="confirm", state="failed", reason="interrupted")
-    assert Results([*STUDY, running, interrupted], spec, near_edge).warnings() == [
+    monkeypatch.setattr("search_spaces.near_edge", near_edge)
+    assert Results([*STUDY, running, interrupted], spec).warnings() == [
         "1 of 10 trials failed (1 nan); `luthier status` shows their errors.",
         "2 of 10 trials are unfinished. Run the study again to continue it.",
         "lp_ft: no trial used its whole budget (1 pruned), so it cannot be ranked.",
@@ -123,7 +120,7 @@ def test_the_search_spaces_say_what_lies_at_an_edge() -> None:
 
 
 def test_everything_is_json() -> None:
-    found = Results(STUDY, {"name": "pets"}, silent).to_dict()
+    found = Results(STUDY, {"name": "pets"}).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["leaderboard"][1]["test/acc/ci95"] is None
     assert found["best"]["number"] == 1
@@ -135,7 +132,7 @@ def test_everything_is_json() -> None:
 
 
 def test_a_study_without_a_complete_trial_says_so() -> None:
-    results = Results([trial(0, "full", 0.5, 0.5, state="failed", reason="oom")], {"name": "pets"}, silent)
+    results = Results([trial(0, "full", 0.5, 0.5, state="failed", reason="oom")], {"name": "pets"})
     found = results.to_dict()
     assert found["leaderboard"] == []
     assert found["problem"].startswith("Selection needs at least one complete search trial, but got 1 failed.")
@@ -144,7 +141,7 @@ def test_a_study_without_a_complete_trial_says_so() -> None:
 
 
 def test_rendering_shows_numbers_regret_and_warnings() -> None:
-    text = rendered(Results(STUDY, {"name": "pets"}, silent))
+    text = rendered(Results(STUDY, {"name": "pets"}))
     assert "pets: leaderboard by id_val" in text
     assert "70.0 ± 24.8" in text
     assert "full: trial 1, lr_head=0.01\ndaft: trial 2, lr_head=0.01\nSelection" in text
@@ -153,7 +150,7 @@ def test_rendering_shows_numbers_regret_and_warnings() -> None:
 
 
 def test_the_oracle_is_marked_wherever_it_shows() -> None:
-    results = Results(STUDY, {"name": "pets", "search": {"objective": "oracle"}}, silent)
+    results = Results(STUDY, {"name": "pets", "search": {"objective": "oracle"}})
     mark = "(ORACLE: looks at test data, an upper bound)"
     assert mark in rendered(results)
     assert mark in results.markdown()

@@ -30,7 +30,11 @@ def test_p8_a_process_that_the_cluster_needs(name: str, code: int, said: str, ca
 
 
 def test_p8_the_dashboard_and_the_rest_may_go() -> None:
-    ClusterWatch(lambda: [("dashboard", -9), ("log_monitor", -9), ("ray_client_server", 1)]).on_step_begin(1, [])
+    """The watch raises nothing for them, and does for the head beside them."""
+    ended = [("dashboard", -9), ("log_monitor", -9), ("ray_client_server", 1)]
+    ClusterWatch(lambda: ended).on_step_begin(1, [])
+    with pytest.raises(LostClusterError):
+        ClusterWatch(lambda: [*ended, ("gcs_server", -9)]).on_step_begin(1, [])
 
 
 def test_p8_where_no_cluster_was_started_nothing_is_missed() -> None:

@@ -47,7 +47,7 @@ class Driver:
 
     def trial(self, number: int = 0, strategy: str = "full", process: str = "p0", **changes: Any) -> Any:
         fields = asdict(task(epochs=6, **changes))
-        config = {"task": fields, "strategy": strategy, "label": "", "hparams": {}, "_number": number}
+        config = {"shared": fields, "strategy": strategy, "label": "", "hparams": {}, "_number": number}
         made = SimpleNamespace(trial_id=f"t{number}", config=config, error_file=None, last_result={})
         made.temporary_state = SimpleNamespace(ray_actor=None)
         self.trials.append(made)
@@ -175,7 +175,7 @@ def test_p9_rungs_and_phases_have_times_of_their_own(driver: Driver) -> None:
 
 
 def test_kinds_say_what_a_unit_consists_of() -> None:
-    config = {"task": asdict(task(epochs=5, evaluate_at=(2,))), "strategy": "layernorm", **CYCLES}
+    config = {"shared": asdict(task(epochs=5, evaluate_at=(2,))), "strategy": "layernorm", **CYCLES}
     assert [kind_of(config, unit) for unit in (1, 2, 3, 4, 5, 6)] == [
         Kind("", "head", False, False, False), Kind("", "norms", True, True, False),
         Kind("", "head", False, False, False), Kind("", "norms", False, False, False),
@@ -320,10 +320,9 @@ def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(
         text=True,
     )
     os.waitid(os.P_PID, zombie.pid, os.WSTOPPED)
-    owner = CheckpointStore(folder)
+    owner = CheckpointStore(folder, clock=lambda: 0.0)
     owner.acquire()
     for unit in (1, 2):
-        owner._cost = 0.0
         owner.save_after_unit(lambda unit=unit: state(unit))
     before = contents(folder)
     zombie.send_signal(signal.SIGCONT)

@@ -10,7 +10,7 @@ import pytest
 
 import search_spaces
 from orchestrator.record.records import TrialRecord
-from orchestrator.search.paper_sweep import Later, Sweep, sweep_of
+from orchestrator.search.paper_sweep import Later, Sweep, preset_of
 from orchestrator.search.searcher import Entry
 from search_spaces import Preset
 from tests.support.driving import Config, accuracy, drive, finished, optuna_trials, searcher, task
@@ -151,20 +151,17 @@ def test_an_entry_may_run_its_sweep_beside_a_search(tmp_path: Path) -> None:
     assert len(swept) == 8
 
 
-def test_which_entries_are_swept() -> None:
-    plain = Entry("", "full")
-    assert sweep_of(plain, "tpe", task()) is None
-    under_paper = sweep_of(plain, "paper", task())
-    assert under_paper is not None
-    assert under_paper.preset == search_spaces.preset("full", "paper")
+def test_which_entries_follow_a_preset() -> None:
+    assert preset_of(Entry("", "full"), "tpe") is None
+    assert preset_of(Entry("", "full"), "paper") == search_spaces.preset("full", "paper")
     fixed = {"lr_backbone": 0.1, "lr_head": 0.1}
-    settled = sweep_of(Entry("", "full", fixed), "tpe", task())
-    assert settled is not None
-    assert settled.next({}, (), {}) == fixed
+    settled = preset_of(Entry("", "full", fixed), "tpe")
+    assert settled == Preset(fixed=fixed)
 
 
 def test_a_strategy_without_a_paper_sweep_gets_its_default_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search_spaces.full.PRESETS", {})
-    sweep = sweep_of(Entry("", "full"), "paper", task())
-    assert sweep is not None
-    assert sweep.next({}, (), {}) == search_spaces.default_point("full")
+    entry = Entry("", "full")
+    preset = preset_of(entry, "paper")
+    assert preset is not None
+    assert Sweep(entry, preset, task()).next({}, (), {}) == search_spaces.default_point("full")

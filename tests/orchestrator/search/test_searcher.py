@@ -16,7 +16,6 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
 
 import search_spaces
 from orchestrator.record.journal import Journal
@@ -50,7 +49,7 @@ def test_default_points_of_all_entries_come_first_in_the_order_of_the_study(tmp_
 def test_a_config_is_a_trial_spec_with_the_shared_search_seed(tmp_path: Path) -> None:
     config = drive(searcher(tmp_path), stop_after=2)[1]
     assert TrialSpec.from_dict(config) == TrialSpec(
-        task=task(),
+        shared=task(),
         strategy="full",
         label="full",
         hparams=search_spaces.default_point("full"),
@@ -179,7 +178,7 @@ def test_optuna_hears_what_became_of_each_trial(tmp_path: Path) -> None:
 
 
 def test_a_foreign_trainable_without_finished_is_complete_at_its_last_unit(tmp_path: Path) -> None:
-    search = searcher(tmp_path, ("full",), trials=2, epochs=3)
+    search = searcher(tmp_path, ("full",), trials=2, task=task(epochs=3))
     for trial_id, units in (("a", 3), ("b", 2)):
         search.suggest(trial_id)
         search.on_trial_complete(trial_id, {"val/acc": 0.5, "training_iteration": units})
@@ -280,15 +279,6 @@ def test_the_journal_hears_of_a_trial_before_tune_does(tmp_path: Path) -> None:
     }
 
 
-def test_a_time_budget_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count(step=40.0)
-    monkeypatch.setattr("orchestrator.search.searcher.time.monotonic", lambda: next(clock))
-    search = searcher(tmp_path, time_budget_s=100)
-    assert isinstance(search.suggest("a"), dict)  # reads the clock twice: 0, 40
-    assert isinstance(search.suggest("b"), dict)  # 80
-    assert search.suggest("c") == Searcher.FINISHED
-
-
 def test_a_study_of_other_contents_is_refused(tmp_path: Path) -> None:
     drive(searcher(tmp_path), stop_after=1)
     with pytest.raises(SearchError, match=r"was made for something else: seed differs\. Its trials cannot be compared"):
@@ -301,7 +291,7 @@ def test_a_study_of_other_contents_is_refused(tmp_path: Path) -> None:
         SearchError,
         match=r"has the directions maximize, but this study needs minimize\. Give the study another name\.$",
     ):
-        searcher(tmp_path, metric="val/nll")
+        searcher(tmp_path, objectives=("val/nll",))
     searcher(tmp_path, task=task(store="/moved", cache="/elsewhere"), trials=30, sampler="random")
 
 
@@ -327,8 +317,14 @@ def test_a_study_of_somebody_else_is_refused(tmp_path: Path) -> None:
         ({"entries": [Entry("a", "full"), Entry("a", "daft")]}, r"but got a twice\."),
         ({"sampler": "tpee"}, r"^A sampler is one of tpe, gp, random, .*, but got 'tpee'\. Did you mean 'tpe'\?$"),
         ({"sampler": "nsga2"}, r"^nsga2 is for two or more objectives, but got 1\."),
-        ({"metric": "test/acc"}, r"^A search never looks at test data, but got the metric 'test/acc'\."),
-        ({"metric": "ood/mean/acc"}, r"never looks at test data"),
+        ({"objectives": ("test/acc",)}, r"^A search never looks at test data, but got the metric 'test/acc'\."),
+        ({"objectives": ("ood/mean/acc",)}, r"never looks at test data"),
+        ({"objectives": ("calib/ece",)}, r"never looks at test data"),
+        (
+            {"objectives": ("val/accuracy",)},
+            r"^A search optimises a metric with a direction, but got 'val/accuracy'\. Use val/acc, or a cost such as "
+            r"cost/total_seconds \(docs/metrics\.md has all names\)\.$",
+        ),
         ({"entries": [Entry("", "ful")]}, r"but got 'ful'\. Did you mean 'full'\?$"),
         ({"entries": [Entry("", "full", {}, "papr")]}, r"^full has no preset 'papr'\."),
         (
@@ -346,8 +342,8 @@ def test_several_objectives(tmp_path: Path) -> None:
     def outcome(config: Config) -> dict[str, Any]:
         return {**finished(config), "cost/total_seconds": 100 * config["hparams"].get("lr_backbone", 0.0)}
 
-    metrics = ["val/acc", "cost/total_seconds"]
-    search = searcher(tmp_path, ("full", "daft"), metric=metrics, sampler="nsga2", trials=26)
+    objectives = ("val/acc", "cost/total_seconds")
+    search = searcher(tmp_path, ("full", "daft"), objectives=objectives, sampler="nsga2", trials=26)
     found = drive(search, outcome, concurrent=3)
     trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]  # children may equal a parent
     study = optuna.load_study(study_name="s", storage=url(tmp_path))
@@ -361,8 +357,8 @@ def test_several_objectives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["gp", "nsga2"])
 def test_samplers_without_conditions_draw_all_entries_and_use_one(tmp_path: Path, sampler: str) -> None:
-    metric = "val/acc" if sampler == "gp" else ["val/acc", "val/nll"]
-    search = searcher(tmp_path, ("linear_probe", "full", "daft"), sampler=sampler, metric=metric, trials=14)
+    objectives = ("val/acc",) if sampler == "gp" else ("val/acc", "val/nll")
+    search = searcher(tmp_path, ("linear_probe", "full", "daft"), sampler=sampler, objectives=objectives, trials=14)
     found = drive(search, lambda c: {**finished(c), "val/nll": 1 - accuracy(c)})
     trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]
     full = {"strategy", "full.lr_backbone", "full.lr_head", "daft.lr_backbone", "daft.lr_head"}

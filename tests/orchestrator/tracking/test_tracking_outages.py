@@ -18,6 +18,8 @@ from orchestrator.tracking.follower import MlflowFollower
 from tests.orchestrator.tracked import SPEC, contents, suggest, wait_until
 from tests.support.outages import Server, proxy
 
+pytestmark = pytest.mark.server
+
 TRIALS, UNITS = 4, 10
 
 

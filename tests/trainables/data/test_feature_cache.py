@@ -1,4 +1,4 @@
-"""The feature cache: right numbers, computed once, the same bits whatever was asked for."""
+"""The feature cache: values, computed once, the same bits for every number of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store() -> MemoryStore:
 
 
 class View:
-    """Scales to 0 … 1, and counts images."""
+    """A view that counts its images."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -41,16 +41,16 @@ class View:
         return images.permute(0, 3, 1, 2).float() / 255
 
 
-def test_they_are_what_the_pretrained_network_computes(backbone: Backbone, store: Any, tmp_path: Path) -> None:
-    found = FeatureCache(tmp_path).features(backbone, store, "test", 32, view := View())
+def test_features_equal_the_pretrained_networks_output(backbone: Backbone, store: Any, tmp_path: Path) -> None:
+    features = FeatureCache(tmp_path).features(backbone, store, "test", 32, view := View())
     with torch.no_grad():
         expected = backbone.module(view(torch.tensor(store.images("test"))))
-    np.testing.assert_array_equal(found, expected.numpy())
-    assert found.dtype == np.float32
-    assert not found.flags.writeable
+    np.testing.assert_array_equal(features, expected.numpy())
+    assert features.dtype == np.float32
+    assert not features.flags.writeable
 
 
-def test_they_are_computed_once_and_read_by_other_processes(backbone: Backbone, store: Any, tmp_path: Path) -> None:
+def test_features_are_computed_once_and_read_by_other_processes(backbone: Backbone, store: Any, tmp_path: Path) -> None:
     view = View()
     first = FeatureCache(tmp_path).features(backbone, store, "val", 32, view)
     module._mapped.clear()  # as in another process
@@ -122,17 +122,17 @@ def test_more_images_than_there_are(backbone: Backbone, store: Any, tmp_path: Pa
     assert str(error.value) == "Features of the first 33 images of test were asked for, but it has 32."
 
 
-def test_a_process_keeps_few_arrays_mapped(
+def test_few_arrays_are_mapped_at_a_time(
     backbone: Backbone, store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "KEPT", 2)
+    monkeypatch.setattr(module, "MAPPED_LIMIT", 2)
     module._mapped.clear()
     for split in ("train", "val", "test"):
         FeatureCache(tmp_path).features(backbone, store, split, 8, View())
     assert len(module._mapped) == 2
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", "/from/environment")
     assert cache_root(tmp_path) == tmp_path
     assert cache_root() == Path("/from/environment")

@@ -67,10 +67,10 @@ def test_one_has_batch_norm_and_the_other_layer_norm() -> None:
 
 def test_another_process_finds_the_same_network(own_cache: Path) -> None:
     script = (
-        "from trainables.core import digits_backbones\n"
+        "from trainables.demo import backbones\n"
         "from trainables.models.backbone import load_pretrained\n"
         "from trainables.specs.trial_spec import ModelSpec\n"
-        "digits_backbones._pretrain = None\n"  # calling it would fail
+        "backbones._pretrain = None\n"  # calling it would fail
         "print(load_pretrained(ModelSpec(name='digits_cnn')).digest)\n"
     )
     expected = load_pretrained(ModelSpec(name="digits_cnn")).digest

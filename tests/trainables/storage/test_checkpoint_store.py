@@ -1,4 +1,4 @@
-"""Checkpoints that a trial keeps for itself: how many, how often, what happens to damaged ones, and who may write."""
+"""Checkpoint store: retention, rate limit, quarantine of damaged checkpoints, fencing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = str(Path(__file__).parents[3])
 
 
 class Clock:
-    """Seconds that pass only when a test says so, or while a checkpoint is written."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -32,7 +32,7 @@ class Clock:
         return self.now
 
 
-def claimed(folder: Path, **arguments: Any) -> CheckpointStore:
+def acquired(folder: Path, **arguments: Any) -> CheckpointStore:
     store = CheckpointStore(folder, **{"clock": Clock(), **arguments})
     store.acquire()
     return store
@@ -43,9 +43,9 @@ def names(folder: Path) -> list[str]:
 
 
 def restored(folder: Path) -> tuple[list[int], CheckpointStore]:
-    """Units of the checkpoints that a new process would try, newest first."""
-    store = claimed(folder)
-    return [found.meta["unit"] for _, found in store.valid_states()], store
+    """Units of the checkpoints that a new process can resume from, newest first."""
+    store = acquired(folder)
+    return [restored_state.meta["unit"] for _, restored_state in store.valid_states()], store
 
 
 @pytest.fixture
@@ -55,21 +55,21 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def three(folder: Path) -> Path:
-    """Units two and three are kept."""
-    store = claimed(folder)
+    """A store with the checkpoints of units two and three."""
+    store = acquired(folder)
     for unit in (1, 2, 3):
         store.save_after_unit(lambda unit=unit: state(unit))
     return folder
 
 
 def test_steps_of_five_digits_are_newer_than_those_of_four(folder: Path) -> None:
-    store = claimed(folder, within=0.0)
+    store = acquired(folder, mid_unit_interval_s=0.0)
     for step in (9_000, 9_900, 10_000, 100_000):
         store.save_after_step(lambda step=step: state(0, step))  # type: ignore[misc]
     assert names(folder) == ["unit-000000-step-10000", "unit-000000-step-100000"]
 
 
-def test_the_two_newest_stay(three: Path) -> None:
+def test_the_two_newest_are_retained(three: Path) -> None:
     assert RETAINED == 2
     assert names(three) == ["unit-000002", "unit-000003"]
     assert sorted(p.name for p in three.iterdir()) == ["owner.json", "unit-000002", "unit-000003"]
@@ -78,7 +78,7 @@ def test_the_two_newest_stay(three: Path) -> None:
 
 def test_the_middle_of_a_unit_lies_between_its_ends(folder: Path) -> None:
     clock = Clock()
-    store = claimed(folder, clock=clock)
+    store = acquired(folder, clock=clock)
     store.save_after_unit(lambda: state(1))
     clock.now += 61
     store.save_after_step(lambda: state(1, 120))
@@ -90,11 +90,11 @@ def test_the_middle_of_a_unit_lies_between_its_ends(folder: Path) -> None:
 
 def test_checkpoints_cost_a_tenth_of_the_time_at_most(folder: Path) -> None:
     clock = Clock()
-    store = claimed(folder, clock=clock)
+    store = acquired(folder, clock=clock)
 
     def slow(unit: int) -> Callable[[], RunState]:
         def make() -> RunState:
-            clock.now += 3.0  # what a checkpoint takes
+            clock.now += 3.0  # duration of a write
             return state(unit)
 
         return make
@@ -107,58 +107,66 @@ def test_checkpoints_cost_a_tenth_of_the_time_at_most(folder: Path) -> None:
 
 
 def test_the_result_of_a_finished_trial_is_kept_without_tensors(folder: Path) -> None:
-    store = claimed(folder)
-    store._cost = 1e9
+    clock = Clock()
+    store = acquired(folder, clock=clock)
+
+    def slow() -> RunState:
+        clock.now += 1e9
+        return state(3)
+
+    store.save_after_unit(slow)
+    store.save_after_unit(lambda: state(4))
+    assert names(folder) == ["unit-000003"], "the rate limit holds between units"
     store.save_result({"unit": 4, "step": 0, "finished": True, "result": {"val/acc": 0.1 + 0.2}})
-    found = next(claimed(folder).valid_states())[1]
-    assert (dict(found.tensors), found.meta["result"]) == ({}, {"val/acc": 0.1 + 0.2})
+    result = next(acquired(folder).valid_states())[1]
+    assert (dict(result.tensors), result.meta["result"]) == ({}, {"val/acc": 0.1 + 0.2})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
 def test_s5_a_truncated_checkpoint_gives_way_to_the_one_before(three: Path, share: float) -> None:
     file = three / "unit-000003" / TENSORS
     os.truncate(file, int(file.stat().st_size * share))
-    self_check(three)
+    assert_falls_back_to_unit_2(three)
 
 
 @pytest.mark.parametrize("name", [TENSORS, MANIFEST])
-@pytest.mark.parametrize("place", [0.0, 0.2, 0.5, 0.9])
-def test_s6_a_flipped_byte_is_found_wherever_it_is(three: Path, name: str, place: float) -> None:
+@pytest.mark.parametrize("position", [0.0, 0.2, 0.5, 0.9])
+def test_s6_a_flipped_byte_is_detected_anywhere(three: Path, name: str, position: float) -> None:
     file = three / "unit-000003" / name
     content = bytearray(file.read_bytes())
-    content[int(len(content) * place)] ^= 0x10
+    content[int(len(content) * position)] ^= 0x10
     file.write_bytes(content)
-    self_check(three)
+    assert_falls_back_to_unit_2(three)
 
 
-def test_s9_of_two_that_claim_to_be_the_latest_the_newest_complete_one_wins(three: Path) -> None:
+def test_s9_of_two_latest_checkpoints_the_newest_complete_one_wins(three: Path) -> None:
     (three / "unit-000003" / MANIFEST).unlink()
-    self_check(three)
+    assert_falls_back_to_unit_2(three)
 
 
-def self_check(folder: Path) -> None:
-    """Unit 3 is put aside and told, unit 2 is the newest."""
+def assert_falls_back_to_unit_2(folder: Path) -> None:
+    """Unit 3 is quarantined and reported, unit 2 is the newest."""
     units, store = restored(folder)
     assert units == [2]
     assert len(store.problems) == 1
     assert str(folder / "unit-000003") in store.problems[0]
-    aside = folder.parent / "quarantine" / "trial-0007-unit-000003"
-    assert (aside / "problem.txt").read_text() == store.problems[0] + "\n"
+    quarantined = folder.parent / "quarantine" / "trial-0007-unit-000003"
+    assert (quarantined / "problem.txt").read_text() == store.problems[0] + "\n"
     assert names(folder) == ["unit-000002"]
 
 
 def test_the_quarantine_is_bounded(folder: Path) -> None:
-    store = claimed(folder)
+    store = acquired(folder)
     for unit in range(QUARANTINE_LIMIT + 5):
         save_state(folder / f"unit-{unit:06d}", state(unit))
         store.quarantine(folder / f"unit-{unit:06d}", "broken")
     assert len(list((folder.parent / "quarantine").iterdir())) == QUARANTINE_LIMIT
 
 
-def test_p9_whoever_held_the_trial_before_can_neither_write_nor_remove(folder: Path) -> None:
-    zombie = claimed(folder)
+def test_p9_a_fenced_process_can_neither_write_nor_remove(folder: Path) -> None:
+    zombie = acquired(folder)
     zombie.save_after_unit(lambda: state(1))
-    owner = claimed(folder)
+    owner = acquired(folder)
     for act in (
         lambda: zombie.save_after_unit(lambda: state(2)),
         lambda: zombie.save_result(state(9).meta),
@@ -175,16 +183,16 @@ def test_p9_whoever_held_the_trial_before_can_neither_write_nor_remove(folder: P
     assert names(folder) == ["unit-000001", "unit-000002"]
 
 
-def test_a_trial_whose_folder_was_removed_is_over(folder: Path) -> None:
-    store = claimed(folder)
+def test_a_removed_folder_fences_the_trial(folder: Path) -> None:
+    store = acquired(folder)
     os.rename(folder, folder.with_name("gone"))
     with pytest.raises(FencedError):
         store.save_after_unit(lambda: state(1))
     assert not folder.exists()
 
 
-def test_s1_a_full_disk_costs_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = claimed(folder)
+def test_s1_a_full_disk_loses_the_checkpoint_and_not_the_trial(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = acquired(folder)
     store.save_after_unit(lambda: state(1))
     monkeypatch.setattr("trainables.storage.atomic_files.sync", full_disk)
     store.save_after_unit(lambda: state(2))
@@ -208,7 +216,7 @@ write_three_units(Path(sys.argv[1]))
 
 
 def child(folder: Path, limit: int | None = None, **environment: str) -> int:
-    """Keep three units in a process of its own; the exit code."""
+    """Exit code of a process that checkpoints three units."""
 
     def limited() -> None:
         if limit is not None:
@@ -224,19 +232,19 @@ def child(folder: Path, limit: int | None = None, **environment: str) -> int:
 
 
 @pytest.mark.parametrize("share", [0.0003, 0.5, 0.9999])
-def test_p3_a_process_killed_while_it_writes_leaves_nothing_that_counts(three: Path, share: float) -> None:
+def test_p3_a_process_killed_during_a_write_leaves_no_partial_checkpoint(three: Path, share: float) -> None:
     size = (three / "unit-000003" / TENSORS).stat().st_size
     for unit in (2, 3):
         (three / f"unit-00000{unit}").rename(three / f"unit-{unit + 7:06d}")
-    # The kernel kills it at that byte of the file; owner.json is smaller than the smallest limit that is of interest.
+    # The kernel kills it at that byte of the file; owner.json is smaller than the smallest limit that is tested.
     assert child(three, limit=max(200, int(size * share))) == -signal.SIGXFSZ
-    left = [p.name for p in three.iterdir() if p.name.startswith(".unit-000001-")]
-    assert len(left) == 1
+    leftovers = [p.name for p in three.iterdir() if p.name.startswith(".unit-000001-")]
+    assert len(leftovers) == 1
     assert restored(three)[0] == [3, 2]
     assert not [p for p in three.iterdir() if p.name.startswith(".")]
 
 
-def test_p3_a_process_killed_before_the_manifest_leaves_the_one_before(folder: Path) -> None:
+def test_p3_a_process_killed_before_the_manifest_leaves_the_previous_checkpoint(folder: Path) -> None:
     log = folder.parent / "faults"
     log.parent.mkdir(parents=True)
     fault = "phase=in_checkpoint,action=kill,times=1"
@@ -246,8 +254,8 @@ def test_p3_a_process_killed_before_the_manifest_leaves_the_one_before(folder: P
     assert restored(folder)[0] == [3, 2]
 
 
-def test_the_owner_is_named(folder: Path) -> None:
-    claimed(folder)
+def test_the_owner_file_names_the_process(folder: Path) -> None:
+    acquired(folder)
     owner = json.loads((folder / "owner.json").read_text())
     assert owner.keys() == {"token", "pid", "host", "time"}
     assert (owner["pid"], owner["host"]) == (os.getpid(), os.uname().nodename)

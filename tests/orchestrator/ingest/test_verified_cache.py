@@ -1,4 +1,4 @@
-"""A damaged store is found before a run, at a price that a large one pays once."""
+"""Verification of a store before a run: small stores always, large ones once per machine."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def request_(tmp_path: Path) -> IngestRequest:
 
 
 @pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The stores whose whole file was read, in order."""
-    seen: list[Path] = []
-    really = Store.verify
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The stores whose whole file was hashed, in order."""
+    paths: list[Path] = []
+    real_verify = Store.verify
 
     def verify(store: Store) -> None:
-        seen.append(store.path)
-        really(store)
+        paths.append(store.path)
+        real_verify(store)
 
     monkeypatch.setattr(Store, "verify", verify)
-    return seen
+    return paths
 
 
 def flip_a_bit(store: Store, keep_time: bool = False) -> None:
-    """Damage a pixel; with `keep_time` as a failing disk would do it."""
+    """Damage a pixel; `keep_time` = without a new modification time, as a failing disk does."""
     file = store.path / DATA
     before = file.stat()
     data = bytearray(file.read_bytes())
@@ -45,19 +45,19 @@ def flip_a_bit(store: Store, keep_time: bool = False) -> None:
     os.utime(file, ns=times)
 
 
-def test_a_damaged_store_is_an_error_that_says_what_to_do(tmp_path: Path, request_: IngestRequest) -> None:
+def test_a_damaged_store_is_an_error_with_the_way_out(tmp_path: Path, request_: IngestRequest) -> None:
     store = ingest(request_, tmp_path / "stores", workers=1)
     flip_a_bit(store, keep_time=True)
-    found = hashlib.sha256((store.path / DATA).read_bytes()).hexdigest()
+    actual = hashlib.sha256((store.path / DATA).read_bytes()).hexdigest()
     with pytest.raises(StoreError) as error:
         ingest(request_, tmp_path / "stores", workers=1)
     assert str(error.value) == (
-        f"{store.path / DATA} must have the SHA-256 {store.digest}, but it has {found}: the file is damaged. "
+        f"{store.path / DATA} must have the SHA-256 {store.digest}, but it has {actual}: the file is damaged. "
         f"Delete {store.path}: the next run reads the data again."
     )
 
 
-def test_s6_a_name_that_changed_in_the_manifest_is_found(tmp_path: Path, request_: IngestRequest) -> None:
+def test_s6_a_changed_name_in_the_manifest_is_detected(tmp_path: Path, request_: IngestRequest) -> None:
     store = ingest(request_, tmp_path / "stores", workers=1)
     manifest = store.path / MANIFEST
     manifest.write_text(manifest.read_text().replace('"bee"', '"bed"'))
@@ -69,29 +69,29 @@ def test_s6_a_name_that_changed_in_the_manifest_is_found(tmp_path: Path, request
     )
 
 
-def test_a_small_store_is_compared_whenever_it_is_found_again(
-    tmp_path: Path, request_: IngestRequest, compared: list[Path]
+def test_a_small_store_is_verified_before_every_run(
+    tmp_path: Path, request_: IngestRequest, verified: list[Path]
 ) -> None:
     store = ingest(request_, tmp_path / "stores", workers=1)
-    assert compared == [], "it was hashed when it was written"
+    assert verified == [], "hashed when it was written"
     for _ in range(2):
         ingest(request_, tmp_path / "stores", workers=1)
-    assert compared == [store.path] * 2
+    assert verified == [store.path] * 2
 
 
-def test_a_large_store_is_compared_once_for_each_state_of_its_file(
-    tmp_path: Path, request_: IngestRequest, compared: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_a_large_store_is_verified_once_for_each_state_of_its_file(
+    tmp_path: Path, request_: IngestRequest, verified: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "SMALL", 1000)
+    monkeypatch.setattr(pipeline, "ALWAYS_VERIFIED_BYTES", 1000)
     store = ingest(request_, tmp_path / "stores", workers=1)
     ingest(request_, tmp_path / "stores", workers=1)
-    assert compared == []
+    assert verified == []
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "another machine"))
     for _ in range(2):
         ingest(request_, tmp_path / "stores", workers=1)
-    assert compared == [store.path]
+    assert verified == [store.path]
     flip_a_bit(store)
     for _ in range(2):
         with pytest.raises(StoreError, match="the file is damaged"):
             ingest(request_, tmp_path / "stores", workers=1)
-    assert compared == [store.path] * 3
+    assert verified == [store.path] * 3
