@@ -36,7 +36,7 @@ demo: setup
 test: setup
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
-# Left out: what starts Ray or a server, every training that is repeated to compare bits, and most of timm's networks.
+# Left out: what starts Ray or a server, what takes seconds, and most of the networks of timm.
 FAST := not ray and not server and not slow and not thorough and not sweep and not long
 
 test-fast: setup

@@ -76,7 +76,8 @@ class StrategyConformance:
             metafunc.parametrize("kind", metafunc.cls.networks)
 
     @pytest.fixture(scope="class")
-    def caches(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Whole]]:
+    @classmethod
+    def caches(cls, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Whole]]:
         """The trials' cache folder and the whole trials, shared by the tests of one class."""
         return tmp_path_factory.mktemp("conformance"), {}
 
@@ -136,7 +137,6 @@ class StrategyConformance:
         fields = ", ".join(f.name for f in dataclasses.fields(strategy_class(self.strategy).Config))
         assert str(error.value) == f"{self.strategy} has no hyperparameter 'no_such_knob'. It has {fields}."
 
-    @pytest.mark.thorough
     def test_one_seed_gives_one_result_whatever_else_the_process_did(self, kind: str) -> None:
         _, first = self.whole(kind)
         torch.manual_seed(99)
@@ -204,7 +204,6 @@ class StrategyConformance:
             images, labels = next(run.data.batches("train", batch_size=64))
             return float(torch.nn.functional.cross_entropy(model(images), labels))
 
-    @pytest.mark.thorough
     def test_a_resumed_trial_continues_bit_for_bit(self, kind: str) -> None:
         """From the state after every unit; after the last one it is finished, with the same weights."""
         spec = self.spec(kind)
@@ -220,7 +219,6 @@ class StrategyConformance:
             assert same_numbers(history, start + rest), f"after unit {units}"
             assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
-    @pytest.mark.thorough
     @pytest.mark.parametrize("position", ["first", "last"])
     def test_p28_a_trial_cut_off_in_the_middle_of_a_unit_continues_bit_for_bit(self, kind: str, position: str) -> None:
         spec = self.spec(kind)

@@ -17,6 +17,18 @@ NOT_FOR_TRAINING = ("ray", "mlflow", "optuna", "pydantic", "pydantic_core")
 """Packages that the orchestrator needs and a machine for training alone may lack."""
 _MISSING = re.compile(rf"No module named '(?:{'|'.join(NOT_FOR_TRAINING)})[.']")
 
+THOROUGH = (
+    "tests/trainables/engine/test_resume.py",
+    "tests/trainables/engine/test_resume_anywhere.py",
+    "tests/trainables/engine/test_loop.py::test_a_step_needs_torch_and_timm_only",
+    "tests/trainables/engine/test_trial.py::test_a_resumed_run_continues_bit_for_bit",
+    "tests/trainables/engine/test_weight_interpolation.py::test_the_sweep_is_that_of_networks_made_by_hand",
+    "tests/trainables/engine/test_weight_interpolation.py::test_a_resumed_trial_knows_its_start",
+    "tests/trainables/diagnostics/test_plasticity.py::test_memory_does_not_grow_with_the_number_of_pairs",
+    "tests/trainables/storage/test_checkpoint_store.py::test_p3_a_process_killed",
+)
+"""Beginnings of the names of tests that take more than a second or two of CPU time: marked `thorough`."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("luthier")
@@ -30,8 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules that take long come first: at the end no worker is left alone with one."""
+    for item in items:
+        if item.nodeid.startswith(THOROUGH):
+            item.add_marker("thorough")
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -15,7 +15,13 @@ from tests.support.pages import files_of
 from tests.support.source_tree import ROOT
 
 PACKAGES = ("trainables", "search_spaces", "benchmarks/support", "tests/support")
-FILES = ("tests/__init__.py", "tests/trainables/__init__.py", "tests/conftest.py", "tests/conformance.py")
+FILES = (
+    "tests/__init__.py",
+    "tests/trainables/__init__.py",
+    "tests/conftest.py",
+    "tests/conformance.py",
+    "pyproject.toml",
+)
 
 
 def test_the_page_adds_a_strategy_that_does_not_exist_in_three_files() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
+from trainables.specs.metrics import COMPONENT, COMPONENTS_SELECTED
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
@@ -64,8 +65,8 @@ class Components(Strategy):
         selected = self._selected(data)
         for kind in sorted(selected - set(owners.values())):
             raise ValueError(f"A component to be trained must have parameters, but {kind} has none in this network.")
-        chosen = {f"components/{kind}": float(kind in selected) for kind in COMPONENTS}
-        report = {**super().prepare(model, data).report, **chosen, "components/selected": float(len(selected))}
+        chosen = {COMPONENT.of(kind): float(kind in selected) for kind in COMPONENTS}
+        report = {**super().prepare(model, data).report, **chosen, COMPONENTS_SELECTED.name: float(len(selected))}
         return Prepared(report, selected)
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:

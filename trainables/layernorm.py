@@ -36,6 +36,7 @@ from trainables.engine.weight_interpolation import (
 )
 from trainables.models.transformer_blocks import find_blocks
 from trainables.specs.measurements import Curve, Report
+from trainables.specs.metrics import LAYERNORM_LAMBDA
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ class LayerNorm(Strategy):
         rescale_layer_norm(model, source, lam, config.rescale)
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
         report: dict[str, float | Curve] = {
-            "layernorm/lambda": float(values.mean()),
-            f"layernorm/val_{metrics.selection.key}_at_1": at_one[metrics.validation],
+            LAYERNORM_LAMBDA.name: float(values.mean()),
+            f"{LAYERNORM_LAMBDA.group}/val_{metrics.selection.key}_at_1": at_one[metrics.validation],
         }
         if config.lam_scope == "layer":
             columns: dict[str, Sequence[float | str | None]] = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig, Tuned
 from trainables.models.transformer_blocks import Block, find_blocks, linear_width
+from trainables.specs.metrics import LORA_MAPS
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
@@ -49,7 +50,7 @@ class LoRA(Strategy):
         """Inject the adapters into the network as it starts (errors: see `inject`)."""
         report = super().prepare(model, data).report
         image, _ = next(data.batches("train", batch_size=1))
-        return Prepared({**report, "lora/maps": float(inject(model.backbone, self.config, image))})
+        return Prepared({**report, LORA_MAPS.name: float(inject(model.backbone, self.config, image))})
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
         """A and B of every adapter at η_θ, the head at η_w."""

@@ -116,10 +116,7 @@ class ReferenceStage:
 
     def _recipe(self, history: Sequence[TrialRecord]) -> tuple[str, dict[str, Any]]:
         best = self._best([r for r in history if r.role != "reference" and r.strategy == STRATEGY])
-        if best is None:
-            label, hparams = self._default()
-        else:
-            label, hparams = best.label, dict(best.hparams)
+        label, hparams = self._default() if best is None else (best.label, dict(best.hparams))
         return label, {key: value for key, value in hparams.items() if key not in DROPPED} | PLAIN
 
     def _best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -178,7 +175,8 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     Raises:
         PreflightError: see `hint_problems`.
     """
-    if problems := list(hint_problems(spec, digest)):
+    problems = list(hint_problems(spec, digest))
+    if problems:
         raise PreflightError(problems, f"The study {spec.name!r}")
     searched = [
         entry.label

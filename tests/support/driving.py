@@ -53,7 +53,7 @@ def searcher(
     names_of_settings = {field.name for field in dataclasses.fields(SearchSettings)}
     settings |= {key: value for key, value in fields.items() if key in names_of_settings}
     rest = {key: value for key, value in fields.items() if key not in names_of_settings}
-    return StudySearcher(SearchSettings(**settings), url=url(folder), study_name="s", **rest)
+    return StudySearcher(SearchSettings(**settings), url=url(folder), **{"study_name": "s", **rest})
 
 
 def accuracy(config: Config) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from trainables.models.batch_norm import BATCH_NORMS
 from trainables.models.task_model import TaskModel
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import BN_SHIFT, LN_SHIFT
 
 LAYER_NORMS = (
     nn.LayerNorm,
@@ -159,7 +160,7 @@ def shift_report(
     """
     source = {f"backbone.{name}": value for name, value in reference.state_dict().items()} | dict(start)
     found: dict[str, float | Curve] = {}
-    for prefix, layers in (("ln_shift", layer_norms(reference)), ("bn_shift", batch_norms(reference))):
+    for prefix, layers in ((LN_SHIFT.group, layer_norms(reference)), (BN_SHIFT.group, batch_norms(reference))):
         if not layers:
             continue
         shift, end = (_shift(source, {**source, **moved}, layers, "backbone.") for moved in (kept, last))

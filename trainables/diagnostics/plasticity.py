@@ -1,5 +1,6 @@
-"""Plasticity of the components of transformer blocks (papers/003, definition 1): how much a component's output changes
-with its input.
+"""Plasticity of the components of transformer blocks: how much a component's output changes with its input.
+
+Definition 1 of Odonnat et al. (2026):
 
     P(f) = E ‖f(x) − f(y)‖_F / ‖x − y‖_F
 
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from trainables.diagnostics.probing import Probes
 from trainables.models.transformer_blocks import COMPONENTS, find_blocks
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import PLASTICITY, ood
 from trainables.storage.atomic_files import write_text
 from trainables.storage.compute_once import compute_once
 
@@ -80,7 +82,7 @@ class PlasticityReport:
 
     def metrics(self) -> dict[str, float]:
         """`plasticity/<component>`, the mean over blocks and pairs."""
-        return {f"plasticity/{kind}": self.mean[kind] for kind in COMPONENTS}
+        return {PLASTICITY.of(kind): self.mean[kind] for kind in COMPONENTS}
 
     def record(self) -> dict[str, float | Curve]:
         """Metrics, and the curves `plasticity` and `plasticity_distribution`, as a strategy's hooks return them."""
@@ -232,7 +234,7 @@ def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
     if source is not None and source not in data.ood_domains:
         known = ", ".join(data.ood_domains) or "none"
         raise ValueError(f"plasticity_source must be one of the OOD domains ({known}), but got {source!r}.")
-    available = data.train_size // 2 if source is None else min(data.train_size, data.size(f"ood/{source}"))
+    available = data.train_size // 2 if source is None else min(data.train_size, data.size(ood(source)))
     if available == 0:
         raise ValueError(f"Plasticity needs two different images for a pair, but there are {data.train_size} to train.")
     return _batches(data, source, min(wanted, available))
@@ -244,7 +246,7 @@ def _batches(data: TrialData, source: str | None, wanted: int) -> Iterator[tuple
         neighbours = (images for images, _ in data.batches("train", batch_size=2 * BATCH))
         pairs = ((images[0::2], images[1::2]) for images in neighbours)
     else:
-        sides = data.batches(f"ood/{source}", batch_size=BATCH), data.batches("train", batch_size=BATCH)
+        sides = data.batches(ood(source), batch_size=BATCH), data.batches("train", batch_size=BATCH)
         pairs = ((x, y) for (x, _), (y, _) in zip(*sides, strict=False))
     left = wanted
     for x, y in pairs:

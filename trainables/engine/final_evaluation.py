@@ -14,6 +14,7 @@ from trainables.engine.diagnosis import Diagnosis
 from trainables.engine.evaluation import Watch, final_scores, validation_scores
 from trainables.engine.weight_interpolation import WiseFt
 from trainables.specs.measurements import Curve, split_report
+from trainables.specs.metrics import BEST_EPOCH
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -103,4 +104,4 @@ def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]
     if changed or getattr(trial.strategy.config, "wise", None) is not None:
         value = validation_scores(trial.model, trial.data)[metrics.validation]
     scores = final_scores(trial.model, trial.data, watch)
-    return {**scores, metrics.best_validation: value, "best/epoch": float(trial.best.unit)}
+    return {**scores, metrics.best_validation: value, BEST_EPOCH.name: float(trial.best.unit)}

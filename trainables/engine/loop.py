@@ -20,6 +20,7 @@ from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast
 from trainables.specs.errors import NonFiniteError
 from trainables.specs.fault_injection import fault_point
+from trainables.specs.metrics import MICRO_BATCH
 
 if TYPE_CHECKING:
     from trainables.tasks.base import MetricAccumulator, Task, TrainingMetrics
@@ -174,7 +175,7 @@ def train_unit(
     check_finite(mean_loss, "training loss", f"by step {progress.steps} of its unit")
     observed = dict(observer.means()) if observer is not None else {}
     if micro_batch.size is not None:
-        observed["cost/micro_batch"] = float(micro_batch.size)
+        observed[MICRO_BATCH.name] = float(micro_batch.size)
     return UnitResult(mean_loss, progress.metrics.compute(), progress.images, observed)
 
 

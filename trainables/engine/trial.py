@@ -38,7 +38,17 @@ from trainables.models.device import training_device
 from trainables.models.precision import resolve_precision
 from trainables.models.task_model import TaskModel
 from trainables.specs.measurements import Report, split_report
-from trainables.specs.metrics import TRAIN, TRAIN_LOSS, VAL
+from trainables.specs.metrics import (
+    FIRST_BATCH_SECONDS,
+    IMAGES_PER_SECOND,
+    TOTAL_SECONDS,
+    TRAIN,
+    TRAIN_LOSS,
+    TRAINABLE_PARAMETERS,
+    TRAINING_IMAGES,
+    UNIT_SECONDS,
+    VAL,
+)
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import RunState
@@ -149,15 +159,16 @@ class Trial:
         self._keep_best(built, metrics)
         if self.finished or self.unit in self.spec.shared.evaluate_at:
             metrics |= self._evaluate(built)
-        metrics["cost/unit_seconds"] = time.perf_counter() - began
-        self._seconds += metrics["cost/unit_seconds"]
+        seconds = time.perf_counter() - began
+        metrics[UNIT_SECONDS.name] = seconds
+        self._seconds += seconds
         self._elapsed = 0.0
         if self.unit == 1 and built.data.first_delivery is not None:
-            self._once["cost/first_batch_seconds"] = built.data.first_delivery - self._started
+            self._once[FIRST_BATCH_SECONDS.name] = built.data.first_delivery - self._started
         if self.unit == 1 or self.finished:
             metrics |= self._once
         if self.finished:
-            metrics["cost/total_seconds"] = self._seconds
+            metrics[TOTAL_SECONDS.name] = self._seconds
         self.result = {**metrics, "finished": self.finished, "unit": self.unit}
         if self._curves:
             self.result["curves"] = self._curves
@@ -255,8 +266,8 @@ class Trial:
         moving = {id(p): p.numel() for group in groups for p in group.parameters}
         self._once = {
             **self._metrics_of(prepared.report),
-            "cost/trainable_parameters": float(sum(moving.values())),
-            "cost/training_images": float(data.train_size),
+            TRAINABLE_PARAMETERS.name: float(sum(moving.values())),
+            TRAINING_IMAGES.name: float(data.train_size),
         }
 
     def _new_trainer(self, built: _Built, phase: Phase) -> PhaseTrainer:
@@ -295,7 +306,7 @@ class Trial:
             metrics |= current_rates(self._trainer.optimizer)
         if phase.finish is not None and position.unit_in_phase + 1 == phase.units:
             metrics |= self._metrics_of(phase.finish(built.model, built.data))
-        return metrics | {"cost/images_per_second": images / seconds}
+        return metrics | {IMAGES_PER_SECOND.name: images / seconds}
 
     def _validate(self, built: _Built) -> dict[str, float]:
         table = built.task.metrics

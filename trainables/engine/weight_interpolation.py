@@ -25,7 +25,7 @@ from trainables.engine.evaluation import final_scores, validation_scores
 from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast, resolve_precision
 from trainables.specs.measurements import Curve, Report
-from trainables.specs.metrics import VAL
+from trainables.specs.metrics import VAL, WISE_ALPHA
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class WiseFt:
         """Set the network to its α."""
         alpha = self._best() if self._alpha == "sweep" else float(self._alpha)
         self._set(alpha)
-        return {"wise/alpha": alpha}
+        return {WISE_ALPHA.name: alpha}
 
     def curve(self) -> Report:
         """Of a sweep: validation, test and OOD over `ALPHA_GRID`. The model is left unchanged."""

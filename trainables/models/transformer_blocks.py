@@ -1,4 +1,4 @@
-"""The components of transformer blocks (papers/003): LN1, MHA, LN2, FC1 and FC2 of every block, found by module walk.
+"""Components of transformer blocks: LN1, MHA, LN2, FC1 and FC2 of every block (Odonnat et al., 2026), by module walk.
 
 A block is a module that holds attention and a feed-forward part of linear maps side by side, each with a LayerNorm of
 its own, whatever they are called: before it (pre-norm) or, where there is none, after it (post-norm). That finds the

@@ -469,6 +469,16 @@ def quantity(name: str) -> Quantity | None:
     return next((quantity for quantity in QUANTITIES if quantity.name == name), None)
 
 
+def is_cost(name: str) -> bool:
+    """Whether a recorded name is a cost: time, throughput or size, which may differ between equal runs.
+
+    Example:
+        >>> is_cost("cost/unit_seconds"), is_cost("val/acc")
+        (True, False)
+    """
+    return name.startswith(f"{UNIT_SECONDS.group}/")
+
+
 def metric_groups() -> frozenset[str]:
     """First parts of the recorded names that a result may hold, whatever the strategy and over all tasks."""
     groups = {TRAIN, VAL, TEST, HELD_OUT, _OOD.rstrip("/"), _BEST.rstrip("/")}

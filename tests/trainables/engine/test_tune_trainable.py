@@ -99,14 +99,21 @@ def test_fresh_and_reused_trainables_give_the_numbers_of_a_plain_run(
         assert same_numbers(shared(train(reused), history), history)
 
 
-def test_the_first_batch_of_a_reused_trainable_is_there_within_a_tenth_of_a_second(specs: list[TrialSpec]) -> None:
+def test_a_reused_trainable_loads_neither_network_nor_store_again(
+    specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch of its next trials waits for neither; `benchmarks.overhead` measures what is left."""
     trial = TuneTrainable(specs[0].to_dict())
     trial.train()
-    seconds = []
-    for spec in specs * 2:
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("timm.create_model", load)
+    monkeypatch.setattr("pyarrow.memory_map", load)
+    for spec in specs:
         trial.reset(spec.to_dict())
-        seconds.append(trial.train()["cost/first_batch_seconds"])
-    assert 0 < min(seconds) < 0.1, "the least of several: the machine may be busy"
+        assert trial.train()["cost/first_batch_seconds"] > 0
 
 
 def test_an_unknown_strategy_raises_instead_of_stalling_tune(specs: list[TrialSpec]) -> None:
@@ -233,11 +240,12 @@ def test_numbers_depend_neither_on_the_actor_nor_on_the_neighbours(
 
 
 @pytest.mark.ray
-def test_the_first_batch_on_a_reused_actor_is_there_within_a_tenth_of_a_second(
+def test_the_first_batch_on_a_reused_actor_comes_sooner_than_on_a_new_one(
     cluster: None, specs: list[TrialSpec], tmp_path: Path
 ) -> None:
     found = tuned(specs[:1] * 4, tmp_path, reuse=True, at_once=1)
-    assert 0 < min(results[0]["cost/first_batch_seconds"] for results in found[1:]) < 0.1
+    cold, *warm = [results[0]["cost/first_batch_seconds"] for results in found]
+    assert 0 < min(warm) < cold / 2
 
 
 @pytest.mark.ray
