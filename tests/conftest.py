@@ -18,6 +18,13 @@ NOT_FOR_TRAINING = ("ray", "mlflow", "optuna", "pydantic", "pydantic_core")
 _MISSING = re.compile(rf"No module named '(?:{'|'.join(NOT_FOR_TRAINING)})[.']")
 
 THOROUGH = (
+    "tests/orchestrator/commands/test_check.py",
+    "tests/orchestrator/commands/test_submit.py",
+    "tests/orchestrator/commands/test_sync.py",
+    "tests/orchestrator/running/test_circuit_breaker.py::test_p20_a_study_without_one_good_trial_has_failed",
+    "tests/orchestrator/tracking/test_follower.py",
+    "tests/orchestrator/tracking/test_tracking_",
+    "tests/test_full_fine_tuning.py",
     "tests/trainables/engine/test_resume.py",
     "tests/trainables/engine/test_resume_anywhere.py",
     "tests/trainables/engine/test_loop.py::test_a_step_needs_torch_and_timm_only",
