@@ -29,10 +29,10 @@ from trainables.engine.best_weights import changed_start, take
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.diagnosis import Diagnosis
 from trainables.engine.evaluation import final_scores
-from trainables.engine.phase_trainer import PhaseTraining
-from trainables.engine.trial import Run
+from trainables.engine.phase_trainer import PhaseTrainer
+from trainables.engine.trial import Trial
 from trainables.models.precision import resolve_precision
-from trainables.specs.trial_spec import DIAGNOSTICS, ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import DIAGNOSTICS, ModelSpec, SharedTrialSettings, TrialSpec
 
 AT_THE_END = tuple(name for name in DIAGNOSTICS if name != "gradients")
 
@@ -61,14 +61,14 @@ def digits_store(folder: Path) -> str:
     return str(next(path.parent for path in folder.rglob("data.arrow")))
 
 
-def costs(task: Task, strategy: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def costs(task: SharedTrialSettings, strategy: str, device: torch.device, rounds: int) -> dict[str, Any]:
     """One case: seconds of the trial, and seconds and share of every diagnostic."""
-    spec = TrialSpec(task=dataclasses.replace(task, diagnostics=()), strategy=strategy)
-    data = Run(spec, device=device).data
+    spec = TrialSpec(shared=dataclasses.replace(task, diagnostics=()), strategy=strategy)
+    data = Trial(spec, device=device).data
     splits = ["test", *(f"ood/{domain}" for domain in data.ood_domains)]
     once = timed(lambda: [data.features(split) for split in splits], device)
     data.features("train"), data.features("val")
-    run = Run(spec, device=device)
+    run = Trial(spec, device=device)
     trial = timed(lambda: finish(run), device)
     ends = repeated({name: end_of(run, name) for name in ("", *AT_THE_END)}, device, rounds)
     found = {name: ends[name] - ends[""] for name in AT_THE_END}
@@ -86,7 +86,7 @@ def costs(task: Task, strategy: str, device: torch.device, rounds: int) -> dict[
     }
 
 
-def finish(run: Run) -> None:
+def finish(run: Trial) -> None:
     """All units."""
     while not run.finished:
         run.step()
@@ -94,33 +94,40 @@ def finish(run: Run) -> None:
 
 def asking(data: TrialData, *names: str) -> TrialData:
     """The same data for a task that asks for these diagnostics."""
-    spec = dataclasses.replace(data.spec, task=dataclasses.replace(data.spec.task, diagnostics=names))
+    spec = dataclasses.replace(data.spec, shared=dataclasses.replace(data.spec.shared, diagnostics=names))
     return TrialData(spec, data.store, data.backbone, data.device, data.reference)
 
 
-def end_of(run: Run, name: str) -> Callable[[], None]:
+def end_of(run: Trial, name: str) -> Callable[[], None]:
     """The scores of a finished trial, with one diagnostic ("" = none)."""
     data = asking(run.data, *([name] if name else []))
     start = changed_start(run.model, {f"backbone.{k}": v for k, v in data.reference.state_dict().items()})
     tensors = take(run.model, run.model.state_dict())
 
     def end() -> None:
-        diagnosis = Diagnosis(run.strategy, data)
+        diagnosis = Diagnosis(run.strategy, data, run.model)
         final_scores(run.model, data, diagnosis.watch)
         diagnosis.report(run.model, start, tensors, tensors)
 
     return end
 
 
-def observer_cost(run: Run, rounds: int) -> float:
+def observer_cost(run: Trial, rounds: int) -> float:
     """Seconds that gradient norms add to one unit of the trial's longest phase."""
-    phase = max((p for p in run.strategy.phases(run.spec.task.epochs) if p.solve is None), key=lambda p: p.units)
-    dtype = resolve_precision(run.spec.task.precision, run.device)
+    phase = max((p for p in run.strategy.phases(run.spec.shared.epochs) if p.solve is None), key=lambda p: p.units)
+    dtype = resolve_precision(run.spec.shared.precision, run.device)
     steps = run.data.steps_per_epoch
 
     def unit(*names: str) -> Callable[[], object]:
-        training = PhaseTraining(
-            copy.deepcopy(run.model), run.strategy, phase, asking(run.data, *names), unit_steps=steps, dtype=dtype
+        training = PhaseTrainer(
+            copy.deepcopy(run.model),
+            run.strategy,
+            run.task,
+            phase,
+            asking(run.data, *names),
+            prepared=run.prepared,
+            unit_steps=steps,
+            dtype=dtype,
         )
         return lambda: training.unit(0, 0, 0)
 
@@ -158,7 +165,7 @@ def main() -> None:
             for strategy in args.strategies:
                 for epochs in args.epochs:
                     model, cache = ModelSpec(name=name), tempfile.mkdtemp(dir=folder)
-                    task = Task(
+                    task = SharedTrialSettings(
                         store=store, model=model, epochs=epochs, train_fraction=args.train_fraction, cache=cache
                     )
                     print(json.dumps(costs(task, strategy, device, args.rounds)), flush=True)

@@ -37,8 +37,8 @@ from orchestrator import Study
 from orchestrator.cluster.connection import connect
 from orchestrator.planning.build import make_task, references_of
 from orchestrator.record.records import TrialRecord
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 FIXED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Environment of this process and of the trials' ones."""
@@ -127,13 +127,13 @@ def lasting(unit: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in unit.items() if "/" in key and not key.startswith("cost/")}
 
 
-def alone(trial: TrialRecord, task: Task) -> dict[str, Any]:
+def alone(trial: TrialRecord, task: SharedTrialSettings) -> dict[str, Any]:
     """Train a trial again, as far as it went in its study, and return the digests.
 
     Raises:
         RuntimeError: a metric or a curve is not that of the journal.
     """
-    run = Run(spec_of(trial, task), device="cpu")
+    run = Trial(spec_of(trial, task), device="cpu")
     weights, optimizer, curves = [network(run)], list[str | None](), dict[str, Any]()
     wrong = []
     for unit in trial.history:
@@ -149,13 +149,13 @@ def alone(trial: TrialRecord, task: Task) -> dict[str, Any]:
     return {"network": weights, "optimizer": optimizer}
 
 
-def spec_of(trial: TrialRecord, task: Task) -> TrialSpec:
+def spec_of(trial: TrialRecord, task: SharedTrialSettings) -> TrialSpec:
     """What the trial was asked to do."""
     names = ("strategy", "seed", "label", "role", "held_out", "sample")
-    return TrialSpec(task=task, hparams=dict(trial.hparams), **{name: getattr(trial, name) for name in names})
+    return TrialSpec(shared=task, hparams=dict(trial.hparams), **{name: getattr(trial, name) for name in names})
 
 
-def network(run: Run) -> str | None:
+def network(run: Trial) -> str | None:
     """The digest of all parameters and buffers, as they stand."""
     model = run.model
     return digest({**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())})

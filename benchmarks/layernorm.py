@@ -34,12 +34,14 @@ from benchmarks.diagnostics import clock, digits_store, finish, timed
 from benchmarks.step import CLASSES, NoiseStore, ready_unit
 from trainables import strategy_class
 from trainables.data.trial_data import TrialData
-from trainables.engine.phase_trainer import PhaseTraining
-from trainables.engine.trial import Run
+from trainables.engine.phase_trainer import PhaseTrainer
+from trainables.engine.trial import Trial
 from trainables.engine.weight_interpolation import LAMBDA_GRID
-from trainables.models.backbone import load_pretrained, new_classifier
+from trainables.models.backbone import load_pretrained
 from trainables.models.precision import autocast, resolve_precision
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
+from trainables.tasks.classification import new_classifier
+from trainables.tasks.registry import task_of
 
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -54,18 +56,20 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every side on a copy of one network, round by round."""
     with tempfile.TemporaryDirectory() as cache:
         model = ModelSpec(name=args.model, pretrained=False)
-        task = Task(store="", model=model, batch_size=args.batch_size, cache=cache)
+        task = SharedTrialSettings(store="", model=model, batch_size=args.batch_size, cache=cache)
         backbone = load_pretrained(task.model, None)
         store = NoiseStore(backbone.data_config.image_size, args.batch_size * args.steps)
         dtype = resolve_precision(args.precision, device)
         trainings = {}
         for side, (name, hparams) in SIDES.items():
             strategy = strategy_class(name).from_hparams({"head_init": "zeros", **hparams})
-            data = TrialData(TrialSpec(task=task, strategy=name), store, backbone, device)
+            data = TrialData(TrialSpec(shared=task, strategy=name), store, backbone, device)
             network = new_classifier(backbone, CLASSES, device, seed=0)
-            strategy.prepare(network, data)
+            prepared = strategy.prepare(network, data).state
             (phase,) = strategy.phases(1)
-            trainings[side] = PhaseTraining(network, strategy, phase, data, unit_steps=args.steps, dtype=dtype)
+            trainings[side] = PhaseTrainer(
+                network, strategy, task_of(data), phase, data, prepared=prepared, unit_steps=args.steps, dtype=dtype
+            )
         batches = list(data.batches("train", shuffle_seed=0, drop_last=True))
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(args.rounds + 1):
@@ -87,7 +91,7 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"model": args.model, "batch_size": args.batch_size, "precision": str(dtype), "sides": found, "ratio": ratio}
 
 
-def allocated(training: PhaseTraining, batches: Batches) -> int:
+def allocated(training: PhaseTrainer, batches: Batches) -> int:
     """Peak of the GPU's allocator in a step above what lay there before it."""
     training.optimizer.zero_grad()
     torch.cuda.synchronize()
@@ -98,7 +102,7 @@ def allocated(training: PhaseTraining, batches: Batches) -> int:
     return torch.cuda.max_memory_allocated() - before + momentum
 
 
-def counted(training: PhaseTraining, batches: Batches) -> int:
+def counted(training: PhaseTrainer, batches: Batches) -> int:
     """Bytes of saved tensors, gradients and momentum of a step."""
     images, labels = batches[0]
     weights = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
@@ -131,8 +135,10 @@ def sweep(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One trial with a sweep, its post-step watched."""
     with tempfile.TemporaryDirectory() as folder:
         store = digits_store(Path(folder))
-        task = Task(store=store, model=ModelSpec(name="digits_vit"), epochs=args.epochs, cache=folder, diagnostics=())
-        run = Run(TrialSpec(task=task, strategy="layernorm", hparams={"lam_choice": "sweep"}), device=device)
+        task = SharedTrialSettings(
+            store=store, model=ModelSpec(name="digits_vit"), epochs=args.epochs, cache=folder, diagnostics=()
+        )
+        run = Trial(TrialSpec(shared=task, strategy="layernorm", hparams={"lam_choice": "sweep"}), device=device)
         data = run.data
         data.mean_square_norm()  # the pretrained features are no part of the trial's cost
         total = {"optimizer_steps": 0, "images": 0, "seconds": 0.0}

@@ -31,10 +31,12 @@ from trainables.data.trial_data import TrialData
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.loop import set_training_mode, train_unit
 from trainables.engine.optim import rate_factor
-from trainables.engine.phase_trainer import PhaseTraining
-from trainables.models.backbone import load_pretrained, new_classifier
+from trainables.engine.phase_trainer import PhaseTrainer
+from trainables.models.backbone import load_pretrained
 from trainables.models.precision import autocast, resolve_precision
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
+from trainables.tasks.classification import new_classifier
+from trainables.tasks.registry import task_of
 
 CLASSES = 10
 
@@ -68,7 +70,7 @@ class NoiseStore:
 class ByHand:
     """The loop that a careful person writes for one network: autocast, fused optimiser, one read per epoch."""
 
-    def __init__(self, training: PhaseTraining) -> None:
+    def __init__(self, training: PhaseTrainer) -> None:
         self.model: nn.Module = copy.deepcopy(training.model)
         self.config, self.dtype, self.total = training.config, training.dtype, training.total_steps
         names = {id(p): n for n, p in training.model.named_parameters()}
@@ -122,20 +124,22 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(strategy.config, TrainingConfig):
         raise SystemExit(f"A strategy that trains by gradient has steps to time, but {args.strategy!r} has none.")
     with tempfile.TemporaryDirectory() as cache:
-        task = Task(
+        task = SharedTrialSettings(
             store="", model=ModelSpec(name=args.model, pretrained=False), batch_size=args.batch_size, cache=cache
         )
         backbone = load_pretrained(task.model, args.image_size)
         side = backbone.data_config.image_size
         store = NoiseStore(side, args.batch_size * args.steps)
-        data = TrialData(TrialSpec(task=task, strategy=args.strategy), store, backbone, device)
+        data = TrialData(TrialSpec(shared=task, strategy=args.strategy), store, backbone, device)
         model = new_classifier(backbone, CLASSES, device, seed=0)
         if device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
-        strategy.prepare(model, data)
+        prepared = strategy.prepare(model, data).state
         phase = next(p for p in strategy.phases(1) if p.solve is None)
         dtype = resolve_precision(args.precision, device)
-        training = PhaseTraining(model, strategy, phase, data, unit_steps=args.steps, dtype=dtype)
+        training = PhaseTrainer(
+            model, strategy, task_of(data), phase, data, prepared=prepared, unit_steps=args.steps, dtype=dtype
+        )
         hand = ByHand(training)
         batches = list(data.batches("train", shuffle_seed=0, drop_last=True))
         sides = {
@@ -146,13 +150,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         return measure(sides, device, args) | {"image_size": side, "precision": str(dtype)}
 
 
-def ready_unit(training: PhaseTraining, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+def ready_unit(training: PhaseTrainer, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Luthier's `train_unit` on tensors that are ready."""
     set_training_mode(training.model, training.model.backbone if training.head_only else None, training.config.bn_mode)
     total, dtype = training.total_steps, training.dtype
     train_unit(
-        training.model, batches, training.optimizer, training.config, first_step=0, total_steps=total, dtype=dtype
-    )
+        training.model, batches, training.optimizer, training.config, training.task,
+        first_step=0, total_steps=total, dtype=dtype,
+    )  # fmt: skip
 
 
 def measure(

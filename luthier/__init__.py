@@ -17,7 +17,6 @@ them again later. Names are imported on first use, so that `import luthier` take
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,7 +31,9 @@ __all__ = ["Results", "Strategy", "Study", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return metadata.version("luthier")
+        from importlib.metadata import version
+
+        return version("luthier")
     if name == "Results":
         from orchestrator.results.study_results import Results
 

@@ -27,8 +27,8 @@ from benchmarks.support.synthetic import OOD_DOMAINS, shapes
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables import strategy_class
 from trainables.engine.contract import TrainingConfig
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 EVERY_UNIT = {
@@ -45,7 +45,7 @@ DIAGNOSED = ("distortion/", "change/", "ln_shift/", "bn_shift/", "cka/", "grad_n
 """First parts of the names that the base's own diagnostics report; which ones depends on the network."""
 ONCE = {"cost/trainable_parameters", "cost/training_images", "cost/total_seconds", "cost/first_batch_seconds"}
 
-Whole = tuple[Run, list[dict[str, Any]]]
+Whole = tuple[Trial, list[dict[str, Any]]]
 """A finished trial and the metrics of its units."""
 
 
@@ -95,18 +95,18 @@ class StrategyConformance:
 
     def spec(self, kind: str, **hparams: Any) -> TrialSpec:
         """A short trial on one of the tiny networks."""
-        task = Task(
+        task = SharedTrialSettings(
             store="memory",
             model=ModelSpec(name=self._network(kind)),
             epochs=self.epochs,
             batch_size=16,
             cache=str(self._cache),
         )
-        return TrialSpec(task=task, strategy=self.strategy, hparams={**self.hparams, **hparams}, seed=3)
+        return TrialSpec(shared=task, strategy=self.strategy, hparams={**self.hparams, **hparams}, seed=3)
 
-    def trial(self, spec: TrialSpec) -> Run:
+    def trial(self, spec: TrialSpec) -> Trial:
         """A trial on the CPU, where the same numbers are the same bits."""
-        return Run(spec, store=shapes(), device="cpu")
+        return Trial(spec, store=shapes(), device="cpu")
 
     def whole(self, kind: str) -> Whole:
         """The uninterrupted trial at the default point, computed once per class. Read it; do not change it."""
@@ -133,7 +133,7 @@ class StrategyConformance:
 
     def test_an_unknown_hyperparameter_is_rejected_with_its_name(self) -> None:
         with pytest.raises(ValueError) as error:
-            Run(self.spec(self.networks[0], no_such_knob=1))
+            Trial(self.spec(self.networks[0], no_such_knob=1))
         fields = ", ".join(f.name for f in dataclasses.fields(strategy_class(self.strategy).Config))
         assert str(error.value) == f"{self.strategy} has no hyperparameter 'no_such_knob'. It has {fields}."
 
@@ -153,9 +153,9 @@ class StrategyConformance:
         script = (
             "import json, sys, torch; torch.set_num_threads(1)\n"
             "from benchmarks.support.synthetic import shapes\n"
-            "from trainables.engine.trial import Run\n"
+            "from trainables.engine.trial import Trial\n"
             "from trainables.specs.trial_spec import TrialSpec\n"
-            "run, history = Run(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"
+            "run, history = Trial(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"
             "while not run.finished: history.append(run.step())\n"
             "print(json.dumps(history))"
         )
@@ -170,7 +170,7 @@ class StrategyConformance:
         """Buffers too: running statistics of BatchNorm may follow the data under `bn_mode: train` alone."""
         run = self.trial(self.spec(kind, **self.learning))
         model = run.model
-        moving = {id(p) for group in run.strategy.param_groups(model) for p in group.parameters}
+        moving = {id(p) for group in run.param_groups() for p in group.parameters}
         before = copies(model)
         last = max(1, self.epochs - 1)  # the last of several units ends with `finalize`, which may merge
         while not run.finished and run.unit < last:
@@ -197,7 +197,7 @@ class StrategyConformance:
         after = self.training_loss(run)
         assert after < before
 
-    def training_loss(self, run: Run) -> float:
+    def training_loss(self, run: Trial) -> float:
         """Mean cross-entropy over the training images in eval mode."""
         with torch.no_grad():
             model = run.model.eval()
@@ -238,7 +238,7 @@ class StrategyConformance:
         assert same_numbers(history, start + rest)
         assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
-    def save_after_step(self, run: Run, step: int, folder: Path) -> None:
+    def save_after_step(self, run: Trial, step: int, folder: Path) -> None:
         """Do one more unit, and save the state after `step` of its optimiser steps."""
         steps = 0
 

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,6 +37,21 @@ that are no names are in `trainables/models/timm_internals.py` and `trainables/e
 NOT_YET = {"orchestrator/tracking/sqlite_file.py"}
 REGISTRIES = ("orchestrator/cluster/shipping.py", "search_spaces/__init__.py", "trainables/engine/registry.py")
 """Import modules of this package by name, each after a look at the list of those that there are."""
+
+METRIC_TABLE = "trainables/specs/metrics.py"
+METRIC_NAME = re.compile(r"(best/)?(train|val|test|held_out|calib|ood/[^/]+)/[^/\s]*|(cost|best|calib)/\S*")
+"""A recorded name, or the beginning of one, with `{}` for what an f-string fills in. `ood/{}` alone is a split of the
+data store, not a metric."""
+METRIC_NAMES_PENDING = frozenset(
+    {
+        "orchestrator/tracking/run_fields.py", "orchestrator/tracking/run_updates.py",
+        "trainables/engine/evaluation.py", "trainables/engine/final_evaluation.py", "trainables/engine/loop.py",
+        "trainables/engine/trial.py", "trainables/engine/weight_interpolation.py", "trainables/layernorm.py",
+    }
+)  # fmt: skip
+"""Files that still write metric names themselves."""
+NO_METRIC_NAMES = {("trainables/engine/trial_state.py", "best/{}")}
+"""(file, literal) of names that only look like those of metrics: the tensors of the best weights in a checkpoint."""
 
 UNFINISHED = ("TO" + "DO", "FIX" + "ME", "dum" + "my", "place" + "holder")
 
@@ -82,6 +98,22 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         if module not in index:
             visit(module)
     return sorted(components)
+
+
+def literals(tree: ast.Module) -> Iterator[str]:
+    """String literals but docstrings; of f-strings with `{}` for the expressions."""
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    parts = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation | parts:
+            yield node.value
+
+
+def metric_literals(tree: ast.Module) -> list[str]:
+    """Literals that name a recorded metric."""
+    return [text for text in literals(tree) if METRIC_NAME.fullmatch(text)]
 
 
 class TestOneStrategyIsThreeFiles:
@@ -245,6 +277,41 @@ class TestFiles:
             if word in file.read_text(encoding="utf-8")
         ]
         assert found == []
+
+
+class TestMetricNames:
+    """Every recorded name comes from the metric table, so that a metric or a task is added in one place."""
+
+    def test_no_metric_name_is_a_literal(self) -> None:
+        written = [
+            (file, name) for file, tree in parsed(*PACKAGES) if file != METRIC_TABLE for name in metric_literals(tree)
+        ]
+        pending = METRIC_NAMES_PENDING
+        assert [pair for pair in written if pair not in NO_METRIC_NAMES and pair[0] not in pending] == []
+
+    def test_no_file_is_pending_that_is_done(self) -> None:
+        assert {file for file, tree in parsed(*PACKAGES) if metric_literals(tree)} >= METRIC_NAMES_PENDING
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "record.metric('best/val/acc')", "{'val/acc': 1.0}", "use(f'ood/{domain}/acc')", "use(f'test/{key}')",
+            "name.startswith('cost/')", "use(f'best/{name}')", "use('calib/ece')", "use('train/loss')",
+            "name.startswith('test/')",
+        ],
+    )  # fmt: skip
+    def test_what_would_be_found(self, code: str) -> None:
+        assert metric_literals(ast.parse(code))
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "use(f'ood/{domain}')", "split.startswith('ood/')", "use('val')", "use('ood/<domain>/<class>/<image>')",
+            "use('a test/b case')", "def f():\n    'best/val/acc'",
+        ],
+    )  # fmt: skip
+    def test_what_is_let_through(self, code: str) -> None:
+        assert metric_literals(ast.parse(code)) == []
 
 
 class TestSafeReads:

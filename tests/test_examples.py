@@ -9,7 +9,7 @@ import pytest
 from luthier import Study
 from orchestrator.study_file.load import load_study
 from orchestrator.study_file.yaml_text import read_yaml
-from tests.orchestrator.planning.test_plan import write_images
+from tests.support.images import write_plain_images
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
@@ -35,7 +35,7 @@ def test_an_example_can_be_planned(file: Path, tmp_path: Path, monkeypatch: pyte
     if "root" in fields["data"]:
         domains = [*fields["data"]["id"], *fields["data"]["ood"]]
         images = {f"{domain}/{label}": 9 for domain in domains for label in ("a", "b")}
-        fields["data"]["root"] = str(write_images(tmp_path / "images", images))
+        fields["data"]["root"] = str(write_plain_images(tmp_path / "images", images))
     planned = Study(**fields).plan().to_dict()
     assert [entry["label"] for entry in planned["entries"]] == [entry.label for entry in load_study(file).strategies]
     assert planned["search_trials"] == fields["search"]["trials"]

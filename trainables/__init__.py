@@ -18,8 +18,11 @@ __all__ = ["strategies", "strategy_class", "trainable"]
 def trainable(name: str) -> type[Any]:
     """The `ray.tune.Trainable` class of one strategy, for a `tune.Tuner` of your own.
 
-    Its config holds `task` (see `trainables.specs.trial_spec.Task`), `hparams` (the strategy's `Config` fields) and
-    `seed`. Raises ValueError for an unknown name.
+    Its config holds `shared` (`trainables.specs.trial_spec.SharedTrialSettings`, also under its former name `task`),
+    `hparams` (fields of the strategy's `Config`) and `seed`.
+
+    Raises:
+        ValueError: an unknown name.
     """
     strategy_class(name)
     from trainables.engine.tune_trainable import trainable_class

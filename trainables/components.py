@@ -1,5 +1,5 @@
-"""Plasticity-guided tuning (Odonnat et al. 2026, papers/003): one kind of transformer component moves across all
-blocks, or a chosen set."""
+"""Plasticity-guided tuning (Odonnat et al., 2026): one kind of transformer component moves across all blocks, or a
+chosen set."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainables.engine.contract import ParamGroup, Strategy, TrainingConfig
+from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
-from trainables.specs.measurements import Report
+from trainables.specs.metrics import COMPONENT, COMPONENTS_SELECTED
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 AUTO = "auto"
 TOP = 2
@@ -55,31 +55,37 @@ class Components(Strategy):
             if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= len(COMPONENTS):
                 raise ValueError(f"k must be a whole number from 1 to {len(COMPONENTS)}, but got {self.k!r}.")
 
-    def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Choose the components, by measured plasticity where asked to.
+    def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
+        """Choose the components, by measured plasticity where `kinds` is `auto`; the state is their set.
 
         Raises:
             ValueError: the components are not defined for this network, or have no parameters in it.
         """
         owners = component_kinds(model)
-        if self.config.kinds == AUTO:
-            from trainables.diagnostics.plasticity import plasticity_of
-
-            self.selected = frozenset(plasticity_of(data).rank[: self.config.k or TOP])
-        else:
-            self.selected = frozenset(self.config.kinds.split("+"))
-        for kind in sorted(self.selected - set(owners.values())):
+        selected = self._selected(data)
+        for kind in sorted(selected - set(owners.values())):
             raise ValueError(f"A component to be trained must have parameters, but {kind} has none in this network.")
-        chosen = {f"components/{kind}": float(kind in self.selected) for kind in COMPONENTS}
-        return {**super().prepare(model, data), **chosen, "components/selected": float(len(self.selected))}
+        chosen = {COMPONENT.of(kind): float(kind in selected) for kind in COMPONENTS}
+        report = {**super().prepare(model, data).report, **chosen, COMPONENTS_SELECTED.name: float(len(selected))}
+        return Prepared(report, selected)
 
-    def param_groups(self, model: Classifier) -> list[ParamGroup]:
-        """The selected components and the final norm at η_θ, the head at η_w."""
-        _, head = super().param_groups(model)
-        moving = self.selected | {"final_norm"}
+    def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
+        """The selected components and the final norm at η_θ, the head at η_w.
+
+        Args:
+            prepared: set of the selected components.
+        """
+        moving = prepared | {"final_norm"}
         owners = component_kinds(model)
         parameters = [parameter for name, parameter in model.named_parameters() if owners[name] in moving]
-        return [ParamGroup("backbone", parameters, self.config.lr_backbone), head]
+        return [ParamGroup("backbone", parameters, self.config.lr_backbone), self.head_group(model)]
+
+    def _selected(self, data: TrialData) -> frozenset[str]:
+        if self.config.kinds != AUTO:
+            return frozenset(self.config.kinds.split("+"))
+        from trainables.diagnostics.plasticity import plasticity_of
+
+        return frozenset(plasticity_of(data).rank[: self.config.k or TOP])
 
 
 def canonical(kinds: Any) -> str:
@@ -88,7 +94,10 @@ def canonical(kinds: Any) -> str:
     Raises:
         ValueError: an unknown component, one that is named twice, or none.
     """
-    names = kinds.split("+") if isinstance(kinds, str) else list(kinds) if isinstance(kinds, (list, tuple)) else [kinds]
+    if isinstance(kinds, str):
+        names = kinds.split("+")
+    else:
+        names = list(kinds) if isinstance(kinds, (list, tuple)) else [kinds]
     names = [name.strip() if isinstance(name, str) else name for name in names]
     if names == [AUTO]:
         return AUTO

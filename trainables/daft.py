@@ -1,4 +1,4 @@
-"""DAFT, domain-aware fine-tuning (Ha, Jeong & Lee 2024, papers/002): BatchNorm layers are converted to the statistics
+"""DAFT, domain-aware fine-tuning (Ha, Jeong and Lee, 2024): BatchNorm layers are converted to the statistics
 of the target data, the head starts from zero, backbone and head move together at rates of their own."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Daft(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """DAFT's row of papers/002, Table 1."""
+        """DAFT's row of Ha et al. (2024), Table 1."""
 
         lr_head: float | None = 1.0
         head_init: Literal["random", "zeros", "linear_probe"] = "zeros"

@@ -1,4 +1,4 @@
-"""FT, full fine-tuning: a random head, everything moves (papers/002, Table 1)."""
+"""FT, full fine-tuning: a random head, everything moves (Ha et al., 2024, Table 1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Full(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """FT's row of papers/002, Table 1: one rate for backbone and head unless `lr_head` is given."""
+        """FT's row of Ha et al. (2024), Table 1: one rate for backbone and head unless `lr_head` is given."""
 
 
 STRATEGY = Full

@@ -1,4 +1,4 @@
-"""LayerNorm tuning (papers/000): γ and β of the norms and the head train, λ rescales how far γ moved, also in cycles.
+"""LayerNorm tuning (Tan et al., 2025): γ, β and the head train, λ rescales how far γ moved, also in cycles.
 
 Label information goes to the head, domain information to the norms. λ costs no training: one tuned network is
 evaluated at γ_S + λ·(γ_T − γ_S). β converges sooner than γ and keeps its tuned value unless `rescale: both`. Which
@@ -14,16 +14,16 @@ has an optimiser and a schedule of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainables.diagnostics.norm_shift import layer_norms
 from trainables.engine.best_weights import put_back, take
-from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
+from trainables.engine.contract import ParamGroup, Phase, Prepared, Strategy, TrainingConfig, Tuned
 from trainables.engine.evaluation import final_scores, validation_scores
 from trainables.engine.weight_interpolation import (
     LAMBDA_GRID,
@@ -34,11 +34,14 @@ from trainables.engine.weight_interpolation import (
     rescale_layer_norm,
     scaled_names,
 )
+from trainables.models.transformer_blocks import find_blocks
 from trainables.specs.measurements import Curve, Report
+from trainables.specs.metrics import LAYERNORM_LAMBDA
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 __all__ = ["LAMBDA_GRID", "LayerNorm", "rescale_layer_norm"]
 
@@ -50,7 +53,7 @@ class LayerNorm(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """Knobs of LayerNorm tuning; the papers' recipe otherwise."""
+        """Hyperparameters of LayerNorm tuning; the recipe of `TrainingConfig` otherwise."""
 
         lr_backbone: float = 0.1
         """Learning rate of γ and β."""
@@ -92,14 +95,12 @@ class LayerNorm(Strategy):
                     "or learn λ."
                 )
 
-    def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Remember the source's norms."""
-        self.source = take(model, [name for group in scaled_names(model, "both").values() for name in group])
-        return super().prepare(model, data)
+    def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
+        """The chosen parameters of the norms at η_θ, the head at η_w.
 
-    def param_groups(self, model: Classifier) -> list[ParamGroup]:
-        """The chosen parameters of the norms at η_θ, the head at η_w."""
-        _, head = super().param_groups(model)
+        Raises:
+            ValueError: the choice selects nothing in this network.
+        """
         kinds = {"both": ("weight", "bias"), "gamma": ("weight",), "beta": ("bias",)}[self.config.train]
         layers = layer_norms(model)
         if self.config.norms == "attention":
@@ -110,7 +111,7 @@ class LayerNorm(Strategy):
                 f"LayerNorm tuning must train something, but norms={self.config.norms!r} with "
                 f"train={self.config.train!r} selects nothing in this network."
             )
-        return [ParamGroup("norms", moving, self.config.lr_backbone), head]
+        return [ParamGroup("norms", moving, self.config.lr_backbone), self.head_group(model)]
 
     def phases(self, units: int) -> list[Phase]:
         """One phase, or per cycle: head, then norms, which λ rescales at the end."""
@@ -122,60 +123,101 @@ class LayerNorm(Strategy):
                 f"{cycles} cycles of head and norms take at least {2 * cycles} units, but the trial has {units}. Give "
                 "it more epochs, or fewer cycles."
             )
-        found = []
+        phases = []
         for cycle in range(cycles):
             share = units * (cycle + 1) // cycles - units * cycle // cycles
             head = min(share - 1, max(1, round(share * self.config.head_share)))
-            found.append(Phase(f"head {cycle + 1}", head, groups=frozenset({"head"})))
+            phases.append(Phase(f"head {cycle + 1}", head, groups=frozenset({"head"})))
             norms = frozenset({"norms"})
-            found.append(Phase(f"norms {cycle + 1}", share - head, groups=norms, finish=self._rescale))
-        return found
+            phases.append(Phase(f"norms {cycle + 1}", share - head, groups=norms, finish=self._finish_cycle))
+        return phases
 
-    def finalize(self, model: Classifier, data: TrialData) -> Report:
+    def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
+        """Check that the network has LayerNorms, before anything is trained."""
+        scaled_names(model, "both")
+        return super().prepare(model, data)
+
+    def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
         """Choose λ and rescale; in the cyclic framework that has happened at the end of each cycle."""
-        return {} if self.config.cycles else self._rescale(model, data)
+        return Tuned() if self.config.cycles else self._rescale(model, data)
 
-    def curves(self, model: Classifier, data: TrialData) -> Report:
+    def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
         """Of a sweep: validation, test and OOD over the grid of λ. λ = 1 is the tuned network before its rescaling; in
-        the cyclic framework, whose rescaled norms were trained on, it is the finished network."""
+        the cyclic framework, whose rescaled norms were trained on, it is the finished network.
+
+        Args:
+            tuned: a `Rescaled`; None in the cyclic framework.
+        """
         if self.config.lam_choice != "sweep":
             return {}
-        finished = take(model, self.source)
-        if not self.config.cycles:
-            put_back(model, self.tuned)
-        known, tuned, rows = {} if self.config.cycles else self.swept, take(model, self.source), []
+        source = source_norms(model, data)
+        finished = take(model, source)
+        scores: Mapping[float, Mapping[str, float]] = {}
+        if tuned is not None:
+            put_back(model, tuned.norms)
+            scores = tuned.scores
+        at_one = take(model, source)
+        rows = []
         for lam in LAMBDA_GRID:
-            rescale_layer_norm(model, self.source, lam, self.config.rescale)
-            chosen_by = known.get(lam) or validation_scores(model, data)
-            rows.append({"lambda": lam, **chosen_by, **final_scores(model, data)})
-            put_back(model, tuned)
+            rescale_layer_norm(model, source, lam, self.config.rescale)
+            validation = scores.get(lam) or validation_scores(model, data)
+            rows.append({"lambda": lam, **validation, **final_scores(model, data)})
+            put_back(model, at_one)
         put_back(model, finished)
-        return {"lambda": Curve({name: [row[name] for row in rows] for name in rows[0]}, "λ is chosen on val/acc.")}
+        note = f"λ is chosen on {task_of(data).metrics.validation}."
+        return {"lambda": Curve({name: [row[name] for row in rows] for name in rows[0]}, note)}
 
-    def _rescale(self, model: Classifier, data: TrialData) -> Report:
+    def _finish_cycle(self, model: TaskModel, data: TrialData) -> Report:
+        return self._rescale(model, data).report
+
+    def _rescale(self, model: TaskModel, data: TrialData) -> Tuned:
         config = self.config
-        self.tuned, self.swept = take(model, self.source), dict[float, dict[str, float]]()
+        metrics = task_of(data).metrics
+        source = source_norms(model, data)
+        norms = take(model, source)
+        scores: dict[float, dict[str, float]] = {}
         lam: float | Tensor = config.lam
         if config.lam_choice == "sweep":
-            self.swept = grid_scores(model, data, self.source, config.rescale)
-            lam = best_lambda(self.swept)
+            scores = grid_scores(model, data, source, config.rescale)
+            lam = best_lambda(scores, metrics)
         elif config.lam_choice == "learned":
-            lam = fitted(model, data, self.source, config.rescale, config.lam_scope == "layer")
-        at_one = self.swept.get(1.0) or validation_scores(model, data)
-        rescale_layer_norm(model, self.source, lam, config.rescale)
+            lam = fitted(model, data, source, config.rescale, config.lam_scope == "layer")
+        at_one = scores.get(1.0) or validation_scores(model, data)
+        rescale_layer_norm(model, source, lam, config.rescale)
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
-        report = {"layernorm/lambda": float(values.mean()), "layernorm/val_acc_at_1": at_one["val/acc"]}
-        if config.lam_scope == "global":
-            return report
-        per_layer = Curve({"layer": list(layer_norms(model)), "lambda": values.tolist()}, "λ fitted on ID validation.")
-        return {**report, "layernorm_lambda": per_layer}
+        report: dict[str, float | Curve] = {
+            LAYERNORM_LAMBDA.name: float(values.mean()),
+            f"{LAYERNORM_LAMBDA.group}/val_{metrics.selection.key}_at_1": at_one[metrics.validation],
+        }
+        if config.lam_scope == "layer":
+            columns: dict[str, Sequence[float | str | None]] = {
+                "layer": list(layer_norms(model)),
+                "lambda": values.tolist(),
+            }
+            report["layernorm_lambda"] = Curve(columns, "λ fitted on ID validation.")
+        return Tuned(report, Rescaled(norms, scores))
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """By-products of a rescaling, for the curve over λ."""
+
+    norms: Mapping[str, Tensor]
+    """The norms' tensors before it."""
+    scores: Mapping[float, Mapping[str, float]]
+    """λ → validation scores, where a sweep measured them."""
+
+
+def source_norms(model: TaskModel, data: TrialData) -> dict[str, Tensor]:
+    """The pretrained tensors of every LayerNorm, by the model's names."""
+    pretrained = data.reference.state_dict()
+    names = [name for group in scaled_names(model, "both").values() for name in group]
+    return {name: pretrained[name.removeprefix("backbone.")] for name in names}
 
 
 def _attention_norms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    from trainables.models.transformer_blocks import find_blocks
-
-    wanted = {id(inner) for block in find_blocks(model) for inner in block.ln1.modules()}
-    return {name: layer for name, layer in layers.items() if id(layer) in wanted}
+    before_attention = {id(inner) for block in find_blocks(model) for inner in block.ln1.modules()}
+    return {name: layer for name, layer in layers.items() if id(layer) in before_attention}
 
 
 STRATEGY = LayerNorm

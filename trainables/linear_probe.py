@@ -1,21 +1,22 @@
 """LP, linear probing: L2-regularised logistic regression on frozen features, C chosen on ID validation.
 
-Reference practice (papers/002, "Training Details", after Kumar et al. 2022): 100 values of C, log-spaced from 1e-7 to
-1e2; features standardised with one scalar mean and standard deviation of the training features.
+Reference practice (Ha et al., 2024, "Training Details", after Kumar et al., 2022): 100 values of C, log-spaced from
+1e-7 to 1e2; features standardised with one scalar mean and standard deviation of the training features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainables.engine.contract import ParamGroup, Phase, Strategy
-from trainables.tasks.linear_probe_head import best_linear_probe, fit_linear_probe, regularisation_path, take_probe
+from trainables.tasks.linear_probe_head import best_linear_probe, fit_linear_probe, regularisation_path
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
+    from trainables.specs.measurements import Report
 
 __all__ = ["LinearProbe", "best_linear_probe", "fit_linear_probe", "regularisation_path"]
 
@@ -25,7 +26,7 @@ class LinearProbe(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Knobs of the probe."""
+        """Hyperparameters of the probe."""
 
         C: float | None = None
         """scikit-learn's inverse regularisation strength; None = the best on ID validation of a path."""
@@ -42,15 +43,20 @@ class LinearProbe(Strategy):
         """One unit, whatever the budget: the solution has a closed optimum."""
         return [Phase("probe", 1, solve=self.solve)]
 
-    def param_groups(self, model: Classifier) -> list[ParamGroup]:
+    def solves_in_closed_form(self) -> str:
+        """Always: the probe is solved, not trained."""
+        return self.name()
+
+    def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
         """The head; it is solved for, not trained, so its rate is never used."""
         return [ParamGroup("head", list(model.head.parameters()), 1.0)]
 
-    def solve(self, model: Classifier, data: TrialData) -> Mapping[str, float]:
+    def solve(self, model: TaskModel, data: TrialData) -> Report:
         """Put the best probe into the head."""
-        config = self.config
-        path = regularisation_path(config.num_C) if config.C is None else [config.C]
-        return take_probe(model, best_linear_probe(data, path))
+        probe = task_of(data).closed_form_probe()
+        assert probe is not None, "a task without a closed-form probe is refused before compute"
+        path = regularisation_path(self.config.num_C) if self.config.C is None else [self.config.C]
+        return probe.fit(model, data, path)
 
 
 STRATEGY = LinearProbe

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., ICLR 2022) through peft: low-rank updates beside frozen linear maps, merged at the end."""
+"""LoRA (Hu et al., 2022) through peft: low-rank updates beside frozen linear maps, merged at the end."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from trainables.engine.contract import ParamGroup, Strategy, TrainingConfig
+from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig, Tuned
 from trainables.models.transformer_blocks import Block, find_blocks, linear_width
-from trainables.specs.measurements import Report
+from trainables.specs.metrics import LORA_MAPS
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 
 class LoRA(Strategy):
@@ -26,7 +26,7 @@ class LoRA(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """Knobs of LoRA."""
+        """Hyperparameters of LoRA."""
 
         lr_backbone: float = 1e-1
         """Learning rate of A and B."""
@@ -46,22 +46,31 @@ class LoRA(Strategy):
             if self.alpha is not None and not self.alpha > 0:
                 raise ValueError(f"alpha must be positive, but got {self.alpha!r}.")
 
-    def prepare(self, model: Classifier, data: TrialData) -> Report:
+    def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
         """Inject the adapters into the network as it starts (errors: see `inject`)."""
-        report = super().prepare(model, data)
+        report = super().prepare(model, data).report
         image, _ = next(data.batches("train", batch_size=1))
-        return {**report, "lora/maps": float(inject(model.backbone, self.config, image))}
+        return Prepared({**report, LORA_MAPS.name: float(inject(model.backbone, self.config, image))})
 
-    def param_groups(self, model: Classifier) -> list[ParamGroup]:
+    def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
         """A and B of every adapter at η_θ, the head at η_w."""
-        _, head = super().param_groups(model)
         adapters = [p for name, p in model.backbone.named_parameters() if ".lora_" in name]
-        return [ParamGroup("adapters", adapters, self.config.lr_backbone), head]
+        return [ParamGroup("adapters", adapters, self.config.lr_backbone), self.head_group(model)]
 
-    def finalize(self, model: Classifier, data: TrialData) -> Report:
+    def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
         """Merge the adapters: the network has its plain structure again."""
         merge(model.backbone)
-        return {}
+        return Tuned()
+
+    def undo_finalize(self, model: TaskModel) -> None:
+        """Let every adapter take part in the forward pass again.
+
+        A merged adapter is skipped in the forward pass. Subtracting its product from the weight rounds, but the engine
+        restores the weight's bits afterwards.
+        """
+        for _, adapter in adapters_of(model.backbone):
+            if adapter.merged:
+                adapter.unmerge()
 
 
 def inject(backbone: nn.Module, config: LoRA.Config, image: Tensor) -> int:
@@ -143,12 +152,17 @@ def _maps(block: Block, kind: str) -> tuple[nn.Module, ...]:
 
 def merge(backbone: nn.Module) -> None:
     """Fold every adapter into its map, and put the plain map in its place."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in [(n, m) for n, m in backbone.named_modules() if isinstance(m, BaseTunerLayer)]:
+    for name, module in adapters_of(backbone):
         module.merge()
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+
+
+def adapters_of(backbone: nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of all adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _peft() -> Any:

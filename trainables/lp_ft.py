@@ -1,4 +1,4 @@
-"""LP-FT (Kumar et al., ICLR 2022): fine-tuning at a small rate from the linear probe's solution, BatchNorm frozen."""
+"""LP-FT (Kumar et al., 2022): fine-tuning at a small rate from the linear probe's solution, BatchNorm frozen."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from trainables.engine.contract import Strategy, TrainingConfig
 
 
 class LpFt(Strategy):
-    """LP-FT; `bn_conversion: true` is the paper's "LP-FT + BN conversion" (papers/002, Table 5)."""
+    """LP-FT; `bn_conversion: true` is the paper's "LP-FT + BN conversion" (Ha et al., 2024, Table 5)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """LP-FT's row of papers/002, Table 1."""
+        """LP-FT's row of Ha et al. (2024), Table 1."""
 
         lr_backbone: float = 1e-4
         head_init: Literal["random", "zeros", "linear_probe"] = "linear_probe"

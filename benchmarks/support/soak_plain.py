@@ -55,8 +55,9 @@ class Study:
 
         from trainables.data.store import Store
         from trainables.data.transforms import BatchTransform
-        from trainables.models.backbone import load_pretrained, new_classifier
+        from trainables.models.backbone import load_pretrained
         from trainables.specs.trial_spec import ModelSpec
+        from trainables.tasks.classification import new_classifier
 
         self.config = config
         store, backbone = Store(config["store"]), load_pretrained(ModelSpec(name="digits_cnn"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Choose, Entry, Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import ModelSpec, Task
+    from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 
 LODO_CANDIDATES = 5
@@ -64,12 +64,12 @@ def make_built_in(model: ModelSpec) -> None:
         pretrained_folder(model.name)
 
 
-def make_task(spec: StudySpec, store: Store) -> Task:
+def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
     """The settings that all trials share."""
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
     search = spec.search
-    return Task(
+    return SharedTrialSettings(
         store=str(store.path),
         model=model_of(spec),
         image_size=spec.data.image_size,
@@ -101,7 +101,7 @@ def metric_of(spec: StudySpec) -> str:
     return metrics.of_domain(domain) if domain else metrics.validation
 
 
-def settings_of(spec: StudySpec, task: Task, hints: Mapping[str, Mapping[str, Any]]) -> SearchSettings:
+def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, Mapping[str, Any]]) -> SearchSettings:
     """The search of a study.
 
     Args:
@@ -130,15 +130,15 @@ def rungs_of(spec: StudySpec) -> tuple[int, ...]:
     return rungs(search.epochs, search.grace, search.reduction) if search.scheduler == "asha" else ()
 
 
-def planned_units(task: Task) -> Callable[[TrialRecord], int]:
+def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
     """Trial → its units of budget: the task's, or fewer if its strategy needs fewer (linear probing takes one)."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     @functools.cache
     def units(strategy: str, hparams: str) -> int:
         try:
-            return Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
+            return BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
         except ValueError:  # the trial itself will fail with this error
             return task.epochs
 
@@ -158,7 +158,7 @@ def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
     return StudyScheduler(metric_of(spec), maximise, search.epochs, search.grace, search.reduction, history)
 
 
-def stages_of(spec: StudySpec, task: Task, store: Store) -> list[Stage]:
+def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:
     """The stages after the search: folds for leave-one-domain-out, confirmation on fresh seeds, FSR references."""
     from orchestrator.search.stages import ConfirmStage, FoldStage
 
@@ -181,7 +181,9 @@ def _best_by(spec: StudySpec, count: int, rule: str) -> Choose:
     return functools.partial(top_candidates, k=count, rule=rule, metrics=metrics_of(spec))
 
 
-def references_of(spec: StudySpec, task: Task, store: Store, references: Sequence[str]) -> ReferenceStage:
+def references_of(
+    spec: StudySpec, task: SharedTrialSettings, store: Store, references: Sequence[str]
+) -> ReferenceStage:
     """The reference trials of FSR."""
     from orchestrator.planning.fsr import STRATEGY, ReferenceStage
 

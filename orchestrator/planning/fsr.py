@@ -22,7 +22,7 @@ from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, estimates,
 from orchestrator.search.stages import Entry, trial
 from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, ood_domain
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.study_file.schema import StudySpec
@@ -47,7 +47,7 @@ class ReferenceStage:
     such an entry, of the strategy.
     """
 
-    task: Task
+    task: SharedTrialSettings
     store: Store
     rule: str
     references: tuple[str, ...]
@@ -81,12 +81,12 @@ class ReferenceStage:
             for sample, task in samples.items()
         ]
 
-    def samples(self) -> dict[str, Task]:
+    def samples(self) -> dict[str, SharedTrialSettings]:
         """Sample → settings that its trials share; empty if the study's own has no sample to be compared with."""
         share = self.task.train_fraction
         steps = self.task.steps_per_unit or max(1, self._size(share) // self.task.batch_size)
         own = dataclasses.replace(self.task, steps_per_unit=steps, evaluate_at=(), diagnostics=("shift",))
-        references: dict[str, Task] = {}
+        references: dict[str, SharedTrialSettings] = {}
         if EXTRAPOLATED in self.references:
             for fraction in self._nested():
                 references[f"{fraction:g}"] = dataclasses.replace(own, train_fraction=share * fraction)
@@ -116,10 +116,7 @@ class ReferenceStage:
 
     def _recipe(self, history: Sequence[TrialRecord]) -> tuple[str, dict[str, Any]]:
         best = self._best([r for r in history if r.role != "reference" and r.strategy == STRATEGY])
-        if best is None:
-            label, hparams = self._default()
-        else:
-            label, hparams = best.label, dict(best.hparams)
+        label, hparams = self._default() if best is None else (best.label, dict(best.hparams))
         return label, {key: value for key, value in hparams.items() if key not in DROPPED} | PLAIN
 
     def _best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -178,7 +175,8 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     Raises:
         PreflightError: see `hint_problems`.
     """
-    if problems := list(hint_problems(spec, digest)):
+    problems = list(hint_problems(spec, digest))
+    if problems:
         raise PreflightError(problems, f"The study {spec.name!r}")
     searched = [
         entry.label

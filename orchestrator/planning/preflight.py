@@ -1,4 +1,4 @@
-"""What can be checked about a study before anything is spent: no cluster is started and no image is decoded."""
+"""Checks of a study before any compute is spent: no cluster is started and no image is decoded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from orchestrator.study_file.schema import StrategyEntry, StudySpec
 
 
 def preflight(spec: StudySpec) -> None:
-    """Refuse a study that could not run here.
+    """Check that a study can run here, and report all problems at once.
 
     Raises:
-        PreflightError: unknown model or augmentation, weights or data that are not there, a strategy or diagnostic that
-            needs layers, domains or packages which are not there, a budget too small for the strategies or their
-            phases, a storage folder that cannot be written, a tracking server that refuses these credentials, more
-            CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster). All of them at once.
+        PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
+            layers, domains or packages that it needs; a budget too small for the strategies or their phases; a storage
+            folder that cannot be written; a tracking server that rejects the credentials; more CPUs or GPUs than this
+            machine has (unless RAY_ADDRESS names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -93,7 +93,7 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _package_problems(spec: StudySpec) -> Iterator[Problem]:
-    """Extras of Luthier that a strategy needs and this machine lacks."""
+    """Optional packages that a strategy needs and this machine lacks."""
     from importlib.util import find_spec
 
     from trainables import strategy_class
@@ -107,8 +107,10 @@ def _package_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def layer_kinds(model: str) -> frozenset[str]:
-    """Which of `layer_norm`, `batch_norm`, `attention` and `transformer_block` (one whose components are defined, see
-    `trainables.models.transformer_blocks`) a network has; no weights are made or read.
+    """The kinds of layers of a network: any of `layer_norm`, `batch_norm`, `attention` and `transformer_block`.
+
+    A transformer block counts if its components are defined (`trainables.models.transformer_blocks`). No weights are
+    allocated or read.
 
     Args:
         model: a name that `trainables.models.backbone.check_model` accepts.
@@ -123,13 +125,13 @@ def layer_kinds(model: str) -> frozenset[str]:
     with torch.device("meta"):
         network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
     norms = {"layer_norm": layer_norms(network), "batch_norm": batch_norms(network)}
-    found = {kind for kind, layers in norms.items() if layers}
+    kinds = {kind for kind, layers in norms.items() if layers}
     if any("attention" in type(module).__name__.lower() for module in network.modules()):
-        found.add("attention")
+        kinds.add("attention")
     with suppress(ValueError):
         find_blocks(network)
-        found.add("transformer_block")
-    return frozenset(found)
+        kinds.add("transformer_block")
+    return frozenset(kinds)
 
 
 def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
@@ -142,21 +144,21 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
-    """What a strategy refuses at this budget: at its default point, or at a choice that the search may make."""
+    """Budgets that a strategy rejects, at its default point or at a choice of the search."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     for index, entry in enumerate(spec.strategies):
         for hparams in _points(entry):
             try:
-                Plan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+                BudgetPlan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break
 
 
 def _points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
-    """Configurations of an entry: all of its preset, or the default point and each choice and whole number's ends."""
+    """Configurations of an entry: those of its preset, or default point, choices and ends of integer ranges."""
     if entry.preset is not None:
         preset = search_spaces.preset(entry.name, entry.preset)
         fixed = {**preset.fixed, **entry.fixed}
@@ -175,8 +177,7 @@ def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
 
     from orchestrator.cluster.resources import check_resources
 
-    wanted = spec.resources.gpus
-    gpus = 0.0 if wanted == "auto" else float(wanted)
+    gpus = 0.0 if spec.resources.gpus == "auto" else float(spec.resources.gpus)
     here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     try:
         check_resources(spec.resources.cpus, gpus, [here])

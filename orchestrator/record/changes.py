@@ -1,10 +1,8 @@
-"""What has changed since a study was last run, and whether it may be continued all the same.
+"""Changes of a study since its last run, and whether it may be continued with them.
 
-A study is one experiment: its finished trials are compared with those that are still to come. So a change of anything
-that a number depends on (the study file, the data, the code) is refused, with the difference, until a person allows
-it key by key.
-
-Versions of everything whose change could change a number: Python, packages, and Luthier's own code.
+A study is one experiment: its finished trials are compared with the remaining ones. A change of anything that a number
+depends on (the study file, the data, packages, Luthier's own code) is therefore refused, with the difference, until it
+is allowed key by key.
 """
 
 from __future__ import annotations
@@ -26,21 +24,24 @@ from orchestrator.record.records import study_header
 
 PACKAGES = ("luthier", "ray", "torch", "timm", "optuna", "mlflow", "pyarrow", "numpy", "scikit-learn")
 CODE = ("trainables", "search_spaces")
-"""Packages that decide what a trial computes."""
+"""Packages of Luthier that determine what a trial computes."""
 
 
 def versions() -> dict[str, str]:
-    """Name → version. `code` is a digest of the packages `CODE`, which a version number in development is not."""
-    found = {"python": platform.python_version(), "platform": sys.platform, "code": code_digest()}
+    """Versions that a trial's numbers may depend on: Python, platform, packages, and Luthier's code.
+
+    `code` is a digest of the packages `CODE`: during development, code changes while the version number does not.
+    """
+    names = {"python": platform.python_version(), "platform": sys.platform, "code": code_digest()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            names[package] = metadata.version(package)
+    return names
 
 
 @functools.cache
 def code_digest() -> str:
-    """Twelve hex digits over the Python files of `CODE`, names included."""
+    """First twelve hexadecimal digits of SHA-256 over the Python files of `CODE` and their names."""
     digest = hashlib.sha256()
     for package in CODE:
         root = resources.files(package)
@@ -54,33 +55,38 @@ log = logging.getLogger("luthier")
 
 HARMLESS = (
     "name", "storage", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
-    "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # what is looked at besides
-    "data.root", "data.on_bad", "data.on_leak", "data.label",  # the data themselves are known by their digest
+    "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # additional measurements
+    "data.root", "data.on_bad", "data.on_leak", "data.label",  # the images themselves are covered by their digest
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",
 )  # fmt: skip
-"""Keys, or patterns of keys, that no number of a trial depends on. So it is with `search.trials`, as long as it is
-raised, and with the last part of Python's version."""
+"""Keys, or patterns of keys, that no number of a trial depends on. `_harmless` adds raising `search.trials`, and the
+patch level of Python."""
+NOTES = {
+    "dataset_digest": "images, classes or splits differ",
+    "versions.code": "Luthier's own code differs, as after an update",
+}
+"""Key → explanation of a change whose values are digests."""
 
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key with another value than in the last run."""
+    """One key whose value differs from the last run's."""
 
     key: str
-    """Dotted, as in the study file; `versions.<package>` and `dataset_digest` are not from there."""
+    """Dotted key of the study file, `versions.<package>` or `dataset_digest`."""
     was: Any
     now: Any
     harmless: bool
 
     def __str__(self) -> str:
-        said = " (images, classes or splits are others)" if self.key == "dataset_digest" else ""
-        return f"{self.key}: {_shown(self.was)} -> {_shown(self.now)}{said}"
+        note = f" ({NOTES[self.key]})" if self.key in NOTES else ""
+        return f"{self.key}: {_text(self.was)} -> {_text(self.now)}{note}"
 
 
 class ChangedStudyError(PreflightError):
-    """A study that is not the one that was run last.
+    """A study that differs from its last run.
 
     Args:
         refused: the changes that were neither harmless nor allowed.
@@ -99,18 +105,21 @@ class ChangedStudyError(PreflightError):
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What differs between two `study_started` headers, in the order of the file."""
-    old, new = _flat(before), _flat(now)
-    found = []
-    for key in [*new, *(key for key in old if key not in new)]:
-        was, is_ = old.get(key, _ABSENT), new.get(key, _ABSENT)
-        unknown = was is _ABSENT and key.startswith("versions.")  # an older Luthier did not say it
-        entry = key.split(".")[:2]
-        within = entry[0] == "strategies" and len(key.split(".")) > 2
-        moved = within and (".".join(entry) in _entries(old)) != (".".join(entry) in _entries(new))
-        if was != is_ and not unknown and not moved:  # a whole entry that came or went is said by `strategies`
-            found.append(Change(key, _none(was), _none(is_), _harmless(key, was, is_)))
-    return found
+    """Differences between two `study_started` headers, in the order of the study file."""
+    old = _flat(before)
+    new = _flat(now)
+    differences = []
+    for key in dict.fromkeys([*new, *old]):
+        old_value = old.get(key, _ABSENT)
+        new_value = new.get(key, _ABSENT)
+        if old_value == new_value:
+            continue
+        if old_value is _ABSENT and key.startswith("versions."):  # journals of earlier versions lack it
+            continue
+        if _of_added_or_removed_entry(key, old, new):  # reported once, as a change of `strategies`
+            continue
+        differences.append(Change(key, _none(old_value), _none(new_value), _harmless(key, old_value, new_value)))
+    return differences
 
 
 def check_changes(
@@ -118,25 +127,27 @@ def check_changes(
 ) -> list[Change]:
     """The changes since the last run, if the study may be continued with them.
 
+    Nothing is refused before the first trial.
+
     Args:
         events: the study's journal.
         now: header of the run that is about to start.
-        allowed: keys that a person allowed to change; a key covers everything below it.
+        allowed: keys that may change; a key covers everything below it.
 
     Raises:
-        ChangedStudyError: changes that are neither harmless nor allowed; nothing is refused before the first trial.
+        ChangedStudyError: changes that are neither harmless nor allowed.
     """
     before = study_header(events)
     if not before:
         return []
-    found = changes(before, now)
+    differences = changes(before, now)
     started = any(event["kind"] == "trial_started" for event in events)
-    refused = [c for c in found if not c.harmless and not any(_covers(key, c.key) for key in allowed)]
+    refused = [c for c in differences if not c.harmless and not any(_covers(key, c.key) for key in allowed)]
     if refused and started:
         raise ChangedStudyError(refused, now.get("study"))
-    for change in found:
+    for change in differences:
         log.info("Changed since the last run: %s", change)
-    return found
+    return differences
 
 
 def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +175,14 @@ def _walk(prefix: str, value: Any, into: dict[str, Any]) -> None:
         into[prefix] = value
 
 
+def _of_added_or_removed_entry(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    parts = key.split(".")
+    if parts[0] != "strategies" or len(parts) < 3:
+        return False
+    entry = ".".join(parts[:2])
+    return (entry in _entries(old)) != (entry in _entries(new))
+
+
 def _entries(flat: Mapping[str, Any]) -> set[str]:
     return {f"strategies.{label}" for label in flat.get("strategies") or ()}
 
@@ -184,7 +203,7 @@ def _none(value: Any) -> Any:
     return None if value is _ABSENT else value
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)

@@ -39,14 +39,18 @@ def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     try:
-        while waiting := {request for request in open_requests if request.exists()}:
-            if time.monotonic() >= deadline:
-                break
+        waiting = _pending(open_requests)
+        while waiting and time.monotonic() < deadline:
             pause.wait(0.02)
+            waiting = _pending(waiting)
         return len(open_requests) - len(waiting)
     finally:
         for request in open_requests:
             request.unlink(missing_ok=True)
+
+
+def _pending(requests: Iterable[Path]) -> set[Path]:
+    return {request for request in requests if request.exists()}
 
 
 def discard(study: Path, number: int) -> None:

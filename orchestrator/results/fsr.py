@@ -80,23 +80,23 @@ class ShiftLimit:
     def fit(self, shifts: Floats) -> Fit:
         """The curve through the shifts (k,) of the samples."""
         limits, slopes, exponents = self._solve(shifts[None])
-        limit, slope, exponent = float(limits[0]), float(slopes[0]), float(exponents[0])
-        return Fit(limit, slope * self._scale**exponent, exponent)
+        exponent = float(exponents[0])
+        return Fit(float(limits[0]), float(slopes[0]) * self._scale**exponent, exponent)
 
-    def share(self, shifts: Floats, own: int) -> Floats:
-        """FSR (d,): the shift of the sample at index `own` divided by the limit, for rows of shifts (d, k).
+    def share(self, shifts: Floats, index: int) -> Floats:
+        """FSR (d,): the shift of the sample at `index` divided by the limit, for rows of shifts (d, k).
 
         0 where the fit grows without bound, infinite where it falls without bound.
         """
         limits, slopes, exponents = self._solve(shifts)
         unbounded = (exponents <= EXPONENTS[0]) | (limits <= 0)
         with np.errstate(divide="ignore"):
-            shares = shifts[:, own] / limits
+            shares = shifts[:, index] / limits
         shares[(slopes > 0) & unbounded] = 0.0
         shares[(slopes < 0) & unbounded] = np.inf
         return shares
 
-    def interval(self, shifts: Floats, own: int, level: float) -> tuple[float, float]:
+    def interval(self, shifts: Floats, index: int, level: float) -> tuple[float, float]:
         """Bootstrap interval of `share` over seeds.
 
         Nominal 95 % percentile intervals over three seeds cover the true value in three of four cases: they ignore
@@ -116,11 +116,11 @@ class ShiftLimit:
         seeds = shifts.shape[1]
         if seeds < 2:
             return math.nan, math.nan
-        shares = np.sort(self.share(shifts[:, _draws(seeds)].mean(axis=2).T, own))
+        shares = np.sort(self.share(shifts[:, _draws(seeds)].mean(axis=2).T, index))
         tail = (1 - level) / 2
         low = float(shares[math.floor(tail * len(shares))])
         high = float(shares[math.ceil((1 - tail) * len(shares)) - 1])
-        (middle,) = self.share(shifts.mean(axis=1)[None], own)
+        (middle,) = self.share(shifts.mean(axis=1)[None], index)
         stretch = student_t.ppf(1 - tail, seeds - 1) / norm.ppf(1 - tail) * math.sqrt(seeds / (seeds - 1))
         if middle == 0:
             return 0.0, high

@@ -179,11 +179,11 @@ def score_titles(metrics: TaskMetrics) -> list[str]:
         ['val', 'test', 'OOD mean', 'OOD worst', 'ECE']
     """
     titles = ["val", "test", "OOD mean", "OOD worst"]
-    shown = [metrics.selection] * len(titles) + list(metrics.leaderboard)
+    columns = [metrics.selection] * len(titles) + list(metrics.leaderboard)
     titles += [metric.heading or metric.title for metric in metrics.leaderboard]
-    if len({metric.unit for metric in shown}) == 1:  # stated once, by `score_note`
+    if len({metric.unit for metric in columns}) == 1:  # stated once, by `score_note`
         return titles
-    units = ["%" if metric.unit == "fraction" else metric.unit for metric in shown]
+    units = ["%" if metric.unit == "fraction" else metric.unit for metric in columns]
     return [f"{title} ({unit})" if unit else title for title, unit in zip(titles, units, strict=True)]
 
 

@@ -19,6 +19,7 @@ from orchestrator.record.journal import Journal, JournalWriteError
 from orchestrator.record.records import INTERRUPTED, RESUMED, declared_metrics, fold, interruption, unfinished
 from orchestrator.running.failure_policy import classify, error_line
 from orchestrator.running.progress import Progress
+from trainables.specs.metrics import is_cost
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -173,7 +174,7 @@ def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
 
 def _same(past: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
     """Whether two results of a unit are equal, but for its costs; NaN equals NaN."""
-    names = {name for name in {*past, *metrics} - {"unit"} if not name.startswith("cost/")}
+    names = {name for name in {*past, *metrics} - {"unit"} if not is_cost(name)}
     return all(repr(past.get(name)) == repr(metrics.get(name)) for name in names)
 
 

@@ -13,7 +13,7 @@ from orchestrator.results.fsr import estimates, study_metrics
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
     from orchestrator.study_file.schema import StudySpec
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 
 log = logging.getLogger("luthier")
@@ -22,7 +22,7 @@ PLASTICITY = "plasticity"
 """Name of the measurement in the journal (`what`)."""
 
 
-def measure_start(spec: StudySpec, task: Task, journal: Journal, request: Mapping[str, float]) -> None:
+def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]) -> None:
     """Measure plasticity if the study asks for it and the journal has none yet. Blocks; needs a connected cluster.
 
     A network whose components are not defined has no plasticity, which is logged. Any other failure is a warning: the
@@ -56,7 +56,7 @@ def measure_start(spec: StudySpec, task: Task, journal: Journal, request: Mappin
     journal.append("measured", what=PLASTICITY, **measurement)
 
 
-def _on_cluster(task: Task, request: Mapping[str, float]) -> dict[str, Any]:
+def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
     import ray
 
     cpus = request.get("cpu", 1.0)
@@ -67,7 +67,7 @@ def _on_cluster(task: Task, request: Mapping[str, float]) -> dict[str, Any]:
     return measurement
 
 
-def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, Any]:
+def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None) -> dict[str, Any]:
     """`metrics` and `curves` of the pretrained network's plasticity, in this process.
 
     Args:
@@ -81,8 +81,8 @@ def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, A
 
     from trainables.data.trial_data import TrialData
     from trainables.diagnostics.plasticity import plasticity_of
-    from trainables.engine.final_evaluation import split
     from trainables.engine.process_cache import on_device, open_store, pretrained_for
+    from trainables.specs.measurements import split_report
     from trainables.specs.trial_spec import TrialSpec
 
     if threads is not None:
@@ -90,9 +90,9 @@ def pretrained_plasticity(task: Task, threads: int | None = None) -> dict[str, A
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(task.store)
     backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
-    spec = TrialSpec(task=task, strategy="linear_probe")
+    spec = TrialSpec(shared=task, strategy="linear_probe")
     data = TrialData(spec, store, backbone, device, reference=on_device(backbone, device).module)
-    metrics, curves = split(plasticity_of(data).record())
+    metrics, curves = split_report(plasticity_of(data).record())
     return {"metrics": metrics, "curves": {name: curve.to_dict() for name, curve in curves.items()}}
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import Task
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 log = logging.getLogger("luthier")
 
@@ -44,7 +44,7 @@ class StudyRun:
     spec: StudySpec
     folder: Path
     store: Store
-    task: Task
+    task: SharedTrialSettings
     progress: bool = True
     stages: Sequence[Stage] | None = None
     """The stages to run, without the search; None = the whole study."""
@@ -106,7 +106,7 @@ class StudyRun:
         from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory
         from orchestrator.running.journal_callback import RecordCallback
         from orchestrator.running.watchdog import Watchdog
-        from trainables.engine.tune_trainable import Trial
+        from trainables.engine.tune_trainable import TuneTrainable
 
         history = fold(journal.events())
         limits = self.spec.failures
@@ -116,7 +116,7 @@ class StudyRun:
         breaker = CircuitBreaker(limits.stop_after, limits.stop_share)
         journal.subscribe(breaker.event)
         tuner = tune.Tuner(
-            tune.with_resources(Trial, request),
+            tune.with_resources(TuneTrainable, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=make_scheduler(self.spec, history),

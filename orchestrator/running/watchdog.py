@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ray.tune import Callback
 
 from orchestrator.ray_internals import actor_id, actor_of, kill_actor
+from trainables.specs.metrics import UNIT_SECONDS
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -66,7 +67,7 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
         unit: 1-based.
         start: the start-up that its time includes.
     """
-    task = config.get("task") or {}
+    task = config.get("shared") or {}
     hparams = json.dumps(dict(config.get("hparams") or {}), sort_keys=True, default=str)
     evaluated = tuple(task.get("evaluate_at") or ())
     kinds = _kinds(str(config.get("strategy")), hparams, int(task.get("epochs") or 1), evaluated)
@@ -78,10 +79,10 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
 def _kinds(strategy: str, hparams: str, epochs: int, evaluated: Sequence[int]) -> tuple[Kind, ...]:
     """The kinds of all units of a trial, in order."""
     from trainables import strategy_class
-    from trainables.engine.budget import Plan
+    from trainables.engine.budget import BudgetPlan
 
     try:
-        plan = Plan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
+        plan = BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
     except (ValueError, TypeError):  # bad hyperparameters: the trial itself fails with the message
         return (Kind("", "", False, True, True),)
     kinds: list[Kind] = []
@@ -282,23 +283,23 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         self._times_of_trial[identity, kind].append(seconds)
         self._times_of_entry[_label(config), kind].append(seconds)
 
-    def _replay(self, record: TrialRecord, task: Mapping[str, Any]) -> None:
+    def _replay(self, record: TrialRecord, shared: Mapping[str, Any]) -> None:
         """Record the unit times of a trial of an earlier run.
 
         The journal does not say which units were the first of a process, but for the first of all; where that was a
         cold start, its time is only longer than that of a warm one.
         """
         config = {
-            "task": task,
+            "shared": shared,
             "_number": record.number,
             "label": record.label,
             "strategy": record.strategy,
             "hparams": record.hparams,
         }
         for past in record.history:
-            if "cost/unit_seconds" in past:
+            if UNIT_SECONDS.name in past:
                 unit = int(past["unit"])
-                self._record(config, unit, "warm" if unit == 1 else "", past["cost/unit_seconds"])
+                self._record(config, unit, "warm" if unit == 1 else "", past[UNIT_SECONDS.name])
         self._units[record.number] = record.unit
 
     def _advance(self) -> None:

@@ -128,11 +128,13 @@ class Replay:
             entries.append((self.history.order[record.number], study, self._trial(record, space or {})))
         for event in self.history.repeats:
             space = self._searched_space(event["search_values"]) or {}
-            values, state = event["values"], TrialState[event["state"]]
             trial = create_trial(
-                state=state, values=values, params={name: event["search_values"][name] for name in space},
-                distributions=space, user_attrs={"duplicate_of": event["number"]},
-            )  # fmt: skip
+                state=TrialState[event["state"]],
+                values=event["values"],
+                params={name: event["search_values"][name] for name in space},
+                distributions=space,
+                user_attrs={"duplicate_of": event["number"]},
+            )
             entries.append((int(event["seq"]), sampled, trial))
         for _, study, trial in sorted(entries, key=lambda entry: entry[0]):
             study.add_trial(trial)

@@ -11,7 +11,7 @@ import search_spaces
 from orchestrator.record.records import TrialRecord
 from orchestrator.search.stages import Entry
 from search_spaces import Preset
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Sweep:
         maximise: whether a higher objective is better.
     """
 
-    def __init__(self, entry: Entry, preset: Preset, task: Task, maximise: bool = True) -> None:
+    def __init__(self, entry: Entry, preset: Preset, task: SharedTrialSettings, maximise: bool = True) -> None:
         self.entry = entry
         self.preset = preset
         self.task = task
@@ -84,7 +84,7 @@ class Sweep:
     def spec_of(self, hparams: Mapping[str, Any], seed: int = 0) -> TrialSpec:
         """One configuration of this entry as a trial."""
         return TrialSpec(
-            task=self.task, strategy=self.entry.strategy, label=self.entry.label, hparams=hparams, seed=seed
+            shared=self.task, strategy=self.entry.strategy, label=self.entry.label, hparams=hparams, seed=seed
         )
 
     def _end_early(self, step: int, points: int) -> None:

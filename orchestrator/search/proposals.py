@@ -16,7 +16,7 @@ from orchestrator.search.sampling import LEARNING, make_sampler
 from orchestrator.search.space import SearchSpace
 from orchestrator.search.stages import search_seed
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Proposals:
     def __init__(
         self,
         space: SearchSpace,
-        task: Task,
+        task: SharedTrialSettings,
         seed: int,
         trials: int,
         maximise: bool = True,
@@ -107,7 +107,7 @@ class Proposals:
         """Whether the default point with these values was proposed, in this run or an earlier one."""
         entry = self.space.searched[label]
         point = search_spaces.default_point(entry.strategy, entry.fixed) | dict(values)
-        hinted = TrialSpec(task=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
+        hinted = TrialSpec(shared=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
         return any(r.config_hash == hinted and r.role == "search" for r in ledger.records.values())
 
     def _round(self, ledger: Ledger) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Proposals:
     def _spec(self, trial: Trial) -> TrialSpec:
         entry, hparams = self.space.suggest(trial)
         return TrialSpec(
-            task=self.task,
+            shared=self.task,
             strategy=entry.strategy,
             label=entry.label,
             hparams=hparams,

@@ -21,7 +21,7 @@ from orchestrator.search.sampling import check_sampler, maximised
 from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
 from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, best_or_last
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
@@ -38,7 +38,7 @@ class SearchSettings:
 
     entries: Sequence[Entry]
     """What competes; labels are unique."""
-    task: Task
+    task: SharedTrialSettings
     """Settings that all trials share."""
     trials: int
     """Budget of the search; folds and confirmations are additional."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from orchestrator.record.records import TrialRecord
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import Task, TrialSpec
+from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Stage(Protocol):
 class FoldStage:
     """Leave-one-domain-out: each chosen configuration once per ID domain, trained without that domain."""
 
-    task: Task
+    task: SharedTrialSettings
     choose: Choose
     domains: tuple[str, ...]
     seed: int
@@ -82,7 +82,7 @@ class FoldStage:
 class ConfirmStage:
     """Confirmation: the chosen configurations on fresh seeds, from which the leaderboard's intervals are computed."""
 
-    task: Task
+    task: SharedTrialSettings
     choose: Choose
     seeds: int
     """How many fresh seeds per configuration."""
@@ -102,7 +102,7 @@ class ConfirmStage:
 
 
 def trial(
-    task: Task,
+    task: SharedTrialSettings,
     configuration: Configuration,
     seed: int,
     role: Literal["fold", "confirm", "reference"],
@@ -113,7 +113,7 @@ def trial(
     """A trial of a stage: a configuration on a task, with a seed and a role (see `TrialSpec`)."""
     label, strategy, hparams = configuration
     return TrialSpec(
-        task=task,
+        shared=task,
         strategy=strategy,
         label=label,
         hparams=dict(hparams),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
 import luthier
 from orchestrator.results.study_results import Results
 from orchestrator.study import Study
+from tests.support.source_tree import ROOT, imported, parsed
 from trainables.engine.contract import Strategy
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "mlflow", "optuna", "pandas", "numpy", "timm", "sklearn", "pyarrow", "pydantic")
 
 
@@ -54,18 +52,13 @@ def test_the_example_of_its_docstring() -> None:
 
 
 def test_no_package_imports_it() -> None:
-    """It stands above all others."""
-    importing = []
-    for package in ("orchestrator", "trainables", "search_spaces"):
-        for file in sorted((ROOT / package).rglob("*.py")):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = []
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
-                    names = [node.module or ""]
-                if any(name.split(".")[0] == "luthier" for name in names):
-                    importing.append(file)
+    """It is the top layer."""
+    importing = [
+        file
+        for file, tree in parsed("orchestrator", "trainables", "search_spaces")
+        for module in imported(tree)
+        if module.split(".")[0] == "luthier"
+    ]
     assert importing == []
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of trials that nobody trained, and a process that writes three of them.
+"""Synthetic checkpoints, and a process that writes three of them.
 
 python -m tests.support.checkpoints FOLDER
 """
@@ -17,12 +17,12 @@ from trainables.storage.checkpoint_store import CheckpointStore
 
 
 def state(unit: int, step: int = 0, **meta: Any) -> RunState:
-    """A state of one tensor, whose thousand values are the unit's number."""
+    """A state with one tensor of a thousand values, each the number of the unit."""
     return RunState({"model/weight": torch.full((1000,), float(unit))}, {"unit": unit, "step": step, **meta})
 
 
 def write_three_units(folder: Path) -> None:
-    """Acquire the folder and save the states of units 1, 2 and 3, whatever the rate limit says."""
+    """Acquire the folder and save the states of units 1, 2 and 3, without the rate limit."""
     store = CheckpointStore(folder, clock=lambda: 0.0)
     store.acquire()
     for unit in (1, 2, 3):

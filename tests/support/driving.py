@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.search.searcher import SearchSettings, StudySearcher
 from orchestrator.search.stages import Entry
-from trainables.specs.trial_spec import ModelSpec, Task
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 EPOCHS = 4
 BASE = {"linear_probe": 0.70, "full": 0.72, "lp_ft": 0.74, "daft": 0.78}
@@ -33,9 +33,11 @@ def entries(*names: str) -> list[Entry]:
     return [Entry("", name) for name in names]
 
 
-def task(**fields: Any) -> Task:
+def task(**fields: Any) -> SharedTrialSettings:
     """A task; its store is never opened."""
-    return Task(**{"store": "/data/store", "model": ModelSpec(name="resnet18"), "epochs": EPOCHS, **fields})
+    return SharedTrialSettings(
+        **{"store": "/data/store", "model": ModelSpec(name="resnet18"), "epochs": EPOCHS, **fields}
+    )
 
 
 def url(folder: Path) -> str:
@@ -51,7 +53,7 @@ def searcher(
     names_of_settings = {field.name for field in dataclasses.fields(SearchSettings)}
     settings |= {key: value for key, value in fields.items() if key in names_of_settings}
     rest = {key: value for key, value in fields.items() if key not in names_of_settings}
-    return StudySearcher(SearchSettings(**settings), url=url(folder), study_name="s", **rest)
+    return StudySearcher(SearchSettings(**settings), url=url(folder), **{"study_name": "s", **rest})
 
 
 def accuracy(config: Config) -> float:

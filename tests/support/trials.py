@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.support.synthetic import MemoryStore, shapes
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
-Trial = Callable[..., Run]
+MakeLayerNormTrial = Callable[..., Trial]
 """`trial(kind="vit", epochs=2, **hparams)`"""
 
 CLOCK = ("cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds")
@@ -39,7 +39,7 @@ class MakeTrial(Protocol):
         store: MemoryStore | None = None,
         task: Mapping[str, Any] | None = None,
         **hparams: Any,
-    ) -> Run:
+    ) -> Trial:
         """A trial that has not started.
 
         Args:
@@ -69,25 +69,25 @@ def trial_maker(network: Callable[[str], str], folder: Path) -> MakeTrial:
         store: MemoryStore | None = None,
         task: Mapping[str, Any] | None = None,
         **hparams: Any,
-    ) -> Run:
+    ) -> Trial:
         settings = {"store": "memory", "epochs": 2, "batch_size": 16, "cache": str(folder / "cache"), **(task or {})}
-        shared = Task(model=ModelSpec(name=network(kind)), **settings)
-        spec = TrialSpec(task=shared, strategy=strategy, hparams=hparams, seed=seed, held_out=held_out)
-        return Run(spec, store=store or shapes(), device="cpu")
+        shared = SharedTrialSettings(model=ModelSpec(name=network(kind)), **settings)
+        spec = TrialSpec(shared=shared, strategy=strategy, hparams=hparams, seed=seed, held_out=held_out)
+        return Trial(spec, store=store or shapes(), device="cpu")
 
     return make
 
 
-def layernorm_trials(make_trial: MakeTrial) -> Trial:
+def layernorm_trials(make_trial: MakeTrial) -> MakeLayerNormTrial:
     """Trials of LayerNorm tuning at rates that learn."""
 
-    def make(kind: str = "vit", epochs: int = 2, **hparams: Any) -> Run:
+    def make(kind: str = "vit", epochs: int = 2, **hparams: Any) -> Trial:
         return make_trial("layernorm", kind, task={"epochs": epochs}, **{**LAYERNORM_RATES, **hparams})
 
     return make
 
 
-def history_of(run: Run) -> list[dict[str, Any]]:
+def history_of(run: Trial) -> list[dict[str, Any]]:
     """Metrics of every remaining unit."""
     history = []
     while not run.finished:
@@ -95,7 +95,7 @@ def history_of(run: Run) -> list[dict[str, Any]]:
     return history
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Trial) -> dict[str, Any]:
     """Metrics of the last unit."""
     return history_of(run)[-1]
 
@@ -114,7 +114,7 @@ def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def changed(before: Mapping[str, Tensor], run: Run) -> set[str]:
+def changed(before: Mapping[str, Tensor], run: Trial) -> set[str]:
     """Names of the tensors that are no longer the same bits, buffers included."""
     return {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
 
@@ -124,6 +124,6 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def source_of(run: Run) -> dict[str, Tensor]:
+def source_of(run: Trial) -> dict[str, Tensor]:
     """The pretrained tensors by the classifier's names."""
     return {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}

@@ -13,9 +13,9 @@ from torch import nn
 from benchmarks.support.synthetic import shapes
 from tests.conformance import StrategyConformance
 from trainables.bitfit import BitFit, is_bias
-from trainables.engine.trial import Run
-from trainables.models.backbone import Classifier
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.engine.trial import Trial
+from trainables.models.task_model import TaskModel
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 
 class TestConformance(StrategyConformance):
@@ -28,8 +28,8 @@ def test_exactly_the_biases_and_the_head_move(
     network: Callable[[str], str], kind: str, tmp_path: Path, one_thread: None
 ) -> None:
     model = ModelSpec(name=network(kind))
-    task = Task(store="m", model=model, epochs=1, batch_size=16, cache=str(tmp_path))
-    run = Run(TrialSpec(task=task, strategy="bitfit", hparams={"lr_backbone": 0.1}), store=shapes(), device="cpu")
+    task = SharedTrialSettings(store="m", model=model, epochs=1, batch_size=16, cache=str(tmp_path))
+    run = Trial(TrialSpec(shared=task, strategy="bitfit", hparams={"lr_backbone": 0.1}), store=shapes(), device="cpu")
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     run.step()
     moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
@@ -43,7 +43,7 @@ def test_what_counts_as_a_bias() -> None:
 
 
 def test_a_network_without_biases_is_refused() -> None:
-    model = Classifier(nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
+    model = TaskModel(nn.Linear(4, 4, bias=False), nn.Linear(4, 2))
     with pytest.raises(ValueError) as error:
         BitFit.from_hparams({}).param_groups(model)
     assert str(error.value) == ("BitFit needs a network with bias terms, but this one has none. Use another strategy.")

@@ -17,7 +17,7 @@ from tests.conformance import StrategyConformance
 from tests.support.trials import MakeTrial
 from trainables.components import Components
 from trainables.diagnostics.plasticity import plasticity_of
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
 
 
@@ -29,11 +29,11 @@ class TestConformance(StrategyConformance):
 
 
 @pytest.fixture
-def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
     return partial(make_trial, "components", task={"epochs": 1})
 
 
-def moved(run: Run) -> set[str]:
+def moved(run: Trial) -> set[str]:
     """Kinds of the parameters that the trial's training changed; all others are equal bit for bit."""
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     owners = component_kinds(run.model)
@@ -42,18 +42,20 @@ def moved(run: Run) -> set[str]:
 
 
 @pytest.mark.parametrize("kinds", [*COMPONENTS, "mha+fc1", "ln1+mha+ln2+fc1+fc2"])
-def test_exactly_the_chosen_components_the_final_norm_and_the_head_move(trial: Callable[..., Run], kinds: str) -> None:
+def test_exactly_the_chosen_components_the_final_norm_and_the_head_move(
+    trial: Callable[..., Trial], kinds: str
+) -> None:
     run = trial(kinds=kinds, lr_backbone=0.03)
     chosen = set(kinds.split("+"))
     assert moved(run) == chosen | {"final_norm", "head"}
     owners = component_kinds(run.model)
     moving = [n for n, p in run.model.named_parameters() if owners[n] in chosen | {"final_norm", "head"}]
-    groups = {group.name: len(group.parameters) for group in run.strategy.param_groups(run.model)}
+    groups = {group.name: len(group.parameters) for group in run.param_groups()}
     assert sum(groups.values()) == len(moving)
     assert groups["head"] == 2
 
 
-def test_the_embedding_never_moves(trial: Callable[..., Run]) -> None:
+def test_the_embedding_never_moves(trial: Callable[..., Trial]) -> None:
     run = trial(kinds=list(COMPONENTS), lr_backbone=0.03)
     names = ("pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
     before = {name: run.model.backbone.state_dict()[name].clone() for name in names}
@@ -62,7 +64,7 @@ def test_the_embedding_never_moves(trial: Callable[..., Run]) -> None:
     assert all(torch.equal(before[name], after[name]) for name in names)
 
 
-def test_auto_takes_the_most_plastic_components_of_the_pretrained_network(trial: Callable[..., Run]) -> None:
+def test_auto_takes_the_most_plastic_components_of_the_pretrained_network(trial: Callable[..., Trial]) -> None:
     rank = plasticity_of(trial().data).rank
     for k in (1, 3):
         run = trial(kinds="auto", k=k)
@@ -73,7 +75,7 @@ def test_auto_takes_the_most_plastic_components_of_the_pretrained_network(trial:
     assert trial().step()["components/selected"] == 2
 
 
-def test_auto_follows_the_measurement(trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_follows_the_measurement(trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     measured = plasticity_of(trial().data)
     for rank in (["ln2", "mha", "fc1", "fc2", "ln1"], ["fc2", "ln1", "mha", "fc1", "ln2"]):
         report = dataclasses.replace(measured, rank=rank)
@@ -81,7 +83,7 @@ def test_auto_follows_the_measurement(trial: Callable[..., Run], monkeypatch: py
         assert moved(trial(kinds="auto", k=1, lr_backbone=0.03)) == {rank[0], "final_norm", "head"}
 
 
-def test_the_choice_is_recorded(trial: Callable[..., Run]) -> None:
+def test_the_choice_is_recorded(trial: Callable[..., Trial]) -> None:
     metrics = trial(kinds=["fc2", "ln1"]).step()
     found = {name: value for name, value in metrics.items() if name.startswith("components/")}
     assert found == {
@@ -123,12 +125,14 @@ def test_k_belongs_to_auto() -> None:
         assert str(error.value) == f"k must be a whole number from 1 to 5, but got {k!r}."
 
 
-def test_a_network_without_transformer_blocks_is_refused(trial: Callable[..., Run]) -> None:
+def test_a_network_without_transformer_blocks_is_refused(trial: Callable[..., Trial]) -> None:
     with pytest.raises(ValueError, match=r"^The components ln1, mha, ln2, fc1 and fc2 need transformer blocks of .*"):
         trial("cnn", kinds="mha").step()
 
 
-def test_a_component_without_parameters_is_refused(trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_component_without_parameters_is_refused(
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def without_ln1(model: torch.nn.Module) -> dict[str, str]:
         return {name: "other" if kind == "ln1" else kind for name, kind in component_kinds(model).items()}
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tests.conformance import StrategyConformance
 from tests.support.trials import MakeTrial
 from trainables.daft import ConversionReport, convert_batch_norm
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 
 RANDOM = ("resnet18", "regnety_002", "mobilenetv3_small_100")
 
@@ -296,8 +296,8 @@ def test_nothing_to_take_statistics_from_is_an_error_and_changes_nothing() -> No
 
 
 @pytest.fixture
-def trial(make_trial: MakeTrial) -> Callable[..., Run]:
-    def make(strategy: str, epochs: int = 1, augment: tuple[str, ...] = (), **hparams: Any) -> Run:
+def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
+    def make(strategy: str, epochs: int = 1, augment: tuple[str, ...] = (), **hparams: Any) -> Trial:
         return make_trial(strategy, "cnn", task={"epochs": epochs, "augment": augment}, **hparams)
 
     return make
@@ -306,7 +306,7 @@ def trial(make_trial: MakeTrial) -> Callable[..., Run]:
 class TestRecipe:
     """Ha et al. (2024), Tables 1 and 5."""
 
-    def test_the_head_starts_at_zero_over_converted_layers(self, trial: Callable[..., Run]) -> None:
+    def test_the_head_starts_at_zero_over_converted_layers(self, trial: Callable[..., Trial]) -> None:
         run = trial("daft")
         assert not run.model.head.weight.any()
         assert not run.model.head.bias.any()
@@ -315,19 +315,19 @@ class TestRecipe:
         assert all(not torch.equal(state[name], value) for name, value in pristine.items())
         assert run.step()["bn_conversion/layers"] == len(pristine) > 0
 
-    def test_backbone_and_head_have_rates_of_their_own(self, trial: Callable[..., Run]) -> None:
+    def test_backbone_and_head_have_rates_of_their_own(self, trial: Callable[..., Trial]) -> None:
         run = trial("daft", lr_backbone=0.003, lr_head=0.5, head_rate="absolute")
-        groups = {group.name: (group.lr, group.relative) for group in run.strategy.param_groups(run.model)}
+        groups = {group.name: (group.lr, group.relative) for group in run.param_groups()}
         assert groups == {"backbone": (0.003, False), "head": (0.5, False)}
 
-    def test_without_conversion_it_is_integrated_lp_ft(self, trial: Callable[..., Run]) -> None:
+    def test_without_conversion_it_is_integrated_lp_ft(self, trial: Callable[..., Trial]) -> None:
         run = trial("daft", bn_conversion=False)
         pristine = run.data.backbone.module.state_dict()
         assert all(torch.equal(v, pristine[k]) for k, v in run.model.backbone.state_dict().items())
         assert not run.model.head.weight.any()
         assert not any(name.startswith("bn_conversion/") for name in run.step())
 
-    def test_statistics_are_taken_under_the_trials_augmentation(self, trial: Callable[..., Run]) -> None:
+    def test_statistics_are_taken_under_the_trials_augmentation(self, trial: Callable[..., Trial]) -> None:
         plain, augmented, again = (trial("daft", augment=a) for a in ((), ("flip", "crop"), ("flip", "crop")))
         means = [run.model.backbone.state_dict()["bn1.running_mean"] for run in (plain, augmented, again)]
         assert not torch.equal(means[0], means[1])

@@ -11,7 +11,16 @@ import torch
 
 import search_spaces
 from tests.conformance import StrategyConformance
-from tests.support.trials import LAYERNORM_RATES, MakeTrial, Trial, changed, copies, finish, layernorm_trials, source_of
+from tests.support.trials import (
+    LAYERNORM_RATES,
+    MakeLayerNormTrial,
+    MakeTrial,
+    changed,
+    copies,
+    finish,
+    layernorm_trials,
+    source_of,
+)
 from trainables import strategy_class
 from trainables.diagnostics.norm_shift import fine_tuning_shift_ratio, layer_norms
 from trainables.engine import evaluation
@@ -38,7 +47,7 @@ class TestConformanceOfCycles(TestConformance):
 
 
 @pytest.fixture
-def trial(make_trial: MakeTrial) -> Trial:
+def trial(make_trial: MakeTrial) -> MakeLayerNormTrial:
     return layernorm_trials(make_trial)
 
 
@@ -47,7 +56,7 @@ def trial(make_trial: MakeTrial) -> Trial:
 )
 @pytest.mark.parametrize("norms", ["all", "attention"])
 def test_nothing_but_the_chosen_norms_and_the_head_moves(
-    trial: Trial, train: str, kinds: tuple[str, ...], norms: str
+    trial: MakeLayerNormTrial, train: str, kinds: tuple[str, ...], norms: str
 ) -> None:
     run = trial(train=train, norms=norms)
     before = copies(run.model)
@@ -60,7 +69,7 @@ def test_nothing_but_the_chosen_norms_and_the_head_moves(
     assert changed(before, run) == wanted | {"head.weight", "head.bias"}
 
 
-def test_statistics_of_batch_norm_stay_as_they_were(trial: Trial) -> None:
+def test_statistics_of_batch_norm_stay_as_they_were(trial: MakeLayerNormTrial) -> None:
     run = trial(kind="hybrid")
     before = copies(run.model)
     finish(run)
@@ -69,13 +78,13 @@ def test_statistics_of_batch_norm_stay_as_they_were(trial: Trial) -> None:
     assert changed(before, run) == wanted | {"head.weight", "head.bias"}
 
 
-def test_fsr_of_a_sample_against_itself_is_1(trial: Trial) -> None:
+def test_fsr_of_a_sample_against_itself_is_1(trial: MakeLayerNormTrial) -> None:
     shift, again = (finish(trial())["ln_shift/last/total"] for _ in range(2))
     assert shift > 0
     assert fine_tuning_shift_ratio(shift, again) == 1.0
 
 
-def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: Trial) -> None:
+def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: MakeLayerNormTrial) -> None:
     metrics = finish(trial(lam=0.0, rescale="both", lr_backbone=1.0))
     run = trial(lam=1.0, rescale="both", lr_backbone=1.0)
     plain = finish(run)
@@ -87,7 +96,9 @@ def test_a_fixed_lambda_counts_in_the_accuracy_that_selects(trial: Trial) -> Non
 
 
 class TestSweep:
-    def test_the_curve_is_that_of_21_networks_made_by_hand_and_validation_chooses(self, trial: Trial) -> None:
+    def test_the_curve_is_that_of_21_networks_made_by_hand_and_validation_chooses(
+        self, trial: MakeLayerNormTrial
+    ) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5)
         metrics = finish(run)
         columns = metrics["curves"]["lambda"]["columns"]
@@ -110,11 +121,11 @@ class TestSweep:
         assert metrics["best/val/acc"] == ranked[0][0]
         assert metrics["test/acc"] == columns["test/acc"][LAMBDA_GRID.index(ranked[0][2])]
 
-    def test_its_curve_is_that_of_the_tuned_network_also_with_wise(self, trial: Trial) -> None:
+    def test_its_curve_is_that_of_the_tuned_network_also_with_wise(self, trial: MakeLayerNormTrial) -> None:
         plain = finish(trial(lam_choice="sweep", lr_backbone=0.5))["curves"]["lambda"]
         assert finish(trial(lam_choice="sweep", lr_backbone=0.5, wise=0.3))["curves"]["lambda"] == plain
 
-    def test_it_takes_no_training_step(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_takes_no_training_step(self, trial: MakeLayerNormTrial, monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[int] = []
         step = torch.optim.SGD.step
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a, **k: (steps.append(1), step(self, *a, **k))[1])
@@ -124,7 +135,9 @@ class TestSweep:
         finish(trial(lam_choice="sweep"))
         assert len(steps) == 2 * alone == 2 * 2 * plain.data.steps_per_epoch
 
-    def test_it_costs_one_pass_over_every_split_and_value(self, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_costs_one_pass_over_every_split_and_value(
+        self, trial: MakeLayerNormTrial, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         passes: Counter[str] = Counter()
         score = evaluation.score
 
@@ -142,7 +155,7 @@ class TestSweep:
 
     @pytest.mark.parametrize("cycles", [0, 2])
     def test_its_curve_leaves_every_tensor_as_it_was(
-        self, trial: Trial, cycles: int, monkeypatch: pytest.MonkeyPatch
+        self, trial: MakeLayerNormTrial, cycles: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5, epochs=4, cycles=cycles)
         hook, different = run.strategy.curves, set[str]()
@@ -164,7 +177,7 @@ class TestSweep:
 
 
 class TestCycles:
-    def test_head_and_norms_take_turns_and_lambda_ends_each_cycle(self, trial: Trial) -> None:
+    def test_head_and_norms_take_turns_and_lambda_ends_each_cycle(self, trial: MakeLayerNormTrial) -> None:
         run = trial(epochs=6, cycles=2, lam=0.5)
         source = copies(run.model)
         norms = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in ("weight", "bias")}
@@ -188,7 +201,7 @@ class TestCycles:
         expected = source[layer] + 0.5 * (again.model.state_dict()[layer] - source[layer])
         assert torch.allclose(half.model.state_dict()[layer], expected, atol=1e-7)
 
-    def test_too_few_units(self, trial: Trial) -> None:
+    def test_too_few_units(self, trial: MakeLayerNormTrial) -> None:
         with pytest.raises(ValueError) as error:
             trial(epochs=3, cycles=2).step()
         assert str(error.value) == (
@@ -197,7 +210,7 @@ class TestCycles:
         )
 
 
-def test_a_network_without_layer_norm_is_refused(trial: Trial) -> None:
+def test_a_network_without_layer_norm_is_refused(trial: MakeLayerNormTrial) -> None:
     with pytest.raises(ValueError) as error:
         trial(kind="cnn").step()
     assert str(error.value) == (
@@ -224,7 +237,7 @@ def test_a_network_without_layer_norm_is_refused(trial: Trial) -> None:
         ),
     ],
 )
-def test_impossible_values(trial: Trial, hparams: dict[str, Any], message: str) -> None:
+def test_impossible_values(trial: MakeLayerNormTrial, hparams: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         trial(**hparams)
     assert str(error.value) == message

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tests.conformance import StrategyConformance
 from tests.support.trials import MakeTrial, finish, same_tensors
 from trainables.engine.optim import rate_factor, resolved_rate
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.lora import LoRA, inject, merge, target_names
 from trainables.specs.seeds import stream_seed
 from trainables.storage.checkpoint_format import load_state, save_state
@@ -37,7 +37,7 @@ class TestConformanceOfAllTargets(TestConformance):
 
 
 @pytest.fixture
-def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
     return partial(make_trial, "lora", **RATES, rank=4)
 
 
@@ -54,7 +54,7 @@ class ByHand(nn.Module):
         return out
 
 
-def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., Run]) -> None:
+def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., Trial]) -> None:
     peft, plain = trial(alpha=6.0), trial(alpha=6.0)
     model = plain.model
     start = {name: value.clone() for name, value in model.backbone.named_parameters() if "lora_" in name}
@@ -98,7 +98,7 @@ def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., R
 
 
 @pytest.mark.parametrize("targets", ["attention", "mlp", "all"])
-def test_exactly_the_adapters_of_the_targets_and_the_head_move(trial: Callable[..., Run], targets: str) -> None:
+def test_exactly_the_adapters_of_the_targets_and_the_head_move(trial: Callable[..., Trial], targets: str) -> None:
     run = trial(targets=targets)
     before = {name: value.clone() for name, value in run.model.named_parameters()}
     run.step()
@@ -110,7 +110,7 @@ def test_exactly_the_adapters_of_the_targets_and_the_head_move(trial: Callable[.
     assert run.model.head.weight.requires_grad
 
 
-def test_merging_keeps_the_function_and_gives_back_the_plain_structure(trial: Callable[..., Run]) -> None:
+def test_merging_keeps_the_function_and_gives_back_the_plain_structure(trial: Callable[..., Trial]) -> None:
     run = trial(targets="all")
     run.step()
     images, _ = next(run.data.batches("test"))
@@ -123,7 +123,9 @@ def test_merging_keeps_the_function_and_gives_back_the_plain_structure(trial: Ca
     assert kinds == [type(module) for module in run.data.reference.modules()]
 
 
-def test_a_finished_trial_is_a_plain_network_and_is_restored_as_one(trial: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_finished_trial_is_a_plain_network_and_is_restored_as_one(
+    trial: Callable[..., Trial], tmp_path: Path
+) -> None:
     run = trial()
     finish(run)
     assert run.model.backbone.state_dict().keys() == run.data.reference.state_dict().keys()
@@ -134,14 +136,14 @@ def test_a_finished_trial_is_a_plain_network_and_is_restored_as_one(trial: Calla
     assert same_tensors(run.model.state_dict(), again.model.state_dict())
 
 
-def test_a_checkpoint_holds_adapters_and_head_and_nothing_of_the_backbone(trial: Callable[..., Run]) -> None:
+def test_a_checkpoint_holds_adapters_and_head_and_nothing_of_the_backbone(trial: Callable[..., Trial]) -> None:
     run = trial()
     run.step()
     names = {name.partition("/")[2] for name in run.state().tensors if name.startswith("model/")}
     assert names == {n for n in run.model.state_dict() if ".lora_" in n or n.startswith("head.")}
 
 
-def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Run]) -> None:
+def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Trial]) -> None:
     run = trial(kind="hybrid", targets="mlp")
     before = {name: value.clone() for name, value in run.model.named_buffers()}
     assert any(name.endswith("running_mean") for name in before)
@@ -149,7 +151,7 @@ def test_statistics_of_batch_norm_stay_as_they_were(trial: Callable[..., Run]) -
     assert all(torch.equal(value, before[name]) for name, value in run.model.named_buffers())
 
 
-def test_alpha_is_twice_the_rank_unless_it_is_given(trial: Callable[..., Run]) -> None:
+def test_alpha_is_twice_the_rank_unless_it_is_given(trial: Callable[..., Trial]) -> None:
     for hparams, scale in (({"rank": 4}, 2.0), ({"rank": 4, "alpha": 32.0}, 8.0)):
         layers = [m for m in trial(**hparams).model.modules() if hasattr(m, "scaling")]
         assert {layer.scaling["default"] for layer in layers} == {scale}
@@ -201,7 +203,7 @@ def test_a_map_whose_weight_is_read_without_calling_it_is_refused(tmp_path: Path
 
 
 def test_without_peft_the_message_says_how_to_get_it(
-    trial: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError) as error:
@@ -218,12 +220,12 @@ def test_without_peft_the_message_says_how_to_get_it(
         ({"targets": "qkv"}, "targets must be one of 'attention', 'mlp', 'all', but got 'qkv'."),
     ],
 )
-def test_impossible_values(trial: Callable[..., Run], hparams: dict[str, Any], message: str) -> None:
+def test_impossible_values(trial: Callable[..., Trial], hparams: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         trial(**hparams)
     assert str(error.value) == message
 
 
-def test_a_network_without_blocks_is_refused(trial: Callable[..., Run]) -> None:
+def test_a_network_without_blocks_is_refused(trial: Callable[..., Trial]) -> None:
     with pytest.raises(ValueError, match="no block of attention and feed-forward"):
         trial(kind="cnn").step()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -96,9 +96,9 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
         ValueError: the held-out domain is not an ID domain, or no other is left; `train_on` is not an OOD domain.
     """
     parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
-    if spec.task.train_on is not None:
-        return _oracle(spec.task.train_on, parts)
-    used = store.fraction("train", spec.task.train_fraction)
+    if spec.shared.train_on is not None:
+        return _oracle(spec.shared.train_on, parts)
+    used = store.fraction("train", spec.shared.train_fraction)
     parts["train"] = [("train", np.arange(used, dtype=np.int64))]
     if spec.held_out is None:
         return parts
@@ -126,6 +126,17 @@ def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[st
     return {**parts, "train": parts[f"ood/{domain}"]}
 
 
+ImageTransform = Callable[[Tensor, torch.Generator | None], Tensor]
+SampleTransform = Callable[[Tensor, Tensor, ImageTransform, torch.Generator | None], tuple[Tensor, Tensor]]
+"""Pixels (B, H, W, 3) uint8, labels (B,), an image transform and its generator → images and targets."""
+
+
+def _labels_unchanged(
+    pixels: Tensor, labels: Tensor, image_transform: ImageTransform, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    return image_transform(pixels, generator), labels
+
+
 _SCALE_SAMPLES = 1024
 """Training images of the mean squared feature norm. The training split is stored in nested stratified order, so that
 any prefix is a stratified sample."""
@@ -141,6 +152,7 @@ class TrialData:
         backbone: the pristine pretrained backbone; its normalisation, input size and features are used.
         device: of the batches.
         reference: the pristine network on `device`, if it is not `backbone.module`.
+        transform: the task's `trainables.tasks.base.Task.transform`; None = labels stay as they are.
 
     Raises:
         ValueError: `spec.held_out` is not an ID domain, or leaves no training image.
@@ -153,6 +165,7 @@ class TrialData:
         backbone: Backbone,
         device: torch.device | str,
         reference: nn.Module | None = None,
+        transform: SampleTransform | None = None,
     ) -> None:
         from trainables.data.feature_cache import FeatureCache
         from trainables.data.transforms import BatchTransform
@@ -163,13 +176,11 @@ class TrialData:
         config = backbone.data_config
         shape = (config.mean, config.std, config.image_size)
         self._view = BatchTransform(*shape, ())
-        self._augmented = BatchTransform(*shape, tuple(spec.task.augment))
+        self._augmented = BatchTransform(*shape, tuple(spec.shared.augment))
+        self._transform = _labels_unchanged if transform is None else transform
         self._parts = select_samples(spec, store)
-        self._cache = FeatureCache(spec.task.cache)
+        self._cache = FeatureCache(spec.shared.cache)
         self.first_delivery: float | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrialData:
-        return self  # read-only: a copied strategy shares it
 
     @property
     def classes(self) -> list[str]:
@@ -194,7 +205,7 @@ class TrialData:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one pass over the training split; a last, smaller batch counts only if it is alone."""
-        return max(1, self.train_size // self.spec.task.batch_size)
+        return max(1, self.train_size // self.spec.shared.batch_size)
 
     def size(self, split: str) -> int:
         """Number of images of a split."""
@@ -214,7 +225,8 @@ class TrialData:
         drop_last: bool = False,
         start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a split: images (B, 3, H, W) float32, normalised, on the device; labels (B,) int64.
+        """Batches of a split: images (B, 3, H, W) float32, normalised, on the device; targets as the task has
+        them, labels (B,) int64 unless its transform makes others.
 
         Args:
             split: see the class.
@@ -225,7 +237,7 @@ class TrialData:
             start: number of batches to skip (a unit that continues in the middle of an epoch).
         """
         training = augment_seed is not None or shuffle_seed is not None
-        task = self.spec.task
+        task = self.spec.shared
         size = batch_size or (task.batch_size if training else task.eval_batch_size)
         generator = torch.Generator(self.device) if augment_seed is not None and task.augment else None
         for number, (source, indices) in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
@@ -234,12 +246,12 @@ class TrialData:
             raw = gather_images(self.store, source, indices, self.device)
             labels = to_device(self.store.labels(source)[indices], self.device)
             if generator is None or augment_seed is None:
-                images = self._view(raw)
+                images, targets = self._transform(raw, labels, self._view, None)
             else:
                 generator.manual_seed(stream_seed(augment_seed, number))
-                images = self._augmented(raw, generator)
+                images, targets = self._transform(raw, labels, self._augmented, generator)
             self._delivered()
-            yield self._memory_format(images), labels
+            yield self._memory_format(images), targets
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops, in the order of `batches`
@@ -251,7 +263,7 @@ class TrialData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches of precomputed features (n, D) and labels (n,) on the device: the same samples in the same
         order as `batches("train", shuffle_seed=…, drop_last=True)`."""
-        plan = batch_positions(len(features), self.spec.task.batch_size, shuffle_seed, drop_last=True)
+        plan = batch_positions(len(features), self.spec.shared.batch_size, shuffle_seed, drop_last=True)
         for positions in plan[start:]:
             rows = to_device(positions, features.device)
             yield features.index_select(0, rows), labels.index_select(0, rows)

@@ -1,4 +1,4 @@
-"""Relative change of parameters and BatchNorm statistics, ‖W̃ − W‖₂ / ‖W‖₂ (papers/002, eq. 6 and Fig. 2)."""
+"""Relative change of parameters and BatchNorm statistics, ‖W̃ − W‖₂ / ‖W‖₂ (Ha et al., 2024, eq. 6, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainables.models.layer_types import layer_kinds, stages, statistics
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import CHANGE
 
 NOTE = (
     "Relative change ‖W̃ − W‖₂ / ‖W‖₂ of each tensor, W its value before training (after a conversion); where absolute "
@@ -60,7 +61,9 @@ def parameter_change(backbone: nn.Module, start: Mapping[str, Tensor], end: Mapp
     kinds = layer_kinds(backbone) | statistics(backbone)
     pretrained = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     places = [(f"backbone.{name}", kinds[name], stage) for name, stage in stages(backbone).items() if name in kinds]
-    places += [(name, "head", "head") for name in start if name.startswith("head.")]
+    # A task's head may count in integers (BatchNorm's batches): they have no relative change.
+    head = [name for name, value in start.items() if name.startswith("head.") and value.is_floating_point()]
+    places += [(name, "head", "head") for name in head]
     norms = []
     for name, _, _ in places:
         before = start[name] if name in start else pretrained[name]
@@ -84,11 +87,11 @@ def change_report(changes: list[TensorChange]) -> dict[str, float | Curve]:
     metrics: dict[str, float | Curve] = {}
     kinds = list(dict.fromkeys(change.kind for change in changes))
     for kind in kinds:
-        metrics[f"change/{kind}"] = _mean(change for change in changes if change.kind == kind)
+        metrics[CHANGE.of(kind)] = _mean(change for change in changes if change.kind == kind)
     backbone = [change for change in changes if change.kind not in ("head", "bn_mean", "bn_var")]
     moved = math.hypot(*(change.distance for change in backbone))
     reference = math.hypot(*(change.reference for change in backbone))
-    metrics["change/total"] = moved / reference if reference else moved
+    metrics[CHANGE.of("total")] = moved / reference if reference else moved
     metrics["change"] = Curve(
         {
             "tensor": [change.name for change in changes],

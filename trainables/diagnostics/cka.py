@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainables.models.layer_types import blocks
 from trainables.models.precision import autocast
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import CKA_MEAN
 
 SMALLEST_BATCH = 4
 """The unbiased HSIC needs four samples."""
@@ -75,11 +76,14 @@ def block_cka(
     return {name: _ratio(*sums[name].tolist()) for name in names if name in sums}
 
 
-def cka_report(found: dict[str, float | None]) -> dict[str, float | Curve]:
+def cka_report(values_by_block: dict[str, float | None]) -> dict[str, float | Curve]:
     """`cka/mean` over the blocks, and the curve `cka` (block, cka)."""
-    values = [value for value in found.values() if value is not None]
-    curve = Curve({"block": list(found), "cka": list(found.values())}, NOTE)
-    return {"cka": curve} | ({"cka/mean": sum(values) / len(values)} if values else {})
+    values = [value for value in values_by_block.values() if value is not None]
+    curve = Curve({"block": list(values_by_block), "cka": list(values_by_block.values())}, NOTE)
+    report: dict[str, float | Curve] = {CKA_MEAN.group: curve}
+    if values:
+        report[CKA_MEAN.name] = sum(values) / len(values)
+    return report
 
 
 def _grams(network: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Feature distortion (papers/002, Fig. 1): how far fine-tuning moved the pooled features of each image."""
+"""Feature distortion (Ha et al., 2024, Fig. 1): how far fine-tuning moved the pooled features of each image."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from trainables.data.trial_data import to_device
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import DISTORTION_COSINE, DISTORTION_L2, DISTORTION_QUANTILE
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
 
+MEANS = {"cosine": DISTORTION_COSINE, "l2": DISTORTION_L2}
 QUANTILES = (0.05, 0.5, 0.95)
 """Recorded as metrics, `cosine_q05` and so on; all in `GRID`."""
 GRID = tuple(round(0.05 * i, 2) for i in range(21))
@@ -92,9 +94,9 @@ class FeatureDistortion:
             for name, parts in zip(("cosine", "l2"), zip(*batches, strict=True), strict=True):
                 values = torch.cat(parts).cpu().numpy()
                 quantiles = dict(zip(GRID, np.quantile(values, GRID).tolist(), strict=True))
-                metrics[f"distortion/{split}/{name}"] = float(values.mean())
+                metrics[MEANS[name].of(split)] = float(values.mean())
                 for share in QUANTILES:
-                    metrics[f"distortion/{split}/{name}_q{100 * share:02.0f}"] = quantiles[share]
+                    metrics[DISTORTION_QUANTILE.of(split, name, f"{100 * share:02.0f}")] = quantiles[share]
                 columns[f"{split}/{name}"] = list(quantiles.values())
         if self._found:
             metrics["distortion"] = Curve(columns, NOTE)

@@ -1,5 +1,4 @@
-"""Gradient norms per kind of layer during training (papers/003 logs them per component), without waiting for the
-device."""
+"""Gradient norms per kind of layer during training (per component in Odonnat et al., 2026), without device syncs."""
 
 from __future__ import annotations
 
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from trainables.models.layer_types import fine_kinds
 from trainables.models.torch_internals import tensor_norms
+from trainables.specs.metrics import GRAD_NORM
 
 if TYPE_CHECKING:
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 
 class GradientNorms:
@@ -59,7 +59,7 @@ class GradientNorms:
         if self._steps == 0:
             return {}
         values = (self._sums / self._steps).tolist()
-        return {f"grad_norm/{kind}": value for kind, value in zip(self.kinds, values, strict=True)}
+        return {GRAD_NORM.of(kind): value for kind, value in zip(self.kinds, values, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
         """Sums and number of steps so far."""
@@ -71,7 +71,7 @@ class GradientNorms:
         self._steps = int(state["steps"])
 
 
-def moving_kinds(model: Classifier, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
+def moving_kinds(model: TaskModel, pretrained: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Kind (component of a transformer block, else kind of layer) → parameters of the classifier that need gradients.
 
     Args:

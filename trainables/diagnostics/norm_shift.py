@@ -1,6 +1,6 @@
 """How far tuning moved the scale γ and offset β of a network's norm layers, and FSR, their ratio to a reference.
 
-LayerNorm shift and Fine-tuning Shift Ratio: papers/000. The same measure for BatchNorm is Luthier's own addition.
+LayerNorm shift and Fine-tuning Shift Ratio: Tan et al. (2025). The same measure of BatchNorm is Luthier's addition.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from trainables.models.batch_norm import BATCH_NORMS
+from trainables.models.task_model import TaskModel
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import BN_SHIFT, LN_SHIFT
 
 LAYER_NORMS = (
     nn.LayerNorm,
@@ -52,7 +54,7 @@ class LayerShift:
 
 @dataclass(frozen=True)
 class NormShift:
-    """Shift_p(θ_T, θ_S) = Σ over layers of ‖p_T − p_S‖₂ for p in γ, β (papers/000)."""
+    """Shift_p(θ_T, θ_S) = Σ over layers of ‖p_T − p_S‖₂ for p in γ, β (Tan et al., 2025)."""
 
     per_layer: Mapping[str, LayerShift]
 
@@ -89,13 +91,20 @@ class NormShift:
 
 
 def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → LayerNorm-like layer with parameters of its own, in the order of the network."""
-    return {n: m for n, m in model.named_modules() if _is_layer_norm(m) and _own(m)}
+    """Name → LayerNorm-like layer with parameters of its own, in the order of the network.
+
+    Of a `TaskModel`, those of its backbone: norms in a task's head are new, so that no pretrained ones exist to be
+    compared with.
+    """
+    layers = {n: m for n, m in model.named_modules() if _is_layer_norm(m) and _has_parameters(m)}
+    if isinstance(model, TaskModel):
+        layers = {name: layer for name, layer in layers.items() if name.startswith("backbone")}
+    return layers
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Name → BatchNorm layer with parameters of its own, in the order of the network."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and _own(m)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and _has_parameters(m)}
 
 
 def layer_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module) -> NormShift:
@@ -116,7 +125,7 @@ def batch_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module)
 
 
 def fine_tuning_shift_ratio(shift: float | NormShift, reference_shift: float | NormShift) -> float:
-    """FSR = Shift(T, S) / Shift(T*, S) (papers/000): 1 is ideal; below 1 the sample under-represents the target.
+    """FSR = Shift(T, S) / Shift(T*, S) (Tan et al., 2025): 1 is ideal; below 1 the sample under-represents the target.
 
     Args:
         shift: of the model tuned on the sample at hand: γ, β or their sum. Of a `NormShift`, the sum.
@@ -151,7 +160,7 @@ def shift_report(
     """
     source = {f"backbone.{name}": value for name, value in reference.state_dict().items()} | dict(start)
     found: dict[str, float | Curve] = {}
-    for prefix, layers in (("ln_shift", layer_norms(reference)), ("bn_shift", batch_norms(reference))):
+    for prefix, layers in ((LN_SHIFT.group, layer_norms(reference)), (BN_SHIFT.group, batch_norms(reference))):
         if not layers:
             continue
         shift, end = (_shift(source, {**source, **moved}, layers, "backbone.") for moved in (kept, last))
@@ -163,7 +172,7 @@ def _is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, LAYER_NORMS) or (isinstance(module, nn.GroupNorm) and module.num_groups == 1)
 
 
-def _own(module: nn.Module) -> bool:
+def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 

@@ -1,5 +1,6 @@
-"""Plasticity of the components of transformer blocks (papers/003, definition 1): how much a component's output changes
-with its input.
+"""Plasticity of the components of transformer blocks: how much a component's output changes with its input.
+
+Definition 1 of Odonnat et al. (2026):
 
     P(f) = E ‖f(x) − f(y)‖_F / ‖x − y‖_F
 
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from trainables.diagnostics.probing import Probes
 from trainables.models.transformer_blocks import COMPONENTS, find_blocks
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import PLASTICITY, ood
 from trainables.storage.atomic_files import write_text
 from trainables.storage.compute_once import compute_once
 
@@ -80,7 +82,7 @@ class PlasticityReport:
 
     def metrics(self) -> dict[str, float]:
         """`plasticity/<component>`, the mean over blocks and pairs."""
-        return {f"plasticity/{kind}": self.mean[kind] for kind in COMPONENTS}
+        return {PLASTICITY.of(kind): self.mean[kind] for kind in COMPONENTS}
 
     def record(self) -> dict[str, float | Curve]:
         """Metrics, and the curves `plasticity` and `plasticity_distribution`, as a strategy's hooks return them."""
@@ -105,7 +107,7 @@ def measure_plasticity(
     """Plasticity of a network over the pairs (source_images[i], target_images[i]).
 
     Args:
-        model: any network of `trainables.models.transformer_blocks.find_blocks`, or a `Classifier`; measured in
+        model: any network of `trainables.models.transformer_blocks.find_blocks`, or a `TaskModel`; measured in
             eval mode without gradients, and left unchanged.
         source_images: (N, 3, H, W), normalised; images like those of the pretraining.
         target_images: (N, 3, H, W), normalised; images of the target.
@@ -201,7 +203,7 @@ def plasticity_of(data: TrialData) -> PlasticityReport:
         ValueError: the components are not defined for this network, the source is no OOD domain, or there are not
             enough images for a pair.
     """
-    task = data.spec.task
+    task = data.spec.shared
     settings = [FORMAT, task.plasticity_probe, task.plasticity_source, task.plasticity_pairs, data.device.type]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     file = data.solution_folder / f"plasticity-{name}.json"
@@ -214,7 +216,7 @@ def plasticity_after(model: nn.Module, data: TrialData) -> PlasticityReport:
     Raises:
         ValueError: as `plasticity_of`.
     """
-    return measure_pairs(model, image_pairs(data), data.spec.task.plasticity_probe)
+    return measure_pairs(model, image_pairs(data), data.spec.shared.plasticity_probe)
 
 
 def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,12 +229,12 @@ def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
     Raises:
         ValueError: the source is no OOD domain, or there are not enough images for a pair.
     """
-    task = data.spec.task
+    task = data.spec.shared
     source, wanted = task.plasticity_source, task.plasticity_pairs
     if source is not None and source not in data.ood_domains:
         known = ", ".join(data.ood_domains) or "none"
         raise ValueError(f"plasticity_source must be one of the OOD domains ({known}), but got {source!r}.")
-    available = data.train_size // 2 if source is None else min(data.train_size, data.size(f"ood/{source}"))
+    available = data.train_size // 2 if source is None else min(data.train_size, data.size(ood(source)))
     if available == 0:
         raise ValueError(f"Plasticity needs two different images for a pair, but there are {data.train_size} to train.")
     return _batches(data, source, min(wanted, available))
@@ -244,7 +246,7 @@ def _batches(data: TrialData, source: str | None, wanted: int) -> Iterator[tuple
         neighbours = (images for images, _ in data.batches("train", batch_size=2 * BATCH))
         pairs = ((images[0::2], images[1::2]) for images in neighbours)
     else:
-        sides = data.batches(f"ood/{source}", batch_size=BATCH), data.batches("train", batch_size=BATCH)
+        sides = data.batches(ood(source), batch_size=BATCH), data.batches("train", batch_size=BATCH)
         pairs = ((x, y) for (x, _), (y, _) in zip(*sides, strict=False))
     left = wanted
     for x, y in pairs:

@@ -1,7 +1,8 @@
-"""The best unit of a trial, kept in memory as the tensors that may have moved."""
+"""Weights of a trial's network kept in memory: the best unit's, and snapshots to restore from."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,22 +11,76 @@ from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup
 from trainables.models.torch_internals import has_forward_hooks
+from trainables.specs.metrics import TaskMetrics
 from trainables.storage.checkpoint_format import bitwise_equal
 
 
 @dataclass
 class Best:
-    """The unit with the highest validation accuracy; ties go to the lower NLL, then to the earlier unit."""
+    """The unit with the best validation score; ties go to the better tie-breaker, then to the earlier unit."""
 
     unit: int = 0
-    accuracy: float = float("-inf")
-    nll: float = float("inf")
+    """1-based; 0 = no unit is done."""
+    value: float = math.nan
+    """Selection metric on ID validation after `unit`, as recorded."""
+    tie_breaker: float = math.nan
+    """Tie-breaker on ID validation after `unit`, as recorded."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Copies of the movable tensors as they were after `unit`, by state-dict name."""
 
-    def improved_by(self, accuracy: float, nll: float) -> bool:
-        """Whether a later unit with these figures takes the place of this one."""
-        return (accuracy, -nll) > (self.accuracy, -self.nll)
+    def improved_by(self, value: float, tie_breaker: float, metrics: TaskMetrics) -> bool:
+        """Whether a later unit with these scores replaces this one.
+
+        Example:
+            >>> from trainables.specs.metrics import CLASSIFICATION
+            >>> Best(unit=1, value=0.9, tie_breaker=0.5).improved_by(0.9, 0.4, CLASSIFICATION)
+            True
+        """
+        if self.unit == 0:
+            return True
+        return metrics.order(value, tie_breaker) > metrics.order(self.value, self.tie_breaker)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A network's state, from which it can be restored bit for bit after it was changed.
+
+    Keeps copies of the tensors that differ from the pretrained ones only, and of the modules references. So it costs
+    what moved: nothing for a frozen network, a few hundred kB for LayerNorm tuning, once the weights for full
+    fine-tuning.
+    """
+
+    modules: Mapping[nn.Module, Mapping[str, nn.Module]]
+    """Module → its children by name."""
+    tensors: Mapping[str, Tensor]
+    """By state-dict name; all of them, those that nothing moved as the pretrained tensors themselves."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, pristine: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Snapshot:
+        """Take the state of `model`.
+
+        Args:
+            pristine: the pretrained tensors by the model's names; never changed.
+            kept: tensors that are kept anyhow, such as the best unit's: where one has the same bits it is not copied.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            copies = (source[name] for source in (pristine, kept) if bitwise_equal(value, source.get(name)))
+            copy = next(copies, None)
+            tensors[name] = value.clone() if copy is None else copy
+        return cls({module: dict(module.named_children()) for module in model.modules()}, tensors)
+
+    def restore_modules(self) -> None:
+        """Put every module back that was replaced by another one."""
+        for module, children in self.modules.items():
+            for name, child in children.items():
+                if getattr(module, name) is not child:
+                    setattr(module, name, child)
+
+    def restore_tensors(self, model: nn.Module) -> None:
+        """Write every tensor back, in place, once the modules are back."""
+        put_back(model, self.tensors)
 
 
 def movable_names(model: nn.Module, groups: Iterable[ParamGroup]) -> set[str]:

@@ -8,7 +8,7 @@ from trainables.engine.contract import Phase, Strategy
 
 
 @dataclass(frozen=True)
-class Position:
+class UnitPosition:
     """Where a unit lies."""
 
     phase: Phase
@@ -19,14 +19,14 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """The phases of one trial, in order, with the length of a unit in optimiser steps."""
 
     phases: tuple[Phase, ...]
     unit_steps: int
 
     @classmethod
-    def of(cls, strategy: Strategy, budget: int, unit_steps: int) -> Plan:
+    def of(cls, strategy: Strategy, budget: int, unit_steps: int) -> BudgetPlan:
         """Ask the strategy for its phases.
 
         Raises:
@@ -46,13 +46,13 @@ class Plan:
         """Units that the trial takes; may be fewer than its budget (linear probing takes one)."""
         return sum(phase.units for phase in self.phases)
 
-    def at(self, unit: int) -> Position:
+    def at(self, unit: int) -> UnitPosition:
         """Where unit `unit` (0-based) lies. An IndexError beyond the plan."""
         first = steps = 0
         for phase in self.phases:
             length = 0 if phase.solve else self.unit_steps
             if unit < first + phase.units:
-                return Position(phase, unit - first, steps + (unit - first) * length)
+                return UnitPosition(phase, unit - first, steps + (unit - first) * length)
             first += phase.units
             steps += phase.units * length
         raise IndexError(f"unit {unit} of {self.units}")

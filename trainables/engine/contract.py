@@ -1,23 +1,32 @@
-"""The contract between a strategy and everything around it.
+"""The contract between a strategy and the engine.
 
-A strategy says *what may move and how it starts*; the base owns seeds, loop, precision, schedule, evaluation,
+A strategy says what may move and how it starts; the engine owns seeds, loop, precision, schedule, evaluation,
 diagnostics, checkpoints, metric names and failures, so that no strategy can train or log differently from another.
-Who calls what, when (`trainables.engine.trial.Run`, once per trial and in this order):
+
+Calls, once per trial and in this order (`trainables.engine.trial.Trial`):
 
 1. `Config(**hparams)`: validated before any compute is spent.
-2. `prepare(model, data)`: once, before step 0, on a fresh copy of the pretrained network with an untrained head.
-3. `phases(units)`: once; the plan of the trial's budget.
-4. per phase: `param_groups(model)`; the groups that the phase names go to a new optimiser, all other parameters get
-   `requires_grad = False`. A phase with `solve` has no optimiser: it costs one unit, in which `solve` is called.
-5. per optimiser step: `extra_loss(model, images, logits, labels)`, added to the cross-entropy.
+2. `prepare(model, data)`: before step 0, on a fresh copy of the pretrained network with an untrained head.
+3. `phases(units)`: the plan of the trial's budget.
+4. per phase: `param_groups(model, prepared)`; the groups that the phase names go to a new optimiser, all other
+   parameters get `requires_grad = False`. A phase with `solve` has no optimiser: it costs one unit, in which `solve` is
+   called.
+5. per optimiser step: `extra_loss(model, images, outputs, targets)`, added to the task's loss.
 6. `Phase.finish(model, data)`: at the end of a phase's last unit, before that unit is validated.
-7. `finalize(model, data)`: once, after the best unit's weights were put back, before validation, test and OOD
-   evaluation of the result. It leaves a network of the pretrained one's structure, under the same tensor names. (At
-   units of `task.evaluate_at` before the last, the same happens to a copy of model and strategy, which is thrown away.)
-8. `curves(model, data)`: once, on the finalised network of the last unit, before WiSE interpolates it; evaluates the
-   network at other points and puts every tensor back.
+7. `finalize(model, data, prepared)`: after the best unit's weights were restored, before validation, test and OOD
+   evaluation of the result. It leaves a network of the pretrained one's structure, under the same tensor names.
+8. `curves(model, data, tuned)`: on the finalized network of the last unit, before WiSE-FT interpolates it; evaluates
+   the network at other points and restores every tensor.
 
-Shapes: images are float32 (B, 3, H, W), already normalised; logits (B, K); labels int64 (B,).
+At units of `evaluate_at` before the last, 7 happens in between: afterwards the engine restores replaced modules, calls
+`undo_finalize`, and restores all tensors.
+
+A strategy keeps no state between hooks: `prepare` returns it as `Prepared.state`, an argument of `param_groups` and
+`finalize`; `finalize` returns it as `Tuned.state`, an argument of `curves`. A resumed trial calls `prepare` again,
+which must return the same state for the same seed.
+
+Shapes: images are float32 (B, 3, H, W), already normalised; outputs and targets are those of the task (classification:
+logits (B, K), labels int64 (B,)).
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -33,34 +42,36 @@ from torch import Tensor, nn
 from trainables.models.batch_norm import convert_batch_norm
 from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
-from trainables.tasks.linear_probe_head import initialise_head
+from trainables.tasks.base import HeadInit, no_closed_form
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
+    from trainables.tasks.base import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Knobs that every gradient-trained strategy has; a strategy's own `Config` extends it and changes defaults.
+    """Hyperparameters of every strategy that trains by gradient; a strategy's `Config` extends it and changes defaults.
 
-    The recipe is that of the papers' tables: SGD, momentum 0.9, cosine schedule, no weight decay
-    (papers/002, "Training Details").
+    The recipe is that of Ha et al. (2024), "Training Details": SGD, momentum 0.9, cosine schedule, no weight decay.
     """
 
     lr_backbone: float = 3e-3
     """η_θ, learning rate of everything that is not the head."""
     lr_head: float | None = None
-    """η_w, learning rate of the head; None = η_w = η_θ exactly (absolute, as FT and LP-FT of papers/002)."""
+    """η_w, learning rate of the head; None = η_w = η_θ exactly (absolute, as FT and LP-FT in Ha et
+    al., 2024)."""
     head_rate: Literal["relative", "absolute"] = "relative"
     """relative: the optimiser gets `lr_head / mean ‖φ‖²`, φ the pretrained pooled features of training images, so
     that one range of `lr_head` fits backbones whose feature scales differ; the bias, whose input is 1, never gets more
     than `lr_head` itself. absolute: `lr_head` as it is."""
-    head_init: Literal["random", "zeros", "linear_probe"] = "random"
+    head_init: HeadInit = "random"
     bn_mode: Literal["train", "eval"] = "train"
     """Whether BatchNorm layers use and update batch statistics while training, or keep the pretrained ones."""
     bn_conversion: bool = False
-    """Convert BatchNorm to target statistics before training (papers/002, eq. 3-5)."""
+    """Convert BatchNorm to target statistics before training (Ha et al., 2024, eq. 3-5)."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -68,22 +79,22 @@ class TrainingConfig:
     warmup: float = 0.0
     """Share of a phase's steps over which the rates rise linearly from zero."""
     clip_norm: float | None = None
-    """Gradient norm limit over all trained parameters; None = no clipping."""
+    """Maximum gradient norm over all trained parameters; None = no clipping."""
     label_smoothing: float = 0.0
     wise: float | Literal["sweep"] | None = None
     """WiSE-FT (Wortsman et al., CVPR 2022): θ_start + α·(θ_tuned − θ_start) in place of the tuned weights. A number is
     α; sweep = the best α in 0, 0.1 … 1 on ID validation; None = tuned weights as they are."""
 
     def __post_init__(self) -> None:
-        positive = {"lr_backbone": self.lr_backbone, "lr_head": self.lr_head, "clip_norm": self.clip_norm}
-        for name, value in positive.items():
+        positive_or_none = {"lr_backbone": self.lr_backbone, "lr_head": self.lr_head, "clip_norm": self.clip_norm}
+        for name, value in positive_or_none.items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, but got {value!r}.")
         for name in ("momentum", "warmup", "label_smoothing"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"0 <= {name} < 1 must hold, but got {value!r}.")
-        if self.wise is not None and self.wise != "sweep" and not (_number(self.wise) and 0 <= float(self.wise) <= 1):
+        if not (self.wise is None or self.wise == "sweep" or _is_share(self.wise)):
             raise ValueError(f"wise must be 'sweep', a number from 0 to 1, or nothing, but got {self.wise!r}.")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay cannot be negative, but got {self.weight_decay!r}.")
@@ -111,10 +122,30 @@ class Phase:
     units: int
     groups: frozenset[str] | None = None
     """Names of the groups of `param_groups` that move; None = all."""
-    solve: Callable[[Classifier, TrialData], Report] | None = None
+    solve: Callable[[TaskModel, TrialData], Report] | None = None
     """Closed-form step instead of gradient steps; returns metrics to record. Costs `units` = 1."""
-    finish: Callable[[Classifier, TrialData], Report] | None = None
+    finish: Callable[[TaskModel, TrialData], Report] | None = None
     """Called once at the end of the phase's last unit, before its validation; returns metrics of that unit."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Result of `Strategy.prepare`."""
+
+    report: Report = field(default_factory=dict)
+    """Metrics to record once."""
+    state: Any = None
+    """Given to `param_groups` and `finalize`."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Result of `Strategy.finalize`."""
+
+    report: Report = field(default_factory=dict)
+    """Metrics to record once."""
+    state: Any = None
+    """Given to `curves`."""
 
 
 class Strategy:
@@ -127,9 +158,7 @@ class Strategy:
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that the strategy imports beside Luthier's own: import name → the extra of Luthier that brings it."""
     measures: ClassVar[frozenset[str]] = frozenset()
-    """Diagnostics (`trainables.specs.trial_spec.DIAGNOSTICS`) measured whatever the task asks for."""
-    identity_at_start: ClassVar[bool] = True
-    """Whether the pooled features right after `prepare` are those of the pretrained network (to rounding)."""
+    """Diagnostics (`trainables.specs.trial_spec.DIAGNOSTICS`) measured whatever the study asks for."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -137,12 +166,12 @@ class Strategy:
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, Any]) -> Strategy:
         """Build the strategy from a plain dict; an unknown key is an error that names the nearest one."""
-        known = [f.name for f in dataclasses.fields(cls.Config)]
+        names = [f.name for f in dataclasses.fields(cls.Config)]
         for key in hparams:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{cls.name()} has no hyperparameter {key!r}.{hint} It has {', '.join(known)}.")
+            if key not in names:
+                nearest = difflib.get_close_matches(key, names, n=1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(f"{cls.name()} has no hyperparameter {key!r}.{hint} It has {', '.join(names)}.")
         return cls(cls.Config(**hparams))
 
     @classmethod
@@ -150,51 +179,92 @@ class Strategy:
         """The strategy's public name: the stem of its file."""
         return cls.__module__.rpartition(".")[2]
 
-    def prepare(self, model: Classifier, data: TrialData) -> Report:
-        """Freeze, inject, convert, initialise the head; returns metrics to record once (may be empty).
+    def solves_in_closed_form(self) -> str | None:
+        """The part of the configuration that needs the task's closed-form probe, for messages; None = no part.
 
-        Default: what `bn_conversion` and `head_init` of a `TrainingConfig` say, in this order (a conversion leaves the
-        function, and so the probe, as they were)."""
-        if not isinstance(self.config, TrainingConfig):
-            return {}
-        report = convert_on_training_data(model, data) if self.config.bn_conversion else {}
-        return {**report, **initialise_head(model, data, self.config.head_init)}
+        Default: `head_init: linear_probe`."""
+        if getattr(self.config, "head_init", None) == "linear_probe":
+            return "head_init='linear_probe'"
+        return None
 
-    def param_groups(self, model: Classifier) -> list[ParamGroup]:
-        """Exactly what may move. Default: backbone and head, each at its own rate. Nothing selected is an error
-        that the base raises."""
+    def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
+        """Freeze, inject, convert, initialise the head.
+
+        Default: `bn_conversion`, then `head_init` of a `TrainingConfig` (a conversion leaves the function, and so the
+        probe, as they were)."""
         config = self.config
-        own_rate = config.lr_head is not None
+        if not isinstance(config, TrainingConfig):
+            return Prepared()
+        report = convert_on_training_data(model, data) if config.bn_conversion else {}
+        return Prepared({**report, **task_of(data).initialise_head(model, data, config.head_init)})
+
+    def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
+        """Exactly what may move. Default: backbone and head, each at its own rate. If nothing is selected, the engine
+        raises an error.
+
+        Args:
+            prepared: state that `prepare` returned.
+        """
         return [
-            ParamGroup("backbone", list(model.backbone.parameters()), config.lr_backbone),
-            ParamGroup(
-                "head",
-                list(model.head.parameters()),
-                config.lr_head if own_rate else config.lr_backbone,
-                relative=own_rate and config.head_rate == "relative",
-            ),
+            ParamGroup("backbone", list(model.backbone.parameters()), self.config.lr_backbone),
+            self.head_group(model),
         ]
+
+    def head_group(self, model: TaskModel) -> ParamGroup:
+        """The head at η_w, or at η_θ where the configuration has none."""
+        config = self.config
+        parameters = list(model.head.parameters())
+        if config.lr_head is None:
+            return ParamGroup("head", parameters, config.lr_backbone)
+        return ParamGroup("head", parameters, config.lr_head, relative=config.head_rate == "relative")
 
     def phases(self, units: int) -> list[Phase]:
         """How the budget of `units` is spent. Default: one phase in which all groups move."""
         return [Phase("train", units)]
 
-    def extra_loss(self, model: Classifier, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """A scalar to add to the cross-entropy, or None."""
+    def extra_loss(self, model: TaskModel, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """A scalar to add to the task's loss, or None."""
         return None
 
-    def finalize(self, model: Classifier, data: TrialData) -> Report:
-        """Post-step on the tuned model (λ, merging); returns metrics to record once (may be empty)."""
+    def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
+        """Post-step on the tuned model: rescale by λ, merge adapters.
+
+        Args:
+            prepared: state that `prepare` returned.
+        """
+        return Tuned()
+
+    def undo_finalize(self, model: TaskModel) -> None:
+        """Undo what `finalize` changed beside tensors and modules that it replaced; the engine restores those."""
+
+    def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
+        """Measurements by evaluation alone, such as accuracy over λ; every tensor is left as it was.
+
+        Args:
+            tuned: state that `finalize` returned.
+        """
         return {}
 
-    def curves(self, model: Classifier, data: TrialData) -> Report:
-        """What can be learned from the finalised model by evaluation alone, such as accuracy over λ; every tensor is
-        left as it was found."""
-        return {}
+
+def check_task(strategy: Strategy, task: type[Task]) -> None:
+    """Refuse a configuration that means nothing for a task, before anything is computed.
+
+    Raises:
+        ValueError: it solves in closed form or smooths labels, which the task cannot.
+    """
+    asked = strategy.solves_in_closed_form()
+    if asked is not None and task.closed_form_probe() is None:
+        raise ValueError(no_closed_form(task.name(), asked))
+    smoothing = getattr(strategy.config, "label_smoothing", 0.0)
+    if smoothing and not task.label_smoothing:
+        raise ValueError(
+            f"label_smoothing needs a task whose loss knows it, but {task.name()!r} does not, and got {smoothing!r}. "
+            "Leave it out."
+        )
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def check_choices(config: Any) -> None:
@@ -213,10 +283,12 @@ def _literal_fields(cls: type[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield name, typing.get_args(hint)
 
 
-def convert_on_training_data(model: Classifier, data: TrialData) -> dict[str, float]:
-    """Convert a trial's backbone on its training batches, augmented as in training (the stored order is stratified, so
-    that every batch is a fair sample); returns the report's metrics."""
-    task = data.spec.task
-    seed = stream_seed(data.spec.seed, "bn_conversion") if task.augment else None
-    batches = (images for images, _ in data.batches("train", batch_size=task.batch_size, augment_seed=seed))
+def convert_on_training_data(model: TaskModel, data: TrialData) -> dict[str, float]:
+    """Convert the BatchNorm of a trial's backbone on its training batches, augmented as in training; returns metrics.
+
+    The stored order is stratified, so that every batch is a fair sample.
+    """
+    shared = data.spec.shared
+    seed = stream_seed(data.spec.seed, "bn_conversion") if shared.augment else None
+    batches = (images for images, _ in data.batches("train", batch_size=shared.batch_size, augment_seed=seed))
     return convert_batch_norm(model.backbone, batches).metrics()

@@ -1,4 +1,4 @@
-"""What a trial measures beside its scores, once at its end: a thin caller of `trainables.diagnostics`."""
+"""Diagnostics of a trial, measured once at its end by `trainables.diagnostics`."""
 
 from __future__ import annotations
 
@@ -10,90 +10,106 @@ from trainables.engine.best_weights import is_pristine
 from trainables.engine.contract import Strategy
 from trainables.models.precision import resolve_precision
 from trainables.specs.measurements import Curve
+from trainables.specs.metrics import TEST
 from trainables.specs.seeds import stream_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trainables.data.trial_data import TrialData
+    from trainables.diagnostics.distortion import FeatureDistortion
     from trainables.engine.evaluation import Watch
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 log = logging.getLogger("luthier")
 
-CKA_IMAGES, CKA_BATCH = 256, 64
-"""How many images of the ID test split CKA is estimated on, and in batches of which size: the same images, in the same
-order, for all trials on one store."""
+CKA_IMAGES = 256
+"""Images of the ID test split that CKA is estimated on: the same, in the same order, for all trials on one store."""
+CKA_BATCH = 64
 
 
 class Diagnosis:
-    """The diagnostics that the task asks for, or that belong to the strategy.
+    """The diagnostics that the study asks for, or that belong to the strategy.
 
     Args:
-        strategy, data: the trial's; `data.reference` is the pretrained network.
+        strategy, data, model: the trial's; `data.reference` is the pretrained network.
     """
 
-    def __init__(self, strategy: Strategy, data: TrialData) -> None:
-        self._wanted = {*strategy.measures, *data.spec.task.diagnostics}
+    def __init__(self, strategy: Strategy, data: TrialData, model: TaskModel) -> None:
+        self._names = {*strategy.measures, *data.spec.shared.diagnostics}
         self._data = data
+        self._distortion: FeatureDistortion | None = None
         self.watch: Watch | None = None
-        """Sees the features of the pass that scores the finalised network; None = nothing needs them."""
-        if "distortion" in self._wanted:
-            from trainables.diagnostics.distortion import FeatureDistortion
+        """Watches the features in the pass that scores the finalized network; None = nothing needs them."""
+        if "distortion" not in self._names:
+            return
+        if not model.pooled:
+            task = data.spec.shared.task
+            log.warning("Feature distortion is left out: it compares pooled features, and task %r has none.", task)
+            return
+        from trainables.diagnostics.distortion import FeatureDistortion
 
-            self._distortion = FeatureDistortion(data)
-            self.watch = self._distortion.watch
+        self._distortion = FeatureDistortion(data)
+        self.watch = self._distortion.watch
 
     def report(
-        self, model: Classifier, start: Mapping[str, Tensor], kept: Mapping[str, Tensor], last: Mapping[str, Tensor]
+        self, model: TaskModel, start: Mapping[str, Tensor], kept: Mapping[str, Tensor], last: Mapping[str, Tensor]
     ) -> dict[str, float | Curve]:
-        """Metrics and curves, by the names of the record.
+        """Metrics and curves, by recorded name.
 
         Args:
-            model: the finalised network, scored already.
+            model: the finalized network, scored already.
             start: see `trainables.engine.best_weights.changed_start`.
-            kept: tensors of the best unit that training may have changed, before `finalize` (names of the classifier).
+            kept: tensors of the best unit that training may have changed, before `finalize` (names of the model).
             last: the same after the last unit.
         """
-        found: dict[str, float | Curve] = {}
-        if "shift" in self._wanted:
+        report: dict[str, float | Curve] = {}
+        if "shift" in self._names:
             from trainables.diagnostics.norm_shift import shift_report
 
-            found |= shift_report(self._data.reference, start, kept, last)
-        if "distortion" in self._wanted:
+            report |= shift_report(self._data.reference, start, kept, last)
+        if self._distortion is not None:
+            report |= self._distortion.report()
+        if "distortion" in self._names:
             from trainables.diagnostics.change import change_report, parameter_change
 
-            found |= self._distortion.report()
-            found |= change_report(parameter_change(self._data.reference, start, model.state_dict()))
-        if "cka" in self._wanted:
-            found |= self._cka(model)
-        if "plasticity" in self._wanted:
-            found |= self._plasticity(model)
-        return found
+            report |= change_report(parameter_change(self._data.reference, start, model.state_dict()))
+        if "cka" in self._names:
+            report |= self._cka(model)
+        if "plasticity" in self._names:
+            report |= self._plasticity(model)
+        return report
 
-    def _cka(self, model: Classifier) -> dict[str, float | Curve]:
+    def _cka(self, model: TaskModel) -> dict[str, float | Curve]:
         from trainables.diagnostics.cka import SMALLEST_BATCH, block_cka, cka_report
 
-        data, model = self._data, model.eval()
-        if data.size("test") < SMALLEST_BATCH:  # no fault of the trial, whose scores are known by now
+        data = self._data
+        model.eval()
+        # Not an error: the trial has its scores by now.
+        if data.size(TEST) < SMALLEST_BATCH:
             rule = "CKA is left out: it needs at least %d images, but the ID test has %d"
-            log.warning(rule, SMALLEST_BATCH, data.size("test"))
+            log.warning(rule, SMALLEST_BATCH, data.size(TEST))
             return {}
-        unchanged = is_pristine(model.backbone, data.reference)
-        after = data.reference if unchanged else model.backbone
-        size, count = (SMALLEST_BATCH, 1) if unchanged else (CKA_BATCH, CKA_IMAGES // CKA_BATCH)  # 1 on any images
-        batches = data.batches("test", batch_size=size, shuffle_seed=stream_seed(0, "cka"))
+        after: nn.Module = model.backbone
+        size = CKA_BATCH
+        count = CKA_IMAGES // CKA_BATCH
+        if is_pristine(model.backbone, data.reference):
+            # CKA of a network with itself is 1 on any images.
+            after = data.reference
+            size = SMALLEST_BATCH
+            count = 1
+        batches = data.batches(TEST, batch_size=size, shuffle_seed=stream_seed(0, "cka"))
         images = (batch for batch, _ in islice(batches, count))
-        dtype = resolve_precision(data.spec.task.precision, data.device)
+        dtype = resolve_precision(data.spec.shared.precision, data.device)
         return cka_report(block_cka(data.reference, after, images, dtype))
 
-    def _plasticity(self, model: Classifier) -> dict[str, float | Curve]:
+    def _plasticity(self, model: TaskModel) -> dict[str, float | Curve]:
         from trainables.diagnostics.plasticity import plasticity_after
 
         try:
             return plasticity_after(model, self._data).record()
-        except ValueError as reason:  # no fault of the trial, whose scores are known by now
+        except ValueError as reason:  # not an error of the trial, which has its scores by now
             log.warning("Plasticity after tuning is left out: %s", reason)
             return {}

@@ -1,4 +1,4 @@
-"""Scores of a trial's model on the splits of its data, under the metric names of the record."""
+"""Scores of a trial's model on the splits of its data, under their recorded names."""
 
 from __future__ import annotations
 
@@ -9,84 +9,112 @@ import torch
 from torch import Tensor
 
 from trainables.engine.best_weights import is_pristine
-from trainables.engine.loop import predict
+from trainables.engine.loop import evaluate
 from trainables.models.precision import resolve_precision
-from trainables.specs.metrics import HELD_OUT
+from trainables.specs.metrics import HELD_OUT, OOD_MEAN, OOD_WORST, TEST, TRAIN, TRAIN_LOSS, VAL, ood
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
+    from trainables.tasks.base import MetricAccumulator, Task
 
-
-Watch = Callable[[str], Callable[[Tensor], None]]
-"""Split → a function that takes the pooled features (B, D) of its batches, in order and without shuffling."""
+FeatureWatch = Callable[[Tensor], None]
+"""Called with the features (B, …) of every batch of a split, in order and without shuffling."""
+Watch = Callable[[str], FeatureWatch]
+"""Split → its `FeatureWatch`."""
 
 
 def score(
-    model: Classifier, data: TrialData, split: str, pristine: bool, watch: Callable[[Tensor], None] | None = None
+    model: TaskModel, data: TrialData, split: str, cached: bool, watch: FeatureWatch | None = None
 ) -> dict[str, float]:
-    """`acc`, `nll` and `ece` of the model in eval mode on one split.
+    """Metrics of the model in eval mode on one split, by metric key.
 
     Args:
-        pristine: the backbone is bit for bit the pretrained one, so that its cached features serve.
-        watch: sees the features (B, D) of the pass that gives the logits.
+        cached: take the pretrained backbone's features from the cache, see `uses_cached_features`.
+        watch: called with the features of the pass that gives the predictions.
     """
-    from trainables.tasks.classification_metrics import classification_metrics
-
+    task = task_of(data)
+    accumulator = task.accumulator()
     model.eval()
-    if pristine:
-        # `torch.tensor` copies into aligned memory: matrix products on mapped memory may round differently.
-        features = torch.tensor(data.features(split)).to(data.device)
+    if cached:
+        _evaluate_cached(task, model, data, split, accumulator, watch)
+    else:
+        dtype = resolve_precision(data.spec.shared.precision, data.device)
+        evaluate(_prediction(task, model, watch), data.batches(split), accumulator, dtype)
+    return accumulator.compute()
+
+
+def uses_cached_features(model: TaskModel, data: TrialData) -> bool:
+    """Whether the model's features are those of the cache: pooled, from a backbone that is the pretrained one."""
+    return model.pooled and is_pristine(model.backbone, data.reference)
+
+
+def validation_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
+    """Selection metric and tie-breaker on ID validation (classification: `val/acc` and `val/nll`)."""
+    metrics = task_of(data).metrics
+    values = score(model, data, VAL, uses_cached_features(model, data))
+    return {metric.on(VAL): values[metric.key] for metric in (metrics.selection, metrics.tie_breaker)}
+
+
+def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
+    """`train/loss` and the training metrics of a closed-form solution, which has no training loss of its own."""
+    metrics = task_of(data).metrics
+    assert metrics.loss is not None, "a task with a closed-form probe names the metric that is its loss"
+    values = score(model, data, TRAIN, uses_cached_features(model, data))
+    trained = {metric.on(TRAIN): values[metric.key] for metric in metrics.training}
+    return {TRAIN_LOSS.name: values[metrics.loss.key], **trained}
+
+
+def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
+    """Every reported metric on ID test and every OOD domain, mean and worst of the selection metric over the domains,
+    and the selection metric on the held-out domain if there is one.
+
+    Args:
+        watch: watches the features on ID test and OOD domains, in the same passes.
+    """
+    metrics = task_of(data).metrics
+    cached = uses_cached_features(model, data)
+    test = score(model, data, TEST, cached, watch and watch(TEST))
+    scores = {metric.on(TEST): test[metric.key] for metric in metrics.reported}
+    selection = []
+    for domain in data.ood_domains:
+        split = ood(domain)
+        values = score(model, data, split, cached, watch and watch(split))
+        scores |= {metric.on(split): values[metric.key] for metric in metrics.reported}
+        selection.append(values[metrics.selection.key])
+    if selection:
+        scores[metrics.selection.on(OOD_MEAN)] = sum(selection) / len(selection)
+        scores[metrics.selection.on(OOD_WORST)] = min(selection, key=metrics.selection.score)
+    if data.spec.held_out is not None:
+        scores[metrics.held_out] = score(model, data, HELD_OUT, cached)[metrics.selection.key]
+    return scores
+
+
+@torch.no_grad()
+def _evaluate_cached(
+    task: Task,
+    model: TaskModel,
+    data: TrialData,
+    split: str,
+    accumulator: MetricAccumulator,
+    watch: FeatureWatch | None,
+) -> None:
+    # `torch.tensor` copies into aligned memory: matrix products on mapped memory may round differently.
+    features = torch.tensor(data.features(split)).to(data.device)
+    if watch is not None:
+        watch(features)
+    targets = torch.tensor(data.labels(split)).to(data.device)
+    accumulator.update(task.predict(model, features), targets)
+
+
+def _prediction(task: Task, model: TaskModel, watch: FeatureWatch | None) -> Callable[[Tensor], Tensor]:
+    def predict(images: Tensor) -> Tensor:
+        features = model.features(images)
+        outputs = task.predict(model, features)
+        # After the prediction: a batch that runs out of memory before is repeated in pieces, each watched once.
         if watch is not None:
             watch(features)
-        with torch.no_grad():
-            logits: Tensor = model.head(features).float().cpu()
-        labels = torch.tensor(data.labels(split))
-    else:
-        dtype = resolve_precision(data.spec.task.precision, data.device)
-        forward = model if watch is None else _watched(model, watch)
-        logits, labels = predict(forward, data.batches(split), dtype)
-    return {name: float(value) for name, value in classification_metrics(logits, labels).items()}
+        return outputs
 
-
-def validation_scores(model: Classifier, data: TrialData) -> dict[str, float]:
-    """`val/acc` and `val/nll`."""
-    values = score(model, data, "val", is_pristine(model.backbone, data.reference))
-    return {"val/acc": values["acc"], "val/nll": values["nll"]}
-
-
-def training_scores(model: Classifier, data: TrialData) -> dict[str, float]:
-    """`train/loss` and `train/acc` of a closed-form solution, which has no training loss of its own."""
-    values = score(model, data, "train", is_pristine(model.backbone, data.reference))
-    return {"train/loss": values["nll"], "train/acc": values["acc"]}
-
-
-def final_scores(model: Classifier, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
-    """ID test, calibration, every OOD domain with mean and worst accuracy, and the held-out domain if there is one.
-
-    Args:
-        watch: sees the features on ID test and OOD domains, of the same passes.
-    """
-    pristine = is_pristine(model.backbone, data.reference)
-    test = score(model, data, "test", pristine, watch and watch("test"))
-    found = {"test/acc": test["acc"], "test/nll": test["nll"], "calib/ece": test["ece"]}
-    accuracies = []
-    for domain in data.ood_domains:
-        values = score(model, data, f"ood/{domain}", pristine, watch and watch(f"ood/{domain}"))
-        found |= {f"ood/{domain}/{name}": values[name] for name in ("acc", "nll", "ece")}
-        accuracies.append(values["acc"])
-    if accuracies:
-        found |= {"ood/mean/acc": sum(accuracies) / len(accuracies), "ood/worst/acc": min(accuracies)}
-    if data.spec.held_out is not None:
-        found["held_out/acc"] = score(model, data, HELD_OUT, pristine)["acc"]
-    return found
-
-
-def _watched(model: Classifier, watch: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
-    def forward(images: Tensor) -> Tensor:
-        features = model.features(images)
-        watch(features)
-        logits: Tensor = model.head(features)
-        return logits
-
-    return forward
+    return predict

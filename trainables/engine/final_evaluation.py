@@ -1,87 +1,107 @@
-"""The end of a trial: the best unit's weights, finalised, scored and looked at."""
+"""Final evaluation: restore the best weights, finalize, score, run diagnostics."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainables.engine.best_weights import Best, put_back, take
+from trainables.engine.best_weights import Best, Snapshot, put_back, take
 from trainables.engine.contract import Strategy
 from trainables.engine.diagnosis import Diagnosis
 from trainables.engine.evaluation import Watch, final_scores, validation_scores
 from trainables.engine.weight_interpolation import WiseFt
-from trainables.specs.measurements import Curve, Report
+from trainables.specs.measurements import Curve, split_report
+from trainables.specs.metrics import BEST_EPOCH
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 
 @dataclass(frozen=True)
-class Ending:
-    """What was found out."""
+class FinalEvaluation:
+    """Results of a final or an interim evaluation, by recorded name."""
 
     scores: dict[str, float]
-    """Test, OOD and `best/…`, by the names of the record."""
+    """Test, OOD and `best/…`."""
     report: dict[str, float] = field(default_factory=dict)
     """Metrics of `finalize`, of `curves` and of the diagnostics."""
     curves: dict[str, Curve] = field(default_factory=dict)
 
 
-def interim(model: Classifier, strategy: Strategy, data: TrialData, best: Best, start: Mapping[str, Tensor]) -> Ending:
-    """Scores of the best unit so far, finalised. Happens on a copy, so that training goes on from exactly the weights
-    that it had. Arguments as for `final`."""
-    model, strategy = copy.deepcopy((model, strategy))
-    put_back(model, best.tensors)
-    report, curves = split(strategy.finalize(model, data))
-    wise = _wise(model, strategy, data, start)
-    report |= split(wise.apply())[0] if wise else {}
-    return Ending(_scores(model, strategy, data, best), report, curves)
+@dataclass(frozen=True)
+class TrialContext:
+    """What an evaluation needs of a trial: the network as the last unit left it, and where it came from."""
+
+    model: TaskModel
+    strategy: Strategy
+    data: TrialData
+    best: Best
+    start: Mapping[str, Tensor]
+    """Tensors that differed from the pretrained ones when training began, see `changed_start`."""
+    prepared: Any = None
+    """State that the strategy's `prepare` returned."""
 
 
-def final(model: Classifier, strategy: Strategy, data: TrialData, best: Best, start: Mapping[str, Tensor]) -> Ending:
-    """Put the best unit's weights back, finalise them, score and diagnose them; `model` is the trial's result then.
+def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluation:
+    """Score the best unit so far, finalized, and restore the network bit for bit: training continues from it.
 
     Args:
-        start: see `trainables.engine.best_weights.changed_start`.
+        pristine: the pretrained tensors by the network's names.
     """
-    last = take(model, best.tensors)
-    put_back(model, best.tensors)
-    report, curves = split(strategy.finalize(model, data))
-    looked_at = strategy.curves(model, data)
-    wise = _wise(model, strategy, data, start)
-    report |= split(wise.apply())[0] if wise else {}
-    diagnosis = Diagnosis(strategy, data)
-    scores = _scores(model, strategy, data, best, diagnosis.watch)
-    measured = diagnosis.report(model, start, best.tensors, last)
-    for found in (looked_at, wise.curve() if wise else {}, measured):
-        metrics, more = split(found)
+    model = trial.model
+    snapshot = Snapshot.of(model, pristine, trial.best.tensors)
+    try:
+        put_back(model, trial.best.tensors)
+        tuned = trial.strategy.finalize(model, trial.data, trial.prepared)
+        report, curves = split_report(tuned.report)
+        wise = _wise_ft(trial)
+        if wise is not None:
+            report |= split_report(wise.apply())[0]
+        return FinalEvaluation(_scores(trial), report, curves)
+    finally:
+        snapshot.restore_modules()
+        trial.strategy.undo_finalize(model)
+        snapshot.restore_tensors(model)
+
+
+def final(trial: TrialContext) -> FinalEvaluation:
+    """Restore the best unit's weights, finalize, score and diagnose them; `trial.model` is the trial's result then."""
+    model, strategy, data = trial.model, trial.strategy, trial.data
+    last = take(model, trial.best.tensors)
+    put_back(model, trial.best.tensors)
+    tuned = strategy.finalize(model, data, trial.prepared)
+    strategy_curves = strategy.curves(model, data, tuned.state)
+    wise = _wise_ft(trial)
+    alpha = wise.apply() if wise is not None else {}
+    diagnosis = Diagnosis(strategy, data, model)
+    scores = _scores(trial, diagnosis.watch)
+    diagnosed = diagnosis.report(model, trial.start, trial.best.tensors, last)
+    wise_curve = wise.curve() if wise is not None else {}
+    report: dict[str, float] = {}
+    curves: dict[str, Curve] = {}
+    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed):
+        metrics, tables = split_report(part)
         report |= metrics
-        curves |= more
-    return Ending(scores, report, curves)
+        curves |= tables
+    return FinalEvaluation(scores, report, curves)
 
 
-def split(report: Report) -> tuple[dict[str, float], dict[str, Curve]]:
-    """Metrics and curves of a hook's report, apart."""
-    curves = {name: value for name, value in report.items() if isinstance(value, Curve)}
-    return {name: value for name, value in report.items() if not isinstance(value, Curve)}, curves
+def _wise_ft(trial: TrialContext) -> WiseFt | None:
+    alpha = getattr(trial.strategy.config, "wise", None)
+    return None if alpha is None else WiseFt(trial.model, trial.data, trial.start, alpha)
 
 
-def _wise(model: Classifier, strategy: Strategy, data: TrialData, start: Mapping[str, Tensor]) -> WiseFt | None:
-    wanted = getattr(strategy.config, "wise", None)
-    return None if wanted is None else WiseFt(model, data, start, wanted)
-
-
-def _scores(
-    model: Classifier, strategy: Strategy, data: TrialData, best: Best, watch: Watch | None = None
-) -> dict[str, float]:
-    """`best/val/acc` is that of the weights which are tested: what `finalize` did to them counts."""
-    accuracy = best.accuracy
-    changed = type(strategy).finalize is not Strategy.finalize or getattr(strategy.config, "wise", None) is not None
-    if changed:
-        accuracy = validation_scores(model, data)["val/acc"]
-    return {**final_scores(model, data, watch), "best/val/acc": accuracy, "best/epoch": float(best.unit)}
+def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]:
+    """Test and OOD scores with `best/…`, which is of the tested weights: what `finalize` did to them counts."""
+    metrics = task_of(trial.data).metrics
+    value = trial.best.value
+    changed = type(trial.strategy).finalize is not Strategy.finalize
+    if changed or getattr(trial.strategy.config, "wise", None) is not None:
+        value = validation_scores(trial.model, trial.data)[metrics.validation]
+    scores = final_scores(trial.model, trial.data, watch)
+    return {**scores, metrics.best_validation: value, BEST_EPOCH.name: float(trial.best.unit)}

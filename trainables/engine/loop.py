@@ -1,6 +1,6 @@
-"""The training loop and prediction, in plain torch: no ray, mlflow, optuna or pyarrow.
+"""Training loop and evaluation of one unit, in plain torch: no ray, mlflow, optuna or pyarrow.
 
-How far a unit of training has come, for a checkpoint in its middle.
+The loop knows neither a loss nor a metric: both come from the task.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.optim import rate_factor, set_rates
@@ -21,47 +20,57 @@ from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast
 from trainables.specs.errors import NonFiniteError
 from trainables.specs.fault_injection import fault_point
+from trainables.specs.metrics import MICRO_BATCH
+
+if TYPE_CHECKING:
+    from trainables.tasks.base import MetricAccumulator, Task, TrainingMetrics
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Pairs of inputs and targets, one row per sample each, both on the device."""
+Forward = Callable[[Tensor, Tensor], Tensor]
+"""Inputs and targets of a batch → outputs for the loss; the targets are for heads that need them while training."""
+ExtraLoss = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""Inputs, outputs and targets of a batch → a scalar to add to its loss, or None."""
 
 
 @dataclass
 class Progress:
-    """How far a unit has come: sums over its images, which stay on the device."""
+    """Progress within a unit: sums over its images, which stay on the device."""
 
     loss_sum: Tensor
     """float64"""
-    correct: Tensor
-    """int64"""
+    metrics: TrainingMetrics
     images: int = 0
     steps: int = 0
 
     @classmethod
-    def none(cls, device: torch.device) -> Progress:
-        """That of a unit which begins."""
-        return cls(
-            torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-        )
+    def start(cls, task: Task, device: torch.device) -> Progress:
+        """Progress of a unit that begins."""
+        return cls(torch.zeros((), dtype=torch.float64, device=device), task.training_metrics())
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Tensors for a checkpoint in the middle of the unit."""
         counts = torch.tensor([self.images, self.steps])
-        return {"loss_sum": self.loss_sum, "correct": self.correct, "counts": counts}
+        metrics = {f"metrics/{name}": tensor for name, tensor in self.metrics.state().items()}
+        return {"loss_sum": self.loss_sum, "counts": counts, **metrics}
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor], device: torch.device) -> Progress:
-        """From a checkpoint; the tensors are copied."""
+    def from_state(cls, state: Mapping[str, Tensor], task: Task, device: torch.device) -> Progress:
+        """Inverse of `state`; tensors are copied."""
         images, steps = state["counts"].tolist()
-        loss_sum, correct = (state[name].to(device, copy=True) for name in ("loss_sum", "correct"))
-        return cls(loss_sum, correct, images, steps)
-
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Pairs of inputs (B, …) and int64 labels (B,), both on the device."""
+        metrics = task.training_metrics()
+        prefix = "metrics/"
+        counted = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        metrics.load_state(counted, device)
+        return cls(state["loss_sum"].to(device, copy=True), metrics, images, steps)
 
 
 class Observer(Protocol):
-    """Something that watches the steps of one unit, such as `trainables.diagnostics.gradients.GradientNorms`; it must
-    neither change anything nor wait for the device before `means`. `state` and `load_state` are for a checkpoint in
-    the middle of the unit."""
+    """Observer of the steps of one unit, such as `trainables.diagnostics.gradients.GradientNorms`.
+
+    It must neither change anything nor wait for the device before `means`. `state` and `load_state` are for a
+    checkpoint in the middle of the unit.
+    """
 
     def __call__(self) -> None: ...
 
@@ -74,18 +83,23 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What one unit of training did: means over its images."""
+    """Result of one unit of training, over its images as they were seen."""
 
     loss: float
-    accuracy: float
+    """Mean, extra loss included."""
+    metrics: Mapping[str, float]
+    """The task's training metrics by key."""
     images: int
     observed: Mapping[str, float] = field(default_factory=dict)
-    """What an observer measured over its steps, by the names of the record."""
+    """Means of an observer over the steps, by recorded name."""
 
 
 def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) -> None:
-    """Train mode, with two exceptions: a `frozen` part (the backbone of a head-only phase) stays in eval mode, and with
-    `bn_mode="eval"` every BatchNorm keeps its statistics (LP-FT, papers/002, Table 5)."""
+    """Train mode, with two exceptions.
+
+    A `frozen` part (the backbone of a head-only phase) stays in eval mode, and with `bn_mode="eval"` every BatchNorm
+    keeps its statistics (LP-FT in Ha et al., 2024, Table 5).
+    """
     model.train()
     if frozen is not None:
         frozen.eval()
@@ -96,105 +110,119 @@ def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) 
 
 
 def train_unit(
-    forward: Callable[[Tensor], Tensor],
+    forward: Forward,
     batches: Batches,
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
+    task: Task,
     *,
     first_step: int,
     total_steps: int,
     dtype: torch.dtype = torch.float32,
-    extra_loss: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None,
+    extra_loss: ExtraLoss | None = None,
     observer: Observer | None = None,
     progress: Progress | None = None,
     after_step: Callable[[], object] | None = None,
     micro_batch: MicroBatch | None = None,
 ) -> UnitResult:
-    """One optimiser step per batch; the device is read only once, at the end. Where memory runs out the batch goes
-    through the network in pieces whose gradients add up to its own.
+    """Train one unit: one optimiser step per batch, the device is read once, at the end.
+
+    On out-of-memory, falls back to gradient accumulation over micro-batches.
 
     Args:
-        forward: inputs (B, …) → logits (B, K); a model, or a head where the inputs are cached features.
+        forward: a model, or a head where the inputs are cached features.
         batches: the unit's batches, without those that `progress` counts already.
         optimizer: see `trainables.engine.optim.build_optimizer`.
         config: label smoothing, clipping and the schedule.
+        task: loss and training metrics.
         first_step: steps of the phase before this unit.
         total_steps: steps of the whole phase, the length of the schedule.
         dtype: autocast type of the forward pass.
-        extra_loss: `(inputs, logits, labels)` → scalar to add, or None.
-        observer: looks at every step's gradients before they are clipped.
-        progress: what was done of the unit before; kept up to date. None = nothing.
+        extra_loss: added to the task's loss.
+        observer: called at every step, before the gradients are clipped.
+        progress: of the unit so far; updated in place. None = the unit begins.
         after_step: called after every step, when `progress` counts it.
-        micro_batch: how many images fit at once, as far as it is known; kept up to date.
+        micro_batch: number of images that fit at once, as far as it is known; updated in place.
 
     Raises:
-        NonFiniteError, ValueError: a loss of the unit was NaN or infinite; `batches` is empty.
+        NonFiniteError: the loss became NaN or infinite.
+        ValueError: there is no batch.
     """
     parameters = [p for table in optimizer.param_groups for p in table["params"]]
     device = parameters[0].device
-    done, micro = progress or Progress.none(device), micro_batch or MicroBatch()
-
-    loss_of = partial(_loss, forward, extra_loss, config.label_smoothing, device, dtype)
-    for inputs, labels in batches:
-        set_rates(optimizer, rate_factor(first_step + done.steps, total_steps, config))
-        work = partial(_gradient, loss_of, inputs, labels, optimizer, micro, done.steps + 1)
-        loss, correct = micro.attempt(work, len(labels), "training on")
+    progress = progress or Progress.start(task, device)
+    micro_batch = micro_batch or MicroBatch()
+    batch_loss = partial(_batch_loss, forward, task, extra_loss, config.label_smoothing, device, dtype)
+    for inputs, targets in batches:
+        set_rates(optimizer, rate_factor(first_step + progress.steps, total_steps, config))
+        attempt = partial(
+            _accumulate_gradient, batch_loss, task, inputs, targets, optimizer, micro_batch, progress.steps + 1
+        )
+        loss, metrics = micro_batch.attempt(attempt, len(inputs), "training on")
         _update(optimizer, parameters, config.clip_norm, observer)
-        done.loss_sum += loss * len(labels)
-        done.correct += correct
-        done.images, done.steps = done.images + len(labels), done.steps + 1
-        if device.type == "cpu" and not bool(done.loss_sum.isfinite()):  # free on a CPU; a GPU would have to wait
+        progress.loss_sum += loss * len(inputs)
+        progress.metrics.merge(metrics)
+        progress.images += len(inputs)
+        progress.steps += 1
+        # Checked at every step on a CPU, where it is free; a GPU would have to wait.
+        if device.type == "cpu" and not bool(progress.loss_sum.isfinite()):
             break
         if after_step is not None:
             after_step()
-    if done.images == 0:
+    if progress.images == 0:
         raise ValueError("A unit must have at least one batch, but got none.")
-    mean_loss = float(done.loss_sum) / done.images
-    check_finite(mean_loss, "training loss", f"by step {done.steps} of its unit")
+    mean_loss = float(progress.loss_sum) / progress.images
+    check_finite(mean_loss, "training loss", f"by step {progress.steps} of its unit")
     observed = dict(observer.means()) if observer is not None else {}
-    if micro.size is not None:
-        observed["cost/micro_batch"] = float(micro.size)
-    return UnitResult(mean_loss, int(done.correct) / done.images, done.images, observed)
+    if micro_batch.size is not None:
+        observed[MICRO_BATCH.name] = float(micro_batch.size)
+    return UnitResult(mean_loss, progress.metrics.compute(), progress.images, observed)
 
 
-def _loss(
-    forward: Callable[[Tensor], Tensor],
-    extra_loss: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None,
+def _batch_loss(
+    forward: Forward,
+    task: Task,
+    extra_loss: ExtraLoss | None,
     label_smoothing: float,
     device: torch.device,
     dtype: torch.dtype,
     inputs: Tensor,
-    labels: Tensor,
+    targets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss of a batch and how many of it are right, both still on the device."""
+    """Mean loss of a batch, and its outputs."""
     with autocast(device, dtype):
-        logits = forward(inputs)
-        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        extra = extra_loss(inputs, logits, labels) if extra_loss is not None else None
-    return (loss if extra is None else loss + extra), (logits.detach().argmax(1) == labels).sum()
+        outputs = forward(inputs, targets)
+        loss = task.loss(outputs, targets, label_smoothing=label_smoothing)
+        extra = extra_loss(inputs, outputs, targets) if extra_loss is not None else None
+    if extra is not None:
+        loss = loss + extra
+    return loss, outputs.detach()
 
 
-def _gradient(
-    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+def _accumulate_gradient(
+    batch_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    task: Task,
     inputs: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     optimizer: torch.optim.Optimizer,
-    micro: MicroBatch,
+    micro_batch: MicroBatch,
     step: int,
-) -> tuple[Tensor, Tensor]:
-    """Leave the gradient of the batch's mean loss in the parameters; returns the loss and how many were right."""
+) -> tuple[Tensor, TrainingMetrics]:
+    """Leave the gradient of the batch's mean loss in the parameters; returns the loss and the batch's metrics."""
     optimizer.zero_grad(set_to_none=True)
-    losses, correct = [], []
-    for piece in micro.pieces(len(labels)):
-        loss, right = loss_of(inputs[piece], labels[piece])
+    losses = []
+    # Of this batch alone: an attempt that runs out of memory leaves nothing behind in the unit's metrics.
+    metrics = task.training_metrics()
+    for piece in micro_batch.pieces(len(inputs)):
+        loss, outputs = batch_loss(inputs[piece], targets[piece])
+        metrics.update(outputs, targets[piece])
         if fault_point("step", step=step) == "nan":
             loss = loss * torch.nan
-        if len(labels[piece]) < len(labels):
-            loss = loss * (len(labels[piece]) / len(labels))
+        if len(inputs[piece]) < len(inputs):
+            loss = loss * (len(inputs[piece]) / len(inputs))
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        correct.append(right)
-    return torch.stack(losses).sum(), torch.stack(correct).sum()
+    return torch.stack(losses).sum(), metrics
 
 
 def _update(
@@ -222,21 +250,51 @@ def check_finite(value: float, what: str, where: str) -> None:
 def predict(
     forward: Callable[[Tensor], Tensor], batches: Batches, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) float32 and labels (N,) int64 on the CPU, in the order of `batches`.
+    """Outputs (N, …) float32 and targets (N, …) on the CPU, in the order of `batches`.
 
     The caller puts the model in eval mode.
     """
-    logits, labels, micro = [], [], MicroBatch()
+    outputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    micro_batch = MicroBatch()
+    for inputs, batch_targets in batches:
+        outputs += [piece.float() for piece in _in_pieces(forward, inputs, micro_batch, dtype)]
+        targets.append(batch_targets)
+    return torch.cat(outputs).cpu(), torch.cat(targets).cpu()
 
-    def outputs(inputs: Tensor, found: list[Tensor]) -> None:
-        done = sum(map(len, found))  # what went through before memory ran out is not done again
-        for piece in micro.pieces(len(inputs) - done):
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    batches: Batches,
+    accumulator: MetricAccumulator,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give outputs and targets of all batches to `accumulator`, in their order.
+
+    The caller puts the model in eval mode.
+    """
+    micro_batch = MicroBatch()
+    for inputs, targets in batches:
+        start = 0
+        for outputs in _in_pieces(forward, inputs, micro_batch, dtype):
+            end = start + len(outputs)
+            accumulator.update(outputs, targets[start:end])
+            start = end
+
+
+def _in_pieces(
+    forward: Callable[[Tensor], Tensor], inputs: Tensor, micro_batch: MicroBatch, dtype: torch.dtype
+) -> list[Tensor]:
+    """Outputs of a batch, whole or by micro-batches where memory runs out."""
+    outputs: list[Tensor] = []
+
+    def attempt() -> None:
+        done = sum(map(len, outputs))  # what went through before memory ran out is not computed again
+        rest = inputs[done:]
+        for piece in micro_batch.pieces(len(rest)):
             with autocast(inputs.device, dtype):
-                found.append(forward(inputs[done:][piece]).float())
+                outputs.append(forward(rest[piece]))
 
-    for inputs, target in batches:
-        found: list[Tensor] = []
-        micro.attempt(partial(outputs, inputs, found), len(inputs), "evaluating")
-        logits += found
-        labels.append(target)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    micro_batch.attempt(attempt, len(inputs), "evaluating")
+    return outputs

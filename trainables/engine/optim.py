@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainables.engine.contract import ParamGroup, Phase, TrainingConfig
+from trainables.specs.metrics import LR_BACKBONE, LR_HEAD
 
 
 def select_groups(groups: Sequence[ParamGroup], phase: Phase) -> list[ParamGroup]:
@@ -152,6 +153,6 @@ def current_rates(optimizer: torch.optim.Optimizer | None) -> Mapping[str, float
     """
     tables = [] if optimizer is None else optimizer.param_groups
     return {
-        "lr/backbone": max((float(t["lr"]) for t in tables if t["name"] != "head"), default=0.0),
-        "lr/head": max((float(t["lr"]) for t in tables if t["name"] == "head"), default=0.0),
+        LR_BACKBONE.name: max((float(t["lr"]) for t in tables if t["name"] != "head"), default=0.0),
+        LR_HEAD.name: max((float(t["lr"]) for t in tables if t["name"] == "head"), default=0.0),
     }

@@ -1,17 +1,26 @@
-"""Gradient training of one phase of a trial: optimiser, order of the samples, and what need not be computed."""
+"""Gradient training of one phase of a trial: optimiser, order of the samples, cached features of a frozen backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.contract import Phase, Strategy, TrainingConfig
-from trainables.engine.loop import Batches, Observer, Progress, UnitResult, predict, set_training_mode, train_unit
+from trainables.engine.loop import (
+    Batches,
+    Forward,
+    Observer,
+    Progress,
+    UnitResult,
+    predict,
+    set_training_mode,
+    train_unit,
+)
 from trainables.engine.optim import build_optimizer, freeze_all_but, rate_factor, select_groups, set_rates
 from trainables.engine.rng_state import generator_states, set_generator_states
 from trainables.models.micro_batch import MicroBatch
@@ -19,18 +28,22 @@ from trainables.specs.seeds import stream_seed
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
+    from trainables.tasks.base import Task
+
+_MICRO_BATCH_SIZE = "memory/size"
 
 
-class PhaseTraining:
+class PhaseTrainer:
     """A new optimiser over the groups that `phase` names; everything else is frozen.
 
-    Where only the head moves, the backbone stays in eval mode, runs without gradients, and – without augmentation and
-    extra loss – only once: its features are computed for the whole phase, or taken from the shared cache if the
-    backbone is still the pretrained one.
+    Where only the head moves, the backbone stays in eval mode and runs without gradients. Where its features are pooled
+    as well, without augmentation and extra loss, it runs only once: the features are computed for the whole phase, or
+    taken from the shared cache if the backbone is still the pretrained one.
 
     Args:
-        model, strategy, phase, data: the trial's.
+        model, strategy, task, phase, data: the trial's.
+        prepared: what the strategy's `prepare` returned as state.
         unit_steps: optimiser steps of one unit.
         dtype: autocast type.
 
@@ -41,37 +54,45 @@ class PhaseTraining:
 
     def __init__(
         self,
-        model: Classifier,
+        model: TaskModel,
         strategy: Strategy,
+        task: Task,
         phase: Phase,
         data: TrialData,
         *,
+        prepared: Any = None,
         unit_steps: int,
         dtype: torch.dtype,
     ) -> None:
         if not isinstance(strategy.config, TrainingConfig):
             raise TypeError(f"{strategy.name()} trains by gradient, so its Config must extend TrainingConfig.")
-        self.model, self.strategy, self.data, self.dtype = model, strategy, data, dtype
+        self.model = model
+        self.strategy = strategy
+        self.task = task
+        self.data = data
+        self.dtype = dtype
         self.config: TrainingConfig = strategy.config
-        self.unit_steps, self.total_steps = unit_steps, unit_steps * phase.units
-        groups = select_groups(strategy.param_groups(model), phase)
+        self.unit_steps = unit_steps
+        self.total_steps = unit_steps * phase.units
+        groups = select_groups(strategy.param_groups(model, prepared), phase)
         freeze_all_but(model, groups)
-        self.optimizer = build_optimizer(groups, self.config, data.mean_square_norm)
+        self.optimizer = build_optimizer(groups, self.config, lambda: task.feature_scale(data))
         self.head_only = not any(p.requires_grad for p in model.backbone.parameters())
         plain_loss = type(strategy).extra_loss is Strategy.extra_loss
         self._extra_loss = None if plain_loss else self._strategy_loss
         self._micro_batch = MicroBatch()
         self._progress: Progress | None = None
-        self._watch: Observer | None = None
-        self._continued: Mapping[str, Tensor] = {}
+        self._observer: Observer | None = None
+        self._restored: Mapping[str, Tensor] = {}
+        """State of a unit that was interrupted and has not continued yet."""
         self._features: tuple[Tensor, Tensor] | None = None
-        if self.head_only and plain_loss and not data.spec.task.augment:
+        if self.head_only and model.pooled and plain_loss and not data.spec.shared.augment:
             self._features = self._whole_features()
 
     def unit(
         self, seed: int, steps_before: int, unit_in_phase: int, after_step: Callable[[], object] | None = None
     ) -> UnitResult:
-        """Train one unit, or the rest of the one that `load_unit_state` put back.
+        """Train one unit, or the rest of the one that `load_unit_state` restored.
 
         Args:
             seed: the trial's.
@@ -80,27 +101,25 @@ class PhaseTraining:
             after_step: called after every step; `unit_state` then is that of the middle of the unit.
         """
         set_training_mode(self.model, self.model.backbone if self.head_only else None, self.config.bn_mode)
-        device = self.data.device
-        self._watch, continued = self._observer(), _by_part(self._continued)
-        self._progress = Progress.of(continued["progress"], device) if continued else Progress.none(device)
-        if continued:
-            last = unit_in_phase * self.unit_steps + self._progress.steps - 1
-            set_rates(self.optimizer, rate_factor(last, self.total_steps, self.config))  # no step may be left
-            set_generator_states(continued["random"], device)
-            if self._watch is not None:
-                self._watch.load_state(continued["observer"])
-        self._continued = {}
+        first_step = unit_in_phase * self.unit_steps
+        self._observer = self._new_observer()
+        if self._restored:
+            self._progress = self._continue(_by_part(self._restored), first_step)
+            self._restored = {}
+        else:
+            self._progress = Progress.start(self.task, self.data.device)
         try:
             return train_unit(
                 self._forward(),
                 self._batches(seed, steps_before, self._progress.steps),
                 self.optimizer,
                 self.config,
-                first_step=unit_in_phase * self.unit_steps,
+                self.task,
+                first_step=first_step,
                 total_steps=self.total_steps,
                 dtype=self.dtype,
                 extra_loss=self._extra_loss,
-                observer=self._watch,
+                observer=self._observer,
                 progress=self._progress,
                 after_step=after_step,
                 micro_batch=self._micro_batch,
@@ -108,57 +127,72 @@ class PhaseTraining:
         finally:
             self._progress = None
 
+    def _continue(self, parts: Mapping[str, Mapping[str, Tensor]], first_step: int) -> Progress:
+        """Restore rates, random generators and observer; returns the interrupted unit's progress."""
+        progress = Progress.from_state(parts["progress"], self.task, self.data.device)
+        # Rates of the last step done: if it was the unit's last one, none of the steps to come sets them.
+        set_rates(self.optimizer, rate_factor(first_step + progress.steps - 1, self.total_steps, self.config))
+        set_generator_states(parts["random"], self.data.device)
+        if self._observer is not None:
+            self._observer.load_state(parts["observer"])
+        return progress
+
     @property
     def steps_done(self) -> int:
-        """Steps of the unit under way, or of the one that goes on next; 0 between two units."""
+        """Steps of the unit under way, or of the interrupted one that continues next; 0 between two units."""
         if self._progress is not None:
             return self._progress.steps
-        return Progress.of(_by_part(self._continued)["progress"], self.data.device).steps if self._continued else 0
+        if not self._restored:
+            return 0
+        return Progress.from_state(_by_part(self._restored)["progress"], self.task, self.data.device).steps
 
     def unit_state(self) -> dict[str, Tensor]:
-        """What the unit under way has gathered, with the random generators; between two units, nothing of both. How
-        many images fit at once is part of it: another size is another rounding, and trying again draws again."""
-        known = {} if self._micro_batch.size is None else {"memory/size": torch.tensor(self._micro_batch.size)}
-        return known | self._gathered()
+        """Progress of the unit under way, with the random generators; between two units, nothing of both.
 
-    def _gathered(self) -> dict[str, Tensor]:
+        Includes the micro-batch size: a different one changes floating-point rounding and the use of random numbers.
+        """
+        state = self._progress_state()
+        if self._micro_batch.size is not None:
+            state[_MICRO_BATCH_SIZE] = torch.tensor(self._micro_batch.size)
+        return state
+
+    def _progress_state(self) -> dict[str, Tensor]:
         if self._progress is None:
-            return dict(self._continued)
+            return dict(self._restored)
         parts = {"progress": self._progress.state(), "random": generator_states(self.data.device)}
-        if self._watch is not None:
-            parts["observer"] = self._watch.state()
+        if self._observer is not None:
+            parts["observer"] = self._observer.state()
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
     def load_unit_state(self, state: Mapping[str, Tensor]) -> None:
-        """Let the next `unit` go on from what `unit_state` returned."""
-        self._continued = {name: value for name, value in state.items() if name != "memory/size"}
-        if "memory/size" in state:
-            self._micro_batch.size = int(state["memory/size"])
+        """Let the next `unit` continue from what `unit_state` returned."""
+        self._restored = {name: value for name, value in state.items() if name != _MICRO_BATCH_SIZE}
+        if _MICRO_BATCH_SIZE in state:
+            self._micro_batch.size = int(state[_MICRO_BATCH_SIZE])
 
-    def _observer(self) -> Observer | None:
-        if "gradients" not in {*self.strategy.measures, *self.data.spec.task.diagnostics}:
+    def _new_observer(self) -> Observer | None:
+        if "gradients" not in {*self.strategy.measures, *self.data.spec.shared.diagnostics}:
             return None
         from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 
         return GradientNorms(moving_kinds(self.model, self.data.reference))
 
-    def _forward(self) -> Callable[[Tensor], Tensor]:
+    def _forward(self) -> Forward:
         if self._features is not None:
-            head: nn.Module = self.model.head
-            return head
+            return self.model.outputs
         return self._head_on_frozen if self.head_only else self.model
 
-    def _head_on_frozen(self, images: Tensor) -> Tensor:
+    def _head_on_frozen(self, images: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
             features = self.model.features(images)
-        logits: Tensor = self.model.head(features)
-        return logits
+        return self.model.outputs(features, targets)
 
-    def _strategy_loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
-        return self.strategy.extra_loss(self.model, images, logits, labels)
+    def _strategy_loss(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        return self.strategy.extra_loss(self.model, images, outputs, targets)
 
     def _batches(self, seed: int, steps_before: int, done: int) -> Batches:
-        step, end = steps_before + done, steps_before + self.unit_steps
+        step = steps_before + done
+        end = steps_before + self.unit_steps
         while step < end:
             epoch, offset = divmod(step, self.data.steps_per_epoch)
             count = min(end - step, self.data.steps_per_epoch - offset)
@@ -178,10 +212,10 @@ class PhaseTraining:
             features = torch.tensor(self.data.features("train"))
             return features.to(device), torch.tensor(self.data.labels("train")).to(device)
         if self.total_steps < self.data.steps_per_epoch:
-            return None  # the phase does not see every image once
+            return None  # the phase does not use every image once
         self.model.eval()
-        computed, labels = predict(self.model.features, self.data.batches("train"), self.dtype)
-        return computed.to(device), labels.to(device)
+        computed, targets = predict(self.model.features, self.data.batches("train"), self.dtype)
+        return computed.to(device), targets.to(device)
 
 
 def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -193,7 +227,7 @@ def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` returned, into an optimiser over the same parameters."""
+    """Restore what `optimizer_state` returned, into an optimiser over the same parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = optimizer.state_dict()
     moving = [p for table in optimizer.param_groups for p in table["params"]]

@@ -11,29 +11,55 @@ from torch import Tensor
 
 from trainables.data.trial_data import TrialData
 from trainables.engine.best_weights import Best, changed_start, movable_names, take
-from trainables.engine.budget import Plan, Position
-from trainables.engine.contract import Phase
+from trainables.engine.budget import BudgetPlan, UnitPosition
+from trainables.engine.contract import ParamGroup, Phase, check_task
 from trainables.engine.evaluation import training_scores, validation_scores
-from trainables.engine.final_evaluation import final, interim, split
+from trainables.engine.final_evaluation import TrialContext, final, interim
 from trainables.engine.loop import check_finite
 from trainables.engine.optim import current_rates
-from trainables.engine.phase_trainer import PhaseTraining, load_optimizer_state
+from trainables.engine.phase_trainer import PhaseTrainer, load_optimizer_state
 from trainables.engine.process_cache import on_device, open_store, pretrained_for
 from trainables.engine.registry import strategy_class
 from trainables.engine.rng_state import isolated_randomness
-from trainables.engine.trial_state import best_of, check_same, identity, misfits, pack, put_weights, unpack
-from trainables.models.backbone import Classifier, new_classifier
+from trainables.engine.trial_state import (
+    STATE_FORMAT,
+    best_meta,
+    best_of,
+    check_format,
+    check_same,
+    identity,
+    misfits,
+    pack,
+    put_weights,
+    under_its_names,
+    unpack,
+)
+from trainables.models.device import training_device
 from trainables.models.precision import resolve_precision
-from trainables.specs.measurements import Report
+from trainables.models.task_model import TaskModel
+from trainables.specs.measurements import Report, split_report
+from trainables.specs.metrics import (
+    FIRST_BATCH_SECONDS,
+    IMAGES_PER_SECOND,
+    TOTAL_SECONDS,
+    TRAIN,
+    TRAIN_LOSS,
+    TRAINABLE_PARAMETERS,
+    TRAINING_IMAGES,
+    UNIT_SECONDS,
+    VAL,
+)
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import RunState
+from trainables.tasks.base import TargetSpec, Task
+from trainables.tasks.registry import task_class, task_for
 
 if TYPE_CHECKING:
     from trainables.data.store import StoreLike
 
 
-class Run:
+class Trial:
     """One trial. `step()` does one unit and returns its metrics; call it until `finished`.
 
     Nothing is loaded before the first `step`. Numbers depend on `spec` alone: all random numbers come from streams of
@@ -41,12 +67,13 @@ class Run:
 
     Args:
         spec: what to do.
-        store: an opened store; None = the one at `spec.task.store`, opened once per process.
+        store: an opened store; None = the one at `spec.shared.store`, opened once per process.
         device: None = the GPU if there is one.
         started: `time.perf_counter()` at the trial's start, for `cost/first_batch_seconds`; None = now.
 
     Raises:
-        ValueError: unknown strategy or hyperparameter, or a value out of range.
+        ValueError: unknown strategy, hyperparameter or task, a value out of range, or a strategy that the task cannot
+            serve.
     """
 
     def __init__(
@@ -59,41 +86,61 @@ class Run:
     ) -> None:
         self.spec = spec
         self.strategy = strategy_class(spec.strategy).from_hparams(spec.hparams)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.unit, self.finished = 0, False
+        check_task(self.strategy, task_class(spec.shared.task))
+        self.device = training_device() if device is None else torch.device(device)
+        self.unit = 0
+        """Units done."""
+        self.finished = False
         self.best = Best()
         self.result: dict[str, Any] | None = None
-        """What the last `step` returned; comes back with a state."""
+        """What the last `step` returned; part of the state."""
         self.after_step: Callable[[], object] | None = None
         """Called after every optimiser step; `state` then is that of the middle of the unit."""
-        self._store, self._started = store, time.perf_counter() if started is None else started
-        self._seconds = self._elapsed = 0.0
+        self._store = store
+        self._started = time.perf_counter() if started is None else started
+        self._seconds = 0.0
+        """Of all units done."""
+        self._elapsed = 0.0
+        """Of a unit that was interrupted, before it continues."""
+        self._unit_began = 0.0
         self._once: dict[str, float] = {}
+        """Metrics that are recorded with the first and the last unit."""
         self._curves: dict[str, Any] = {}
-        self._model: Classifier | None = None
-        self._pristine: dict[str, Tensor] = {}
-        self._training: PhaseTraining | None = None
+        """Curves of the unit under way, by name, as plain dicts."""
+        self._built: _Built | None = None
+        self._trainer: PhaseTrainer | None = None
         self._restored: RunState | None = None
 
     @property
-    def model(self) -> Classifier:
-        """The network as it stands; after the last unit, the best one, finalised."""
-        self._build()
-        assert self._model is not None
-        return self._model
+    def model(self) -> TaskModel:
+        """The network as it stands; after the last unit, the best one, finalized."""
+        return self._build().model
 
     @property
     def data(self) -> TrialData:
-        """What the trial sees."""
-        self._build()
-        return self._data
+        """Data of the trial."""
+        return self._build().data
+
+    @property
+    def prepared(self) -> Any:
+        """State that the strategy's `prepare` returned."""
+        return self._build().prepared
+
+    def param_groups(self) -> list[ParamGroup]:
+        """What moves, as the strategy declares it for this network."""
+        return self.strategy.param_groups(self.model, self.prepared)
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self._build().task
 
     def step(self) -> dict[str, Any]:
-        """Do one unit: train (or solve), validate, and at units of `task.evaluate_at` and the last one test too.
+        """Do one unit: train (or solve), validate, and at units of `evaluate_at` and the last one test too.
 
         Returns:
-            Flat metrics (floats, names as in the record) with `finished` (bool) and `unit` (1-based count); where the
-            unit measured curves, these too under `curves`, by name as plain dicts (`Curve.to_dict`).
+            Flat metrics (floats by recorded name) with `finished` (bool) and `unit` (1-based count); where the unit
+            measured curves, these too under `curves`, by name as plain dicts (`Curve.to_dict`).
 
         Raises:
             NonFiniteError: the loss became NaN or infinite.
@@ -102,152 +149,236 @@ class Run:
         if self.finished:
             raise RuntimeError(f"The trial finished after unit {self.unit}; it has no further step.")
         began = time.perf_counter() - self._elapsed
-        self._build()
+        built = self._build()
+        assert built.plan is not None
         with isolated_randomness(self._stream("unit", self.unit), self.device):
-            metrics = self._advance(self._plan.at(self.unit))
-        metrics |= validation_scores(self.model, self._data)
-        check_finite(metrics["val/nll"], "validation loss", f"after unit {self.unit + 1}")
+            metrics = self._advance(built, built.plan.at(self.unit))
+        metrics |= self._validate(built)
         self.unit += 1
-        self.finished = self.unit == self._plan.units
-        if self.best.improved_by(metrics["val/acc"], metrics["val/nll"]):
-            self.best = Best(self.unit, metrics["val/acc"], metrics["val/nll"], take(self.model, self._movable))
-        if self.finished or self.unit in self.spec.task.evaluate_at:
-            metrics |= self._evaluate()
-        metrics["cost/unit_seconds"] = time.perf_counter() - began
-        self._seconds, self._elapsed = self._seconds + metrics["cost/unit_seconds"], 0.0
-        if self.unit == 1 and self._data.first_delivery is not None:
-            self._once["cost/first_batch_seconds"] = self._data.first_delivery - self._started
-        metrics |= self._once if self.unit == 1 or self.finished else {}
+        self.finished = self.unit == built.plan.units
+        self._keep_best(built, metrics)
+        if self.finished or self.unit in self.spec.shared.evaluate_at:
+            metrics |= self._evaluate(built)
+        seconds = time.perf_counter() - began
+        metrics[UNIT_SECONDS.name] = seconds
+        self._seconds += seconds
+        self._elapsed = 0.0
+        if self.unit == 1 and built.data.first_delivery is not None:
+            self._once[FIRST_BATCH_SECONDS.name] = built.data.first_delivery - self._started
+        if self.unit == 1 or self.finished:
+            metrics |= self._once
         if self.finished:
-            metrics["cost/total_seconds"] = self._seconds
-        curves, self._curves = self._curves, {}
-        self.result = {**metrics, "finished": self.finished, "unit": self.unit} | ({"curves": curves} if curves else {})
+            metrics[TOTAL_SECONDS.name] = self._seconds
+        self.result = {**metrics, "finished": self.finished, "unit": self.unit}
+        if self._curves:
+            self.result["curves"] = self._curves
+            self._curves = {}
         return dict(self.result)
 
     def state(self) -> RunState:
         """Everything that the rest of the trial depends on, between two steps or, from `after_step`, inside one."""
-        if self._model is None and self._restored is not None:
+        if self._built is None and self._restored is not None:
             return self._restored
-        self._build()
-        inside = self._training is not None and self._training.steps_done > 0
-        elsewhere = not self.finished and (inside or self.best.unit != self.unit)
-        tensors = pack(self.model, self._pristine, self.best if elsewhere else None, self._training)
-        return RunState(tensors, self.state_without_tensors())
+        built = self._build()
+        inside = self._trainer is not None and self._trainer.steps_done > 0
+        best_is_elsewhere = not self.finished and (inside or self.best.unit != self.unit)
+        best = self.best if best_is_elsewhere else None
+        return RunState(pack(built.model, built.pristine, best, self._trainer), self.state_without_tensors())
 
     def state_without_tensors(self) -> dict[str, Any]:
-        """The plain values of `state`, which of a finished trial are all that anybody reads."""
-        inside, found = self._training.steps_done if self._training is not None else 0, self.best
-        best = {"unit": found.unit, "accuracy": found.accuracy, "nll": found.nll} if found.unit else None
+        """The plain values of `state`: of a finished trial, all that is read again."""
+        steps = self._trainer.steps_done if self._trainer is not None else 0
         return {
+            "format": STATE_FORMAT,
             "unit": self.unit,
-            "step": inside,
+            "step": steps,
             "finished": self.finished,
             "seconds": self._seconds,
-            "elapsed": time.perf_counter() - self._unit_began if inside else 0.0,
+            "elapsed": time.perf_counter() - self._unit_began if steps else 0.0,
             "once": self._once,
             "curves": self._curves,
-            "best": best,
+            "best": best_meta(self.best),
             "result": self.result,
-            "identity": identity(self.spec) | self._digests(),
+            "identity": identity(self.spec) | self._build().digests,
         }
 
     def load_state(self, state: RunState) -> None:
-        """Continue from `state`, taken from a run of the same trial; the network is rebuilt when it is first used,
-        and what of `state` does not fit it, its weights or its data is an error then.
+        """Continue from `state` of the same trial.
+
+        The network is rebuilt when it is first used; what of `state` does not fit it, its weights or its data is an
+        error then.
 
         Raises:
-            CheckpointError: the state is that of another trial.
+            CheckpointError: the state is of another trial or of another version.
         """
+        check_format(state.meta)
         check_same(identity(self.spec), state.meta["identity"])
-        self.unit, self.finished = int(state.meta["unit"]), bool(state.meta["finished"])
-        self._seconds, self._elapsed = float(state.meta["seconds"]), float(state.meta["elapsed"])
-        self._once, self._curves = dict(state.meta["once"]), dict(state.meta["curves"])
+        self.unit = int(state.meta["unit"])
+        self.finished = bool(state.meta["finished"])
+        self._seconds = float(state.meta["seconds"])
+        self._elapsed = float(state.meta["elapsed"])
+        self._once = dict(state.meta["once"])
+        self._curves = dict(state.meta["curves"])
         self.result = state.meta["result"]
-        self._model, self._training, self._restored = None, None, state
-
-    def _digests(self) -> dict[str, str]:
-        return {"weights": self._data.backbone.digest, "data": self._data.store.digest}
+        self._built = None
+        self._trainer = None
+        self._restored = state
 
     def _stream(self, *names: str | int) -> int:
         return stream_seed(self.spec.seed, *names)
 
-    def _build(self) -> None:
-        if self._model is not None:
-            return
-        task = self.spec.task
-        store = self._store if self._store is not None else open_store(task.store)
-        backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
+    def _build(self) -> _Built:
+        """Load data and network once."""
+        if self._built is not None:
+            return self._built
+        shared = self.spec.shared
+        store = self._store if self._store is not None else open_store(shared.store)
+        task = task_for(shared.task, TargetSpec(tuple(store.classes)))
+        backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache)
         local = on_device(backbone, self.device)
-        self._data = TrialData(self.spec, store, backbone, self.device, reference=local.module)
-        model = new_classifier(local, self._data.num_classes, self.device, seed=self._stream("head"))
-        self._pristine = {f"backbone.{name}": value for name, value in local.module.state_dict().items()}
-        self._model = model
-        if self.finished and self._restored is not None:  # what `prepare` injects, `finalize` has taken out again
-            self._movable = set()
-            self._put_restored(self._restored)
-            return
+        data = TrialData(self.spec, store, backbone, self.device, reference=local.module, transform=task.transform)
+        model = task.build_model(local, self._stream("head"))
+        pristine = {f"backbone.{name}": value for name, value in local.module.state_dict().items()}
+        built = _Built(task, data, model, pristine)
+        if self.finished and self._restored is not None:
+            # Of a finished trial the structure is the pretrained one: adapters that `prepare` injects are merged.
+            self._restore(built, self._restored)
+        else:
+            self._prepare(built)
+        self._built = built
+        return built
+
+    def _prepare(self, built: _Built) -> None:
+        """Let the strategy prepare the network and plan the budget; restore the state that `load_state` was given."""
+        shared = self.spec.shared
+        data = built.data
+        model = built.model
         with isolated_randomness(self._stream("prepare"), self.device):
-            report = self.strategy.prepare(model, self._data)
-        self._start = changed_start(model, self._pristine)
-        self._plan = Plan.of(self.strategy, task.epochs, task.steps_per_unit or self._data.steps_per_epoch)
-        groups = self.strategy.param_groups(model)
-        self._movable = movable_names(model, groups)
+            prepared = self.strategy.prepare(model, data)
+        built.prepared = prepared.state
+        built.start = changed_start(model, built.pristine)
+        built.plan = BudgetPlan.of(self.strategy, shared.epochs, shared.steps_per_unit or data.steps_per_epoch)
+        groups = self.strategy.param_groups(model, prepared.state)
+        built.movable = movable_names(model, groups)
+        if self._restored is not None:
+            self._restore(built, self._restored)
+            return
         moving = {id(p): p.numel() for group in groups for p in group.parameters}
-        if self._restored is None:
-            self._once = {
-                **self._metrics_of(report),
-                "cost/trainable_parameters": float(sum(moving.values())),
-                "cost/training_images": float(self._data.train_size),
-            }
-        else:
-            self._put_restored(self._restored)
+        self._once = {
+            **self._metrics_of(prepared.report),
+            TRAINABLE_PARAMETERS.name: float(sum(moving.values())),
+            TRAINING_IMAGES.name: float(data.train_size),
+        }
 
-    def _begin(self, phase: Phase) -> PhaseTraining:
-        steps, dtype = self._plan.unit_steps, resolve_precision(self.spec.task.precision, self.device)
-        return PhaseTraining(self.model, self.strategy, phase, self._data, unit_steps=steps, dtype=dtype)
+    def _new_trainer(self, built: _Built, phase: Phase) -> PhaseTrainer:
+        assert built.plan is not None
+        return PhaseTrainer(
+            built.model,
+            self.strategy,
+            built.task,
+            phase,
+            built.data,
+            prepared=built.prepared,
+            unit_steps=built.plan.unit_steps,
+            dtype=resolve_precision(self.spec.shared.precision, self.device),
+        )
 
-    def _advance(self, at: Position) -> dict[str, float]:
+    def _advance(self, built: _Built, position: UnitPosition) -> dict[str, float]:
+        """Train or solve one unit."""
+        phase = position.phase
         began = self._unit_began = time.perf_counter() - self._elapsed
-        if at.phase.solve is not None:
-            self._training = None
-            metrics = self._metrics_of(at.phase.solve(self.model, self._data))
-            seconds, images = time.perf_counter() - began, self._data.train_size
-            metrics |= training_scores(self.model, self._data)
+        if phase.solve is not None:
+            self._trainer = None
+            metrics = self._metrics_of(phase.solve(built.model, built.data))
+            seconds = time.perf_counter() - began
+            images = built.data.train_size
+            metrics |= training_scores(built.model, built.data)
+            metrics |= current_rates(None)
         else:
-            if at.unit_in_phase == 0 and (self._training is None or not self._training.steps_done):
-                self._training = self._begin(at.phase)
-            assert self._training is not None
-            result = self._training.unit(self.spec.seed, at.steps_before, at.unit_in_phase, self.after_step)
-            seconds, images = time.perf_counter() - began, result.images
-            metrics = {"train/loss": result.loss, "train/acc": result.accuracy, **result.observed}
-        metrics |= current_rates(self._training.optimizer if self._training else None)
-        if at.phase.finish is not None and at.unit_in_phase + 1 == at.phase.units:
-            metrics |= self._metrics_of(at.phase.finish(self.model, self._data))
-        return metrics | {"cost/images_per_second": images / seconds}
+            if position.unit_in_phase == 0 and (self._trainer is None or not self._trainer.steps_done):
+                self._trainer = self._new_trainer(built, phase)
+            assert self._trainer is not None
+            result = self._trainer.unit(self.spec.seed, position.steps_before, position.unit_in_phase, self.after_step)
+            seconds = time.perf_counter() - began
+            images = result.images
+            metrics = {TRAIN_LOSS.name: result.loss, **result.observed}
+            metrics |= {metric.on(TRAIN): result.metrics[metric.key] for metric in built.task.metrics.training}
+            metrics |= current_rates(self._trainer.optimizer)
+        if phase.finish is not None and position.unit_in_phase + 1 == phase.units:
+            metrics |= self._metrics_of(phase.finish(built.model, built.data))
+        return metrics | {IMAGES_PER_SECOND.name: images / seconds}
 
-    def _evaluate(self) -> dict[str, float]:
+    def _validate(self, built: _Built) -> dict[str, float]:
+        table = built.task.metrics
+        scores = validation_scores(built.model, built.data)
+        for metric in (table.selection, table.tie_breaker):
+            check_finite(scores[metric.on(VAL)], f"validation {metric.title}", f"after unit {self.unit + 1}")
+        return scores
+
+    def _keep_best(self, built: _Built, scores: dict[str, float]) -> None:
+        table = built.task.metrics
+        value = scores[table.validation]
+        tie_breaker = scores[table.tie_breaker.on(VAL)]
+        if self.best.improved_by(value, tie_breaker, table):
+            self.best = Best(self.unit, value, tie_breaker, take(built.model, built.movable))
+
+    def _evaluate(self, built: _Built) -> dict[str, float]:
+        """Final evaluation after the last unit, an interim one before."""
+        trial = TrialContext(built.model, self.strategy, built.data, self.best, built.start, built.prepared)
         with isolated_randomness(self._stream("finalize"), self.device):
-            found = (final if self.finished else interim)(self.model, self.strategy, self._data, self.best, self._start)
+            if self.finished:
+                evaluation = final(trial)
+            else:
+                evaluation = interim(trial, under_its_names(built.model, built.pristine))
         if self.finished:
-            self._training = None
-            self._once |= found.report
-        return self._metrics_of({**found.report, **found.curves}) | found.scores
+            self._trainer = None
+            self._once |= evaluation.report
+        return self._metrics_of({**evaluation.report, **evaluation.curves}) | evaluation.scores
 
     def _metrics_of(self, report: Report) -> dict[str, float]:
-        metrics, curves = split(report)
+        """The metrics of a report; its curves are kept for the unit's result."""
+        metrics, curves = split_report(report)
         self._curves |= {name: curve.to_dict() for name, curve in curves.items()}
         return metrics
 
-    def _put_restored(self, state: RunState) -> None:
+    def _restore(self, built: _Built, state: RunState) -> None:
         parts = unpack(state)
-        check_same(self._digests(), state.meta["identity"], misfits(self.model, parts["model"]))
-        put_weights(self.model, self._pristine, parts["model"])
-        inside, best = state.meta["step"] > 0, state.meta["best"]
-        elsewhere = best is not None and not self.finished and (inside or best["unit"] != self.unit)
-        saved = parts["best"] if elsewhere else None
-        self.best = best_of(best, self.model, self._movable, self._pristine, saved)
-        at = self._plan.at(self.unit) if not self.finished else None
-        if at is not None and (inside or at.unit_in_phase > 0) and at.phase.solve is None:
-            self._training = self._begin(at.phase)
-            load_optimizer_state(self._training.optimizer, self.model, parts["optimizer"])
-            self._training.load_unit_state(parts["unit"])
+        check_same(built.digests, state.meta["identity"], misfits(built.model, parts["model"]))
+        put_weights(built.model, built.pristine, parts["model"])
+        inside = state.meta["step"] > 0
+        meta = state.meta["best"]
+        best_is_elsewhere = meta is not None and not self.finished and (inside or meta["unit"] != self.unit)
+        saved = parts["best"] if best_is_elsewhere else None
+        self.best = best_of(meta, built.model, built.movable, built.pristine, saved)
+        if self.finished:
+            return
+        assert built.plan is not None
+        position = built.plan.at(self.unit)
+        if (inside or position.unit_in_phase > 0) and position.phase.solve is None:
+            self._trainer = self._new_trainer(built, position.phase)
+            load_optimizer_state(self._trainer.optimizer, built.model, parts["optimizer"])
+            self._trainer.load_unit_state(parts["unit"])
+
+
+class _Built:
+    """Loaded data and network of a trial, and what follows from them."""
+
+    def __init__(self, task: Task, data: TrialData, model: TaskModel, pristine: dict[str, Tensor]) -> None:
+        self.task = task
+        self.data = data
+        self.model = model
+        self.pristine = pristine
+        """The pretrained tensors by the names of a new model."""
+        self.prepared: Any = None
+        """State that the strategy's `prepare` returned."""
+        self.start: dict[str, Tensor] = {}
+        """Tensors that differed from the pretrained ones when training began."""
+        self.movable: set[str] = set()
+        """Names of the tensors that training may change."""
+        self.plan: BudgetPlan | None = None
+        """None = the trial was restored as finished."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the pretrained weights and the data, for the identity of a checkpoint."""
+        return {"weights": self.data.backbone.digest, "data": self.data.store.digest}

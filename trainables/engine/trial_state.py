@@ -1,4 +1,4 @@
-"""A trial's state and back: which tensors a checkpoint holds, and whether it belongs to the trial that reads it."""
+"""Serialise and restore trial state; check that a checkpoint belongs to this trial."""
 
 from __future__ import annotations
 
@@ -9,72 +9,86 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from trainables.engine.best_weights import Best, put_back, take
-from trainables.engine.phase_trainer import PhaseTraining, optimizer_state
+from trainables.engine.phase_trainer import PhaseTrainer, optimizer_state
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, changed_tensors
 
 if TYPE_CHECKING:
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
+
+STATE_FORMAT = 2
+"""Version of a state's plain values. 1, without a number, had accuracy and NLL of the best unit by these names."""
 
 PARTS = ("model", "best", "optimizer", "unit")
 """First parts of the tensors' names: differences of the network and of its best unit from the pretrained one, the
-optimiser's tensors, and, in the middle of a unit, what the unit has gathered so far."""
+optimiser's tensors, and, in the middle of a unit, its progress."""
 
 _WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics")
-"""Fields of a task that no trained weight depends on. What lies in the store is known by its digest."""
+"""Shared settings that no trained weight depends on. The contents of the store are identified by its digest."""
 
 
 def identity(spec: TrialSpec) -> dict[str, Any]:
     """What makes two trials the same training, as JSON values; weights and data come on top, by their digests."""
-    task = dataclasses.asdict(spec.task)
-    del task["model"]  # its weights are what counts, wherever they lie
-    kept = {f"task.{name}": value for name, value in task.items() if name not in _WITHOUT_EFFECT}
-    kept = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
-    own = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
-    return own | kept
+    shared = dataclasses.asdict(spec.shared)
+    del shared["model"]  # its weights are what counts, wherever they lie
+    fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
+    for name, value in shared.items():
+        if name not in _WITHOUT_EFFECT:
+            fields[f"shared.{name}"] = list(value) if isinstance(value, tuple) else value
+    return fields
 
 
-def check_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], misfits: Sequence[str] = ()) -> None:
+def check_format(meta: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a state was written by another version of Luthier."""
+    version = meta.get("format", 1)
+    if version != STATE_FORMAT:
+        raise CheckpointError(
+            f"A trial continues from a state of format {STATE_FORMAT}, but the checkpoint has format {version!r}: it "
+            "was written by another version of Luthier. The trial starts over."
+        )
+
+
+def check_same(trial: Mapping[str, Any], checkpoint: Mapping[str, Any], misfits: Sequence[str] = ()) -> None:
     """Raise CheckpointError, naming every difference, where a checkpoint is not of this trial.
 
     Args:
-        mine: what the trial is.
-        theirs: what the checkpoint says of itself; further keys do not matter here.
+        trial: identity of the trial.
+        checkpoint: identity in the checkpoint; further keys do not matter here.
         misfits: see `misfits`.
     """
     missing = object()
-    told = [
-        f"{k}: {theirs.get(k, 'unknown')!r} in the checkpoint, {mine[k]!r} here"
-        for k in mine
-        if theirs.get(k, missing) != mine[k]
+    problems = [
+        f"{key}: {checkpoint.get(key, 'unknown')!r} in the checkpoint, {value!r} here"
+        for key, value in trial.items()
+        if checkpoint.get(key, missing) != value
     ]
     if misfits:
-        shown = [*misfits[:10], *(["…"] if len(misfits) > 10 else [])]
-        told.append(f"{len(misfits)} tensors do not fit: {', '.join(shown)}")
-    if told:
+        listed = [*misfits[:10], *(["…"] if len(misfits) > 10 else [])]
+        problems.append(f"{len(misfits)} tensors do not fit: {', '.join(listed)}")
+    if problems:
         raise CheckpointError(
-            f"A checkpoint continues its own trial only, but this one is of another: {'; '.join(told)}."
+            f"A checkpoint continues its own trial only, but this one is of another: {'; '.join(problems)}."
         )
 
 
 def misfits(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
     """The tensors of a checkpoint that the network lacks, or that have another type or shape there."""
-    own = model.state_dict()
+    forms = {name: _form(tensor) for name, tensor in model.state_dict().items()}
     return [
-        f"{name} is {_form(tensor)} in the checkpoint, {_form(own[name]) if name in own else 'missing'} here"
+        f"{name} is {_form(tensor)} in the checkpoint, {forms.get(name, 'missing')} here"
         for name, tensor in sorted(saved.items())
-        if name not in own or _form(own[name]) != _form(tensor)
+        if forms.get(name) != _form(tensor)
     ]
 
 
 def pack(
-    model: Classifier, pristine: Mapping[str, Tensor], best: Best | None, training: PhaseTraining | None
+    model: TaskModel, pristine: Mapping[str, Tensor], best: Best | None, training: PhaseTrainer | None
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as copies.
+    """Tensors of a checkpoint, as copies.
 
     Args:
         model: the network as it stands.
-        pristine: the pretrained tensors by the classifier's names.
+        pristine: the pretrained tensors by the names of a new model.
         best: the best unit so far, where its weights are not those of `model`.
         training: the phase under way, if it trains by gradient.
     """
@@ -83,8 +97,8 @@ def pack(
     if best is not None:
         tensors |= {f"best/{k}": v for k, v in changed_tensors(best.tensors, pristine).items()}
     if training is not None:
-        found = optimizer_state(training.optimizer, model)
-        tensors |= {f"optimizer/{k}": v.clone() for k, v in found.items()}
+        optimizer = optimizer_state(training.optimizer, model)
+        tensors |= {f"optimizer/{k}": v.clone() for k, v in optimizer.items()}
         tensors |= {f"unit/{k}": v.clone() for k, v in training.unit_state().items()}
     return tensors
 
@@ -101,7 +115,7 @@ def unpack(state: RunState) -> dict[str, dict[str, Tensor]]:
 
 
 def put_weights(model: nn.Module, pristine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Give the network the weights of a checkpoint; tensors that it does not hold become pretrained ones again."""
+    """Give the network the weights of a checkpoint; tensors that it does not hold become the pretrained ones."""
     put_back(model, under_its_names(model, pristine) | dict(saved))
 
 
@@ -122,8 +136,8 @@ def best_of(
     """The best unit so far, from a checkpoint.
 
     Args:
-        meta: `unit`, `accuracy`, `nll`; None = no unit is done.
-        model: the network, its weights already put back.
+        meta: what `best_meta` returned; None = no unit is done.
+        model: the network, its weights already restored.
         movable: names of the tensors that may have moved.
         pristine: the pretrained tensors.
         saved: the best unit's differences; None = the network's weights are the best ones.
@@ -132,9 +146,16 @@ def best_of(
         return Best()
     tensors = take(model, movable)
     if saved is not None:
-        kept = {**under_its_names(model, pristine), **saved}
-        tensors = {k: kept[k].to(v.device, copy=True) for k, v in tensors.items()}
-    return Best(meta["unit"], meta["accuracy"], meta["nll"], tensors)
+        of_best = {**under_its_names(model, pristine), **saved}
+        tensors = {name: of_best[name].to(value.device, copy=True) for name, value in tensors.items()}
+    return Best(meta["unit"], meta["value"], meta["tie_breaker"], tensors)
+
+
+def best_meta(best: Best) -> dict[str, Any] | None:
+    """The best unit without its tensors, as JSON values; None = no unit is done."""
+    if best.unit == 0:
+        return None
+    return {"unit": best.unit, "value": best.value, "tie_breaker": best.tie_breaker}
 
 
 def _form(tensor: Tensor) -> str:

@@ -1,12 +1,12 @@
-"""WiSE-FT (Wortsman et al., CVPR 2022): weights between those that training started from and the tuned ones.
+"""Weights between two networks: λ for LayerNorms, α of WiSE-FT for the whole network.
 
-The start is the network after `prepare`: DAFT's converted BatchNorm, and the head as it began (the paper starts from a
-head that classifies already, so that α = 0 means something: use `head_init: linear_probe`, or lp_ft). Statistics of
+λ scales how far tuning moved the LayerNorms from the pretrained ones: γ_S + λ·(γ_T − γ_S) (Tan et al., 2025). It costs
+no training: one tuned network is evaluated at several λ, and ID validation chooses.
+
+WiSE-FT (Wortsman et al., 2022) interpolates between the weights that training started from and the tuned ones. The
+start is the network after `prepare`: DAFT's converted BatchNorm, and the head as it began (the paper starts from a head
+that classifies already, so that α = 0 means something: use `head_init: linear_probe`, or lp_ft). Statistics of
 BatchNorm are interpolated like weights; integer buffers keep their tuned value.
-
-λ: how much of the shift that tuning gave the LayerNorms is kept, and how validation data choose it (papers/000).
-
-λ costs no training: one tuned network is evaluated at θ_S + λ·(θ_T − θ_S).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from trainables.diagnostics.norm_shift import layer_norms
 from trainables.engine.best_weights import put_back, take
@@ -26,16 +25,19 @@ from trainables.engine.evaluation import final_scores, validation_scores
 from trainables.models.micro_batch import MicroBatch
 from trainables.models.precision import autocast, resolve_precision
 from trainables.specs.measurements import Curve, Report
+from trainables.specs.metrics import VAL, WISE_ALPHA
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
+    from trainables.specs.metrics import TaskMetrics
 
 
 LAMBDA_GRID = tuple(round(0.1 * k, 1) for k in range(21))
-"""Values of λ that a sweep looks at: 0 (the source's γ) to 2 (twice the learned shift), 1 among them. papers/000 gives
-no range, only that λ < 1 and λ > 1 both occur. On the digits at 2, 5, 10 and 100 % of the training images, two rates
-and two seeds, a grid from 0 to 5 had its best validation accuracy at 2.0 once and below that otherwise."""
+"""λ of a sweep: 0 (the source's γ) to 2 (twice the learned shift), 1 among them. Tan et al. (2025) give no range, only
+that λ < 1 and λ > 1 both occur. On the digits at 2, 5, 10 and 100 % of the training images, two rates and two seeds, a
+grid from 0 to 5 had its best validation accuracy at 2.0 once and below that otherwise."""
 FIT_PASSES = 25
 """Passes over the validation split after which learning λ starts no further search along a line."""
 
@@ -47,9 +49,9 @@ Rescale = Literal["gamma", "both"]
 def rescale_layer_norm(
     model: nn.Module, source_state: Mapping[str, Tensor], lam: float | Tensor, rescale: Rescale = "gamma"
 ) -> None:
-    """γ ← γ_S + λ·(γ_T − γ_S) in every LayerNorm, in place (papers/000); with `both`, β likewise.
+    """γ ← γ_S + λ·(γ_T − γ_S) in every LayerNorm, in place (Tan et al., 2025); with `both`, β likewise.
 
-    λ = 1 leaves every bit as it is, λ = 0 puts the source's bits back.
+    λ = 1 leaves every bit as it is, λ = 0 restores the source's bits.
 
     Args:
         model: the tuned network.
@@ -87,25 +89,25 @@ def scaled_names(model: nn.Module, rescale: Rescale) -> dict[str, list[str]]:
     if rescale not in get_args(Rescale):
         raise ValueError(f"rescale must be one of {', '.join(map(repr, get_args(Rescale)))}, but got {rescale!r}.")
     kinds = {"gamma": ("weight",), "both": ("weight", "bias")}[rescale]
-    found = {
-        layer: [
-            f"{layer}.{kind}" if layer else kind for kind, _ in module.named_parameters(recurse=False) if kind in kinds
-        ]
-        for layer, module in layer_norms(model).items()
-    }
-    if not found:
+    names: dict[str, list[str]] = {}
+    for layer, module in layer_norms(model).items():
+        prefix = f"{layer}." if layer else ""
+        scaled = [kind for kind, _ in module.named_parameters(recurse=False) if kind in kinds]
+        names[layer] = [f"{prefix}{kind}" for kind in scaled]
+    if not names:
         raise ValueError(
             "LayerNorm tuning needs a network with LayerNorm, but this one has none. For BatchNorm networks use daft, "
             "which adapts BatchNorm to the target data."
         )
-    return found
+    return names
 
 
 def grid_scores(
-    model: Classifier, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale
+    model: TaskModel, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale
 ) -> dict[float, dict[str, float]]:
-    """λ → `val/acc` and `val/nll` over `LAMBDA_GRID`, one validation pass per value. The model is left unchanged."""
-    tuned, scores = take(model, source), {}
+    """λ → validation scores over `LAMBDA_GRID`, one pass per value. The model is left unchanged."""
+    tuned = take(model, source)
+    scores = {}
     for lam in LAMBDA_GRID:
         rescale_layer_norm(model, source, lam, rescale)
         scores[lam] = validation_scores(model, data)
@@ -113,23 +115,35 @@ def grid_scores(
     return scores
 
 
-def best_lambda(scores: Mapping[float, Mapping[str, float]]) -> float:
-    """The highest validation accuracy; ties go to the lower NLL, then to the λ nearest to 1."""
-    return max(scores, key=lambda lam: (scores[lam]["val/acc"], -scores[lam]["val/nll"], -abs(lam - 1)))
+def best_lambda(scores: Mapping[float, Mapping[str, float]], metrics: TaskMetrics) -> float:
+    """The best λ on validation; ties go to the better tie-breaker, then to the λ nearest to 1.
+
+    Example:
+        >>> from trainables.specs.metrics import CLASSIFICATION
+        >>> scores = {0.5: {"val/acc": 0.9, "val/nll": 0.3}, 1.0: {"val/acc": 0.9, "val/nll": 0.3}}
+        >>> best_lambda(scores, CLASSIFICATION)
+        1.0
+    """
+    return max(scores, key=lambda lam: (*validation_order(scores[lam], metrics), -abs(lam - 1)))
+
+
+def validation_order(scores: Mapping[str, float], metrics: TaskMetrics) -> tuple[float, float]:
+    """Sort key of recorded validation scores: the larger key is the better one."""
+    return metrics.order(scores[metrics.validation], scores[metrics.tie_breaker.on(VAL)])
 
 
 def fitted(
-    model: Classifier, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
+    model: TaskModel, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
 ) -> Tensor:
-    """λ (L,) float64 in the range of `LAMBDA_GRID` that minimises the mean cross-entropy of ID validation, by gradient,
-    everything else frozen.
+    """λ (L,) float64 in the range of `LAMBDA_GRID` that minimises the task's mean loss on ID validation, by gradient.
 
     Without the range, λ falls below 0 on scarce data, where the loss of an overconfident network falls with the scale
     of its features while its accuracy suffers (digits, 2 % of the training images: λ = -1.7 to -1.3).
 
     L-BFGS from λ = 1 on the whole split, so that the result depends on no order, no batch size (to rounding) and no
     random number; of all points looked at the best is taken, so that it is never worse than λ = 1. It ends soon after
-    `FIT_PASSES` passes forward and backward, or where λ stands still. The network is in eval mode, and left as it was.
+    `FIT_PASSES` passes forward and backward, or where λ stands still. The network is in eval mode, everything but λ is
+    frozen and left as it was.
 
     Args:
         per_layer: one λ for every layer (1 where tuning left the layer as it was); False = one for all, repeated.
@@ -149,44 +163,54 @@ def fitted(
 
 
 class _ValidationLoss:
-    """Mean cross-entropy of ID validation and its gradient in `angle`, λ = 1 + sin(angle), which keeps λ in 0 to 2 and
-    reaches both ends; remembers the best λ that it was asked for.
+    """Mean loss on ID validation and its gradient in `angle`; keeps the best λ that it was evaluated at.
 
-    Where memory runs out, a batch goes through the network in pieces.
+    λ = 1 + sin(angle) keeps λ in 0 to 2 and reaches both ends. On out-of-memory, falls back to micro-batches.
     """
 
     def __init__(
-        self, model: Classifier, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
+        self, model: TaskModel, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
     ) -> None:
-        self._model, self._data, self._source, self._micro = model.eval(), data, source, MicroBatch()
+        self._model = model.eval()
+        self._task = task_of(data)
+        self._data = data
+        self._source = source
+        self._micro_batch = MicroBatch()
         self._state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self._groups = list(scaled_names(model, rescale).values())
         self.layers = len(self._groups)
         size = self.layers if per_layer else 1
         self.angle = torch.zeros(size, device=data.device, dtype=torch.float64, requires_grad=True)
-        self.best, self._best_loss = self._lam().detach(), math.inf
+        self.best = self._lam().detach()
+        self._best_loss = math.inf
 
     def __call__(self) -> float:
-        total, gradient = 0.0, torch.zeros_like(self.angle)
-        for images, labels in self._data.batches("val", batch_size=self._data.spec.task.batch_size):
-            work = partial(self._sums, images, labels)
-            loss, slope = self._micro.attempt(work, len(labels), "learning λ on")
-            total, gradient = total + loss, gradient + slope
-        count = self._data.size("val")
+        total = 0.0
+        gradient = torch.zeros_like(self.angle)
+        for images, targets in self._data.batches(VAL, batch_size=self._data.spec.shared.batch_size):
+            attempt = partial(self._sums, images, targets)
+            loss, slope = self._micro_batch.attempt(attempt, len(images), "learning λ on")
+            total = total + loss
+            gradient = gradient + slope
+        count = self._data.size(VAL)
         self.angle.grad = gradient / count
         if total / count < self._best_loss:
-            self.best, self._best_loss = self._lam().detach(), total / count
+            self.best = self._lam().detach()
+            self._best_loss = total / count
         return total / count
 
-    def _sums(self, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    def _sums(self, images: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         """Summed loss of a batch, and its gradient."""
-        total, gradient = 0.0, torch.zeros_like(self.angle)
-        dtype = resolve_precision(self._data.spec.task.precision, self._data.device)
-        for piece in self._micro.pieces(len(labels)):
+        total = 0.0
+        gradient = torch.zeros_like(self.angle)
+        dtype = resolve_precision(self._data.spec.shared.precision, self._data.device)
+        for piece in self._micro_batch.pieces(len(images)):
             with autocast(self._data.device, dtype):
-                logits = torch.func.functional_call(self._model, self._rescaled(), (images[piece],))
-            loss = functional.cross_entropy(logits.float(), labels[piece], reduction="sum")
-            total, gradient = total + float(loss.detach()), gradient + torch.autograd.grad(loss, self.angle)[0]
+                inputs = (images[piece], targets[piece])
+                outputs = torch.func.functional_call(self._model, self._rescaled(), inputs)
+            loss = self._task.loss(outputs, targets[piece], reduction="sum")
+            total = total + float(loss.detach())
+            gradient = gradient + torch.autograd.grad(loss, self.angle)[0]
         return total, gradient
 
     def _lam(self) -> Tensor:
@@ -194,24 +218,25 @@ class _ValidationLoss:
 
     def _rescaled(self) -> dict[str, Tensor]:
         """All tensors of the network, those of the norms as functions of `angle`."""
-        values, found = self._lam().expand(self.layers), dict(self._state)
+        values = self._lam().expand(self.layers)
+        tensors = dict(self._state)
         for i, names in enumerate(self._groups):
             for name in names:
-                found[name] = self._source[name] + values[i] * (self._state[name] - self._source[name])
-        return found
+                tensors[name] = self._source[name] + values[i] * (self._state[name] - self._source[name])
+        return tensors
 
 
 def _check_source(name: str, parameter: Tensor, source_state: Mapping[str, Tensor]) -> None:
-    found = source_state.get(name)
-    if found is None or found.shape != parameter.shape:
-        got = "none" if found is None else f"one of shape {tuple(found.shape)}"
+    source = source_state.get(name)
+    if source is None or source.shape != parameter.shape:
+        got = "none" if source is None else f"one of shape {tuple(source.shape)}"
         raise ValueError(
             f"Rescaling needs the source tensor {name!r} of shape {tuple(parameter.shape)}, but the source has {got}."
         )
 
 
 ALPHA_GRID = tuple(round(0.1 * k, 1) for k in range(11))
-"""Values of α that a sweep looks at."""
+"""α of a WiSE-FT sweep."""
 
 
 @torch.no_grad()
@@ -229,45 +254,49 @@ def interpolate(model: nn.Module, start: Mapping[str, Tensor], tuned: Mapping[st
 
 
 class WiseFt:
-    """One trial's interpolation.
+    """WiSE-FT weight interpolation of one trial.
 
     Args:
         start: tensors that differ from the pretrained network's when training starts
             (`trainables.engine.best_weights.changed_start`).
-        wise: α, or "sweep": the best of `ALPHA_GRID` on ID validation (ties: the lower NLL, then the larger α).
+        alpha: α, or "sweep": the best of `ALPHA_GRID` on ID validation (ties: the tie-breaker, then the larger α).
     """
 
-    def __init__(self, model: Classifier, data: TrialData, start: Mapping[str, Tensor], wise: float | str) -> None:
-        self._model, self._data, self._wise = model, data, wise
+    def __init__(self, model: TaskModel, data: TrialData, start: Mapping[str, Tensor], alpha: float | str) -> None:
+        self._model = model
+        self._data = data
+        self._alpha = alpha
         pretrained = {f"backbone.{name}": value for name, value in data.reference.state_dict().items()}
         self._start = {**pretrained, **start}
         self._tuned = take(model, model.state_dict())
 
     def apply(self) -> Report:
-        """Put the network at its α."""
-        alpha = self._best() if self._wise == "sweep" else float(self._wise)
-        self._at(alpha)
-        return {"wise/alpha": alpha}
+        """Set the network to its α."""
+        alpha = self._best() if self._alpha == "sweep" else float(self._alpha)
+        self._set(alpha)
+        return {WISE_ALPHA.name: alpha}
 
     def curve(self) -> Report:
-        """Of a sweep: validation, test and OOD over `ALPHA_GRID`; the model is left as it was found."""
-        if self._wise != "sweep":
+        """Of a sweep: validation, test and OOD over `ALPHA_GRID`. The model is left unchanged."""
+        if self._alpha != "sweep":
             return {}
-        kept, rows = take(self._model, self._model.state_dict()), []
+        kept = take(self._model, self._model.state_dict())
+        rows = []
         for alpha in ALPHA_GRID:
-            self._at(alpha)
+            self._set(alpha)
             scores = {**validation_scores(self._model, self._data), **final_scores(self._model, self._data)}
             rows.append({"alpha": alpha, **scores})
         put_back(self._model, kept)
-        return {"wise": Curve({name: [row[name] for row in rows] for name in rows[0]}, "α is chosen on val/acc.")}
+        note = f"α is chosen on {task_of(self._data).metrics.validation}."
+        return {"wise": Curve({name: [row[name] for row in rows] for name in rows[0]}, note)}
 
-    def _at(self, alpha: float) -> None:
+    def _set(self, alpha: float) -> None:
         interpolate(self._model, self._start, self._tuned, alpha)
 
     def _best(self) -> float:
-        scores = {}
+        metrics = task_of(self._data).metrics
+        keys = {}
         for alpha in ALPHA_GRID:
-            self._at(alpha)
-            found = validation_scores(self._model, self._data)
-            scores[alpha] = (found["val/acc"], -found["val/nll"], alpha)
-        return max(scores, key=lambda alpha: scores[alpha])
+            self._set(alpha)
+            keys[alpha] = (*validation_order(validation_scores(self._model, self._data), metrics), alpha)
+        return max(keys, key=lambda alpha: keys[alpha])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainables.demo.backbones import NETWORKS, architecture, is_pretrained_here, pretrained_folder
 from trainables.models.weights import create, folder_architecture, load_weight_file
@@ -43,25 +41,6 @@ class Backbone:
     """D."""
     digest: str
     """SHA-256 over its structure and the names and values of all its tensors."""
-
-
-class Classifier(nn.Module):
-    """A backbone and a linear head, apart for every family: parameters are `backbone.*` and `head.*`."""
-
-    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → pooled features (B, D)."""
-        features: Tensor = self.backbone(images)
-        return features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → logits (B, K)."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
 
 
 _loaded: dict[tuple[ModelSpec, int | None], Backbone] = {}
@@ -113,17 +92,6 @@ def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path 
         config = _data_config(module, image_size)
         _loaded[key] = Backbone(module, config, _feature_count(module, spec.name, config.image_size), _digest(module))
     return _loaded[key]
-
-
-def new_classifier(backbone: Backbone, num_classes: int, device: torch.device | str, seed: int) -> Classifier:
-    """A fresh copy of a backbone under an untrained head: `nn.Linear`'s own initialisation (Kaiming uniform with
-    a = √5, that is ±1/√D), drawn from `seed` alone. Global generators are left as they were."""
-    head = nn.Linear(backbone.num_features, num_classes, device="meta").to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    bound = 1 / math.sqrt(backbone.num_features)
-    nn.init.uniform_(head.weight, -bound, bound, generator=generator)
-    nn.init.uniform_(head.bias, -bound, bound, generator=generator)
-    return Classifier(copy.deepcopy(backbone.module), head).to(device)
 
 
 def _check_timm_name(name: str, needs_weights: bool) -> None:

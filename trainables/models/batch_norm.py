@@ -1,5 +1,4 @@
-"""DAFT's BatchNorm conversion (Ha, Jeong & Lee 2024, papers/002, eq. 3-5): statistics of the target data in place of
-the source's, and γ and β that keep the function."""
+"""BatchNorm conversion of DAFT (Ha et al., 2024, eq. 3-5): target statistics, and γ and β that keep the function."""
 
 from __future__ import annotations
 
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from trainables.specs.metrics import BN_CONVERSION_LAYERS, BN_CONVERSION_RATIO, BN_CONVERSION_SHIFT
 
 log = logging.getLogger("luthier")
 
@@ -39,9 +40,9 @@ class ConversionReport:
     def metrics(self) -> dict[str, float]:
         """The report under the names of the record."""
         return {
-            "bn_conversion/layers": float(self.layers),
-            "bn_conversion/mean_shift": self.mean_shift,
-            "bn_conversion/variance_ratio": self.variance_ratio,
+            BN_CONVERSION_LAYERS.name: float(self.layers),
+            BN_CONVERSION_SHIFT.name: self.mean_shift,
+            BN_CONVERSION_RATIO.name: self.variance_ratio,
         }
 
 
@@ -71,7 +72,7 @@ class _Moments:
 @torch.no_grad()
 def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> ConversionReport:
     """Replace every BatchNorm's statistics by those of the target data, and its γ, β so that the network in eval mode
-    computes the same function as before (papers/002, eq. 3-5). In place; one pass over the data.
+    computes the same function as before (Ha et al., 2024, eq. 3-5). In place; one pass over the data.
 
     A layer that is called several times in one forward pass gets the statistics over all its calls.
 

@@ -1,4 +1,4 @@
-"""The components of transformer blocks (papers/003): LN1, MHA, LN2, FC1 and FC2 of every block, found by module walk.
+"""Components of transformer blocks: LN1, MHA, LN2, FC1 and FC2 of every block (Odonnat et al., 2026), by module walk.
 
 A block is a module that holds attention and a feed-forward part of linear maps side by side, each with a LayerNorm of
 its own, whatever they are called: before it (pre-norm) or, where there is none, after it (post-norm). That finds the
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainables.models.backbone import Classifier
 from trainables.models.batch_norm import BATCH_NORMS
+from trainables.models.task_model import TaskModel
 from trainables.models.timm_internals import is_attention, is_attention_pooling, is_fused_block, windowed_attention
 
 COMPONENTS = ("ln1", "mha", "ln2", "fc1", "fc2")
@@ -59,7 +59,7 @@ def find_blocks(network: nn.Module) -> list[Block]:
     """All transformer blocks in the order of the network.
 
     Args:
-        network: a timm network or a `Classifier`; names are paths in it.
+        network: a timm network or a `TaskModel`; names are paths in it.
 
     Raises:
         ValueError: no transformer block, or a block whose components are not defined.
@@ -122,7 +122,7 @@ def component_kinds(model: nn.Module) -> dict[str, str]:
         for kind in COMPONENTS:
             owners |= {id(inner): kind for part in block.component(kind) for inner in part.modules()}
     owners |= {id(norm): "final_norm" for norm in final_norms(model, blocks).values()}
-    if isinstance(model, Classifier):
+    if isinstance(model, TaskModel):
         owners |= {id(inner): "head" for inner in model.head.modules()}
     modules = dict(model.named_modules())
     inside = {id(inner) for block in blocks for inner in block.module.modules()}
@@ -215,7 +215,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _undefined(network: nn.Module, why: str) -> str:
-    inner = network.backbone if isinstance(network, Classifier) else network
+    inner = network.backbone if isinstance(network, TaskModel) else network
     config = getattr(inner, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(inner).__name__
     return (

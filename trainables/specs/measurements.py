@@ -32,3 +32,15 @@ class Curve:
 
 Report = Mapping[str, float | Curve]
 """What a hook measured: metrics by the names of the record, and curves by the names of their artifacts."""
+
+
+def split_report(report: Report) -> tuple[dict[str, float], dict[str, Curve]]:
+    """Metrics and curves of a report, apart."""
+    metrics: dict[str, float] = {}
+    curves: dict[str, Curve] = {}
+    for name, value in report.items():
+        if isinstance(value, Curve):
+            curves[name] = value
+        else:
+            metrics[name] = value
+    return metrics, curves

@@ -153,6 +153,8 @@ class TaskMetrics:
     """Measured on ID test and on every OOD domain, `selection` among them."""
     training: tuple[Metric, ...]
     """Measured on the training batches beside the loss."""
+    loss: Metric | None = None
+    """The metric that is the training loss itself, for heads solved in closed form; None = such heads do not exist."""
     leaderboard: tuple[Metric, ...] = ()
     """Shown in the leaderboard, on ID test, beside the selection metric."""
 
@@ -160,6 +162,19 @@ class TaskMetrics:
     def metrics(self) -> tuple[Metric, ...]:
         """Every metric once, the selection metric first."""
         return tuple(dict.fromkeys((self.selection, self.tie_breaker, *self.reported, *self.training)))
+
+    def order(self, value: float, tie_breaker: float) -> tuple[float, float]:
+        """Sort key of two values on the same data: the larger key is the better one.
+
+        Args:
+            value: of `selection`.
+            tie_breaker: of `tie_breaker`.
+
+        Example:
+            >>> CLASSIFICATION.order(0.9, 0.3) > CLASSIFICATION.order(0.9, 0.5)
+            True
+        """
+        return self.selection.score(value), self.tie_breaker.score(tie_breaker)
 
     @property
     def validation(self) -> str:
@@ -250,6 +265,7 @@ CLASSIFICATION = TaskMetrics(
     tie_breaker=NLL,
     reported=(ACCURACY, NLL, ECE),
     training=(ACCURACY,),
+    loss=NLL,
     leaderboard=(ECE,),
 )
 
@@ -270,6 +286,11 @@ def register(metrics: TaskMetrics) -> None:
 def built_in_tasks() -> tuple[TaskMetrics, ...]:
     """The metrics of the tasks that Luthier ships."""
     return (CLASSIFICATION,)
+
+
+def tasks() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(_TASKS)
 
 
 def task_metrics(task: str = CLASSIFICATION.task) -> TaskMetrics:
@@ -446,6 +467,16 @@ QUANTITIES: tuple[Quantity, ...] = (
 def quantity(name: str) -> Quantity | None:
     """The quantity with exactly this recorded name; None where there is none."""
     return next((quantity for quantity in QUANTITIES if quantity.name == name), None)
+
+
+def is_cost(name: str) -> bool:
+    """Whether a recorded name is a cost: time, throughput or size, which may differ between equal runs.
+
+    Example:
+        >>> is_cost("cost/unit_seconds"), is_cost("val/acc")
+        (True, False)
+    """
+    return name.startswith(f"{UNIT_SECONDS.group}/")
 
 
 def metric_groups() -> frozenset[str]:

@@ -29,8 +29,8 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What all trials of one study share."""
+class SharedTrialSettings:
+    """Settings that all trials of one study share."""
 
     store: str
     """Path of the Arrow store (see `trainables.data.store.Store`)."""
@@ -65,10 +65,16 @@ class Task:
     plasticity_pairs: int = 256
     cache: str | None = None
     """Folder for features and pretrained demo networks; None = `$LUTHIER_CACHE` or `~/.cache/luthier`."""
+    task: str = "classification"
+    """Name of the learning task, one of `trainables.tasks.registry.tasks()`: what is learned and measured."""
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Task:
-        """Rebuild a task from `dataclasses.asdict` (lists become tuples again). Unknown keys raise TypeError."""
+    def from_dict(cls, fields: Mapping[str, Any]) -> SharedTrialSettings:
+        """Inverse of `dataclasses.asdict`; lists become tuples again.
+
+        Raises:
+            TypeError: an unknown key.
+        """
         values = dict(fields)
         model = values.pop("model")
         for name in ("augment", "evaluate_at", "diagnostics"):
@@ -79,9 +85,9 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """One trial: a strategy, its hyperparameters and a seed on a task."""
+    """One trial: a strategy, its hyperparameters and a seed, under the settings of its study."""
 
-    task: Task
+    shared: SharedTrialSettings
     strategy: str
     hparams: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -93,8 +99,8 @@ class TrialSpec:
     held_out: str | None = None
     """ID domain left out of training and validation (role `fold`); its accuracy is reported as `held_out/acc`."""
     sample: str | None = None
-    """Name of the training sample of a `reference` trial ("0.25", "full", "oracle:sketch"); what it means is said by
-    the task. None = the study's own."""
+    """Name of the training sample of a `reference` trial ("0.25", "full", "oracle:sketch"); `shared` holds
+    its fraction, domain and steps. None = the study's own."""
 
     @property
     def config_hash(self) -> str:
@@ -109,7 +115,22 @@ class TrialSpec:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TrialSpec:
-        """Inverse of `to_dict`. Keys that the orchestrator adds for the record (`number`, …) are ignored here
-        only when they start with `_`; any other unknown key raises TypeError."""
-        values = {k: v for k, v in config.items() if not k.startswith("_")}
-        return cls(task=Task.from_dict(values.pop("task")), **values)
+        """Inverse of `to_dict`.
+
+        Keys that start with `_` are the orchestrator's (`_number`, …) and ignored. The shared settings are also read
+        from the key `task`, their name before version 2 and in configs for a `tune.Tuner` of one's own.
+
+        Raises:
+            TypeError: an unknown key, or no shared settings.
+
+        Example:
+            >>> settings = {"store": "/data/store", "model": {"name": "resnet18"}}
+            >>> TrialSpec.from_dict({"shared": settings, "strategy": "full", "_number": 7}).shared.model.name
+            'resnet18'
+        """
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        if "task" in values and "shared" not in values:
+            values["shared"] = values.pop("task")
+        if "shared" not in values:
+            raise TypeError("A trial's config needs the key 'shared', the settings of its study, but has none.")
+        return cls(shared=SharedTrialSettings.from_dict(values.pop("shared")), **values)

@@ -1,7 +1,4 @@
-"""How a head starts: as drawn, at zero, or at the linear probe's solution.
-
-The linear probe's solutions: L2-regularised logistic regression on frozen features, along a path of C.
-"""
+"""Linear probe: L2-regularised logistic regression on frozen features along a path of C, and its head."""
 
 from __future__ import annotations
 
@@ -19,13 +16,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from trainables.specs.metrics import ACCURACY, PROBE_C
 from trainables.storage.atomic_files import atomic_file
 from trainables.storage.compute_once import compute_once
 from trainables.tasks.logistic_path import logistic_path
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
-    from trainables.models.backbone import Classifier
+    from trainables.models.task_model import TaskModel
 
 
 log = logging.getLogger("luthier")
@@ -184,24 +182,8 @@ def _load(file: Path) -> Probe | None:
 
 
 @torch.no_grad()
-def initialise_head(model: Classifier, data: TrialData, how: str) -> dict[str, float]:
-    """Set the head's weight (K, D) and bias (K,) in place; returns metrics to record (of the probe, else none).
-
-    Args:
-        how: `random` (left as drawn from the trial's seed), `zeros`, or `linear_probe`.
-    """
-    if how == "random":
-        return {}
-    if how == "zeros":
-        model.head.weight.zero_()
-        model.head.bias.zero_()
-        return {}
-    return take_probe(model, best_linear_probe(data))
-
-
-@torch.no_grad()
-def take_probe(model: Classifier, probe: Probe) -> dict[str, float]:
+def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
     """Copy a linear probe's solution into the head; returns the metrics that name it."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
-    return {"linear_probe/C": probe.C, "linear_probe/val_acc": probe.val_accuracy}
+    return {PROBE_C.name: probe.C, f"{PROBE_C.group}/val_{ACCURACY.key}": probe.val_accuracy}

@@ -100,14 +100,14 @@ class TestCtrlC:
         follower = Follower(jobs, "luthier-toy-1", io.StringIO())  # type: ignore[arg-type]
         assert _follow_with_interrupts(follower, stop, notes) == 130
         assert jobs.stopped == stopped
-        assert ("Stop luthier-toy-1 too? It goes on running otherwise. [y/N]" in notes.getvalue()) == (
+        assert ("Stop luthier-toy-1 too? It keeps running otherwise. [y/N]" in notes.getvalue()) == (
             terminal and stop is None
         )
-        assert ("luthier-toy-1 goes on running on the cluster." in notes.getvalue()) != stopped
+        assert ("luthier-toy-1 keeps running on the cluster." in notes.getvalue()) != stopped
 
     def test_twice_returns_while_the_job_is_still_stopping(self) -> None:
         jobs, notes = _InterruptedJobs(2, "RUNNING"), io.StringIO()
         follower = Follower(jobs, "luthier-toy-1", io.StringIO())  # type: ignore[arg-type]
         assert _follow_with_interrupts(follower, True, notes) == 130
         assert jobs.stopped
-        assert notes.getvalue().endswith("luthier-toy-1 has been told to stop.\n")
+        assert notes.getvalue().endswith("luthier-toy-1 is being stopped.\n")

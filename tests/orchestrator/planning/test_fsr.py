@@ -70,7 +70,7 @@ class TestSearch:
         fixed = {"lam_choice": "fixed", "lam": 1.0, "cycles": 0}
         references = [
             TrialSpec(
-                task=task(), strategy="layernorm", label="norms", role="reference", sample="1", seed=seed,
+                shared=task(), strategy="layernorm", label="norms", role="reference", sample="1", seed=seed,
                 hparams=search_spaces.default_point("layernorm", fixed),
             )
             for seed in range(2)

@@ -57,7 +57,7 @@ def test_p29_every_difference_is_said_and_refused_with_exit_code_4() -> None:
         "  strategies.daft-1.fixed.lr_head: 0.1 -> 0.2\n"
         "  strategies.daft-1.fixed.momentum: none -> 0.5\n"
         f"  versions.torch: {versions()['torch']} -> 3.0.0\n"
-        f"  dataset_digest: {'ab' * 32} -> {'cd' * 32} (images, classes or splits are others)\n"
+        f"  dataset_digest: {'ab' * 32} -> {'cd' * 32} (images, classes or splits differ)\n"
         "Put the old values back, or give the study another name. If its trials may differ in this, run it with "
         "--allow-change search.batch_size --allow-change strategies.daft-1.fixed.lr_head --allow-change "
         "strategies.daft-1.fixed.momentum --allow-change versions.torch --allow-change dataset_digest"
@@ -127,6 +127,19 @@ def test_what_an_older_luthier_did_not_say_is_no_change() -> None:
     first = header()
     del first["versions"]["code"]
     assert check_changes(journal(first), header()) == []
+
+
+def test_a_study_of_an_earlier_version_is_refused_with_what_to_do_and_continued_where_that_is_allowed() -> None:
+    first = changed(versions__code="0" * 12)
+    first["spec"].pop("task", None)
+    with pytest.raises(ChangedStudyError) as error:
+        check_changes(journal(first), header())
+    assert str(error.value) == (
+        f"The study 'pets' was changed since its last run: versions.code: {'0' * 12} -> {code_digest()} (Luthier's own "
+        "code differs, as after an update)\nPut the old values back, or give the study another name. If its trials may "
+        "differ in this, run it with --allow-change versions.code"
+    )
+    assert [change.key for change in check_changes(journal(first), header(), ["versions.code"])] == ["versions.code"]
 
 
 def test_the_digest_of_the_code_is_twelve_hex_digits() -> None:

@@ -16,8 +16,8 @@ from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, stud
 from orchestrator.results.leaderboard import leaderboard, mean_interval
 from orchestrator.results.selection import rank
 from orchestrator.search.stages import Entry
-from trainables.engine.trial import Run
-from trainables.specs.trial_spec import ModelSpec, Task
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 
 def reference(number: int, sample: str, seed: int, shift: float, images: float = 100.0, **fields: Any) -> TrialRecord:
@@ -259,7 +259,7 @@ class TestSentences:
 class TestStage:
     def stage(self, *references: str, **task: Any) -> ReferenceStage:
         entry, rule = task.pop("entry", None), task.pop("rule", "id_val")
-        shared = Task(store="m", model=ModelSpec(name="m"), epochs=3, batch_size=16, **task)
+        shared = SharedTrialSettings(store="m", model=ModelSpec(name="m"), epochs=3, batch_size=16, **task)
         return ReferenceStage(shared, shapes(), rule, references, (0.5, 0.25), 2, 0, entry)  # type: ignore[arg-type]
 
     def test_every_sample_has_the_same_steps(self) -> None:
@@ -330,11 +330,11 @@ class TestStage:
 
 def test_the_full_pool_against_itself_in_real_trials(network: Callable[[str], str]) -> None:
     """The stage's own trials on a pool of which all is used: the same numbers, so that FSR is 1 without rounding."""
-    shared = Task(store="m", model=ModelSpec(name=network("vit")), epochs=2, batch_size=16)
+    shared = SharedTrialSettings(store="m", model=ModelSpec(name=network("vit")), epochs=2, batch_size=16)
     stage = ReferenceStage(shared, shapes(), "id_val", ("full", "extrapolated"), (0.5, 0.25), 2, 0)  # type: ignore[arg-type]
     records = []
     for number, spec in enumerate(stage.next([])):
-        run, result = Run(spec, store=shapes(), device="cpu"), dict[str, Any]()
+        run, result = Trial(spec, store=shapes(), device="cpu"), dict[str, Any]()
         while not run.finished:
             result = run.step()
         metrics = {name: float(result[name]) for name in (SHIFT, IMAGES)}

@@ -178,8 +178,8 @@ class TestStudies:
             "Error: the study was stopped, because 3 of the 3 trials that were started failed for one reason: user. "
             "The commonest error (3×: 0 full, 1 full, 2 full) is: RuntimeError: A fault was injected here. Look at "
             "the values held in the study file (fixed) and, where it is your own, at the strategy's code. What has "
-            "finished is kept, and the same command goes on with the rest; failures.stop_after: null lets a study go "
-            "on whatever fails."
+            "finished is kept, and the same command continues with the rest; failures.stop_after: null never stops a "
+            "study."
         )
         heard = events(tmp_path)
         assert study_header(heard)["state"] == "failed"

@@ -18,12 +18,12 @@ from orchestrator.record.checkpoints import checkpoint_folder, tidy
 from orchestrator.record.journal import Journal, JournalWriteError, fold
 from orchestrator.running.journal_callback import RecordCallback, close_open_trials
 from orchestrator.running.progress import Progress
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 
 def config(number: int = 0, **fields: Any) -> dict[str, Any]:
-    task = Task(store="/data", model=ModelSpec(name="digits_vit"), epochs=3)
-    spec = TrialSpec(task=task, strategy="full", hparams={"lr_head": 0.1}, seed=5, label="mine", **fields)
+    task = SharedTrialSettings(store="/data", model=ModelSpec(name="digits_vit"), epochs=3)
+    spec = TrialSpec(shared=task, strategy="full", hparams={"lr_head": 0.1}, seed=5, label="mine", **fields)
     return spec.to_dict() | {"_number": number}
 
 

@@ -16,7 +16,7 @@ from orchestrator.running import measure
 from orchestrator.running.measure import measure_start, pretrained_plasticity
 from orchestrator.study_file.schema import StudySpec
 from trainables.models.transformer_blocks import COMPONENTS
-from trainables.specs.trial_spec import ModelSpec, Task
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 REQUEST = {"cpu": 1.0, "gpu": 0.0}
 FOUND = {"metrics": {"plasticity/mha": 1.5}, "curves": {}}
@@ -38,8 +38,8 @@ def spec(model: str, **diagnostics: Any) -> StudySpec:
     return StudySpec.from_fields({**fields, "strategies": ["full"], "diagnostics": diagnostics})
 
 
-def task(store: Path, model: str, **fields: Any) -> Task:
-    return Task(store=str(store), model=ModelSpec(name=model), plasticity_pairs=8, **fields)
+def task(store: Path, model: str, **fields: Any) -> SharedTrialSettings:
+    return SharedTrialSettings(store=str(store), model=ModelSpec(name=model), plasticity_pairs=8, **fields)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Requests that would have gone to the cluster; each is answered with `FOUND`."""
     requests: list[Any] = []
 
-    def answer(task: Task, request: Any) -> dict[str, Any]:
+    def answer(task: SharedTrialSettings, request: Any) -> dict[str, Any]:
         requests.append(request)
         return FOUND
 
@@ -84,7 +84,7 @@ def test_a_network_without_blocks_is_one_line_and_no_failure(
 def test_a_measurement_that_fails_costs_a_warning_and_is_tried_again_by_the_next_run(
     journal: Journal, asked: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(task: Task, request: Any) -> dict[str, Any]:
+    def fail(task: SharedTrialSettings, request: Any) -> dict[str, Any]:
         raise RuntimeError("CUDA out of memory\ntraceback")
 
     with monkeypatch.context() as broken:

@@ -68,14 +68,14 @@ def test_c9_a_failure_that_quotes_secrets_is_kept_without_them(tmp_path: Path) -
 @pytest.mark.usefixtures("planted")
 def test_c9_an_error_that_tune_keeps_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tune hands on what a trial raises."""
-    from trainables.engine.tune_trainable import Trial
+    from trainables.engine.tune_trainable import TuneTrainable
 
-    def fail(self: Trial) -> Any:
+    def fail(self: TuneTrainable) -> Any:
         raise OSError(f"cannot read https://me:{IN_URL}@host with {SECRETS['HF_TOKEN']}")
 
-    monkeypatch.setattr(Trial, "_next", fail)
+    monkeypatch.setattr(TuneTrainable, "_next", fail)
     with pytest.raises(OSError) as error:
-        Trial({"strategy": "full"}).step()
+        TuneTrainable({"strategy": "full"}).step()
     assert str(error.value) == "OSError: cannot read https://***@host with ***"
     assert error.value.__suppress_context__
 

@@ -47,7 +47,7 @@ class Driver:
 
     def trial(self, number: int = 0, strategy: str = "full", process: str = "p0", **changes: Any) -> Any:
         fields = asdict(task(epochs=6, **changes))
-        config = {"task": fields, "strategy": strategy, "label": "", "hparams": {}, "_number": number}
+        config = {"shared": fields, "strategy": strategy, "label": "", "hparams": {}, "_number": number}
         made = SimpleNamespace(trial_id=f"t{number}", config=config, error_file=None, last_result={})
         made.temporary_state = SimpleNamespace(ray_actor=None)
         self.trials.append(made)
@@ -175,7 +175,7 @@ def test_p9_rungs_and_phases_have_times_of_their_own(driver: Driver) -> None:
 
 
 def test_kinds_say_what_a_unit_consists_of() -> None:
-    config = {"task": asdict(task(epochs=5, evaluate_at=(2,))), "strategy": "layernorm", **CYCLES}
+    config = {"shared": asdict(task(epochs=5, evaluate_at=(2,))), "strategy": "layernorm", **CYCLES}
     assert [kind_of(config, unit) for unit in (1, 2, 3, 4, 5, 6)] == [
         Kind("", "head", False, False, False), Kind("", "norms", True, True, False),
         Kind("", "head", False, False, False), Kind("", "norms", False, False, False),

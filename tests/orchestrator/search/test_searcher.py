@@ -49,7 +49,7 @@ def test_default_points_of_all_entries_come_first_in_the_order_of_the_study(tmp_
 def test_a_config_is_a_trial_spec_with_the_shared_search_seed(tmp_path: Path) -> None:
     config = drive(searcher(tmp_path), stop_after=2)[1]
     assert TrialSpec.from_dict(config) == TrialSpec(
-        task=task(),
+        shared=task(),
         strategy="full",
         label="full",
         hparams=search_spaces.default_point("full"),

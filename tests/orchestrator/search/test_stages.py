@@ -124,7 +124,7 @@ def test_what_a_stage_says_it_wants() -> None:
     stage = ConfirmStage(task(), lambda records: records, seeds=1, seed=0)
     assert stage.next([record]) == [
         TrialSpec(
-            task=task(),
+            shared=task(),
             strategy="full",
             label="mine",
             hparams={"lr_backbone": 0.1},

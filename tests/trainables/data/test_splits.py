@@ -21,30 +21,30 @@ def same_domain(labels: np.ndarray) -> np.ndarray:
 
 
 class TestStratifiedSplit:
-    def test_each_class_gives_its_share_to_each_part(self) -> None:
+    def test_each_class_is_split_by_the_same_shares(self) -> None:
         labels = classes(100, 40, 7)
         codes = stratified_split(labels, same_domain(labels), 0.15, 0.2, seed=0)
         counts = [[int(((labels == c) & (codes == part)).sum()) for part in (TRAIN, VAL, TEST)] for c in range(3)]
         assert counts == [[65, 15, 20], [26, 6, 8], [5, 1, 1]]
 
-    def test_a_part_with_share_zero_stays_empty(self) -> None:
+    def test_a_share_of_zero_is_an_empty_split(self) -> None:
         labels = classes(10, 10)
         codes = stratified_split(labels, same_domain(labels), 0.0, 0.3, seed=0)
         assert np.bincount(codes, minlength=3).tolist() == [14, 0, 6]
 
-    def test_three_samples_go_one_to_each_part_whatever_the_shares(self) -> None:
+    def test_three_samples_go_one_to_each_split_for_any_shares(self) -> None:
         labels = classes(3, 3)
         codes = stratified_split(labels, same_domain(labels), 0.45, 0.5, seed=1)
         assert [sorted(codes[labels == c]) for c in (0, 1)] == [[TRAIN, VAL, TEST]] * 2
 
-    def test_domains_are_spread_evenly_over_the_parts(self) -> None:
+    def test_domains_are_spread_evenly_over_the_splits(self) -> None:
         labels = np.zeros(400, dtype=np.int64)
         domains = np.repeat([0, 1, 2], [200, 160, 40])
         codes = stratified_split(labels, domains, 0.1, 0.1, seed=3)
         for part, expected in ((VAL, [20, 16, 4]), (TEST, [20, 16, 4])):
             assert np.abs(np.bincount(domains[codes == part], minlength=3) - expected).max() <= 1
 
-    def test_the_seed_decides_and_another_class_does_not_interfere(self) -> None:
+    def test_the_split_depends_on_the_seed_and_not_on_other_classes(self) -> None:
         labels = classes(50, 50)
         first = stratified_split(labels, same_domain(labels), 0.2, 0.2, seed=0)
         assert np.array_equal(first, stratified_split(labels, same_domain(labels), 0.2, 0.2, seed=0))
@@ -52,13 +52,13 @@ class TestStratifiedSplit:
         alone = labels[labels == 1]
         assert np.array_equal(first[labels == 1], stratified_split(alone, same_domain(alone), 0.2, 0.2, seed=0))
 
-    def test_a_class_smaller_than_the_number_of_parts_is_refused(self) -> None:
+    def test_a_class_smaller_than_the_number_of_splits_is_refused(self) -> None:
         labels = classes(9, 2)
         with pytest.raises(ValueError) as error:
             stratified_split(labels, same_domain(labels), 0.15, 0.15, seed=0)
         assert str(error.value) == "A class to be split into 3 parts needs 3 samples, but class 1 has 2."
 
-    def test_shares_that_leave_nothing_to_train_on_are_refused(self) -> None:
+    def test_shares_without_training_samples_are_refused(self) -> None:
         labels = classes(9, 9)
         with pytest.raises(ValueError) as error:
             stratified_split(labels, same_domain(labels), 0.5, 0.5, seed=0)
@@ -86,21 +86,21 @@ class TestNestedOrder:
             expected = [sum(rank / n < share for rank in range(n)) for n in sizes]
             assert np.bincount(prefix, minlength=len(sizes)).tolist() == expected
 
-    def test_a_prefix_holds_the_domains_in_their_shares(self) -> None:
+    def test_a_prefix_has_the_domains_in_proportion(self) -> None:
         labels = np.zeros(300, dtype=np.int64)
         domains = np.repeat([0, 1], [200, 100])
         ordered = domains[nested_order(labels, domains, seed=0)]
         for count in (30, 60, 150):
             assert abs(int((ordered[:count] == 0).sum()) - count * 2 / 3) <= 1
 
-    def test_other_seeds_choose_other_samples(self) -> None:
+    def test_another_seed_selects_other_samples(self) -> None:
         labels = classes(40, 40)
         first, second = (set(nested_order(labels, same_domain(labels), seed)[:20]) for seed in (0, 1))
         assert first != second
 
 
 class TestFractionSize:
-    def test_it_does_not_stumble_over_binary_fractions(self) -> None:
+    def test_binary_fractions_round_as_in_nested_order(self) -> None:
         """0.07 · 100 is 7.000000000000001, whose ceiling is 8."""
         assert fraction_size(classes(100), 0.07) == 7
 

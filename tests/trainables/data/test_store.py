@@ -1,4 +1,4 @@
-"""The store as its readers see it: a view of a mapped file, found again by its path alone."""
+"""Reading a store: memory-mapped views, pickled as a path, damage detected."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def folder(tmp_path: Path) -> Path:
     return write_shapes(tmp_path / "store")
 
 
-def test_it_gives_back_what_was_written(folder: Path) -> None:
-    store, memory = Store(folder), shapes()
+def test_contents_equal_what_was_written(folder: Path) -> None:
+    store = Store(folder)
+    memory = shapes()
     assert (store.classes, store.domains, store.splits) == (memory.classes, memory.domains, memory.splits)
     assert store.image_size == memory.image_size
     for split in memory.splits:
@@ -54,14 +55,14 @@ def test_it_pickles_as_its_path_even_when_it_is_open(folder: Path) -> None:
     assert np.array_equal(again.images("val"), store.images("val"))
 
 
-def test_nothing_is_opened_before_something_is_asked(tmp_path: Path) -> None:
+def test_files_are_opened_at_first_use(tmp_path: Path) -> None:
     store = Store(tmp_path / "later")
     write_shapes(tmp_path / "later")
     assert store.splits[0] == "train"
 
 
 def test_pages_are_shared_and_not_copied_into_a_process(tmp_path: Path) -> None:
-    """A process that reads 60 MB of pixels through the store grows by file-backed pages alone."""
+    """Reading 60 MB of pixels grows the process by file-backed pages only."""
     folder = tmp_path / "big"
     script = f"""
 import json, re
@@ -125,19 +126,19 @@ def test_another_format(folder: Path) -> None:
     )
 
 
-def test_a_cut_file_is_noticed_at_once(folder: Path) -> None:
+def test_a_truncated_file_is_detected_when_it_is_opened(folder: Path) -> None:
     data = folder / "data.arrow"
-    whole = data.read_bytes()
-    data.write_bytes(whole[:-100])
+    content = data.read_bytes()
+    data.write_bytes(content[:-100])
     with pytest.raises(StoreError) as error:
         _ = Store(folder).classes
     assert str(error.value) == (
-        f"{data} must have {len(whole)} bytes, but it has {len(whole) - 100}. "
+        f"{data} must have {len(content)} bytes, but it has {len(content) - 100}. "
         f"Delete {folder}: the next run reads the data again."
     )
 
 
-def test_a_flipped_bit_is_found_by_verify(folder: Path) -> None:
+def test_verify_detects_a_flipped_bit(folder: Path) -> None:
     Store(folder).verify()
     data = bytearray((folder / "data.arrow").read_bytes())
     data[len(data) // 2] ^= 1

@@ -13,7 +13,8 @@ from torchvision import transforms
 
 from trainables.data.transforms import AUGMENTATIONS, BatchTransform
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 def pixels(count: int, height: int, width: int) -> torch.Tensor:
@@ -33,19 +34,20 @@ def as_bytes(images: torch.Tensor) -> torch.Tensor:
 
 class TestEvaluation:
     @pytest.mark.parametrize(("stored", "side"), [(12, 12), (12, 8), (13, 8), (15, 8), (257, 224)])
-    def test_it_is_torchvisions_crop_and_normalisation(self, stored: int, side: int) -> None:
+    def test_it_equals_torchvisions_crop_and_normalisation(self, stored: int, side: int) -> None:
         images = pixels(3, stored, stored)
         reference = transforms.Compose(
             [transforms.CenterCrop(side), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
         )
         expected = torch.stack([reference(Image.fromarray(x.numpy())) for x in images])
-        found = BatchTransform(MEAN, STD, side, ())(images)
-        assert found.dtype == torch.float32
-        assert found.is_contiguous()
-        assert torch.allclose(found, expected, atol=2e-6)
+        batch = BatchTransform(MEAN, STD, side, ())(images)
+        assert batch.dtype == torch.float32
+        assert batch.is_contiguous()
+        assert torch.allclose(batch, expected, atol=2e-6)
 
     def test_a_generator_without_augmentation_changes_nothing(self) -> None:
-        images, generator = pixels(4, 10, 10), torch.Generator().manual_seed(1)
+        images = pixels(4, 10, 10)
+        generator = torch.Generator().manual_seed(1)
         transform = BatchTransform(MEAN, STD, 8, ())
         assert torch.equal(transform(images, generator), transform(images))
 
@@ -59,46 +61,46 @@ class TestEvaluation:
 class TestFlip:
     def test_each_image_is_itself_or_its_mirror_image_about_half_the_time(self) -> None:
         images = pixels(200, 8, 8)
-        found = as_bytes(raw(8, "flip")(images, torch.Generator().manual_seed(0)))
-        mirrored = [torch.equal(f, x.flip(1)) for f, x in zip(found, images, strict=True)]
-        kept = [torch.equal(f, x) for f, x in zip(found, images, strict=True)]
-        assert all(a != b for a, b in zip(mirrored, kept, strict=True))
+        results = as_bytes(raw(8, "flip")(images, torch.Generator().manual_seed(0)))
+        mirrored = [torch.equal(result, image.flip(1)) for result, image in zip(results, images, strict=True)]
+        unchanged = [torch.equal(result, image) for result, image in zip(results, images, strict=True)]
+        assert all(a != b for a, b in zip(mirrored, unchanged, strict=True))
         assert 75 <= sum(mirrored) <= 125
 
 
 class TestCrop:
-    def test_each_image_shows_a_window_of_itself_and_all_places_occur(self) -> None:
+    def test_each_image_is_a_window_of_itself_and_all_positions_occur(self) -> None:
         images = pixels(300, 6, 6)
-        found = as_bytes(raw(4, "crop")(images, torch.Generator().manual_seed(0)))
-        places = []
-        for window, image in zip(found, images, strict=True):
+        windows = as_bytes(raw(4, "crop")(images, torch.Generator().manual_seed(0)))
+        positions = []
+        for window, image in zip(windows, images, strict=True):
             fits = [(y, x) for y in range(3) for x in range(3) if torch.equal(window, image[y : y + 4, x : x + 4])]
             assert len(fits) == 1
-            places += fits
-        assert len(set(places)) == 9
+            positions += fits
+        assert len(set(positions)) == 9
 
     def test_an_image_of_the_same_size_is_padded_by_reflection_by_an_eighth(self) -> None:
         images = pixels(300, 16, 16)
-        found = as_bytes(raw(16, "crop")(images, torch.Generator().manual_seed(0)))
+        windows = as_bytes(raw(16, "crop")(images, torch.Generator().manual_seed(0)))
         padded = functional.pad(images.permute(0, 3, 1, 2).float(), [2] * 4, mode="reflect")
         padded = padded.to(torch.uint8).permute(0, 2, 3, 1)
-        places = set()
-        for window, image in zip(found, padded, strict=True):
+        positions = set()
+        for window, image in zip(windows, padded, strict=True):
             fits = [(y, x) for y in range(5) for x in range(5) if torch.equal(window, image[y : y + 16, x : x + 16])]
             assert len(fits) == 1
-            places |= {*fits}
-        assert len(places) == 25
+            positions |= {*fits}
+        assert len(positions) == 25
 
     def test_crop_and_flip_together(self) -> None:
         images = pixels(50, 6, 6)
-        found = as_bytes(raw(4, "flip", "crop")(images, torch.Generator().manual_seed(3)))
-        for window, image in zip(found, images, strict=True):
-            windows = [image[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
-            assert any(torch.equal(window, w) or torch.equal(window, w.flip(1)) for w in windows)
+        windows = as_bytes(raw(4, "flip", "crop")(images, torch.Generator().manual_seed(3)))
+        for window, image in zip(windows, images, strict=True):
+            crops = [image[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
+            assert any(torch.equal(window, crop) or torch.equal(window, crop.flip(1)) for crop in crops)
 
 
 class TestRules:
-    def test_the_generator_decides_everything(self) -> None:
+    def test_the_result_depends_on_the_generator_alone(self) -> None:
         images, transform = pixels(20, 10, 10), raw(8, "flip", "crop")
         first = transform(images, torch.Generator().manual_seed(5))
         assert torch.equal(first, transform(images, torch.Generator().manual_seed(5)))
@@ -129,7 +131,7 @@ class TestRules:
             "Ingest them at 16 pixels or more."
         )
 
-    def test_something_else_than_a_batch_of_pixels(self) -> None:
+    def test_a_batch_of_another_shape_or_type(self) -> None:
         with pytest.raises(ValueError) as error:
             raw(4)(torch.from_numpy(np.zeros((2, 3, 8, 8), np.float32)))
         assert str(error.value) == (

@@ -15,7 +15,7 @@ from benchmarks.support.synthetic import SIDE, shapes, write_shapes
 from trainables.data.store import Store
 from trainables.data.trial_data import TrialData, batch_positions
 from trainables.models.backbone import load_pretrained
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 Make = Callable[..., TrialData]
 
@@ -27,7 +27,9 @@ def make(network: Callable[[str], str], tmp_path: Path) -> Make:
     def make(store: Any = None, kind: str = "cnn", held_out: str | None = None, **fields: Any) -> TrialData:
         model = ModelSpec(name=network(kind))
         fields = {"batch_size": 10, "eval_batch_size": 24, "cache": str(tmp_path / "cache"), **fields}
-        spec = TrialSpec(task=Task(store="memory", model=model, **fields), strategy="full", held_out=held_out)
+        spec = TrialSpec(
+            shared=SharedTrialSettings(store="memory", model=model, **fields), strategy="full", held_out=held_out
+        )
         return TrialData(spec, store or shapes(), load_pretrained(model), "cpu")
 
     return make

@@ -1,4 +1,4 @@
-"""The demo's networks: pretrained once, good at printed digits, the same in every process."""
+"""The demo's networks: pretrained once, accurate on printed digits, the same in every process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_knows_printed_digits_that_it_has_not_seen(name: str, own_cache: Path) -> None:
+def test_accuracy_on_unseen_printed_digits(name: str, own_cache: Path) -> None:
     folder = pretrained_folder(name)
     assert folder.parent == own_cache / "backbones"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -50,9 +50,9 @@ def test_it_is_loaded_by_name_with_its_own_view_and_without_classifier(name: str
     assert config.mean == config.std == (0.5, 0.5, 0.5)
     assert backbone_data_config(spec) == config
     state = load_file(pretrained_folder(name) / "model.safetensors")
-    own = backbone.module.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in own.items())
-    assert {key.rpartition(".")[0] for key in state.keys() - own.keys()} <= {"fc", "head"}
+    loaded = backbone.module.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+    assert {key.rpartition(".")[0] for key in state.keys() - loaded.keys()} <= {"fc", "head"}
     random = load_pretrained(ModelSpec(name=name, pretrained=False))
     assert random.digest != backbone.digest
     assert random.num_features == backbone.num_features == 64
@@ -65,7 +65,7 @@ def test_one_has_batch_norm_and_the_other_layer_norm() -> None:
     assert "BatchNorm2d" in kinds["digits_cnn"]
 
 
-def test_another_process_finds_the_same_network(own_cache: Path) -> None:
+def test_another_process_loads_the_same_network(own_cache: Path) -> None:
     script = (
         "from trainables.demo import backbones\n"
         "from trainables.models.backbone import load_pretrained\n"
@@ -95,7 +95,7 @@ def test_pretraining_depends_on_nothing_but_its_recipe(name: str, monkeypatch: p
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-def test_an_interrupted_pretraining_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pretraining_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backbones.STEPS, "digits_cnn", 1)
     monkeypatch.setattr(backbones, "PER_CLASS", 10)
 

@@ -1,4 +1,4 @@
-"""The built-in digits: what they are, and that seeds decide."""
+"""The built-in digits: shapes, contents, seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from trainables.demo.digits import SHIFTS, handwritten_digits, printed_digits, render, shift
 
 
-def test_printed_digits_are_balanced_dark_on_light_and_decided_by_the_seed() -> None:
+def test_printed_digits_are_balanced_dark_on_light_and_reproducible() -> None:
     images, labels = printed_digits(6, seed=0)
     assert images.shape == (60, 32, 32, 3)
     assert images.dtype == np.uint8
@@ -29,11 +29,11 @@ def test_printed_digits_of_one_class_differ() -> None:
     assert len(np.unique(sevens, axis=0)) == 20
 
 
-def test_printed_digits_can_be_told_apart_by_their_nearest_neighbour() -> None:
-    """Labels belong to the pictures: 1-NN on fresh renderings is far above the 10 % of chance."""
-    known, labels = printed_digits(60, seed=0)
+def test_printed_digits_are_classified_by_their_nearest_neighbour() -> None:
+    """Labels match the images: 1-NN on fresh renderings is far above the 10 % of chance."""
+    reference, labels = printed_digits(60, seed=0)
     fresh, truth = printed_digits(10, seed=1)
-    distances = ((fresh[:, None, ::2, ::2, 0].astype(float) - known[None, :, ::2, ::2, 0]) ** 2).sum((2, 3))
+    distances = ((fresh[:, None, ::2, ::2, 0].astype(float) - reference[None, :, ::2, ::2, 0]) ** 2).sum((2, 3))
     assert (labels[distances.argmin(1)] == truth).mean() > 0.5
 
 
@@ -64,7 +64,7 @@ class TestShift:
         assert abs(noise.mean()) < 2
         assert 58 < noise.std() < 66  # 64, clipped at two standard deviations
 
-    def test_rotated_turns_by_20_to_45_degrees_and_keeps_the_ground(self) -> None:
+    def test_rotated_turns_by_20_to_45_degrees_and_keeps_the_background(self) -> None:
         bar = np.full((40, 33, 33, 3), 255, np.uint8)
         bar[:, 16, 4:29] = 0
         for image in shift(bar, "rotated", 0):
@@ -80,7 +80,7 @@ class TestShift:
         assert blurred.std() < 0.8 * images.std()
 
     @pytest.mark.parametrize("kind", SHIFTS)
-    def test_the_input_is_kept_and_the_seed_decides(self, kind: str) -> None:
+    def test_the_input_is_unchanged_and_the_result_depends_on_the_seed(self, kind: str) -> None:
         images, _ = printed_digits(1, seed=0)
         before = images.copy()
         first = shift(images, kind, 0)

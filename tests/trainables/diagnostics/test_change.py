@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from tests.support.trials import MakeTrial
 from trainables.diagnostics.change import TensorChange, change_report, parameter_change
-from trainables.engine.trial import Run
-from trainables.models.backbone import Classifier
+from trainables.engine.trial import Trial
+from trainables.models.task_model import TaskModel
 from trainables.specs.measurements import Curve
 from trainables.storage.checkpoint_format import load_state, save_state
 
 
 @pytest.fixture
-def make(make_trial: MakeTrial) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Trial]:
     """`make("full", "cnn", lr_backbone=…)`: a short run on the tiny networks."""
     return partial(make_trial, seed=1)
 
@@ -40,11 +40,11 @@ def curve(metrics: dict[str, Any], name: str) -> dict[str, list[Any]]:
     return columns
 
 
-def small() -> Classifier:
+def small() -> TaskModel:
     """One convolution with BatchNorm, and a head."""
     generator = torch.Generator().manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = Classifier(backbone, nn.Linear(2, 2))
+    model = TaskModel(backbone, nn.Linear(2, 2))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -53,7 +53,7 @@ def small() -> Classifier:
 
 @pytest.mark.parametrize(("strategy", "kind"), [("full", "vit"), ("full", "cnn"), ("daft", "cnn"), ("lp_ft", "cnn")])
 def test_every_tensor_is_compared_with_its_value_before_training(
-    make: Callable[..., Run], strategy: str, kind: str
+    make: Callable[..., Trial], strategy: str, kind: str
 ) -> None:
     """W of DAFT is the value after the conversion, that of the head the value after its initialisation."""
     run = make(strategy, kind, lr_backbone=0.01)
@@ -73,7 +73,7 @@ def test_every_tensor_is_compared_with_its_value_before_training(
     assert last["change/total"] == pytest.approx(plain(*together), rel=1e-5)
 
 
-def test_daft_is_not_compared_with_the_network_before_its_conversion(make: Callable[..., Run]) -> None:
+def test_daft_is_not_compared_with_the_network_before_its_conversion(make: Callable[..., Trial]) -> None:
     run = make("daft", "cnn", lr_backbone=1e-6, lr_head=1e-6)
     run.step()
     last = run.step()
@@ -85,7 +85,7 @@ def test_daft_is_not_compared_with_the_network_before_its_conversion(make: Calla
     assert [a for n, a in zip(table["tensor"], table["absolute"], strict=True) if n.startswith("head.")] == [1.0, 1.0]
 
 
-def test_a_trial_that_trains_the_head_alone_changes_nothing_else(make: Callable[..., Run]) -> None:
+def test_a_trial_that_trains_the_head_alone_changes_nothing_else(make: Callable[..., Trial]) -> None:
     last = make("linear_probe", "cnn").step()
     changed = {name: value for name, value in last.items() if name.startswith("change/")}
     assert changed.pop("change/head") > 0
@@ -93,7 +93,7 @@ def test_a_trial_that_trains_the_head_alone_changes_nothing_else(make: Callable[
     assert set(changed.values()) == {0.0}
 
 
-def test_a_resumed_trial_compares_with_the_same_start(make: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_resumed_trial_compares_with_the_same_start(make: Callable[..., Trial], tmp_path: Path) -> None:
     whole, first, second = (make("daft", "cnn") for _ in range(3))
     whole.step()
     first.step()
@@ -134,7 +134,7 @@ def test_means_over_kinds_and_stages() -> None:
     }
 
 
-def test_kinds_and_stages_of_a_trial(make: Callable[..., Run]) -> None:
+def test_kinds_and_stages_of_a_trial(make: Callable[..., Trial]) -> None:
     run = make("full", "vit")
     run.step()
     last = run.step()

@@ -15,13 +15,13 @@ from benchmarks.support.synthetic import OOD_DOMAINS
 from tests.support.trials import MakeTrial
 from trainables.diagnostics.distortion import GRID, FeatureDistortion, feature_distortion
 from trainables.engine.evaluation import final_scores
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 
 SPLITS = ("test", *(f"ood/{domain}" for domain in OOD_DOMAINS))
 
 
 @pytest.fixture
-def make(make_trial: MakeTrial) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Trial]:
     """`make("full", "cnn", lr_backbone=…)`: a short run on the tiny networks."""
     return partial(make_trial, seed=1, task={"eval_batch_size": 12})
 
@@ -41,7 +41,7 @@ def plain(before: Tensor, after: Tensor) -> tuple[list[float], list[float]]:
     return cosines, distances
 
 
-def features_of(run: Run, split: str) -> tuple[Tensor, Tensor]:
+def features_of(run: Trial, split: str) -> tuple[Tensor, Tensor]:
     """Pooled features of the pretrained and of the trial's network, straight from the images."""
     found: list[list[Tensor]] = [[], []]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_shapes_must_agree() -> None:
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
-def test_a_pristine_backbone_is_not_distorted(make: Callable[..., Run], kind: str) -> None:
+def test_a_pristine_backbone_is_not_distorted(make: Callable[..., Trial], kind: str) -> None:
     last = make("linear_probe", kind).step()
     for split in SPLITS:
         for suffix in ("", "_q05", "_q50", "_q95"):
@@ -102,7 +102,7 @@ def test_a_pristine_backbone_is_not_distorted(make: Callable[..., Run], kind: st
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
-def test_a_trial_reports_the_distortion_of_its_final_weights(make: Callable[..., Run], kind: str) -> None:
+def test_a_trial_reports_the_distortion_of_its_final_weights(make: Callable[..., Trial], kind: str) -> None:
     run = make("full", kind, lr_backbone=0.02)
     run.step()
     last = run.step()
@@ -118,7 +118,7 @@ def test_a_trial_reports_the_distortion_of_its_final_weights(make: Callable[...,
 
 
 def test_the_features_before_are_those_of_the_pretrained_network_also_after_a_conversion(
-    make: Callable[..., Run],
+    make: Callable[..., Trial],
 ) -> None:
     """DAFT converts the network before training; its function, and so its features, stay as they were."""
     run = make("daft", "cnn")
@@ -132,7 +132,7 @@ def test_the_features_before_are_those_of_the_pretrained_network_also_after_a_co
         assert report[f"distortion/{split}/l2_q95"] == pytest.approx(0.0, abs=1e-3)
 
 
-def test_scores_are_the_same_bits_and_the_tuned_network_runs_as_often(make: Callable[..., Run]) -> None:
+def test_scores_are_the_same_bits_and_the_tuned_network_runs_as_often(make: Callable[..., Trial]) -> None:
     run = make("full", lr_backbone=0.02)
     run.step()
     batches: list[int] = []
@@ -147,7 +147,7 @@ def test_scores_are_the_same_bits_and_the_tuned_network_runs_as_often(make: Call
     assert distortion.report()["distortion/test/l2"] > 0
 
 
-def test_a_second_pass_replaces_the_first(make: Callable[..., Run]) -> None:
+def test_a_second_pass_replaces_the_first(make: Callable[..., Trial]) -> None:
     run = make("full", lr_backbone=0.02)
     distortion = FeatureDistortion(run.data)
     final_scores(run.model, run.data, distortion.watch)
@@ -158,5 +158,5 @@ def test_a_second_pass_replaces_the_first(make: Callable[..., Run]) -> None:
     assert distortion.report() == again.report()
 
 
-def test_nothing_watched_is_nothing_reported(make: Callable[..., Run]) -> None:
+def test_nothing_watched_is_nothing_reported(make: Callable[..., Trial]) -> None:
     assert FeatureDistortion(make("full").data).report() == {}

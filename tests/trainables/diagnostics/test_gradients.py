@@ -19,10 +19,12 @@ from trainables.engine import trial as run_module
 from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
 from trainables.engine.loop import train_unit
 from trainables.engine.optim import build_optimizer
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.models.transformer_blocks import COMPONENTS
 from trainables.specs.seeds import stream_seed
 from trainables.storage.checkpoint_format import load_state, save_state
+from trainables.tasks.base import TargetSpec
+from trainables.tasks.classification import Classification
 
 
 class HeadThenAll(Strategy):
@@ -35,10 +37,10 @@ class HeadThenAll(Strategy):
 
 
 @pytest.fixture
-def make(make_trial: MakeTrial) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Trial]:
     """`make("full", diagnostics=("gradients",), hparams={…})`: three units on the tiny networks."""
 
-    def make(strategy: str = "full", kind: str = "vit", hparams: Any = None, **fields: Any) -> Run:
+    def make(strategy: str = "full", kind: str = "vit", hparams: Any = None, **fields: Any) -> Trial:
         return make_trial(strategy, kind, seed=1, task={"epochs": 3, **fields}, **(hparams or {}))
 
     return make
@@ -52,7 +54,7 @@ def length(gradients: list[Tensor]) -> float:
     return math.sqrt(sum(float(value) ** 2 for gradient in gradients for value in gradient.flatten()))
 
 
-def test_they_are_means_over_the_steps_before_clipping(make: Callable[..., Run]) -> None:
+def test_they_are_means_over_the_steps_before_clipping(make: Callable[..., Trial]) -> None:
     run = make(diagnostics=("gradients",), hparams={"clip_norm": 1e-3, "lr_backbone": 0.05, "schedule": "constant"})
     model = copy.deepcopy(run.model).train()
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -72,7 +74,7 @@ def test_they_are_means_over_the_steps_before_clipping(make: Callable[..., Run])
 
 
 def test_only_what_moves_is_measured_and_only_when_asked_for(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert norms(make().step()) == {}
     monkeypatch.setattr(run_module, "strategy_class", lambda name: HeadThenAll)
@@ -81,7 +83,7 @@ def test_only_what_moves_is_measured_and_only_when_asked_for(
     assert norms(run.step()).keys() > {"head", "mha", "ln1"}
 
 
-def test_injected_parameters_have_the_kind_of_their_layer(make: Callable[..., Run]) -> None:
+def test_injected_parameters_have_the_kind_of_their_layer(make: Callable[..., Trial]) -> None:
     model, reference = make().model, make().data.reference
     qkv: Any = model.backbone.get_submodule("blocks.0.attn.qkv")
     qkv.adapter = nn.Module()
@@ -95,12 +97,12 @@ def test_injected_parameters_have_the_kind_of_their_layer(make: Callable[..., Ru
     assert moving_kinds(model, reference) == {"head": [model.head.bias]}
 
 
-def test_kinds_of_a_convolutional_network(make: Callable[..., Run]) -> None:
+def test_kinds_of_a_convolutional_network(make: Callable[..., Trial]) -> None:
     run = make(kind="cnn", diagnostics=("gradients",))
     assert norms(run.step()).keys() == {"conv", "norm", "head"}
 
 
-def test_watching_changes_no_number(make: Callable[..., Run]) -> None:
+def test_watching_changes_no_number(make: Callable[..., Trial]) -> None:
     plain, watched = make(diagnostics=("distortion",)), make(diagnostics=("distortion", "gradients"))
     for _ in range(3):
         a, b = plain.step(), watched.step()
@@ -110,7 +112,7 @@ def test_watching_changes_no_number(make: Callable[..., Run]) -> None:
 
 @pytest.mark.parametrize("units", [1, 2])
 def test_a_resumed_trial_reports_the_same(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, units: int
+    make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, units: int
 ) -> None:
     monkeypatch.setattr(run_module, "strategy_class", lambda name: HeadThenAll)
     whole, first, second = make(), make(), make()
@@ -176,5 +178,9 @@ def test_the_loop_calls_the_observer_once_per_step() -> None:
     config = TrainingConfig()
     optimizer = build_optimizer([ParamGroup("head", list(model.parameters()), 0.1)], config, lambda: 1.0)
     batches = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))] * 5
-    result = train_unit(model, batches, optimizer, config, first_step=0, total_steps=5, observer=Counter())
+    task = Classification(TargetSpec(("a", "b")))
+    result = train_unit(
+        lambda inputs, targets: model(inputs), batches, optimizer, config, task,
+        first_step=0, total_steps=5, observer=Counter(),
+    )  # fmt: skip
     assert result.observed == {"grad_norm/head": 5.0}

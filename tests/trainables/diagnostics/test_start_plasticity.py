@@ -15,7 +15,7 @@ from trainables.data.trial_data import TrialData
 from trainables.diagnostics import plasticity
 from trainables.diagnostics.plasticity import image_pairs, measure_plasticity, plasticity_after, plasticity_of
 from trainables.models.backbone import load_pretrained
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 Make = Callable[..., TrialData]
 
@@ -24,8 +24,8 @@ Make = Callable[..., TrialData]
 def make(network: Callable[[str], str], tmp_path: Path, one_thread: None) -> Make:
     def make(kind: str = "vit", **fields: Any) -> TrialData:
         model = ModelSpec(name=network(kind))
-        task = Task(store="memory", model=model, cache=str(tmp_path / "cache"), **fields)
-        return TrialData(TrialSpec(task=task, strategy="full"), shapes(), load_pretrained(model), "cpu")
+        task = SharedTrialSettings(store="memory", model=model, cache=str(tmp_path / "cache"), **fields)
+        return TrialData(TrialSpec(shared=task, strategy="full"), shapes(), load_pretrained(model), "cpu")
 
     return make
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from trainables.engine.best_weights import Best, is_pristine, movable_names, put_back, take
 from trainables.engine.contract import ParamGroup
+from trainables.specs.metrics import CLASSIFICATION
 
 
 class Network(nn.Module):
-    """A BatchNorm network of the layout of `Classifier`."""
+    """A BatchNorm network of the layout of `TaskModel`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,11 +31,11 @@ class Network(nn.Module):
     [(0.6, 9.0, True), (0.4, 0.1, False), (0.5, 0.9, True), (0.5, 1.1, False), (0.5, 1.0, False)],
 )
 def test_accuracy_decides_then_the_loss_then_the_earlier_unit(accuracy: float, nll: float, better: bool) -> None:
-    assert Best(unit=3, accuracy=0.5, nll=1.0).improved_by(accuracy, nll) is better
+    assert Best(unit=3, value=0.5, tie_breaker=1.0).improved_by(accuracy, nll, CLASSIFICATION) is better
 
 
 def test_any_first_unit_is_better_than_none() -> None:
-    assert Best().improved_by(0.0, 1e9)
+    assert Best().improved_by(0.0, 1e9, CLASSIFICATION)
 
 
 def test_groups_buffers_and_the_head_are_what_may_move() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainables.engine.budget import Plan, Position
+from trainables.engine.budget import BudgetPlan, UnitPosition
 from trainables.engine.contract import Phase, Strategy
 
 
@@ -22,15 +22,15 @@ HEAD, SOLVE, ALL = Phase("head", 2), Phase("solve", 1, solve=lambda model, data:
 
 
 def test_every_unit_knows_its_phase_and_the_steps_before_it() -> None:
-    plan = Plan.of(Listed(HEAD, SOLVE, ALL), budget=8, unit_steps=10)
+    plan = BudgetPlan.of(Listed(HEAD, SOLVE, ALL), budget=8, unit_steps=10)
     assert plan.units == 6
     assert [plan.at(unit) for unit in range(6)] == [
-        Position(HEAD, 0, 0),
-        Position(HEAD, 1, 10),
-        Position(SOLVE, 0, 20),
-        Position(ALL, 0, 20),
-        Position(ALL, 1, 30),
-        Position(ALL, 2, 40),
+        UnitPosition(HEAD, 0, 0),
+        UnitPosition(HEAD, 1, 10),
+        UnitPosition(SOLVE, 0, 20),
+        UnitPosition(ALL, 0, 20),
+        UnitPosition(ALL, 1, 30),
+        UnitPosition(ALL, 2, 40),
     ]
     with pytest.raises(IndexError):
         plan.at(6)
@@ -46,7 +46,7 @@ def test_every_unit_knows_its_phase_and_the_steps_before_it() -> None:
 )
 def test_a_plan_must_fit_the_budget(phases: tuple[Phase, ...], told: str) -> None:
     with pytest.raises(ValueError) as error:
-        Plan.of(Listed(*phases), budget=4, unit_steps=1)
+        BudgetPlan.of(Listed(*phases), budget=4, unit_steps=1)
     assert str(error.value) == (
         f"The phases of test_budget must take between 1 and 4 units, but they take {told}. Give the trial more epochs."
     )

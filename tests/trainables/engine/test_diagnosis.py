@@ -16,7 +16,7 @@ from tests.support.trials import MakeTrial, history_of, same_numbers, same_tenso
 from trainables.diagnostics.cka import block_cka
 from trainables.diagnostics.plasticity import plasticity_after
 from trainables.engine import trial as run_module
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.full import Full
 from trainables.storage.checkpoint_format import load_state, save_state
 
@@ -31,10 +31,10 @@ class Curious(Full):
 
 
 @pytest.fixture
-def make(make_trial: MakeTrial) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Trial]:
     """`make("full", "cnn", diagnostics=(…))`: two units on the tiny networks."""
 
-    def make(strategy: str = "full", kind: str = "vit", store: MemoryStore | None = None, **fields: Any) -> Run:
+    def make(strategy: str = "full", kind: str = "vit", store: MemoryStore | None = None, **fields: Any) -> Trial:
         return make_trial(strategy, kind, seed=1, store=store, task=fields)
 
     return make
@@ -45,7 +45,7 @@ def measured(unit: dict[str, Any]) -> set[str]:
     return {name.partition("/")[0] for name in unit if name.startswith(OWN)}
 
 
-def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable[..., Run]) -> None:
+def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable[..., Trial]) -> None:
     for names, groups in (
         ((), set()),
         (("distortion",), {"distortion", "change"}),
@@ -60,7 +60,7 @@ def test_only_what_the_task_names_is_measured_and_only_at_the_end(make: Callable
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_d17_test_sets_of_a_few_images_cost_no_trial(
-    make: Callable[..., Run], count: int, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Trial], count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A folder with three images per class gives two classes a test split of two images."""
     store = shapes()
@@ -73,14 +73,14 @@ def test_d17_test_sets_of_a_few_images_cost_no_trial(
     assert f"CKA is left out: it needs at least 4 images, but the ID test has {count}" in caplog.text
 
 
-def test_a_strategy_may_measure_more(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_may_measure_more(make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "strategy_class", lambda name: Curious)
     assert measured(history_of(make(diagnostics=()))[-1]) == {"cka"}
     assert measured(history_of(make(diagnostics=("distortion",)))[-1]) == {"distortion", "change", "cka"}
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
-def test_measuring_changes_no_score_and_no_weight(make: Callable[..., Run], kind: str) -> None:
+def test_measuring_changes_no_score_and_no_weight(make: Callable[..., Trial], kind: str) -> None:
     plain, watched = make(kind=kind, diagnostics=()), make(kind=kind, diagnostics=("distortion", "cka", "gradients"))
     a, b = history_of(plain), history_of(watched)
     kept = [{k: v for k, v in unit.items() if not k.startswith(OWN) and k != "curves"} for unit in b]
@@ -88,13 +88,13 @@ def test_measuring_changes_no_score_and_no_weight(make: Callable[..., Run], kind
     assert same_tensors(plain.model.state_dict(), watched.model.state_dict())
 
 
-def test_a_rung_before_the_last_measures_nothing(make: Callable[..., Run]) -> None:
+def test_a_rung_before_the_last_measures_nothing(make: Callable[..., Trial]) -> None:
     history = history_of(make(diagnostics=("distortion", "cka"), evaluate_at=(1,)))
     assert "test/acc" in history[0]
     assert measured(history[0]) == set()
 
 
-def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[..., Run]) -> None:
+def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[..., Trial]) -> None:
     run = make(diagnostics=("cka",), kind="cnn")
     last = history_of(run)[-1]
     curve = last["curves"]["cka"]["columns"]
@@ -107,7 +107,7 @@ def test_cka_compares_the_final_network_with_the_pretrained_one(make: Callable[.
 
 
 def test_plasticity_after_tuning_is_that_of_the_final_network(
-    make: Callable[..., Run], caplog: pytest.LogCaptureFixture
+    make: Callable[..., Trial], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make(diagnostics=("plasticity",))
     last = history_of(run)[-1]
@@ -121,7 +121,7 @@ def test_plasticity_after_tuning_is_that_of_the_final_network(
     assert message.startswith("Plasticity after tuning is left out: The components ln1, mha, ln2, fc1 and fc2 need")
 
 
-def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_resumed_trial_measures_the_same(make: Callable[..., Trial], tmp_path: Path) -> None:
     fields = {"strategy": "daft", "kind": "cnn", "diagnostics": ("distortion", "cka")}
     whole, first, second = (make(**fields) for _ in range(3))
     history = history_of(whole)
@@ -132,13 +132,13 @@ def test_a_resumed_trial_measures_the_same(make: Callable[..., Run], tmp_path: P
     assert same_numbers(history, [start, *history_of(second)])
 
 
-def test_components_report_their_gradient_norms_without_being_asked(make: Callable[..., Run]) -> None:
+def test_components_report_their_gradient_norms_without_being_asked(make: Callable[..., Trial]) -> None:
     first = make("components", diagnostics=()).step()
     assert {name for name in first if name.startswith("grad_norm/")} > {"grad_norm/final_norm", "grad_norm/head"}
 
 
 def test_plasticity_that_cannot_be_measured_costs_no_trial(
-    make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(model: object, data: object) -> None:
         raise ValueError("Its windows are filled up.")

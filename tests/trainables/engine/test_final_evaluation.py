@@ -11,9 +11,9 @@ import torch
 from benchmarks.support.synthetic import shapes
 from tests.support.trials import MakeTrial, same_tensors
 from trainables.engine import trial as run_module
-from trainables.engine.contract import Phase, Strategy, TrainingConfig
+from trainables.engine.contract import Phase, Prepared, Strategy, TrainingConfig, Tuned
 from trainables.engine.evaluation import validation_scores
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.specs.measurements import Curve, Report
 
 CALLS: list[str] = []
@@ -26,8 +26,8 @@ class Watched(Strategy):
     class Config(TrainingConfig):
         lr_backbone: float = 0.02
 
-    def prepare(self, model: Any, data: Any) -> Report:
-        return {"plasticity/mha": 2.0, "start": Curve({"block": [0, 1], "value": [0.5, None]})}
+    def prepare(self, model: Any, data: Any) -> Prepared:
+        return Prepared({"plasticity/mha": 2.0, "start": Curve({"block": [0, 1], "value": [0.5, None]})})
 
     def phases(self, units: int) -> list[Phase]:
         return [
@@ -41,7 +41,7 @@ class Watched(Strategy):
             model.head.bias.zero_()
         return {"watched/finished": float(len(CALLS))}
 
-    def curves(self, model: Any, data: Any) -> Report:
+    def curves(self, model: Any, data: Any, tuned: Any = None) -> Report:
         CALLS.append("curves")
         accuracy = validation_scores(model, data)["val/acc"]
         return {"watched/points": 1.0, "scale": Curve({"scale": [1.0], "val/acc": [accuracy]})}
@@ -50,16 +50,16 @@ class Watched(Strategy):
 class Spoiling(Watched):
     """A post-step that makes the network useless."""
 
-    def finalize(self, model: Any, data: Any) -> Report:
+    def finalize(self, model: Any, data: Any, prepared: Any = None) -> Tuned:
         with torch.no_grad():
             model.head.weight.zero_()
             model.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
-        return {"watched/spoiled": 1.0}
+        return Tuned({"watched/spoiled": 1.0})
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, make_trial: MakeTrial) -> Any:
-    def make(strategy: type[Strategy], **fields: Any) -> Run:
+    def make(strategy: type[Strategy], **fields: Any) -> Trial:
         monkeypatch.setattr(run_module, "strategy_class", lambda name: strategy)
         CALLS.clear()
         return make_trial("watched", seed=3, task={"epochs": 4, **fields})

@@ -14,9 +14,9 @@ import torch
 from benchmarks.support.synthetic import shapes
 from tests.support.trials import history_of
 from trainables.engine.rng_state import isolated_randomness
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.models.precision import resolve_precision
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
 
 pytestmark = [
@@ -38,14 +38,16 @@ def spec(network: Callable[[str], str], tmp_path: Path) -> MakeSpec:
     def make(strategy: str, kind: str, precision: str = "auto") -> TrialSpec:
         model = ModelSpec(name=network(kind))
         cache = str(tmp_path / "cache")
-        task = Task(store="memory", model=model, epochs=2, batch_size=16, cache=cache, precision=precision)
+        task = SharedTrialSettings(
+            store="memory", model=model, epochs=2, batch_size=16, cache=cache, precision=precision
+        )
         return TrialSpec(task=task, strategy=strategy, seed=3)
 
     return make
 
 
 def test_a_trial_runs_on_the_gpu_unless_it_is_told_otherwise(spec: MakeSpec) -> None:
-    trial = Run(spec("full", "cnn"), store=shapes())
+    trial = Trial(spec("full", "cnn"), store=shapes())
     assert trial.device.type == "cuda"
     trial.step()
     assert {tensor.device.type for tensor in trial.model.state_dict().values()} == {"cuda"}
@@ -54,8 +56,8 @@ def test_a_trial_runs_on_the_gpu_unless_it_is_told_otherwise(spec: MakeSpec) -> 
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_in_float32_a_trial_learns_as_on_the_cpu(spec: MakeSpec, strategy: str, kind: str) -> None:
     """To a few per cent: the first unit's loss, before the two paths of rounding have gone far apart."""
-    there = Run(spec(strategy, kind, "float32"), store=shapes(), device="cuda").step()
-    here = Run(spec(strategy, kind, "float32"), store=shapes(), device="cpu").step()
+    there = Trial(spec(strategy, kind, "float32"), store=shapes(), device="cuda").step()
+    here = Trial(spec(strategy, kind, "float32"), store=shapes(), device="cpu").step()
     assert there["train/loss"] == pytest.approx(here["train/loss"], rel=0.05)
     assert there["val/nll"] == pytest.approx(here["val/nll"], rel=0.1)
 
@@ -64,11 +66,11 @@ def test_in_float32_a_trial_learns_as_on_the_cpu(spec: MakeSpec, strategy: str, 
 def test_a_trial_in_the_default_precision_continues_from_its_checkpoint(
     spec: MakeSpec, strategy: str, kind: str, tmp_path: Path
 ) -> None:
-    whole = history_of(Run(spec(strategy, kind), store=shapes(), device="cuda"))
-    first = Run(spec(strategy, kind), store=shapes(), device="cuda")
+    whole = history_of(Trial(spec(strategy, kind), store=shapes(), device="cuda"))
+    first = Trial(spec(strategy, kind), store=shapes(), device="cuda")
     start = [first.step()]
     save_state(tmp_path / "state", first.state())
-    second = Run(spec(strategy, kind), store=shapes(), device="cuda")
+    second = Trial(spec(strategy, kind), store=shapes(), device="cuda")
     second.load_state(load_state(tmp_path / "state"))
     continued = start + history_of(second)
     assert [unit["unit"] for unit in continued] == [unit["unit"] for unit in whole]

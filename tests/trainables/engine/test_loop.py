@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from trainables.engine.loop import predict, set_training_mode, train_unit
 from trainables.engine.optim import build_optimizer
 from trainables.models.precision import resolve_precision
 from trainables.specs.errors import NonFiniteError
+from trainables.tasks.base import TargetSpec
+from trainables.tasks.classification import Classification
 
 CPU = torch.device("cpu")
 
@@ -35,6 +38,13 @@ def small_problem() -> tuple[nn.Linear, list[tuple[Tensor, Tensor]]]:
     return model, batches
 
 
+TASK = Classification(TargetSpec(("a", "b", "c")))
+
+
+def calling(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda inputs, targets: model(inputs)
+
+
 def optimizer_for(model: nn.Module, config: TrainingConfig, rate: float = 0.1) -> torch.optim.Optimizer:
     return build_optimizer([ParamGroup("head", list(model.parameters()), rate)], config, lambda: 1.0)
 
@@ -43,7 +53,7 @@ def test_a_unit_equals_the_textbook_loop_bit_for_bit() -> None:
     model, batches = small_problem()
     reference = copy.deepcopy(model)
     config = TrainingConfig(clip_norm=0.5, label_smoothing=0.1)
-    found = train_unit(model, batches, optimizer_for(model, config), config, first_step=0, total_steps=8)
+    found = train_unit(calling(model), batches, optimizer_for(model, config), config, TASK, first_step=0, total_steps=8)
 
     sgd = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
     cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.5 * (1 + math.cos(math.pi * step / 8)))
@@ -60,7 +70,7 @@ def test_a_unit_equals_the_textbook_loop_bit_for_bit() -> None:
         right += int((logits.argmax(1) == labels).sum())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
     assert found.loss == pytest.approx(sum(losses) / 29, rel=1e-6)
-    assert (found.accuracy, found.images) == (right / 29, 29)
+    assert (found.metrics, found.images) == ({"acc": right / 29}, 29)
 
 
 def test_the_extra_loss_is_added() -> None:
@@ -71,7 +81,16 @@ def test_the_extra_loss_is_added() -> None:
     def decay(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         return 0.3 * model.weight.square().sum()
 
-    train_unit(model, batches[:1], optimizer_for(model, config), config, first_step=0, total_steps=1, extra_loss=decay)
+    train_unit(
+        calling(model),
+        batches[:1],
+        optimizer_for(model, config),
+        config,
+        TASK,
+        first_step=0,
+        total_steps=1,
+        extra_loss=decay,
+    )
     images, labels = batches[0]
     functional.cross_entropy(reference(images), labels).backward()
     gradient = reference.weight.grad + 0.6 * reference.weight
@@ -83,7 +102,7 @@ def test_a_diverging_unit_raises_within_the_unit() -> None:
     batches[1][0][0, 0] = torch.inf
     config = TrainingConfig()
     with pytest.raises(NonFiniteError) as error:
-        train_unit(model, batches, optimizer_for(model, config), config, first_step=4, total_steps=8)
+        train_unit(calling(model), batches, optimizer_for(model, config), config, TASK, first_step=4, total_steps=8)
     assert str(error.value) == (
         "The training loss must be finite, but it was nan by step 2 of its unit. "
         "Lower learning rates or clip_norm may help."
@@ -94,7 +113,7 @@ def test_no_batch_is_an_error() -> None:
     model, _ = small_problem()
     config = TrainingConfig()
     with pytest.raises(ValueError, match="A unit must have at least one batch, but got none"):
-        train_unit(model, [], optimizer_for(model, config), config, first_step=0, total_steps=1)
+        train_unit(calling(model), [], optimizer_for(model, config), config, TASK, first_step=0, total_steps=1)
 
 
 def test_bn_mode_and_frozen_parts() -> None:

@@ -10,20 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.trials import MakeTrial, Trial, changed, copies, finish, layernorm_trials, source_of
+from tests.support.trials import MakeLayerNormTrial, MakeTrial, changed, copies, finish, layernorm_trials, source_of
 from trainables.diagnostics.norm_shift import layer_norm_shift, layer_norms
 from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import validation_scores
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.engine.weight_interpolation import LAMBDA_GRID, best_lambda, fitted, rescale_layer_norm, scaled_names
+from trainables.specs.metrics import CLASSIFICATION
 
 
 @pytest.fixture
-def trial(make_trial: MakeTrial) -> Trial:
+def trial(make_trial: MakeTrial) -> MakeLayerNormTrial:
     return layernorm_trials(make_trial)
 
 
-def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial: Trial) -> None:
+def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial: MakeLayerNormTrial) -> None:
     run = trial()
     images, _ = next(run.data.batches("test"))
     source = copies(run.model)
@@ -43,7 +44,7 @@ def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial
     assert layer_norm_shift(source, model).beta > 0.0
 
 
-def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: Trial) -> None:
+def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: MakeLayerNormTrial) -> None:
     run = trial()
     source = copies(run.model)
     finish(run)
@@ -70,14 +71,14 @@ def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: Trial) -> None:
         (0.5, "beta", "rescale must be one of 'gamma', 'both', but got 'beta'."),
     ],
 )
-def test_what_cannot_be_rescaled(trial: Trial, lam: Any, rescale: Any, message: str) -> None:
+def test_what_cannot_be_rescaled(trial: MakeLayerNormTrial, lam: Any, rescale: Any, message: str) -> None:
     model = trial().model
     with pytest.raises(ValueError) as error:
         rescale_layer_norm(model, copies(model), lam, rescale)
     assert str(error.value) == message
 
 
-def test_a_source_that_does_not_fit_changes_nothing(trial: Trial) -> None:
+def test_a_source_that_does_not_fit_changes_nothing(trial: MakeLayerNormTrial) -> None:
     run = trial()
     source = {name: value + 1 for name, value in copies(run.model).items()}
     last, before = f"{list(layer_norms(run.model))[-1]}.weight", copies(run.model)
@@ -94,20 +95,20 @@ def test_a_source_that_does_not_fit_changes_nothing(trial: Trial) -> None:
 def test_ties_go_to_the_lower_nll_then_to_the_nearest_to_1() -> None:
     scores = {0.0: (0.8, 0.1), 0.7: (0.9, 0.5), 0.9: (0.9, 0.4), 1.2: (0.9, 0.4), 2.0: (0.9, 0.6)}
     named = {lam: {"val/acc": accuracy, "val/nll": nll} for lam, (accuracy, nll) in scores.items()}
-    assert best_lambda(named) == 0.9
-    assert best_lambda({lam: named[lam] for lam in (2.0, 0.7)}) == 0.7
+    assert best_lambda(named, CLASSIFICATION) == 0.9
+    assert best_lambda({lam: named[lam] for lam in (2.0, 0.7)}, CLASSIFICATION) == 0.7
 
 
 class TestLearned:
     @pytest.fixture
-    def plain(self, trial: Trial) -> Run:
+    def plain(self, trial: MakeLayerNormTrial) -> Trial:
         """The tuned network whose λ is learned below, at λ = 1."""
         run = trial(lr_backbone=1.0)
         finish(run)
         return run
 
     def test_one_lambda_is_at_the_minimum_of_the_validation_loss_and_nothing_else_moves(
-        self, trial: Trial, plain: Run
+        self, trial: MakeLayerNormTrial, plain: Trial
     ) -> None:
         run = trial(lam_choice="learned", lr_backbone=1.0)
         lam = finish(run)["layernorm/lambda"]
@@ -124,7 +125,7 @@ class TestLearned:
         assert losses[0] < validation_scores(plain.model, run.data)["val/nll"]
 
     def test_it_is_the_same_again_and_does_not_depend_on_the_batches(
-        self, trial: Trial, monkeypatch: pytest.MonkeyPatch
+        self, trial: MakeLayerNormTrial, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, again = (finish(trial(lam_choice="learned"))["layernorm/lambda"] for _ in range(2))
         assert first == again != 1.0
@@ -134,9 +135,9 @@ class TestLearned:
         names = {name: source[name] for group in scaled_names(run.model, "gamma").values() for name in group}
         found = []
         for size in (5, 32):
-            task = dataclasses.replace(run.spec.task, batch_size=size)
+            task = dataclasses.replace(run.spec.shared, batch_size=size)
             data = copy.copy(run.data)
-            data.spec = dataclasses.replace(run.spec, task=task)
+            data.spec = dataclasses.replace(run.spec, shared=task)
             found.append(fitted(run.model, data, names, "gamma", per_layer=False))
         assert torch.allclose(found[0], found[1], atol=1e-3)
         sizes, call = [], torch.func.functional_call
@@ -151,7 +152,7 @@ class TestLearned:
         assert torch.allclose(fitted(run.model, data, names, "gamma", per_layer=False), found[1], atol=1e-3)
         assert set(sizes) == {8}
 
-    def test_it_stays_in_the_range_of_the_sweep(self, plain: Run) -> None:
+    def test_it_stays_in_the_range_of_the_sweep(self, plain: Trial) -> None:
         source = source_of(plain)
         names = [name for group in scaled_names(plain.model, "gamma").values() for name in group]
         tuned = copies(plain.model)
@@ -161,7 +162,9 @@ class TestLearned:
             assert torch.allclose(found, torch.full_like(found, end), atol=1e-2)
             assert bool(((found >= LAMBDA_GRID[0]) & (found <= LAMBDA_GRID[-1])).all())
 
-    def test_one_per_layer_is_better_still_and_1_where_nothing_moved(self, trial: Trial, plain: Run) -> None:
+    def test_one_per_layer_is_better_still_and_1_where_nothing_moved(
+        self, trial: MakeLayerNormTrial, plain: Trial
+    ) -> None:
         runs = {scope: trial(lam_choice="learned", lam_scope=scope, lr_backbone=1.0) for scope in ("global", "layer")}
         metrics = {scope: finish(run) for scope, run in runs.items()}
         columns = metrics["layer"]["curves"]["layernorm_lambda"]["columns"]

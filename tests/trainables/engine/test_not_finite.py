@@ -10,21 +10,21 @@ import pytest
 
 from benchmarks.support.synthetic import shapes, write_shapes
 from trainables.engine import trial as run_module
-from trainables.engine.trial import Run
-from trainables.engine.tune_trainable import Trial
+from trainables.engine.trial import Trial
+from trainables.engine.tune_trainable import TuneTrainable
 from trainables.specs.errors import NonFiniteError
 from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 
 @pytest.fixture
 def spec(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> TrialSpec:
     store = str(write_shapes(tmp_path / "store"))
-    task = Task(
+    task = SharedTrialSettings(
         store=store, model=ModelSpec(name=network("cnn")), epochs=4, batch_size=16, cache=str(tmp_path / "cache"),
         diagnostics=(),
     )  # fmt: skip
-    return TrialSpec(task=task, strategy="full", hparams={"lr_backbone": 1e-3, "lr_head": 1e-2})
+    return TrialSpec(shared=task, strategy="full", hparams={"lr_backbone": 1e-3, "lr_head": 1e-2})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -37,7 +37,7 @@ def test_p24_a_validation_loss_that_is_not_finite_is_named_and_no_result(
         return {**real(*arguments), **({"val/nll": value} if run.unit == 1 else {})}
 
     monkeypatch.setattr(run_module, "validation_scores", scores)
-    run = Run(spec, store=shapes(), device="cpu")
+    run = Trial(spec, store=shapes(), device="cpu")
     first = run.step()
     with pytest.raises(NonFiniteError) as error:
         run.step()
@@ -55,7 +55,9 @@ def test_p23_a_loss_that_becomes_nan_ends_the_trial_within_the_unit_and_is_not_t
     monkeypatch.setenv(ENV_FAULTS, "phase=step,trial=5,unit=2,step=1,action=nan")
     reset_faults()
     try:
-        trial = Trial({**spec.to_dict(), "_number": 5, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0005")})
+        trial = TuneTrainable(
+            {**spec.to_dict(), "_number": 5, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0005")}
+        )
         assert trial.step()["unit"] == 1
         ended = trial.step()
     finally:

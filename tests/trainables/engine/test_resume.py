@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from benchmarks.support.synthetic import shapes, write_shapes
 from tests.support.trials import CLOCK, same_numbers, same_tensors
 from trainables.engine import trial as run_module
-from trainables.engine.contract import Strategy
-from trainables.engine.trial import Run
-from trainables.engine.tune_trainable import Trial
+from trainables.engine.contract import Prepared, Strategy
+from trainables.engine.trial import Trial
+from trainables.engine.tune_trainable import TuneTrainable
 from trainables.specs import fault_injection
 from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage import checkpoint_store
 from trainables.storage.checkpoint_format import load_state, save_state
 from trainables.storage.checkpoint_store import list_checkpoints
@@ -38,22 +38,26 @@ ROOT = str(Path(__file__).parents[3])
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory, network: Callable[[str], str], one_thread: None) -> Task:
+def task(
+    tmp_path_factory: pytest.TempPathFactory, network: Callable[[str], str], one_thread: None
+) -> SharedTrialSettings:
     root = tmp_path_factory.mktemp("resume")
     write_shapes(root / "store")
     model = ModelSpec(name=network("cnn"))
-    return Task(store=str(root / "store"), model=model, epochs=4, batch_size=16, cache=str(root / "cache"))
+    return SharedTrialSettings(
+        store=str(root / "store"), model=model, epochs=4, batch_size=16, cache=str(root / "cache")
+    )
 
 
 @pytest.fixture(scope="module")
-def spec(task: Task) -> TrialSpec:
-    return TrialSpec(task=task, strategy="daft", hparams={"lr_head": 0.1}, seed=5)
+def spec(task: SharedTrialSettings) -> TrialSpec:
+    return TrialSpec(shared=task, strategy="daft", hparams={"lr_head": 0.1}, seed=5)
 
 
 @pytest.fixture(scope="module")
 def expected(spec: TrialSpec) -> list[dict[str, Any]]:
     """Every unit's result of the trial without any interruption."""
-    run, history = Run(spec, device="cpu"), []
+    run, history = Trial(spec, device="cpu"), []
     while not run.finished:
         history.append(run.step())
     return history
@@ -65,7 +69,7 @@ def config(spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return spec.to_dict() | {"_number": 7, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0007")}
 
 
-def train(trial: Trial) -> list[dict[str, Any]]:
+def train(trial: TuneTrainable) -> list[dict[str, Any]]:
     results = [trial.train()]
     while not results[-1]["done"]:
         results.append(trial.train())
@@ -84,23 +88,23 @@ def same(results: list[dict[str, Any]], like: list[dict[str, Any]]) -> bool:
 def test_p2_another_process_says_the_last_result_again_and_goes_on(
     config: dict[str, Any], expected: list[dict[str, Any]]
 ) -> None:
-    first = Trial(config)
+    first = TuneTrainable(config)
     results = [first.train(), first.train()]
-    second = Trial(config)
+    second = TuneTrainable(config)
     again = second.train()
     assert same([*results, again], [*expected[:2], expected[1]])
     assert again["training_iteration"] == 2
     rest = train(second)
     assert same(rest, expected[2:])
-    assert same(train(Trial(config)), expected[3:]), "a trial that is done says its result and computes nothing"
+    assert same(train(TuneTrainable(config)), expected[3:]), "a trial that is done says its result and computes nothing"
 
 
 def test_a_reused_actor_goes_on_with_a_trial_as_a_fresh_one_does(
     config: dict[str, Any], spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    Trial(config).train()
+    TuneTrainable(config).train()
     other = dataclasses.replace(spec, seed=6).to_dict() | {"_checkpoints": str(tmp_path / "checkpoints" / "trial-0008")}
-    reused = Trial(other)
+    reused = TuneTrainable(other)
     reused.train()
     reused.reset(config)
     assert same(train(reused), expected)
@@ -110,13 +114,13 @@ def test_a_reused_actor_goes_on_with_a_trial_as_a_fresh_one_does(
 def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_told(
     config: dict[str, Any], expected: list[dict[str, Any]], broken: str
 ) -> None:
-    first = Trial(config)
+    first = TuneTrainable(config)
     for _ in range(3):
         first.train()
     kept = list_checkpoints(Path(config["_checkpoints"]))
     for path in kept[-1:] if broken == "newest" else kept:
         (path / "tensors.safetensors").write_bytes(b"torn")
-    results = train(Trial(config))
+    results = train(TuneTrainable(config))
     assert same(results, expected[1 if broken == "newest" else 0 :])
     told = [r["checkpoint_problems"] for r in results if "checkpoint_problems" in r]
     assert [len(problems) for problems in told] == [1 if broken == "newest" else 2]
@@ -124,12 +128,12 @@ def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_told(
 
 
 def test_s10_a_checkpoint_of_other_settings_is_put_aside_and_the_trial_starts_over(
-    config: dict[str, Any], task: Task, spec: TrialSpec
+    config: dict[str, Any], task: SharedTrialSettings, spec: TrialSpec
 ) -> None:
-    trial = Trial(config)
+    trial = TuneTrainable(config)
     trial.train()
-    changed = dataclasses.replace(spec, task=dataclasses.replace(task, batch_size=32))
-    result = Trial(config | changed.to_dict()).train()
+    changed = dataclasses.replace(spec, shared=dataclasses.replace(task, batch_size=32))
+    result = TuneTrainable(config | changed.to_dict()).train()
     assert result["unit"] == 1
     assert [p.partition(": A")[2] for p in result["checkpoint_problems"]] == [
         " checkpoint continues its own trial only, but this one is of another: task.batch_size: 16 in the checkpoint, "
@@ -140,7 +144,7 @@ def test_s10_a_checkpoint_of_other_settings_is_put_aside_and_the_trial_starts_ov
 def test_p23_a_failure_that_would_happen_again_is_a_result_and_not_an_error(config: dict[str, Any]) -> None:
     """Tune would try an error again, however often it is told to."""
     config["strategy"], config["hparams"] = "full", {"lr_backbone": 1e30}
-    results = train(Trial(config))
+    results = train(TuneTrainable(config))
     assert results[-1]["done"] is True
     assert "NonFiniteError: The " in results[-1]["failure"].splitlines()[-1]
     assert "val/acc" not in results[-1]
@@ -149,21 +153,21 @@ def test_p23_a_failure_that_would_happen_again_is_a_result_and_not_an_error(conf
 def test_a_failure_of_the_machine_is_an_error_that_tune_may_retry(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Run) -> dict[str, Any]:
+    def broken(self: Trial) -> dict[str, Any]:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Run, "step", broken)
+    monkeypatch.setattr(Trial, "step", broken)
     with pytest.raises(OSError, match="Input/output error"):
-        Trial(config).train()
+        TuneTrainable(config).train()
 
 
 CHILD = """
 import json, sys, torch
 torch.set_num_threads(1)
 from trainables.storage import checkpoint_store
-from trainables.engine.tune_trainable import Trial
+from trainables.engine.tune_trainable import TuneTrainable
 checkpoint_store.MIN_INTERVAL_FACTOR = 0
-trial = Trial(json.load(open(sys.argv[1])))
+trial = TuneTrainable(json.load(open(sys.argv[1])))
 while True:
     result = trial.train()
     plain = {k: v for k, v in result.items() if isinstance(v, (int, float, dict, list))}
@@ -208,11 +212,11 @@ def test_p1_p2_a_trial_killed_again_and_again_gives_every_result_and_the_same(
 class Restless(Strategy):
     """Draws from every global generator in every step, and has dropout."""
 
-    def prepare(self, model: Any, data: Any) -> dict[str, float]:
+    def prepare(self, model: Any, data: Any) -> Prepared:
         model.head.register_forward_hook(
             lambda module, inputs, output: nn.functional.dropout(output, 0.2, module.training)
         )
-        return {}
+        return Prepared()
 
     def extra_loss(self, model: Any, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor | None:
         noise = torch.rand(()) + random.random() + random.gauss(0, 1) + float(np.random.rand() + np.random.randn())
@@ -228,16 +232,16 @@ def test_p28_how_many_images_fit_at_once_is_remembered(
     def out_of_memory_again() -> None:
         fault_injection.reset_faults()
 
-    def run_of(units: int, run: Run) -> list[dict[str, Any]]:
+    def run_of(units: int, run: Trial) -> list[dict[str, Any]]:
         return [run.step() for _ in range(units)]
 
     out_of_memory_again()
-    whole = run_of(4, Run(spec, device="cpu"))
+    whole = run_of(4, Trial(spec, device="cpu"))
     out_of_memory_again()
-    first = Run(spec, device="cpu")
+    first = Trial(spec, device="cpu")
     start = run_of(2, first)
     save_state(tmp_path / "state", first.state())
-    second = Run(spec, device="cpu")
+    second = Trial(spec, device="cpu")
     second.load_state(load_state(tmp_path / "state"))
     rest = run_of(2, second)
     monkeypatch.undo()
@@ -249,15 +253,15 @@ def test_p28_how_many_images_fit_at_once_is_remembered(
 
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_p28_every_random_generator_goes_on_in_the_middle_of_a_unit(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    task: SharedTrialSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     monkeypatch.setattr(run_module, "strategy_class", lambda name: Restless)
     hparams = {"optimizer": "adamw", "lr_backbone": 1e-3, "clip_norm": 1.0, "warmup": 0.2}
     many = dataclasses.replace(task, augment=("flip",), diagnostics=("gradients",), epochs=2)
-    spec = TrialSpec(task=many, strategy="restless", hparams=hparams, seed=1)
+    spec = TrialSpec(shared=many, strategy="restless", hparams=hparams, seed=1)
 
     def left_and_resumed(left: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        run, steps = Run(spec, store=shapes(), device="cpu"), 0
+        run, steps = Trial(spec, store=shapes(), device="cpu"), 0
 
         def keep() -> None:
             nonlocal steps
@@ -268,7 +272,7 @@ def test_p28_every_random_generator_goes_on_in_the_middle_of_a_unit(
         run.after_step = keep
         history = [run.step(), run.step()]
         if left:
-            run = Run(spec, store=shapes(), device="cpu")
+            run = Trial(spec, store=shapes(), device="cpu")
             run.load_state(load_state(tmp_path / "state"))
             history[1] = run.step()
         return history, run.model.state_dict()

@@ -11,24 +11,24 @@ import torch
 
 from tests.support.trials import MakeTrial, history_of, same_numbers, same_tensors
 from trainables.engine import loop, weight_interpolation
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.storage.checkpoint_format import load_state, save_state
 
 AWKWARD = {"epochs": 5, "steps_per_unit": 3, "augment": ("flip", "crop"), "evaluate_at": (2,)}
 """Units of three steps where an epoch has four, so that units begin and end in the middle of one."""
 CYCLES = {"cycles": 2, "lam_choice": "sweep", "wise": "sweep"}
-Make = Callable[..., Run]
+Make = Callable[..., Trial]
 
 
 @pytest.fixture
 def make(make_trial: MakeTrial) -> Make:
-    def make(strategy: str, kind: str, hparams: Mapping[str, Any], **fields: Any) -> Run:
+    def make(strategy: str, kind: str, hparams: Mapping[str, Any], **fields: Any) -> Trial:
         return make_trial(strategy, kind, seed=5, task={**AWKWARD, **fields}, **hparams)
 
     return make
 
 
-def kept_after_every_step(run: Run, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[int, Path]]]:
+def kept_after_every_step(run: Trial, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[int, Path]]]:
     """All results of `run`, and (units done, checkpoint) after each of its steps and units."""
     history: list[dict[str, Any]] = []
     found: list[tuple[int, Path]] = []
@@ -66,14 +66,14 @@ def test_p28_it_goes_on_bit_for_bit_from_after_any_step(
     fields: Mapping[str, Any],
     fits: int,
 ) -> None:
-    real = loop._loss
+    real = loop._batch_loss
 
     def limited(*arguments: Any) -> Any:
         if len(arguments[-1]) > fits:
             raise torch.OutOfMemoryError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_loss", limited)
+    monkeypatch.setattr(loop, "_batch_loss", limited)
     whole = make(strategy, kind, hparams, **fields)
     expected = history_of(whole)
     history, kept = kept_after_every_step(make(strategy, kind, hparams, **fields), tmp_path)

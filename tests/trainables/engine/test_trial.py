@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from tests.support.trials import MakeTrial, history_of, same_numbers, same_tensors
 from trainables.engine import trial as run_module
-from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
-from trainables.engine.trial import Run
+from trainables.engine.contract import ParamGroup, Phase, Prepared, Strategy, TrainingConfig, Tuned
+from trainables.engine.trial import Trial
 from trainables.specs.errors import NonFiniteError
 from trainables.specs.seeds import stream_seed
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import CheckpointError, load_state, save_state
 
 CALLS: list[str] = []
@@ -33,21 +33,21 @@ class Everything(Strategy):
     class Config(TrainingConfig):
         lr_backbone: float = 0.02
 
-    def prepare(self, model: Any, data: Any) -> Mapping[str, float]:
+    def prepare(self, model: Any, data: Any) -> Prepared:
         CALLS.append("prepare")
-        return {"once/prepared": 1.0}
+        return Prepared({"once/prepared": 1.0})
 
-    def param_groups(self, model: Any) -> list[ParamGroup]:
+    def param_groups(self, model: Any, prepared: Any = None) -> list[ParamGroup]:
         CALLS.append("param_groups")
-        return super().param_groups(model)
+        return super().param_groups(model, prepared)
 
     def phases(self, units: int) -> list[Phase]:
         CALLS.append("phases")
         return super().phases(units)
 
-    def finalize(self, model: Any, data: Any) -> Mapping[str, float]:
+    def finalize(self, model: Any, data: Any, prepared: Any = None) -> Tuned:
         CALLS.append("finalize")
-        return {"once/finalized": 1.0}
+        return Tuned({"once/finalized": 1.0})
 
 
 class HeadThenAll(Everything):
@@ -77,7 +77,7 @@ class Solved(Strategy):
     class Config:
         pass
 
-    def param_groups(self, model: Any) -> list[ParamGroup]:
+    def param_groups(self, model: Any, prepared: Any = None) -> list[ParamGroup]:
         return [ParamGroup("head", list(model.head.parameters()), 0.0)]
 
     def phases(self, units: int) -> list[Phase]:
@@ -105,18 +105,18 @@ class Means(Solved):
 class Doubling(Everything):
     """`finalize` changes the weights: evaluating early must not let that reach training."""
 
-    def finalize(self, model: Any, data: Any) -> Mapping[str, float]:
+    def finalize(self, model: Any, data: Any, prepared: Any = None) -> Tuned:
         with torch.no_grad():
             model.head.weight.mul_(2.0)
-        return {}
+        return Tuned()
 
 
 class Dropping(Everything):
     """Dropout before the head."""
 
-    def prepare(self, model: Any, data: Any) -> Mapping[str, float]:
+    def prepare(self, model: Any, data: Any) -> Prepared:
         model.head.register_forward_pre_hook(lambda head, inputs: functional.dropout(inputs[0], 0.5, head.training))
-        return {}
+        return Prepared()
 
 
 _ALL = (Everything, HeadThenAll, HeadOnly, HeadOnlyOnImages, Solved, Means, Doubling, Dropping)
@@ -130,10 +130,10 @@ def _strategies(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.fixture
-def make(make_trial: MakeTrial) -> Callable[..., Run]:
+def make(make_trial: MakeTrial) -> Callable[..., Trial]:
     """`make("Everything", kind="cnn", seed=1, hparams={…}, epochs=2, …)`: a run of a strategy above."""
 
-    def make(strategy: str, kind: str = "cnn", seed: int = 0, hparams: Any = None, **fields: Any) -> Run:
+    def make(strategy: str, kind: str = "cnn", seed: int = 0, hparams: Any = None, **fields: Any) -> Trial:
         held_out = fields.pop("held_out", None)
         settings = {"epochs": 3, **fields}
         return make_trial(strategy, kind, seed=seed, held_out=held_out, task=settings, **(hparams or {}))
@@ -141,7 +141,7 @@ def make(make_trial: MakeTrial) -> Callable[..., Run]:
     return make
 
 
-def test_the_hooks_are_called_in_the_order_of_the_contract(make: Callable[..., Run]) -> None:
+def test_the_hooks_are_called_in_the_order_of_the_contract(make: Callable[..., Trial]) -> None:
     history = history_of(make("Everything"))
     assert CALLS[:2] == ["prepare", "phases"]
     assert set(CALLS[2:-1]) == {"param_groups"}
@@ -154,7 +154,7 @@ def test_the_hooks_are_called_in_the_order_of_the_contract(make: Callable[..., R
     assert history[0]["once/prepared"] == history[-1]["once/prepared"] == history[-1]["once/finalized"] == 1.0
 
 
-def test_training_equals_a_loop_written_by_hand(make: Callable[..., Run]) -> None:
+def test_training_equals_a_loop_written_by_hand(make: Callable[..., Trial]) -> None:
     run = make("Everything", hparams={"lr_head": 0.5, "weight_decay": 0.01}, epochs=2)
     model, data = copy.deepcopy(run.model), run.data
     scale = float((torch.tensor(data.features("train")) ** 2).sum(1).mean())
@@ -182,7 +182,7 @@ def test_training_equals_a_loop_written_by_hand(make: Callable[..., Run]) -> Non
         assert torch.allclose(value.float(), kept[name].float(), rtol=1e-4, atol=1e-6), name
 
 
-def test_steps_per_unit_splits_epochs_without_changing_the_training(make: Callable[..., Run]) -> None:
+def test_steps_per_unit_splits_epochs_without_changing_the_training(make: Callable[..., Trial]) -> None:
     whole, split = make("Everything", epochs=3), make("Everything", epochs=4, steps_per_unit=3)
     history_of(whole)
     history_of(split)
@@ -191,7 +191,7 @@ def test_steps_per_unit_splits_epochs_without_changing_the_training(make: Callab
     assert same_tensors(whole.model.state_dict(), split.model.state_dict())
 
 
-def test_the_best_unit_is_put_back_before_the_test(make: Callable[..., Run]) -> None:
+def test_the_best_unit_is_put_back_before_the_test(make: Callable[..., Trial]) -> None:
     run = make("Everything", hparams={"lr_backbone": 0.3, "schedule": "constant"}, epochs=6)
     states, history = [], []
     while not run.finished:
@@ -208,7 +208,7 @@ def test_the_best_unit_is_put_back_before_the_test(make: Callable[..., Run]) -> 
     assert all(torch.equal(final[name], value) for name, value in states[best - 1].tensors.items())
 
 
-def test_an_early_evaluation_does_not_disturb_training(make: Callable[..., Run]) -> None:
+def test_an_early_evaluation_does_not_disturb_training(make: Callable[..., Trial]) -> None:
     plain, watched = make("Doubling"), make("Doubling", evaluate_at=(1, 2))
     a, b = history_of(plain), history_of(watched)
     assert [("test/acc" in unit) for unit in b] == [True, True, True]
@@ -220,7 +220,7 @@ def test_an_early_evaluation_does_not_disturb_training(make: Callable[..., Run])
 @pytest.mark.parametrize("strategy", ["Everything", "HeadThenAll", "HeadOnly", "Doubling"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_resumed_run_continues_bit_for_bit(
-    make: Callable[..., Run], tmp_path: Path, strategy: str, optimizer: str
+    make: Callable[..., Trial], tmp_path: Path, strategy: str, optimizer: str
 ) -> None:
     fields: dict[str, Any] = {"epochs": 4, "augment": ("flip",), "hparams": {"optimizer": optimizer}}
     whole = make(strategy, **fields)
@@ -235,7 +235,7 @@ def test_a_resumed_run_continues_bit_for_bit(
         assert same_tensors(whole.model.state_dict(), second.model.state_dict())
 
 
-def test_a_finished_run_is_restored_as_finished(make: Callable[..., Run]) -> None:
+def test_a_finished_run_is_restored_as_finished(make: Callable[..., Trial]) -> None:
     run = make("Doubling")
     history_of(run)
     again = make("Doubling")
@@ -246,14 +246,14 @@ def test_a_finished_run_is_restored_as_finished(make: Callable[..., Run]) -> Non
         again.step()
 
 
-def test_a_checkpoint_of_a_head_holds_no_backbone(make: Callable[..., Run]) -> None:
+def test_a_checkpoint_of_a_head_holds_no_backbone(make: Callable[..., Trial]) -> None:
     run = make("HeadOnly", kind="vit")
     run.step()
     names = run.state().tensors.keys()
     assert {n for n in names if n.startswith("model/")} == {"model/head.weight", "model/head.bias"}
 
 
-def test_s10_a_checkpoint_of_another_trial_is_refused_with_every_difference(make: Callable[..., Run]) -> None:
+def test_s10_a_checkpoint_of_another_trial_is_refused_with_every_difference(make: Callable[..., Trial]) -> None:
     run = make("Everything")
     run.step()
     with pytest.raises(CheckpointError) as error:
@@ -271,7 +271,7 @@ def test_s10_a_checkpoint_of_another_trial_is_refused_with_every_difference(make
     assert "backbone.conv1.1.running_var is float32[8] in the checkpoint, missing here" in told
 
 
-def test_s10_a_head_of_another_number_of_classes_does_not_fit(make: Callable[..., Run]) -> None:
+def test_s10_a_head_of_another_number_of_classes_does_not_fit(make: Callable[..., Trial]) -> None:
     run = make("HeadOnly")
     run.step()
     state = run.state()
@@ -282,7 +282,7 @@ def test_s10_a_head_of_another_number_of_classes_does_not_fit(make: Callable[...
         other.step()
 
 
-def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode(make: Callable[..., Run]) -> None:
+def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode(make: Callable[..., Trial]) -> None:
     run = make("HeadOnlyOnImages")
     before = {k: v.clone() for k, v in run.model.backbone.state_dict().items()}
     history_of(run)
@@ -290,14 +290,14 @@ def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode(make: Callabl
     assert all(p.grad is None and not p.requires_grad for p in run.model.backbone.parameters())
 
 
-def test_cached_features_give_the_head_what_images_give_it(make: Callable[..., Run]) -> None:
+def test_cached_features_give_the_head_what_images_give_it(make: Callable[..., Trial]) -> None:
     cached, plain = history_of(make("HeadOnly")), history_of(make("HeadOnlyOnImages"))
     for a, b in zip(cached, plain, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
         assert a["val/nll"] == pytest.approx(b["val/nll"], rel=1e-4)
 
 
-def test_bn_mode_eval_keeps_the_statistics(make: Callable[..., Run]) -> None:
+def test_bn_mode_eval_keeps_the_statistics(make: Callable[..., Trial]) -> None:
     for mode, kept in (("eval", True), ("train", False)):
         run = make("Everything", hparams={"bn_mode": mode})
         buffers = {k: v.clone() for k, v in run.model.named_buffers()}
@@ -306,14 +306,14 @@ def test_bn_mode_eval_keeps_the_statistics(make: Callable[..., Run]) -> None:
         assert all(torch.equal(after[k], v) for k, v in buffers.items() if "running" in k) is kept
 
 
-def test_a_closed_form_takes_one_unit_and_reports_training_scores(make: Callable[..., Run]) -> None:
+def test_a_closed_form_takes_one_unit_and_reports_training_scores(make: Callable[..., Trial]) -> None:
     (unit,) = history_of(make("Solved", epochs=5))
     assert unit["train/loss"] == pytest.approx(float(torch.tensor(4.0).log()))
     assert (unit["train/acc"], unit["lr/head"], unit["once/solved"]) == (0.25, 0.0, 1.0)
     assert unit["cost/trainable_parameters"] == 4 * 16 + 4
 
 
-def test_scores_from_cached_features_are_those_of_the_images(make: Callable[..., Run]) -> None:
+def test_scores_from_cached_features_are_those_of_the_images(make: Callable[..., Trial]) -> None:
     run = make("Means", kind="vit")
     (unit,) = history_of(run)
     right = total = 0
@@ -329,13 +329,13 @@ def test_scores_from_cached_features_are_those_of_the_images(make: Callable[...,
     assert (unit["ood/mean/acc"], unit["ood/worst/acc"]) == (sum(accuracies) / 2, min(accuracies))
 
 
-def test_a_trial_that_diverges_raises(make: Callable[..., Run]) -> None:
+def test_a_trial_that_diverges_raises(make: Callable[..., Trial]) -> None:
     run = make("Everything", hparams={"lr_backbone": 1e30})
     with pytest.raises(NonFiniteError, match="loss must be finite, but it was"):
         history_of(run)
 
 
-def test_runs_side_by_side_do_not_touch_each_other(make: Callable[..., Run]) -> None:
+def test_runs_side_by_side_do_not_touch_each_other(make: Callable[..., Trial]) -> None:
     alone = [history_of(make("Everything", seed=s, kind=k)) for s, k in ((0, "cnn"), (1, "cnn"), (0, "vit"))]
     runs = [make("Everything", seed=s, kind=k) for s, k in ((0, "cnn"), (1, "cnn"), (0, "vit"))]
     together: list[list[dict[str, Any]]] = [[], [], []]
@@ -346,7 +346,7 @@ def test_runs_side_by_side_do_not_touch_each_other(make: Callable[..., Run]) -> 
     assert not same_numbers(alone[0], alone[1])
 
 
-def test_dropout_is_drawn_from_the_trial_alone(make: Callable[..., Run]) -> None:
+def test_dropout_is_drawn_from_the_trial_alone(make: Callable[..., Trial]) -> None:
     def history(noise: int) -> list[dict[str, Any]]:
         run, units = make("Dropping"), []
         while not run.finished:
@@ -357,7 +357,7 @@ def test_dropout_is_drawn_from_the_trial_alone(make: Callable[..., Run]) -> None
     assert same_numbers(history(1), history(2))
 
 
-def test_a_plan_beyond_the_budget_is_an_error(make: Callable[..., Run]) -> None:
+def test_a_plan_beyond_the_budget_is_an_error(make: Callable[..., Trial]) -> None:
     with pytest.raises(ValueError) as error:
         make("HeadThenAll", epochs=1).step()
     assert str(error.value).endswith(
@@ -365,7 +365,7 @@ def test_a_plan_beyond_the_budget_is_an_error(make: Callable[..., Run]) -> None:
     )
 
 
-def test_a_held_out_domain_is_judged_and_not_trained_on(make: Callable[..., Run]) -> None:
+def test_a_held_out_domain_is_judged_and_not_trained_on(make: Callable[..., Trial]) -> None:
     run = make("Everything", held_out="dim")
     history = history_of(run)
     assert run.data.train_size == 32
@@ -375,7 +375,7 @@ def test_a_held_out_domain_is_judged_and_not_trained_on(make: Callable[..., Run]
 
 
 def test_hyperparameters_are_checked_before_anything_is_loaded(network: Callable[[str], str]) -> None:
-    task = Task(store="/nowhere", model=ModelSpec(name="no_such_model"))
+    task = SharedTrialSettings(store="/nowhere", model=ModelSpec(name="no_such_model"))
     with pytest.raises(ValueError, match="lr_backbone must be positive, but got -1"):
-        Run(TrialSpec(task=task, strategy="Everything", hparams={"lr_backbone": -1}))
-    assert dataclasses.is_dataclass(Run(TrialSpec(task=task, strategy="Everything")).strategy.config)
+        Trial(TrialSpec(shared=task, strategy="Everything", hparams={"lr_backbone": -1}))
+    assert dataclasses.is_dataclass(Trial(TrialSpec(shared=task, strategy="Everything")).strategy.config)

@@ -18,10 +18,10 @@ import trainables
 from benchmarks.support.synthetic import write_shapes
 from tests.support.clusters import plain_cluster
 from tests.support.trials import CLOCK, history_of, same_numbers
-from trainables.engine.trial import Run
-from trainables.engine.tune_trainable import Trial, trainable_class
+from trainables.engine.trial import Trial
+from trainables.engine.tune_trainable import TuneTrainable, trainable_class
 from trainables.specs.errors import NonFiniteError
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 pytestmark = pytest.mark.usefixtures("cpu_only")
 """A Tune trial chooses its device by itself; the numbers that it must equal are those of a run on the CPU."""
@@ -42,20 +42,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def task(folder: Path, network: Callable[[str], str], one_thread: None) -> Task:
+def task(folder: Path, network: Callable[[str], str], one_thread: None) -> SharedTrialSettings:
     model = ModelSpec(name=network("cnn"))
-    return Task(store=str(folder / "store"), model=model, epochs=3, batch_size=16, cache=str(folder / "cache"))
+    return SharedTrialSettings(
+        store=str(folder / "store"), model=model, epochs=3, batch_size=16, cache=str(folder / "cache")
+    )
 
 
 @pytest.fixture(scope="module")
-def specs(task: Task) -> list[TrialSpec]:
-    return [TrialSpec(task=task, strategy=s, hparams=h, seed=seed) for s, h, seed in POINTS]
+def specs(task: SharedTrialSettings) -> list[TrialSpec]:
+    return [TrialSpec(shared=task, strategy=s, hparams=h, seed=seed) for s, h, seed in POINTS]
 
 
 @pytest.fixture(scope="module")
 def expected(specs: list[TrialSpec]) -> list[list[dict[str, Any]]]:
     """Every trial on its own, without ray."""
-    return [history_of(Run(spec, device="cpu")) for spec in specs]
+    return [history_of(Trial(spec, device="cpu")) for spec in specs]
 
 
 def train(trial: Any) -> list[dict[str, Any]]:
@@ -74,25 +76,25 @@ def shared(results: list[dict[str, Any]], like: list[dict[str, Any]]) -> list[di
 
 
 def test_setup_touches_nothing(tmp_path: Path) -> None:
-    task = Task(store=str(tmp_path / "none"), model=ModelSpec(name="no_such_model"))
-    trial = Trial(TrialSpec(task=task, strategy="daft").to_dict() | {"_number": 7})
+    task = SharedTrialSettings(store=str(tmp_path / "none"), model=ModelSpec(name="no_such_model"))
+    trial = TuneTrainable(TrialSpec(shared=task, strategy="daft").to_dict() | {"_number": 7})
     assert repr(trial) == "trial-0007-daft-no_such_model"
     with pytest.raises(ValueError, match="data store is a folder"):
         trial.step()
 
 
-def test_a_trial_is_named_by_its_label_and_its_local_network(task: Task) -> None:
-    spec = TrialSpec(task=task, strategy="daft", label="daft, no conversion")
-    assert repr(Trial(spec.to_dict())) == "trial-daft_no_conversion-cnn"
+def test_a_trial_is_named_by_its_label_and_its_local_network(task: SharedTrialSettings) -> None:
+    spec = TrialSpec(shared=task, strategy="daft", label="daft, no conversion")
+    assert repr(TuneTrainable(spec.to_dict())) == "trial-daft_no_conversion-cnn"
 
 
 def test_fresh_and_reused_trainables_give_the_numbers_of_a_plain_run(
     specs: list[TrialSpec], expected: list[list[dict[str, Any]]]
 ) -> None:
-    reused = Trial(specs[1].to_dict())
+    reused = TuneTrainable(specs[1].to_dict())
     reused.train()  # left in the middle, as a stopped trial
     for spec, history in zip(specs, expected, strict=True):
-        assert same_numbers(shared(train(Trial(spec.to_dict())), history), history)
+        assert same_numbers(shared(train(TuneTrainable(spec.to_dict())), history), history)
         assert reused.reset(spec.to_dict()) is True
         assert same_numbers(shared(train(reused), history), history)
 
@@ -101,7 +103,7 @@ def test_a_reused_trainable_loads_neither_network_nor_store_again(
     specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first batch of its next trials waits for neither; `benchmarks.overhead` measures what is left."""
-    trial = Trial(specs[0].to_dict())
+    trial = TuneTrainable(specs[0].to_dict())
     trial.train()
 
     def load(*arguments: Any, **options: Any) -> Any:
@@ -115,7 +117,7 @@ def test_a_reused_trainable_loads_neither_network_nor_store_again(
 
 
 def test_an_unknown_strategy_raises_instead_of_stalling_tune(specs: list[TrialSpec]) -> None:
-    trial = Trial(specs[0].to_dict())
+    trial = TuneTrainable(specs[0].to_dict())
     assert trial.reset(specs[0].to_dict() | {"strategy": "dart"}) is True
     with pytest.raises(ValueError) as error:
         trial.train()
@@ -125,10 +127,10 @@ def test_an_unknown_strategy_raises_instead_of_stalling_tune(specs: list[TrialSp
 def test_a_saved_trial_goes_on_in_another_trainable(
     specs: list[TrialSpec], expected: list[list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    trial = Trial(specs[1].to_dict())
+    trial = TuneTrainable(specs[1].to_dict())
     results = [trial.train()]
     trial.save(str(tmp_path / "checkpoint_000000"))
-    other = Trial(specs[0].to_dict())
+    other = TuneTrainable(specs[0].to_dict())
     other.train()
     other.reset(specs[1].to_dict())
     other.restore(str(tmp_path / "checkpoint_000000"))
@@ -141,20 +143,20 @@ def test_a_saved_trial_goes_on_in_another_trainable(
 def test_a_damaged_checkpoint_costs_one_unit_not_the_trial(
     specs: list[TrialSpec], expected: list[list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    trial = Trial(specs[0].to_dict())
+    trial = TuneTrainable(specs[0].to_dict())
     for number in range(2):
         trial.train()
         trial.save(str(tmp_path / f"checkpoint_{number:06d}"))
     (tmp_path / "checkpoint_000001" / "tensors.safetensors").write_bytes(b"torn")
-    other = Trial(specs[0].to_dict())
+    other = TuneTrainable(specs[0].to_dict())
     other.restore(str(tmp_path / "checkpoint_000001"))
     rest = train(other)
     assert same_numbers(shared(rest, expected[0][1:]), expected[0][1:])
     assert rest[0]["training_iteration"] == 2
 
 
-def test_divergence_is_an_error_of_the_trial(task: Task) -> None:
-    trial = Trial(TrialSpec(task=task, strategy="full", hparams={"lr_backbone": 1e30}).to_dict())
+def test_divergence_is_an_error_of_the_trial(task: SharedTrialSettings) -> None:
+    trial = TuneTrainable(TrialSpec(shared=task, strategy="full", hparams={"lr_backbone": 1e30}).to_dict())
     with pytest.raises(NonFiniteError):
         train(trial)
 
@@ -201,7 +203,7 @@ class Histories(Callback):
 
 
 def tuned(
-    specs: list[TrialSpec], folder: Path, *, reuse: bool, at_once: int, cls: Any = Trial
+    specs: list[TrialSpec], folder: Path, *, reuse: bool, at_once: int, cls: Any = TuneTrainable
 ) -> list[list[dict[str, Any]]]:
     """The histories of `specs`, run by a Tuner, in their order."""
     configs = [spec.to_dict() | {"_number": number} for number, spec in enumerate(specs)]
@@ -247,7 +249,9 @@ def test_the_first_batch_on_a_reused_actor_comes_sooner_than_on_a_new_one(
 
 
 @pytest.mark.ray
-def test_a_strategy_can_be_handed_to_a_tuner_of_ones_own(cluster: None, task: Task, tmp_path: Path) -> None:
+def test_a_strategy_can_be_handed_to_a_tuner_of_ones_own(
+    cluster: None, task: SharedTrialSettings, tmp_path: Path
+) -> None:
     tuner = tune.Tuner(
         trainables.trainable("daft"),
         param_space={
@@ -289,7 +293,7 @@ def test_a_stopped_and_restored_tune_trial_continues_bit_for_bit(
     assert len({result["pid"] for result in found}) == 2
 
 
-class Mortal(Trial):
+class Mortal(TuneTrainable):
     """Kills its own process once, before its third unit."""
 
     def step(self) -> dict[str, Any]:

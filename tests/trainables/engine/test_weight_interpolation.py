@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.support.trials import MakeTrial, copies, finish, same_numbers, same_tensors
 from trainables.engine.best_weights import put_back
 from trainables.engine.evaluation import final_scores, validation_scores
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.engine.weight_interpolation import ALPHA_GRID, interpolate
 from trainables.storage.checkpoint_format import bitwise_equal, load_state, save_state
 
@@ -22,11 +22,11 @@ CASES = [("lp_ft", "vit"), ("daft", "cnn"), ("full", "cnn"), ("layernorm", "vit"
 
 
 @pytest.fixture
-def trial(make_trial: MakeTrial) -> Callable[..., Run]:
+def trial(make_trial: MakeTrial) -> Callable[..., Trial]:
     return partial(make_trial, lr_backbone=0.02)
 
 
-def start_of(run: Run) -> dict[str, Tensor]:
+def start_of(run: Trial) -> dict[str, Tensor]:
     """Tensors when training starts; a network with adapters starts from the pretrained one."""
     state = copies(run.model)
     plain = {f"backbone.{name}": value for name, value in run.data.reference.state_dict().items()}
@@ -36,7 +36,7 @@ def start_of(run: Run) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_alpha_1_is_the_tuned_network_and_alpha_0_the_start(
-    trial: Callable[..., Run], strategy: str, kind: str
+    trial: Callable[..., Trial], strategy: str, kind: str
 ) -> None:
     plain = trial(strategy, kind)
     tuned = finish(plain)
@@ -52,7 +52,7 @@ def test_alpha_1_is_the_tuned_network_and_alpha_0_the_start(
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("lp_ft", "vit"), ("daft", "cnn"), ("lora", "vit")])
-def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Run], strategy: str, kind: str) -> None:
+def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Trial], strategy: str, kind: str) -> None:
     run = trial(strategy, kind, wise="sweep")
     start = start_of(run)
     metrics = finish(run)
@@ -79,7 +79,7 @@ def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Run], s
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("daft", "cnn"), ("lora", "vit")])
-def test_a_resumed_trial_knows_its_start(trial: Callable[..., Run], tmp_path: Path, strategy: str, kind: str) -> None:
+def test_a_resumed_trial_knows_its_start(trial: Callable[..., Trial], tmp_path: Path, strategy: str, kind: str) -> None:
     whole = trial(strategy, kind, wise="sweep")
     history = [whole.step(), whole.step()]
     first = trial(strategy, kind, wise="sweep")
@@ -114,7 +114,7 @@ def test_counters_keep_their_tuned_value() -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, "best", True])
-def test_impossible_values(trial: Callable[..., Run], value: Any) -> None:
+def test_impossible_values(trial: Callable[..., Trial], value: Any) -> None:
     with pytest.raises(ValueError) as error:
         trial("full", "vit", wise=value)
     assert str(error.value) == f"wise must be 'sweep', a number from 0 to 1, or nothing, but got {value!r}."

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from trainables.models.backbone import backbone_data_config, check_model, load_pretrained, new_classifier
+from trainables.models.backbone import backbone_data_config, check_model, load_pretrained
 from trainables.models.weights import create
 from trainables.specs.trial_spec import ModelSpec
+from trainables.tasks.classification import new_classifier
 
 FAMILIES = ("test_vit", "resnet18", "test_efficientnet", "convnext_atto", "swin_tiny_patch4_window7_224",
             "mobilenetv3_small_100", "regnety_002", "deit_tiny_distilled_patch16_224")  # fmt: skip

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from benchmarks.support.synthetic import shapes
 from trainables.engine.contract import TrainingConfig
 from trainables.engine.loop import predict, train_unit
-from trainables.engine.trial import Run
+from trainables.engine.trial import Trial
 from trainables.models.micro_batch import MicroBatch
-from trainables.specs.trial_spec import ModelSpec, Task, TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
+from trainables.tasks.base import TargetSpec
+from trainables.tasks.classification import Classification
 
 LIMIT = 3
 
@@ -44,7 +46,10 @@ def trained(limited: bool, seen: list[int]) -> tuple[Tensor, float, dict[str, fl
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": 0.5, "initial_lr": 0.5}], momentum=0.9)
     forward = small_memory(model, seen) if limited else model
     config = TrainingConfig(schedule="constant", clip_norm=0.5)
-    result = train_unit(forward, [batch(), batch(7)], optimizer, config, first_step=0, total_steps=2)
+    task = Classification(TargetSpec(("a", "b", "c")))
+    result = train_unit(
+        lambda inputs, _: forward(inputs), [batch(), batch(7)], optimizer, config, task, first_step=0, total_steps=2
+    )
     return model.weight.detach(), result.loss, dict(result.observed)
 
 
@@ -90,8 +95,10 @@ def test_p21_a_trial_that_runs_out_of_memory_goes_on_and_says_so(
 
     def trial() -> list[float]:
         fault_injection.reset_faults()
-        task = Task(store="m", model=ModelSpec(name=network("vit")), epochs=2, batch_size=16, cache=str(tmp_path))
-        run = Run(TrialSpec(task=task, strategy="full"), store=shapes(), device="cpu")
+        task = SharedTrialSettings(
+            store="m", model=ModelSpec(name=network("vit")), epochs=2, batch_size=16, cache=str(tmp_path)
+        )
+        run = Trial(TrialSpec(shared=task, strategy="full"), store=shapes(), device="cpu")
         metrics = [run.step(), run.step()]
         return [unit.get("cost/micro_batch", 0.0) for unit in metrics] + [metrics[-1]["train/loss"]]
 

@@ -12,7 +12,7 @@ import torch
 from timm.models import list_modules
 from torch import nn
 
-from trainables.models.backbone import load_pretrained, new_classifier
+from trainables.models.backbone import load_pretrained
 from trainables.models.transformer_blocks import (
     COMPONENTS,
     KINDS,
@@ -22,6 +22,7 @@ from trainables.models.transformer_blocks import (
     linear_width,
 )
 from trainables.specs.trial_spec import ModelSpec
+from trainables.tasks.classification import new_classifier
 
 RESOLVED = {
     "beit", "cait", "coat", "convit", "davit", "deepseek_vit", "deit", "edgenext", "efficientformer", "eva", "gcvit",

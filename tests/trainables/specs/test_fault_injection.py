@@ -1,4 +1,4 @@
-"""Faults on purpose: where they act, how often, and what a person who mistypes one is told."""
+"""Fault injection: matching, counting, and the message for a mistyped fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = str(Path(__file__).parents[3])
 
 
 @pytest.fixture(autouse=True)
-def _unplanned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(fault_injection.ENV_FAULTS, raising=False)
     monkeypatch.delenv(fault_injection.ENV_FAULT_LOG, raising=False)
     fault_injection.reset_faults()
@@ -30,7 +30,7 @@ def test_without_the_variable_nothing_happens() -> None:
     assert fault_injection.fault_point("step", step=1) is None
 
 
-def test_a_fault_acts_where_all_of_its_fields_agree_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_fires_once_where_all_of_its_fields_match(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fault_injection.ENV_FAULTS, "trial=2,unit=3,phase=step,action=nan")
     with fault_injection.fault_context(trial=2, unit=3):
         assert fault_injection.fault_point("before_unit") is None
@@ -41,7 +41,7 @@ def test_a_fault_acts_where_all_of_its_fields_agree_and_once(monkeypatch: pytest
     assert fault_injection.fault_point("step", trial=2) is None
 
 
-def test_faults_that_fail_raise_what_the_real_thing_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_raise_the_real_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=step,action=full;phase=before_unit,action=raise,times=0")
     with pytest.raises(OSError) as error:
         fault_injection.fault_point("step")
@@ -51,7 +51,7 @@ def test_faults_that_fail_raise_what_the_real_thing_would(monkeypatch: pytest.Mo
             fault_injection.fault_point("before_unit")
 
 
-def test_a_log_counts_over_processes_and_is_written_before_the_act(tmp_path: Path) -> None:
+def test_a_log_counts_over_processes_and_is_written_before_the_fault_fires(tmp_path: Path) -> None:
     log = tmp_path / "faults"
     environment = {
         **os.environ,
@@ -74,14 +74,15 @@ def test_a_mistyped_fault_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=stepp,action=kill")
     with pytest.raises(ValueError) as error:
         fault_injection.fault_point("step")
-    phases, actions = ", ".join(fault_injection.PHASES), ", ".join(fault_injection.ACTIONS)
+    phases = ", ".join(fault_injection.PHASES)
+    actions = ", ".join(fault_injection.ACTIONS)
     assert str(error.value) == (
         f"A fault has phase= one of {phases}, action= one of {actions}, and may "
         "have times= and trial=, unit=, step=, event=, seq=, but LUTHIER_FAULT has 'phase=stepp,action=kill'."
     )
 
 
-def test_a_note_does_nothing_but_leave_its_line_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_only_writes_its_line_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(fault_injection.ENV_FAULTS, "phase=before_unit,action=note,times=0")
     monkeypatch.setenv(fault_injection.ENV_FAULT_LOG, str(tmp_path / "log"))
     with fault_injection.fault_context(trial=4, unit=2):

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic, durable writes of files and folders."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ Record = list[tuple[str, str]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Record:
-    """What reaches the disk, in order: (call, name of the file or folder)."""
-    made: Record = []
+    """System calls in order: (call, name of the file or folder)."""
+    recorded: Record = []
     opened: dict[int, str] = {}
-    really_open, really_sync, really_replace = os.open, os.fsync, os.replace
+    real_open = os.open
+    real_fsync = os.fsync
+    real_replace = os.replace
 
-    def noted_open(path: str | Path, flags: int) -> int:
-        descriptor = really_open(path, flags)
+    def recording_open(path: str | Path, flags: int) -> int:
+        descriptor = real_open(path, flags)
         opened[descriptor] = Path(path).name
         return descriptor
 
-    def noted_sync(descriptor: int) -> None:
-        made.append(("fsync", opened[descriptor]))
-        really_sync(descriptor)
+    def recording_fsync(descriptor: int) -> None:
+        recorded.append(("fsync", opened[descriptor]))
+        real_fsync(descriptor)
 
-    def noted_replace(source: Path, target: Path) -> None:
-        made.append(("replace", target.name))
-        really_replace(source, target)
+    def recording_replace(source: Path, target: Path) -> None:
+        recorded.append(("replace", target.name))
+        real_replace(source, target)
 
-    monkeypatch.setattr(os, "open", noted_open)
-    monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    return made
+    monkeypatch.setattr(os, "open", recording_open)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    return recorded
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_block_is_over(
-    tmp_path: Path, calls: Record
-) -> None:
-    with atomic_files.atomic_file(tmp_path / "a.bin") as written:
-        written.write_bytes(b"new")
-        hidden = written.name
+def test_a_file_is_synced_then_renamed_then_its_folder_synced(tmp_path: Path, calls: Record) -> None:
+    with atomic_files.atomic_file(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"new")
+        hidden = temporary.name
     assert calls == [("fsync", hidden), ("replace", "a.bin"), ("fsync", tmp_path.name)]
     assert (tmp_path / "a.bin").read_bytes() == b"new"
 
 
-def test_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(tmp_path: Path, calls: Record) -> None:
-    with atomic_files.atomic_folder(tmp_path / "made") as written:
-        (written / "one").write_text("1")
-        (written / "two").write_text("2")
-        hidden = written.name
+def test_the_files_of_a_folder_are_synced_before_it_is_renamed(tmp_path: Path, calls: Record) -> None:
+    with atomic_files.atomic_folder(tmp_path / "made") as temporary:
+        (temporary / "one").write_text("1")
+        (temporary / "two").write_text("2")
+        hidden = temporary.name
     assert sorted(calls[:2]) == [("fsync", "one"), ("fsync", "two")]
     assert calls[2:] == [("fsync", hidden), ("replace", "made"), ("fsync", tmp_path.name)]
 
 
-def test_a_block_that_raises_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_block_that_raises_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("old")
     with contextlib.suppress(RuntimeError), atomic_files.atomic_file(tmp_path / "a.json") as file:
         file.write_text("half")
@@ -70,7 +70,7 @@ def test_a_block_that_raises_leaves_what_was_there(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
 
 
-def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -88,20 +88,20 @@ def test_text_replaces_text(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path: Path) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
+def test_a_folder_replaces_an_empty_one_only(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
     for text in ("first", "second"):
         try:
-            with atomic_files.atomic_folder(place) as written:
-                (written / "file").write_text(text)
+            with atomic_files.atomic_folder(target) as temporary:
+                (temporary / "file").write_text(text)
         except OSError:
             assert text == "second"
-    assert (place / "file").read_text() == "first"
-    assert list(tmp_path.iterdir()) == [place]
+    assert (target / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_is_published_may_be_read_by_whom_the_user_allows(tmp_path: Path) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         atomic_files.write_text(tmp_path / "file", "text")

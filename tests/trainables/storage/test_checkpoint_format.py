@@ -25,13 +25,15 @@ STATE = RunState(
 
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     save_state(tmp_path / "checkpoint", STATE)
-    found = load_state(tmp_path / "checkpoint")
-    assert found.meta == STATE.meta
-    assert found.tensors.keys() == STATE.tensors.keys()
-    assert all(torch.equal(found.tensors[k], v) and found.tensors[k].dtype == v.dtype for k, v in STATE.tensors.items())
+    loaded = load_state(tmp_path / "checkpoint")
+    assert loaded.meta == STATE.meta
+    assert loaded.tensors.keys() == STATE.tensors.keys()
+    for name, tensor in STATE.tensors.items():
+        assert torch.equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
 
 
-def test_an_empty_folder_is_filled_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled_and_no_temporary_file_remains(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     save_state(tmp_path / "checkpoint", STATE)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -50,7 +52,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_detected(tmp_path: Path) -> None:
     save_state(tmp_path / "checkpoint", STATE)
     file = tmp_path / "checkpoint" / "tensors.safetensors"
     content = bytearray(file.read_bytes())
@@ -60,22 +62,23 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
         load_state(tmp_path / "checkpoint")
 
 
-def test_s6_no_flipped_bit_of_the_manifest_is_believed(tmp_path: Path) -> None:
-    """A digit of the unit or of an accuracy is as good JSON as the right one."""
+def test_s6_every_flipped_bit_of_the_manifest_is_detected(tmp_path: Path) -> None:
+    """A changed digit of a unit or an accuracy is still valid JSON."""
     save_state(tmp_path / "checkpoint", STATE)
     file = tmp_path / "checkpoint" / "manifest.json"
-    content, silent = file.read_bytes(), []
+    content = file.read_bytes()
+    undetected = []
     for bit in range(8 * len(content)):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
         try:
-            found = load_state(tmp_path / "checkpoint")
+            loaded = load_state(tmp_path / "checkpoint")
         except CheckpointError:
             continue
-        if found.meta != STATE.meta:
-            silent.append((bit, found.meta))
-    assert silent == []
+        if loaded.meta != STATE.meta:
+            undetected.append((bit, loaded.meta))
+    assert undetected == []
 
 
 def test_a_missing_or_foreign_manifest_is_an_error(tmp_path: Path) -> None:
@@ -89,13 +92,13 @@ def test_a_missing_or_foreign_manifest_is_an_error(tmp_path: Path) -> None:
     assert str(error.value) == f"Checkpoints of format 2 can be read, but {tmp_path / 'new'} has format 9."
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number, unit in ((0, 1), (1, 2), (2, 3)):
         save_state(tmp_path / f"checkpoint_{number:06d}", RunState({}, {"unit": unit}))
     (tmp_path / "checkpoint_000002" / "manifest.json").write_text("{")
-    found = load_newest(tmp_path / "checkpoint_000002")
-    assert found is not None
-    assert found.meta == {"unit": 2}
+    loaded = load_newest(tmp_path / "checkpoint_000002")
+    assert loaded is not None
+    assert loaded.meta == {"unit": 2}
     assert [r.getMessage()[:21] for r in caplog.records] == ["Skipped a checkpoint."]
 
 
@@ -103,7 +106,7 @@ def test_without_an_intact_checkpoint_there_is_none(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "checkpoint_000000") is None
 
 
-def test_only_tensors_that_differ_are_kept() -> None:
+def test_changed_tensors() -> None:
     reference = {"same": torch.ones(2), "zero": torch.zeros(2), "moved": torch.ones(2), "nan": torch.tensor(torch.nan)}
     current = {
         "same": torch.ones(2),

@@ -1,0 +1,205 @@
+"""The task seam: what is learned, apart from how the network is tuned.
+
+A strategy says what may move; a task says how a head is built, what the loss is, and what is measured. Loop, best
+weights, evaluation and record know neither a loss nor a metric: they take both from here and from the task's table in
+`trainables.specs.metrics`.
+
+Adding a task: its `TaskMetrics` there, and a file `trainables/tasks/<name>.py` with a subclass of `Task` as `TASK`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainables.data.trial_data import ImageTransform, TrialData
+    from trainables.models.backbone import Backbone
+    from trainables.models.task_model import TaskModel
+    from trainables.specs.measurements import Report
+    from trainables.specs.metrics import TaskMetrics
+
+HeadInit = Literal["random", "zeros", "linear_probe"]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a task must know of the targets in a data store."""
+
+    classes: tuple[str, ...]
+    """Class names, by label."""
+
+
+class TrainingMetrics(Protocol):
+    """Metrics of the batches of one unit of training, summed on the device.
+
+    Called once per step, so it must not make the host wait for the device before `compute`.
+    """
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count a batch, or a micro-batch of it."""
+
+    def merge(self, other: Self) -> None:
+        """Add the counts of another one: those of a batch whose every micro-batch fitted into memory."""
+
+    def compute(self) -> dict[str, float]:
+        """Values by metric key."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Counts so far, for a checkpoint in the middle of the unit."""
+
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Continue from what `state` returned; tensors are copied."""
+
+
+class MetricAccumulator(Protocol):
+    """Metrics of one split, from the outputs of an evaluation in the order of its samples."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch, or a micro-batch of it."""
+
+    def compute(self) -> dict[str, float]:
+        """Values by metric key.
+
+        Raises:
+            ValueError: no sample was taken in.
+        """
+
+    def per_sample(self) -> dict[str, Tensor]:
+        """Sufficient statistics of each sample by name, (N, …) on the CPU: correct or not; intersection and union per
+        class; the score of an answer. For intervals over samples and paired comparisons."""
+
+
+class ClosedFormProbe(Protocol):
+    """A head's optimum on frozen pooled features, solved rather than trained."""
+
+    def fit(self, model: TaskModel, data: TrialData, path: Sequence[float] | None = None) -> Report:
+        """Put the best solution along a path into the model's head.
+
+        Args:
+            path: ascending inverse regularisation strengths, one of which ID validation chooses; None = the task's own.
+
+        Returns:
+            Metrics to record, such as the chosen strength.
+        """
+
+
+class Task(ABC):
+    """What is learned. One instance serves all trials on the same targets: it keeps no state of a trial.
+
+    Shapes: images (B, 3, H, W) float32, normalised. Outputs and targets are the task's own; both have one row per
+    sample first, because a batch that does not fit into memory is cut along it.
+
+    Args:
+        targets: of the data store.
+    """
+
+    metrics: ClassVar[TaskMetrics]
+    """Row of the metric table; its `task` is the task's name."""
+    label_smoothing: ClassVar[bool] = False
+    """Whether `loss` knows label smoothing. Where it does not, a strategy that asks for it is refused."""
+
+    def __init__(self, targets: TargetSpec) -> None:
+        self.targets = targets
+
+    @classmethod
+    def name(cls) -> str:
+        """Name in a study file."""
+        return cls.metrics.task
+
+    @abstractmethod
+    def build_model(self, backbone: Backbone, seed: int) -> TaskModel:
+        """A fresh copy of a pretrained backbone under an untrained head, on the backbone's device.
+
+        Args:
+            backbone: shared by all trials of a process; not changed.
+            seed: of the head's random numbers; global generators are left as they were.
+        """
+
+    @abstractmethod
+    def loss(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> Tensor:
+        """Loss of a batch, a scalar: mean or sum over its samples. Outputs may be of reduced precision."""
+
+    @abstractmethod
+    def training_metrics(self) -> TrainingMetrics:
+        """Empty counts of `metrics.training`, for one unit."""
+
+    @abstractmethod
+    def accumulator(self) -> MetricAccumulator:
+        """Empty counts of `metrics.reported` and of what selects, for one split."""
+
+    def predict(self, model: TaskModel, features: Tensor) -> Tensor:
+        """What an evaluation measures: the forward output, unless a task generates its prediction from features."""
+        return model.outputs(features)
+
+    @classmethod
+    def closed_form_probe(cls) -> ClosedFormProbe | None:
+        """Solver of the head on frozen pooled features; None = the task has none, and strategies that solve in closed
+        form are refused before anything is computed."""
+        return None
+
+    def initialise_head(self, model: TaskModel, data: TrialData, how: HeadInit) -> Report:
+        """Set the head in place; returns metrics to record.
+
+        Args:
+            how: `random` (left as drawn from the trial's seed), `zeros`, or `linear_probe` (the closed-form optimum).
+
+        Raises:
+            ValueError: `linear_probe` for a task without a closed-form probe.
+        """
+        if how == "random":
+            return {}
+        if how == "zeros":
+            self.zero_head(model)
+            return {}
+        probe = self.closed_form_probe()
+        if probe is None:
+            raise ValueError(no_closed_form(self.name(), "head_init='linear_probe'"))
+        return probe.fit(model, data)
+
+    @torch.no_grad()
+    def zero_head(self, model: TaskModel) -> None:
+        """Set the head to zero, in place. A task whose head has hidden layers overrides it to zero the last one: with
+        all of them at zero, no gradient would flow."""
+        for parameter in model.head.parameters():
+            parameter.zero_()
+
+    def transform(
+        self, pixels: Tensor, targets: Tensor, image_transform: ImageTransform, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Stored pixels and targets of a batch → images and targets that the network sees.
+
+        A task whose targets lie on the image (masks, boxes) overrides it and applies one draw to both. Targets of a
+        task with pooled features must not change here: its cached features have no pixels.
+
+        Args:
+            pixels: (B, H, W, 3) uint8, on the trial's device.
+            image_transform: crops, augments (where it gets the generator) and normalises pixels.
+            generator: seeded for this batch; None = no augmentation.
+        """
+        return image_transform(pixels, generator), targets
+
+    def feature_scale(self, data: TrialData) -> float:
+        """Mean squared norm of what the head sees, under the pretrained network: the unit of relative head rates
+        (`trainables.engine.optim.resolved_rate`). A task with dense features overrides it."""
+        return data.mean_square_norm()
+
+
+def no_closed_form(task: str, asked: str) -> str:
+    """The sentence that refuses a closed-form solution for a task without one."""
+    return (
+        f"{asked} solves the head in closed form, which needs a task with a closed-form probe, but {task!r} has none. "
+        "Train the head by gradient instead."
+    )
