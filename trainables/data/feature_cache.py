@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainables.models.micro_batch import MicroBatch
 from trainables.specs.short_hash import short_hash
 from trainables.storage.atomic_files import atomic_file
 from trainables.storage.compute_once import cache_root, compute_once
@@ -122,12 +124,21 @@ def _compute(
     if any(tensor.device != device for tensor in module.state_dict().values()):
         module = copy.deepcopy(module).to(device)  # the pristine network stays where it is
     features = np.empty((len(images), backbone.num_features), np.float32)
-    # Full float32 also on a GPU: the features are kept, and the linear probe's optimum is as accurate as they are.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        for i in range(0, len(images), BATCH):
+    micro_batch = MicroBatch()
+
+    def fill(start: int, end: int) -> None:
+        # By micro-batches of the same images where memory runs out; their features may differ in the last bits then.
+        for piece in micro_batch.pieces(end - start):
+            rows = slice(start + piece.start, start + piece.stop)
             # A copy per batch: the store's view is read-only memory, which torch would not respect.
-            batch = view(torch.tensor(images[i : i + BATCH]).to(device))
-            features[i : i + BATCH] = module(batch).float().cpu().numpy()
+            batch = view(torch.tensor(images[rows]).to(device))
+            features[rows] = module(batch).float().cpu().numpy()
+
+    # Full float32 also on a GPU: these numbers are kept, and the linear probe's optimum is as good as they are.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for start in range(0, len(images), BATCH):
+            end = min(start + BATCH, len(images))
+            micro_batch.attempt(partial(fill, start, end), end - start, "computing features of")
     return features
 
 

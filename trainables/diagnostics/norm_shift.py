@@ -107,6 +107,20 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and _has_parameters(m)}
 
 
+def norm_parameters(reference: nn.Module) -> set[str]:
+    """Names, in a task's model, of every parameter that `shift_report` compares.
+
+    Args:
+        reference: the pretrained network.
+    """
+    layers = layer_norms(reference) | batch_norms(reference)
+    return {
+        f"backbone.{layer}.{name}" if layer else f"backbone.{name}"
+        for layer, module in layers.items()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
 def layer_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module) -> NormShift:
     """Shift of every LayerNorm of `tuned_model` from its source parameters.
 

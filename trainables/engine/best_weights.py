@@ -103,10 +103,18 @@ def movable_names(model: nn.Module, groups: Iterable[ParamGroup]) -> set[str]:
 
 
 @torch.no_grad()
-def take(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the named tensors."""
+def take(model: nn.Module, names: Iterable[str], former: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of the named tensors.
+
+    Args:
+        former: copies that are no longer needed, of the same tensors: they are written over.
+    """
     state = model.state_dict()
-    return {name: state[name].clone() for name in sorted(names)}
+    copies = {}
+    for name in sorted(names):
+        reusable = (former or {}).get(name)
+        copies[name] = state[name].clone() if reusable is None else reusable.copy_(state[name])
+    return copies
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class Diagnosis:
             model: the finalized network, scored already.
             start: see `trainables.engine.best_weights.changed_start`.
             kept: tensors of the best unit that training may have changed, before `finalize` (names of the model).
-            last: the same after the last unit.
+            last: those of the norms after the last unit.
         """
         report: dict[str, float | Curve] = {}
         if "shift" in self._names:

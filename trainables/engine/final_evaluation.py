@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from trainables.diagnostics.norm_shift import norm_parameters
 from trainables.engine.best_weights import Best, Snapshot, put_back, take
 from trainables.engine.contract import Strategy
 from trainables.engine.diagnosis import Diagnosis
@@ -72,7 +73,8 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
 def final(trial: TrialContext) -> FinalEvaluation:
     """Restore the best unit's weights, finalize, score and diagnose them; `trial.model` is the trial's result then."""
     model, strategy, data = trial.model, trial.strategy, trial.data
-    last = take(model, trial.best.tensors)
+    # Of the last unit, only what FSR compares: a copy of every tensor would be a network more.
+    last = take(model, norm_parameters(data.reference) & trial.best.tensors.keys())
     put_back(model, trial.best.tensors)
     tuned = strategy.finalize(model, data, trial.prepared)
     strategy_curves = strategy.curves(model, data, tuned.state)

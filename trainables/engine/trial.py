@@ -320,19 +320,23 @@ class Trial:
         value = scores[table.validation]
         tie_breaker = scores[table.tie_breaker.on(VAL)]
         if self.best.improved_by(value, tie_breaker, table):
-            self.best = Best(self.unit, value, tie_breaker, take(built.model, built.movable))
+            # Into the copies of the former best unit: full fine-tuning would hold a third network for a moment.
+            tensors = take(built.model, built.movable, self.best.tensors)
+            self.best = Best(self.unit, value, tie_breaker, tensors)
 
     def _evaluate(self, built: _Built) -> dict[str, float]:
         """Final evaluation after the last unit, an interim one before."""
         trial = TrialContext(built.model, self.strategy, built.data, self.best, built.start, built.prepared)
+        if self.finished:
+            # Nothing is trained any more: optimiser and gradients need not stay beside the evaluation.
+            self._trainer = None
+            built.model.zero_grad(set_to_none=True)
         with isolated_randomness(self._stream("finalize"), self.device):
             if self.finished:
                 evaluation = final(trial)
+                self._once |= evaluation.report
             else:
                 evaluation = interim(trial, under_its_names(built.model, built.pristine))
-        if self.finished:
-            self._trainer = None
-            self._once |= evaluation.report
         return self._metrics_of({**evaluation.report, **evaluation.curves}) | evaluation.scores
 
     def _metrics_of(self, report: Report) -> dict[str, float]:

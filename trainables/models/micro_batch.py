@@ -1,4 +1,4 @@
-"""Fewer images at a time where memory runs out: the batch stays what it is, its gradient is accumulated."""
+"""Gradient accumulation over micro-batches where memory runs out; the batch stays what it is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ Result = TypeVar("Result")
 
 
 class MicroBatch:
-    """How many images go through the network at once; starts unlimited and is halved whenever memory runs out.
+    """Number of images that go through the network at once; unlimited at first, halved whenever memory runs out.
 
     BatchNorm in training mode normalises each piece by its own statistics, so that a halved batch is not the same
     training for such networks; everywhere else it is, to rounding.
+
+    Example:
+        >>> micro_batch = MicroBatch()
+        >>> micro_batch.size = 3
+        >>> list(micro_batch.pieces(7))
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 7, None)]
     """
 
     def __init__(self) -> None:
@@ -30,8 +36,8 @@ class MicroBatch:
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def attempt(self, work: Callable[[], Result], count: int, what: str) -> Result:
-        """Do `work`, which cuts a batch of `count` images into `pieces`, again with half the size as long as it runs
-        out of memory.
+        """Do `work`, which cuts a batch of `count` images into `pieces`; repeat it with half the size as long as it
+        runs out of memory.
 
         Raises:
             torch.OutOfMemoryError: not even one image at a time fits.

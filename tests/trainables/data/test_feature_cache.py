@@ -138,3 +138,37 @@ def test_the_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert cache_root() == Path("/from/environment")
     monkeypatch.delenv("LUTHIER_CACHE")
     assert cache_root() == Path.home() / ".cache" / "luthier"
+
+
+def test_p21_images_go_through_in_smaller_pieces_where_memory_runs_out(
+    backbone: Backbone, store: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = FeatureCache(tmp_path / "whole").features(backbone, store, "train", 64, View())
+    sizes: list[int] = []
+
+    class Limited(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = backbone.module
+
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 20:
+                raise torch.OutOfMemoryError("CUDA out of memory. Planted.")
+            sizes.append(len(images))
+            features: Tensor = self.network(images)
+            return features
+
+    limited = dataclasses.replace(backbone, module=Limited())
+    features = FeatureCache(tmp_path / "pieces").features(limited, store, "train", 64, View())
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [16, 16, 16, 16]  # 64 → 32 → 16
+    assert "Memory ran out while computing features of 32 images at once; going on with 16 at a time." in caplog.text
+
+
+def test_an_image_that_does_not_fit_alone_is_an_error(backbone: Backbone, store: Any, tmp_path: Path) -> None:
+    class Never(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Planted.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        FeatureCache(tmp_path).features(dataclasses.replace(backbone, module=Never()), store, "train", 64, View())

@@ -84,16 +84,21 @@ def test_p28_a_trial_cut_off_in_the_middle_of_a_unit_continues_bit_for_bit(
     assert same_tensors(whole.model.state_dict(), again.model.state_dict())
 
 
+LEARNING = {"optimizer": "adamw", "lr_backbone": 1e-2, "schedule": "constant"}
+
+
 def test_masks_are_learned(trial: Callable[..., Trial]) -> None:
-    history = history_of(trial(InkMasks, "full", hparams={"lr_backbone": 0.3}, epochs=8))
-    assert history[-1]["test/bce"] < 0.9 * history[0]["test/bce"]
-    assert history[-1]["best/val/iou"] > 0.2
+    history = history_of(trial(InkMasks, "full", hparams=LEARNING, epochs=8))
+    assert history[-1]["val/bce"] < 0.8 * history[0]["val/bce"]
+    assert history[-1]["best/val/iou"] > 0.4
 
 
 def test_names_are_spelled(trial: Callable[..., Trial]) -> None:
-    history = history_of(trial(DigitNames, "full", hparams={"lr_backbone": 0.1}, epochs=12))
-    assert history[-1]["best/val/exact"] > 0.5
-    assert history[-1]["best/val/exact"] == 1 - history[-1]["val/wrong"] or history[-1]["val/wrong"] < 0.5
+    """A name that is spelled right after right letters need not be generated right: both figures are apart."""
+    history = history_of(trial(DigitNames, "full", hparams=LEARNING, epochs=10))
+    assert history[0]["val/exact"] == 0
+    assert history[-1]["best/val/exact"] > 0.4
+    assert history[-1]["train/wrong"] < history[-1]["val/wrong"] < history[0]["val/wrong"]
 
 
 def test_image_and_mask_are_flipped_together(trial: Callable[..., Trial]) -> None:
