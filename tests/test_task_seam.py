@@ -17,7 +17,7 @@ from orchestrator.record.records import TrialRecord, declared_metrics, fold
 from orchestrator.report.page import report_html
 from orchestrator.results.study_results import Results
 from orchestrator.search.stages import ConfirmStage
-from tests.support.driving import drive, entries, url
+from tests.support.driving import drive, searcher
 from tests.support.toy_tasks import TOY_TASKS, digits
 from trainables.engine.trial import Trial
 from trainables.specs.metrics import TaskMetrics
@@ -65,8 +65,6 @@ def study(
 
 
 def _search(journal: Journal, folder: Path, shared: SharedTrialSettings, metrics: TaskMetrics) -> None:
-    from orchestrator.search.searcher import StudySearcher
-
     def best_of_each(records: Any) -> list[TrialRecord]:
         complete = [record for record in records if record.state == "complete"]
         score = lambda record: metrics.selection.score(record.metrics[metrics.best_validation])  # noqa: E731
@@ -85,14 +83,12 @@ def _search(journal: Journal, folder: Path, shared: SharedTrialSettings, metrics
         journal.append("trial_finished", trial_id=trial_id, state="complete")
         return result
 
-    search = StudySearcher(
-        entries=entries(*STRATEGIES),
+    search = searcher(
+        folder,
+        STRATEGIES,
         task=shared,
-        url=url(folder),
-        study_name="toy",
         trials=4,
         sampler="random",
-        seed=3,
         metric=metrics.validation,
         stages=[ConfirmStage(shared, best_of_each, seeds=2, seed=3)],
         journal=journal,
