@@ -223,7 +223,7 @@ def test_d26_data_that_changed_since_the_last_run_are_refused(
     assert again.prepare().digest != digest
     assert str(error.value) == (
         f"The study 's' was changed since its last run: dataset_digest: {digest} -> {again.prepare().digest} "
-        "(images, classes or splits are others)\n"
+        "(images, classes or splits differ)\n"
         "Put the old values back, or give the study another name. If its trials may differ in this, run it with "
         "--allow-change dataset_digest"
     )
