@@ -89,7 +89,7 @@ def _search(journal: Journal, folder: Path, shared: SharedTrialSettings, metrics
         task=shared,
         trials=4,
         sampler="random",
-        metric=metrics.validation,
+        metrics=metrics,
         stages=[ConfirmStage(shared, best_of_each, seeds=2, seed=3)],
         journal=journal,
     )
@@ -124,7 +124,10 @@ def test_the_leaderboard_has_the_mean_over_the_confirmed_seeds(study: ToyStudy) 
         assert any(value == pytest.approx(sum(values) / len(values)) for value in row if isinstance(value, float))
 
 
-def test_the_report_names_the_metric_of_the_task(study: ToyStudy) -> None:
+def test_the_report_shows_the_values_of_the_task_and_no_other_metric(study: ToyStudy) -> None:
     page = report_html(study.events)
-    assert study.metrics.selection.title in page
+    rows = Results(study.records, study.spec).leaderboard()
+    for value in rows[study.metrics.test]:
+        assert study.metrics.selection.text(value).split()[0] in page
     assert "accuracy" not in page
+    assert "val/acc" not in page
