@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from benchmarks.support.synthetic import shapes
-from tests.support.trials import MakeTrial, same_tensors
+from tests.support.trials import MakeTrial, same_numbers, same_tensors
 from trainables.engine import trial as run_module
 from trainables.engine.contract import Phase, Prepared, Strategy, TrainingConfig, Tuned
 from trainables.engine.evaluation import validation_scores
 from trainables.engine.trial import Trial
 from trainables.specs.measurements import Curve, Report
+from trainables.storage.checkpoint_format import bitwise_equal
 
 CALLS: list[str] = []
 
@@ -130,3 +131,36 @@ def test_an_oracle_reference_trains_on_the_ood_domain_it_names(make: Any) -> Non
     with pytest.raises(ValueError) as error:
         make(Watched, train_on="dim").step()
     assert str(error.value) == "An oracle reference trains on an OOD domain (inverted, noisy), but got 'dim'."
+
+
+RUNGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("cnn", {"wise": 0.5}),
+    "daft": ("cnn", {}),
+    "layernorm": ("vit", {"train": "gamma", "rescale": "both", "lam": 0.5}),
+    "lora": ("vit", {"targets": "all", "wise": "sweep"}),
+    "bitfit": ("vit", {"wise": 0.0}),
+    "components": ("vit", {"kinds": "mha"}),
+    "lp_ft": ("cnn", {"bn_conversion": True}),
+}
+"""Strategy → network and hyperparameters with which its evaluation changes most."""
+
+
+@pytest.mark.parametrize("strategy", RUNGS)
+def test_a_rung_leaves_tensors_modules_and_optimiser_bit_for_bit(make_trial: MakeTrial, strategy: str) -> None:
+    kind, hparams = RUNGS[strategy]
+    plain = make_trial(strategy, kind, task={"epochs": 3}, **hparams)
+    tested = make_trial(strategy, kind, task={"epochs": 3, "evaluate_at": (1, 2)}, **hparams)
+    for _ in range(2):
+        plain.step()
+        modules = list(tested.model.named_modules())
+        metrics = tested.step()
+        assert "test/acc" in metrics
+        assert [(name, id(module)) for name, module in tested.model.named_modules()] == [
+            (name, id(module)) for name, module in modules
+        ]
+        expected = plain.state().tensors
+        state = tested.state().tensors
+        assert state.keys() == expected.keys()
+        assert all(bitwise_equal(state[name], expected[name]) for name in expected)
+    assert same_numbers([plain.step()], [tested.step()])
+    assert same_tensors(plain.model.state_dict(), tested.model.state_dict())

@@ -28,7 +28,7 @@ from trainables.specs import fault_injection
 from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage import checkpoint_store
-from trainables.storage.checkpoint_format import load_state, save_state
+from trainables.storage.checkpoint_format import CheckpointError, RunState, load_state, save_state
 from trainables.storage.checkpoint_store import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("cpu_only")
@@ -136,8 +136,8 @@ def test_s10_a_checkpoint_of_other_settings_is_put_aside_and_the_trial_starts_ov
     result = TuneTrainable(config | changed.to_dict()).train()
     assert result["unit"] == 1
     assert [p.partition(": A")[2] for p in result["checkpoint_problems"]] == [
-        " checkpoint continues its own trial only, but this one is of another: task.batch_size: 16 in the checkpoint, "
-        "32 here."
+        " checkpoint continues its own trial only, but this one is of another: shared.batch_size: 16 in the "
+        "checkpoint, 32 here."
     ]
 
 
@@ -280,3 +280,17 @@ def test_p28_every_random_generator_goes_on_in_the_middle_of_a_unit(
     whole, resumed = left_and_resumed(False), left_and_resumed(True)
     assert same_numbers(whole[0], resumed[0])
     assert same_tensors(whole[1], resumed[1])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(spec: TrialSpec) -> None:
+    """Its plain values had no format, and the best unit's scores by the names of classification."""
+    trial = Trial(spec, device="cpu")
+    trial.step()
+    state = trial.state()
+    meta = {name: value for name, value in state.meta.items() if name != "format"}
+    with pytest.raises(CheckpointError) as error:
+        Trial(spec, device="cpu").load_state(RunState(state.tensors, meta))
+    assert str(error.value) == (
+        "A trial continues from a state of format 2, but the checkpoint has format 1: it was written by another "
+        "version of Luthier. The trial starts over."
+    )
