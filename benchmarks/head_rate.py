@@ -8,7 +8,7 @@ A linear head is trained on cached features of the handwritten digits, as `full`
 several networks and from one network times 0.01 … 100, so that their mean squared norm spans many orders of magnitude.
 `absolute` rates go to the optimiser as they are, `relative` ones divided by the mean squared norm of the training
 features. For every set of features: the best rate, and all rates whose validation accuracy is within one point of it;
-a head that ends with a loss worse than guessing has diverged, whatever its accuracy.
+a head that ends with a loss worse than guessing has diverged at any accuracy.
 
 Why relative: the softmax cross-entropy of a linear head has curvature of at most ½·E‖φ‖² in the weights, and a step at
 rate η changes the logits of an image by about η·‖φ‖²; both the largest stable and the useful rates go as 1/E‖φ‖².
@@ -64,8 +64,8 @@ class Sweep:
 
     def best_rate(self, kind: Kind) -> float:
         """The rate of one kind with the best accuracy."""
-        found = self.rates(kind)
-        return max(found, key=lambda rate: found[rate])
+        accuracies = self.rates(kind)
+        return max(accuracies, key=lambda rate: accuracies[rate])
 
     def good(self, kind: Kind) -> list[float]:
         """Rates of one kind within `WITHIN` of the best, ascending."""
@@ -166,10 +166,10 @@ def default_loss(sweeps: dict[str, Sweep], strategy: str) -> dict[str, float]:
     }
 
 
-def report(found: dict[str, dict[str, Sweep]], norms: dict[str, float]) -> str:
+def report(results: dict[str, dict[str, Sweep]], norms: dict[str, float]) -> str:
     """The table for people."""
     lines = []
-    for strategy, sweeps in found.items():
+    for strategy, sweeps in results.items():
         space = default_loss(sweeps, strategy)
         decades = math.log10(space["high"] / space["low"])
         lines += [
@@ -209,12 +209,12 @@ def main() -> None:
     labels = digit_images(8)[1]
     features = feature_sets()
     norms = {name: mean_square_norm(phi) for name, phi in features.items()}
-    found = {
+    results = {
         strategy: {n: sweep(phi, labels, zero, options.epochs, options.seeds) for n, phi in features.items()}
         for strategy, zero in (("daft", True), ("full", False))
     }
     if not options.json:
-        print(report(found, norms))
+        print(report(results, norms))
         return
     out = {
         strategy: {
@@ -222,7 +222,7 @@ def main() -> None:
             "space": (space := default_loss(sweeps, strategy)),
             **{kind: summarise(sweeps, kind, math.log10(space["high"] / space["low"])) for kind in KINDS},
         }
-        for strategy, sweeps in found.items()
+        for strategy, sweeps in results.items()
     }
     json.dump(out, sys.stdout, indent=2)
 

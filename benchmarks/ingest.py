@@ -1,6 +1,6 @@
 """Ingest rate, and images per second of the mapped store against timm's `ImageDataset` and torch's `DataLoader`.
 
-Makes a folder of 4 domains x 1,600 images of 8 classes, 64 px (letters rendered from matplotlib's fonts: as printed,
+Writes a folder of 4 domains x 1,600 images of 8 classes, 64 px (letters rendered from matplotlib's fonts: as printed,
 inverted, noisy, blurred; JPEG), reads it into a store, and then draws shuffled, normalised batches from both, in turns,
 in this one process: with the same crop and normalisation, then with random flips too. torch uses one thread.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 from PIL import Image
 
 from orchestrator.ingest.check import check
+from orchestrator.ingest.decoding import available_cpus
 from orchestrator.ingest.pipeline import IngestRequest, ingest
 from trainables.data.store import Store
 from trainables.data.transforms import BatchTransform
@@ -36,7 +36,8 @@ from trainables.specs.seeds import stream_seed
 CLASSES = "ABCDEFGH"
 SIDE = 64
 DOMAINS = ("printed", "inverted", "noisy", "blurred")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 def make_folder(root: Path, per_domain: int, seed: int = 0) -> int:
@@ -98,11 +99,11 @@ def compare(root: Path, store: Store, batch_size: int, rounds: int) -> dict[str,
             kinds[f"timm_{name}_{workers}_workers"] = lambda augment=augment, workers=workers: timm_batches(
                 root, batch_size, bool(augment), workers
             )
-    found: dict[str, list[float]] = {name: [] for name in kinds}
+    rates_by_kind: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, batches in kinds.items():
-            found[name].append(rate(batches()))
-    rates = {name: round(statistics.median(values)) for name, values in found.items()}
+            rates_by_kind[name].append(rate(batches()))
+    rates = {name: round(statistics.median(values)) for name, values in rates_by_kind.items()}
     ratios = {
         name.replace("timm", "store_over_timm"): round(rates[f"store_{name.split('_')[1]}"] / value, 1)
         for name, value in rates.items()
@@ -117,28 +118,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=1600, help="per domain")
-    parser.add_argument("--keep", type=Path, help="make the folder and the store here and leave them")
+    parser.add_argument("--keep", type=Path, help="write the images and the store to this folder and keep them")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        place = args.keep or Path(scratch)
-        root = place / "letters"
+        folder = args.keep or Path(scratch)
+        root = folder / "letters"
         images = make_folder(root, args.images)
         request = IngestRequest(
             source="folder", root=str(root), id=("printed",), ood=DOMAINS[1:], image_size=SIDE, interpolation="bicubic"
         )
         started = time.perf_counter()
-        store = ingest(request, place / "stores")
+        store = ingest(request, folder / "stores")
         ingest_seconds = time.perf_counter() - started
         started = time.perf_counter()
-        ingest(request, place / "stores")
+        ingest(request, folder / "stores")
         again_seconds = time.perf_counter() - started
         started = time.perf_counter()
         check(root)
         check_seconds = time.perf_counter() - started
         result = {
             "images": images,
-            "cpus": len(os.sched_getaffinity(0)),
+            "cpus": available_cpus(),
             "ingest": {
                 "seconds": round(ingest_seconds, 2),
                 "images_per_second": round(images / ingest_seconds),

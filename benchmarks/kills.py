@@ -1,10 +1,10 @@
-"""A driver killed (SIGKILL) again and again, its command repeated until the study is done: what is lost or double?
+"""A driver killed (SIGKILL) repeatedly and restarted until the study is done: lost and duplicated results.
 
     python -m benchmarks.kills --kills 20 --seed 2023 --concurrent 1
 
 One trial at a time: the leaderboard, every trial's history, the sampler's suggestions and the MLflow runs must equal
-those of the study that nobody killed, exactly. Several at a time (`--concurrent 2`): the same counts, nothing lost or
-double, and every trial's history equal to that of its configuration trained alone.
+those of the undisturbed study exactly. Several at a time (`--concurrent 2`): the same counts, nothing lost or
+duplicated, and every trial's history equal to that of its configuration trained alone.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from benchmarks.support.killed_study import StudyContents, read_contents, run_ki
 
 def moments(kills: int, seed: int) -> list[tuple[int, float]]:
     """Random (events, seconds) after a driver's start; a third of them before its first trial has a result."""
-    draw = random.Random(seed)
-    return [(draw.choice((1, 3, 4, 5, 6, 7, 8, 9)), draw.uniform(0.0, 0.6)) for _ in range(kills)]
+    generator = random.Random(seed)
+    return [(generator.choice((1, 3, 4, 5, 6, 7, 8, 9)), generator.uniform(0.0, 0.6)) for _ in range(kills)]
 
 
 def row(whole: StudyContents, killed: StudyContents, hits: int, concurrent: int) -> dict[str, Any]:
-    """The findings of one comparison."""
-    expected = {json.dumps([t["label"], t["hparams"], t["seed"]], sort_keys=True): t["history"] for t in whole.trials}
-    mine = {json.dumps([t["label"], t["hparams"], t["seed"]], sort_keys=True): t["history"] for t in killed.trials}
-    shared = expected.keys() & mine.keys()
+    """The result of one comparison."""
+    expected = _histories(whole)
+    actual = _histories(killed)
+    shared = expected.keys() & actual.keys()
     points = [
         (run["name"], key, step)
         for run in killed.runs
         if run["tags"]["luthier.kind"] == "trial"
-        for key, found in run["points"].items()
-        for step, _ in found
+        for key, values in run["points"].items()
+        for step, _ in values
     ]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "kills": hits,
         "trials": len(killed.trials),
         "trials_lost": len(whole.trials) - len(killed.trials),
@@ -48,14 +48,30 @@ def row(whole: StudyContents, killed: StudyContents, hits: int, concurrent: int)
         - len({(name, step) for name, key, step in points if key == "val/acc"}),
         "zombies": sum(run["status"] == "RUNNING" for run in killed.runs),
         "histories_compared": len(shared),
-        "bit_exact": all(_same(expected[key], mine[key]) for key in shared),
+        "bit_exact": all(_same(expected[key], actual[key]) for key in shared),
     }
-    return found | ({"differences": whole.differences(killed)} if concurrent == 1 else {})
+    if concurrent == 1:
+        result["differences"] = whole.differences(killed)
+    return result
+
+
+def _histories(contents: StudyContents) -> dict[str, list[dict[str, float]]]:
+    """Configuration and seed of each trial → its history."""
+    return {
+        json.dumps([trial["label"], trial["hparams"], trial["seed"]], sort_keys=True): trial["history"]
+        for trial in contents.trials
+    }
 
 
 def _same(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
-    """As far as both go: with several trials at a time ASHA may stop one of the two earlier."""
-    return all(x == y for x, y in list(zip(a, b, strict=False))[: min(len(a), len(b)) - (len(a) != len(b))])
+    """Whether two histories are equal up to the shorter one's last unit but one.
+
+    With several trials at a time ASHA may stop one of the two earlier, and a last unit has a final evaluation.
+    """
+    shared = min(len(a), len(b))
+    if len(a) != len(b):
+        shared -= 1
+    return a[:shared] == b[:shared]
 
 
 def main() -> None:
@@ -65,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2023)
     parser.add_argument("--concurrent", type=int, default=1)
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--folder", type=Path, help="keep everything here")
+    parser.add_argument("--folder", type=Path, help="keep all files in this folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = args.folder or Path(folder)
@@ -77,8 +93,8 @@ def main() -> None:
             began = time.perf_counter()
             hits = run_killed(file, planned)
             seconds.append(round(time.perf_counter() - began, 1))
-        found = row(read_contents(whole), read_contents(killed), hits, args.concurrent)
-        print(json.dumps(found | {"seconds": seconds}))
+        result = row(read_contents(whole), read_contents(killed), hits, args.concurrent)
+        print(json.dumps(result | {"seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Both sides run one-epoch linear probes on the built-in digits (a new C per trial), one trial at a time, on one local
 cluster, with MLflow on a SQLite file. Overhead per trial = (wall time of the study − time inside `step`) / trials. The
-baseline is what a careful person writes today: the model is built in `setup`, features and probe are computed in
+baseline is careful use of the libraries alone: the model is built in `setup`, features and probe are computed in
 `step`, a fresh actor serves each trial, `MLflowLoggerCallback` logs.
 """
 
@@ -77,7 +77,7 @@ def _plain_probe() -> type[Any]:
     from ray import tune
 
     class PlainProbe(tune.Trainable):
-        """What a person writes by hand: build, extract, probe."""
+        """The trial by hand: build the network, extract features, fit the probe."""
 
         def setup(self, config: dict[str, Any]) -> None:
             from trainables.data.store import Store
@@ -107,7 +107,7 @@ def _plain_probe() -> type[Any]:
             return {"val_acc": accuracy, "step_seconds": time.perf_counter() - started, "done": True}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
-            """A class Trainable must be able to save at its end; there is nothing to keep."""
+            """A class Trainable must be able to save at its end; there is no state."""
 
     return PlainProbe
 

@@ -44,12 +44,12 @@ def run_regime(fraction: float, storage: Path, progress: bool) -> Results:
 
 def rows(results: Results) -> list[dict[str, Any]]:
     """Per entry: ID and OOD accuracy over the confirmation's seeds, gain over the linear probe, chosen λ."""
-    found = []
+    table = []
     for row in results.leaderboard().to_dict("records"):
         runs = reported_trials(results.records, row["config_hash"])
         lams = [value for run in runs if (value := run.metric("layernorm/lambda")) is not None]
-        found.append({**row, "lambda": mean_interval(lams), "validation": _mean(runs, "best/val/acc")})
-    return sorted(found, key=lambda row: str(row["label"]))
+        table.append({**row, "lambda": mean_interval(lams), "validation": _mean(runs, "best/val/acc")})
+    return sorted(table, key=lambda row: str(row["label"]))
 
 
 def _mean(runs: Sequence[Any], metric: str) -> tuple[float, float]:
@@ -87,10 +87,10 @@ def markdown(regimes: Mapping[float, Results]) -> str:
     return "\n".join(lines)
 
 
-def _ratio(found: Mapping[str, float] | None) -> str:
-    if found is None or math.isnan(found["value"]):
+def _ratio(interval: Mapping[str, float] | None) -> str:
+    if interval is None or math.isnan(interval["value"]):
         return "–"
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
 def _number(mean: float, half: float) -> str:

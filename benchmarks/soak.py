@@ -10,10 +10,10 @@ half; machines are killed and come back; the tracking server is killed and stopp
 where is drawn from the seed and is the same for both. Each side is compared with itself undisturbed, one JSON row each:
 
     trials_lost       trials that did not use their budget in the end
-    epochs_repeated   units that were begun again
+    epochs_repeated   units that were begun more than once
     points_lost       numbers (trial, metric, step) that the tracker lacks;  points_dup: those that it has twice;
                       points_extra: those that the undisturbed study has not
-    runs_dup          runs of the tracker beyond one per trial;  zombies: runs that are RUNNING for ever
+    runs_dup          runs of the tracker beyond one per trial;  zombies: runs that stay RUNNING
     overhead_x        wall time as a multiple of the undisturbed one
     bit_exact         every trial's curve and final numbers are those of the undisturbed study, bit for bit
     max_stall_s       longest time that one callback (journal, tracker) held up Tune's loop
@@ -32,7 +32,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.support import soak_comparison as found
+from benchmarks.support import soak_comparison
 from benchmarks.support.soak_faults import NONE, Schedule, draw
 from benchmarks.support.soak_machines import machines, tracker
 from benchmarks.support.soak_plain import NAME, SETTINGS
@@ -44,7 +44,7 @@ STUDY = "soak"
 
 
 def study_fields(args: argparse.Namespace, storage: Path, uri: str) -> dict[str, Any]:
-    """Luthier's study: random search, so that what is tried does not depend on who finishes first."""
+    """Luthier's study: random search, so that configurations do not depend on the order in which trials finish."""
     return {
         "name": STUDY,
         "data": {"source": "digits"},
@@ -62,7 +62,9 @@ def study_fields(args: argparse.Namespace, storage: Path, uri: str) -> dict[str,
     }  # fmt: skip
 
 
-def soak_luthier(args: argparse.Namespace, folder: Path, schedule: Schedule) -> tuple[Outcome, found.Found]:
+def soak_luthier(
+    args: argparse.Namespace, folder: Path, schedule: Schedule
+) -> tuple[Outcome, soak_comparison.StudyEnd]:
     """Luthier through a schedule."""
     from orchestrator import Study
 
@@ -74,24 +76,24 @@ def soak_luthier(args: argparse.Namespace, folder: Path, schedule: Schedule) -> 
         study.prepare()
         damage = lambda: truncate(study.folder, "tensors.safetensors")  # noqa: E731
         outcome = _soaked("luthier", folder, schedule, server, damage, args)
-    return outcome, found.luthier(study.folder, server.database, args.units)
+    return outcome, soak_comparison.luthier(study.folder, server.database, args.units)
 
 
-def soak_plain(args: argparse.Namespace, folder: Path, schedule: Schedule) -> tuple[Outcome, found.Found]:
+def soak_plain(args: argparse.Namespace, folder: Path, schedule: Schedule) -> tuple[Outcome, soak_comparison.StudyEnd]:
     """Plain Ray Tune through a schedule, on the same images."""
     from orchestrator import Study
 
     folder.mkdir(parents=True)
     with tracker(folder / "tracker") as server:
         store = Study(**study_fields(args, folder / "studies", server.uri)).prepare()
-        given = {"store": str(store.path), "uri": server.uri, "trials": args.trials}
-        (folder / SETTINGS).write_text(json.dumps({**given, "units": args.units, "steps": args.steps}))
+        settings = {"store": str(store.path), "uri": server.uri, "trials": args.trials}
+        (folder / SETTINGS).write_text(json.dumps({**settings, "units": args.units, "steps": args.steps}))
         damage = lambda: truncate(folder / NAME, "state.safetensors")  # noqa: E731
         outcome = _soaked("plain", folder, schedule, server, damage, args)
-    return outcome, found.plain(folder, server.database, args.units)
+    return outcome, soak_comparison.plain(folder, server.database, args.units)
 
 
-SIDES: dict[str, Callable[[argparse.Namespace, Path, Schedule], tuple[Outcome, found.Found]]] = {
+SIDES: dict[str, Callable[[argparse.Namespace, Path, Schedule], tuple[Outcome, soak_comparison.StudyEnd]]] = {
     "luthier": soak_luthier,
     "plain": soak_plain,
 }
@@ -105,11 +107,12 @@ def _soaked(side: str, folder: Path, schedule: Schedule, server: Any, damage: An
 def truncate(folder: Path, name: str) -> bool:
     """Cut the newest file of this name below a folder in half; False = there is none."""
     files = sorted(folder.rglob(name), key=lambda file: file.stat().st_mtime)
-    whole = [file for file in files if file.stat().st_size > 1000]
-    if whole:
-        with whole[-1].open("r+b") as file:
-            file.truncate(whole[-1].stat().st_size // 2)
-    return bool(whole)
+    large = [file for file in files if file.stat().st_size > 1000]
+    if not large:
+        return False
+    with large[-1].open("r+b") as file:
+        file.truncate(large[-1].stat().st_size // 2)
+    return True
 
 
 def main() -> None:
@@ -120,14 +123,19 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--units", type=int, default=10)
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps of one unit: a few seconds")
-    parser.add_argument("--patience", type=float, default=1200.0, help="seconds for one study, then it is given up")
+    parser.add_argument("--patience", type=float, default=1200.0, help="time limit of one study, in seconds")
     parser.add_argument("--side", choices=sorted(SIDES), action="append", help="only this one")
     parser.add_argument("--quick", action="store_true", help="six faults on a small study, to try the machinery")
-    parser.add_argument("--folder", type=Path, help="keep everything here")
+    parser.add_argument("--folder", type=Path, help="keep all files in this folder")
     args = parser.parse_args()
     if args.quick:
-        args.faults, args.trials, args.units, args.steps = min(args.faults, 6), 4, 4, 20
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its processes and folders go with it
+        args.faults = min(args.faults, 6)
+        args.trials = 4
+        args.units = 4
+        args.steps = 20
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that context managers end its processes and remove its folders
     schedule = draw(args.seed, args.faults, args.trials, args.units, args.steps)
     print(json.dumps(schedule.kinds, indent=1), file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
@@ -135,7 +143,7 @@ def main() -> None:
         for side in args.side or ("luthier", "plain"):
             calm, whole = SIDES[side](args, root / side / "whole", NONE)
             rough, disturbed = SIDES[side](args, root / side / "disturbed", schedule)
-            print(json.dumps({"side": side, **found.row(whole, disturbed, calm, rough)}), flush=True)
+            print(json.dumps({"side": side, **soak_comparison.row(whole, disturbed, calm, rough)}), flush=True)
             print(json.dumps(rough.faults, indent=1), file=sys.stderr, flush=True)
 
 

@@ -102,15 +102,15 @@ def run(
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
     from orchestrator.commands.exit_status import print_summary
+    from orchestrator.running.tracking_process import study_backlog
     from orchestrator.study import Study
-    from orchestrator.tracking.following import waiting
 
     opened = Study.from_yaml(study)
     finished = opened.run(progress=progress, allow_change=allow_change or ())
     data = {
         **finished.to_dict(),
         "folder": str(opened.folder),
-        "tracking": {"missing": waiting(opened.spec, opened.folder).to_dict()},
+        "tracking": {"missing": study_backlog(opened.spec, opened.folder).to_dict()},
     }
     context.obj.result(data, lambda console: print_summary(console, opened, finished))
     raise typer.Exit(of_trials(finished.records))
@@ -195,11 +195,14 @@ def sync(
     give_up: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Stop after this long without progress.")
     ] = 60.0,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Draw the curves of every complete trial, not only of the best.")
+    ] = False,
 ) -> None:
     """Deliver to MLflow what it lacks of a study, from its journal. Idempotent."""
     from orchestrator.commands.sync import sync as deliver
 
-    delivered = deliver(study, tracking_uri, verify, give_up)
+    delivered = deliver(study, tracking_uri, verify, give_up, pictures)
     context.obj.result(delivered.to_dict(), delivered.render)
     raise typer.Exit(OK if delivered.whole else FAILED)
 

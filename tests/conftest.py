@@ -18,6 +18,19 @@ NOT_FOR_TRAINING = ("ray", "mlflow", "optuna", "pydantic", "pydantic_core")
 _MISSING = re.compile(rf"No module named '(?:{'|'.join(NOT_FOR_TRAINING)})[.']")
 
 THOROUGH = (
+    "tests/orchestrator/commands/test_check.py",
+    "tests/orchestrator/commands/test_submit.py",
+    "tests/orchestrator/commands/test_sync.py",
+    "tests/orchestrator/running/test_circuit_breaker.py::test_p20_a_study_without_one_good_trial_has_failed",
+    "tests/orchestrator/tracking/test_follower.py",
+    "tests/orchestrator/tracking/test_tracking_",
+    "tests/orchestrator/results/test_shift_limit.py::TestInterval::test_it_holds_the_truth_as_often_as_it_says",
+    "tests/trainables/diagnostics/test_plasticity.py::test_it_does_not_depend_on_the_batch_size",
+    "tests/trainables/engine/test_weight_interpolation.py::test_alpha_1_is_the_tuned_network",
+    "tests/trainables/models/test_backbone.py::test_s11_weights_that_the_hub_cannot_give",
+    "tests/trainables/test_daft.py::TestNetworks",
+    "tests/trainables/test_linear_probe.py::test_it_agrees_with_scikit_learn",
+    "tests/test_full_fine_tuning.py",
     "tests/trainables/engine/test_resume.py",
     "tests/trainables/engine/test_resume_anywhere.py",
     "tests/trainables/engine/test_loop.py::test_a_step_needs_torch_and_timm_only",

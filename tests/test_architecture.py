@@ -22,10 +22,10 @@ MAY_IMPORT_RAY = ("trainables/engine/tune_trainable.py", "trainables/engine/ray_
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "search", "results", "report",
-    "tracking", "planning", "running", "study", "commands", "cli",
+    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "tracking", "search", "results",
+    "report", "planning", "running", "study", "commands", "cli",
 )  # fmt: skip
-"""The parts of `orchestrator`; each may import those before it."""
+"""The parts of `orchestrator`; each may import those before it. Tracking is handed the summaries of results."""
 TRAINABLES_LAYERS = ("specs", "storage", "demo", "models", "data", "tasks", "diagnostics", "engine")
 """The packages of `trainables`; each may import those before it. The strategies, at its root, may import all."""
 PRIVATE_NAMES = {
@@ -34,7 +34,6 @@ PRIVATE_NAMES = {
 }  # fmt: skip
 """May use names that another library keeps private, each with a contract test. Conventions of timm and of Ray's logs
 that are no names are in `trainables/models/timm_internals.py` and `trainables/engine/ray_internals.py`."""
-NOT_YET = {"orchestrator/tracking/sqlite_file.py"}
 REGISTRIES = (
     "orchestrator/cluster/shipping.py",
     "search_spaces/__init__.py",
@@ -47,8 +46,6 @@ METRIC_TABLE = "trainables/specs/metrics.py"
 METRIC_NAME = re.compile(r"(best/)?(train|val|test|held_out|calib|ood/[^/]+)/[^/\s]*|(cost|best|calib)/\S*")
 """A recorded name, or the beginning of one, with `{}` for what an f-string fills in. `ood/{}` alone is a split of the
 data store, not a metric."""
-METRIC_NAMES_PENDING = frozenset({"orchestrator/tracking/run_fields.py", "orchestrator/tracking/run_updates.py"})
-"""Files that still write metric names themselves."""
 NO_METRIC_NAMES = {("trainables/engine/trial_state.py", "best/{}")}
 """(file, literal) of names that only look like those of metrics: the tensors of the best weights in a checkpoint."""
 
@@ -168,6 +165,17 @@ class TestImports:
         ]
         assert found == []
 
+    def test_tracking_and_results_do_not_import_each_other(self) -> None:
+        """A summary is handed to tracking by `orchestrator.running.tracking_process`."""
+        between = {
+            f"{folder} imports {module}"
+            for folder, others in (("tracking", ("results", "report")), ("results", ("tracking",)))
+            for _, tree in parsed(f"orchestrator/{folder}")
+            for module in imported(tree)
+            if module.startswith(tuple(f"orchestrator.{other}" for other in others))
+        }
+        assert between == set()
+
     def test_the_layers_of_trainables_import_downwards_only(self) -> None:
         """Also inside functions and for types alone; the package's own `__init__` is the registry's front."""
         packages = {file.parent.name for file in (ROOT / "trainables").glob("*/__init__.py")}
@@ -222,7 +230,7 @@ class TestPrivateNames:
         outside = [
             f"{file}:{use}"
             for file, tree in parsed(*PACKAGES)
-            if file not in PRIVATE_NAMES | NOT_YET
+            if file not in PRIVATE_NAMES
             for use in private_names(tree)
         ]
         assert outside == []
@@ -285,11 +293,7 @@ class TestMetricNames:
         written = [
             (file, name) for file, tree in parsed(*PACKAGES) if file != METRIC_TABLE for name in metric_literals(tree)
         ]
-        pending = METRIC_NAMES_PENDING
-        assert [pair for pair in written if pair not in NO_METRIC_NAMES and pair[0] not in pending] == []
-
-    def test_no_file_is_pending_that_is_done(self) -> None:
-        assert {file for file, tree in parsed(*PACKAGES) if metric_literals(tree)} >= METRIC_NAMES_PENDING
+        assert [pair for pair in written if pair not in NO_METRIC_NAMES] == []
 
     @pytest.mark.parametrize(
         "code",
@@ -423,12 +427,14 @@ class TestSharing:
 
 class TestTiers:
     def test_what_is_left_out_of_the_fast_tests_exists(self) -> None:
-        for beginning in THOROUGH:
-            file, _, function = beginning.partition("::")
-            names = [
-                node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
-            ]
-            assert any(name.startswith(function or "test_") for name in names), beginning
+        tests = []
+        for file, tree in parsed("tests"):
+            for node in tree.body:
+                tests.append(f"{file}::{getattr(node, 'name', '')}")
+                if isinstance(node, ast.ClassDef):
+                    methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+                    tests += [f"{file}::{node.name}::{method.name}" for method in methods]
+        assert [beginning for beginning in THOROUGH if not any(test.startswith(beginning) for test in tests)] == []
 
 
 SHARES_WITH_A_TEST = {"tests/orchestrator/tracking/test_access.py"}

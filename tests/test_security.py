@@ -28,7 +28,7 @@ from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.record.journal import Journal, JournalError
 from orchestrator.study_file.load import resolved_study
-from orchestrator.tracking.position import PositionFile
+from orchestrator.tracking.delivery_state import Position, PositionFile
 from tests.support.canary import Canary
 from tests.support.driving import drive, searcher
 from trainables.data.feature_cache import FeatureCache
@@ -273,7 +273,7 @@ class TestRecords:
 
     def test_s7_a_position(self, evil: bytes, tmp_path: Path) -> None:
         (tmp_path / "position.json").write_bytes(evil)
-        assert PositionFile(tmp_path / "position.json", "here").load(tmp_path / "journal.jsonl") == ([], 0)
+        assert PositionFile(tmp_path / "position.json", "here").load(tmp_path / "journal.jsonl") == Position()
 
     def test_s7_optunas_database(self, evil: bytes, marker: Path, tmp_path: Path) -> None:
         """A pickle in its place is replaced; a state that Optuna's CMA-ES would unpickle is never asked for."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.soak import truncate
-from benchmarks.support.soak_comparison import Found, plain, row
+from benchmarks.support.soak_comparison import StudyEnd, plain, row
 from benchmarks.support.soak_faults import INSIDE, OUTSIDE, PER_TRIAL, draw
 from benchmarks.support.soak_run import Outcome
 from trainables.specs.fault_injection import Fault
@@ -45,20 +45,20 @@ def test_a_bench_is_not_a_soak() -> None:
     assert "benchmarks.soak" not in shown
 
 
-def found(points: dict[Any, list[float | None]], **fields: Any) -> Found:
+def study_end(points: dict[Any, list[float | None]], **fields: Any) -> StudyEnd:
     given: dict[str, Any] = {"curves": {"0": 0.5, "1": 0.7}, "runs": 2, "trials_with_runs": 2, "zombies": 0, **fields}
-    return Found(points=points, **given)
+    return StudyEnd(points=points, **given)
 
 
 def test_what_is_lost_double_or_different_is_counted() -> None:
     calm, rough = Outcome(seconds=100.0), Outcome(seconds=180.0, repeated=3, longest_stall=0.5)
-    whole = found({("0", "val/acc", 1): [0.25], ("0", "val/acc", 2): [0.5], ("1", "val/acc", 1): [0.7]})
+    whole = study_end({("0", "val/acc", 1): [0.25], ("0", "val/acc", 2): [0.5], ("1", "val/acc", 1): [0.7]})
     same = row(whole, whole, calm, calm)
     gate = ("trials_lost", "epochs_repeated", "points_lost", "points_dup", "runs_dup", "zombies", "overhead_x")
     assert [same[name] for name in gate] == [0, 0, 0, 0, 0, 0, 1.0]
     assert same["bit_exact"] is True
     points: dict[Any, list[float | None]] = {("0", "val/acc", 1): [0.25, 0.25], ("0", "val/acc", 2): [0.5]}
-    worse = row(whole, found(points, curves={"0": 0.5}, runs=3, zombies=1), calm, rough)
+    worse = row(whole, study_end(points, curves={"0": 0.5}, runs=3, zombies=1), calm, rough)
     assert [worse[name] for name in gate] == [1, 3, 1, 1, 1, 1, 1.8]
     assert (worse["bit_exact"], worse["max_stall_s"]) == (False, 0.5)
 
@@ -66,8 +66,8 @@ def test_what_is_lost_double_or_different_is_counted() -> None:
 @pytest.mark.parametrize("change", ["point", "final"])
 def test_one_bit_of_a_curve_or_of_a_final_number_is_seen(change: str) -> None:
     other = 0.5000000000000001
-    whole = found({("0", "val/acc", 1): [0.5]})
-    changed = found({("0", "val/acc", 1): [other if change == "point" else 0.5]}, curves={"0": 0.5, "1": 0.7})
+    whole = study_end({("0", "val/acc", 1): [0.5]})
+    changed = study_end({("0", "val/acc", 1): [other if change == "point" else 0.5]}, curves={"0": 0.5, "1": 0.7})
     if change == "final":
         changed.curves["0"] = other
     assert row(whole, changed, Outcome(seconds=1.0), Outcome(seconds=1.0))["bit_exact"] is False

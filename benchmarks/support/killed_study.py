@@ -1,5 +1,6 @@
-"""A tiny study whose driver is killed (SIGKILL) at given moments and started again until the study is done, and what of
-a study must not depend on that. Used by `benchmarks.kills` and by the tests.
+"""A tiny study whose driver is killed (SIGKILL) at given moments and restarted until the study is done.
+
+Also reads the contents of a study that must not depend on kills. Used by `benchmarks.kills` and by the tests.
 
     python -m benchmarks.support.killed_study study.yaml     one driver, on a cluster of its own without a dashboard
 """
@@ -71,10 +72,10 @@ def run_killed(file: Path, moments: Sequence[tuple[int, float]], patience: float
     Args:
         file: the study file.
         moments: (events, seconds): kill this driver so many seconds after it has written so many events.
-        patience: seconds that one driver may take.
+        patience: time limit of one driver, in seconds.
 
     Raises:
-        RuntimeError: a driver failed by itself.
+        RuntimeError: a driver failed for another reason.
     """
     hits = 0
     for events, seconds in [*moments, (10**9, 0.0)]:
@@ -112,7 +113,7 @@ def _wait(driver: subprocess.Popen[bytes], reached: Any, patience: float) -> boo
 
 @dataclass(frozen=True)
 class StudyContents:
-    """What a study says of itself in the end, without times, costs and names of attempts."""
+    """Contents of a finished study, without times, costs and names of attempts."""
 
     table: str
     trials: list[dict[str, Any]]
@@ -125,26 +126,26 @@ class StudyContents:
 
 
 def read_contents(file: Path) -> StudyContents:
-    """Read it all: leaderboard, journal, Optuna, MLflow."""
+    """Read leaderboard, journal, Optuna storage and MLflow runs."""
     study = Study.from_yaml(file)
     table = study.results().leaderboard()
-    shown = table[[name for name in table.columns if "cost" not in name]].to_csv(index=False, float_format="%r")
+    csv = table[[name for name in table.columns if "cost" not in name]].to_csv(index=False, float_format="%r")
     trials = [
         {
             "number": r.number, "label": r.label, "role": r.role, "seed": r.seed, "hparams": dict(r.hparams),
-            "state": r.state, "reason": r.reason, "history": [_lasting(unit) for unit in r.history],
+            "state": r.state, "reason": r.reason, "history": [_without_costs(unit) for unit in r.history],
             "curves": {name: dict(curve) for name, curve in r.curves.items()},
         }
         for r in fold(Journal.read(study.folder / "journal.jsonl"))
     ]  # fmt: skip
     url = f"sqlite:///{study.folder}/optuna.db"
-    known = [
+    suggestions = [
         (t.state.name, t.values, t.params, t.intermediate_values)
         for name in ("shapes", "shapes/given")
         for t in optuna.load_study(study_name=name, storage=url).get_trials()
         if "interrupted" not in t.user_attrs
     ]
-    return StudyContents(shown, trials, known, _runs(study))
+    return StudyContents(csv, trials, suggestions, _runs(study))
 
 
 def _runs(study: Study) -> list[dict[str, Any]]:
@@ -153,7 +154,7 @@ def _runs(study: Study) -> list[dict[str, Any]]:
     client = MlflowClient(study.spec.tracking_uri)
     experiment = client.get_experiment_by_name(study.spec.experiment)
     assert experiment is not None
-    found = []
+    runs = []
     for run in client.search_runs([experiment.experiment_id], max_results=1000):
         points = {
             key: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
@@ -162,13 +163,13 @@ def _runs(study: Study) -> list[dict[str, Any]]:
         }
         tags = {k: v for k, v in run.data.tags.items() if k not in VOLATILE and not k.startswith("mlflow.")}
         name = run.data.tags["mlflow.runName"]
-        found.append(
+        runs.append(
             {"name": name, "status": run.info.status, "tags": tags, "params": run.data.params, "points": points}
         )
-    return sorted(found, key=lambda run: str(run["name"]))
+    return sorted(runs, key=lambda run: str(run["name"]))
 
 
-def _lasting(unit: Any) -> dict[str, float]:
+def _without_costs(unit: Any) -> dict[str, float]:
     return {key: value for key, value in unit.items() if not key.startswith("cost/")}
 
 

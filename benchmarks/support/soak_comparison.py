@@ -1,4 +1,4 @@
-"""What a soaked study left behind, compared with the same study undisturbed."""
+"""The end of a soaked study, compared with the same study undisturbed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Point = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
-class Found:
-    """The end of one study."""
+class StudyEnd:
+    """Results of one study at its end."""
 
     curves: dict[str, Any]
-    """Trial → all numbers that the study itself ended with; trials that did not use their budget are not there."""
+    """Trial → its numbers in the study itself; only trials that used their budget."""
     points: dict[Point, list[float | None]]
-    """What the tracker holds; None = not a number."""
+    """Values in the tracker; None = not finite."""
     runs: int
     trials_with_runs: int
     zombies: int
     """Runs that are still RUNNING, the study's own included."""
 
 
-def luthier(study: Path, database: Path, units: int) -> Found:
+def luthier(study: Path, database: Path, units: int) -> StudyEnd:
     """From the journal and the tracking database."""
     from orchestrator.record.journal import Journal, fold
 
@@ -45,19 +45,19 @@ def luthier(study: Path, database: Path, units: int) -> Found:
     names = dict(_query(database, "select run_uuid, name from runs where {active}"))
     kinds = dict(_query(database, "select run_uuid, value from tags where key = 'luthier.kind'"))
     of_trials = {run: name for run, name in names.items() if kinds.get(run) == "trial"}
-    return _found(database, curves, of_trials, lambda key: not key.startswith("cost/"))
+    return _study_end(database, curves, of_trials, lambda key: not key.startswith("cost/"))
 
 
-def plain(study: Path, database: Path, units: int) -> Found:
+def plain(study: Path, database: Path, units: int) -> StudyEnd:
     """From the last results and the tracking database."""
     final = json.loads((study / FINAL).read_text()) if (study / FINAL).exists() else {}
     curves = {number: result for number, result in final.items() if result["epoch"] == units}
     numbers = dict(_query(database, "select run_uuid, value from params where key = 'number'"))
-    return _found(database, curves, numbers, lambda key: key in METRICS)
+    return _study_end(database, curves, numbers, lambda key: key in METRICS)
 
 
-def row(whole: Found, disturbed: Found, calm: Outcome, rough: Outcome) -> dict[str, Any]:
-    """The figures of the release gate, and what they stand on."""
+def row(whole: StudyEnd, disturbed: StudyEnd, calm: Outcome, rough: Outcome) -> dict[str, Any]:
+    """The figures of the release gate, and the counts behind them."""
     count = Counter({point: len(values) for point, values in disturbed.points.items()})
     same = all(set(values) == set(disturbed.points.get(point, ())) for point, values in whole.points.items())
     return {
@@ -83,7 +83,7 @@ def row(whole: Found, disturbed: Found, calm: Outcome, rough: Outcome) -> dict[s
     }
 
 
-def _found(database: Path, curves: dict[str, Any], trials: dict[str, str], counts: Any) -> Found:
+def _study_end(database: Path, curves: dict[str, Any], trials: dict[str, str], counts: Any) -> StudyEnd:
     points: dict[Point, list[float | None]] = {}
     rows = _query(database, "select run_uuid, key, step, value, is_nan from metrics order by timestamp")
     for run, key, step, value, is_nan in rows:
@@ -91,7 +91,7 @@ def _found(database: Path, curves: dict[str, Any], trials: dict[str, str], count
             number = None if is_nan or not math.isfinite(value) else float(value)
             points.setdefault((trials[run], key, step), []).append(number)
     open_runs = _query(database, "select run_uuid from runs where status = 'RUNNING' and {active}")
-    return Found(curves, points, len(trials), len(set(trials.values())), len(open_runs))
+    return StudyEnd(curves, points, len(trials), len(set(trials.values())), len(open_runs))
 
 
 def _query(database: Path, text: str) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Which faults hit a soak, and when: drawn from a seed, the same for whoever is soaked.
+"""Faults of a soak and their times, drawn from a seed; the same for both sides.
 
 Faults inside a trial name the unit that they hit (`LUTHIER_FAULT`, see `trainables.specs.fault_injection`); faults
-outside come when so many units have been begun.
+outside are due after a number of units has begun.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 BEGUN = "phase=before_unit,action=note,times=0"
-"""The fault that does no harm: it leaves a line in the log for every unit that any process begins."""
+"""A harmless fault, which logs every unit that any process begins."""
 
 INSIDE = {
     "kill mid-epoch": ("step", "kill"),
@@ -44,11 +44,11 @@ WEIGHTS = {
     "tracker killed": 2,
     "tracker stopped (SIGSTOP)": 2,
 }
-"""How often each kind is drawn once every kind is there."""
+"""Relative frequency of each kind, after one of each."""
 PER_TRIAL = 2
-"""Faults inside one trial at most: what is retried for ever is no study of recovery."""
+"""Maximum number of faults inside one trial, below the limit of its retries."""
 SPAN = (0.04, 0.9)
-"""Between which shares of all units the outside faults come."""
+"""Range of the outside faults, as shares of all units."""
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,32 @@ def draw(seed: int, count: int, trials: int, units: int, steps: int) -> Schedule
         steps: optimiser steps of one unit.
 
     Raises:
-        ValueError: more faults than places for them.
+        ValueError: more faults than the trials have room for.
     """
-    chance = random.Random(seed)
-    kinds = chance.sample(list(WEIGHTS), min(count, len(WEIGHTS)))
-    kinds += chance.choices(list(WEIGHTS), list(WEIGHTS.values()), k=count - len(kinds))
-    places = [(trial, unit) for trial in range(trials) for unit in range(1, units + 1)]
-    chance.shuffle(places)
-    taken: Counter[int] = Counter()
+    generator = random.Random(seed)
+    kinds = generator.sample(list(WEIGHTS), min(count, len(WEIGHTS)))
+    kinds += generator.choices(list(WEIGHTS), list(WEIGHTS.values()), k=count - len(kinds))
+    free = [(trial, unit) for trial in range(trials) for unit in range(1, units + 1)]
+    generator.shuffle(free)
+    per_trial: Counter[int] = Counter()
     inside: list[str] = []
     for kind in kinds:
         if kind in OUTSIDE:
             continue
-        place = next((place for place in places if taken[place[0]] < PER_TRIAL), None)
-        if place is None:
+        slot = next(((trial, unit) for trial, unit in free if per_trial[trial] < PER_TRIAL), None)
+        if slot is None:
             raise ValueError(f"{trials} trials have room for {PER_TRIAL * trials} faults inside them; ask for fewer.")
-        places.remove(place)
-        taken[place[0]] += 1
+        free.remove(slot)
+        trial, unit = slot
+        per_trial[trial] += 1
         phase, action = INSIDE[kind]
-        where = f"trial={place[0]},unit={place[1]}" + (f",step={chance.randint(1, steps)}" if phase == "step" else "")
+        where = f"trial={trial},unit={unit}"
+        if phase == "step":
+            where += f",step={generator.randint(1, steps)}"
         inside.append(f"{where},phase={phase},action={action}")
-    wanted = [kind for kind in kinds if kind in OUTSIDE]
-    chance.shuffle(wanted)
+    outside_kinds = [kind for kind in kinds if kind in OUTSIDE]
+    generator.shuffle(outside_kinds)
     first, last = (share * trials * units for share in SPAN)
-    width = (last - first) / max(1, len(wanted))
-    outside = tuple((round(first + width * (n + chance.random())), kind) for n, kind in enumerate(wanted))
+    width = (last - first) / max(1, len(outside_kinds))
+    outside = tuple((round(first + width * (n + generator.random())), kind) for n, kind in enumerate(outside_kinds))
     return Schedule(tuple(inside), outside, dict(Counter(kinds)))

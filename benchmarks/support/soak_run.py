@@ -1,4 +1,4 @@
-"""A study that is driven to its end through all faults of a schedule, whoever drives it."""
+"""A study driven to its end through all faults of a schedule, by Luthier or by plain Ray Tune."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from benchmarks.support.soak_machines import ROOT, Machines, Tracker
 
 LOG = "faults"
 FAILURES = 4
-"""How often a driver may end by itself without success, while nothing is broken, before the study is given up."""
+"""Drivers that may fail by themselves, while nothing is broken, before the study is aborted."""
 AWAY = {"node killed": 8.0, "tracker killed": 10.0, "tracker stopped (SIGSTOP)": 10.0}
-"""Seconds until it is mended."""
+"""Duration of an outage, in seconds."""
 FROZEN = 60.0
-"""Seconds after which a stopped trial wakes up, if it still lives."""
+"""Seconds after which a stopped trial is continued, if it is still alive."""
 _LINE = re.compile(r"(?P<fault>.*) @ .*trial=(?P<trial>\d+),unit=(?P<unit>\d+).*pid=(?P<pid>\d+)")
 
 
 @dataclass
 class Outcome:
-    """How it went."""
+    """Counts and times of one soak."""
 
     seconds: float = 0.0
     drivers: int = 0
     failures: int = 0
-    """Drivers that ended by themselves without success."""
+    """Drivers that failed by themselves."""
     finished: bool = False
     faults: Counter[str] = field(default_factory=Counter)
-    """Kind → how many hit."""
+    """Kind → faults that hit."""
     begun: int = 0
-    """Units begun, those begun again included."""
+    """Units begun, with repetitions."""
     repeated: int = 0
-    """Units begun again."""
+    """Units begun more than once."""
     longest_stall: float = 0.0
-    """Seconds for which a callback held up Tune's loop at most."""
+    """Longest time for which a callback blocked Tune's loop, in seconds."""
 
 
 class Soak:
@@ -53,10 +53,10 @@ class Soak:
 
     Args:
         side: `luthier` or `plain`.
-        folder: where its study lies.
-        schedule: what goes wrong.
+        folder: of the study.
+        schedule: the faults.
         damage: truncates the newest checkpoint of a trial; False = there is none.
-        patience: seconds after which the study is given up.
+        patience: time limit of the study, in seconds.
     """
 
     def __init__(
@@ -69,21 +69,27 @@ class Soak:
         damage: Callable[[], bool],
         patience: float = 1200.0,
     ) -> None:
-        self.side, self.folder, self.machines, self.tracker = side, folder, machines, tracker
+        self.side = side
+        self.folder = folder
+        self.machines = machines
+        self.tracker = tracker
         self.outcome = Outcome()
-        self._due, self._damage, self._patience = list(schedule.outside), damage, patience
+        self._due = list(schedule.outside)
+        self._damage = damage
+        self._patience = patience
         self._mending: tuple[float, str, Callable[[], object]] | None = None
         self._woken: set[int] = set()
-        self._turn = self._futile = 0
+        self._turn = 0
+        self._futile = 0
         self._driver: subprocess.Popen[bytes] | None = None
 
     def run(self) -> Outcome:
-        """Until the study is done, or given up."""
+        """Drive the study until it is done or aborted."""
         began = time.monotonic()
         pause = threading.Event()
         try:
             self._start()
-            while time.monotonic() - began < self._patience and self._goes_on():
+            while time.monotonic() - began < self._patience and self._is_running():
                 self._wake()
                 self._mend()
                 if self._due and self.begun >= self._due[0][0] and self._mending is None and self.tracker.answers():
@@ -103,8 +109,9 @@ class Soak:
     def _lines(self) -> Iterator[re.Match[str]]:
         file = self.folder / LOG
         for line in file.read_text().splitlines() if file.exists() else []:
-            if (found := _LINE.fullmatch(line)) is not None:
-                yield found
+            match = _LINE.fullmatch(line)
+            if match is not None:
+                yield match
 
     def _start(self) -> None:
         self.outcome.drivers += 1
@@ -115,7 +122,7 @@ class Soak:
                 command, cwd=ROOT, stdout=log, stderr=log, env=settings, start_new_session=True
             )
 
-    def _goes_on(self) -> bool:
+    def _is_running(self) -> bool:
         assert self._driver is not None
         code = self._driver.poll()
         if code is None:
@@ -123,10 +130,10 @@ class Soak:
         if code == 0:
             self.outcome.finished = True
             return False
-        self._say(f"the driver ended by itself with {code}")
+        self._log(f"the driver ended by itself with {code}")
         self.outcome.failures += 1
         if self._mending is not None or not self.tracker.answers():
-            while self._mending is not None or not self.tracker.answers():  # as a person would
+            while self._mending is not None or not self.tracker.answers():  # restarted when the outage is over
                 self._mend()
                 threading.Event().wait(0.1)
         else:
@@ -137,14 +144,14 @@ class Soak:
         return True
 
     def _hit(self, kind: str) -> None:
-        self._say(kind)
+        self._log(kind)
         self.outcome.faults[kind] += 1
         if kind.startswith("driver killed"):
             assert self._driver is not None
             self._driver.kill()
             self._driver.wait()
             if "truncated" in kind and not self._damage():
-                self._say("there was no checkpoint to truncate")
+                self._log("there was no checkpoint to truncate")
                 self.outcome.faults[kind] -= 1
                 self.outcome.faults["driver killed"] += 1
             self._start()
@@ -163,26 +170,26 @@ class Soak:
         self._mending = time.monotonic() + AWAY[kind], f"{kind.split()[0]} is back", mend
 
     def _mend(self, now: bool = False) -> None:
-        """In this thread: Ray starts a machine in the main one only."""
+        """End an outage; in the main thread, the only one in which Ray can start a node."""
         if self._mending is not None and (now or time.monotonic() >= self._mending[0]):
             self._mending[2]()
-            self._say(self._mending[1])
+            self._log(self._mending[1])
             self._mending = None
 
     def _wake(self) -> None:
-        """Let a stopped trial go on when its time has come, if nobody has ended it by then."""
+        """Schedule the continuation of stopped trials."""
         for line in self._lines():
             pid = int(line["pid"])
             if line["fault"].endswith("action=stop") and pid not in self._woken:
                 self._woken.add(pid)
-                self._say(f"process {pid} of trial {line['trial']} is stopped")
+                self._log(f"process {pid} of trial {line['trial']} is stopped")
                 timer = threading.Timer(FROZEN, _continue, [pid])
                 timer.daemon = True
                 timer.start()
 
     def _stop(self) -> None:
         if self._driver is not None and self._driver.poll() is None:
-            self._say("given up")
+            self._log("aborted")
             self._driver.kill()
             self._driver.wait()
         self._mend(now=True)
@@ -190,7 +197,8 @@ class Soak:
     def _count(self) -> None:
         lines = list(self._lines())
         begun = [(line["trial"], line["unit"]) for line in lines if line["fault"] == BEGUN]
-        self.outcome.begun, self.outcome.repeated = len(begun), len(begun) - len(set(begun))
+        self.outcome.begun = len(begun)
+        self.outcome.repeated = len(begun) - len(set(begun))
         for line in lines:
             if line["fault"] != BEGUN:
                 parts = dict(part.split("=") for part in line["fault"].split(","))
@@ -199,9 +207,9 @@ class Soak:
         if stalls.exists():
             self.outcome.longest_stall = max(float(line.split()[0]) for line in stalls.read_text().splitlines())
 
-    def _say(self, what: str) -> None:
+    def _log(self, text: str) -> None:
         with (self.folder / "happened").open("a") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {self.begun} units begun: {what}\n")
+            file.write(f"{time.strftime('%H:%M:%S')} {self.begun} units begun: {text}\n")
 
 
 def _continue(pid: int) -> None:

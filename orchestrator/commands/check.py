@@ -214,13 +214,14 @@ def _checkpoint(path: Path) -> Finding:
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:
     """The backlog of undelivered events, from the stored read offset alone; the server is not asked."""
-    from orchestrator.tracking.following import follower_of, lacking, sync_command, waiting
+    from orchestrator.running.tracking_process import study_backlog
+    from orchestrator.tracking.follower import undelivered_events
+    from orchestrator.tracking.study_tracking import backlog_text, settings_of, sync_command
 
-    _, offset = follower_of(study.spec, journal).position.load(journal)
-    undelivered, _ = read_from(journal, offset)
-    if not undelivered:
+    offset = settings_of(study.spec, journal).position_file().load(journal).offset
+    if not undelivered_events(journal, offset):
         yield Finding("tracking", "ok", "MLflow has everything")
         return
-    backlog = lacking(waiting(study.spec, study.folder))
+    backlog = backlog_text(study_backlog(study.spec, study.folder))
     command = sync_command(study.spec, study.folder)
     yield Finding("tracking", "note", f"{backlog}. The next run delivers them, or at once: {command}")

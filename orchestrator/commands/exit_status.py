@@ -79,7 +79,8 @@ def worst(statuses: Iterable[int]) -> int:
 def print_summary(console: Console, study: Study, results: Results) -> None:
     """Print the leaderboard, the paths of a study's files, and the next commands."""
     from orchestrator.report.page import REPORT
-    from orchestrator.tracking.following import how_to_sync, lacking, waiting
+    from orchestrator.running.tracking_process import study_backlog
+    from orchestrator.tracking.study_tracking import backlog_text, how_to_sync
 
     results.render(console)
     lines = [f"Study folder: {study.folder}"]
@@ -87,9 +88,9 @@ def print_summary(console: Console, study: Study, results: Results) -> None:
     if report.exists():
         lines.append(f"Report: {report}")
     lines += next_commands(study)
-    backlog = waiting(study.spec, study.folder)
+    backlog = study_backlog(study.spec, study.folder)
     if backlog:
-        lines.append(f"{lacking(backlog)}. {how_to_sync(study.spec, study.folder)}")
+        lines.append(f"{backlog_text(backlog)}. {how_to_sync(study.spec, study.folder)}")
     for line in lines:
         console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
 

@@ -1,5 +1,7 @@
-"""`luthier sync`: what a study's journal holds and its tracking server lacks is delivered, whenever that is possible
-again. The journal is only read; a study that runs is not disturbed."""
+"""`luthier sync`: deliver what a study's journal has and its tracking server lacks.
+
+The journal is only read; a running study is not disturbed.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,13 @@ from orchestrator.cluster.driver_process import environment
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.errors import PreflightError, Problem, redact
 from orchestrator.record.journal import read_from
-from orchestrator.tracking.access import access_problems
-from orchestrator.tracking.client import trouble
-from orchestrator.tracking.delivery_lock import DeliveryError, DeliveryLock
-from orchestrator.tracking.following import follower_of
-from orchestrator.tracking.outstanding import Additions, Amount
-from orchestrator.tracking.run_fields import digest
-from orchestrator.tracking.run_updates import Projection
-from orchestrator.tracking.server_name import server_name
+from orchestrator.running.tracking_process import summarizer
+from orchestrator.tracking.client import access_problems, describe_error, server_name
+from orchestrator.tracking.delivery_state import DeliveryError, DeliveryLock
+from orchestrator.tracking.follower import MlflowFollower
+from orchestrator.tracking.projection import DeliveredItems, DeliveryCounts, Projection, backlog
+from orchestrator.tracking.run_update import Summarizer, digest
+from orchestrator.tracking.study_tracking import settings_of
 from orchestrator.tracking.writer import MlflowWriter
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
     from orchestrator.study_file.schema import StudySpec
 
-GIVE_UP_SECONDS = 60.0
-"""How long a server may take nothing before sync gives up."""
-REQUEST_SECONDS = 30
-"""A server may answer more slowly than a running study would wait for it."""
+GIVE_UP_S = 60.0
+"""Seconds without progress after which sync gives up."""
+REQUEST_TIMEOUT_S = 30
+"""Timeout of a request, longer than beside a running study."""
+POLL_S = 0.2
+"""Wait before the first retry."""
 
 _NO_PASSWORD = (
     "the copy of a study file in the study's folder keeps no password, but the tracking URI has one. Name the study "
@@ -43,24 +46,24 @@ _NO_PASSWORD = (
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What a sync did."""
+    """Outcome of a sync."""
 
     study: str
     uri: str
     """Without passwords."""
     experiment: str
-    added: Amount
-    """What the server lacked before."""
-    missing: Amount
-    """What it still lacks, at most."""
+    added: DeliveryCounts
+    """Items that the server lacked."""
+    missing: DeliveryCounts
+    """Items that it still lacks, at most."""
     events: int
     """Events of the journal that are not delivered."""
     refused: int
-    """Writes that the server will never take."""
+    """Items that the server rejected for good."""
     running: bool
-    """Whether the study was running meanwhile: there will be more."""
+    """Whether the study was running meanwhile, so that more events follow."""
     problem: str | None
-    """The server's last failure; None if it took everything."""
+    """The server's last failure; None if it accepted everything."""
 
     @property
     def whole(self) -> bool:
@@ -82,14 +85,16 @@ class SyncReport:
         }
 
     def render(self, console: Console) -> None:
-        """Print it for a person."""
+        """Print the outcome."""
         lines = [f"{self.study} → {self.uri}, experiment {self.experiment}", f"Added: {self.added or 'nothing'}"]
         if self.events:
             lines.append(f"Still missing: {self.missing} ({self.problem or 'the server is slow'}). Try again later.")
         elif self.refused:
             lines.append(f"Refused by the server: {self.refused} (each is named above). All else is there.")
+        elif self.running:
+            lines.append("MLflow has all so far; the study is running.")
         else:
-            lines.append("MLflow has it all." if not self.running else "MLflow has all so far; the study is running.")
+            lines.append("MLflow has it all.")
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -98,56 +103,63 @@ def sync(
     study: str | Path,
     uri: str | None = None,
     verify: bool = False,
-    give_up: float = GIVE_UP_SECONDS,
+    give_up_s: float = GIVE_UP_S,
+    pictures: bool = False,
 ) -> SyncReport:
-    """Deliver what a tracking server lacks of a study. Runs are found by their tags and points are compared, so that
-    nothing is added twice. If nobody runs the study, runs that it left open are closed as interrupted.
+    """Deliver what a tracking server lacks of a study.
+
+    Runs are found by their tags and points are compared, so that nothing is added twice. If the study's driver has
+    died, the runs that it left open are closed as interrupted.
 
     Args:
         study: a study file or the folder of a study.
-        uri: another tracking URI than the study's; that server is told everything.
-        verify: compare every number with the server's, also what was delivered before.
-        give_up: seconds after which a server that takes nothing is given up.
+        uri: another tracking URI than the study's; that server gets the whole study.
+        verify: compare every number with the server's, also those that were delivered before.
+        give_up_s: seconds without progress after which a server is given up.
+        pictures: draw the curves of every complete trial, not only of confirmations and the best; implies `verify`.
 
     Raises:
         FileNotFoundError: the study has not been run.
         DeliveryError: another process, such as the study's own driver, is delivering it.
-        PreflightError: the server refuses these credentials.
+        PreflightError: the server refuses the credentials.
     """
     spec, folder = find_study(study)
     read_journal(spec, folder)
-    journal, own = folder / "journal.jsonl", spec.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
-    target = own if uri is None else uri
-    copy = server_name(target) != server_name(own)
-    if "//***@" in target:
-        raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
+    journal = folder / "journal.jsonl"
+    target = _target(spec, folder, uri)
     running = _is_running(journal)
-    options: dict[str, Any] = {"additions": Additions(), "replay": verify, "poll": 0.2}
-    options["abandoned"] = lambda: not _is_running(journal)  # it may begin while this delivers
-    if copy:
-        options["position"] = f"{journal.name}.mlflow-{digest([server_name(target), spec.experiment])}.json"
-    copies = DeliveryLock(journal, copy=True)
-    if running and copy:
-        options["lock"] = copies
-    follower = follower_of(spec, journal, target, **options)
-    with environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_SECONDS)}):
-        copies.claim()
+    copy_lock = DeliveryLock(journal, copy=True)
+    summaries = summarizer(pictures)
+    follower = MlflowFollower(
+        settings_of(spec, journal, target.uri, position=target.position, replay=verify or pictures, poll_s=POLL_S),
+        summaries,
+        delivered=DeliveredItems(),
+        is_abandoned=lambda: not _is_running(journal),  # the study may be started meanwhile
+        lock=copy_lock if running and target.is_copy else DeliveryLock(journal),
+    )
+    with environment({"MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_TIMEOUT_S)}):
+        copy_lock.acquire()
         try:
-            follower.lock.claim(refuse=running and not copy)
-            if problems := list(access_problems(target, spec.experiment, quiet=True)):
+            if running and not target.is_copy:  # its driver may not have taken the lock yet
+                raise follower.lock.refusal()
+            follower.lock.acquire()
+            if problems := list(access_problems(target.uri, spec.experiment, quiet=True)):
                 raise PreflightError(problems, f"The study {spec.name!r}")
-            if running and copy:
-                _refuse_its_own_server(spec, journal, target)
-            events = follower.start().close(math.inf, give_up)
+            if running:
+                _refuse_own_server(spec, journal, target.uri, summaries)
+            events = follower.finish(math.inf, give_up_s)
         finally:
             follower.lock.release()
-            copies.release()
+            copy_lock.release()
+    missing = DeliveryCounts()
+    if events:
+        missing = backlog(journal, follower.delivered_offset, spec.name, summaries)
     return SyncReport(
         study=spec.name,
-        uri=redact(target),
+        uri=redact(target.uri),
         experiment=spec.experiment,
-        added=follower.added(),
-        missing=follower.waiting() if events else Amount(),
+        added=follower.added,
+        missing=missing,
         events=events,
         refused=follower.refused,
         running=running,
@@ -155,29 +167,54 @@ def sync(
     )
 
 
-def _refuse_its_own_server(spec: StudySpec, journal: Path, target: str) -> None:
-    """The server of a running study may have other names than that in the study file. What tells servers apart is the
-    id that each gave to the study's run.
+@dataclass(frozen=True)
+class _Target:
+    """Server of a sync."""
+
+    uri: str
+    is_copy: bool
+    """Whether it is another server than the study's own."""
+    position: str | None
+    """Name of its position file; None = that of the study's own server."""
+
+
+def _target(spec: StudySpec, folder: Path, uri: str | None) -> _Target:
+    """The server to deliver to (PreflightError: its password is missing)."""
+    # Not the default of the spec, which is relative to the study file: the folder may have been moved.
+    study_uri = spec.tracking.uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+    target_uri = study_uri if uri is None else uri
+    if "//***@" in target_uri:
+        raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
+    if server_name(target_uri) == server_name(study_uri):
+        return _Target(target_uri, False, None)
+    position = f"journal.jsonl.mlflow-{digest([server_name(target_uri), spec.experiment])}.json"
+    return _Target(target_uri, True, position)
+
+
+def _refuse_own_server(spec: StudySpec, journal: Path, target: str, summaries: Summarizer) -> None:
+    """Check that a running study is not copied to its own server under another name.
+
+    Servers are distinguished by the id that each gave to the study's run.
 
     Raises:
-        DeliveryError: it is that server, or this cannot be told.
+        DeliveryError: it is that server, or the servers cannot be compared.
     """
-    own = follower_of(spec, journal)
-    known, projection = own.position.run(), Projection(spec.name)
+    own_run = settings_of(spec, journal).position_file().run()
+    projection = Projection(spec.name, summaries)
     for event in read_from(journal, 0)[0][:1]:
         projection.apply(event)
     try:
-        if known is None or projection.study_uid is None:
-            raise LookupError("its own server has not been told of it yet")
-        found = MlflowWriter(target, spec.experiment, projection.study_uid).run_id(projection.study_uid)
-    except Exception as error:  # whatever a tracking server does
-        why = str(error) if isinstance(error, LookupError) else trouble(error)
+        if own_run is None or projection.study_uid is None:
+            raise LookupError("its own server does not have the study yet")
+        target_run = MlflowWriter(target, spec.experiment, projection.study_uid).run_id(projection.study_uid)
+    except Exception as error:  # any failure of a tracking server
+        reason = str(error) if isinstance(error, LookupError) else describe_error(error)
         raise DeliveryError(
-            f"A running study is copied only to another server than its own, but whether {redact(target)} is one "
-            f"cannot be told ({why}). Try again later, or when the study has ended."
+            "A running study is copied only to another server than its own, but it is unclear whether "
+            f"{redact(target)} is one ({reason}). Try again later, or when the study has ended."
         ) from error
-    if found == known:
-        own.lock.claim(refuse=True)
+    if target_run == own_run:
+        raise DeliveryLock(journal).refusal()
 
 
 def _is_running(journal: Path) -> bool:

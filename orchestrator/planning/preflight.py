@@ -199,6 +199,6 @@ def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _tracking_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.tracking.access import access_problems
+    from orchestrator.tracking.client import access_problems
 
     yield from access_problems(spec.tracking_uri, spec.experiment)

@@ -13,7 +13,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,20 +94,6 @@ def page_of(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-@dataclass(frozen=True)
-class Page:
-    """The page as an artifact that is made when it is delivered; fields: see `page_of`."""
-
-    header: Mapping[str, Any]
-    records: Sequence[TrialRecord]
-    measured: Mapping[str, Mapping[str, Any]]
-    name: str = REPORT
-
-    def content(self) -> bytes:
-        """The page as UTF-8."""
-        return page_of(self.header, self.records, self.measured).encode()
 
 
 def _leaderboard(results: Results) -> tuple[dict[str, Any], list[dict[Any, Any]], dict[str, Choice]]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.record.records import TrialRecord
 from trainables.specs.metrics import CLASSIFICATION, LAYERNORM_LAMBDA, WISE_ALPHA, TaskMetrics
@@ -16,19 +16,6 @@ Curves = Mapping[str, Mapping[str, Any]]
 
 NUMBERS_ONLY = frozenset({"change"})
 """Curves without a picture: one row per tensor is too much for one; `change_by_stage` shows the same."""
-
-
-class Drawn(Protocol):
-    """An artifact that takes a moment to make: it is made when it is delivered."""
-
-    @property
-    def name(self) -> str:
-        """What it is called when it cannot be made."""
-        ...
-
-    def content(self) -> bytes:
-        """The whole file (any exception: it cannot be made)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -63,11 +50,12 @@ def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, 
 
 def pictures(
     curves: Curves, record: TrialRecord | None = None, metrics: TaskMetrics = CLASSIFICATION
-) -> dict[str, Drawn]:
+) -> dict[str, Picture]:
     """Artifact `curves/<name>.png` → its picture, to be drawn on delivery."""
-    drawn = {name: curve for name, curve in curves.items() if name not in NUMBERS_ONLY}
     return {
-        f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name), metrics) for name, curve in drawn.items()
+        f"{stem(name)}.png": Picture(name, curve, chosen_at(record, name), metrics)
+        for name, curve in curves.items()
+        if name not in NUMBERS_ONLY
     }
 
 

@@ -9,7 +9,6 @@ to a smaller budget, and its test numbers may be missing; counting it would comp
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 from orchestrator.record.records import TrialRecord
 from orchestrator.study_file.rules import VAL_DOMAIN
 from trainables.specs.metrics import CLASSIFICATION, VAL, Metric, TaskMetrics
+from trainables.specs.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,8 @@ def rank(records: Iterable[TrialRecord], rule: str = "id_val", metrics: TaskMetr
     if rule.startswith(VAL_DOMAIN):
         return val_domain(records, rule.removeprefix(VAL_DOMAIN), metrics)
     if rule not in RULES:
-        near = difflib.get_close_matches(rule, RULES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         names = ", ".join([*RULES, f"{VAL_DOMAIN}<name>"])
-        raise ValueError(f"A selection rule is one of {names}, but got {rule!r}.{hint}")
+        raise ValueError(f"A selection rule is one of {names}, but got {rule!r}.{did_you_mean(rule, RULES)}")
     return RULES[rule](records, metrics)
 
 

@@ -184,7 +184,7 @@ class StudyRun:
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
         """Run MLflow's delivery and the progress display for the length of a block."""
         from orchestrator.running.progress import Progress
-        from orchestrator.tracking.following import follow
+        from orchestrator.running.tracking_process import follow
 
         display = None
         if self.progress:

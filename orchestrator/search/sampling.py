@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 
 import optuna
 
 from trainables.specs.metrics import CLASSIFICATION, TOTAL_SECONDS, VAL, TaskMetrics, quantity
+from trainables.specs.suggestions import did_you_mean
 
 SAMPLERS = ("tpe", "gp", "random", "nsga2", "paper")
 LEARNING = frozenset({"tpe", "gp", "nsga2"})
@@ -22,8 +22,7 @@ STARTUP = 10
 def check_sampler(name: str, objectives: int) -> None:
     """Raise ValueError where the name is unknown or does not fit the number of objectives."""
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, SAMPLERS)
         raise ValueError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {name!r}.{hint}")
     if name == "nsga2" and objectives < 2:
         raise ValueError("nsga2 is for two or more objectives, but got 1. Use tpe, or name more metrics.")

@@ -1,249 +1,424 @@
-"""MLflow follows the journal: a background thread reads on from its own position and writes in batches.
+"""Delivery of a journal to MLflow: reads on from a durable offset, and writes in batches.
 
-The journal is the truth; a tracking server that is slow, down or restarted costs the study no time and no number. What
-is not delivered stays in the journal, and `MlflowFollower` on the same journal delivers it later.
+The journal is the source of truth. A tracking server that is slow, down or restarted costs no number: what is not
+delivered stays in the journal, and a later follower of the same journal delivers it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from orchestrator.record.journal import read_from
-from orchestrator.tracking.client import trouble
-from orchestrator.tracking.delivery_lock import DeliveryLock
-from orchestrator.tracking.outstanding import Additions, Amount, outstanding, updates_of
-from orchestrator.tracking.pending import Pending
-from orchestrator.tracking.position import PositionFile
-from orchestrator.tracking.run_fields import digest
-from orchestrator.tracking.run_updates import Projection
-from orchestrator.tracking.server_name import server_name
-from orchestrator.tracking.sqlite_file import TrackingFileError
+from orchestrator.record.journal import Event, read_from
+from orchestrator.tracking.client import describe_error, server_name
+from orchestrator.tracking.delivery_state import DeliveryLock, PositionFile
+from orchestrator.tracking.local_database import TrackingFileError
+from orchestrator.tracking.projection import DeliveredItems, DeliveryCounts, Projection, updates_of
+from orchestrator.tracking.run_update import RunUpdate, Summarizer, digest
 from orchestrator.tracking.writer import MlflowWriter
 
 logger = logging.getLogger("luthier")
 
-LONGEST_WAIT = 10.0
-"""Seconds between attempts on a server that does not answer."""
-PATIENCE = 3.0
-"""Seconds that `close` waits for a server that fails; one that takes the record gets the whole time."""
-WARN_EVERY = 600.0
-"""Seconds between two warnings about a server that fails now and then."""
-DUPLICATES_AFTER = 60.0
-"""Seconds after which a server has made every run that it was asked for, also if its answer was lost."""
+MAX_BACKOFF_S = 10.0
+"""Longest wait between two attempts on a server that fails."""
+PATIENCE_S = 3.0
+"""Wait, at the end of a study, for a server that fails; one that accepts items gets the whole timeout."""
+WARNING_INTERVAL_S = 600.0
+"""Least time between two warnings about a server that fails now and then."""
+LATE_CREATE_S = 60.0
+"""Time after which a server has executed every create_run that it received, also if its response was lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowerSettings:
+    """Settings of a delivery; they are JSON values, for a process of its own."""
+
+    journal: str
+    """Absolute path; the file need not exist yet."""
+    uri: str
+    """Tracking URI."""
+    experiment: str
+    study: str = "study"
+    """Name of the study's run, until the journal gives one."""
+    artifact_location: str | None = None
+    """Artifact store of a new experiment; None = the server's default."""
+    poll_s: float = 0.5
+    """Interval between looks at the journal."""
+    position: str | None = None
+    """Name of the position file beside the journal; None = the one of the study's own server."""
+    replay: bool = False
+    """Start with the first event, whatever the position is."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @property
+    def path(self) -> Path:
+        """Path of the journal."""
+        return Path(self.journal)
+
+    def position_file(self) -> PositionFile:
+        """The durable read offset of this delivery."""
+        name = self.position or f"{self.path.name}.mlflow.json"
+        return PositionFile(self.path.with_name(name), digest([server_name(self.uri), self.experiment]))
+
+
+class GiveUp:
+    """Limit of a final delivery: a timeout, and less patience with a server that fails.
+
+    Args:
+        timeout_s: seconds at most.
+        patience_s: seconds without progress while the server fails.
+    """
+
+    def __init__(self, timeout_s: float, patience_s: float) -> None:
+        self._start = time.monotonic()
+        self._deadline = self._start + timeout_s
+        self._patience_s = patience_s
+
+    def is_due(self, problem: str | None, progress: float) -> bool:
+        """Whether to stop.
+
+        Args:
+            problem: the server's last failure, None after a success.
+            progress: when the server last accepted something (`time.monotonic`).
+        """
+        now = time.monotonic()
+        is_failing = problem is not None and now - max(progress, self._start) >= self._patience_s
+        return now >= self._deadline or is_failing
+
+
+class SendBuffer:
+    """Updates that are not delivered yet, coalesced per run.
+
+    Points are sent before artifacts: an artifact store that is down must not hold back any number.
+    """
+
+    def __init__(self) -> None:
+        self._updates: dict[str, RunUpdate] = {}
+        self._files: dict[str, RunUpdate] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._updates or self._files)
+
+    def __iter__(self) -> Iterator[RunUpdate]:
+        return iter([*self._updates.values(), *self._files.values()])
+
+    def add(self, updates: Iterable[RunUpdate]) -> None:
+        """Add later updates."""
+        for update in updates:
+            _merge(self._updates, update)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._updates.clear()
+        self._files.clear()
+
+    def send(self, writer: MlflowWriter, study_uid: str) -> Iterator[None]:
+        """Write everything, with a yield after each item; what fails stays (errors: as the writer's)."""
+        while self._updates:
+            uid = next(iter(self._updates))
+            try:
+                writer.write(self._updates[uid])
+            except Exception:
+                if uid != study_uid:  # it may be this run alone that fails: let the others go first next time
+                    self._updates[uid] = self._updates.pop(uid)
+                raise
+            _merge(self._files, self._updates.pop(uid))
+            yield
+        while self._files:
+            uid = next(iter(self._files))
+            writer.write_files(self._files[uid])
+            del self._files[uid]
+            yield
+
+
+class JournalReader:
+    """Incremental reader of a journal that projects its events onto runs.
+
+    Args:
+        journal: its path; the file need not exist yet.
+        study: name of the study, until the journal gives one.
+        summarizer: computes summaries.
+    """
+
+    def __init__(self, journal: Path, study: str, summarizer: Summarizer) -> None:
+        self._journal = journal
+        self._study = study
+        self._summarizer = summarizer
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the first event."""
+        self.offset = 0
+        self.seq = -1
+        self.projection = Projection(self._study, self._summarizer)
+
+    def skip(self, events: Iterable[Event], offset: int) -> None:
+        """Continue at a byte offset, after events that were delivered before."""
+        for event in events:
+            updates_of(self.projection, event, self._journal)
+            self.seq = event["seq"]
+        self.offset = offset
+
+    def has_more(self) -> bool:
+        """Whether the journal has grown."""
+        return self._journal.exists() and self._journal.stat().st_size > self.offset
+
+    def read(self) -> list[RunUpdate]:
+        """Updates of all new events."""
+        events, self.offset = read_from(self._journal, self.offset)
+        updates = []
+        for event in events:
+            self.seq = event["seq"]
+            updates += updates_of(self.projection, event, self._journal)
+        return updates
 
 
 class MlflowFollower:
     """Keeps one MLflow run per study (parent) and one per trial (child) up to date with a journal.
 
-    Runs are found again by the tags `luthier.study_uid` and `luthier.trial_uid`, so a study that is continued, or a
-    journal that is replayed from the start, goes on in the same runs and adds nothing twice. No method raises because
-    of the server, and none waits for it except `close`.
+    Runs are identified by the tags `luthier.study_uid` and `luthier.trial_uid`, so that a study that is continued, or a
+    journal that is replayed from the start, continues the same runs and adds nothing twice. No method raises because of
+    the server.
 
     Args:
-        journal: path of the journal; need not exist yet.
-        uri: tracking URI.
-        experiment: name of the MLflow experiment.
-        study: name of the study's run, used if the journal does not say.
-        artifact_location: for a new experiment; None = the server decides.
-        poll: seconds between looks at the journal.
-        position: name of the position file beside the journal; None = that of the study's own server.
-        replay: begin with the first event, whatever the position says.
-        additions: counts what the server lacked; None = nobody wants to know.
-        lock: held while this follower delivers; None = the journal's.
-        abandoned: whether nobody writes the journal any more: at its end, close the runs that it leaves open.
+        settings: what is delivered where.
+        summarizer: computes summaries of trials and study.
+        delivered: collects the items that the server lacked; None = they are not counted.
+        is_abandoned: whether the study's driver has died, so that its open runs are closed at the end of the journal.
+        lock: held while this follower delivers; default: the journal's.
+        on_change: called after each delivered item and each attempt.
     """
 
     def __init__(
         self,
-        journal: str | Path,
-        uri: str,
-        experiment: str,
-        study: str = "study",
-        artifact_location: str | None = None,
-        poll: float = 0.5,
+        settings: FollowerSettings,
+        summarizer: Summarizer,
         *,
-        position: str | None = None,
-        replay: bool = False,
-        additions: Additions | None = None,
-        abandoned: Callable[[], bool] | None = None,
+        delivered: DeliveredItems | None = None,
+        is_abandoned: Callable[[], bool] = lambda: False,
         lock: DeliveryLock | None = None,
+        on_change: Callable[[MlflowFollower], object] = lambda follower: None,
     ) -> None:
-        self.journal = Path(journal).absolute()
-        self.uri, self.experiment, self.artifact_location = uri, experiment, artifact_location
+        self.settings = settings
         self.problem: str | None = None
-        """What the server's last failure was; None after a success."""
-        self.experiment_id: str | None = None
-        name = position or f"{self.journal.name}.mlflow.json"
-        self.position = PositionFile(self.journal.with_name(name), digest([server_name(uri), experiment]))
-        self._poll = poll
-        self._study = study
-        self._projection = Projection(study)
-        self._writer: MlflowWriter | None = None
-        self._pending = Pending()
-        self._read = self._delivered = 0
-        self._seq = -1
-        self._refused = 0
-        self._replay, self._additions, self._abandoned = replay, additions, abandoned
-        self._warned = float("-inf")
-        self._doubtful: float | None = None
-        self.lock = lock or DeliveryLock(self.journal)
-        self._stop = threading.Event()
-        self._deadline, self._closed, self._patience = float("inf"), float("inf"), PATIENCE
-        self._thread = threading.Thread(target=self._follow, name="luthier-mlflow", daemon=True)
+        """The server's last failure; None after a success."""
+        self.progress = float("-inf")
+        """When the server last accepted something (`time.monotonic`)."""
+        self.delivered_offset = 0
+        """Byte of the journal after the last delivered event."""
+        self.lock = lock or DeliveryLock(settings.path)
+        self._delivered = delivered
+        self._is_abandoned = is_abandoned
+        self._on_change = on_change
+        self._reader = JournalReader(settings.path, settings.study, summarizer)
+        self._position = settings.position_file()
+        self._buffer = SendBuffer()
+        self._server = _Connection(settings, delivered)
+        self._warnings = _RateLimit(WARNING_INTERVAL_S)
 
     @property
     def backlog(self) -> int:
-        """Events of the journal that are not delivered."""
-        return len(read_from(self.journal, self._delivered)[0]) if self.journal.exists() else 0
+        """Number of events that are not delivered."""
+        return undelivered_events(self.settings.path, self.delivered_offset)
 
     @property
     def refused(self) -> int:
-        """Writes that the server will never take (each was logged)."""
-        return self._refused + (self._writer.refused if self._writer else 0)
+        """Number of items that the server rejected for good."""
+        return self._server.refused
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the study's run, once it exists."""
-        uid = self._projection.study_uid
-        return self._writer.run_id(uid) if self._writer is not None and uid is not None else None
+        return self._server.run_id(self._reader.projection.study_uid)
 
-    def start(self) -> MlflowFollower:
-        """Begin to follow; returns at once."""
-        self._thread.start()
-        return self
+    @property
+    def added(self) -> DeliveryCounts:
+        """Numbers of items that the server lacked and was sent (counted with `delivered`)."""
+        return (self._delivered or DeliveredItems()).counts(self._buffer)
 
-    def waiting(self) -> Amount:
-        """What the backlog would add to the server."""
-        return outstanding(self.journal, self._delivered, self._study)
-
-    def added(self) -> Amount:
-        """What the server lacked and has got (counted by `additions`)."""
-        return self._additions.amount(self._pending) if self._additions is not None else Amount()
-
-    def close(self, timeout: float = 30.0, patience: float = PATIENCE) -> int:
-        """Deliver what is left, end the thread, and return how many events are not delivered (0 = MLflow is complete).
-        Closing again only counts again.
+    def finish(self, timeout_s: float, patience_s: float = PATIENCE_S) -> int:
+        """Deliver up to the end of the journal; returns the number of events that are not delivered.
 
         Args:
-            timeout: seconds to wait at most.
-            patience: seconds to wait while the server fails.
+            timeout_s: seconds after which a failure is not retried.
+            patience_s: seconds without progress after which a failure is not retried.
         """
-        if not self._stop.is_set():
-            self._closed, self._patience = time.monotonic(), patience
-            self._deadline = self._closed + timeout
-            self._stop.set()
-            while self._thread.is_alive() and not self._given_up():
-                self._thread.join(0.05)
+        finishing = threading.Event()
+        finishing.set()
+        limit = GiveUp(timeout_s, patience_s)
+        self.run(finishing, lambda: limit.is_due(self.problem, self.progress))
         return self.backlog
 
-    def _given_up(self) -> bool:
-        now = time.monotonic()
-        failing = self.problem is not None and now - max(self._pending.progress, self._closed) >= self._patience
-        return now >= self._deadline or failing
+    def run(self, finishing: threading.Event, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Follow the journal; once `finishing` is set, return when everything is delivered.
 
-    def __enter__(self) -> MlflowFollower:
-        return self.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _follow(self) -> None:
+        Args:
+            finishing: set by another thread when the study has ended.
+            give_up: whether to return although something is not delivered; asked after failures once it is finishing.
+        """
         try:
-            self._loop()
+            self._load_position()
+            failures = 0
+            while True:
+                is_last = finishing.is_set()
+                started = time.monotonic()
+                try:
+                    self._deliver(is_last)
+                    self.problem = None
+                    failures = 0
+                except Exception as error:  # no failure of a tracking server may end the delivery
+                    failures = 1 if self.progress >= started else failures + 1
+                    self._handle_failure(error)
+                self._on_change(self)
+                if is_last and (self.problem is None or give_up()):
+                    return
+                if is_last:
+                    time.sleep(min(0.5, self.settings.poll_s))
+                else:
+                    finishing.wait(min(self.settings.poll_s * 2**failures, MAX_BACKOFF_S))
         finally:
             self.lock.release()
 
-    def _loop(self) -> None:
-        failures = 0
-        events, self._delivered = ([], 0) if self._replay else self.position.load(self.journal)
-        self._read = self._delivered
-        for event in events:
-            updates_of(self._projection, event, self.journal)
-        while True:
-            stopping, began = self._stop.is_set(), time.monotonic()
-            try:
-                self._advance(stopping)
-                failures, self.problem = 0, None
-                if stopping:
-                    return
-            except Exception as error:  # whatever a tracking server does must not end the record
-                failures = 1 if self._pending.progress >= began else failures + 1
-                self._note(error)
-            if stopping:
-                if self._given_up():
-                    return
-                time.sleep(min(0.5, self._poll))
-            else:
-                self._stop.wait(min(self._poll * 2**failures, LONGEST_WAIT))
-
-    def _advance(self, stopping: bool) -> None:
-        """Read what is new, write it, remember it."""
-        if not self.journal.exists():
+    def _load_position(self) -> None:
+        if self.settings.replay:
             return
-        self.lock.claim()
-        waiting = self._pending or self.journal.stat().st_size > self._read
-        if self._delivered and self._writer is None and (waiting or self._additions is not None):
-            self._find_again()
-        events, self._read = read_from(self.journal, self._read)
-        for event in events:
-            self._seq = event["seq"]
-            self._pending.add(updates_of(self._projection, event, self.journal))
-        if stopping and self._abandoned is not None and self._abandoned():
-            self._pending.add(self._projection.abandoned())
-        if self._pending:
-            assert self._projection.study_uid is not None
-            self._pending.deliver(self._connected(self._projection.study_uid), self._projection.study_uid)
-        if self._delivered != self._read:
-            self._delivered = self._read
-            self.position.save(self._delivered, self._seq, self.run_id)
-        self._drop_duplicates(stopping)
+        position = self._position.load(self.settings.path)
+        self._reader.skip(position.events, position.offset)
+        self.delivered_offset = position.offset
+        self._on_change(self)
 
-    def _connected(self, study_uid: str) -> MlflowWriter:
-        if self._writer is None:
-            self._writer = MlflowWriter(self.uri, self.experiment, study_uid, self.artifact_location, self._additions)
-            self.experiment_id = self._writer.experiment_id
-        return self._writer
-
-    def _find_again(self) -> None:
-        """Connect to a server that was told of this study before. If it knows nothing of it, or another run of it
-        (another server behind the same address, an emptied database), it is told everything."""
-        uid, known = self._projection.study_uid, self.position.run()
-        assert uid is not None
-        writer = self._connected(uid)
-        if not writer.knows(uid) or (known and writer.run_id(uid) not in (known, None)):
-            self.position.forget()  # first: from here on the server knows the study, but not what it was told before
-            self._projection = Projection(self._study)
-            self._pending.clear()
-            self._read = self._delivered = 0
-
-    def _drop_duplicates(self, stopping: bool) -> None:
-        """A server that hung may make a run after all, long after the one that was asked for in its place."""
-        if self._doubtful is None or self._writer is None:
+    def _deliver(self, is_last: bool) -> None:
+        """Read new events, send their updates, and store the position."""
+        if not self.settings.path.exists():
             return
-        if stopping or time.monotonic() - self._doubtful > DUPLICATES_AFTER:
-            self._writer.load_runs()
-            self._doubtful = None
+        self.lock.acquire()
+        is_due = self._buffer or self._reader.has_more() or self._delivered is not None
+        if self.delivered_offset and is_due and not self._server.is_connected:
+            self._reconnect()
+        self._buffer.add(self._reader.read())
+        if is_last and self._is_abandoned():
+            self._buffer.add(self._reader.projection.close_open_runs())
+        study_uid = self._reader.projection.study_uid
+        if self._buffer:
+            assert study_uid is not None
+            for _ in self._buffer.send(self._server.connected(study_uid), study_uid):
+                self.progress = time.monotonic()
+                self._on_change(self)
+        if self.delivered_offset != self._reader.offset:
+            self.delivered_offset = self._reader.offset
+            self._position.save(self.delivered_offset, self._reader.seq, self.run_id)
+        self._server.drop_late_duplicates(now=is_last)
 
-    def _note(self, error: Exception) -> None:
-        """Say it, if it has not been said lately, and look everything up again where the server may know more than was
-        heard of it, or less than it knew."""
-        now, writer = time.monotonic(), self._writer
-        self.problem = trouble(error)
-        if now - self._warned > WARN_EVERY:
-            self._warned = now
+    def _reconnect(self) -> None:
+        """Connect to a server that has the study; if it lacks the study or has another run of it, replay the journal.
+
+        It is then another server behind the same address, or its database was emptied.
+        """
+        study_uid = self._reader.projection.study_uid
+        assert study_uid is not None
+        writer = self._server.connected(study_uid)
+        stored_run = self._position.run()
+        is_other_run = stored_run is not None and writer.run_id(study_uid) not in (stored_run, None)
+        if not writer.has_run(study_uid) or is_other_run:
+            # First of all, since from the next write on the server has the study, but not what was delivered before.
+            self._position.reset()
+            self._reader.restart()
+            self._buffer.clear()
+            self.delivered_offset = 0
+
+    def _handle_failure(self, error: Exception) -> None:
+        """Log a failure (rate-limited), and drop cached server state that may be wrong after it."""
+        self.problem = describe_error(error)
+        if self._warnings.allow():
             logger.warning(
-                "MLflow does not take the record (%s). The study goes on; the journal keeps what is missing.",
+                "MLflow does not take the record (%s). The study continues; the journal keeps what is missing.",
                 self.problem,
             )
+        self._server.invalidate(error)
+
+
+class _Connection:
+    """The writer of a study, and when it has to be replaced."""
+
+    def __init__(self, settings: FollowerSettings, delivered: DeliveredItems | None) -> None:
+        self._settings = settings
+        self._delivered = delivered
+        self._writer: MlflowWriter | None = None
+        self._refused = 0
+        self._in_doubt_since: float | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def refused(self) -> int:
+        return self._refused + (self._writer.refused if self._writer is not None else 0)
+
+    def run_id(self, uid: str | None) -> str | None:
+        return self._writer.run_id(uid) if self._writer is not None and uid is not None else None
+
+    def connected(self, study_uid: str) -> MlflowWriter:
+        """The writer, created if there is none (errors: as its constructor's)."""
+        if self._writer is None:
+            settings = self._settings
+            self._writer = MlflowWriter(
+                settings.uri, settings.experiment, study_uid, settings.artifact_location, self._delivered
+            )
+        return self._writer
+
+    def drop_late_duplicates(self, now: bool) -> None:
+        """Delete empty duplicates of runs whose create_run was retried, once the server has executed both."""
+        if self._in_doubt_since is None or self._writer is None:
+            return
+        if now or time.monotonic() - self._in_doubt_since > LATE_CREATE_S:
+            self._writer.load_runs()
+            self._in_doubt_since = None
+
+    def invalidate(self, error: Exception) -> None:
+        """Discard the writer if its cached state may differ from the server's."""
+        writer = self._writer
         if writer is None:
             return
-        if writer.doubtful:
-            self._doubtful = now
-        gone = isinstance(error, TrackingFileError) or getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
-        if writer.doubtful or gone:
+        if writer.create_in_doubt:
+            self._in_doubt_since = time.monotonic()
+        code = getattr(error, "error_code", None)
+        is_gone = isinstance(error, TrackingFileError) or code == "RESOURCE_DOES_NOT_EXIST"
+        if writer.create_in_doubt or is_gone:
             self._refused += writer.refused
             self._writer = None
+
+
+class _RateLimit:
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._last = float("-inf")
+
+    def allow(self) -> bool:
+        """Whether the interval since the last permission has passed."""
+        now = time.monotonic()
+        if now - self._last <= self._interval_s:
+            return False
+        self._last = now
+        return True
+
+
+def undelivered_events(journal: Path, offset: int) -> int:
+    """Number of events of a journal from byte `offset` on."""
+    return len(read_from(journal, offset)[0]) if journal.exists() else 0
+
+
+def _merge(updates: dict[str, RunUpdate], update: RunUpdate) -> None:
+    if update.uid in updates:
+        updates[update.uid].merge(update)
+    else:
+        updates[update.uid] = update

@@ -1,4 +1,4 @@
-"""Fixtures of all that writes to MLflow."""
+"""Fixtures of the tests that write to MLflow."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def database(template: Path, tmp_path: Path) -> Path:
-    """One of the test's own."""
+    """A copy of the empty tracking database for one test."""
     return Path(shutil.copy(template, tmp_path / "mlflow.db"))

@@ -1,4 +1,4 @@
-"""A real MLflow server that can be killed and stopped, and a proxy in front of it that fails as it is told."""
+"""A real MLflow server that can be killed and stopped, and a proxy in front of it with planned faults."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Server:
         os.killpg(self._process.pid, number)
 
     def kill(self) -> None:
-        """kill -9, and what is left of it."""
+        """Kill it, and wait for its end."""
         if self._process is not None:
             self.signal(signal.SIGKILL)
             self._process.wait()

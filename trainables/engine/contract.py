@@ -32,7 +32,6 @@ logits (B, K), labels int64 (B,)).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from trainables.models.batch_norm import convert_batch_norm
 from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
+from trainables.specs.suggestions import did_you_mean
 from trainables.tasks.base import HeadInit, no_closed_form
 from trainables.tasks.registry import task_of
 
@@ -169,8 +169,7 @@ class Strategy:
         names = [f.name for f in dataclasses.fields(cls.Config)]
         for key in hparams:
             if key not in names:
-                nearest = difflib.get_close_matches(key, names, n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                hint = did_you_mean(key, names)
                 raise ValueError(f"{cls.name()} has no hyperparameter {key!r}.{hint} It has {', '.join(names)}.")
         return cls(cls.Config(**hparams))
 

@@ -22,7 +22,9 @@ from orchestrator.record.changes import ChangedStudyError, versions
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
-from orchestrator.tracking.following import follower_of, waiting
+from orchestrator.running.tracking_process import study_backlog, summarizer
+from orchestrator.tracking.follower import MlflowFollower
+from orchestrator.tracking.study_tracking import settings_of
 from tests.support.driving import searcher
 from trainables.data.store import Store
 from trainables.storage.checkpoint_format import RunState, save_state
@@ -88,7 +90,7 @@ def test_a_study_that_is_whole(study: Study) -> None:
         ("ok", f"{kept / 'unit-000001'} is intact: unit 1"), ("ok", f"{kept / 'unit-000002'} is intact: unit 2"),
     ]  # fmt: skip
     command = f"luthier sync {study.folder}"
-    left = waiting(study.spec, study.folder)
+    left = study_backlog(study.spec, study.folder)
     assert (left.runs, left.points) == (3, 5)
     message = f"MLflow lacks {left} of this study. The next run delivers them, or at once: "
     assert findings(study, "tracking") == [("note", message + command)]
@@ -96,7 +98,7 @@ def test_a_study_that_is_whole(study: Study) -> None:
 
 def test_p12_what_mlflow_lacks_is_said_with_the_command_until_it_is_there(study: Study) -> None:
     def deliver() -> None:
-        assert follower_of(study.spec, study.folder / "journal.jsonl").start().close(60) == 0
+        assert MlflowFollower(settings_of(study.spec, study.folder / "journal.jsonl"), summarizer()).finish(60) == 0
 
     deliver()
     assert findings(study, "tracking") == [("ok", "MLflow has everything")]
@@ -221,7 +223,7 @@ def test_d26_data_that_changed_since_the_last_run_are_refused(
     assert again.prepare().digest != digest
     assert str(error.value) == (
         f"The study 's' was changed since its last run: dataset_digest: {digest} -> {again.prepare().digest} "
-        "(images, classes or splits are others)\n"
+        "(images, classes or splits differ)\n"
         "Put the old values back, or give the study another name. If its trials may differ in this, run it with "
         "--allow-change dataset_digest"
     )

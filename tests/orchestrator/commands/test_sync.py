@@ -1,4 +1,4 @@
-"""`luthier sync`: later, in a process of its own, MLflow gets what the journal has; nothing twice."""
+"""`luthier sync`: MLflow gets what the journal has and it lacks, later; nothing twice."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from orchestrator.cli import app
 from orchestrator.commands import sync as sync_command_module
 from orchestrator.commands.exit_status import FAILED, OK, PARTIAL, PREFLIGHT
 from orchestrator.commands.sync import sync
 from orchestrator.record.journal import Journal
 from orchestrator.running.study_run import plain_spec
+from orchestrator.running.tracking_process import follow, study_backlog
 from orchestrator.study import Study
-from orchestrator.study_file.schema import StudySpec, TrackingSpec
+from orchestrator.study_file.schema import TrackingSpec
 from orchestrator.study_file.yaml_text import write_yaml
-from orchestrator.tracking.delivery_lock import DeliveryError, DeliveryLock
-from orchestrator.tracking.following import follow, sync_command, waiting
-from tests.orchestrator.tracked import contents, suggest, wait_until, write_study
+from orchestrator.tracking.delivery_state import DeliveryError, DeliveryLock
+from orchestrator.tracking.study_tracking import sync_command
+from tests.support.tracking import contents, luthier, make_study, suggest, wait_until, write_study
 
 NOTHING = {"runs": 0, "points": 0, "artifacts": 0}
 ALL = {"runs": 5, "points": 32, "artifacts": 5}
@@ -39,20 +37,6 @@ def storage(template: Path, tmp_path: Path) -> Path:
     (tmp_path / "studies").mkdir()
     shutil.copy(template, tmp_path / "studies" / "mlflow.db")
     return tmp_path / "studies"
-
-
-def make_study(storage: Path, uri: str | None = None) -> tuple[StudySpec, Path]:
-    """A study's spec, and its folder with the copy of its file, as a run leaves it."""
-    fields: dict[str, Any] = {"name": "pets", "data": {"source": "digits"}, "model": {"name": "digits_vit"}}
-    fields |= {"strategies": ["full"], "storage": str(storage), "tracking": {"uri": uri}}
-    spec = StudySpec.from_fields(fields)
-    (storage / "pets").mkdir()
-    (storage / "pets" / "study.yaml").write_text(write_yaml(plain_spec(spec)))
-    return spec, storage / "pets"
-
-
-def luthier(*args: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def synced(*args: str | Path) -> dict[str, Any]:
@@ -112,18 +96,16 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
         write_study(journal)
     assert "MLflow lacks 5 runs, 32 points and 5 artifacts of this study (" in caplog.text
     assert f"Deliver them later: luthier sync {folder}" in caplog.text
-    assert waiting(spec, folder).to_dict() == ALL
-    wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
+    assert study_backlog(spec, folder).to_dict() == ALL
     gone = luthier("sync", folder, "--give-up", "1")
     assert gone.exit_code == FAILED
     lines = gone.stdout.splitlines()
     assert lines[:2] == ["pets → http://127.0.0.1:9, experiment pets", "Added: nothing"]
-    wait_until(lambda: "luthier-mlflow" not in [thread.name for thread in threading.enumerate()])
     assert lines[2].startswith("Still missing: 5 runs, 32 points and 5 artifacts (NewConnectionError: Failed to")
     elsewhere = f"sqlite:///{storage / 'mlflow.db'}"
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == ALL
     assert synced(folder, "--tracking-uri", elsewhere)["added"] == NOTHING
-    assert waiting(spec, folder).to_dict() == ALL  # at the study's own server, still
+    assert study_backlog(spec, folder).to_dict() == ALL  # at the study's own server, still
 
 
 def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
@@ -134,14 +116,14 @@ def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal)
     code = PARTIAL  # one of the trials has failed, whatever MLflow does
-    shown = luthier("run", folder / "study.yaml")
-    assert shown.exit_code == code
-    assert shown.stdout.splitlines()[-1] == (
+    printed = luthier("run", folder / "study.yaml")
+    assert printed.exit_code == code
+    assert printed.stdout.splitlines()[-1] == (
         "MLflow lacks 5 runs, 32 points and 5 artifacts of this study. Nothing is lost: the journal keeps them. "
         f"Deliver them later: luthier sync {folder}"
     )
-    told = luthier("run", folder / "study.yaml", "--json")
-    assert (told.exit_code, json.loads(told.stdout)["tracking"]) == (code, {"missing": ALL})
+    report = luthier("run", folder / "study.yaml", "--json")
+    assert (report.exit_code, json.loads(report.stdout)["tracking"]) == (code, {"missing": ALL})
     synced(folder, "--tracking-uri", f"sqlite:///{storage / 'mlflow.db'}")
     spec = spec.model_copy(update={"tracking": TrackingSpec()})
     (folder / "study.yaml").write_text(write_yaml(plain_spec(spec)))
@@ -161,29 +143,28 @@ def test_p5_sync_closes_the_runs_of_a_dead_driver_and_the_next_run_opens_them_ag
     assert states == {"pets": "KILLED", "0000-full": "FINISHED", "0001-full": "KILLED"}
     tags = [row[1:] for row in contents(storage / "mlflow.db")["tags"] if row[0] == "0001-full"]
     assert ("status", "interrupted") in tags
-    with Journal(folder / "journal.jsonl") as journal, follow(spec, journal):
+    with Journal(folder / "journal.jsonl") as journal, follow(spec, journal) as following:
         journal.append("trial_failed", trial_id="t1", reason="interrupted", error="the driver died")
         journal.append("study_started", study="pets", spec={}, dataset_digest="d" * 64)
         suggest(journal, "t1-again", 1)
         journal.append("trial_started", trial_id="t1-again", node=None, pid=None)
-        wait_until(lambda: waiting(spec, folder).runs == 0 and not waiting(spec, folder))
+        wait_until(lambda: not following.backlog)
     states = {run[0]: run[1] for run in contents(storage / "mlflow.db")["runs"]}
     assert states == {"pets": "RUNNING", "0000-full": "FINISHED", "0001-full": "RUNNING"}
 
 
 DRIVER = """
-import sys
-import threading
+import sys, threading
 from pathlib import Path
-from orchestrator.tracking.following import follow
+from orchestrator.running.tracking_process import follow
 from orchestrator.record.journal import Journal
 from orchestrator.study_file.load import load_study
-from tests.orchestrator.tracked import write_study
+from tests.support.tracking import write_study
 folder = Path(sys.argv[1])
 with Journal(folder / "journal.jsonl") as journal, follow(load_study(folder / "study.yaml"), journal) as follower:
     write_study(journal, finish=False)
     while follower.backlog:
-        follower._thread.join(0.05)
+        threading.Event().wait(0.05)
     print("delivered", flush=True)
     sys.stdin.read()
 """
@@ -238,7 +219,7 @@ def test_p12_a_running_study_is_not_copied_to_its_own_server_under_another_name(
     """Two that deliver to one server at once would make its runs twice."""
     spec, folder = make_study(storage)
     (storage.parent / "link").symlink_to(storage)
-    os.link(storage / "mlflow.db", storage / "alias.db")  # as a server's other host name: no spelling tells
+    os.link(storage / "mlflow.db", storage / "alias.db")  # as two host names of one server
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal)
         with pytest.raises(DeliveryError) as early:
@@ -254,9 +235,9 @@ def test_p12_a_running_study_is_not_copied_to_its_own_server_under_another_name(
                 )
             assert contents(storage / "mlflow.db") == before
     assert str(early.value) == (
-        "A running study is copied only to another server than its own, but whether "
-        f"sqlite:///{storage / 'alias.db'} is one cannot be told (its own server has not been told of it yet). Try "
-        "again later, or when the study has ended."
+        "A running study is copied only to another server than its own, but it is unclear whether "
+        f"sqlite:///{storage / 'alias.db'} is one (its own server does not have the study yet). Try again later, or "
+        "when the study has ended."
     )
     assert sorted(path.name for path in folder.glob("*.mlflow*")) == [
         "journal.jsonl.mlflow-copy.lock", "journal.jsonl.mlflow.json", "journal.jsonl.mlflow.json.lock",
@@ -268,7 +249,7 @@ def test_p12_two_syncs_of_one_journal_wait_for_each_other_whatever_their_servers
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal)
     held = DeliveryLock(folder / "journal.jsonl")
-    held.claim()
+    held.acquire()
     with pytest.raises(DeliveryError, match=f"but process {os.getpid()} on"):
         sync(folder, f"sqlite:///{storage / 'other.db'}")
     held.release()

@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold
-from orchestrator.tracking.run_updates import Projection
+from orchestrator.running.tracking_process import summarizer
+from orchestrator.tracking.projection import Projection
 from tests.support.source_tree import calls, parsed
 
 HOUR, DAY = 3600.0, 86400.0
@@ -55,7 +56,7 @@ def test_s8_events_keep_their_order_and_no_time_is_negative(tmp_path: Path, cloc
 
 
 def test_s8_what_mlflow_is_told_goes_by_units_and_ends_after_it_began(tmp_path: Path, clock: list[float]) -> None:
-    projection = Projection()
+    projection = Projection("pets", summarizer())
     updates = [u for event in events(tmp_path / "journal.jsonl", clock) for u in projection.apply(event)]
     assert all(update.end >= update.start for update in updates if update.end is not None)
     assert len({update.uid for update in updates}) == 2
@@ -70,7 +71,7 @@ def test_s8_two_studies_of_one_moment_are_two(tmp_path: Path, clock: list[float]
     for name in ("a", "b"):
         with Journal(tmp_path / name) as journal:
             journal.append("study_started", study=name)
-        projection = Projection()
+        projection = Projection("pets", summarizer())
         projection.apply(Journal.read(tmp_path / name)[0])
         uids.add(projection.study_uid)
     assert len(uids) == 2
@@ -82,8 +83,8 @@ def test_s8_durations_are_never_taken_from_the_clock_on_the_wall() -> None:
             if call in ("time.time", "datetime.now", "datetime.datetime.now", "datetime.utcnow")}  # fmt: skip
     stamps = {
         "orchestrator/record/journal.py",
-        "orchestrator/tracking/delivery_lock.py",
+        "orchestrator/tracking/delivery_state.py",
         "trainables/storage/checkpoint_store.py",
     }
-    ages = {"orchestrator/commands/status.py", "orchestrator/tracking/sqlite_file.py"}  # how long ago; never below 0
+    ages = {"orchestrator/commands/status.py", "orchestrator/tracking/local_database.py"}  # how long ago; never below 0
     assert used - stamps == ages

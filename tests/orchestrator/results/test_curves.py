@@ -19,8 +19,8 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.results import curve_plot
 from orchestrator.results.curve_plot import draw, figure_of, without_shared_path
 from orchestrator.results.curves import chosen_at, curve_texts, pictures, stem
-from orchestrator.tracking import writer as mlflow_writer
 from orchestrator.tracking.follower import MlflowFollower
+from tests.support.tracking import follower
 
 LAMBDA: dict[str, Any] = {
     "columns": {
@@ -171,7 +171,7 @@ def follow(server: str, journal: Journal, tmp_path: Path) -> Callable[[], Mlflow
 
     def make() -> MlflowFollower:
         artifacts = (tmp_path / "artifacts").as_uri()
-        return MlflowFollower(journal.path, server, str(tmp_path), "pets", artifacts, poll=0.02)
+        return follower(journal.path, server, experiment=str(tmp_path), artifact_location=artifacts, all_pictures=True)
 
     return make
 
@@ -196,14 +196,14 @@ def test_a_trials_curves_are_artifacts_of_its_run(
     journal: Journal, follow: Callable[[], MlflowFollower], tmp_path: Path
 ) -> None:
     write_trial(journal, {"lambda": LAMBDA, "ln_shift": SHIFT})
-    assert follow().start().close(60) == 0
+    assert follow().finish(60) == 0
     found = artifacts(tmp_path)
     assert sorted(found) == ["lambda.json", "lambda.png", "ln_shift.json", "ln_shift.png"]
     assert json.loads(found["lambda.json"]) == {**LAMBDA, "chosen": 1.0}
     assert found["lambda.png"] == draw("lambda", LAMBDA, 1.0)
 
     Path(f"{journal.path}.mlflow.json").unlink()  # told again from the start
-    assert follow().start().close(60) == 0
+    assert follow().finish(60) == 0
     assert artifacts(tmp_path) == found
 
 
@@ -212,9 +212,9 @@ def test_a_picture_that_cannot_be_drawn_holds_nothing_back(
 ) -> None:
     write_trial(journal, {"odd": {"columns": {"layer": ["a"], "value": [None]}, "note": ""}, "lambda": LAMBDA})
     with caplog.at_level(logging.WARNING):
-        assert follow().start().close(60) == 0
+        assert follow().finish(60) == 0
     assert sorted(artifacts(tmp_path)) == ["lambda.json", "lambda.png", "odd.json"]
-    assert "'odd' is not drawn, its numbers are kept (ValueError: A curve needs a column of numbers" in caplog.text
+    assert "The artifact 'curves/odd.png' is left out (ValueError: A curve needs a column of numbers" in caplog.text
 
 
 def test_an_artifact_store_that_is_down_holds_back_no_number(
@@ -231,15 +231,15 @@ def test_an_artifact_store_that_is_down_holds_back_no_number(
 
     write_trial(journal, {"lambda": LAMBDA})
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "log_text", refuse)
-        following = follow().start()
-        assert following.close(0.5) > 0  # not complete, and it says so
+        for name in ("log_artifact", "log_artifacts"):
+            broken.setattr(MlflowClient, name, refuse)
+        assert follow().finish(0.5) > 0
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name(str(tmp_path))
     (run,) = client.search_runs([experiment.experiment_id], "tags.`luthier.kind` = 'trial'")
     assert (run.info.status, run.data.metrics["layernorm/lambda"]) == ("FINISHED", 1.0)
     assert artifacts(tmp_path) == {}
-    assert follow().start().close(60) == 0
+    assert follow().finish(60) == 0
     assert sorted(artifacts(tmp_path)) == ["lambda.json", "lambda.png"]
 
 
@@ -254,7 +254,7 @@ def test_what_was_measured_of_the_study_is_on_its_own_run(
     journal.append("measured", what="plasticity", metrics=metrics, curves={"plasticity": curve})
     for _ in range(2):
         Path(f"{journal.path}.mlflow.json").unlink(missing_ok=True)
-        assert follow().start().close(60) == 0
+        assert follow().finish(60) == 0
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name(str(tmp_path))
     (run,) = client.search_runs([experiment.experiment_id])
@@ -264,9 +264,8 @@ def test_what_was_measured_of_the_study_is_on_its_own_run(
     assert sorted(artifacts(tmp_path)) == ["plasticity.json", "plasticity.png"]
 
 
-def test_drawing_is_loaded_by_the_follower_alone() -> None:
-    follower, results = "orchestrator.tracking.follower", "orchestrator.results.study_results"
-    program = f"import sys, {follower}, {results}\nprint('matplotlib' in sys.modules)"
+def test_drawing_is_loaded_when_something_is_drawn() -> None:
+    modules = "orchestrator.tracking.follower, orchestrator.results.study_results, orchestrator.results.summary"
+    program = f"import sys, {modules}\nprint('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-    assert "matplotlib" not in vars(mlflow_writer)

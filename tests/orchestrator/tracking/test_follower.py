@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,20 @@ from typing import Any
 import pytest
 
 from orchestrator.record.journal import Journal
+from orchestrator.running.tracking_process import follow
 from orchestrator.study_file.schema import StudySpec
-from orchestrator.tracking.follower import MlflowFollower
-from orchestrator.tracking.following import follow
-from tests.orchestrator.tracked import SPEC, contents, fail_with, serve, suggest, wait_until, write_study
+from tests.support.tracking import (
+    SPEC,
+    FollowerThread,
+    contents,
+    fail_with,
+    follower,
+    serve,
+    suggest,
+    tracking_process,
+    wait_until,
+    write_study,
+)
 
 
 @pytest.fixture
@@ -30,21 +39,15 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
         yield opened
 
 
-def follower(journal: Journal, database: Path, **options: Any) -> MlflowFollower:
-    artifacts = (database.parent / "artifacts").as_uri()
-    return MlflowFollower(
-        journal.path, f"sqlite:///{database}", "pets", "pets", artifacts, **({"poll": 0.02} | options)
-    )
-
-
 def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, database: Path) -> None:
     write_study(journal)
-    with follower(journal, database) as following:
-        assert following.close(60) == 0
+    following = follower(journal.path, database)
+    assert following.finish(60) == 0
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{database}")
-    runs = {run.info.run_name: run for run in client.search_runs([following.experiment_id])}
+    experiment = client.get_experiment_by_name("pets")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["0000-full", "0001-full", "0002-full", "0003-full", "pets"]
     parent, first, pruned = runs["pets"], runs["0000-full"], runs["0001-full"]
     assert parent.info.run_id == following.run_id
@@ -94,25 +97,25 @@ def test_stopping_anywhere_and_replaying_adds_nothing(
 ) -> None:
     write_study(journal)
     straight = Path(shutil.copy(template, tmp_path / "straight.db"))
-    assert follower(journal, straight).start().close(60) == 0
+    assert follower(journal.path, straight).finish(60) == 0
     expected = contents(straight)
     whole = journal.path.read_bytes()
     Path(f"{journal.path}.mlflow.json").unlink()
 
     journal.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]))
-    assert follower(journal, database).start().close(60) == 0
+    assert follower(journal.path, database).finish(60) == 0
     journal.path.write_bytes(whole)
     for _ in range(2):
         if forget:
             Path(f"{journal.path}.mlflow.json").unlink(missing_ok=True)
-        assert follower(journal, database).start().close(60) == 0
-    found = contents(database)
-    assert len(found.pop("inputs")) == len(expected.pop("inputs"))
-    assert found == expected
+        assert follower(journal.path, database).finish(60) == 0
+    stored = contents(database)
+    assert len(stored.pop("inputs")) == len(expected.pop("inputs"))
+    assert stored == expected
 
 
 def test_a_running_study_is_followed(journal: Journal, database: Path) -> None:
-    with follower(journal, database) as following:
+    with FollowerThread(follower(journal.path, database)) as following:
         write_study(journal, finish=False)
         wait_until(lambda: following.backlog == 0)
         assert len(contents(database)["runs"]) == 5
@@ -123,7 +126,7 @@ def test_a_running_study_is_followed(journal: Journal, database: Path) -> None:
 
 def test_a_resumed_trial_keeps_its_run_and_repeated_units_are_not_added(journal: Journal, database: Path) -> None:
     write_study(journal)
-    follower(journal, database).start().close(60)
+    follower(journal.path, database).finish(60)
     before = contents(database)
     journal.append("study_started", study="pets", spec=SPEC, dataset_digest="d" * 64)
     suggest(journal, "t3-again", 3)
@@ -131,7 +134,7 @@ def test_a_resumed_trial_keeps_its_run_and_repeated_units_are_not_added(journal:
     for unit in (2, 3):
         journal.append("result", trial_id="t3-again", unit=unit, metrics={"val/acc": 0.5 + unit / 10})
     journal.append("trial_finished", trial_id="t3-again", state="complete")
-    assert follower(journal, database).start().close(60) == 0
+    assert follower(journal.path, database).finish(60) == 0
     after = contents(database)
     assert len(after["runs"]) == len(before["runs"])
     assert ("0003-full", "FINISHED") in [(run[0], run[1]) for run in after["runs"]]
@@ -146,7 +149,7 @@ def test_a_server_that_fails_now_and_then_loses_and_doubles_nothing(
 
     write_study(journal)
     straight = Path(shutil.copy(template, tmp_path / "straight.db"))
-    follower(journal, straight).start().close(60)
+    follower(journal.path, straight).finish(60)
     Path(f"{journal.path}.mlflow.json").unlink()
     calls: Counter[str] = Counter()
 
@@ -164,64 +167,72 @@ def test_a_server_that_fails_now_and_then_loses_and_doubles_nothing(
 
         return call
 
-    for name in ("create_run", "log_batch", "log_inputs", "log_text", "set_terminated"):
+    for name in ("create_run", "log_batch", "log_inputs", "log_artifacts", "log_artifact", "set_terminated"):
         monkeypatch.setattr(MlflowClient, name, unreliable(name))
-    assert follower(journal, database).start().close(60) == 0
+    assert follower(journal.path, database).finish(100, 100) == 0
+    assert calls.pop("log_artifacts") == 1  # after its failure the artifacts are uploaded one by one
     assert min(calls.values()) >= 5
-    found, expected = contents(database), contents(straight)
-    del found["inputs"], expected["inputs"]
-    assert found == expected
+    stored = contents(database)
+    expected = contents(straight)
+    del stored["inputs"], expected["inputs"]
+    assert stored == expected
 
 
-def test_a_run_that_a_person_deleted_stays_deleted(journal: Journal, database: Path) -> None:
+def test_a_deleted_run_stays_deleted(journal: Journal, database: Path) -> None:
     from mlflow import MlflowClient
 
     write_study(journal, finish=False)
-    follower(journal, database).start().close(60)
+    follower(journal.path, database).finish(60)
     client = MlflowClient(f"sqlite:///{database}")
     experiment = client.get_experiment_by_name("pets")
     for run in client.search_runs([experiment.experiment_id], "tags.number = '1'"):
         client.delete_run(run.info.run_id)
     journal.append("trial_failed", trial_id="t1", reason="user", error="late")
     journal.append("study_finished", state="complete")
-    assert follower(journal, database).start().close(60) == 0
+    assert follower(journal.path, database).finish(60) == 0
     assert "0001-full" not in [run[0] for run in contents(database)["runs"]]
 
 
-def test_an_emptied_server_is_told_everything_again(journal: Journal, database: Path, template: Path) -> None:
+def test_an_emptied_server_gets_everything_again(journal: Journal, database: Path, template: Path) -> None:
     write_study(journal, finish=False)
-    follower(journal, database).start().close(60)
+    follower(journal.path, database).finish(60)
     shutil.copy(template, database)
     journal.append("study_finished", state="complete")
-    assert follower(journal, database).start().close(60) == 0
+    assert follower(journal.path, database).finish(60) == 0
     assert len(contents(database)["runs"]) == 5
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_p15_a_driver_killed_while_it_tells_an_emptied_server_everything_leaves_the_rest_to_the_next(
+class Killed(BaseException):
+    """Ends a delivery, as a kill ends its process."""
+
+
+def test_p15_a_driver_killed_while_it_fills_an_emptied_server_leaves_the_rest_to_the_next(
     journal: Journal, database: Path, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The new server knows the study then; what was delivered to the old one is not there all the same."""
+    """The new server has the study then, but not all that was delivered to the old one."""
     from mlflow import MlflowClient
 
     write_study(journal, finish=False)
-    assert follower(journal, database).start().close(60) == 0
-    whole, real, calls = contents(database), MlflowClient.log_batch, list[str]()
+    assert follower(journal.path, database).finish(60) == 0
+    whole = contents(database)
+    log_batch = MlflowClient.log_batch
+    calls = list[str]()
     database.unlink()
     shutil.copy(template, database)
     journal.append("study_started", study="pets", spec=SPEC, dataset_digest="d" * 64)
 
-    def log_batch(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
+    def dying(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
         calls.append(run_id)
         if len(calls) == 3:
-            raise SystemExit  # ends the follower's thread, as a kill ends its process
-        real(self, run_id, **parts)
+            raise Killed
+        log_batch(self, run_id, **parts)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
-    assert follower(journal, database).start().close(60) > 0
+    monkeypatch.setattr(MlflowClient, "log_batch", dying)
+    with pytest.raises(Killed):
+        follower(journal.path, database).finish(60)
     monkeypatch.undo()
-    assert len(contents(database)["runs"]) == 3
-    assert follower(journal, database).start().close(60) == 0
+    assert 0 < len(contents(database)["runs"]) < 5
+    assert follower(journal.path, database).finish(60) == 0
     assert contents(database)["metrics"] == whole["metrics"]
 
 
@@ -229,17 +240,47 @@ def test_what_a_server_refuses_for_ever_does_not_hold_back_the_rest(
     journal: Journal, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_study(journal, trials=1, finish=False)
-    follower(journal, database).start().close(60)
+    follower(journal.path, database).finish(60)
     changed = SPEC | {"search": {"epochs": 9, "batch_size": 64}}  # parameters of a run cannot be changed
     journal.append("study_started", study="pets", spec=changed, dataset_digest="d" * 64)
     suggest(journal, "t0-again", 0)
     journal.append("trial_started", trial_id="t0-again", node=None, pid=None)
     journal.append("result", trial_id="t0-again", unit=4, metrics={"val/acc": 0.875})
-    with follower(journal, database) as following, caplog.at_level(logging.WARNING):
-        assert following.close(60) == 0
+    following = follower(journal.path, database)
+    with caplog.at_level(logging.WARNING):
+        assert following.finish(60) == 0
     assert following.refused == 1
     assert "MLflow refuses part of the record" in caplog.text
     assert 0.875 in [row[2] for row in contents(database)["metrics"]]
+
+
+def test_a_run_costs_one_call_of_each_kind_and_no_look_up(
+    journal: Journal, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many points, parameters, tags and artifacts it has."""
+    from mlflow import MlflowClient
+
+    curve = {"columns": {"layer": ["a", "b"], "value": [1.0, 2.0]}, "note": ""}
+    write_study(journal, trials=1, finish=False, curves={"cka": curve, "ln_shift": curve})
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        call = getattr(MlflowClient, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return call(*args, **kwargs)
+
+        return count
+
+    for name in dir(MlflowClient):
+        if not name.startswith("_") and callable(getattr(MlflowClient, name)):
+            monkeypatch.setattr(MlflowClient, name, counted(name))
+    assert follower(journal.path, database).finish(60) == 0
+    connecting = {"get_experiment_by_name": 1, "create_experiment": 1, "search_runs": 1}
+    # The run of the study has points, parameters and status of its creation, so that only the trial's are written.
+    per_run = {"create_run": 2, "log_batch": 1, "log_inputs": 2, "log_artifacts": 2, "set_terminated": 1}
+    assert calls == connecting | per_run
 
 
 @pytest.fixture(params=["500", "502 html", "401", "silent", "refused"])
@@ -262,54 +303,48 @@ def broken_server(request: pytest.FixtureRequest) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_broken_server_stalls_nothing_and_the_backlog_is_delivered_later(
+def test_the_backlog_of_a_broken_server_is_delivered_later(
     broken_server: str, journal: Journal, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with MlflowFollower(journal.path, broken_server, "pets", poll=0.02) as following:
-        began = time.monotonic()
-        write_study(journal)
-        assert time.monotonic() - began < 1.0
-        events = len(journal.events())
-        began = time.monotonic()
-        assert following.close(0.5) == events
-        assert time.monotonic() - began < 1.0
-    assert follower(journal, database).start().close(60) == 0
+    write_study(journal)
+    with tracking_process(journal.path, broken_server) as following:
+        wait_until(lambda: following.problem is not None)
+        assert following.close(0.5) == len(journal.events())
+    assert follower(journal.path, database).finish(60) == 0
     assert len(contents(database)["runs"]) == 5
 
 
-def test_the_driver_is_told_how_much_is_missing(
-    journal: Journal, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_the_end_of_a_study_logs_the_backlog_and_the_command_that_delivers_it(
+    journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     fields = {"name": "pets", "data": {"source": "digits"}, "model": {"name": "digits_vit"}, "strategies": ["full"]}
     spec = StudySpec.from_fields(fields | {"tracking": {"uri": "http://127.0.0.1:9"}})
-    monkeypatch.setattr("orchestrator.tracking.following.CLOSING_SECONDS", 0.3)
-    with caplog.at_level(logging.WARNING), follow(spec, journal):
+    with caplog.at_level(logging.WARNING), follow(spec, journal) as following:
         write_study(journal)
+        wait_until(lambda: following.problem is not None)
+    assert "MLflow does not take the record (NewConnectionError: Failed to" in caplog.text
     assert "MLflow lacks 5 runs, 32 points and 5 artifacts of this study (NewConnectionError: Failed to" in caplog.text
-    way = f"Nothing is lost: the journal keeps them. Deliver them later: luthier sync {journal.path.parent}"
-    assert way in caplog.text
+    command = f"Nothing is lost: the journal keeps them. Deliver them later: luthier sync {journal.path.parent}"
+    assert command in caplog.text
 
 
-def test_an_event_that_makes_no_sense_is_skipped(
-    journal: Journal, database: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_invalid_event_is_skipped(journal: Journal, database: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal.append("study_started", study="pets", spec=SPEC)
     suggest(journal, "t0", 0)
     journal.append("trial_started", trial_id="t0")
     journal.append("result", trial_id="t0", metrics="none")
     journal.append("result", trial_id="t0", unit=1, metrics={"val/acc": 0.5})
-    assert follower(journal, database).start().close(60) == 0
-    assert "MLflow is not told of event 3" in caplog.text
+    assert follower(journal.path, database).finish(60) == 0
+    assert f"Event 3 of {journal.path} is not delivered to MLflow" in caplog.text
     assert 0.5 in [row[2] for row in contents(database)["metrics"]]
 
 
 def test_two_followers_of_one_journal_do_not_write_at_once(journal: Journal, database: Path) -> None:
     write_study(journal)
-    with follower(journal, database) as first:
+    with FollowerThread(follower(journal.path, database)) as first:
         wait_until(lambda: first.backlog == 0)
-        second = follower(journal, database).start()
+        second = FollowerThread(follower(journal.path, database)).start()
         wait_until(lambda: second.problem is not None)
         assert second.problem is not None
         assert second.problem.startswith(
@@ -317,7 +352,6 @@ def test_two_followers_of_one_journal_do_not_write_at_once(journal: Journal, dat
             f"{os.getpid()} on {socket.gethostname()} (since 2"
         )
         assert first.close(60) == 0
-        wait_until(lambda: second.backlog == 0)
         assert second.close(60) == 0
     assert len(contents(database)["runs"]) == 5
 

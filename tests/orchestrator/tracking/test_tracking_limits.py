@@ -1,4 +1,4 @@
-"""What a tracking server cannot take as it is, what is on its way when a driver dies, and many writers at once."""
+"""Limits of a tracking server, a driver that dies while points are in flight, and many writers at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import pytest
 
 from orchestrator.record.journal import Journal
 from orchestrator.tracking.follower import MlflowFollower
-from tests.orchestrator.tracked import SPEC, contents, suggest, write_study
+from tests.support.tracking import SPEC, contents, follower, suggest, write_study
 
 
 def deliver(journal: Path, database: Path) -> MlflowFollower:
-    artifacts = (database.parent / "artifacts").as_uri()
-    following = MlflowFollower(journal, f"sqlite:///{database}", "pets", "pets", artifacts)
-    assert following.start().close(120, patience=60) == 0
+    following = follower(journal, database)
+    assert following.finish(120, 60) == 0
     return following
 
 
@@ -35,33 +34,34 @@ def test_c7_long_parameters_and_tags_are_artifacts_as_a_whole_and_say_so(tmp_pat
         journal.append("trial_started", trial_id="t0", node=None, pid=None)
         journal.append("trial_failed", trial_id="t0", reason="user", error=error)
     assert deliver(path, database).refused == 0
-    found = contents(database)
-    params = {key: text for run, key, text in found["params"] if run == "0000-full"}
-    tags = {key: text for run, key, text in found["tags"] if run == "0000-full"}
+    stored = contents(database)
+    params = {key: text for run, key, text in stored["params"] if run == "0000-full"}
+    tags = {key: text for run, key, text in stored["tags"] if run == "0000-full"}
     (folder,) = database.parent.glob("artifacts/*/artifacts/long/note.txt")
     whole = {file.name: file.read_text() for file in folder.parent.iterdir()}
     assert whole == {"note.txt": value, "status.error.txt": error, "backbone.txt": name}
     assert params["short"] == "s" * 500
-    for text, full, place in (
+    for text, full, file in (
         (params["note"], value, "note"),
         (tags["status.error"], error, "status.error"),
         (tags["backbone"], name, "backbone"),
     ):
-        sign = f"… (whole: long/{place}.txt)"
-        assert text.endswith(sign)
-        assert full.startswith(text.removesuffix(sign))
+        notice = f"… (whole: long/{file}.txt)"
+        assert text.endswith(notice)
+        assert full.startswith(text.removesuffix(notice))
         assert len(text) in (500, 5000)
 
 
 DYING = """
-import sys
+import sys, threading
 from pathlib import Path
 from orchestrator.record.journal import Journal
-from orchestrator.tracking.follower import MlflowFollower
-from tests.orchestrator.tracked import SPEC, suggest
+from tests.support.tracking import SPEC, suggest, tracking_process
 path = Path(sys.argv[1])
-with Journal(path) as journal, MlflowFollower(path, sys.argv[2], "pets", poll=0.02):
+with Journal(path) as journal, tracking_process(path, sys.argv[2]) as following:
     journal.append("study_started", study="pets", spec=SPEC, dataset_digest="d" * 64)
+    while sys.argv[2].startswith("sqlite") and not following.delivered_offset:
+        threading.Event().wait(0.1)
     suggest(journal, "t0", 0)
     journal.append("trial_started", trial_id="t0", node=None, pid=None)
     for unit in range(1, 100000):
@@ -81,25 +81,26 @@ def silent() -> Iterator[str]:
 def test_p15_points_of_a_killed_driver_are_delivered_later(
     where: str, silent: str, tmp_path: Path, database: Path
 ) -> None:
-    """Those that were said to be recorded: all of them; whatever else is in the journal: once."""
-    path, uri = tmp_path / "journal.jsonl", silent if where == "silent" else f"sqlite:///{database}"
+    """All that were reported as recorded; whatever else is in the journal: once."""
+    path = tmp_path / "journal.jsonl"
+    uri = silent if where == "silent" else f"sqlite:///{database}"
     driver = subprocess.Popen([sys.executable, "-c", DYING, str(path), uri], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     try:
-        said = [line for _, line in zip(range(300), driver.stdout, strict=False)]
+        printed = [line for _, line in zip(range(300), driver.stdout, strict=False)]
         driver.send_signal(signal.SIGKILL)
-        said += driver.stdout.readlines()
+        printed += driver.stdout.readlines()
     finally:
         driver.kill()
         driver.wait()
     if where == "silent":  # nothing is delivered, and nothing counts as such
         assert not Path(f"{path}.mlflow.json").exists()
-    told = max(int(line) for line in said if line.endswith("\n"))
+    recorded = max(int(line) for line in printed if line.endswith("\n"))
     deliver(path, database)
     steps = sorted(row[4] for row in contents(database)["metrics"] if row[1] == "val/acc")
     assert steps == [event["unit"] for event in Journal.read(path) if event["kind"] == "result"]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) in (told, told + 1)  # one may be on the disk that was not said yet
+    assert len(steps) in (recorded, recorded + 1)  # one may be on the disk that was not reported yet
     assert len(contents(database)["runs"]) == 2
 
 
@@ -107,11 +108,11 @@ WRITER = """
 import sys, threading
 from pathlib import Path
 from orchestrator.record.journal import Journal
-from orchestrator.tracking.follower import MlflowFollower
-from tests.orchestrator.tracked import SPEC, suggest
+from tests.support.tracking import SPEC, FollowerThread, follower, suggest
 left = []
 def write(path, name):
-    with Journal(path) as journal, MlflowFollower(path, sys.argv[2], "shared", poll=0.02) as following:
+    delivery = follower(path, sys.argv[2], experiment="shared", study=name)
+    with Journal(path) as journal, FollowerThread(delivery) as following:
         journal.append("study_started", study=name, spec=SPEC, dataset_digest="d" * 64)
         for trial in range(4):
             suggest(journal, f"t{trial}", trial)
@@ -119,10 +120,10 @@ def write(path, name):
             for unit in range(1, 51):
                 journal.append("result", trial_id=f"t{trial}", unit=unit, metrics={"val/acc": unit / 100})
                 if unit % 10 == 0:
-                    following._stop.wait(0.05)
+                    threading.Event().wait(0.05)
             journal.append("trial_finished", trial_id=f"t{trial}", state="complete")
         journal.append("study_finished", state="complete")
-        left.append((following.close(240, patience=120), following.refused))
+        left.append((following.close(240, 120), delivery.refused))
 sys.stdin.readline()
 names = sys.argv[3:]
 threads = [threading.Thread(target=write, args=(Path(sys.argv[1]) / f"{name}.jsonl", name)) for name in names]
@@ -148,12 +149,12 @@ def test_p16_eight_studies_write_200_points_each_to_one_new_sqlite_file(tmp_path
             assert writer.stdin is not None
             writer.stdin.write("go\n")
             writer.stdin.flush()
-        told = [writer.communicate(timeout=250)[0] for writer in writers]
+        outputs = [writer.communicate(timeout=250)[0] for writer in writers]
     finally:
         for writer in writers:
             writer.kill()
             writer.wait()
-    assert told == [f"{[(0, 0)] * 4}\n"] * 2
+    assert outputs == [f"{[(0, 0)] * 4}\n"] * 2
     with sqlite3.connect(file) as connection:
         counted = connection.execute(
             "select count(*), count(distinct run_uuid || ' ' || step) from metrics where key = 'val/acc'"
@@ -166,22 +167,21 @@ def test_p16_eight_studies_write_200_points_each_to_one_new_sqlite_file(tmp_path
 def test_p11_an_update_that_only_fails_for_one_run_does_not_hold_back_the_others(
     tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server may have a defect of its own about one run, and answer 500 each time."""
+    """A server may have a defect that concerns one run, and answer 500 each time."""
     from mlflow import MlflowClient
 
-    real = MlflowClient.log_batch
+    log_batch = MlflowClient.log_batch
 
-    def log_batch(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
+    def unreliable(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
         if "'0001-full'" in str(self.get_run(run_id).data.tags):
             raise ConnectionError("500")
-        real(self, run_id, **parts)
+        log_batch(self, run_id, **parts)
 
-    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(MlflowClient, "log_batch", unreliable)
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
         write_study(journal)
-    following = MlflowFollower(path, f"sqlite:///{database}", "pets", "pets", (tmp_path / "a").as_uri(), poll=0.02)
-    assert following.start().close(30, patience=1) > 0
+    assert follower(path, database).finish(30, 1) > 0
     others = {row[0] for row in contents(database)["metrics"]}
     assert others == {"0000-full", "0002-full", "0003-full", "pets"}
     monkeypatch.undo()
@@ -193,22 +193,23 @@ def test_p11_an_update_that_only_fails_for_one_run_does_not_hold_back_the_others
 def test_p14_points_whose_answer_was_lost_are_not_sent_again(
     tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow's own database takes the same point twice for one; not every server does."""
+    """MLflow's own database drops a point that is sent twice; not every server does."""
     from mlflow import MlflowClient
 
-    real, sent, answers = MlflowClient.log_batch, list[tuple[str, str, int]](), iter(range(1000))
+    log_batch = MlflowClient.log_batch
+    sent = list[tuple[str, str, int]]()
+    answers = iter(range(1000))
 
-    def log_batch(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
-        real(self, run_id, **parts)
+    def unreliable(self: MlflowClient, run_id: str, **parts: list[Any]) -> None:
+        log_batch(self, run_id, **parts)
         sent.extend((run_id, point.key, point.step) for point in parts["metrics"])
         if next(answers) % 2 == 0:
             raise ConnectionError("the answer was lost")
 
-    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(MlflowClient, "log_batch", unreliable)
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
         write_study(journal)
-    following = MlflowFollower(path, f"sqlite:///{database}", "pets", "pets", (tmp_path / "a").as_uri(), poll=0.02)
-    assert following.start().close(60, patience=30) == 0
+    assert follower(path, database).finish(60, 30) == 0
     assert next(answers) > 6
     assert len(sent) == len(set(sent)) == len(contents(database)["metrics"])

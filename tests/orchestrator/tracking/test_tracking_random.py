@@ -1,7 +1,8 @@
-"""Whatever happens to a server and its followers in whatever order: in the end it has what the journal says, once."""
+"""Random faults of a server and its followers in random order: in the end it has what the journal says, once."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,27 +12,26 @@ from typing import Any
 import pytest
 
 from orchestrator.record.journal import Journal
-from orchestrator.tracking import writer as mlflow_writer
-from orchestrator.tracking.follower import MlflowFollower
-from orchestrator.tracking.outstanding import Additions
-from orchestrator.tracking.sqlite_file import _forget_connections
-from tests.orchestrator.tracked import SPEC, contents, suggest
+from orchestrator.tracking.mlflow_internals import dispose_engine
+from orchestrator.tracking.projection import DeliveredItems
+from orchestrator.tracking.writer import MlflowWriter
+from tests.support.tracking import SPEC, contents, follower, suggest
 
 CALLS = (
-    "create_run", "log_batch", "log_inputs", "log_text", "set_terminated", "update_run", "search_runs",
-    "get_experiment_by_name", "get_metric_history",
+    "create_run", "log_batch", "log_inputs", "log_artifacts", "log_artifact", "set_terminated", "update_run",
+    "search_runs", "get_experiment_by_name", "get_metric_history",
 )  # fmt: skip
 
 
 class Killed(BaseException):
-    """The process of a follower ends here."""
+    """Ends a delivery, as a kill ends its process."""
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty tracking database; making one takes seconds."""
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    mlflow_writer.MlflowWriter(f"sqlite:///{path}", "pets", "none")
+    MlflowWriter(f"sqlite:///{path}", "pets", "none")
     return path
 
 
@@ -46,7 +46,7 @@ def events(generator: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "suggest", {"trial_id": name, "number": number}
             yield "trial_started", {"trial_id": name, "node": None, "pid": None}
         for _ in range(4 if last else generator.randrange(4)):
-            for number, name in running.items():  # now and then a unit is said again
+            for number, name in running.items():  # now and then a unit is reported again
                 done[number] = unit = max(1, done[number] + (generator.random() < 0.9))
                 yield (
                     "result",
@@ -113,7 +113,7 @@ class World:
         self.deleted.clear()
 
     def delete_run(self) -> None:
-        """A person deletes the run of a trial."""
+        """Delete the run of a trial."""
         client, experiment = self._experiment()
         runs = client.search_runs([experiment.experiment_id], "tags.`luthier.kind` = 'trial'")
         if runs:
@@ -122,8 +122,10 @@ class World:
             self.deleted.add(run.info.run_name)
 
     def delete_experiment(self) -> None:
-        """A person deletes the experiment; nothing can be delivered, and then they restore it, with all runs: those
-        that were deleted before lack what nobody could write to them."""
+        """Delete the experiment, deliver in vain, and restore it with all its runs.
+
+        Runs that were deleted before lack what was delivered meanwhile.
+        """
         client, experiment = self._experiment()
         client.delete_experiment(experiment.experiment_id)
         self.deliver()
@@ -137,26 +139,23 @@ class World:
 
     def deliver(self, sync: bool = False, verify: bool = False, seconds: float = 0.2) -> int:
         """Follow the journal for a moment, as the driver does or as `luthier sync` does."""
-        options: dict[str, Any] = {"poll": 0.002, "replay": verify}
+        options: dict[str, Any] = {"poll_s": 0.002, "replay": verify}
         if sync:
-            options |= {"additions": Additions(), "abandoned": lambda: True}
-        following = MlflowFollower(
-            self.journal, f"sqlite:///{self.file}", "pets", "pets", (self.file.parent / "kept").as_uri(), **options
-        )
-        left = following.start().close(seconds, patience=seconds)
-        following._thread.join(60)
-        return left
+            options |= {"delivered": DeliveredItems(), "is_abandoned": lambda: True}
+        following = follower(self.journal, self.file, **options)
+        with contextlib.suppress(Killed):
+            return following.finish(seconds, seconds)
+        return following.backlog
 
     def _experiment(self) -> tuple[Any, Any]:
         from mlflow import MlflowClient
 
-        _forget_connections(f"sqlite:///{self.file}")
+        dispose_engine(f"sqlite:///{self.file}")
         client = MlflowClient(f"sqlite:///{self.file}")
         return client, client.get_experiment_by_name("pets")
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("seed", range(3))
 def test_p11_p12_p15_whatever_happens_the_server_ends_with_what_the_journal_says(
     seed: int, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -180,13 +179,13 @@ def test_p11_p12_p15_whatever_happens_the_server_ends_with_what_the_journal_says
                 if generator.random() < 0.4:
                     generator.choice(happenings)()
     assert world.deliver(sync=True, verify=world.restored, seconds=60) == 0
-    found = contents(world.file)
+    stored = contents(world.file)
     assert world.deliver(sync=True, verify=True, seconds=60) == 0
-    assert contents(world.file) == found
+    assert contents(world.file) == stored
     shutil.copy(template, tmp_path / "straight.db")
     world.file = tmp_path / "straight.db"
     world.forget()
     assert world.deliver(seconds=60) == 0
     expected = contents(world.file)
     for part in ("runs", "metrics", "params", "tags"):
-        assert found[part] == [row for row in expected[part] if row[0] not in world.deleted], part
+        assert stored[part] == [row for row in expected[part] if row[0] not in world.deleted], part

@@ -1,4 +1,4 @@
-"""A new SQLite file for MLflow: whole, or not there."""
+"""A new SQLite database of MLflow: complete, or not there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.record.journal import Journal
-from orchestrator.tracking import sqlite_file
-from orchestrator.tracking.follower import MlflowFollower
-from orchestrator.tracking.sqlite_file import TrackingFileError, ensure_tracking_file
+from orchestrator.tracking import local_database
+from orchestrator.tracking.local_database import TrackingFileError, ensure_tracking_file
 from orchestrator.tracking.writer import MlflowWriter
-from tests.orchestrator.tracked import contents, wait_until, write_study
+from tests.support.tracking import FollowerThread, contents, follower, wait_until, write_study
 
 
 def tables(file: Path) -> set[str]:
@@ -53,10 +52,7 @@ def test_p16_studies_that_start_together_share_one_new_file(tmp_path: Path) -> N
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from alembic.script import ScriptDirectory
-from orchestrator.record.journal import Journal
-from orchestrator.tracking.follower import MlflowFollower
-from orchestrator.tracking.sqlite_file import TrackingFileError, ensure_tracking_file
+from orchestrator.tracking.local_database import ensure_tracking_file
 import alembic.operations.batch as batch
 real, calls = batch.BatchOperationsImpl.flush, []
 def flush(self):
@@ -80,13 +76,13 @@ def test_p16_a_process_killed_while_it_makes_the_file_leaves_none(tmp_path: Path
 
 @pytest.mark.usefixtures("quick")
 def test_p16_the_file_of_another_mlflow_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, real = tmp_path / "mlflow.db", sqlite_file._migrate
+    file, real = tmp_path / "mlflow.db", local_database._create_tables
 
-    def migrate(draft: Path) -> None:
+    def create(draft: Path) -> None:
         real(draft)
         file.write_text("of a server that was faster")
 
-    monkeypatch.setattr(sqlite_file, "_migrate", migrate)
+    monkeypatch.setattr(local_database, "_create_tables", create)
     ensure_tracking_file(file)
     assert file.read_text() == "of a server that was faster"
     assert list(tmp_path.iterdir()) == [file]
@@ -116,7 +112,7 @@ def half_made(template: Path, file: Path, age: float) -> bytes:
 @pytest.fixture
 def quick(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tables come from a copy."""
-    monkeypatch.setattr(sqlite_file, "_migrate", lambda draft: shutil.copyfile(template, draft))
+    monkeypatch.setattr(local_database, "_create_tables", lambda draft: shutil.copyfile(template, draft))
 
 
 def test_s8_a_half_made_file_from_the_future_is_not_waited_for(template: Path, tmp_path: Path) -> None:
@@ -140,18 +136,18 @@ def test_p16_a_file_that_another_mlflow_is_making_is_not_touched(template: Path,
 def test_p16_a_half_made_file_holds_up_no_study_and_moving_it_away_is_enough(
     template: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file, artifacts = tmp_path / "mlflow.db", (tmp_path / "artifacts").as_uri()
+    file = tmp_path / "mlflow.db"
     half_made(template, file, age=3600)
-    told = (
+    message = (
         f"TrackingFileError: MLflow cannot open {file} (table experiment_tags already exists): it was left half-made, "
         "or is no tracking file. Move it away: the next attempt makes a new one, and the journal has every number."
     )
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal, caplog.at_level(logging.WARNING):
         write_study(journal, finish=False)
-        with MlflowFollower(path, f"sqlite:///{file}", "pets", "pets", artifacts, poll=0.02) as following:
+        with FollowerThread(follower(path, file)) as following:
             wait_until(lambda: following.problem is not None)
-            assert told[:300] in caplog.text
+            assert message[:300] in caplog.text
             file.rename(tmp_path / "away.db")
             wait_until(lambda: following.backlog == 0)
             journal.append("study_finished", state="complete")
@@ -164,15 +160,12 @@ def test_p16_a_half_made_file_holds_up_no_study_and_moving_it_away_is_enough(
 def test_p16_a_file_that_is_removed_under_a_running_study_is_made_and_filled_again(
     left: str, template: Path, tmp_path: Path
 ) -> None:
-    """MLflow would go on writing to the one that nobody finds any more."""
+    """MLflow would keep writing to the removed file."""
     file, path = tmp_path / "mlflow.db", tmp_path / "journal.jsonl"
     shutil.copy(template, file)
     with Journal(path) as journal:
         write_study(journal, finish=False)
-        following = MlflowFollower(
-            path, f"sqlite:///{file}", "pets", "pets", (tmp_path / "artifacts").as_uri(), poll=0.02
-        )
-        with following:
+        with FollowerThread(follower(path, file)) as following:
             wait_until(lambda: following.backlog == 0)
             assert len(contents(file)["runs"]) == 5
             file.unlink()
@@ -181,7 +174,7 @@ def test_p16_a_file_that_is_removed_under_a_running_study_is_made_and_filled_aga
                 os.utime(tmp_path / "new", (0, 0))
                 (tmp_path / "new").rename(file)
             journal.append("study_finished", state="complete")
-            assert following.close(60, patience=30) == 0
-    found = contents(file)
-    assert len(found["runs"]) == 5
-    assert len(found["metrics"]) == 32
+            assert following.close(60) == 0
+    after = contents(file)
+    assert len(after["runs"]) == 5
+    assert len(after["metrics"]) == 32

@@ -1,8 +1,8 @@
-"""What the header of a study says on every run."""
+"""Header tags of every run."""
 
 from __future__ import annotations
 
-from orchestrator.tracking.run_fields import Header
+from orchestrator.tracking.run_update import Header
 
 
 def test_d18_every_run_says_how_many_classes_its_numbers_are_over() -> None:
