@@ -225,6 +225,8 @@ def _contents(settings: SearchSettings) -> dict[str, Any]:
     shared = dataclasses.asdict(settings.task)
     for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
         del shared[name]
+    if shared["task"] == CLASSIFICATION.task:
+        del shared["task"]  # searches from before there were other tasks name none
     return shared | {
         "metric": list(settings.objectives),
         "seed": settings.seed,
