@@ -70,7 +70,7 @@ def test_continuing_it_is_refused_until_the_change_of_code_is_allowed(folder: Pa
         check_changes(events, now)
     assert str(caught.value) == (
         "The study 'before-the-rebuild' was changed since its last run: versions.code: "
-        f"{before['versions']['code']} -> {code_digest()}\n"
+        f"{before['versions']['code']} -> {code_digest()} (Luthier's own code differs, as after an update)\n"
         "Put the old values back, or give the study another name. If its trials may differ in this, run it with "
         "--allow-change versions.code"
     )
