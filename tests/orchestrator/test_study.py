@@ -163,7 +163,7 @@ def test_a_failing_configuration_is_recorded_and_the_study_goes_on(make: Callabl
 
 def test_results_of_a_study_that_never_ran_say_so(make: Callable[..., Study]) -> None:
     study = make(name="never")
-    with pytest.raises(FileNotFoundError, match="Run it first"):
+    with pytest.raises(FileNotFoundError, match=r"has no journal at .* Start it with `luthier run`"):
         study.results()
 
 
