@@ -1,7 +1,7 @@
-"""The data of one trial: its samples, as batches on its device or as features of the pretrained network.
+"""Data of one trial: image batches on its device, and cached pretrained features.
 
-In this order: images by index on a device; which samples a trial uses, and their order, as pure functions of its spec
-and a seed; `TrialData`, which joins the two.
+In this order: images by index on a device; selection and order of a trial's samples, as pure functions of its spec and
+a seed; `TrialData`, which combines the two.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 GPU_CACHE_BYTES = 4 * 2**30
-"""Bytes of uint8 images that a process caches on its GPU for all of its trials; a larger split is sent batch by batch.
-Several trials on one GPU are several processes, each with a cache of its own."""
+"""Size of a process's GPU cache of uint8 images, for all of its trials; a larger split is copied batch by batch.
+Several trials on one GPU are several processes, each with its cache."""
 
 _gpu_cache: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
 """Least recently used first; by store digest, split and device."""
 
 
 def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.device) -> Tensor:
-    """Images of a split by index: (B, H, W, 3) uint8 on `device`, a copy."""
+    """Copy images of a split by index: (B, H, W, 3) uint8 on `device`."""
     images = store.images(split)
     if device.type == "cpu":
         return torch.from_numpy(np.take(images, indices, axis=0))
@@ -47,14 +47,14 @@ def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of `values` on `device`; to a GPU through pinned memory, without waiting for it."""
+    """Copy `values` to `device`; to a GPU asynchronously, through pinned memory."""
     # `torch.tensor` copies: `from_numpy` would let us write to an array that is a read-only view of mapped memory.
     host = torch.tensor(values)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _cached_split(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
-    """All images of a split on `device`; None = larger than the cache."""
+    """All images of a split, cached on `device`; None = larger than the cache."""
     key = (store.digest, split, str(device))
     cached = _gpu_cache.get(key)
     if cached is not None:
@@ -70,7 +70,7 @@ def _cached_split(store: StoreLike, split: str, device: torch.device) -> Tensor 
 
 
 def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) -> list[Indices]:
-    """Positions 0…count-1 in batches of `size`, shuffled by `seed` (None = in order).
+    """Split positions 0…count-1 into batches of `size`, shuffled by `seed` (None = in order).
 
     `drop_last` omits a last, smaller batch unless it is the only one: BatchNorm statistics of a remainder of a few
     images are noise, but a split smaller than a batch must still train.
@@ -82,18 +82,19 @@ def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) ->
         [[0, 1, 2, 3, 4]]
     """
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-    end = count - count % size if drop_last and count > size else count
+    omit_remainder = drop_last and count > size
+    end = count - count % size if omit_remainder else count
     return [order[i : i + size].astype(np.int64) for i in range(0, end, size)]
 
 
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
-    """The samples of each split: a list of (split of the store, ascending positions in it).
+    """Samples of each split, as a list of (split of the store, ascending positions in it).
 
     `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and validation images of a
-    held-out domain leave `train` and `val` and form the split `held_out`, on which a fold is scored.
+    held-out domain move from `train` and `val` to the split `held_out`, on which a fold is scored.
 
     Raises:
-        ValueError: the held-out domain is not an ID domain, or no other is left; `train_on` is not an OOD domain.
+        ValueError: the held-out domain is not an ID domain, or the only one; `train_on` is not an OOD domain.
     """
     parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
     if spec.shared.train_on is not None:
@@ -102,24 +103,27 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
     parts["train"] = [("train", np.arange(used, dtype=np.int64))]
     if spec.held_out is None:
         return parts
-    domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
-    if spec.held_out not in domains:
-        raise ValueError(f"A held-out domain is one of the ID domains {', '.join(domains)}, but got {spec.held_out!r}.")
+    id_domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
+    if spec.held_out not in id_domains:
+        raise ValueError(
+            f"A held-out domain is one of the ID domains {', '.join(id_domains)}, but got {spec.held_out!r}."
+        )
     held_out_id = store.domains.index(spec.held_out)
     parts[HELD_OUT] = [(split, np.flatnonzero(store.domain_ids(split) == held_out_id)) for split in ("train", "val")]
     for split in ("train", "val"):
         source, indices = parts[split][0]
-        parts[split] = [(source, indices[store.domain_ids(source)[indices] != held_out_id])]
-        if len(parts[split][0][1]) == 0:
+        remaining = indices[store.domain_ids(source)[indices] != held_out_id]
+        parts[split] = [(source, remaining)]
+        if len(remaining) == 0:
             raise ValueError(
                 f"Without the held-out domain {spec.held_out!r} the {split} split must keep images, but it keeps none. "
-                f"The ID domains are {', '.join(domains)}."
+                f"The ID domains are {', '.join(id_domains)}."
             )
     return parts
 
 
 def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[str, list[tuple[str, Indices]]]:
-    """Replace `train` by a whole OOD domain; validation stays that of the ID domains."""
+    """Replace `train` by a whole OOD domain; `val` still holds the ID domains."""
     if f"ood/{domain}" not in parts:
         domains = ", ".join(split.removeprefix("ood/") for split in parts if split.startswith("ood/"))
         raise ValueError(f"An oracle reference trains on an OOD domain ({domains or 'none'}), but got {domain!r}.")
@@ -138,21 +142,23 @@ def _labels_unchanged(
 
 
 _SCALE_SAMPLES = 1024
-"""Training images of the mean squared feature norm. The training split is stored in nested stratified order, so that
-any prefix is a stratified sample."""
+"""Number of training images for the mean squared feature norm. The training split is stored in nested stratified
+order, so that any prefix is a stratified sample."""
 
 
 class TrialData:
-    """Batches, labels and pretrained features of the splits `train`, `val`, `test`, `ood/<domain>` and, for a trial
-    with `spec.held_out`, `held_out`, after `train_fraction` and the held-out domain have been applied.
+    """Batches, labels and pretrained features of a trial's splits.
+
+    The splits are `train`, `val`, `test`, `ood/<domain>` and, for a trial with `spec.held_out`, `held_out`, after
+    `train_fraction` and the held-out domain have been applied.
 
     Args:
         spec: the trial, with fraction, augmentation and batch sizes.
         store: the opened store.
         backbone: the pristine pretrained backbone; its normalisation, input size and features are used.
-        device: of the batches.
-        reference: the pristine network on `device`, if it is not `backbone.module`.
-        transform: the task's `trainables.tasks.base.Task.transform`; None = labels stay as they are.
+        device: device of the batches.
+        reference: the pristine network on `device`, unless it is `backbone.module`.
+        transform: the task's `trainables.tasks.base.Task.transform`; None = labels unchanged.
 
     Raises:
         ValueError: `spec.held_out` is not an ID domain, or leaves no training image.
@@ -170,13 +176,14 @@ class TrialData:
         from trainables.data.feature_cache import FeatureCache
         from trainables.data.transforms import BatchTransform
 
-        self.spec, self.store, self.backbone = spec, store, backbone
+        self.spec = spec
+        self.store = store
+        self.backbone = backbone
         self.device = torch.device(device)
         self.reference = backbone.module if reference is None else reference
         config = backbone.data_config
-        shape = (config.mean, config.std, config.image_size)
-        self._view = BatchTransform(*shape, ())
-        self._augmented = BatchTransform(*shape, tuple(spec.shared.augment))
+        self._center_crop = BatchTransform(config.mean, config.std, config.image_size, ())
+        self._augmentation = BatchTransform(config.mean, config.std, config.image_size, tuple(spec.shared.augment))
         self._transform = _labels_unchanged if transform is None else transform
         self._parts = select_samples(spec, store)
         self._cache = FeatureCache(spec.shared.cache)
@@ -194,7 +201,7 @@ class TrialData:
 
     @property
     def ood_domains(self) -> list[str]:
-        """Domains that are only evaluated."""
+        """Evaluation-only domains."""
         return [split.removeprefix("ood/") for split in self.store.splits if split.startswith("ood/")]
 
     @property
@@ -204,7 +211,7 @@ class TrialData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass over the training split; a last, smaller batch counts only if it is alone."""
+        """Optimiser steps per pass over the training split; a last, smaller batch counts only if it is alone."""
         return max(1, self.train_size // self.spec.shared.batch_size)
 
     def size(self, split: str) -> int:
@@ -225,69 +232,79 @@ class TrialData:
         drop_last: bool = False,
         start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a split: images (B, 3, H, W) float32, normalised, on the device; targets as the task has
-        them, labels (B,) int64 unless its transform makes others.
+        """Batches of a split: normalised images (B, 3, H, W) float32 and targets, on the device.
+
+        Targets are labels (B,) int64, unless the task's transform returns others.
 
         Args:
             split: see the class.
-            batch_size: None = the task's, for training if a seed is given, else for evaluation.
-            augment_seed: augment as the task says, drawn from this seed and the batch's number; None = centre crop.
-            shuffle_seed: order; None = as stored.
+            batch_size: None = the spec's, for training if a seed is given, else for evaluation.
+            augment_seed: seed of the spec's augmentation, combined with the batch's number; None = centre crop.
+            shuffle_seed: seed of the order; None = as stored.
             drop_last: omit a last, smaller batch, unless it is the only one.
             start: number of batches to skip (a unit that continues in the middle of an epoch).
         """
         training = augment_seed is not None or shuffle_seed is not None
-        task = self.spec.shared
-        size = batch_size or (task.batch_size if training else task.eval_batch_size)
-        generator = torch.Generator(self.device) if augment_seed is not None and task.augment else None
+        shared = self.spec.shared
+        size = batch_size or (shared.batch_size if training else shared.eval_batch_size)
+        generator = torch.Generator(self.device) if augment_seed is not None and shared.augment else None
         for number, (source, indices) in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
             if number < start:
                 continue
-            raw = gather_images(self.store, source, indices, self.device)
+            pixels = gather_images(self.store, source, indices, self.device)
             labels = to_device(self.store.labels(source)[indices], self.device)
             if generator is None or augment_seed is None:
-                images, targets = self._transform(raw, labels, self._view, None)
+                images, targets = self._transform(pixels, labels, self._center_crop, None)
             else:
+                # Seeded per batch, so that a unit resumed at `start` reproduces its augmentation.
                 generator.manual_seed(stream_seed(augment_seed, number))
-                images, targets = self._transform(raw, labels, self._augmented, generator)
+                images, targets = self._transform(pixels, labels, self._augmentation, generator)
             self._delivered()
             yield self._memory_format(images), targets
 
     def features(self, split: str) -> NDArray[np.float32]:
-        """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops, in the order of `batches`
-        without shuffling; see `trainables.data.feature_cache`."""
+        """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops.
+
+        In the order of `batches` without shuffling; see `trainables.data.feature_cache`.
+        """
         return np.concatenate([self._cached_features(source, indices) for source, indices in self._part(split)])
 
     def feature_batches(
         self, features: Tensor, labels: Tensor, *, shuffle_seed: int, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of precomputed features (n, D) and labels (n,) on the device: the same samples in the same
-        order as `batches("train", shuffle_seed=…, drop_last=True)`."""
+        """Training batches of precomputed features (n, D) and labels (n,) on the device.
+
+        The same samples in the same order as `batches("train", shuffle_seed=…, drop_last=True)`.
+        """
         plan = batch_positions(len(features), self.spec.shared.batch_size, shuffle_seed, drop_last=True)
         for positions in plan[start:]:
             rows = to_device(positions, features.device)
             yield features.index_select(0, rows), labels.index_select(0, rows)
 
     def mean_square_norm(self) -> float:
-        """mean ‖φ‖² of the pretrained features of (up to 1024) training images of this trial."""
+        """Mean ‖φ‖² of the pretrained features of (up to 1024) training images of this trial."""
         source, indices = self._part("train")[0]
         sample = self._cached_features(source, indices[:_SCALE_SAMPLES])
         return float(np.square(sample, dtype=np.float64).sum(1).mean())
 
     @property
     def cache_key(self) -> str:
-        """Sixteen hex digits of all that `features("train")` and `features("val")` depend on: weights, data, view,
-        fraction and held-out domain. A solution that depends on nothing else may be cached under it."""
+        """Cache key of solutions on `features("train")` and `features("val")`: sixteen hex digits.
+
+        Covers weights, data, preprocessing, fraction and held-out domain. A solution that depends on anything else must
+        not be cached under this key alone.
+        """
         digest = hashlib.sha256()
         for name in (self.backbone.digest, self.store.digest, repr(self.backbone.data_config)):
             digest.update(name.encode() + b"\n")
         for source, indices in self._part("train") + self._part("val"):
+            # The header delimits the indices, so that different selections never give the same bytes.
             digest.update(f"{source} {len(indices)}\n".encode() + indices.tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def solution_folder(self) -> Path:
-        """Folder for closed-form solutions on these features, shared by all trials with the same `cache_key`."""
+        """Folder of closed-form solutions on these features, shared by all trials with the same `cache_key`."""
         return self._cache.root / "solutions" / self.cache_key
 
     def _part(self, split: str) -> list[tuple[str, Indices]]:
@@ -296,6 +313,7 @@ class TrialData:
         return self._parts[split]
 
     def _plan(self, split: str, size: int, seed: int | None, drop_last: bool) -> list[tuple[str, Indices]]:
+        """Batches as (split of the store, positions in it); none mixes two splits of the store."""
         return [
             (source, indices[positions])
             for source, indices in self._part(split)
@@ -303,8 +321,9 @@ class TrialData:
         ]
 
     def _cached_features(self, source: str, indices: Indices) -> NDArray[np.float32]:
+        # The cache holds prefixes of a split: a small fraction needs no features of the rest.
         count = int(indices.max()) + 1
-        features = self._cache.features(self.backbone, self.store, source, count, self._view, self.device)
+        features = self._cache.features(self.backbone, self.store, source, count, self._center_crop, self.device)
         self._delivered()
         return np.asarray(features[indices])
 

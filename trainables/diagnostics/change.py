@@ -22,7 +22,7 @@ BY_STAGE_NOTE = "Mean relative change ‖W̃ − W‖₂ / ‖W‖₂ of the ten
 
 @dataclass(frozen=True)
 class TensorChange:
-    """How far one tensor moved."""
+    """Change of one tensor during training."""
 
     name: str
     kind: str
@@ -46,7 +46,7 @@ class TensorChange:
 
 @torch.no_grad()
 def parameter_change(backbone: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> list[TensorChange]:
-    """Change of every parameter of the classifier and of BatchNorm's running statistics, in the order of the network.
+    """Change of every parameter and of BatchNorm's running statistics, in network order.
 
     Args:
         backbone: the pretrained network: its structure names kinds and stages, and its values are W of every tensor
@@ -60,12 +60,13 @@ def parameter_change(backbone: nn.Module, start: Mapping[str, Tensor], end: Mapp
     """
     kinds = layer_kinds(backbone) | statistics(backbone)
     pretrained = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
-    places = [(f"backbone.{name}", kinds[name], stage) for name, stage in stages(backbone).items() if name in kinds]
+    # (name, kind, stage) of each tensor
+    tensors = [(f"backbone.{name}", kinds[name], stage) for name, stage in stages(backbone).items() if name in kinds]
     # A task's head may count in integers (BatchNorm's batches): they have no relative change.
     head = [name for name, value in start.items() if name.startswith("head.") and value.is_floating_point()]
-    places += [(name, "head", "head") for name in head]
+    tensors += [(name, "head", "head") for name in head]
     norms = []
-    for name, _, _ in places:
+    for name, _, _ in tensors:
         before = start[name] if name in start else pretrained[name]
         if name not in end or end[name].shape != before.shape:
             got = f"shape {tuple(end[name].shape)}" if name in end else "none of that name"
@@ -76,14 +77,21 @@ def parameter_change(backbone: nn.Module, start: Mapping[str, Tensor], end: Mapp
         after = end[name]
         before = before.to(after.device)
         norms.append(torch.stack([_norm(after - before), _norm(before)]))
-    values = torch.stack(norms).tolist() if norms else []  # the only wait for the device
-    return [TensorChange(*place, *pair) for place, pair in zip(places, values, strict=True)]
+    # One transfer for all tensors: a `.tolist()` in the loop would synchronise with the device once per tensor.
+    values = torch.stack(norms).tolist() if norms else []
+    return [
+        TensorChange(name, kind, stage, distance, reference)
+        for (name, kind, stage), (distance, reference) in zip(tensors, values, strict=True)
+    ]
 
 
 def change_report(changes: list[TensorChange]) -> dict[str, float | Curve]:
-    """`change/<kind>`: the mean over the kind's tensors of their relative change; tensors with W = 0 count only where
-    the kind has no other (DAFT's head), as mean ‖W̃‖₂. `change/total`: ‖θ̃ − θ‖₂ / ‖θ‖₂ over all parameters of the
-    backbone together. Curves: `change` (every tensor) and `change_by_stage`."""
+    """Mean relative change by kind of layer, total change, and their curves.
+
+    `change/<kind>`: mean over the kind's tensors of their relative change; tensors with W = 0 count only where the kind
+    has no other (DAFT's head), as mean ‖W̃‖₂. `change/total`: ‖θ̃ − θ‖₂ / ‖θ‖₂ over all parameters of the backbone
+    together. Curves: `change` (every tensor) and `change_by_stage`.
+    """
     metrics: dict[str, float | Curve] = {}
     kinds = list(dict.fromkeys(change.kind for change in changes))
     for kind in kinds:
@@ -117,6 +125,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _mean(changes: Iterable[TensorChange]) -> float:
-    found = list(changes)
-    relative = [change for change in found if not change.absolute] or found
+    group = list(changes)
+    # Norms of tensors that were zero are no ratios: they count only where there is nothing else to average.
+    relative = [change for change in group if not change.absolute] or group
     return sum(change.value for change in relative) / len(relative)

@@ -25,10 +25,10 @@ NOTE = "Linear CKA between a block's activations in the pretrained and in the tu
 
 
 def gram(activations: Tensor) -> Tensor:
-    """(B, …) activations → (B, B) float64 inner products of the centred rows; zero where they differ by no more than
-    rounding. Centring changes no value of the HSIC, only its rounding."""
+    """Gram matrix of centred activations: (B, …) → (B, B) float64; zero where rows differ by rounding only."""
     with torch.autocast(activations.device.type, enabled=False):
         rows = activations.detach().flatten(1).float()
+        # The unbiased HSIC does not depend on the mean; subtracting it avoids cancellation in its sums.
         centred = rows - rows.mean(0)
         alike = centred.norm() <= 4 * torch.finfo(torch.float32).eps * rows.norm()
         return torch.where(alike, 0.0, (centred @ centred.T).double())
@@ -37,8 +37,10 @@ def gram(activations: Tensor) -> Tensor:
 def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """HSIC₁ of two (n, n) Gram matrices, n ≥ 4 (Song et al. 2012, eq. 5; Nguyen et al. 2021, eq. 3)."""
     n = len(k)
-    k, l = k - torch.diag(k.diagonal()), l - torch.diag(l.diagonal())  # noqa: E741
-    rows_k, rows_l = k.sum(1), l.sum(1)
+    k = k - torch.diag(k.diagonal())
+    l = l - torch.diag(l.diagonal())  # noqa: E741
+    rows_k = k.sum(1)
+    rows_l = l.sum(1)
     means = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
     return ((k * l).sum() + means - 2 / (n - 2) * (rows_k @ rows_l)) / (n * (n - 3))
 
@@ -47,12 +49,13 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
 def block_cka(
     before: nn.Module, after: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype = torch.float32
 ) -> dict[str, float | None]:
-    """CKA of every block that the forward pass reaches, in the order of the network; None where a block's activations
-    are the same for all images.
+    """Linear CKA of each executed block, in network order.
+
+    None where a block's activations are the same for all images.
 
     Args:
         before, after: backbones of one structure, both in eval mode; the same object twice costs one pass and gives 1.
-        batches: images (B, 3, H, W); batches of fewer than four are left out.
+        batches: images (B, 3, H, W); batches of fewer than four are skipped.
         dtype: autocast type of the forward passes.
 
     Raises:
@@ -69,15 +72,15 @@ def block_cka(
         second = first if after is before else _grams(after, images, dtype)
         for name, k in first.items():
             l = second[name]  # noqa: E741
-            found = torch.stack([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
-            sums[name] = sums[name] + found if name in sums else found
+            hsics = torch.stack([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
+            sums[name] = sums[name] + hsics if name in sums else hsics
     if not sums:
         raise ValueError(f"CKA needs a batch of at least {SMALLEST_BATCH} images, but got none.")
     return {name: _ratio(*sums[name].tolist()) for name in names if name in sums}
 
 
 def cka_report(values_by_block: dict[str, float | None]) -> dict[str, float | Curve]:
-    """`cka/mean` over the blocks, and the curve `cka` (block, cka)."""
+    """Metric `cka/mean` over the blocks and curve `cka` (block, cka)."""
     values = [value for value in values_by_block.values() if value is not None]
     curve = Curve({"block": list(values_by_block), "cka": list(values_by_block.values())}, NOTE)
     report: dict[str, float | Curve] = {CKA_MEAN.group: curve}
@@ -87,13 +90,13 @@ def cka_report(values_by_block: dict[str, float | None]) -> dict[str, float | Cu
 
 
 def _grams(network: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    grams: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = _activations(output, len(images))
             if tensor is not None:
-                found[name] = gram(tensor)
+                grams[name] = gram(tensor)
 
         return record
 
@@ -104,7 +107,7 @@ def _grams(network: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, 
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return grams
 
 
 def _activations(output: Any, count: int) -> Tensor | None:
@@ -114,5 +117,6 @@ def _activations(output: Any, count: int) -> Tensor | None:
     return next(tensors, None)
 
 
-def _ratio(both: float, first: float, second: float) -> float | None:
-    return both / math.sqrt(first * second) if first > 0 and second > 0 else None
+def _ratio(hsic_kl: float, hsic_kk: float, hsic_ll: float) -> float | None:
+    # An unbiased estimate can be negative, and is zero for constant activations: CKA is undefined there.
+    return hsic_kl / math.sqrt(hsic_kk * hsic_ll) if hsic_kk > 0 and hsic_ll > 0 else None

@@ -1,4 +1,4 @@
-"""Feature distortion (Ha et al., 2024, Fig. 1): how far fine-tuning moved the pooled features of each image."""
+"""Feature distortion (Ha et al., 2024, Fig. 1): per-image change of the pooled features by fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTE = (
 
 
 def feature_distortion(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine similarity and L2 distance, image by image.
+    """Per-image cosine similarity and L2 distance.
 
     Equal rows give exactly 1 and exactly 0: all three products are sums of the same numbers in the same order, and the
     square root of a square is exact. A cosine needs two directions; where both features are zero nothing changed (1),
@@ -48,15 +48,19 @@ def feature_distortion(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
             "Distortion compares two (N, D) sets of features of the same images, but got shapes "
             f"{tuple(before.shape)} and {tuple(after.shape)}."
         )
-    a, b = before.to(after.device, torch.float64), after.double()
-    squares = (a * a).sum(1), (b * b).sum(1)
-    scale = (squares[0] * squares[1]).sqrt()
-    cosine = torch.where(scale == 0, (squares[0] == squares[1]).double(), (a * b).sum(1) / scale)
+    a = before.to(after.device, torch.float64)
+    b = after.double()
+    a_squared = (a * a).sum(1)
+    b_squared = (b * b).sum(1)
+    scale = (a_squared * b_squared).sqrt()
+    both_zero = (a_squared == b_squared).double()
+    # √(‖a‖²‖b‖²), not ‖a‖·‖b‖: for equal rows the root of a square is exact, so that the cosine is exactly 1.
+    cosine = torch.where(scale == 0, both_zero, (a * b).sum(1) / scale)
     return cosine.clamp(-1, 1), torch.linalg.vector_norm(b - a, dim=1)
 
 
 class FeatureDistortion:
-    """Distortion of a trial's features, split by split, taken from the pass that scores the tuned network.
+    """Feature distortion per split, accumulated during the evaluation pass of the tuned network.
 
     The features before are those of the PRETRAINED backbone, from the shared cache, also for a strategy that converts
     the network first: the conversion of DAFT leaves the function as it is. They are float32; where the tuned network
@@ -68,36 +72,43 @@ class FeatureDistortion:
 
     def __init__(self, data: TrialData) -> None:
         self._data = data
-        self._found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._distances: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def watch(self, split: str) -> Callable[[Tensor], None]:
-        """A function that takes the tuned features (B, D) of the split's batches, in the order of `data.batches`; a
-        second pass over a split replaces the first. No batch makes the host wait for the device."""
-        before, position = self._data.features(split), 0
-        found: list[tuple[Tensor, Tensor]] = []
-        self._found[split] = found
+        """Callback that accumulates the distortion over one pass of a split.
+
+        Takes the tuned features (B, D) of each batch, in the order of `data.batches`. A second pass over a
+        split replaces the first. No batch synchronises with the device.
+        """
+        before = self._data.features(split)
+        position = 0
+        distances: list[tuple[Tensor, Tensor]] = []
+        self._distances[split] = distances
 
         def add(after: Tensor) -> None:
             nonlocal position
             rows = to_device(before[position : position + len(after)], after.device)
-            found.append(feature_distortion(rows, after.detach()))
+            distances.append(feature_distortion(rows, after.detach()))
             position += len(after)
 
         return add
 
     def report(self) -> dict[str, float | Curve]:
-        """`distortion/<split>/cosine` and `/l2` (means), `/cosine_q05`, `_q50`, `_q95`, and so for L2; splits are
-        `test` and `ood/<domain>`. The curve `distortion` has their quantiles in steps of 5 %."""
+        """Means and quantiles of the distortion per split, and their curve.
+
+        Metrics `distortion/<split>/cosine` and `/l2` (means), `/cosine_q05`, `_q50`, `_q95`, and the same for L2;
+        splits are `test` and `ood/<domain>`. The curve `distortion` has their quantiles in steps of 5 %.
+        """
         metrics: dict[str, float | Curve] = {}
         columns: dict[str, list[float | str | None]] = {"quantile": list(GRID)}
-        for split, batches in self._found.items():
+        for split, batches in self._distances.items():
             for name, parts in zip(("cosine", "l2"), zip(*batches, strict=True), strict=True):
                 values = torch.cat(parts).cpu().numpy()
                 quantiles = dict(zip(GRID, np.quantile(values, GRID).tolist(), strict=True))
                 metrics[MEANS[name].of(split)] = float(values.mean())
-                for share in QUANTILES:
-                    metrics[DISTORTION_QUANTILE.of(split, name, f"{100 * share:02.0f}")] = quantiles[share]
+                for q in QUANTILES:
+                    metrics[DISTORTION_QUANTILE.of(split, name, f"{100 * q:02.0f}")] = quantiles[q]
                 columns[f"{split}/{name}"] = list(quantiles.values())
-        if self._found:
+        if self._distances:
             metrics["distortion"] = Curve(columns, NOTE)
         return metrics

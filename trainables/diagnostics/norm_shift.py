@@ -1,6 +1,6 @@
-"""How far tuning moved the scale γ and offset β of a network's norm layers, and FSR, their ratio to a reference.
+"""Shift of the scale γ and offset β of norm layers, and the Fine-tuning Shift Ratio (FSR).
 
-LayerNorm shift and Fine-tuning Shift Ratio: Tan et al. (2025). The same measure of BatchNorm is Luthier's addition.
+LayerNorm shift and FSR: Tan et al. (2025). The same measure of BatchNorm is Luthier's addition.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ or the standard deviation: these have γ alone, so their shift of β is 0. A Gro
 
 @dataclass(frozen=True)
 class LayerShift:
-    """One layer's shift."""
+    """Shift of one norm layer."""
 
     gamma: float
     """‖γ_T − γ_S‖₂"""
@@ -48,13 +48,13 @@ class LayerShift:
 
     @property
     def total(self) -> float:
-        """The sum of both."""
+        """γ shift + β shift."""
         return self.gamma + self.beta
 
 
 @dataclass(frozen=True)
 class NormShift:
-    """Shift_p(θ_T, θ_S) = Σ over layers of ‖p_T − p_S‖₂ for p in γ, β (Tan et al., 2025)."""
+    """Shift of a network's norm layers: Σ over layers of ‖p_T − p_S‖₂ for p in γ, β (Tan et al., 2025)."""
 
     per_layer: Mapping[str, LayerShift]
 
@@ -70,15 +70,15 @@ class NormShift:
 
     @property
     def total(self) -> float:
-        """The sum of both."""
+        """γ shift + β shift."""
         return self.gamma + self.beta
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """`<prefix>/gamma`, `/beta` and `/total`."""
+        """Metrics `<prefix>/gamma`, `/beta` and `/total`."""
         return {f"{prefix}/{name}": getattr(self, name) for name in ("gamma", "beta", "total")}
 
     def curve(self) -> Curve:
-        """Both shifts, layer by layer in the order of the network."""
+        """Curve of both shifts per layer, in network order."""
         layers = self.per_layer
         return Curve(
             {
@@ -91,7 +91,7 @@ class NormShift:
 
 
 def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → LayerNorm-like layer with parameters of its own, in the order of the network.
+    """LayerNorm-like layers with parameters, by name, in network order.
 
     Of a `TaskModel`, those of its backbone: norms in a task's head are new, so that no pretrained ones exist to be
     compared with.
@@ -103,12 +103,12 @@ def layer_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → BatchNorm layer with parameters of its own, in the order of the network."""
+    """BatchNorm layers with parameters, by name, in network order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and _has_parameters(m)}
 
 
 def norm_parameters(reference: nn.Module) -> set[str]:
-    """Names, in a task's model, of every parameter that `shift_report` compares.
+    """Names of the parameters that `shift_report` compares, as in a task's model.
 
     Args:
         reference: the pretrained network.
@@ -122,7 +122,7 @@ def norm_parameters(reference: nn.Module) -> set[str]:
 
 
 def layer_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module) -> NormShift:
-    """Shift of every LayerNorm of `tuned_model` from its source parameters.
+    """LayerNorm shift of `tuned_model` from its source parameters.
 
     Args:
         source_state: source tensors by the names of `tuned_model.state_dict()`.
@@ -130,25 +130,30 @@ def layer_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module)
     Raises:
         ValueError: the model has no LayerNorm with parameters, or `source_state` lacks one or has it in another shape.
     """
-    return _of_model(source_state, tuned_model, layer_norms(tuned_model), "LayerNorm")
+    return _model_shift(source_state, tuned_model, layer_norms(tuned_model), "LayerNorm")
 
 
 def batch_norm_shift(source_state: Mapping[str, Tensor], tuned_model: nn.Module) -> NormShift:
-    """The same of every BatchNorm. Arguments and errors as for `layer_norm_shift`."""
-    return _of_model(source_state, tuned_model, batch_norms(tuned_model), "BatchNorm")
+    """BatchNorm shift; arguments and errors as for `layer_norm_shift`."""
+    return _model_shift(source_state, tuned_model, batch_norms(tuned_model), "BatchNorm")
 
 
 def fine_tuning_shift_ratio(shift: float | NormShift, reference_shift: float | NormShift) -> float:
-    """FSR = Shift(T, S) / Shift(T*, S) (Tan et al., 2025): 1 is ideal; below 1 the sample under-represents the target.
+    """Fine-tuning Shift Ratio, FSR = Shift(T, S) / Shift(T*, S) (Tan et al., 2025).
+
+    1 is ideal; below 1 the sample under-represents the target.
 
     Args:
-        shift: of the model tuned on the sample at hand: γ, β or their sum. Of a `NormShift`, the sum.
-        reference_shift: the same of the reference, after as many steps of the same recipe.
+        shift: shift of the model tuned on the sample: γ, β or their sum. A `NormShift` counts as its sum.
+        reference_shift: shift of the reference, after the same number of steps of the same recipe.
 
     Raises:
         ValueError: the reference is zero, negative or not finite, or the shift is negative or not finite.
     """
-    shift, reference_shift = (s.total if isinstance(s, NormShift) else s for s in (shift, reference_shift))
+    if isinstance(shift, NormShift):
+        shift = shift.total
+    if isinstance(reference_shift, NormShift):
+        reference_shift = reference_shift.total
     if not (math.isfinite(reference_shift) and reference_shift > 0):
         raise ValueError(
             f"FSR needs a reference whose LayerNorm parameters moved, but its shift is {reference_shift!r}. Train the "
@@ -162,24 +167,27 @@ def fine_tuning_shift_ratio(shift: float | NormShift, reference_shift: float | N
 def shift_report(
     reference: nn.Module, start: Mapping[str, Tensor], kept: Mapping[str, Tensor], last: Mapping[str, Tensor]
 ) -> dict[str, float | Curve]:
-    """Metrics and curve of a trial, for the LayerNorm and the BatchNorm layers that its network has.
+    """Shift metrics and curves of a trial, for LayerNorm and BatchNorm.
 
-    `<kind>/gamma`, `/beta` and `/total` are those of the weights that the trial keeps, before λ and WiSE; those under
-    `<kind>/last/` are of its last unit, whatever unit was best: they are what FSR compares, at equal numbers of steps.
+    `<kind>/gamma`, `/beta` and `/total` belong to the best weights, before λ and WiSE-FT; those under `<kind>/last/` to
+    the last unit, whichever unit was best: FSR compares these, at equal numbers of steps.
 
     Args:
         reference: the pretrained network.
         start: tensors that differ from it when training starts: of a converted BatchNorm the converted γ and β count.
-        kept, last: tensors that training may have changed, by the names of the classifier.
+        kept, last: tensors that training may have changed (best weights, last unit), by the classifier's names.
     """
     source = {f"backbone.{name}": value for name, value in reference.state_dict().items()} | dict(start)
-    found: dict[str, float | Curve] = {}
+    report: dict[str, float | Curve] = {}
     for prefix, layers in ((LN_SHIFT.group, layer_norms(reference)), (BN_SHIFT.group, batch_norms(reference))):
         if not layers:
             continue
-        shift, end = (_shift(source, {**source, **moved}, layers, "backbone.") for moved in (kept, last))
-        found |= {**shift.metrics(prefix), **end.metrics(f"{prefix}/last"), prefix: shift.curve()}
-    return found
+        best_shift = _shift(source, {**source, **kept}, layers, "backbone.")
+        last_shift = _shift(source, {**source, **last}, layers, "backbone.")
+        report |= best_shift.metrics(prefix)
+        report |= last_shift.metrics(f"{prefix}/last")
+        report[prefix] = best_shift.curve()
+    return report
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
@@ -190,7 +198,9 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _of_model(source: Mapping[str, Tensor], tuned: nn.Module, layers: Mapping[str, nn.Module], kind: str) -> NormShift:
+def _model_shift(
+    source: Mapping[str, Tensor], tuned: nn.Module, layers: Mapping[str, nn.Module], kind: str
+) -> NormShift:
     if not layers:
         raise ValueError(f"A shift needs a network with {kind} layers, but this one has none.")
     return _shift(source, tuned.state_dict(), layers)
@@ -199,18 +209,19 @@ def _of_model(source: Mapping[str, Tensor], tuned: nn.Module, layers: Mapping[st
 def _shift(
     source: Mapping[str, Tensor], tuned: Mapping[str, Tensor], layers: Mapping[str, nn.Module], prefix: str = ""
 ) -> NormShift:
-    """`prefix` stands before the layers' names in both states."""
-    found = {}
+    """Shift per layer; `prefix` precedes the layers' names in both states."""
+    shifts = {}
     for name, layer in layers.items():
-        norms = {"weight": 0.0, "bias": 0.0}
+        norms = {"weight": 0.0, "bias": 0.0}  # RMS norms have no bias: their shift of β is 0
         for parameter, value in layer.named_parameters(recurse=False):
             key = f"{prefix}{name}.{parameter}" if name else f"{prefix}{parameter}"
-            before, after = source.get(key), tuned[key]
+            before = source.get(key)
+            after = tuned[key]
             if before is None or before.shape != value.shape:
                 got = "none" if before is None else f"one of shape {tuple(before.shape)}"
                 raise ValueError(
                     f"A shift needs the source tensor {key!r} of shape {tuple(value.shape)}, but the source has {got}."
                 )
             norms[parameter] = float((after.detach().double() - before.to(after.device).double()).norm())
-        found[name] = LayerShift(norms["weight"], norms["bias"])
-    return NormShift(found)
+        shifts[name] = LayerShift(norms["weight"], norms["bias"])
+    return NormShift(shifts)

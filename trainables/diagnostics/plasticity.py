@@ -1,23 +1,23 @@
-"""Plasticity of the components of transformer blocks: how much a component's output changes with its input.
+"""Plasticity of transformer components: rate of change of the output with the input.
 
 Definition 1 of Odonnat et al. (2026):
 
     P(f) = E ‖f(x) − f(y)‖_F / ‖x − y‖_F
 
 x: tokens (n × d) of an image like those of the pretraining, y: of a target image; Frobenius norm over tokens and
-channels, mean over pairs. What x and y are is said by the probe:
+channels, mean over pairs. The probe determines x and y:
 
 - `embedding`, as the paper's reference code measures: every component of every block is applied directly to the token
   embeddings, that is to the tokens which enter the first block (with class and register tokens); FC2, whose input is
   wider, to the embeddings padded with zeros. Where tokens change their shape on the way (stages of Swin, class
   attention of CaiT), the tokens that enter the first block of a shape are the embeddings of all blocks of that shape.
-- `in_situ`: the activations that really enter the component in the forward pass.
+- `in_situ`: the activations that enter the component in the forward pass.
 
 Attention in windows is measured as a function of all tokens of the image: windows are cut (and shifted) and put back.
-Both networks' passes are one: a batch holds the x and the y of its pairs, and each component's rates are taken as the
-forward pass reaches it, so that no activations are kept and memory does not grow with the number of pairs.
+One forward pass serves both: a batch holds the x and the y of its pairs, and each component's rates are computed when
+the pass reaches it, so that no activations are stored and memory does not grow with the number of pairs.
 
-Plasticity on the data of a trial: of the pretrained network, measured once and kept, and of a tuned one.
+On a trial's data, the pretrained network's plasticity is measured once and cached; the tuned network's is not.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NOTE = "Plasticity: mean rate of change of a component's output with its input. 
 
 @dataclass(frozen=True)
 class PlasticityReport:
-    """What was measured; components are `ln1, mha, ln2, fc1, fc2`."""
+    """Measured plasticity of the components `ln1, mha, ln2, fc1, fc2`."""
 
     probe: str
     pairs: int
@@ -71,21 +71,21 @@ class PlasticityReport:
     """Components, the most plastic first."""
 
     def curve(self) -> Curve:
-        """P per block: columns `block` and the components."""
+        """Curve of P per block: columns `block` and the components."""
         return Curve({"block": self.blocks, **self.per_block}, NOTE)
 
     def distribution_curve(self) -> Curve:
-        """Quantiles of the rates: columns `component`, `q05` … `q95`; components by rank."""
+        """Curve of the rates' quantiles: columns `component`, `q05` … `q95`; components by rank."""
         names = list(self.distribution[self.rank[0]])
         columns = {name: [self.distribution[kind][name] for kind in self.rank] for name in names}
         return Curve({"component": self.rank, **columns}, NOTE)
 
     def metrics(self) -> dict[str, float]:
-        """`plasticity/<component>`, the mean over blocks and pairs."""
+        """Metrics `plasticity/<component>`, means over blocks and pairs."""
         return {PLASTICITY.of(kind): self.mean[kind] for kind in COMPONENTS}
 
     def record(self) -> dict[str, float | Curve]:
-        """Metrics, and the curves `plasticity` and `plasticity_distribution`, as a strategy's hooks return them."""
+        """Metrics and the curves `plasticity` and `plasticity_distribution`."""
         return {
             **self.metrics(),
             "plasticity": self.curve(),
@@ -93,7 +93,7 @@ class PlasticityReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `PlasticityReport(**values)` is the inverse."""
+        """JSON-serialisable values; `PlasticityReport(**values)` is the inverse."""
         return asdict(self)
 
 
@@ -104,14 +104,14 @@ def measure_plasticity(
     probe: Literal["embedding", "in_situ"] = "embedding",
     batch_size: int = 64,
 ) -> PlasticityReport:
-    """Plasticity of a network over the pairs (source_images[i], target_images[i]).
+    """Measure plasticity over the pairs (source_images[i], target_images[i]).
 
     Args:
         model: any network of `trainables.models.transformer_blocks.find_blocks`, or a `TaskModel`; measured in
             eval mode without gradients, and left unchanged.
         source_images: (N, 3, H, W), normalised; images like those of the pretraining.
         target_images: (N, 3, H, W), normalised; images of the target.
-        probe: what x and y are, see the module.
+        probe: choice of x and y, see the module.
         batch_size: pairs at a time; the result does not depend on it (to rounding).
 
     Raises:
@@ -133,7 +133,7 @@ def measure_plasticity(
 def measure_pairs(
     model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], probe: Literal["embedding", "in_situ"] = "embedding"
 ) -> PlasticityReport:
-    """As `measure_plasticity`, over batches of pairs that are made as they are needed.
+    """Measure plasticity over a stream of batches of pairs; see `measure_plasticity`.
 
     Args:
         pairs: batches (x, y) of (B, 3, H, W) each, B may differ from batch to batch.
@@ -142,14 +142,14 @@ def measure_pairs(
         raise ValueError(f"probe must be one of {', '.join(map(repr, PROBES))}, but got {probe!r}.")
     blocks = find_blocks(model)
     device = next(model.parameters()).device
-    found: list[NDArray[np.float64]] = []
+    rates: list[NDArray[np.float64]] = []  # (components, blocks, pairs) of each batch
     with _evaluation(model), Probes(blocks, embedding=probe == "embedding") as probes:
         for x, y in pairs:
             images = torch.cat([x, y]).to(device)
-            found.append(probes.rates(lambda images=images: model(images), len(x)))  # type: ignore[misc]
-    if not found:
+            rates.append(probes.rates(lambda images=images: model(images), len(x)))  # type: ignore[misc]
+    if not rates:
         raise ValueError("Plasticity needs at least one pair of images, but got none.")
-    return _report(probe, [block.name for block in blocks], np.concatenate(found, axis=2))
+    return _report(probe, [block.name for block in blocks], np.concatenate(rates, axis=2))
 
 
 def _report(probe: str, blocks: Sequence[str], rates: NDArray[np.float64]) -> PlasticityReport:
@@ -171,7 +171,7 @@ def _report(probe: str, blocks: Sequence[str], rates: NDArray[np.float64]) -> Pl
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode in full float32, undone at the end."""
+    """Eval mode in full float32 (no autocast, no TF32); restored on exit."""
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device.type
     model.eval()
@@ -189,29 +189,31 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 log = logging.getLogger("luthier")
 
 FORMAT = 2
-"""Raised when what is measured changes, so that older files are not read."""
+"""Version of the measurement; increase on any change, so that older cached files are ignored."""
 BATCH = 64
-"""Pairs at a time."""
+"""Pairs per forward pass."""
 
 
 def plasticity_of(data: TrialData) -> PlasticityReport:
-    """Plasticity of the pretrained network on the trial's images, as its task asks (probe, source, pairs).
+    """Plasticity of the pretrained network on the trial's images, cached.
 
-    Measured once per weights, data and these settings, and kept in `data.solution_folder`.
+    Probe, source and number of pairs are those of the trial's settings. Measured once per weights, data and settings,
+    and kept in `data.solution_folder`.
 
     Raises:
         ValueError: the components are not defined for this network, the source is no OOD domain, or there are not
             enough images for a pair.
     """
-    task = data.spec.shared
-    settings = [FORMAT, task.plasticity_probe, task.plasticity_source, task.plasticity_pairs, data.device.type]
+    shared = data.spec.shared
+    # The type of device belongs to the key: CPU and GPU kernels round differently.
+    settings = [FORMAT, shared.plasticity_probe, shared.plasticity_source, shared.plasticity_pairs, data.device.type]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     file = data.solution_folder / f"plasticity-{name}.json"
     return compute_once(file, _load, lambda: plasticity_after(data.reference, data), _save)
 
 
 def plasticity_after(model: nn.Module, data: TrialData) -> PlasticityReport:
-    """Plasticity of any network on the trial's pairs of images, such as the tuned one; nothing is kept.
+    """Plasticity of a (tuned) network on the trial's pairs of images; not cached.
 
     Raises:
         ValueError: as `plasticity_of`.
@@ -220,40 +222,45 @@ def plasticity_after(model: nn.Module, data: TrialData) -> PlasticityReport:
 
 
 def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (x, y) of at most `BATCH` pairs of images (B, 3, H, W), `task.plasticity_pairs` in all, or as many as
-    there are images for; made as they are needed.
+    """Lazy batches (x, y) of at most `BATCH` pairs of images (B, 3, H, W).
 
-    y are training images of the trial. x are images of the domain `task.plasticity_source`, which should be like those
-    of the pretraining, or else other training images: no image is in two pairs.
+    `plasticity_pairs` in all, or as many as there are images for. y are training images of the trial. x are images of
+    the domain `plasticity_source`, which should resemble the pretraining data, or, where it is None, other training
+    images: no image is in two pairs.
 
     Raises:
         ValueError: the source is no OOD domain, or there are not enough images for a pair.
     """
-    task = data.spec.shared
-    source, wanted = task.plasticity_source, task.plasticity_pairs
+    source = data.spec.shared.plasticity_source
+    requested = data.spec.shared.plasticity_pairs
     if source is not None and source not in data.ood_domains:
-        known = ", ".join(data.ood_domains) or "none"
-        raise ValueError(f"plasticity_source must be one of the OOD domains ({known}), but got {source!r}.")
-    available = data.train_size // 2 if source is None else min(data.train_size, data.size(ood(source)))
+        domains = ", ".join(data.ood_domains) or "none"
+        raise ValueError(f"plasticity_source must be one of the OOD domains ({domains}), but got {source!r}.")
+    if source is None:
+        available = data.train_size // 2  # x and y both come from the training split
+    else:
+        available = min(data.train_size, data.size(ood(source)))
     if available == 0:
         raise ValueError(f"Plasticity needs two different images for a pair, but there are {data.train_size} to train.")
-    return _batches(data, source, min(wanted, available))
+    return _batches(data, source, min(requested, available))
 
 
-def _batches(data: TrialData, source: str | None, wanted: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: TrialData, source: str | None, total: int) -> Iterator[tuple[Tensor, Tensor]]:
     if source is None:
         # The training split is stored in nested stratified order, so that neighbours are of different classes.
         neighbours = (images for images, _ in data.batches("train", batch_size=2 * BATCH))
         pairs = ((images[0::2], images[1::2]) for images in neighbours)
     else:
-        sides = data.batches(ood(source), batch_size=BATCH), data.batches("train", batch_size=BATCH)
-        pairs = ((x, y) for (x, _), (y, _) in zip(*sides, strict=False))
-    left = wanted
+        source_batches = data.batches(ood(source), batch_size=BATCH)
+        target_batches = data.batches("train", batch_size=BATCH)
+        # Not strict: the shorter split ends the pairs.
+        pairs = ((x, y) for (x, _), (y, _) in zip(source_batches, target_batches, strict=False))
+    remaining = total
     for x, y in pairs:
-        count = min(left, len(x), len(y))
+        count = min(remaining, len(x), len(y))
         yield x[:count], y[:count]
-        left -= count
-        if left == 0:
+        remaining -= count
+        if remaining == 0:
             return
 
 

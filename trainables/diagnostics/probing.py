@@ -1,4 +1,4 @@
-"""Rates of change of the components of transformer blocks, taken while a forward pass runs through them."""
+"""Rates of change of transformer components, measured during a forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Probe:
-    """One function that the forward pass calls: a component, or one of the two maps of a gated FC1."""
+    """A wrapped function: a component, or one of the two maps of a gated FC1."""
 
     block: int
     kind: str
@@ -33,21 +33,25 @@ class _Probe:
 
 
 class Probes:
-    """Wraps the components of blocks; a context manager that leaves the network as it was.
+    """Context manager that wraps the components of blocks and restores them on exit.
 
     Args:
         blocks: see `trainables.models.transformer_blocks.find_blocks`.
-        embedding: apply the components to the embeddings, else to what enters them.
+        embedding: apply the components to the token embeddings; False = to the activations that enter them.
     """
 
     def __init__(self, blocks: Sequence[Block], embedding: bool) -> None:
-        self._blocks, self._embedding = blocks, embedding
+        self._blocks = blocks
+        self._embedding = embedding
         self._probes = [probe for i, block in enumerate(blocks) for probe in _probes(i, block)]
         self._pairs = 0
+        # Squared distances (pairs,) by (block, component)
         self._inputs: dict[tuple[int, str], Tensor] = {}
         self._outputs: dict[tuple[int, str], Tensor] = {}
+        # Embeddings by shape of the tokens, and those last used in each block
         self._by_shape: dict[torch.Size, Tensor] = {}
         self._latest: dict[int, Tensor] = {}
+        # Size of the input of each block's attention norm
         self._normed: dict[int, int] = {}
 
     def __enter__(self) -> Probes:
@@ -58,7 +62,9 @@ class Probes:
             setattr(probe.owner, probe.method, self._wrapped(probe, getattr(probe.owner, probe.method)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for probe in self._probes:
             delattr(probe.owner, probe.method)
         self._clear()
@@ -84,8 +90,8 @@ class Probes:
         outputs = torch.stack([self._outputs[key] for key in keys]).cpu().numpy()
         self._clear()
         with np.errstate(invalid="ignore", divide="ignore"):
-            found = np.where(inputs > 0, np.sqrt(outputs / inputs), np.nan)
-        return found.reshape(len(COMPONENTS), len(self._blocks), pairs)
+            rates = np.where(inputs > 0, np.sqrt(outputs / inputs), np.nan)
+        return rates.reshape(len(COMPONENTS), len(self._blocks), pairs)
 
     def _clear(self) -> None:
         for store in (self._inputs, self._outputs, self._by_shape, self._latest, self._normed):
@@ -112,15 +118,16 @@ class Probes:
         return function(x, *args, **kwargs)
 
     def _check_whole(self, probe: _Probe, tokens: Tensor) -> None:
-        """Refuse attention over more tokens than came out of its norm: outputs for the filling would count."""
+        """Refuse attention over padded windows, since outputs for padding tokens would count."""
         if probe.kind == "ln1":
             self._normed[probe.block] = tokens.numel()
-        own = self._normed.get(probe.block, tokens.numel())
-        if probe.kind == "mha" and tokens.numel() > own:
-            each = 2 * self._pairs * tokens.shape[-1]
+        unpadded = self._normed.get(probe.block, tokens.numel())
+        if probe.kind == "mha" and tokens.numel() > unpadded:
+            values_per_token = 2 * self._pairs * tokens.shape[-1]  # over all images of the batch
             self._refuse(
                 probe,
-                f"its windows are filled up, from {own // each} tokens an image to {tokens.numel() // each}, and what "
+                f"its windows are filled up, from {unpadded // values_per_token} tokens an image to "
+                f"{tokens.numel() // values_per_token}, and what "
                 "comes of the filling is thrown away",
                 "Use images of a size that whole windows cover, or another network.",
             )
@@ -128,36 +135,43 @@ class Probes:
     def _add(self, probe: _Probe, tokens: Tensor, output: Any) -> None:
         key = (probe.block, probe.kind)
         result = output[0] if isinstance(output, tuple) else output
+        # Summed: the two maps of a gated FC1 are one function with concatenated outputs.
         self._outputs[key] = self._square_distances(probe, result) + self._outputs.get(key, 0.0)
         if probe.first:
             self._inputs[key] = self._square_distances(probe, tokens) + self._inputs.get(key, 0.0)
 
     def _square_distances(self, probe: _Probe, tokens: Tensor) -> Tensor:
-        """‖x − y‖² (pairs,) float64. Windows of one image lie side by side in the first dimension."""
+        """Squared distances ‖x − y‖² (pairs,) float64."""
         if len(tokens) % (2 * self._pairs):
             self._refuse(probe, f"its tokens {tuple(tokens.shape)} are not sorted by image")
+        # Windows of one image are adjacent in the first dimension, so that they become one row.
         x, y = tokens.reshape(2, self._pairs, -1)
-        found: Tensor = torch.linalg.vector_norm(x - y, dim=1, dtype=torch.float64).square()
-        return found
+        distances: Tensor = torch.linalg.vector_norm(x - y, dim=1, dtype=torch.float64)
+        return distances.square()
 
     def _embedding_for(self, probe: _Probe, tokens: Tensor) -> Tensor:
-        """The embeddings in the place of `tokens`, which really enter the component."""
+        """Embeddings to apply the component to, instead of the `tokens` of the forward pass."""
         latest = self._latest.get(probe.block)
         if probe.kind == "fc2" and latest is not None:
             return latest
-        found = self._by_shape.get(tokens.shape)
-        if found is None and latest is not None:
-            found = self._fitting(probe, tokens, latest)
-        if found is None:
-            found = self._by_shape[tokens.shape] = tokens.clone()
-        self._latest[probe.block] = found
-        return found
+        embedding = self._by_shape.get(tokens.shape)
+        if embedding is None and latest is not None:
+            embedding = self._fitting(probe, tokens, latest)
+        if embedding is None:
+            # Tokens that enter the first block of a shape; copied: later layers may modify them in place.
+            embedding = tokens.clone()
+            self._by_shape[tokens.shape] = embedding
+        self._latest[probe.block] = embedding
+        return embedding
 
     def _fitting(self, probe: _Probe, tokens: Tensor, embedding: Tensor) -> Tensor | None:
-        """The block's embeddings, although tokens of another shape enter; None = these start a width of their own."""
+        """Embeddings of the block, if a component with another token shape accepts them.
+
+        None = the tokens start a new width, and become its embeddings.
+        """
         if probe.kind == "mha":
-            entering, own = tuple(embedding.shape), tuple(tokens.shape)
-            self._refuse(probe, f"tokens {entering} enter the block, which makes them {own} for it")
+            shapes = f"tokens {tuple(embedding.shape)} enter the block, which makes them {tuple(tokens.shape)} for it"
+            self._refuse(probe, shapes)
         axis = _channel_axis(probe.module)
         if tokens.shape[axis] == embedding.shape[axis]:
             return embedding
@@ -166,14 +180,16 @@ class Probes:
         return None
 
     def _padded(self, probe: _Probe, x: Tensor) -> Tensor:
+        """Embeddings padded with zeros to the input width of FC2."""
         width = linear_width(probe.module)
         assert width is not None
         axis = _channel_axis(probe.module)
         missing = width[0] - x.shape[axis]
         if missing < 0:
             self._refuse(probe, f"it takes {width[0]} channels, fewer than the {x.shape[axis]} of the tokens")
-        behind = x.ndim - 1 - axis % x.ndim
-        return pad(x, [0, 0] * behind + [0, missing])
+        # `pad` counts axes from the last one: none of those behind the channels is padded.
+        trailing_axes = x.ndim - 1 - axis % x.ndim
+        return pad(x, [0, 0] * trailing_axes + [0, missing])
 
     def _refuse(self, probe: _Probe, why: str, way_out: str = "Use another network.") -> NoReturn:
         name = self._blocks[probe.block].name
@@ -187,12 +203,12 @@ class Probes:
 
 def _probes(number: int, block: Block) -> list[_Probe]:
     owner, method = block.attention()
-    found = [_Probe(number, "mha", True, owner, method, block.mha)]
+    probes = [_Probe(number, "mha", True, owner, method, block.mha)]
     for kind in COMPONENTS:
         if kind != "mha":
             parts = block.component(kind)
-            found += [_Probe(number, kind, part is parts[0], part, "forward", part) for part in parts]
-    return found
+            probes += [_Probe(number, kind, part is parts[0], part, "forward", part) for part in parts]
+    return probes
 
 
 def _channel_axis(module: nn.Module) -> int:

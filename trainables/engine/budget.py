@@ -1,4 +1,4 @@
-"""The plan of a trial's budget: which phase a unit belongs to, and how many optimiser steps lie before it."""
+"""Budget plan of a trial: the phase of each unit, and the optimiser steps before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainables.engine.contract import Phase, Strategy
 
 @dataclass(frozen=True)
 class UnitPosition:
-    """Where a unit lies."""
+    """Position of a unit within the phases of a trial."""
 
     phase: Phase
     unit_in_phase: int
@@ -20,17 +20,17 @@ class UnitPosition:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The phases of one trial, in order, with the length of a unit in optimiser steps."""
+    """Phases of one trial in order, and the length of a unit in optimiser steps."""
 
     phases: tuple[Phase, ...]
     unit_steps: int
 
     @classmethod
     def of(cls, strategy: Strategy, budget: int, unit_steps: int) -> BudgetPlan:
-        """Ask the strategy for its phases.
+        """Plan the phases that a strategy defines for a budget.
 
         Raises:
-            ValueError: they take more units than the budget, or none.
+            ValueError: the phases take more units than the budget, or none.
         """
         phases = tuple(strategy.phases(budget))
         needed = sum(phase.units for phase in phases)
@@ -43,14 +43,19 @@ class BudgetPlan:
 
     @property
     def units(self) -> int:
-        """Units that the trial takes; may be fewer than its budget (linear probing takes one)."""
+        """Number of units; may be fewer than the budget (linear probing takes one)."""
         return sum(phase.units for phase in self.phases)
 
     def at(self, unit: int) -> UnitPosition:
-        """Where unit `unit` (0-based) lies. An IndexError beyond the plan."""
-        first = steps = 0
+        """Position of a unit (0-based).
+
+        Raises:
+            IndexError: the unit is beyond the plan.
+        """
+        first = 0
+        steps = 0
         for phase in self.phases:
-            length = 0 if phase.solve else self.unit_steps
+            length = 0 if phase.solve else self.unit_steps  # a closed-form phase takes no optimiser steps
             if unit < first + phase.units:
                 return UnitPosition(phase, unit - first, steps + (unit - first) * length)
             first += phase.units

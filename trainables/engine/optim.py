@@ -1,4 +1,4 @@
-"""Optimisers, schedules and the check that the sampled learning rates are really used."""
+"""Optimisers, learning-rate schedules, and the check that sampled learning rates are applied."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from trainables.specs.metrics import LR_BACKBONE, LR_HEAD
 
 
 def select_groups(groups: Sequence[ParamGroup], phase: Phase) -> list[ParamGroup]:
-    """The groups that one phase moves, in the strategy's order.
+    """Parameter groups that a phase trains, in the strategy's order.
 
     Raises:
         ValueError: the phase names a group that does not exist, nothing is selected, or a parameter is in two groups.
     """
     names = [group.name for group in groups]
-    wanted = set(names) if phase.groups is None else set(phase.groups)
-    if missing := sorted(wanted - set(names)):
+    requested = set(names) if phase.groups is None else set(phase.groups)
+    if missing := sorted(requested - set(names)):
         raise ValueError(
             f"Phase {phase.name!r} can only move parameter groups that exist ({', '.join(names) or 'none'}), "
             f"but it names {', '.join(map(repr, missing))}."
         )
-    chosen = [group for group in groups if group.name in wanted and len(group.parameters) > 0]
+    chosen = [group for group in groups if group.name in requested and len(group.parameters) > 0]
     if not chosen:
         raise ValueError(
             f"Phase {phase.name!r} must move at least one parameter, but its groups "
-            f"({', '.join(sorted(wanted)) or 'none'}) hold none. Check the strategy's selection."
+            f"({', '.join(sorted(requested)) or 'none'}) hold none. Check the strategy's selection."
         )
     owner: dict[int, str] = {}
     for group in chosen:
@@ -44,15 +44,15 @@ def select_groups(groups: Sequence[ParamGroup], phase: Phase) -> list[ParamGroup
 
 
 def freeze_all_but(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
-    """Set `requires_grad` on exactly the parameters of `groups`, and drop gradients of all others."""
-    moving = {id(parameter) for group in groups for parameter in group.parameters}
+    """Set `requires_grad` on exactly the parameters of `groups`; clear all gradients."""
+    trainable = {id(parameter) for group in groups for parameter in group.parameters}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in moving)
+        parameter.requires_grad_(id(parameter) in trainable)
         parameter.grad = None
 
 
 def resolved_rate(group: ParamGroup, parameter: nn.Parameter, feature_scale: float) -> float:
-    """The rate that the optimiser gets: `lr`, or for a weight of a relative group `lr / mean ‖φ‖²`.
+    """Learning rate of a parameter: `lr`, in relative groups divided by mean ‖φ‖².
 
     Why a quotient: for a linear head the curvature of the cross-entropy is proportional to ‖φ‖², so the largest stable
     step is proportional to 1/‖φ‖², and one range of `lr` then serves backbones of any feature scale. A bias is the
@@ -61,18 +61,19 @@ def resolved_rate(group: ParamGroup, parameter: nn.Parameter, feature_scale: flo
     """
     if not group.relative:
         return group.lr
-    return group.lr / (feature_scale if parameter.ndim > 1 else max(feature_scale, 1.0))
+    is_bias = parameter.ndim <= 1
+    return group.lr / (max(feature_scale, 1.0) if is_bias else feature_scale)
 
 
 def build_optimizer(
     groups: Sequence[ParamGroup], config: TrainingConfig, feature_scale: Callable[[], float]
 ) -> torch.optim.Optimizer:
-    """An optimiser over `groups`; fused on a GPU.
+    """Create the optimiser of `groups`; fused on a GPU.
 
     Args:
-        groups: what moves, see `select_groups`.
+        groups: groups to train, see `select_groups`.
         config: optimizer kind, momentum (β₁ for AdamW), weight decay.
-        feature_scale: gives mean ‖φ‖² of the pretrained training features; only called if a group is relative.
+        feature_scale: computes mean ‖φ‖² of the pretrained training features; only called if a group is relative.
 
     Raises:
         ValueError: a relative group where the mean squared norm is not a positive number.
@@ -84,9 +85,9 @@ def build_optimizer(
             "Use head_rate='absolute' or another backbone."
         )
     table = [
-        {"params": found, "name": group.name, "lr": rate, "initial_lr": rate}
+        {"params": parameters, "name": group.name, "lr": rate, "initial_lr": rate}
         for group in groups
-        for rate, found in _by_rate(group, scale).items()
+        for rate, parameters in _by_rate(group, scale).items()
     ]
     fused = all(p.is_cuda and p.is_floating_point() for group in groups for p in group.parameters)
     optimizer: torch.optim.Optimizer
@@ -100,15 +101,15 @@ def build_optimizer(
 
 
 def _by_rate(group: ParamGroup, feature_scale: float) -> dict[float, list[nn.Parameter]]:
-    """Parameters of a group by the rate that they get; one entry unless the features are small."""
-    found: dict[float, list[nn.Parameter]] = {}
+    """Parameters of a group by learning rate; one entry unless mean ‖φ‖² is below 1."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
     for parameter in group.parameters:
-        found.setdefault(resolved_rate(group, parameter, feature_scale), []).append(parameter)
-    return found
+        by_rate.setdefault(resolved_rate(group, parameter, feature_scale), []).append(parameter)
+    return by_rate
 
 
 def check_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], feature_scale: float) -> None:
-    """Raise RuntimeError unless every group's parameters sit in the optimiser at exactly the sampled rate."""
+    """Raise RuntimeError unless the optimiser trains each parameter at exactly its sampled rate."""
     actual = {id(p): float(table["initial_lr"]) for table in optimizer.param_groups for p in table["params"]}
     expected = {id(p): resolved_rate(group, p, feature_scale) for group in groups for p in group.parameters}
     if actual.keys() != expected.keys():
@@ -118,15 +119,16 @@ def check_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], 
         )
     for group in groups:
         for parameter in group.parameters:
-            rate, wrong = expected[id(parameter)], actual[id(parameter)]
-            if wrong != rate:
+            sampled = expected[id(parameter)]
+            used = actual[id(parameter)]
+            if used != sampled:
                 raise RuntimeError(
-                    f"Group {group.name!r} must train at the sampled rate {rate!r}, but the optimiser has {wrong!r}."
+                    f"Group {group.name!r} must train at the sampled rate {sampled!r}, but the optimiser has {used!r}."
                 )
 
 
 def rate_factor(step: int, total: int, config: TrainingConfig) -> float:
-    """What the base rates are multiplied by at `step` (0-based) of a phase of `total` steps: in [0, 1].
+    """Factor in [0, 1] on the base rates at `step` (0-based) of a phase of `total` steps.
 
     Linear warm-up from zero over `config.warmup * total` steps (the first step is already above zero), then constant,
     or cosine from 1 towards 0 (Loshchilov & Hutter 2017, without restarts). A pure function of the step, so that a
@@ -141,15 +143,15 @@ def rate_factor(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its base rate times `factor`."""
+    """Set every group's rate to its base rate times `factor`."""
     for table in optimizer.param_groups:
         table["lr"] = table["initial_lr"] * factor
 
 
 def current_rates(optimizer: torch.optim.Optimizer | None) -> Mapping[str, float]:
-    """`lr/backbone` and `lr/head` as they stand in the optimiser; 0 where nothing moves.
+    """Current learning rates `lr/backbone` and `lr/head`; 0 where nothing is trained.
 
-    A strategy may name its groups as it likes: every group but "head" counts as backbone, the largest rate is shown.
+    Group names are the strategy's choice: every group but "head" counts as backbone, and the largest rate is reported.
     """
     tables = [] if optimizer is None else optimizer.param_groups
     return {

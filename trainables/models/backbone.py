@@ -19,7 +19,7 @@ from trainables.specs.trial_spec import ModelSpec
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a backbone expects of its images, from timm's pretrained configuration."""
+    """Image preprocessing of a backbone, from timm's pretrained configuration."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -27,12 +27,12 @@ class DataConfig:
     crop_pct: float
     """Side of the evaluation crop as a share of the resized image's side."""
     image_size: int
-    """Side in pixels of the images that the network gets."""
+    """Side of the input images in pixels."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pristine pretrained network without its classifier; shared by all trials of a process, never changed."""
+    """Pristine pretrained network without classifier; shared by all trials of a process, read-only."""
 
     module: nn.Module
     """Images (B, 3, H, W) → pooled features (B, D); in eval mode."""
@@ -47,13 +47,14 @@ _loaded: dict[tuple[ModelSpec, int | None], Backbone] = {}
 
 
 def check_model(spec: ModelSpec) -> None:
-    """Refuse, without loading anything, a model that cannot be had.
+    """Refuse an unavailable model before loading anything.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), a weight file or folder that is missing or of another
+        ValueError: unknown name (with the closest matches), a weight file or folder that is missing or of another
             architecture, or a name without pretrained weights.
     """
-    name, weights = spec.name, Path(spec.weights) if spec.weights is not None else None
+    name = spec.name
+    weights = Path(spec.weights) if spec.weights is not None else None
     if weights is not None and not weights.exists():
         raise ValueError(f"Weights must be an existing file or folder, but {spec.weights} does not exist.")
     if name.startswith("local-dir:"):
@@ -61,26 +62,30 @@ def check_model(spec: ModelSpec) -> None:
     elif name not in NETWORKS and not name.startswith("hf-hub:"):
         _check_timm_name(name, needs_weights=spec.pretrained and weights is None)
     if weights is not None and weights.is_dir():
-        held, wanted = folder_architecture(weights), _timm_architecture(name)
-        if wanted is not None and held != wanted:
-            raise ValueError(f"Weights must be of the model's architecture {wanted}, but {weights} holds {held}.")
+        in_folder = folder_architecture(weights)
+        expected = _timm_architecture(name)
+        if expected is not None and in_folder != expected:
+            raise ValueError(
+                f"Weights must be of the model's architecture {expected}, but {weights} holds {in_folder}."
+            )
 
 
 def backbone_data_config(spec: ModelSpec, image_size: int | None = None) -> DataConfig:
-    """Normalisation, interpolation, crop share and side of one model; loads no weights."""
+    """Image preprocessing of a model, determined without loading weights."""
     check_model(spec)
     if spec.name in NETWORKS:
         return _data_config(architecture(spec.name), image_size)
-    return _data_config(create(_source(spec), pretrained=False, image_size=image_size, meta=True), image_size)
+    network = create(_source(spec), pretrained=False, image_size=image_size, meta=True)
+    return _data_config(network, image_size)
 
 
 def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path | None = None) -> Backbone:
-    """The pristine network of a spec, on the CPU; built once per process and arguments, then shared.
+    """Pristine network of a spec on the CPU, built once per process and arguments.
 
     Args:
-        spec: which network and weights.
-        image_size: side of its images; None = its own.
-        cache: where the demo networks are kept, see `trainables.storage.compute_once.cache_root`.
+        spec: network and weights.
+        image_size: side of its images; None = the network's default.
+        cache: folder of the demo networks, see `trainables.storage.compute_once.cache_root`.
 
     Raises:
         ValueError: the weights cannot be loaded (they are never replaced by random ones), or the network does not take
@@ -90,16 +95,17 @@ def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path 
     if key not in _loaded:
         module = _load(spec, image_size, cache).eval().requires_grad_(True)
         config = _data_config(module, image_size)
-        _loaded[key] = Backbone(module, config, _feature_count(module, spec.name, config.image_size), _digest(module))
+        num_features = _feature_count(module, spec.name, config.image_size)
+        _loaded[key] = Backbone(module, config, num_features, _digest(module))
     return _loaded[key]
 
 
 def _check_timm_name(name: str, needs_weights: bool) -> None:
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        known = [*timm.list_models(), *NETWORKS]
-        near = difflib.get_close_matches(base, known, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        available = [*timm.list_models(), *NETWORKS]
+        suggestions = difflib.get_close_matches(base, available, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, suggestions))}?" if suggestions else ""
         raise ValueError(
             f"A model is a timm name, local-dir:…, hf-hub:… or {' or '.join(NETWORKS)}, but got {name!r}.{hint}"
         )
@@ -111,7 +117,7 @@ def _check_timm_name(name: str, needs_weights: bool) -> None:
 
 
 def _timm_architecture(name: str) -> str | None:
-    """What a name stands for in timm; None where only the hub knows."""
+    """timm architecture of a model name; None for a hub model, whose config.json is not local."""
     if name in NETWORKS:
         return NETWORKS[name][0]
     if name.startswith("local-dir:"):
@@ -120,7 +126,7 @@ def _timm_architecture(name: str) -> str | None:
 
 
 def _source(spec: ModelSpec) -> str:
-    """What timm is asked for: a folder of weights brings its own configuration."""
+    """Model name to pass to timm: a folder of weights has a configuration of its own."""
     folder = spec.weights is not None and Path(spec.weights).is_dir()
     return f"local-dir:{spec.weights}" if folder else spec.name
 
@@ -141,18 +147,19 @@ def _load(spec: ModelSpec, image_size: int | None, cache: Path | None) -> nn.Mod
 
 
 def _data_config(module: nn.Module, image_size: int | None) -> DataConfig:
-    found = timm.data.resolve_model_data_config(module)
+    config = timm.data.resolve_model_data_config(module)
     return DataConfig(
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        interpolation=found["interpolation"],
-        crop_pct=found["crop_pct"],
-        image_size=image_size or found["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        image_size=image_size or config["input_size"][-1],
     )
 
 
 @torch.no_grad()
 def _feature_count(module: nn.Module, name: str, side: int) -> int:
+    """Width D of the pooled features, by a forward pass of one image."""
     try:
         shape = tuple(module(torch.zeros(1, 3, side, side)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -168,9 +175,12 @@ def _feature_count(module: nn.Module, name: str, side: int) -> int:
 
 
 def _digest(module: nn.Module) -> str:
-    # The structure counts too: two networks may share all weights and differ in an activation function.
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(module)).encode())
+    # The structure counts too: two networks may share all weights and differ in an activation function. Addresses of
+    # functions in its `repr` differ from process to process.
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(module))
+    digest = hashlib.sha256(structure.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
+        # As bytes: NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

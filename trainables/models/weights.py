@@ -1,4 +1,4 @@
-"""Pretrained weights into a network: all of them or a clear error, never a random tensor in their place."""
+"""Loading of pretrained weights: complete or an error, never a randomly initialised tensor."""
 
 from __future__ import annotations
 
@@ -19,49 +19,51 @@ LOADING_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
     SafetensorError,
 )  # fmt: skip
-"""What a missing, cut or foreign weight file or config.json raises, depending on its format."""
+"""Errors of a missing, truncated or foreign weight file or config.json, depending on its format."""
 
 
 def folder_architecture(folder: Path) -> str:
-    """The timm architecture of a folder in timm's `local-dir` layout.
+    """timm architecture of a folder in timm's `local-dir` layout.
 
     Raises:
         ValueError: the folder has no readable config.json, or it names no architecture.
     """
     try:
-        found = json.loads((folder / "config.json").read_text())["architecture"]
+        architecture = json.loads((folder / "config.json").read_text())["architecture"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"A local-dir model is a folder with weights and a config.json that names its timm architecture, but "
             f"{folder} has none ({type(error).__name__}). `timm.models.save_for_hf(model, folder)` writes one."
         ) from error
-    return str(found)
+    return str(architecture)
 
 
 def load_weight_file(module: nn.Module, path: Path) -> None:
-    """Read a state dict (`.safetensors`, or anything that torch reads with `weights_only`) into a backbone.
+    """Load a state dict file into a backbone.
 
-    timm's own filter for the architecture is applied, which renames tensors of the original publication and resamples
-    position embeddings to the network's image side. Tensors that the backbone does not have (a classifier) are ignored.
+    The file is `.safetensors`, or anything that torch reads with `weights_only`. timm's checkpoint filter for the
+    architecture renames tensors of the original publication and resamples position embeddings to the network's image
+    side. Tensors that the backbone does not have (a classifier) are ignored.
 
     Raises:
         ValueError: the file cannot be read, or lacks tensors of the network or has them in another shape.
     """
     try:
-        # Said, because the default of older timm was to run whatever a pickle names.
+        # Explicit, because older timm defaults to unpickling, which executes code of the file.
         state: dict[str, Tensor] = timm.models.load_state_dict(str(path), weights_only=True)
         select = checkpoint_filter(module)
         state = select(state, module) if select else state
-        foreign = [k for k, v in state.items() if not isinstance(v, Tensor) or v.layout != torch.strided]
-        if foreign:
-            raise ValueError(f"{foreign[0]} is no dense tensor")
+        not_dense = [k for k, v in state.items() if not isinstance(v, Tensor) or v.layout != torch.strided]
+        if not_dense:
+            raise ValueError(f"{not_dense[0]} is no dense tensor")
     except LOADING_ERRORS as error:
         raise ValueError(
             f"The weight file {path} cannot be read ({_brief(error)}). Give an undamaged .safetensors or .pth file of "
             "this architecture."
         ) from error
-    own = module.state_dict()
-    usable = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    expected = module.state_dict()
+    usable = {k: v for k, v in state.items() if k in expected and expected[k].shape == v.shape}
+    # Not strict: what the file has beyond the backbone (its classifier) is ignored, what it lacks is refused below.
     missing = module.load_state_dict(usable, strict=False).missing_keys
     if missing:
         raise ValueError(
@@ -71,18 +73,18 @@ def load_weight_file(module: nn.Module, path: Path) -> None:
 
 
 def create(name: str, *, pretrained: bool, image_size: int | None, meta: bool = False) -> nn.Module:
-    """timm's network of a name without its classifier.
+    """Create timm's network of a name without its classifier.
 
-    Random weights, where they are wanted, are the same in every process, and the caller's generator is left alone.
+    Random weights (`pretrained=False`) are the same in every process; the caller's random state is restored.
 
     Args:
         name: a timm name, `local-dir:…` or `hf-hub:…`.
         pretrained: load its weights.
-        image_size: side of its images; None = its own.
-        meta: make shapes only, without memory or weights.
+        image_size: side of its images; None = the network's default.
+        meta: create on the meta device: shapes only, without memory or weights.
 
     Raises:
-        ValueError: the weights cannot be had, or not all of them; the message has the command that mends it.
+        ValueError: the weights are unavailable or incomplete; the message has the command that fixes it.
     """
     try:
         with recorded_missing_keys() as missing, torch.random.fork_rng(devices=[]):
@@ -115,14 +117,14 @@ def _create(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
 
 
 def _remedy(name: str) -> str:
-    """The command that brings a model's weights to a machine, or mends a damaged download."""
+    """Instruction that downloads a model's weights, or repairs a damaged download."""
     if name.startswith("local-dir:"):
         return "Give a folder with undamaged weights of the architecture in its config.json."
     if name.startswith("hf-hub:"):
         repository = name.removeprefix("hf-hub:")
     else:
-        found = timm.models.get_pretrained_cfg(name)
-        repository = (found.hf_hub_id if found is not None else None) or ""
+        config = timm.models.get_pretrained_cfg(name)
+        repository = (config.hf_hub_id if config is not None else None) or ""
     if not repository:
         command = f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\""
         return f"With internet run `{command}`, or give model.weights."
@@ -133,9 +135,11 @@ def _remedy(name: str) -> str:
 
 
 def _brief(error: BaseException) -> str:
+    """One line of at most about 240 characters on why weights did not load."""
     text = " ".join(str(error).split())
-    if "weights_only" in text:  # torch's own way out is to run what the file says
-        named = re.search(r"Unsupported globals: (.+?)\. ", text)
-        return f"it asks for Python objects{f': {named[1]}' if named else ''}; Luthier reads nothing but tensors"
+    if "weights_only" in text:  # torch's own hint is to unpickle the file, which would execute its code
+        unsupported = re.search(r"Unsupported globals: (.+?)\. ", text)
+        objects = f": {unsupported[1]}" if unsupported else ""
+        return f"it asks for Python objects{objects}; Luthier reads nothing but tensors"
     text = text if len(text) <= 240 else f"{text[:239]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Linear probe: L2-regularised logistic regression on frozen features along a path of C, and its head."""
+"""Linear probe: L2-regularised logistic regression on frozen features, C chosen on validation data."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("luthier")
 
 Doubles = NDArray[np.float64]
-LOWEST_C, HIGHEST_C = -7, 2
-"""Powers of ten."""
+LOWEST_C = -7
+HIGHEST_C = 2
+"""Ends of the regularisation path, as powers of ten."""
 ABSENT = 1e-6
-"""Probability that a class without training images may have on any training image."""
+"""Upper bound on the probability of a class without training images, on any training image."""
 FORMAT = 1
-"""Of the solutions on disk; raised when they would be computed differently."""
+"""Version of the solutions on disk; increase when they would be computed differently."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One solution, for features as the backbone gives them."""
+    """Solution of one C, for unscaled features."""
 
     weight: NDArray[np.float32]
     """(K, D)"""
@@ -51,30 +52,32 @@ class Probe:
 
 
 def regularisation_path(count: int) -> list[float]:
-    """`count` values of C, log-spaced from 1e-7 to 1e2."""
+    """Log-spaced values of C from 1e-7 to 1e2."""
     return [float(c) for c in np.logspace(LOWEST_C, HIGHEST_C, count)]
 
 
 def fit_linear_probe(features: NDArray[Any], labels: NDArray[Any], C: float) -> tuple[Doubles, Doubles]:
-    """The optimum of C · Σᵢ cross-entropyᵢ + ½‖W‖² (scikit-learn's C; the bias is not penalised).
+    """Minimise C · Σᵢ cross-entropyᵢ + ½‖W‖² (scikit-learn's C; unpenalised bias).
 
     Args:
-        features: (N, D), used as they are.
+        features: (N, D), used without scaling.
         labels: (N,) integers 0 … K−1, each class present.
         C: inverse regularisation strength, positive.
 
     Returns:
-        weight (K, D) and bias (K,), float64. Two classes get a row each, of opposite sign; their difference is the one
-        row of scikit-learn.
+        weight (K, D) and bias (K,), float64. Two classes have a row each, of opposite sign; their difference is
+        scikit-learn's single row.
 
     Raises:
         ValueError: C is not positive, a feature is not finite, the lengths differ, or a class is missing.
     """
-    features, labels = np.asarray(features), np.asarray(labels)
+    features = np.asarray(features)
+    labels = np.asarray(labels)
     if not C > 0:
         raise ValueError(f"C must be positive, but got {C!r}.")
     _check_features(features, labels)
-    present, classes = np.unique(labels), int(labels.max()) + 1
+    present = np.unique(labels)
+    classes = int(labels.max()) + 1
     if len(present) != classes or classes < 2:
         raise ValueError(
             f"A linear probe needs at least two classes, numbered from 0 without a gap, but the labels hold "
@@ -84,14 +87,14 @@ def fit_linear_probe(features: NDArray[Any], labels: NDArray[Any], C: float) -> 
 
 
 def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> Probe:
-    """The probe of a trial's data with the best ID validation accuracy along an ascending path of C.
+    """Probe with the best ID validation accuracy along an ascending path of C.
 
-    Ties go to the lower validation NLL, then to the smaller C. Computed once per data and path and kept on disk beside
-    the features, so that LP and LP-FT share it.
+    Ties go to the lower validation NLL, then to the smaller C. Computed once per data and path and cached on disk, so
+    that LP and LP-FT share it.
 
     Args:
-        data: the trial's data; `train` is fitted, `val` chooses.
-        path: None = the reference practice of 100 values.
+        data: the trial's data; fitted on `train`, C selected on `val`.
+        path: values of C; None = the usual 100 (`regularisation_path`).
 
     Raises:
         ValueError: a feature is not finite, all features are alike, or fewer than two classes have training images.
@@ -103,23 +106,29 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
 
 
 def _choose(data: TrialData, path: Sequence[float]) -> Probe:
-    validation, targets = np.asarray(data.features("val"), dtype=np.float64), data.labels("val")
+    validation = np.asarray(data.features("val"), dtype=np.float64)
+    targets = data.labels("val")
     best: tuple[tuple[float, float], float, Doubles, Doubles] | None = None
     for C, weight, bias in _solutions(data, path):
         logits = validation @ weight.T + bias
-        score = (float((logits.argmax(1) == targets).mean()), -_nll(logits, targets))
+        accuracy = float((logits.argmax(1) == targets).mean())
+        score = (accuracy, -_nll(logits, targets))
+        # Strictly greater: of equal scores the first, with the smaller C, is kept.
         if best is None or score > best[0]:
             best = (score, C, weight, bias)
     assert best is not None
-    score, C, weight, bias = best
-    return Probe(weight.astype(np.float32), bias.astype(np.float32), C, score[0])
+    (accuracy, _), C, weight, bias = best
+    return Probe(weight.astype(np.float32), bias.astype(np.float32), C, accuracy)
 
 
 def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, Doubles, Doubles]]:
-    """C, weight (K, D) and bias (K,) along the path, the standardisation of the features folded in."""
-    features, labels = np.asarray(data.features("train"), dtype=np.float64), data.labels("train")
+    """Solutions (C, weight (K, D), bias (K,)) along the path, for unscaled features."""
+    features = np.asarray(data.features("train"), dtype=np.float64)
+    labels = data.labels("train")
     _check_features(features, labels)
-    mean, scale = float(features.mean()), float(features.std())
+    # One mean and one standard deviation for all channels: L2 regularisation depends on relative channel scales.
+    mean = float(features.mean())
+    scale = float(features.std())
     present, positions = np.unique(labels, return_inverse=True)
     if not scale > 0 or len(present) < 2:
         raise ValueError(
@@ -128,7 +137,9 @@ def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, 
         )
     standard = (features - mean) / scale
     for C, (rows, offsets) in zip(path, logistic_path(standard, positions, path, data.device), strict=True):
-        weight, bias = rows / scale, offsets - rows.sum(1) * mean / scale
+        # Fold the standardisation into the solution.
+        weight = rows / scale
+        bias = offsets - rows.sum(1) * mean / scale
         if len(present) < data.num_classes:
             weight, bias = _with_absent(weight, bias, present, data.num_classes, features)
         yield C, weight, bias
@@ -137,17 +148,23 @@ def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, 
 def _with_absent(
     weight: Doubles, bias: Doubles, present: NDArray[Any], classes: int, features: Doubles
 ) -> tuple[Doubles, Doubles]:
-    """Rows for classes without training images (in a fold without one domain): the optimum would send their bias to
-    minus infinity, so they get weight zero and the bias that leaves them a probability of at most `ABSENT`."""
+    """Add rows for classes without training images (in a fold without one domain).
+
+    Their optimal bias is minus infinity; they get weight zero and the bias that bounds their probability by `ABSENT`.
+    """
     logits = features @ weight.T + bias
-    highest = logits.max(1, keepdims=True)
-    least = float((highest[:, 0] + np.log(np.exp(logits - highest).sum(1))).min())
-    all_weight, all_bias = np.zeros((classes, weight.shape[1])), np.full(classes, least + np.log(ABSENT))
-    all_weight[present], all_bias[present] = weight, bias
+    highest = logits.max(1, keepdims=True)  # subtracted, so that the exponential cannot overflow
+    log_sum_exp = highest[:, 0] + np.log(np.exp(logits - highest).sum(1))
+    absent_bias = float(log_sum_exp.min()) + np.log(ABSENT)
+    all_weight = np.zeros((classes, weight.shape[1]))
+    all_bias = np.full(classes, absent_bias)
+    all_weight[present] = weight
+    all_bias[present] = bias
     return all_weight, all_bias
 
 
 def _nll(logits: Doubles, targets: NDArray[Any]) -> float:
+    """Mean negative log-likelihood."""
     shifted = logits - logits.max(1, keepdims=True)
     return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(targets)), targets]).mean())
 
@@ -163,19 +180,24 @@ def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
 
 
 def _save(probe: Probe, file: Path) -> None:
-    notes = {"probe": json.dumps({"C": probe.C, "val_accuracy": probe.val_accuracy})}
+    metadata = {"probe": json.dumps({"C": probe.C, "val_accuracy": probe.val_accuracy})}
     with atomic_file(file) as written:
-        save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=notes)
+        save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=metadata)
 
 
 def _load(file: Path) -> Probe | None:
-    """The solution on disk; None where there is none, or none that can be read (then it is computed again)."""
+    """Solution on disk; None if absent or damaged (it is then computed again)."""
     if not file.exists():
         return None
     try:
         with safe_open(file, framework="numpy") as tensors:
-            notes = json.loads(tensors.metadata()["probe"])
-            return Probe(tensors.get_tensor("weight"), tensors.get_tensor("bias"), notes["C"], notes["val_accuracy"])
+            metadata = json.loads(tensors.metadata()["probe"])
+            return Probe(
+                weight=tensors.get_tensor("weight"),
+                bias=tensors.get_tensor("bias"),
+                C=metadata["C"],
+                val_accuracy=metadata["val_accuracy"],
+            )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("The stored linear probe %s is damaged (%s) and is computed again.", file, error)
         return None
@@ -183,7 +205,7 @@ def _load(file: Path) -> Probe | None:
 
 @torch.no_grad()
 def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
-    """Copy a linear probe's solution into the head; returns the metrics that name it."""
+    """Copy a probe's solution into the head; returns its C and validation accuracy."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
     return {PROBE_C.name: probe.C, f"{PROBE_C.group}/val_{ACCURACY.key}": probe.val_accuracy}
