@@ -12,6 +12,8 @@ import pytest
 
 import search_spaces
 import trainables
+from benchmarks.support.import_graph import components
+from benchmarks.support.import_graph import imported as names_imported
 from tests.conftest import THOROUGH
 from tests.support.private_names import private_names
 from tests.support.source_tree import ROOT, calls, imported, name, parsed, sources
@@ -57,43 +59,12 @@ def import_graph(*folders: str) -> dict[str, set[str]]:
     trees = {
         file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): tree for file, tree in parsed(*folders)
     }
-    graph: dict[str, set[str]] = {}
-    for module, tree in trees.items():
-        targets = set(imported(tree))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module is not None:
-                targets |= {f"{node.module}.{alias.name}" for alias in node.names}
-        graph[module] = (targets & set(trees)) - {module}
-    return graph
+    return {module: (names_imported(tree) & set(trees)) - {module} for module, tree in trees.items()}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one module, each sorted (Tarjan, 1972)."""
-    index: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    components: list[list[str]] = []
-
-    def visit(module: str) -> None:
-        index[module] = lowest[module] = len(index)
-        stack.append(module)
-        for target in sorted(graph[module]):
-            if target not in index:
-                visit(target)
-                lowest[module] = min(lowest[module], lowest[target])
-            elif target in stack:
-                lowest[module] = min(lowest[module], index[target])
-        if lowest[module] == index[module]:
-            component = []
-            while not component or component[-1] != module:
-                component.append(stack.pop())
-            if len(component) > 1:
-                components.append(sorted(component))
-
-    for module in sorted(graph):
-        if module not in index:
-            visit(module)
-    return sorted(components)
+    """Strongly connected components of more than one module, each sorted."""
+    return sorted(sorted(component) for component in components(graph) if len(component) > 1)
 
 
 def literals(tree: ast.Module) -> Iterator[str]:
