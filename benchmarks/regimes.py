@@ -93,12 +93,15 @@ def _ratio(interval: Mapping[str, float] | None) -> str:
     return f"{interval['value']:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
 
 
-def _number(mean: float, half: float) -> str:
-    return "–" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+def _number(mean: float, half: float, digits: int = 2) -> str:
+    if math.isnan(mean):
+        return "–"
+    interval = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{mean:.{digits}f}{interval}"
 
 
 def _percent(mean: float, half: float) -> str:
-    return "–" if math.isnan(mean) else f"{100 * mean:.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
+    return _number(100 * mean, 100 * half, digits=1)
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.errors import did_you_mean
-from orchestrator.ingest.errors import DataError, counted, first_few
+from orchestrator.ingest.errors import DataError, first_few
 from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Sample, Source
+from orchestrator.wording import counted
 from trainables.data.splits import TEST, TRAIN, VAL, nested_order, stratified_split
 
 Integers = NDArray[np.int64]

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.ingest.assign import assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
-from orchestrator.ingest.errors import DataError, counted, existing, first_few
+from orchestrator.ingest.errors import DataError, existing, first_few
 from orchestrator.ingest.manifest import find_duplicates, in_words
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import Outcome, Source
+from orchestrator.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

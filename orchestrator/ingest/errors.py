@@ -47,18 +47,6 @@ def first_few(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + more
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """A count with its noun; `plural` where it is not the noun with an s.
-
-    Example:
-        >>> counted(1, "image"), counted(2, "image"), counted(2, "class", "classes")
-        ('1 image', '2 images', '2 classes')
-    """
-    if count == 1:
-        return f"1 {noun}"
-    return f"{count} {plural or noun + 's'}"
-
-
 def existing(path: Path) -> Path:
     """The path itself, after a check that it can be listed or read.
 

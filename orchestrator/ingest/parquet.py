@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from orchestrator.errors import did_you_mean
-from orchestrator.ingest.errors import SOURCE_HINT, DataError, counted, first_few, printable
+from orchestrator.ingest.errors import SOURCE_HINT, DataError, first_few, printable
 from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Sample
+from orchestrator.wording import counted
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "image_bytes", "bytes")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "coarse_label")

@@ -23,11 +23,12 @@ from filelock import FileLock
 
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodingProgress
-from orchestrator.ingest.errors import DataError, counted, first_few
+from orchestrator.ingest.errors import DataError, first_few
 from orchestrator.ingest.manifest import MANIFEST_VERSION, in_words
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import Source
 from orchestrator.ingest.writer import describe_quarantined, refuse_unreadable, row_bytes, write_store
+from orchestrator.wording import counted
 from trainables.data.store import DATA, FORMAT, MANIFEST, Store
 from trainables.specs.short_hash import short_hash
 from trainables.storage.atomic_files import write_text

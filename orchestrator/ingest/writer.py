@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
-from orchestrator.ingest.errors import DataError, counted, first_few
+from orchestrator.ingest.errors import DataError, first_few
 from orchestrator.ingest.manifest import describe, quarantine_list
 from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Outcome, Source
 from orchestrator.ingest.worker import write_at
+from orchestrator.wording import counted
 from trainables.data.store import DATA, FORMAT, MANIFEST
 from trainables.storage.atomic_files import atomic_folder
 
