@@ -21,26 +21,50 @@ THOROUGH = (
     "tests/orchestrator/commands/test_check.py",
     "tests/orchestrator/commands/test_submit.py",
     "tests/orchestrator/commands/test_sync.py",
-    "tests/orchestrator/running/test_circuit_breaker.py::test_p20_a_study_without_one_good_trial_has_failed",
-    "tests/orchestrator/tracking/test_follower.py",
-    "tests/orchestrator/tracking/test_tracking_",
+    "tests/orchestrator/ingest/test_decoding.py",
+    "tests/orchestrator/ingest/test_hostile_data.py",
+    "tests/orchestrator/ingest/test_pipeline.py",
+    "tests/orchestrator/planning/test_fsr.py::TestSearch",
+    "tests/orchestrator/report/test_page.py",
+    "tests/orchestrator/results/test_curves.py",
     "tests/orchestrator/results/test_shift_limit.py::TestInterval::test_it_holds_the_truth_as_often_as_it_says",
-    "tests/trainables/diagnostics/test_plasticity.py::test_it_does_not_depend_on_the_batch_size",
-    "tests/trainables/engine/test_weight_interpolation.py::test_alpha_1_is_the_tuned_network",
-    "tests/trainables/models/test_backbone.py::test_s11_weights_that_the_hub_cannot_give",
-    "tests/trainables/test_daft.py::TestNetworks",
-    "tests/trainables/test_linear_probe.py::test_it_agrees_with_scikit_learn",
+    "tests/orchestrator/running/test_circuit_breaker.py::test_p20_a_study_without_one_good_trial_has_failed",
+    "tests/orchestrator/running/test_watchdog.py",
+    "tests/orchestrator/search/test_paper_sweep.py",
+    "tests/orchestrator/search/test_replay.py",
+    "tests/orchestrator/search/test_searcher.py",
+    "tests/orchestrator/search/test_stages.py",
+    "tests/orchestrator/tracking/test_client.py",
+    "tests/orchestrator/tracking/test_follower.py",
+    "tests/orchestrator/tracking/test_local_database.py",
+    "tests/orchestrator/tracking/test_mlflow_internals.py",
+    "tests/orchestrator/tracking/test_process.py",
+    "tests/orchestrator/tracking/test_tracking_",
     "tests/test_full_fine_tuning.py",
+    "tests/test_task_seam.py",
+    "tests/trainables/diagnostics/test_plasticity.py::test_it_does_not_depend_on_the_batch_size",
+    "tests/trainables/diagnostics/test_plasticity.py::test_memory_does_not_grow_with_the_number_of_pairs",
+    "tests/trainables/engine/test_final_evaluation.py::test_a_rung_leaves",
+    "tests/trainables/engine/test_loop.py::test_a_step_needs_torch_and_timm_only",
     "tests/trainables/engine/test_resume.py",
     "tests/trainables/engine/test_resume_anywhere.py",
-    "tests/trainables/engine/test_loop.py::test_a_step_needs_torch_and_timm_only",
     "tests/trainables/engine/test_trial.py::test_a_resumed_run_continues_bit_for_bit",
-    "tests/trainables/engine/test_weight_interpolation.py::test_the_sweep_is_that_of_networks_made_by_hand",
+    "tests/trainables/engine/test_tune_trainable.py",
     "tests/trainables/engine/test_weight_interpolation.py::test_a_resumed_trial_knows_its_start",
-    "tests/trainables/diagnostics/test_plasticity.py::test_memory_does_not_grow_with_the_number_of_pairs",
+    "tests/trainables/engine/test_weight_interpolation.py::test_alpha_1_is_the_tuned_network",
+    "tests/trainables/engine/test_weight_interpolation.py::test_the_sweep_is_that_of_networks_made_by_hand",
+    "tests/trainables/models/test_backbone.py::test_s11_weights_that_the_hub_cannot_give",
+    "tests/trainables/models/test_transformer_blocks.py",
     "tests/trainables/storage/test_checkpoint_store.py::test_p3_a_process_killed",
+    "tests/trainables/tasks/test_toy_tasks.py::test_p28",
+    "tests/trainables/test_daft.py::TestNetworks",
+    "tests/trainables/test_layernorm.py::TestConformanceOf",
+    "tests/trainables/test_layernorm.py::TestSweep",
+    "tests/trainables/test_linear_probe.py::test_it_agrees_with_scikit_learn",
+    "tests/trainables/test_lora.py::TestConformanceOf",
+    "tests/trainables/test_lp_ft.py::test_its_first_loss",
 )
-"""Beginnings of the names of tests that take more than a second or two of CPU time: marked `thorough`."""
+"""Beginnings of the names of tests that take seconds each, or many together: marked `thorough`, left out when in haste."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -142,9 +166,7 @@ def make_trial(network: Callable[[str], str], one_thread: None, tmp_path: Path) 
 @pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
     """One torch thread, where speed does not matter and the machine is shared."""
-    import torch
+    from trainables.specs.torch_threads import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from trainables.specs.torch_threads import torch_threads
+
 SIDE = 16
 CLASSES = ("disc", "stripes", "cross", "corner")
 ID_DOMAINS = ("bright", "dim")
@@ -114,7 +116,7 @@ def write_network(kind: str, folder: Path) -> Path:
     """A network of a few thousand parameters, pretrained for a second on dim and inverted shapes, in timm's `local-dir`
     layout. (Random networks would not do: their features are nearly constant.)"""
     architecture, arguments = NETWORKS[kind]
-    with torch.random.fork_rng(devices=[]):
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=0, **arguments)
         _pretrain(model, model.num_features)

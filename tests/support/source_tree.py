@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,12 @@ def name(file: Path) -> str:
 def parsed(*folders: str) -> Iterator[tuple[str, ast.Module]]:
     """(name, syntax tree) of every Python file below the folders."""
     for file in sources(*folders):
-        yield name(file), ast.parse(file.read_text(encoding="utf-8"), name(file))
+        yield name(file), _tree(file)
+
+
+@cache
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), name(file))
 
 
 def imported(tree: ast.Module) -> Iterator[str]:

@@ -8,8 +8,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch.nn import functional
 
 from trainables.demo import digits
 from trainables.specs.short_hash import short_hash
+from trainables.specs.torch_threads import torch_threads
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.atomic_files import atomic_folder
 from trainables.storage.compute_once import cache_root, compute_once
@@ -104,7 +103,7 @@ def _existing_folder(folder: Path) -> Path | None:
 def _pretrain_into(folder: Path, name: str) -> Path:
     log.info("Pretraining %s on printed digits, once; it is kept in %s", name, folder)
     began = time.perf_counter()
-    with _one_thread():
+    with torch_threads(1):
         model = _pretrain(name)
     _save(model, name, folder)
     log.info("Pretrained %s in %.0f s", name, time.perf_counter() - began)
@@ -193,14 +192,3 @@ def _save(model: nn.Module, name: str, folder: Path) -> None:
     with atomic_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2))
         save_file(tensors, partial / "model.safetensors")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Sums are split over threads: the weights would depend on the cores of the process that trains them.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from trainables.specs.torch_threads import torch_threads
 
 Doubles = NDArray[np.float64]
 
@@ -83,7 +84,7 @@ class _Problem:
     def solve(self, c: float) -> None:
         """Move to the optimum for C = c."""
         ridge = self.penalty / (c * self.count)
-        with _threads(self.threads):
+        with torch_threads(self.threads):
             self._extrapolate(c, ridge)
             for _ in range(RESTARTS):
                 relative, evaluations = self._descend(ridge)
@@ -186,14 +187,3 @@ def _divide(rows: Tensor, triangle: Tensor, upper: bool) -> Tensor:
     """Solve X @ triangle = rows for X."""
     solution: Tensor = torch.linalg.solve_triangular(triangle, rows, upper=upper, left=False)
     return solution.contiguous()  # L-BFGS views its parameter and gradient as one row
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Number of torch threads within a block of code."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

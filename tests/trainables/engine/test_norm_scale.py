@@ -103,14 +103,14 @@ class TestLearned:
     @pytest.fixture
     def plain(self, trial: MakeLayerNormTrial) -> Trial:
         """The tuned network whose λ is learned below, at λ = 1."""
-        run = trial(lr_backbone=1.0)
+        run = trial()
         finish(run)
         return run
 
     def test_one_lambda_is_at_the_minimum_of_the_validation_loss_and_nothing_else_moves(
         self, trial: MakeLayerNormTrial, plain: Trial
     ) -> None:
-        run = trial(lam_choice="learned", lr_backbone=1.0)
+        run = trial(lam_choice="learned")
         lam = finish(run)["layernorm/lambda"]
         tuned = copies(plain.model)
         assert changed(tuned, run) == {f"{layer}.weight" for layer in layer_norms(run.model)}
