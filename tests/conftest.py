@@ -64,7 +64,7 @@ THOROUGH = (
     "tests/trainables/test_lora.py::TestConformanceOf",
     "tests/trainables/test_lp_ft.py::test_its_first_loss",
 )
-"""Beginnings of the names of tests that take seconds each, or many together: marked `thorough`, left out when in haste."""
+"""Beginnings of the names of tests that take seconds each, or many together: marked `thorough`; not in the fast run."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
