@@ -24,8 +24,8 @@ MAY_IMPORT_RAY = ("trainables/engine/tune_trainable.py", "trainables/engine/ray_
 MAY_READ_WEIGHTS = "trainables/models/weights.py"
 """The one module that reads `.pth` weight files, with `weights_only=True`."""
 LAYERS = (
-    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "study_file", "tracking", "search", "results",
-    "report", "planning", "running", "study", "commands", "cli",
+    "wording", "errors", "ray_internals", "cluster", "ingest", "record", "export", "study_file", "tracking", "search",
+    "results", "report", "planning", "running", "study", "commands", "cli",
 )  # fmt: skip
 """The parts of `orchestrator`; each may import those before it. Tracking is handed the summaries of results."""
 TRAINABLES_LAYERS = ("specs", "storage", "demo", "models", "data", "tasks", "diagnostics", "engine")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import StudyError, Terminated, redact
+from orchestrator.export.errors import RefusedExportError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,7 @@ PREFLIGHT_ERRORS = frozenset(
         "trainables.data.store.StoreError",
         "orchestrator.cluster.auth.ClusterError",
         "orchestrator.cluster.resources.ResourceError",
+        "orchestrator.export.errors.ModelFolderError",
     }
 )
 """Classes by name, because importing their modules takes seconds (torch, ray)."""
@@ -49,7 +51,7 @@ def of_error(error: BaseException) -> int:
     class_names = {f"{class_.__module__}.{class_.__qualname__}" for class_ in type(error).__mro__}
     if class_names & PREFLIGHT_ERRORS:
         return PREFLIGHT
-    return USAGE if isinstance(error, StudyError | FileExistsError) else FAILED
+    return USAGE if isinstance(error, StudyError | FileExistsError | RefusedExportError) else FAILED
 
 
 def of_trials(records: Sequence[TrialRecord]) -> int:

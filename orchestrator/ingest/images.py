@@ -119,6 +119,17 @@ def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as `decode` sees it before it is resized: upright, in 8-bit RGB.
+
+    Raises:
+        BadImageError: its pixels have no declared range of values.
+    """
+    file_format = str(image.format)
+    image.load()
+    return _to_rgb(_upright(image), file_format)[0]
+
+
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
         root=data.root,
         id=tuple(data.id),
         ood=tuple(data.ood),
-        image_size=math.floor(view.image_size / view.crop_pct),
+        image_size=view.stored_size,
         interpolation=view.interpolation,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
