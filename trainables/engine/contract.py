@@ -18,8 +18,8 @@ Calls, once per trial and in this order (`trainables.engine.trial.Trial`):
 8. `curves(model, data, tuned)`: on the finalized network of the last unit, before WiSE-FT interpolates it; evaluates
    the network at other points and restores every tensor.
 
-At units of `evaluate_at` before the last, 7 happens in between: afterwards the engine restores replaced modules, calls
-`undo_finalize`, and restores all tensors.
+At units of `evaluate_at` before the last, 7 happens in between: afterwards the engine restores replaced modules and all
+tensors; `finalize` must change nothing else.
 
 A strategy keeps no state between hooks: `prepare` returns it as `Prepared.state`, an argument of `param_groups` and
 `finalize`; `finalize` returns it as `Tuned.state`, an argument of `curves`. A resumed trial calls `prepare` again,
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from trainables.models.batch_norm import convert_batch_norm
+from trainables.models.low_rank import LowRankUpdate
 from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
 from trainables.specs.suggestions import did_you_mean
@@ -146,6 +147,8 @@ class Tuned:
     """Metrics to record once."""
     state: Any = None
     """Given to `curves`."""
+    merged: LowRankUpdate | None = None
+    """Low-rank update that was merged into the network; kept in place of the merged weights."""
 
 
 class Strategy:
@@ -232,9 +235,6 @@ class Strategy:
             prepared: state that `prepare` returned.
         """
         return Tuned()
-
-    def undo_finalize(self, model: TaskModel) -> None:
-        """Undo what `finalize` changed beside tensors and modules that it replaced; the engine restores those."""
 
     def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
         """Measurements by evaluation alone, such as accuracy over λ; every tensor is left as it was.

@@ -66,7 +66,6 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
         return FinalEvaluation(_scores(trial), report, curves)
     finally:
         snapshot.restore_modules()
-        trial.strategy.undo_finalize(model)
         snapshot.restore_tensors(model)
 
 
