@@ -72,7 +72,7 @@ def save_weights(folder: str | Path, weights: KeptWeights) -> WeightsFile:
     parts = dict(zip(PARTS, (weights.tensors, weights.adapter), strict=True))
     stored = {f"{part}/{name}": portable(value) for part, group in parts.items() for name, value in group.items()}
     with atomic_folder(target) as partial:
-        save_file(stored, partial / TENSORS)
+        _save_tensors(stored, partial / TENSORS)
         fault_point("in_weights")
         file = WeightsFile(file_digest(partial / TENSORS), (partial / TENSORS).stat().st_size)
         manifest = {"format": FORMAT, "sha256": file.sha256, "bytes": file.bytes, "meta": weights.meta}
@@ -123,6 +123,13 @@ def discard_weights(folder: str | Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # safetensors' own type for a full or failing disk
+        raise OSError(str(error)) from error
 
 
 def _read_manifest(source: Path) -> dict[str, Any]:
