@@ -61,6 +61,13 @@ class LoRA(Strategy):
         adapters = [p for name, p in model.backbone.named_parameters() if ".lora_" in name]
         return [ParamGroup("adapters", adapters, self.config.lr_backbone), self.head_group(model)]
 
+    def moving_parameters(self, model: TaskModel) -> int:
+        """A and B of every target and the head; the whole maps where WiSE-FT interpolates what was merged."""
+        maps = [model.backbone.get_submodule(name) for name in target_names(model.backbone, self.config.targets)]
+        whole = self.config.wise is not None
+        adapters = [m.weight.numel() if whole else self.config.rank * sum(m.weight.shape) for m in maps]
+        return sum(adapters) + sum(parameter.numel() for parameter in model.head.parameters())
+
     def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
         """Merge the adapters: the network has its plain structure again."""
         return Tuned(merged=merge(model))

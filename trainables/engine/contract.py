@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from trainables.models.batch_norm import convert_batch_norm
+from trainables.models.batch_norm import BATCH_NORMS, convert_batch_norm
 from trainables.models.low_rank import LowRankUpdate
 from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
@@ -211,6 +211,19 @@ class Strategy:
             ParamGroup("backbone", list(model.backbone.parameters()), self.config.lr_backbone),
             self.head_group(model),
         ]
+
+    def moving_parameters(self, model: TaskModel) -> int:
+        """Number of parameters that training changes, at most, from structure alone: the size of kept weights at plan
+        time. Default: those of `param_groups` before `prepare`, and those of BatchNorm where it is converted.
+
+        Args:
+            model: its tensors may be on the meta device.
+        """
+        moving = {id(p): p.numel() for group in self.param_groups(model) for p in group.parameters}
+        if getattr(self.config, "bn_conversion", False):
+            layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+            moving |= {id(p): p.numel() for module in layers for p in module.parameters(recurse=False)}
+        return sum(moving.values())
 
     def head_group(self, model: TaskModel) -> ParamGroup:
         """The head at η_w, or at η_θ where the configuration has none."""
