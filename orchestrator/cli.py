@@ -208,6 +208,19 @@ def sync(
 
 
 @app.command()
+def prune(
+    context: typer.Context,
+    study: StudyFileOrFolder = Path("study.yaml"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
+) -> None:
+    """Remove the kept weights and predictions of a study. Its record, results and report stay."""
+    from orchestrator.commands.prune import prune as remove
+
+    removed = remove(study, dry_run)
+    context.obj.result(removed.to_dict(), removed.render)
+
+
+@app.command()
 def demo(
     context: typer.Context,
     storage: Annotated[Path, typer.Option(help="Folder for the demo's studies.")] = Path("studies"),

@@ -13,6 +13,7 @@ from trainables.specs.metrics import ood
 if TYPE_CHECKING:
     from orchestrator.ingest.pipeline import IngestRequest
     from orchestrator.planning.fsr import ReferenceStage
+    from orchestrator.record.kept_files import Retention
     from orchestrator.record.records import TrialRecord
     from orchestrator.search.searcher import SearchSettings
     from orchestrator.search.stages import Choose, Entry, Stage
@@ -119,6 +120,14 @@ def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, 
         objectives=(metric_of(spec),),
         hints=hints,
     )
+
+
+def retention_of(spec: StudySpec) -> Retention:
+    """Which trials retain their weights and predictions."""
+    from orchestrator.record.kept_files import Retention
+
+    folds = spec.search.objective == "leave_one_domain_out"
+    return Retention(spec.keep, metric_of(spec), metrics_of(spec), LODO_CANDIDATES if folds else 0)
 
 
 def rungs_of(spec: StudySpec) -> tuple[int, ...]:

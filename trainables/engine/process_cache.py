@@ -33,10 +33,14 @@ def open_store(path: str) -> StoreLike:
 
 
 def pretrained_for(spec: ModelSpec, wanted: int | None, stored_side: int, cache: str | None) -> Backbone:
-    """The pristine backbone (on the CPU) at the side it sees images with: the wanted one, else its own, or the stored
-    side where that is smaller (pictures are never enlarged; timm interpolates position embeddings)."""
-    side = wanted or (stored_side if stored_side < _native_side(spec) else None)
-    return load_pretrained(spec, side, Path(cache) if cache else None)
+    """The pristine backbone (on the CPU) at the side it sees images with, see `requested_side`."""
+    return load_pretrained(spec, requested_side(spec, wanted, stored_side), Path(cache) if cache else None)
+
+
+def requested_side(spec: ModelSpec, wanted: int | None, stored_side: int) -> int | None:
+    """Image side that a network is built for: the wanted one, or the stored side where that is smaller than its own
+    (pictures are never enlarged; timm interpolates position embeddings); None = its own."""
+    return wanted or (stored_side if stored_side < _native_side(spec) else None)
 
 
 def on_device(backbone: Backbone, device: torch.device) -> Backbone:
