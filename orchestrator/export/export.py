@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from torch import nn
 
 from orchestrator.export.card import CardFacts, render_card
 from orchestrator.export.errors import RefusedExportError
-from orchestrator.export.formats import FORMATS
+from orchestrator.export.formats import FORMATS, AdapterMaterial, Material
 from orchestrator.export.proof import Proof, prove
 from orchestrator.export.timm_folder import CARD, write_facts
 from trainables.data.transforms import BatchTransform
 from trainables.models.backbone import DataConfig
+from trainables.models.low_rank import LowRankUpdate
 from trainables.models.task_model import TaskModel
-from trainables.models.timm_classifier import timm_classifier
+from trainables.models.timm_classifier import TimmClassifier, timm_classifier
 from trainables.specs.suggestions import did_you_mean
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.atomic_files import atomic_folder
@@ -42,6 +44,10 @@ class TunedModel:
     facts: CardFacts
     pictures: NDArray[np.uint8]
     """Stored pixels (n, H, H, 3) of the test split, for the comparison."""
+    update: LowRankUpdate | None = None
+    """Low-rank update that was merged into the network; None = none, or none that gives its weights."""
+    pretrained: nn.Module | None = None
+    """The pretrained network without classifier, where there is an update."""
     proof: Sequence[str] = ()
     """Sentences on comparisons of the network itself with the record."""
 
@@ -88,9 +94,12 @@ def export_model(tuned: TunedModel, folder: Path, format_name: str = "timm") -> 
     preprocessing = tuned.preprocessing
     network: nn.Module = tuned.network.cpu().eval()
     classifier = timm_classifier(tuned.network, tuned.spec, preprocessing.image_size)
+    adapter = None
+    if tuned.update is not None and tuned.pretrained is not None:
+        adapter = AdapterMaterial(tuned.update, _base(tuned, tuned.pretrained))
     transform = BatchTransform(preprocessing.mean, preprocessing.std, preprocessing.image_size, ())
     with atomic_folder(folder.absolute()) as partial:
-        written = target_format.write(partial, classifier, tuned.classes, preprocessing)
+        written = target_format.write(partial, Material(classifier, tuned.classes, preprocessing, adapter))
         with torch.no_grad():
             proof = prove(written.run, network, transform, tuned.pictures, target_format.tolerance)
         card = render_card(
@@ -101,8 +110,17 @@ def export_model(tuned: TunedModel, folder: Path, format_name: str = "timm") -> 
             [*tuned.proof, proof.sentence()],
         )
         (partial / CARD).write_text(card, encoding="utf-8")
-        write_facts(partial, _facts(tuned, format_name, proof), written.files)
+        write_facts(partial, {**_facts(tuned, format_name, proof), **written.facts}, written.files)
     return Exported(folder, format_name, proof)
+
+
+def _base(tuned: TunedModel, pretrained: nn.Module) -> TimmClassifier:
+    """The pretrained network under a classifier of zeros."""
+    head = copy.deepcopy(tuned.network.head)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    return timm_classifier(TaskModel(pretrained, head), tuned.spec, tuned.preprocessing.image_size)
 
 
 def _facts(tuned: TunedModel, format_name: str, proof: Proof) -> dict[str, Any]:

@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestrator.export.errors import ExportError
+from orchestrator.export.errors import ExportError, RefusedExportError
 from orchestrator.export.proof import Runner
 from orchestrator.export.timm_folder import write_config, write_weights
 from trainables.models.backbone import DataConfig
+from trainables.models.low_rank import LowRankUpdate
 from trainables.models.timm_classifier import TimmClassifier
 
 ONNX = "model.onnx"
 TORCH_EXPORT = "model.pt2"
+ADAPTER = "adapter_model.safetensors"
+BACKBONE = "backbone."
+"""Beginning of the names of a task model's backbone."""
+PEFT = "base_model.model."
+"""Beginning of the names in an adapter file."""
 EXAMPLE = 2
 """Pictures in the example that a network is traced with. With one, torch fixes the batch to one without a warning."""
+
+
+@dataclass(frozen=True)
+class AdapterMaterial:
+    """Low-rank updates before they were merged, and the network that they belong to."""
+
+    update: LowRankUpdate
+    base: TimmClassifier
+    """The pretrained network under an untrained classifier."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What formats are made of."""
+
+    classifier: TimmClassifier
+    """The tuned network; adapters merged."""
+    classes: Sequence[str]
+    """Names, in the order of the logits."""
+    preprocessing: DataConfig
+    adapter: AdapterMaterial | None = None
+    """None = the network was not tuned by low-rank updates alone."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +68,15 @@ class Written:
     """The model as it was read back."""
     usage: str
     """Python code that reads it without Luthier."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For luthier.json, as JSON values."""
 
 
 @dataclass(frozen=True)
 class Format:
     """A kind of exported folder."""
 
-    write: Callable[[Path, TimmClassifier, Sequence[str], DataConfig], Written]
+    write: Callable[[Path, Material], Written]
     tolerance: float
     """Largest difference of a logit, as a share of the largest."""
 
@@ -66,15 +100,15 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(self.session.run(["logits"], {"images": pixels})[0])
 
 
-def write_timm(folder: Path, classifier: TimmClassifier, classes: Sequence[str], preprocessing: DataConfig) -> Written:
+def write_timm(folder: Path, material: Material) -> Written:
     """config.json and model.safetensors, read back by timm itself."""
-    write_config(folder, classifier, classes, preprocessing)
-    write_weights(folder, classifier.module)
+    write_config(folder, material.classifier, material.classes, material.preprocessing)
+    write_weights(folder, material.classifier.module)
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return Written(("config.json", "model.safetensors"), network, _TIMM_USAGE)
 
 
-def write_onnx(folder: Path, classifier: TimmClassifier, classes: Sequence[str], preprocessing: DataConfig) -> Written:
+def write_onnx(folder: Path, material: Material) -> Written:
     """model.onnx with a free batch axis, class names and preprocessing in its metadata; config.json beside it.
 
     Raises:
@@ -83,12 +117,12 @@ def write_onnx(folder: Path, classifier: TimmClassifier, classes: Sequence[str],
     _require_onnx("onnx", "onnxruntime", "onnxscript")
     import onnx
 
-    write_config(folder, classifier, classes, preprocessing)
+    write_config(folder, material.classifier, material.classes, material.preprocessing)
     path = folder / ONNX
     try:
         torch.onnx.export(
-            classifier.module,
-            (_example(preprocessing),),
+            material.classifier.module,
+            (_example(material.preprocessing),),
             str(path),
             input_names=["images"],
             output_names=["logits"],
@@ -98,11 +132,12 @@ def write_onnx(folder: Path, classifier: TimmClassifier, classes: Sequence[str],
             verbose=False,
         )
     except Exception as error:  # tracing fails in as many ways as networks are written
-        raise _untraceable("ONNX", classifier, error) from error
+        raise _untraceable("ONNX", material.classifier, error) from error
     proto = onnx.load(str(path))
+    preprocessing = material.preprocessing
     side = preprocessing.image_size
     metadata = {
-        "class_names": json.dumps(list(classes)),
+        "class_names": json.dumps(list(material.classes)),
         "preprocessing": json.dumps(
             {
                 "resize_shorter_side": preprocessing.stored_size,
@@ -127,33 +162,131 @@ def write_onnx(folder: Path, classifier: TimmClassifier, classes: Sequence[str],
     return Written(("config.json", ONNX), network, _ONNX_USAGE)
 
 
-def write_torch_export(
-    folder: Path, classifier: TimmClassifier, classes: Sequence[str], preprocessing: DataConfig
-) -> Written:
+def write_torch_export(folder: Path, material: Material) -> Written:
     """model.pt2 with a free batch axis; config.json beside it.
 
     Raises:
         ExportError: the network cannot be traced with a free batch axis.
     """
-    write_config(folder, classifier, classes, preprocessing)
+    write_config(folder, material.classifier, material.classes, material.preprocessing)
     path = folder / TORCH_EXPORT
     try:
         program = torch.export.export(
-            classifier.module,
-            (_example(preprocessing),),
+            material.classifier.module,
+            (_example(material.preprocessing),),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )
-        torch.export.save(program, str(path), extra_files={"class_names.json": json.dumps(list(classes))})
+        torch.export.save(program, str(path), extra_files={"class_names.json": json.dumps(list(material.classes))})
     except Exception as error:  # tracing fails in as many ways as networks are written
-        raise _untraceable("torch.export", classifier, error) from error
+        raise _untraceable("torch.export", material.classifier, error) from error
     module: Any = torch.export.load(str(path)).module()
     return Written(("config.json", TORCH_EXPORT), module, _TORCH_EXPORT_USAGE)
+
+
+def write_peft(folder: Path, material: Material) -> Written:
+    """An adapter folder of peft: A and B of every tuned map, and the head; config.json beside it.
+
+    Raises:
+        ExportError: peft is not installed.
+        RefusedExportError: the network was not tuned by low-rank updates.
+    """
+    adapter = material.adapter
+    if adapter is None:
+        raise RefusedExportError(
+            "The format peft holds low-rank updates, but this trial has none that give its weights. Use --format timm."
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ExportError('The format peft needs peft, which is not installed. pip install "luthier[lora]"')
+    import peft
+
+    update = adapter.update
+    paths = {target: target.removeprefix(BACKBONE) for target in update.targets}
+    heads = material.classifier.heads
+    config = peft.LoraConfig(
+        r=update.rank,
+        lora_alpha=int(update.alpha) if float(update.alpha).is_integer() else update.alpha,
+        target_modules=list(paths.values()),
+        modules_to_save=list(heads),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    state: dict[str, Tensor] = {}
+    for target, path in paths.items():
+        for part in ("lora_A", "lora_B"):
+            state[f"{PEFT}{path}.{part}.weight"] = update.tensors[f"{target}.{part}"].detach().cpu().clone()
+    for head in heads:
+        for name, value in material.classifier.module.get_submodule(head).state_dict().items():
+            state[f"{PEFT}{head}.{name}"] = value.clone()
+    write_config(folder, material.classifier, material.classes, material.preprocessing)
+    config.save_pretrained(str(folder))
+    save_file(state, folder / ADAPTER, metadata={"format": "pt"})
+    base = copy.deepcopy(adapter.base.module)
+    network = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    digest = backbone_digest(adapter.base)
+    architecture = adapter.base.architecture
+    facts = {"base_model": {"architecture": architecture.name, "model_args": architecture.model_args, "sha256": digest}}
+    arguments = "".join(f", {name}={value!r}" for name, value in architecture.model_args.items())
+    usage = (
+        _PEFT_USAGE.replace("ARCHITECTURE", architecture.name)
+        .replace("CLASSES", str(len(material.classes)))
+        .replace("ARGUMENTS", arguments)
+        .replace("HEADS", repr(heads))
+        .replace("DIGEST", digest)
+    )
+    return Written(("config.json", "adapter_config.json", ADAPTER), network, usage, facts)
+
+
+def write_mlflow(folder: Path, material: Material) -> Written:
+    """A model of MLflow whose code is text and whose weights are safetensors: nothing of it is pickled."""
+    import mlflow
+    import timm
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    side = material.preprocessing.image_size
+    floats = np.dtype(np.float32)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(floats, (-1, 3, side, side), "images")]),
+        outputs=Schema([TensorSpec(floats, (-1, len(material.classes)), "logits")]),
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        network = Path(temporary) / "model"
+        network.mkdir()
+        write_config(network, material.classifier, material.classes, material.preprocessing)
+        write_weights(network, material.classifier.module)
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(Path(__file__).with_name("mlflow_code.py")),
+            artifacts={"model": str(network)},
+            signature=signature,
+            input_example={"images": _example(material.preprocessing).numpy()},
+            pip_requirements=[f"{package.__name__}=={package.__version__}" for package in (mlflow, timm, torch)],
+        )
+    loaded = mlflow.pyfunc.load_model(str(folder))
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(loaded.predict({"images": images.numpy()})))
+
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return Written(files, run, _MLFLOW_USAGE)
+
+
+def backbone_digest(classifier: TimmClassifier) -> str:
+    """SHA-256 over the names and bytes of all tensors but the classifier's, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(classifier.module.state_dict().items()):
+        if not name.startswith(tuple(f"{head}." for head in classifier.heads)):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 FORMATS: dict[str, Format] = {
     "timm": Format(write_timm, 1e-5),
     "onnx": Format(write_onnx, 1e-4),
     "torch_export": Format(write_torch_export, 1e-5),
+    "mlflow": Format(write_mlflow, 1e-5),
+    "peft": Format(write_peft, 1e-5),
 }
 """Values of `luthier export --format`."""
 
@@ -200,6 +333,33 @@ transform = create_transform(**resolve_model_data_config(model))
 with torch.no_grad():
     logits = model(transform(rgb("picture.jpg"))[None])
 print(model.pretrained_cfg["label_names"][logits.argmax(1)])
+"""
+
+_PEFT_USAGE = """
+import hashlib, json, timm
+from peft import PeftModel
+
+# The base must be the network that was tuned, with its pretrained weights: compare the digest.
+base = timm.create_model("ARCHITECTURE", num_classes=CLASSESARGUMENTS)  # and load the pretrained weights
+digest = hashlib.sha256()
+for name, tensor in sorted(base.state_dict().items()):
+    if not name.startswith(tuple(f"{head}." for head in HEADS)):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+assert digest.hexdigest() == "DIGEST", "another base network"
+model = PeftModel.from_pretrained(base, "DIR").eval()  # the adapter brings the head; .merge_and_unload() merges it
+classes = json.load(open("DIR/config.json"))["label_names"]
+"""
+
+_MLFLOW_USAGE = f"""
+import glob, json, mlflow
+from timm.data import create_transform
+{_PICTURES}
+model = mlflow.pyfunc.load_model("DIR")
+config = json.load(open(glob.glob("DIR/artifacts/*/config.json")[0]))
+names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+transform = create_transform(**{{name: config["pretrained_cfg"][name] for name in names}})
+logits = model.predict({{"images": transform(rgb("picture.jpg"))[None].numpy()}})
+print(config["label_names"][logits.argmax(1)[0]])
 """
 
 _ONNX_USAGE = f"""

@@ -113,7 +113,8 @@ class Model:
             raise ValueError(
                 f"A picture must be one that training could read, but this one is not: {error}."
             ) from error
-        return np.asarray(square(rgb, self.preprocessing.stored_size, self.preprocessing.interpolation))
+        view = self.preprocessing
+        return np.asarray(square(rgb, view.stored_size, view.interpolation, view.image_size))
 
 
 def load(path: str | Path, device: torch.device | str | None = None) -> Model:

@@ -100,14 +100,15 @@ def decoded(
     size = max(1, CHUNK_BYTES // row_bytes)
     unreadable = 0
     for start in range(0, len(pictures), size):
-        chunk = _decode(pictures[start : start + size], side, preprocessing.interpolation)
+        chunk = _decode(pictures[start : start + size], preprocessing)
         unreadable += len(chunk.unreadable)
         if progress is not None:
             progress(min(start + size, len(pictures)), len(pictures), unreadable)
         yield chunk
 
 
-def _decode(pictures: Sequence[Picture], side: int, interpolation: str) -> DecodedChunk:
+def _decode(pictures: Sequence[Picture], preprocessing: DataConfig) -> DecodedChunk:
+    side = preprocessing.stored_size
     row_bytes = side * side * 3
     source = FolderSource(
         kind="folder",
@@ -119,7 +120,7 @@ def _decode(pictures: Sequence[Picture], side: int, interpolation: str) -> Decod
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(len(pictures) * row_bytes)
         offsets = np.arange(len(pictures), dtype=np.int64) * row_bytes
-        job = DecodeJob(side, interpolation, Path(file.name), offsets)
+        job = DecodeJob(side, preprocessing.interpolation, Path(file.name), offsets, preprocessing.image_size)
         outcomes = decode_all(source, range(len(pictures)), job)
         readable = [position for position, outcome in outcomes.items() if outcome.reason is None]
         pixels = np.fromfile(file.name, np.uint8).reshape(-1, side, side, 3)[readable]

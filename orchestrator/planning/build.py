@@ -46,6 +46,7 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
         id=tuple(data.id),
         ood=tuple(data.ood),
         image_size=view.stored_size,
+        crop_size=view.image_size if view.crop_rounds else None,
         interpolation=view.interpolation,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,

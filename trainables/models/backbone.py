@@ -35,6 +35,12 @@ class DataConfig:
         """Side of the square that the evaluation crop is taken from, in pixels; rounded as timm rounds it."""
         return math.floor(self.image_size / self.crop_pct)
 
+    @property
+    def crop_rounds(self) -> bool:
+        """Whether cropping twice, to `stored_size` and to `image_size`, may differ from cropping once by a pixel."""
+        # Half the margin is a whole and even number otherwise, which commutes with rounding half to even.
+        return (self.stored_size - self.image_size) % 4 != 0
+
 
 @dataclass(frozen=True)
 class Backbone:

@@ -36,6 +36,8 @@ class TimmClassifier:
     module: nn.Module
     """Images (B, 3, H, W) → logits (B, K); on the CPU, in eval mode."""
     architecture: Architecture
+    heads: tuple[str, ...]
+    """Paths of the modules that the backbone does not have."""
 
 
 def architecture_of(spec: ModelSpec) -> Architecture:
@@ -84,9 +86,9 @@ def timm_classifier(model: TaskModel, spec: ModelSpec, image_size: int) -> TimmC
         )
     source = architecture_of(spec)
     module, arguments = _build(source, head.out_features, image_size)
-    state = _renamed(model, module, source.name)
+    state, heads = _renamed(model, module, source.name)
     module.load_state_dict(state, strict=True)
-    return TimmClassifier(module.eval().requires_grad_(False), Architecture(source.name, arguments))
+    return TimmClassifier(module.eval().requires_grad_(False), Architecture(source.name, arguments), heads)
 
 
 def _build(source: Architecture, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -103,8 +105,8 @@ def _build(source: Architecture, num_classes: int, image_size: int) -> tuple[nn.
 
 
 @torch.no_grad()
-def _renamed(model: TaskModel, module: nn.Module, name: str) -> dict[str, Tensor]:
-    """State dict of `module` that computes what `model` computes."""
+def _renamed(model: TaskModel, module: nn.Module, name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """State dict of `module` that computes what `model` computes, and the paths of its classifier's parts."""
     expected = module.state_dict()
     backbone = {key: value.detach().cpu().clone() for key, value in model.backbone.state_dict().items()}
     foreign = [key for key, value in backbone.items() if key not in expected or expected[key].shape != value.shape]
@@ -118,7 +120,7 @@ def _renamed(model: TaskModel, module: nn.Module, name: str) -> dict[str, Tensor
     for owner in owners:
         for key, value in _classifier_tensors(module.get_submodule(owner), model.head, name, owner).items():
             backbone[f"{owner}.{key}"] = value
-    return backbone
+    return backbone, tuple(owners)
 
 
 def _classifier_tensors(part: nn.Module, head: nn.Linear, name: str, path: str) -> dict[str, Tensor]:

@@ -1,0 +1,27 @@
+"""Code of an exported MLflow model: it is copied into the model's folder, and needs timm and torch, not Luthier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlflow
+import numpy as np
+
+
+class TimmModel(mlflow.pyfunc.PythonModel):
+    """Normalised images (B, 3, S, S) float32 → logits (B, K), by a folder in timm's `local-dir` layout."""
+
+    def load_context(self, context: Any) -> None:
+        import timm
+
+        self.network = timm.create_model(f"local-dir:{context.artifacts['model']}", pretrained=True).eval()
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            logits = self.network(torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.float32)))
+        return np.asarray(logits.numpy())
+
+
+mlflow.models.set_model(TimmModel())
