@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -240,15 +241,14 @@ def write_peft(folder: Path, material: Material) -> Written:
 def write_mlflow(folder: Path, material: Material) -> Written:
     """A model of MLflow whose code is text and whose weights are safetensors: nothing of it is pickled."""
     import mlflow
-    import timm
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
     side = material.preprocessing.image_size
     floats = np.dtype(np.float32)
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(floats, (-1, 3, side, side), "images")]),
-        outputs=Schema([TensorSpec(floats, (-1, len(material.classes)), "logits")]),
+        inputs=Schema([TensorSpec(floats, (-1, 3, side, side))]),
+        outputs=Schema([TensorSpec(floats, (-1, len(material.classes)))]),
     )
     with tempfile.TemporaryDirectory() as temporary:
         network = Path(temporary) / "model"
@@ -260,13 +260,13 @@ def write_mlflow(folder: Path, material: Material) -> Written:
             python_model=str(Path(__file__).with_name("mlflow_code.py")),
             artifacts={"model": str(network)},
             signature=signature,
-            input_example={"images": _example(material.preprocessing).numpy()},
-            pip_requirements=[f"{package.__name__}=={package.__version__}" for package in (mlflow, timm, torch)],
+            input_example=_example(material.preprocessing).numpy(),
+            pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "timm", "torch")],
         )
     loaded = mlflow.pyfunc.load_model(str(folder))
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(loaded.predict({"images": images.numpy()})))
+        return torch.from_numpy(np.asarray(loaded.predict(images.numpy())))
 
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return Written(files, run, _MLFLOW_USAGE)
@@ -358,7 +358,7 @@ model = mlflow.pyfunc.load_model("DIR")
 config = json.load(open(glob.glob("DIR/artifacts/*/config.json")[0]))
 names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 transform = create_transform(**{{name: config["pretrained_cfg"][name] for name in names}})
-logits = model.predict({{"images": transform(rgb("picture.jpg"))[None].numpy()}})
+logits = model.predict(transform(rgb("picture.jpg"))[None].numpy())
 print(config["label_names"][logits.argmax(1)[0]])
 """
 

@@ -125,13 +125,20 @@ def predict_store(model: Model, store: Store, split: str, batch_size: int) -> Pr
 
     Raises:
         ValueError: no such split.
-        DataError: the store's pictures are of another size than the model's.
+        DataError: the store's pictures are of another size or were resized in another way than the model's.
     """
     side = model.preprocessing.stored_size
     if store.image_size != side:
         raise DataError(
             f"A data store for this model has pictures of {side} pixels, but {store.path} has {store.image_size}. "
             "Predict the pictures themselves."
+        )
+    request = store.manifest.get("request") or {}
+    interpolation = request.get("interpolation", model.preprocessing.interpolation)
+    if interpolation != model.preprocessing.interpolation:
+        raise DataError(
+            f"A data store for this model was made with {model.preprocessing.interpolation} interpolation, but "
+            f"{store.path} with {interpolation}. Predict the pictures themselves."
         )
     labels = [store.classes[index] for index in store.labels(split)]
     logits = model.logits(store.images(split), batch_size)

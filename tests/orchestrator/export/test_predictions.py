@@ -201,7 +201,7 @@ class TestStores:
     def test_a_split_of_a_data_store(self, model: Path, tmp_path: Path) -> None:
         root = pictures(tmp_path / "pictures", NUMBERS, suffix=".png")
         side = luthier.load(model).preprocessing.stored_size
-        store = read(root, tmp_path / "data", image_size=side, interpolation="bicubic", crop_size=32)
+        store = read(root, tmp_path / "data", image_size=side, interpolation="bilinear", crop_size=32)
         code, out, _ = command(model, store.path, "-o", tmp_path / "store.csv", "--split", "val", "--domain-report")
         assert code == 0
         names = store.names("val")
@@ -217,6 +217,14 @@ class TestStores:
         code, _, err = command(model, store.path, "-o", tmp_path / "out.csv")
         assert code == 4
         assert "has 40" in err
+
+    def test_a_store_that_was_resized_in_another_way(self, model: Path, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "pictures", NUMBERS, suffix=".png")
+        side = luthier.load(model).preprocessing.stored_size
+        store = read(root, tmp_path / "data", image_size=side, interpolation="bicubic")
+        code, _, err = command(model, store.path, "-o", tmp_path / "out.csv")
+        assert code == 4
+        assert "with bicubic" in err
 
 
 class TestPython:
