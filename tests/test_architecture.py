@@ -36,6 +36,12 @@ PRIVATE_NAMES = {
 }  # fmt: skip
 """May use names that another library keeps private, each with a contract test. Conventions of timm and of Ray's logs
 that are no names are in `trainables/models/timm_internals.py` and `trainables/engine/ray_internals.py`."""
+READ_BACK = {
+    ("orchestrator/export/formats.py", "mlflow.pyfunc.load_model"),
+    ("orchestrator/export/formats.py", "torch.export.load"),
+}
+"""(file, function) that reads a format which may hold code: only what the same process has just written, to compare it.
+`luthier.load` and `luthier predict` read neither format."""
 REGISTRIES = (
     "orchestrator/cluster/shipping.py",
     "search_spaces/__init__.py",
@@ -295,7 +301,8 @@ class TestSafeReads:
             for file, tree in parsed(*PACKAGES, "benchmarks")
             for use in unsafe(tree, registry=file in REGISTRIES)
         ]
-        assert found == []
+        outside = [use for use in found if (use.partition(":")[0], use.rpartition(" ")[2]) not in READ_BACK]
+        assert outside == []
 
     def test_weight_files_are_read_by_one_module(self) -> None:
         found = {

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,20 @@ from trainables.storage.atomic_files import atomic_file
 if TYPE_CHECKING:
     import pandas as pd
 
-    from orchestrator.export.model import Model
     from trainables.data.store import Store
+    from trainables.models.backbone import DataConfig
 
 SUFFIXES = (".csv", ".parquet")
 """Endings of files that predictions are written to."""
+
+
+class Classifier(Protocol):
+    """The part of `orchestrator.export.model.Model` that predictions need."""
+
+    classes: tuple[str, ...]
+    preprocessing: DataConfig
+
+    def logits(self, pixels: NDArray[np.uint8], batch_size: int, /) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Predictions:
     ignored: list[SkippedEntry] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: Model, paths: Sequence[str], logits: NDArray[np.float32], **others: Any) -> Predictions:
+    def of(cls, model: Classifier, paths: Sequence[str], logits: NDArray[np.float32], **others: Any) -> Predictions:
         """Predictions from logits (n, K)."""
         shifted = logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf)
         exponentials = np.exp(shifted)
@@ -97,7 +106,9 @@ class Predictions:
         pyarrow.parquet.write_table(pa.table(arrays, names=names), path)
 
 
-def predict_pictures(model: Model, listing: Listing, batch_size: int, progress: Progress | None = None) -> Predictions:
+def predict_pictures(
+    model: Classifier, listing: Listing, batch_size: int, progress: Progress | None = None
+) -> Predictions:
     """Predictions for pictures, in their order.
 
     Args:
@@ -120,7 +131,7 @@ def predict_pictures(model: Model, listing: Listing, batch_size: int, progress: 
     return Predictions.of(model, names, np.concatenate(logits), unreadable=unreadable, ignored=listing.ignored)
 
 
-def predict_store(model: Model, store: Store, split: str, batch_size: int) -> Predictions:
+def predict_store(model: Classifier, store: Store, split: str, batch_size: int) -> Predictions:
     """Predictions for one split of a data store, with its labels.
 
     Raises:

@@ -147,7 +147,6 @@ def finished_study(
         confirm={"top_k": 1, "seeds": 1},
         diagnostics={"measure": [], "plasticity": False},
         storage=str(folder),
-        tracking_uri=f"sqlite:///{folder}/mlflow.db",
     )
     store = study.prepare()
     shared = make_task(study.spec, store)

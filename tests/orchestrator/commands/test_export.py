@@ -6,18 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.commands.export import preprocessing_of, select_trial
+from orchestrator.commands.export import check_adapter, preprocessing_of, select_trial
 from orchestrator.errors import StudyError
+from orchestrator.export.errors import RefusedExportError
 from orchestrator.export.timm_folder import file_digest
 from orchestrator.record.kept_files import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.study import Study, read_journal
-from tests.support.exports import finished_study, pictures
+from tests.support.exports import finished_study, fresh, pictures
+from trainables.engine.tuned_network import tuned_network
+from trainables.models.backbone import load_pretrained
+from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.kept_weights import KeptWeights, load_weights, save_weights
 
 pytestmark = [pytest.mark.usefixtures("cpu_only"), pytest.mark.thorough]
@@ -144,6 +150,68 @@ def test_the_crop_is_that_of_the_store() -> None:
     view = preprocessing_of(KeptWeights(tensors={}, meta={**meta, "interpolation": "bilinear"}))
     assert view.stored_size == 97
     assert view.image_size == 96
+
+
+PEFT = """
+import json
+import timm, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+torch.set_num_threads(1)
+images = load_file("images.safetensors")["images"]
+backbone = load_file("backbone.safetensors")
+merged = timm.create_model("local-dir:merged", pretrained=True).eval()
+result = {"keys": sorted(load_file("adapter/adapter_model.safetensors")), "logits": []}
+with torch.no_grad():
+    result["logits"].append(merged(images).tolist())
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = timm.create_model("test_vit", num_classes=3, img_size=32)
+        base.load_state_dict(backbone, strict=False)
+        model = PeftModel.from_pretrained(base, "adapter").eval()
+        result["logits"].append(model(images).tolist())
+        result["logits"].append(model.merge_and_unload()(images).tolist())
+    result["config"] = json.load(open("adapter/adapter_config.json"))
+"""
+
+
+def test_a_lora_trial_as_an_adapter_with_its_head(tmp_path: Path) -> None:
+    """X04: whatever head the base network has, the adapter brings the tuned one."""
+    root = pictures(tmp_path / "pictures", ["cat", "dog", "fox"])
+    model = {"name": "test_vit", "pretrained": False}
+    trials = ({"strategy": "lora", "hparams": {"rank": 4}}, {"strategy": "full"})
+    study = finished_study(tmp_path / "studies", root, model, trials)
+    for kind, folder in (("timm", "merged"), ("peft", "adapter")):
+        arguments = ["--to", tmp_path / folder, "--trial", 0, "--format", kind]
+        code, _, err = command("export", study.folder, *arguments)
+        assert code == 0, err
+    kept = load_weights(weights_folder(study.folder, 0))
+    backbone = load_pretrained(ModelSpec(**model), 32)
+    save_file(dict(backbone.module.state_dict()), tmp_path / "backbone.safetensors")
+    save_file({"images": torch.randn(5, 3, 32, 32)}, tmp_path / "images.safetensors")
+    result = fresh(PEFT, tmp_path)
+    with torch.no_grad():
+        logits = tuned_network(kept, backbone)(load_file(tmp_path / "images.safetensors")["images"]).numpy()
+    for values in result["logits"]:
+        assert np.abs(np.array(values) - logits).max() <= 1e-5 * np.abs(logits).max()
+    targets = [target.removeprefix("backbone.") for target in kept.meta["adapter"]["targets"]]
+    parts = [f"{target}.lora_{part}.weight" for target in targets for part in "AB"]
+    assert result["keys"] == sorted(f"base_model.model.{name}" for name in [*parts, "head.weight", "head.bias"])
+    assert (result["config"]["r"], result["config"]["lora_alpha"]) == (4, 8)
+    assert result["config"]["modules_to_save"] == ["head"]
+    assert sorted(result["config"]["target_modules"]) == sorted(targets)
+    digest = json.loads((tmp_path / "adapter/luthier.json").read_text())["base_model"]["sha256"]
+    assert digest in (tmp_path / "adapter/README.md").read_text()
+    code, _, err = command("export", study.folder, "--to", tmp_path / "full", "--trial", 1, "--format", "peft")
+    assert code == 2
+    assert "A peft adapter holds low-rank updates and the head, but trial 1 (full) tuned other tensors" in err
+
+
+def test_an_interpolated_adapter_is_refused() -> None:
+    meta = {"number": 3, "strategy": "lora", "interpolated": "alpha"}
+    with pytest.raises(RefusedExportError, match=r"those of trial 3 were interpolated after training \(alpha\)"):
+        check_adapter(KeptWeights(tensors={}, meta=meta, adapter={"x.lora_A": torch.zeros(1)}), {})
 
 
 def test_digest_of_a_file(tmp_path: Path) -> None:
