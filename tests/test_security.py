@@ -161,7 +161,7 @@ class TestKeptWeights:
     @pytest.mark.parametrize("file", ["tensors.safetensors", "manifest.json"])
     def test_s7_a_pickle_in_place_of_a_file_of_kept_weights(self, evil: bytes, file: str, tmp_path: Path) -> None:
         folder = tmp_path / "weights" / "trial-0000"
-        save_weights(folder, KeptWeights({"head.bias": torch.ones(2)}, {"number": 0}))
+        save_weights(folder, KeptWeights({"head.bias": torch.ones(2)}, {}, {"number": 0}))
         (folder / file).write_bytes(evil)
         if file == "tensors.safetensors":
             digested(folder)
@@ -170,7 +170,7 @@ class TestKeptWeights:
 
     def test_s7_a_torch_archive_under_the_name_of_kept_tensors(self, marker: Path, tmp_path: Path) -> None:
         folder = tmp_path / "weights" / "trial-0000"
-        save_weights(folder, KeptWeights({"head.bias": torch.ones(2)}, {"number": 0}))
+        save_weights(folder, KeptWeights({"head.bias": torch.ones(2)}, {}, {"number": 0}))
         torch.save({"head.bias": Canary(marker)}, folder / "tensors.safetensors")
         digested(folder)
         with pytest.raises(WeightsError, match="Kept weights have a readable tensors"):

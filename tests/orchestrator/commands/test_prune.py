@@ -35,7 +35,7 @@ def study(tmp_path: Path) -> Study:
         for number, role in enumerate(("search", "confirm", "search")):
             trial_id = f"t{number}"
             folder = weights_folder(made.folder, number)
-            file = save_weights(folder, KeptWeights({"head.bias": torch.ones(1000)}, {"number": number}))
+            file = save_weights(folder, KeptWeights({"head.bias": torch.ones(1000)}, {}, {"number": number}))
             predictions = predictions_file(made.folder, number)
             predictions.parent.mkdir(exist_ok=True)
             predictions.write_bytes(b"arrow")

@@ -103,7 +103,9 @@ def test_who_writes(keep: Keep, roles: set[str], tmp_path: Path) -> None:
 
 def write_kept(study: Path, number: int) -> dict[str, Any]:
     """Weights and predictions of a trial; returns their fields in the record."""
-    file = save_weights(weights_folder(study, number), KeptWeights({"head.bias": torch.ones(3)}, {"number": number}))
+    file = save_weights(
+        weights_folder(study, number), KeptWeights({"head.bias": torch.ones(3)}, {}, {"number": number})
+    )
     predictions = predictions_file(study, number)
     predictions.parent.mkdir(exist_ok=True)
     predictions.write_bytes(b"12345")

@@ -37,7 +37,9 @@ def finish(callback: RecordCallback, folder: Path, number: int, accuracy: float,
     """A trial of one unit that keeps weights and predictions, from its start to its end."""
     trial = tune_trial(number, **fields)
     callback.on_trial_start(0, [], trial)
-    file = save_weights(weights_folder(folder, number), KeptWeights({"head.bias": torch.ones(3)}, {"number": number}))
+    file = save_weights(
+        weights_folder(folder, number), KeptWeights({"head.bias": torch.ones(3)}, {}, {"number": number})
+    )
     predictions_file(folder, number).parent.mkdir(exist_ok=True)
     predictions_file(folder, number).write_bytes(b"arrow")
     result = {

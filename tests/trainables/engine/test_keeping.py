@@ -193,7 +193,7 @@ def test_s12_a_process_killed_around_its_last_checkpoint_leaves_whole_files_that
         assert [path.name for path in (tmp_path / folder).glob(".*")] == []
 
 
-def test_p9_a_fenced_process_keeps_nothing(config: dict[str, Any], faulty: Callable[[str], None]) -> None:
+def test_p9_a_fenced_process_keeps_nothing(config: dict[str, Any]) -> None:
     """It was stopped before its last unit, and another process has taken the trial since."""
     trial = TuneTrainable(config)
     trial.train()

@@ -119,7 +119,7 @@ CHILD = """
 import sys, torch
 from trainables.storage import kept_weights
 from trainables.storage.kept_weights import KeptWeights, save_weights
-save_weights(sys.argv[1], KeptWeights({"head.weight": torch.ones(1000)}, {"number": 7}))
+save_weights(sys.argv[1], KeptWeights({"head.weight": torch.ones(1000)}, {}, {"number": 7}))
 """
 
 
