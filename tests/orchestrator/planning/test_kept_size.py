@@ -52,14 +52,15 @@ def test_the_estimate_is_what_a_trial_writes(
     hparams: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """All but the names in the file, and A and B of larger ranks that the search may choose."""
+    """All but the names in the file; a tensor that training happened to leave as it was is not written."""
     trial = make_trial(strategy, kind, task={"epochs": 1}, **hparams)
     finish(trial)
     written = sum(
         value.nbytes for value in (*trial.kept_weights(0).tensors.values(), *trial.kept_weights(0).adapter.values())
     )
     spec = spec_of([{"name": strategy, "fixed": hparams}], network(kind), tmp_path)
-    assert weight_bytes(spec, len(CLASSES)) == {strategy: written}
+    estimate = weight_bytes(spec, len(CLASSES))[strategy]
+    assert written <= estimate <= 1.01 * written
     file = save_weights(tmp_path / "weights", trial.kept_weights(0))
     assert 0 < file.bytes - written < 30_000
 

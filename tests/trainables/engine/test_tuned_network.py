@@ -60,6 +60,9 @@ def test_the_network_is_that_of_the_trial(
     model = tuned_network(weights)
     assert same_tensors(model.state_dict(), trial.model.state_dict())
     assert not model.training
+    # torch folds a product over a frozen weight in another way, to rounding: frozen alike, the logits have equal bits.
+    for restored, tested in zip(model.parameters(), trial.model.parameters(), strict=True):
+        restored.requires_grad_(tested.requires_grad)
     images, _ = next(trial.data.batches("test"))
     with torch.no_grad():
         assert torch.equal(model(images), trial.model.eval()(images))
@@ -109,6 +112,14 @@ def test_merging_has_the_same_bits_whatever_the_threads() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(one, two)
     assert torch.allclose(one.double(), weight.double() + 0.7 * b.double() @ a.double(), atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_merging_has_the_same_bits_on_a_gpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((300, 200), (16, 200), (300, 16)))
+    on_gpu = merged_weight(weight.cuda(), a.cuda(), b.cuda(), 0.7)
+    assert torch.equal(on_gpu.cpu(), merged_weight(weight, a, b, 0.7))
 
 
 def test_weights_of_another_pretrained_network_are_refused(make_trial: MakeTrial, tmp_path: Path) -> None:
