@@ -63,10 +63,11 @@ class LoRA(Strategy):
 
     def moving_parameters(self, model: TaskModel) -> int:
         """A and B of every target and the head; the whole maps where WiSE-FT interpolates what was merged."""
-        maps = [model.backbone.get_submodule(name) for name in target_names(model.backbone, self.config.targets)]
+        names = target_names(model.backbone, self.config.targets)
+        weights = [model.backbone.get_parameter(f"{name}.weight") for name in names]
         whole = self.config.wise is not None
-        adapters = [m.weight.numel() if whole else self.config.rank * sum(m.weight.shape) for m in maps]
-        return sum(adapters) + sum(parameter.numel() for parameter in model.head.parameters())
+        count = sum(weight.numel() if whole else self.config.rank * sum(weight.shape) for weight in weights)
+        return count + sum(int(parameter.numel()) for parameter in model.head.parameters())
 
     def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
         """Merge the adapters: the network has its plain structure again."""

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from orchestrator.record.changes import changes
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Event, JournalError, read_from
+from orchestrator.record.kept_files import kept_problems
 from orchestrator.record.records import TrialRecord, fold, study_header
+from orchestrator.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +33,7 @@ class Finding:
     """Result of one check."""
 
     what: str
-    """`journal`, `study`, `data`, `search`, `checkpoints` or `tracking`."""
+    """`journal`, `study`, `data`, `search`, `checkpoints`, `weights` or `tracking`."""
     level: Level
     message: str
 
@@ -95,6 +97,7 @@ def _findings(study: Study) -> Iterator[Finding]:
     yield from _data(study, events)
     yield from _search(study, events)
     yield from _checkpoints(study.folder, fold(events))
+    yield from _kept(study.folder, fold(events))
     yield from _tracking(study, path)
 
 
@@ -210,6 +213,19 @@ def _checkpoint(path: Path) -> Finding:
     if meta["step"]:
         position += f", step {meta['step']}"
     return Finding("checkpoints", "ok", f"{path} is intact: {position}")
+
+
+def _kept(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
+    """Kept weights and predictions, against the digests in the journal."""
+    intact = 0
+    for record in records:
+        problems = kept_problems(folder, record)
+        for problem in problems:
+            yield Finding("weights", "problem", problem)
+        if not problems and (record.weights is not None or record.predictions is not None):
+            intact += 1
+    if intact:
+        yield Finding("weights", "ok", f"kept files of {counted(intact, 'trial')} are intact")
 
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:

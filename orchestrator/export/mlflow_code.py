@@ -8,7 +8,7 @@ import mlflow
 import numpy as np
 
 
-class TimmModel(mlflow.pyfunc.PythonModel):
+class TimmModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """Normalised images (B, 3, S, S) float32 → logits (B, K), by a folder in timm's `local-dir` layout."""
 
     def load_context(self, context: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.planning.estimates import TrialCounts
@@ -42,7 +42,9 @@ def structure(spec: StudySpec, classes: int) -> TaskModel:
 
     name = spec.model.name
     with torch.device("meta"):
-        network = architecture(name) if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
+        network: Any = (
+            architecture(name) if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
+        )
         width = getattr(network, "head_hidden_size", None) or network.num_features
         return TaskModel(network, nn.Linear(int(width), classes))
 

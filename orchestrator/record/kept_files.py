@@ -18,7 +18,8 @@ from typing import Literal
 
 from orchestrator.record.records import TrialRecord
 from trainables.specs.metrics import VAL, TaskMetrics, best_or_last
-from trainables.storage.kept_weights import discard_weights
+from trainables.storage.checkpoint_format import TENSORS, file_digest
+from trainables.storage.kept_weights import WeightsError, discard_weights, load_weights
 
 Keep = Literal["best", "confirmed", "all"]
 """Whose files are retained, see `StudySpec.keep`."""
@@ -62,6 +63,31 @@ def numbers_on_disk(study: Path) -> list[int]:
     named = [*(study / "weights").glob("trial-*"), *(study / "predictions").glob("trial-*.arrow")]
     digits = {path.name.removeprefix("trial-").removesuffix(".arrow") for path in named}
     return sorted(int(text) for text in digits if text.isdecimal())
+
+
+def kept_problems(study: Path, record: TrialRecord) -> list[str]:
+    """What is wrong with the files that a record says are kept: missing, damaged, or others than those recorded."""
+    problems = []
+    if record.weights is not None:
+        try:
+            load_weights(weights_folder(study, record.number))
+        except WeightsError as error:
+            problems.append(f"Trial {record.number} {record.label}: {error}")
+    files = (
+        (record.weights, weights_folder(study, record.number) / TENSORS),
+        (record.predictions, predictions_file(study, record.number)),
+    )
+    for recorded, path in files:
+        if recorded is None or (problems and path.name == TENSORS):
+            continue
+        digest = file_digest(path) if path.is_file() else None
+        if digest != recorded["sha256"]:
+            state = "is missing" if digest is None else f"has the SHA-256 {digest[:12]}…"
+            problems.append(
+                f"Trial {record.number} {record.label} has kept a file of SHA-256 {recorded['sha256'][:12]}…, but "
+                f"{path} {state}. Restore it from a copy, or let go of it: luthier prune."
+            )
+    return problems
 
 
 @dataclass(frozen=True)

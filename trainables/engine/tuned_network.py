@@ -47,7 +47,7 @@ def take_weights(
         if name.startswith(HEAD) or name in always or not bitwise_equal(value, pristine.get(name))
     }
     if update is None or not _gives(update, state, pristine):
-        return KeptWeights(tensors=tensors, meta={**meta, "adapter": None})
+        return KeptWeights(tensors, {}, {**meta, "adapter": None})
     merged = {f"{target}.weight" for target in update.targets}
     rest = {name: value for name, value in tensors.items() if name not in merged}
     adapter = {
@@ -57,7 +57,7 @@ def take_weights(
         "scale": update.scale,
         "targets": list(update.targets),
     }
-    return KeptWeights(tensors=rest, meta={**meta, "adapter": adapter}, adapter=update.tensors)
+    return KeptWeights(rest, update.tensors, {**meta, "adapter": adapter})
 
 
 def tuned_network(

@@ -105,12 +105,12 @@ def load_state(folder: str | Path) -> RunState:
         version = manifest["format"]
         expected = manifest["sha256"]
         meta = manifest["state"]
-        manifest_digest = manifest.pop("digest", None)
+        digest = manifest.pop("digest", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"A checkpoint has a readable {MANIFEST}, but {source} has not: {error}") from error
     if version != FORMAT:
         raise CheckpointError(f"Checkpoints of format {FORMAT} can be read, but {source} has format {version!r}.")
-    if manifest_digest != manifest_digest(manifest):
+    if digest != manifest_digest(manifest):
         raise CheckpointError(
             f"A checkpoint's {MANIFEST} must match its own digest, but that of {source} does not: the file is damaged. "
             "Use an earlier checkpoint."

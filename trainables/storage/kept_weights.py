@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,12 @@ class KeptWeights:
     tensors: Mapping[str, Tensor]
     """By state-dict name of the trial's model (`backbone.…`, `head.…`): everything that differs from the pretrained
     network, the whole head and every buffer of BatchNorm. Weights that merging `adapter` gives are left out."""
+    adapter: Mapping[str, Tensor]
+    """Low-rank updates before merging, by module path: `<path>.lora_A` (r, in) and `<path>.lora_B` (out, r). Empty
+    where `tensors` holds everything."""
     meta: Mapping[str, Any]
     """JSON values: the trial, its network, its preprocessing and its result; see
     `trainables.engine.trial.Trial.kept_weights`."""
-    adapter: Mapping[str, Tensor] = field(default_factory=dict)
-    """Low-rank updates before merging, by module path: `<path>.lora_A` (r, in) and `<path>.lora_B` (out, r). Empty
-    where `tensors` holds everything."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def load_weights(folder: str | Path) -> KeptWeights:
         if part not in parts:
             raise WeightsError(f"Kept tensors belong to {' or '.join(PARTS)}, but {source} has one named {name!r}.")
         parts[part][rest] = tensor
-    return KeptWeights(tensors=parts["tensors"], meta=manifest["meta"], adapter=parts["adapter"])
+    return KeptWeights(parts["tensors"], parts["adapter"], manifest["meta"])
 
 
 def discard_weights(folder: str | Path) -> None:
