@@ -75,6 +75,41 @@ def test_batches_of_any_size_in_a_fresh_process(kind: str, tmp_path: Path) -> No
             assert np.abs(logits - single[:size]).max() <= tolerance * np.abs(single).max(), (name, size)
 
 
+MLFLOW = """
+import os
+
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+import mlflow
+import numpy as np
+
+model = mlflow.pyfunc.load_model("model")
+images = np.load("images.npy")
+result = {
+    "logits": {size: model.predict(images[:size]).tolist() for size in batches},
+    "inputs": model.metadata.signature.inputs.to_dict(),
+    "example": list(np.asarray(model.input_example).shape),
+}
+"""
+
+
+@pytest.mark.thorough
+def test_a_model_of_mlflow_without_pickle(tmp_path: Path) -> None:
+    model = tuned("test_resnet", classes=NAMES)
+    export_model(model, tmp_path / "model", "mlflow")
+    images = torch.randn(max(BATCHES), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "images.npy", images.numpy())
+    result = fresh(MLFLOW, tmp_path, batches=BATCHES)
+    with torch.no_grad():
+        expected = model.network(images).numpy()
+    for size in BATCHES:
+        difference = np.abs(np.array(result["logits"][str(size)]) - expected[:size]).max()
+        assert difference <= 1e-5 * np.abs(expected).max()
+    assert result["inputs"][0]["tensor-spec"] == {"dtype": "float32", "shape": [-1, 3, 32, 32]}
+    assert result["example"] == [2, 3, 32, 32]
+    suffixes = {path.suffix for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert suffixes == {"", ".md", ".json", ".py", ".safetensors", ".yaml", ".txt"}
+
+
 @pytest.mark.thorough
 def test_an_onnx_folder_predicts_like_one_of_timm(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
