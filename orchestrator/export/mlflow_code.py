@@ -16,7 +16,8 @@ class TimmModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
         self.network = timm.create_model(f"local-dir:{context.artifacts['model']}", pretrained=True).eval()
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+    # Without types: MLflow would take them for a schema of single inputs, and the signature says more.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         import torch
 
         with torch.no_grad():
