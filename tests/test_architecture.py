@@ -219,6 +219,10 @@ class TestPrivateNames:
             ("trial._storage = None", "1: _storage"),
             ("getattr(client, '_server_ray_version', None)", "1: _server_ray_version"),
             ("class A(Base):\n    def f(self):\n        return self._metric", "3: _metric"),
+            ("class A:\n    _storage: int\n    def f(self, trial):\n        return trial._storage", "4: _storage"),
+            ("class A:\n    _x: int\nclass B(Base):\n    def f(self):\n        return self._x", "5: _x"),
+            ("def _helper(): ...\nlibrary._helper()", "2: _helper"),
+            ("class A:\n    def _f(self): ...\n    def g(self, b):\n        getattr(b, '_f')", "4: _f"),
         ],
     )
     def test_what_would_be_found(self, code: str, use: str | None) -> None:
@@ -231,6 +235,10 @@ class TestPrivateNames:
             "class A:\n    def __init__(self):\n        self._x = 1\n    def f(self):\n        return self._x",
             "class A:\n    def _f(self): ...\n    def g(self):\n        self._f()",
             "class A:\n    _x: int\n    def f(self):\n        return self._x",
+            "class A:\n    _x: int\nclass B(A):\n    def f(self):\n        return self._x",
+            "class A:\n    _x: int\n    def __eq__(self, other: A):\n        return other._x",
+            "class A:\n    @classmethod\n    def f(cls):\n        a = cls.__new__(cls)\n        a._x = 1\n    _x: int",
+            "class A:\n    _x = 1\ndef f():\n    return A._x, A()._x",
             "def _helper(): ...\n_helper()",
             "from trainables.data.store import _Meta",
             "pair._replace(left=1)",
