@@ -269,7 +269,10 @@ CLASSIFICATION = TaskMetrics(
     leaderboard=(ECE,),
 )
 
-_TASKS: dict[str, TaskMetrics] = {CLASSIFICATION.task: CLASSIFICATION}
+BUILT_IN_TASKS: tuple[TaskMetrics, ...] = (CLASSIFICATION,)
+"""The metrics of the tasks that Luthier ships: the rows of docs/metrics.md."""
+
+_TASKS: dict[str, TaskMetrics] = {metrics.task: metrics for metrics in BUILT_IN_TASKS}
 
 
 def register(metrics: TaskMetrics) -> None:
@@ -281,11 +284,6 @@ def register(metrics: TaskMetrics) -> None:
     if _TASKS.get(metrics.task, metrics) != metrics:
         raise ValueError(f"A task's name is unique, but {metrics.task!r} has metrics of its own.")
     _TASKS[metrics.task] = metrics
-
-
-def built_in_tasks() -> tuple[TaskMetrics, ...]:
-    """The metrics of the tasks that Luthier ships."""
-    return (CLASSIFICATION,)
 
 
 def tasks() -> list[str]:
@@ -304,7 +302,7 @@ def task_metrics(task: str = CLASSIFICATION.task) -> TaskMetrics:
         'best/val/acc'
     """
     if task not in _TASKS:
-        raise ValueError(f"A task is one of {', '.join(sorted(_TASKS))}, but got {task!r}.")
+        raise ValueError(f"A task is one of {', '.join(tasks())}, but got {task!r}.")
     return _TASKS[task]
 
 
