@@ -36,7 +36,7 @@ from trainables.engine.weight_interpolation import (
 )
 from trainables.models.transformer_blocks import find_blocks
 from trainables.specs.measurements import Curve, Report
-from trainables.specs.metrics import LAYERNORM_LAMBDA
+from trainables.specs.metrics import LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class LayerNorm(Strategy):
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
         report: dict[str, float | Curve] = {
             LAYERNORM_LAMBDA.name: float(values.mean()),
-            f"{LAYERNORM_LAMBDA.group}/val_{metrics.selection.key}_at_1": at_one[metrics.validation],
+            LAYERNORM_VAL_AT_ONE.of(metrics.selection.key): at_one[metrics.validation],
         }
         if config.lam_scope == "layer":
             columns: dict[str, Sequence[float | str | None]] = {

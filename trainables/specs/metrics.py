@@ -287,7 +287,7 @@ def register(metrics: TaskMetrics) -> None:
 
 
 def tasks() -> list[str]:
-    """Names of all tasks, sorted."""
+    """Names of all tasks, built in and registered, sorted."""
     return sorted(_TASKS)
 
 
@@ -406,6 +406,9 @@ LAYERNORM_LAMBDA = Quantity(
     "",
     "λ, the rescaling of the LayerNorm shift: 0 = pretrained, 1 = tuned (Tan et al., 2025).",
 )
+LAYERNORM_VAL_AT_ONE = Quantity(
+    "layernorm/val_<metric>_at_1", None, "", "The selection metric on ID validation at λ = 1, before it is rescaled."
+)
 WISE_ALPHA = Quantity(
     "wise/alpha", None, "", "α, the interpolation of weights: 0 = pretrained, 1 = tuned (Wortsman et al., 2022)."
 )
@@ -416,6 +419,9 @@ COMPONENTS_SELECTED = Quantity("components/selected", None, "components", "Compo
 LORA_MAPS = Quantity("lora/maps", None, "layers", "Linear maps that got an adapter (Hu et al., 2022).")
 PROBE_C = Quantity(
     "linear_probe/C", None, "", "Inverse regularisation of the closed-form probe, chosen on ID validation."
+)
+PROBE_VAL_ACCURACY = Quantity(
+    "linear_probe/val_acc", None, "fraction", "Accuracy of the closed-form probe on ID validation."
 )
 
 PLASTICITY = Quantity(
@@ -456,10 +462,11 @@ QUANTITIES: tuple[Quantity, ...] = (
     TRAINING_IMAGES,
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
-    LAYERNORM_LAMBDA, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
+    LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
+    PROBE_VAL_ACCURACY,
     PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
 )  # fmt: skip
-"""Every recorded name that no task defines. A strategy's own group is its name."""
+"""Every recorded name that no task defines. Strategies may record more under their own names."""
 
 
 def quantity(name: str) -> Quantity | None:
