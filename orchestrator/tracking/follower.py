@@ -20,8 +20,9 @@ from orchestrator.tracking.client import describe_error, server_name
 from orchestrator.tracking.delivery_state import DeliveryLock, PositionFile
 from orchestrator.tracking.local_database import TrackingFileError
 from orchestrator.tracking.projection import DeliveredItems, DeliveryCounts, Projection, updates_of
-from orchestrator.tracking.run_update import RunUpdate, Summarizer, digest
+from orchestrator.tracking.run_update import UID_DIGITS, RunUpdate, Summarizer
 from orchestrator.tracking.writer import MlflowWriter
+from trainables.specs.short_hash import short_hash
 
 logger = logging.getLogger("luthier")
 
@@ -67,7 +68,7 @@ class FollowerSettings:
     def position_file(self) -> PositionFile:
         """The durable read offset of this delivery."""
         name = self.position or f"{self.path.name}.mlflow.json"
-        return PositionFile(self.path.with_name(name), digest([server_name(self.uri), self.experiment]))
+        return PositionFile(self.path.with_name(name), short_hash([server_name(self.uri), self.experiment], UID_DIGITS))
 
 
 class GiveUp:

@@ -28,17 +28,18 @@ from orchestrator.record.records import (
     suggested,
 )
 from orchestrator.tracking.run_update import (
+    UID_DIGITS,
     Header,
     Point,
     Render,
     RunUpdate,
     Summarizer,
     clean_key,
-    digest,
     milliseconds,
     param_text,
     within_limits,
 )
+from trainables.specs.short_hash import short_hash
 
 logger = logging.getLogger("luthier")
 
@@ -92,7 +93,7 @@ class Projection:
         if kind == "study_started":
             self._header = Header(str(event.get("study") or self._header.study), dict(event))
         if self.study_uid is None:
-            self.study_uid = digest([self._header.study, event["time"]])
+            self.study_uid = short_hash([self._header.study, event["time"]], UID_DIGITS)
             self._start = milliseconds(event["time"])
             updates.append(self._study_update(status="running"))
         if kind == "study_started":
@@ -194,7 +195,7 @@ class Projection:
         identity = [self.study_uid, record.number, record.config_hash, record.seed, record.role, record.held_out]
         if record.sample:
             identity.append(record.sample)
-        uid = digest(identity)
+        uid = short_hash(identity, UID_DIGITS)
         earlier_id = next((trial_id for trial_id, trial in self._trials.items() if trial.uid == uid), None)
         # A resumed trial is suggested under a new id: it keeps its run and its history.
         trial = _TrialRun(uid, record) if earlier_id is None else self._trials.pop(earlier_id)
