@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class FollowerSettings:
     """Name of the position file beside the journal; None = the one of the study's own server."""
     replay: bool = False
     """Start with the first event, whatever the position is."""
+    task: Mapping[str, Any] | None = None
+    """Metrics of the study's task (`TaskMetrics.to_dict`): a task may be registered in the driver's process alone."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

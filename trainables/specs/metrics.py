@@ -7,6 +7,7 @@ driver reads the table without torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -157,6 +158,29 @@ class TaskMetrics:
     """The metric that is the training loss itself, for heads solved in closed form; None = such heads do not exist."""
     leaderboard: tuple[Metric, ...] = ()
     """Shown in the leaderboard, on ID test, beside the selection metric."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TaskMetrics:
+        """Inverse of `to_dict`, also after JSON has made lists of its tuples.
+
+        Example:
+            >>> TaskMetrics.from_dict(CLASSIFICATION.to_dict()) == CLASSIFICATION
+            True
+        """
+        groups = {
+            name: tuple(Metric(**row) for row in fields[name]) for name in ("reported", "training", "leaderboard")
+        }
+        return cls(
+            task=fields["task"],
+            selection=Metric(**fields["selection"]),
+            tie_breaker=Metric(**fields["tie_breaker"]),
+            loss=None if fields["loss"] is None else Metric(**fields["loss"]),
+            **groups,
+        )
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
