@@ -36,6 +36,24 @@ PRIVATE_NAMES = {
 }  # fmt: skip
 """May use names that another library keeps private, each with a contract test. Conventions of timm and of Ray's logs
 that are no names are in `trainables/models/timm_internals.py` and `trainables/engine/ray_internals.py`."""
+LAZY_BOUNDARIES = {
+    # The command and the facades answer before torch, ray and mlflow are loaded.
+    "luthier/__init__.py", "orchestrator/__init__.py", "orchestrator/cli.py", "orchestrator/commands/console.py",
+    "orchestrator/commands/data.py", "orchestrator/study.py", "orchestrator/study_file/entries.py",
+    "trainables/__init__.py",
+    # Only the tracking process loads mlflow and the summaries; matplotlib where something is drawn.
+    "orchestrator/results/curves.py", "orchestrator/running/tracking_process.py", "orchestrator/tracking/client.py",
+    "orchestrator/tracking/local_database.py", "orchestrator/tracking/writer.py",
+    # A private name that a release has moved breaks the one function that uses it.
+    "orchestrator/ray_internals.py", "orchestrator/tracking/mlflow_internals.py",
+    # Probes of a cluster take milliseconds without Ray; a decoder process takes pyarrow for Parquet only.
+    "orchestrator/cluster/auth.py", "orchestrator/ingest/worker.py",
+    # A machine for training alone may lack pyarrow, torchmetrics, peft, scikit-learn and matplotlib; the driver's
+    # side of fault injection takes no torch.
+    "trainables/data/store.py", "trainables/demo/digits.py", "trainables/lora.py",
+    "trainables/specs/fault_injection.py", "trainables/tasks/classification_metrics.py",
+}  # fmt: skip
+"""The only modules with imports inside functions; everywhere else imports stand at the top."""
 REGISTRIES = (
     "orchestrator/cluster/shipping.py",
     "search_spaces/__init__.py",
@@ -169,6 +187,16 @@ class TestImports:
     def test_no_module_is_part_of_an_import_circle(self) -> None:
         """Over all modules of all packages, also inside functions and for types alone."""
         assert circles(import_graph(*PACKAGES)) == []
+
+    def test_imports_inside_functions_stand_in_the_lazy_boundaries_only(self) -> None:
+        files = {
+            file
+            for file, tree in parsed(*PACKAGES)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(function))
+        }
+        assert files == LAZY_BOUNDARIES
 
     def test_nothing_outside_the_tests_imports_them(self) -> None:
         found = [file for file, tree in parsed(*PACKAGES) for module in imported(tree) if module.startswith("tests")]

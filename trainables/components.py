@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trainables.diagnostics.plasticity import plasticity_of
 from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
 from trainables.specs.metrics import COMPONENT, COMPONENTS_SELECTED
@@ -83,8 +84,6 @@ class Components(Strategy):
     def _selected(self, data: TrialData) -> frozenset[str]:
         if self.config.kinds != AUTO:
             return frozenset(self.config.kinds.split("+"))
-        from trainables.diagnostics.plasticity import plasticity_of
-
         return frozenset(plasticity_of(data).rank[: self.config.k or TOP])
 
 

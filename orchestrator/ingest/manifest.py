@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from orchestrator.ingest.assign import Assignment
 from orchestrator.ingest.request import IngestRequest
@@ -183,8 +184,6 @@ def describe(
 
 def _statistics(path: Path, batch: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, of pixel values in 0…1."""
-    import pyarrow as pa
-
     with pa.memory_map(str(path)) as mapped:
         images = pa.ipc.open_file(mapped).get_batch(batch).column("image")
         count = min(len(images), STATISTICS_IMAGES) * images.type.list_size

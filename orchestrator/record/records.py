@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from trainables import strategies
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
 
 State = Literal["suggested", "running", "complete", "pruned", "failed"]
@@ -109,8 +110,6 @@ def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
 
 @cache
 def _strategy_groups() -> frozenset[str]:
-    from trainables import strategies
-
     return frozenset(strategies())
 
 

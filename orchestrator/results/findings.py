@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import kendalltau
+
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.comparison import Competitor, Score, certainty, competitors, overlap
 from orchestrator.results.curves import chosen_at
@@ -385,8 +387,6 @@ def _distortion_and_ood(cosines: Sequence[tuple[Competitor, float]], metrics: Ta
     distinct_scores = len({score for _, score in pairs})
     if len(pairs) < MIN_ENTRIES or distinct_cosines < 3 or distinct_scores < 2:
         return
-    from scipy.stats import kendalltau
-
     tau, p = kendalltau(*zip(*pairs, strict=True))
     over = f"Over {len(pairs)} entries"
     numbers = f"(Kendall's τ {tau:+.2f}, p {p:.2f})"

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich import box
+from rich.table import Table
 from scipy.stats import t as student_t
 
 from orchestrator.record.records import TrialRecord
@@ -208,9 +210,6 @@ def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -
 
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
     """Print the leaderboard, and the configuration of each row below it."""
-    from rich import box
-    from rich.table import Table
-
     wide = has_gains(rows) and console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold")

@@ -20,6 +20,7 @@ from orchestrator.record.records import INTERRUPTED, RESUMED, declared_metrics, 
 from orchestrator.running.failure_policy import classify, error_line
 from orchestrator.running.progress import Progress
 from trainables.specs.metrics import is_cost
+from trainables.specs.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -179,8 +180,6 @@ def _same(past: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
 
 
 def _announcement(trial: Trial) -> dict[str, Any]:
-    from trainables.specs.trial_spec import TrialSpec
-
     config = trial.config
     spec = TrialSpec.from_dict(config)
     return {

@@ -7,8 +7,17 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import ray
+import torch
+
+from orchestrator.planning.preflight import layer_kinds
 from orchestrator.record.records import fold, measurements
 from orchestrator.results.fsr import estimates, study_metrics
+from trainables.data.trial_data import TrialData
+from trainables.diagnostics.plasticity import plasticity_of
+from trainables.engine.process_cache import on_device, open_store, pretrained_for
+from trainables.specs.measurements import split_report
+from trainables.specs.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
@@ -31,9 +40,6 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
     Args:
         request: resources of a trial (`cpu`, `gpu`), which the measurement requests too.
     """
-    from orchestrator.planning.preflight import layer_kinds
-    from orchestrator.record.records import measurements
-
     if not spec.diagnostics.plasticity or PLASTICITY in measurements(journal.events()):
         return
     if "transformer_block" not in layer_kinds(spec.model.name):
@@ -57,8 +63,6 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
 
 
 def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
-    import ray
-
     cpus = request.get("cpu", 1.0)
     gpus = request.get("gpu", 0.0)
     # The process ends with its one task, and with it the memory that it holds on a GPU.
@@ -77,14 +81,6 @@ def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None)
     Raises:
         ValueError: see `trainables.diagnostics.plasticity.plasticity_of`.
     """
-    import torch
-
-    from trainables.data.trial_data import TrialData
-    from trainables.diagnostics.plasticity import plasticity_of
-    from trainables.engine.process_cache import on_device, open_store, pretrained_for
-    from trainables.specs.measurements import split_report
-    from trainables.specs.trial_spec import TrialSpec
-
     if threads is not None:
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

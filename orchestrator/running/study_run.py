@@ -10,22 +10,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray import tune
+
+from orchestrator.cluster.connection import connect
 from orchestrator.errors import redact
 from orchestrator.planning.build import make_scheduler, planned_units, settings_of, stages_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
+from orchestrator.ray_internals import (
+    actor_failures_as_trial_failures,
+    in_memory_tune_storage,
+    without_tune_files,
+)
 from orchestrator.record.changes import check_changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
-from orchestrator.running.failure_policy import report_disk_errors
-from orchestrator.running.measure import record_fsr
+from orchestrator.record.journal import Journal, fold
+from orchestrator.running.cluster_watch import ClusterWatch
+from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory, report_disk_errors
+from orchestrator.running.journal_callback import RecordCallback, close_open_trials
+from orchestrator.running.measure import measure_start, record_fsr
+from orchestrator.running.progress import Progress
+from orchestrator.running.tracking_process import follow
+from orchestrator.running.watchdog import Watchdog
+from orchestrator.search.searcher import StudySearcher
 from orchestrator.study_file.yaml_text import write_yaml
+from trainables.engine.tune_trainable import TuneTrainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from orchestrator.record.journal import Journal
-    from orchestrator.running.progress import Progress
-    from orchestrator.search.searcher import StudySearcher
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
@@ -59,11 +72,6 @@ class StudyRun:
             ChangedStudyError: the study in the folder is another one; nothing was written.
             DiskError: the folder's disk is full or fails.
         """
-        from orchestrator.cluster.connection import connect
-        from orchestrator.record.journal import Journal, fold
-        from orchestrator.running.journal_callback import close_open_trials
-        from orchestrator.running.measure import measure_start
-
         with report_disk_errors(self.folder), contextlib.ExitStack() as opened:
             # The journal's lock admits one driver, so it comes before anything that writes.
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))
@@ -94,20 +102,6 @@ class StudyRun:
         request: dict[str, float],
         concurrent: int,
     ) -> None:
-        from ray import tune
-
-        from orchestrator.ray_internals import (
-            actor_failures_as_trial_failures,
-            in_memory_tune_storage,
-            without_tune_files,
-        )
-        from orchestrator.record.journal import fold
-        from orchestrator.running.cluster_watch import ClusterWatch
-        from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory
-        from orchestrator.running.journal_callback import RecordCallback
-        from orchestrator.running.watchdog import Watchdog
-        from trainables.engine.tune_trainable import TuneTrainable
-
         history = fold(journal.events())
         limits = self.spec.failures
         watchdog = Watchdog(limits, asdict(self.task), history)
@@ -149,8 +143,6 @@ class StudyRun:
         breaker.check()
 
     def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:
-        from orchestrator.search.searcher import StudySearcher
-
         spec = self.spec
         return StudySearcher(
             settings_of(spec, self.task, hints.values),
@@ -183,9 +175,6 @@ class StudyRun:
     @contextlib.contextmanager
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
         """Run MLflow's delivery and the progress display for the length of a block."""
-        from orchestrator.running.progress import Progress
-        from orchestrator.running.tracking_process import follow
-
         display = None
         if self.progress:
             trials = count_trials(self.spec).total if self.stages is None else None

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ray.tune import Callback
 
 from orchestrator.ray_internals import actor_id, actor_of, kill_actor
+from trainables import strategy_class
+from trainables.engine.budget import BudgetPlan
 from trainables.specs.metrics import UNIT_SECONDS
 
 if TYPE_CHECKING:
@@ -78,9 +80,6 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
 @functools.cache
 def _kinds(strategy: str, hparams: str, epochs: int, evaluated: Sequence[int]) -> tuple[Kind, ...]:
     """The kinds of all units of a trial, in order."""
-    from trainables import strategy_class
-    from trainables.engine.budget import BudgetPlan
-
     try:
         plan = BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
     except (ValueError, TypeError):  # bad hyperparameters: the trial itself fails with the message

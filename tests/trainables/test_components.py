@@ -79,7 +79,7 @@ def test_auto_follows_the_measurement(trial: Callable[..., Trial], monkeypatch: 
     measured = plasticity_of(trial().data)
     for rank in (["ln2", "mha", "fc1", "fc2", "ln1"], ["fc2", "ln1", "mha", "fc1", "ln2"]):
         report = dataclasses.replace(measured, rank=rank)
-        monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_of", lambda data, r=report: r)
+        monkeypatch.setattr("trainables.components.plasticity_of", lambda data, r=report: r)
         assert moved(trial(kinds="auto", k=1, lr_backbone=0.03)) == {rank[0], "final_norm", "head"}
 
 

@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Indices, StoreLike
+from trainables.data.transforms import BatchTransform
 from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
@@ -173,9 +175,6 @@ class TrialData:
         reference: nn.Module | None = None,
         transform: SampleTransform | None = None,
     ) -> None:
-        from trainables.data.feature_cache import FeatureCache
-        from trainables.data.transforms import BatchTransform
-
         self.spec = spec
         self.store = store
         self.backbone = backbone

@@ -32,6 +32,7 @@ logits (B, K), labels int64 (B,)).
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -275,8 +276,6 @@ def check_choices(config: Any) -> None:
 
 
 def _literal_fields(cls: type[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    import typing
-
     for name, hint in typing.get_type_hints(cls).items():
         if typing.get_origin(hint) is Literal:
             yield name, typing.get_args(hint)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.contract import Phase, Strategy, TrainingConfig
 from trainables.engine.loop import (
@@ -173,8 +174,6 @@ class PhaseTrainer:
     def _new_observer(self) -> Observer | None:
         if "gradients" not in {*self.strategy.measures, *self.data.spec.shared.diagnostics}:
             return None
-        from trainables.diagnostics.gradients import GradientNorms, moving_kinds
-
         return GradientNorms(moving_kinds(self.model, self.data.reference))
 
     def _forward(self) -> Forward:

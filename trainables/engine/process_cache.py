@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainables.data.store import Store
 from trainables.models.backbone import Backbone, backbone_data_config, load_pretrained
 from trainables.specs.trial_spec import ModelSpec
 
@@ -26,8 +27,6 @@ def open_store(path: str) -> StoreLike:
     Raises:
         StoreError: no complete store lies there.
     """
-    from trainables.data.store import Store
-
     store: StoreLike = Store(path)
     return store
 

@@ -205,7 +205,7 @@ def test_d26_data_that_changed_since_the_last_run_are_refused(
     def connect() -> Any:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr("orchestrator.cluster.connection.connect", connect)
+    monkeypatch.setattr("orchestrator.running.study_run.connect", connect)
     fields = {
         "name": "s", "data": {"root": str(pictures), "ood": ["night"]}, "model": {"name": network("cnn")},
         "strategies": ["linear_probe"], "search": {"trials": 1}, "storage": str(tmp_path / "studies"),

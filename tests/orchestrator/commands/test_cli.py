@@ -24,10 +24,10 @@ from orchestrator.commands.exit_status import (
     PARTIAL,
     PREFLIGHT,
     USAGE,
-    next_commands,
     of_error,
     of_trials,
 )
+from orchestrator.commands.run_summary import next_commands
 from orchestrator.errors import PreflightError, Problem, StudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import State, TrialRecord

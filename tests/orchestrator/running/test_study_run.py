@@ -36,7 +36,7 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
     def connect() -> Any:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr("orchestrator.cluster.connection.connect", connect)
+    monkeypatch.setattr("orchestrator.running.study_run.connect", connect)
     with Journal(folder / "journal.jsonl") as journal:
         (folder / "study.yaml").write_text("name: tiny  # as the first driver wrote it\n")
         journal.append("study_started", study="tiny")

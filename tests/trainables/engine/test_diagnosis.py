@@ -143,6 +143,6 @@ def test_plasticity_that_cannot_be_measured_costs_no_trial(
     def refused(model: object, data: object) -> None:
         raise ValueError("Its windows are filled up.")
 
-    monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_after", refused)
+    monkeypatch.setattr("trainables.engine.diagnosis.plasticity_after", refused)
     assert "test/acc" in history_of(make(diagnostics=("plasticity",)))[-1]
     assert "Plasticity after tuning is left out: Its windows are filled up." in caplog.text
