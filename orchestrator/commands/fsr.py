@@ -141,7 +141,8 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
         way_out = "List other diagnostics.fsr_fractions, or train on more images."
         problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way_out}")
         raise PreflightError([problem], f"The study {spec.name!r}")
-    StudyRun(spec, study.folder, store, task, progress, stages=[stage], allow_change=allow_change).run()
+    run = StudyRun(spec, study.folder, store, task, [stage], search=False, progress=progress, allow_change=allow_change)
+    run.run()
     records = [r for r in study.results().records if r.role == "reference"]
     return FsrReport(spec.name, estimates(records), records)
 

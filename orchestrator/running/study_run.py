@@ -14,7 +14,7 @@ from ray import tune
 
 from orchestrator.cluster.connection import connect
 from orchestrator.errors import redact
-from orchestrator.planning.build import make_scheduler, planned_units, settings_of, stages_of
+from orchestrator.planning.build import make_scheduler, planned_units, settings_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
 from orchestrator.ray_internals import (
@@ -58,9 +58,11 @@ class StudyRun:
     folder: Path
     store: Store
     task: SharedTrialSettings
+    stages: Sequence[Stage]
+    """What runs after the search."""
+    search: bool = True
+    """Whether trials are searched; False = the stages alone."""
     progress: bool = True
-    stages: Sequence[Stage] | None = None
-    """The stages to run, without the search; None = the whole study."""
     allow_change: Collection[str] = ()
     """Keys that may differ from the last run (`orchestrator.record.changes`)."""
 
@@ -76,7 +78,7 @@ class StudyRun:
             # The journal's lock admits one driver, so it comes before anything that writes.
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
-            hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.stages is None else Hints()
+            hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.search else Hints()
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
             cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
@@ -88,7 +90,7 @@ class StudyRun:
                 resources = {**request, "concurrent": concurrent}
                 changes = {change.key: [change.was, change.now] for change in changed}
                 journal.append("study_started", **self._facts(), resources=resources, changed=changes, **hints.fields())
-                if self.stages is None:
+                if self.search:
                     measure_start(self.spec, self.task, journal, request)
                 searcher = self._searcher(journal, hints, any(not change.harmless for change in changed))
                 self._tune(journal, searcher, progress, request, concurrent)
@@ -148,9 +150,9 @@ class StudyRun:
             settings_of(spec, self.task, hints.values),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
-            stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
+            stages=self.stages,
             journal=journal,
-            searching=self.stages is None,
+            searching=self.search,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             changed=changed,
         )
@@ -177,7 +179,7 @@ class StudyRun:
         """Run MLflow's delivery and the progress display for the length of a block."""
         display = None
         if self.progress:
-            trials = count_trials(self.spec).total if self.stages is None else None
+            trials = count_trials(self.spec).total if self.search else None
             display = Progress(trials=trials, epochs=self.task.epochs, units=planned_units(self.task))
             journal.subscribe(display.event)
         with follow(self.spec, journal), display or contextlib.nullcontext():
