@@ -13,8 +13,9 @@ from benchmarks.support.synthetic import write_shapes
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import measurements
 from orchestrator.running import measure
-from orchestrator.running.measure import measure_start, pretrained_plasticity
+from orchestrator.running.measure import measure_start
 from orchestrator.study_file.schema import StudySpec
+from trainables.engine.start_plasticity import pretrained_plasticity
 from trainables.models.transformer_blocks import COMPONENTS
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
