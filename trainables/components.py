@@ -44,6 +44,7 @@ class Components(Strategy):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            # The dataclass is frozen; equal choices get one spelling, whatever their order.
             object.__setattr__(self, "kinds", canonical(self.kinds))
             if self.k is None:
                 return

@@ -89,6 +89,7 @@ def inject(backbone: nn.Module, config: LoRA.Config, image: Tensor) -> int:
     adapter = peft.LoraConfig(
         r=config.rank,
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
+        # Full names: peft matches a short one as a suffix, also outside the chosen components.
         target_modules=names,
         lora_dropout=0.0,
         bias="none",
@@ -105,6 +106,7 @@ def _check_called(backbone: nn.Module, names: list[str], image: Tensor) -> None:
         return lambda module, inputs: idle.discard(name)
 
     hooks = [backbone.get_submodule(name).register_forward_pre_hook(seen(name)) for name in names]
+    # Module by module: `train()` afterwards would also wake modules that were in eval mode before.
     modes = {module: module.training for module in backbone.modules()}
     try:
         backbone.eval()(image)

@@ -47,6 +47,7 @@ def code_digest() -> str:
         root = resources.files(package)
         with resources.as_file(root) as folder:
             for file in sorted(folder.rglob("*.py")):
+                # Names too: a file that moves, or is renamed into a strategy, changes what trials compute.
                 digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -148,6 +148,7 @@ def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
             earlier = trials.pop(same[identity], None) if identity in same else None
             same[identity] = record.trial_id
             if earlier is not None:
+                # Tune gives a resumed trial a new id.
                 record = dataclasses.replace(earlier, trial_id=record.trial_id, state="suggested")
             trials[record.trial_id] = record
             continue

@@ -213,6 +213,7 @@ def candidates(records: Iterable[TrialRecord]) -> list[TrialRecord]:
         ValueError: there is none.
     """
     search = sorted((r for r in records if r.role == "search"), key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a configuration is the one that stays in the dict.
     distinct = {r.config_hash or r.trial_id: r for r in reversed(search) if r.state == "complete"}
     if not distinct:
         states = Counter(r.state for r in search)
@@ -264,4 +265,5 @@ def _best_of_each_label(ranked: Iterable[Choice]) -> dict[str, Choice]:
 
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
+    # Exact, so that the order in which concurrent trials ended does not change a mean's last bit.
     return math.fsum(numbers) / len(numbers)

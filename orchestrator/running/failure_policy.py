@@ -246,6 +246,7 @@ def _is_full(error: BaseException) -> bool | None:
         waiting += [cause.__cause__, cause.__context__]
         number = cause.errno if isinstance(cause, OSError) else None
         text = str(cause)
+        # By the text, too: SQLite's errors carry no error number of the system.
         if number in _FULL_NUMBERS or any(part in text for part in _FULL):
             return True
         if number in _FAILING_NUMBERS or any(part in text for part in _FAILING):

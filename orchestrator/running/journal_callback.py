@@ -91,6 +91,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         """Record that an attempt of a trial starts."""
         if not self.journal.knows(trial.trial_id):
             self.journal.append("trial_suggested", **_announcement(trial))
+        # A retry may run on another machine.
         self._located.discard(trial.trial_id)
         self.journal.append("trial_started", trial_id=trial.trial_id, node=None, pid=None)
 

@@ -248,6 +248,7 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         present = set()
         for trial in trials:
             actor = actor_of(trial)
+            # Tune takes a while to see a killed process; until then its trial is not judged again.
             if actor is None or trial.trial_id in self.verdicts:
                 continue
             present.add(trial.trial_id)

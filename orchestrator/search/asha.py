@@ -33,6 +33,7 @@ class EntryRungs:
     def __init__(self, epochs: int, grace: int, reduction: float) -> None:
         self._quantile = 1 - 1 / reduction
         self._scores: dict[float, dict[str, float]] = {
+            # Highest rung first, as `report` needs them.
             milestone: {} for milestone in reversed(_milestones(epochs, grace, reduction))
         }
 
@@ -52,6 +53,7 @@ class EntryRungs:
         for milestone, scores in self._scores.items():
             if unit < milestone or trial in scores:
                 continue
+            # Before the score is entered: a trial is compared with those that reached the rung before it.
             cutoff = self.cutoff(milestone)
             scores[trial] = score
             return cutoff is not None and score < cutoff

@@ -110,6 +110,7 @@ class Ledger:
     def report(self, trial_id: str, unit: int, value: float) -> None:
         """Report an intermediate value to Optuna; a unit that was reported before is ignored."""
         trial = self._live.get(trial_id)
+        # With several objectives Optuna accepts no intermediate values.
         if trial is not None and unit > self._last_unit.get(trial_id, -1) and len(trial.study.directions) == 1:
             trial.report(value, unit)
             self._last_unit[trial_id] = unit
@@ -122,6 +123,7 @@ class Ledger:
         if trial is None:
             return
         metrics = declared_metrics(result or {})
+        # Before `tell`: Optuna accepts no attributes of a trial that has ended.
         trial.set_user_attr("metrics", metrics)
         trial.study.tell(trial, list(values) if values is not None else None, state=state)
         self.records[trial_id] = dataclasses.replace(self.records[trial_id], state=_STATES[state], metrics=metrics)

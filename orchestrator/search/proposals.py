@@ -72,6 +72,7 @@ class Proposals:
         self.hints = {label: values for label, values in (hints or {}).items() if label in space.searched}
         self._rounds = 0
         if space.searched and space.sampler != "random":
+            # At most half of the remaining budget goes into the rounds.
             self._rounds = min(ROUNDS, (trials - space.prescribed) // (2 * len(space.searched)))
 
     def next(self, ledger: Ledger) -> Proposal | None:
@@ -124,6 +125,7 @@ class Proposals:
             number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
             sampler = self.space.sampler if attempt < ATTEMPTS // 2 else "random"
             study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number), self.trials)
+            # Once: enqueued again, the same point would be the same duplicate.
             if fixed and attempt == 0:
                 study.enqueue_trial(dict(fixed))
             trial = study.ask()

@@ -139,6 +139,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return None
         proposal = self.proposals.next(self.ledger) if self._searching else None
         if proposal is None:
+            # A stage chooses among finished trials, so it waits for those that run.
             if self.ledger.running and not self._queue:
                 return None
             spec = self._staged()
@@ -147,6 +148,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             proposal = self.ledger.fixed.ask(), spec
         trial, spec = proposal
         record = self.ledger.start(trial_id, trial, spec)
+        # Before Tune gets the trial: a crash in between leaves a trial that the next driver repeats, not one without a
+        # record.
         self._record(record)
         self._configs[trial_id] = {**spec.to_dict(), "_number": record.number}
         if self._checkpoints is not None:

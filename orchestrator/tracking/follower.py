@@ -276,6 +276,7 @@ class MlflowFollower:
                     self.problem = None
                     failures = 0
                 except Exception as error:  # no failure of a tracking server may end the delivery
+                    # An accepted item shows that the server is back: the wait starts short again.
                     failures = 1 if self.progress >= started else failures + 1
                     self._handle_failure(error)
                 self._on_change(self)
@@ -313,6 +314,7 @@ class MlflowFollower:
             for _ in self._buffer.send(self._server.connected(study_uid), study_uid):
                 self.progress = time.monotonic()
                 self._on_change(self)
+        # After the send: a crash in between delivers these events twice, which adds nothing.
         if self.delivered_offset != self._reader.offset:
             self.delivered_offset = self._reader.offset
             self._position.save(self.delivered_offset, self._reader.seq, self.run_id)

@@ -72,6 +72,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
+        # A store is pickled as its path, and Ray's workers have another working directory.
         self.path = Path(path).absolute()
         self._images: dict[str, NDArray[np.uint8]] = {}
 

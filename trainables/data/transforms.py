@@ -111,6 +111,7 @@ class BatchTransform:
         if device not in self._constants:
             mean = torch.tensor(self.mean, dtype=torch.float64).view(1, -1, 1, 1)
             std = torch.tensor(self.std, dtype=torch.float64).view(1, -1, 1, 1)
+            # In float64 and rounded once, so that both constants are exact to float32.
             scale = (1 / (255 * std)).to(torch.float32).to(device)
             offset = (-mean / std).to(torch.float32).to(device)
             self._constants[device] = (scale, offset)

@@ -74,6 +74,7 @@ def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) 
         watch: watches the features on ID test and OOD domains, in the same passes.
     """
     metrics = task_of(data).metrics
+    # Once for all splits: the check compares every tensor of the backbone.
     cached = uses_cached_features(model, data)
     test = score(model, data, TEST, cached, watch and watch(TEST))
     scores = {metric.on(TEST): test[metric.key] for metric in metrics.reported}

@@ -65,6 +65,8 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
             report |= split_report(wise.apply())[0]
         return FinalEvaluation(_scores(trial), report, curves)
     finally:
+        # In this order: adapters must be back in the network before they are unmerged, and unmerging rounds, so that
+        # the tensors' own bits come last.
         snapshot.restore_modules()
         trial.strategy.undo_finalize(model)
         snapshot.restore_tensors(model)
@@ -77,6 +79,7 @@ def final(trial: TrialContext) -> FinalEvaluation:
     last = take(model, norm_parameters(data.reference) & trial.best.tensors.keys())
     put_back(model, trial.best.tensors)
     tuned = strategy.finalize(model, data, trial.prepared)
+    # Before WiSE-FT moves the weights that the strategy's curve is about.
     strategy_curves = strategy.curves(model, data, tuned.state)
     wise = _wise_ft(trial)
     alpha = wise.apply() if wise is not None else {}
@@ -103,6 +106,7 @@ def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]
     metrics = task_of(trial.data).metrics
     value = trial.best.value
     changed = type(trial.strategy).finalize is not Strategy.finalize
+    # Validated again only where something has changed the best unit's weights since they were scored.
     if changed or getattr(trial.strategy.config, "wise", None) is not None:
         value = validation_scores(trial.model, trial.data)[metrics.validation]
     scores = final_scores(trial.model, trial.data, watch)

@@ -56,6 +56,7 @@ def check_same(trial: Mapping[str, Any], checkpoint: Mapping[str, Any], misfits:
         checkpoint: identity in the checkpoint; further keys do not matter here.
         misfits: see `misfits`.
     """
+    # Not None, which is a value that a field may have (`held_out`).
     missing = object()
     problems = [
         f"{key}: {checkpoint.get(key, 'unknown')!r} in the checkpoint, {value!r} here"
@@ -147,6 +148,7 @@ def best_of(
     tensors = take(model, movable)
     if saved is not None:
         of_best = {**under_its_names(model, pristine), **saved}
+        # Copied also from `pristine`: the next best unit is written over these tensors.
         tensors = {name: of_best[name].to(value.device, copy=True) for name, value in tensors.items()}
     return Best(meta["unit"], meta["value"], meta["tie_breaker"], tensors)
 
