@@ -164,7 +164,8 @@ def main() -> None:
         for name in args.models:
             for strategy in args.strategies:
                 for epochs in args.epochs:
-                    model, cache = ModelSpec(name=name), tempfile.mkdtemp(dir=folder)
+                    model = ModelSpec(name=name)
+                    cache = tempfile.mkdtemp(dir=folder)
                     task = SharedTrialSettings(
                         store=store, model=model, epochs=epochs, train_fraction=args.train_fraction, cache=cache
                     )

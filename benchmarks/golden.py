@@ -134,7 +134,9 @@ def alone(trial: TrialRecord, task: SharedTrialSettings) -> dict[str, Any]:
         RuntimeError: a metric or a curve is not that of the journal.
     """
     run = Trial(spec_of(trial, task), device="cpu")
-    weights, optimizer, curves = [network(run)], list[str | None](), dict[str, Any]()
+    weights = [network(run)]
+    optimizer = list[str | None]()
+    curves = dict[str, Any]()
     wrong = []
     for unit in trial.history:
         result = run.step()

@@ -148,7 +148,8 @@ def sweep(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
         def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
             def call(*given: Any) -> Any:
-                before, began = dict(total), clock(device)
+                before = dict(total)
+                began = clock(device)
                 found = hook(*given)
                 inside[name] += clock(device) - began
                 images[name] += int(total["images"] - before["images"])

@@ -51,8 +51,12 @@ class NoiseStore:
     def __post_init__(self) -> None:
         generator = np.random.default_rng(0)
         self.pixels = generator.integers(0, 256, (self.count, self.side, self.side, 3), dtype=np.uint8)
-        self.classes, self.domains = [str(k) for k in range(CLASSES)], ["noise"]
-        self.splits, self.digest, self.path, self.image_size = ["train", "val"], f"noise-{self.side}", "", self.side
+        self.classes = [str(k) for k in range(CLASSES)]
+        self.domains = ["noise"]
+        self.splits = ["train", "val"]
+        self.digest = f"noise-{self.side}"
+        self.path = ""
+        self.image_size = self.side
 
     def images(self, split: str) -> NDArray[np.uint8]:
         return self.pixels

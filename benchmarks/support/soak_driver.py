@@ -22,7 +22,8 @@ class Stopwatch:
     """Measures functions and keeps the longest time on the disk: the driver may be killed at any moment."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._longest = file, 0.0
+        self._file = file
+        self._longest = 0.0
 
     def on(self, owner: type[Any], *names: str) -> None:
         """Measure these methods of a class from now on."""

@@ -77,7 +77,8 @@ class Tracker:
     """An MLflow server on a SQLite file, in a session of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder = folder
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = folder / "mlflow.db"
         self._process: subprocess.Popen[bytes] | None = None

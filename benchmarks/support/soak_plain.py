@@ -60,7 +60,8 @@ class Study:
         from trainables.tasks.classification import new_classifier
 
         self.config = config
-        store, backbone = Store(config["store"]), load_pretrained(ModelSpec(name="digits_cnn"))
+        store = Store(config["store"])
+        backbone = load_pretrained(ModelSpec(name="digits_cnn"))
         data = backbone.data_config
         self.transform = BatchTransform(data.mean, data.std, data.image_size, ())
         self.images = {split: torch.from_numpy(np.array(store.images(split))) for split in ("train", "val")}
@@ -134,7 +135,8 @@ def run(folder: Path) -> int:
 
     given = json.loads((folder / SETTINGS).read_text())
     ray.init(log_to_driver=False)
-    trainable, path = tune.with_resources(train, {"cpu": 1}), str(folder / NAME)
+    trainable = tune.with_resources(train, {"cpu": 1})
+    path = str(folder / NAME)
     space = {
         "number": tune.grid_search(list(range(given["trials"]))),
         "lr": tune.sample_from(lambda config: 10 ** (-4.0 + config["number"] / given["trials"])),

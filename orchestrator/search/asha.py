@@ -34,7 +34,8 @@ class EntryRungs:
         self._quantile = 1 - 1 / reduction
         self._scores: dict[float, dict[str, float]] = {
             # Highest rung first, as `report` needs them.
-            milestone: {} for milestone in reversed(_milestones(epochs, grace, reduction))
+            milestone: {}
+            for milestone in reversed(_milestones(epochs, grace, reduction))
         }
 
     def cutoff(self, milestone: float) -> float | None:

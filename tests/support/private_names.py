@@ -19,7 +19,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
     class, a variable, a field, or by assigning it to `self` or `cls`. Attribute names in `getattr`, `setattr`,
     `hasattr`, `delattr` and `vars(…)[…]` count likewise; imports for types alone do not.
     """
-    own = set(_defined(tree)) | STANDARD
+    defined = set(_defined(tree)) | STANDARD
     types_only = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in types_only:
@@ -30,7 +30,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 if parts[0] not in OURS and (private or name.startswith(INNER_MODULES)):
                     yield f"{node.lineno}: {name}"
-            elif private and name not in own:
+            elif private and name not in defined:
                 yield f"{node.lineno}: {name}"  # type: ignore[attr-defined]
 
 

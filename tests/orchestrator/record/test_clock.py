@@ -44,18 +44,18 @@ def events(path: Path, clock: list[float]) -> list[dict[str, Any]]:
 
 
 def test_s8_events_keep_their_order_and_no_time_is_negative(tmp_path: Path, clock: list[float]) -> None:
-    found = events(tmp_path / "journal.jsonl", clock)
-    times = [event["time"] for event in found]
+    recorded = events(tmp_path / "journal.jsonl", clock)
+    times = [event["time"] for event in recorded]
     assert times == [NOON, NOON, NOON, NOON + DAY, NOON + DAY, NOON + DAY, NOON + DAY]
-    assert [event["seq"] for event in found] == list(range(7))
-    (record,) = fold(found)
+    assert [event["seq"] for event in recorded] == list(range(7))
+    (record,) = fold(recorded)
     assert record.started is not None
     assert record.ended is not None
     assert record.ended >= record.started
     assert [unit["unit"] for unit in record.history] == [1, 2]
 
 
-def test_s8_what_mlflow_is_told_goes_by_units_and_ends_after_it_began(tmp_path: Path, clock: list[float]) -> None:
+def test_s8_what_mlflow_receives_goes_by_units_and_ends_after_it_began(tmp_path: Path, clock: list[float]) -> None:
     projection = Projection("pets", summarizer())
     updates = [u for event in events(tmp_path / "journal.jsonl", clock) for u in projection.apply(event)]
     assert all(update.end >= update.start for update in updates if update.end is not None)

@@ -68,9 +68,9 @@ def test_p4_an_actor_that_went_with_its_machine_is_no_fault_of_the_trial() -> No
     from ray.exceptions import ActorUnavailableError
 
     why = "The actor is temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: 14."
-    said = str(ActorUnavailableError(why, b"0" * 16))
-    assert "ActorUnavailableError" not in said
-    assert classify(said) == "infra"
+    message = str(ActorUnavailableError(why, b"0" * 16))
+    assert "ActorUnavailableError" not in message
+    assert classify(message) == "infra"
 
 
 def test_the_error_line_is_the_last_that_names_an_error() -> None:

@@ -15,13 +15,13 @@ from trainables import strategy_class
 
 
 def fields(**sections: Any) -> dict[str, Any]:
-    known: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": "digits",
         "data": {"source": "digits", "train_fraction": 0.1},
         "model": {"name": "digits_vit"},
         "strategies": ["full"],
     }
-    return known | sections
+    return fields | sections
 
 
 def invalid(**sections: Any) -> list[str]:
@@ -67,8 +67,10 @@ class TestSamples:
         assert invalid(diagnostics={"fsr_fractions": fractions}) == []
 
     def test_beside_other_problems(self) -> None:
-        found = invalid(search={"objective": "val_domain:x"}, diagnostics={"fsr": ["full"]}, data={"source": "digits"})
-        assert [problem.partition(":")[0] for problem in found] == ["search.objective", "diagnostics.fsr[0]"]
+        messages = invalid(
+            search={"objective": "val_domain:x"}, diagnostics={"fsr": ["full"]}, data={"source": "digits"}
+        )
+        assert [problem.partition(":")[0] for problem in messages] == ["search.objective", "diagnostics.fsr[0]"]
 
 
 class TestDomains:
@@ -81,7 +83,7 @@ class TestDomains:
         ]
 
     def test_domains_that_the_source_marks_itself_count(self, refused: Any, tmp_path: Path) -> None:
-        images = {f"{place}/{label}": 9 for place in ("train", "val", "test", "ood/sketch") for label in ("cat", "dog")}
+        images = {f"{split}/{label}": 9 for split in ("train", "val", "test", "ood/sketch") for label in ("cat", "dog")}
         data = {"root": str(write_plain_images(tmp_path / "pets", images))}
         assert refused(data=data, diagnostics={"plasticity_source": "sketch", "fsr": ["oracle"]}) == []
 
