@@ -1,4 +1,4 @@
-"""The documents say what the code does: tables made from it, commands and links that exist."""
+"""The documents match the code: tables made from it, commands and links that exist."""
 
 from __future__ import annotations
 

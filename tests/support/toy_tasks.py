@@ -1,4 +1,4 @@
-"""Two tasks unlike classification, to show that nothing outside `trainables/tasks` knows what is learned.
+"""Two tasks unlike classification, to show that nothing outside `trainables/tasks` depends on what is learned.
 
 `InkMasks` has dense features, targets that lie on the image, and no closed-form probe. The prediction of `DigitNames`
 is generated, letter by letter, and its head sees the targets while it trains. Both learn on small handwritten digits.

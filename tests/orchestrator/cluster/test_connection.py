@@ -287,7 +287,7 @@ class TestDriverProcess:
             received: list[int] = []
             ctrl_c = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
             with sigterm_as_interrupt():
-                os.kill(os.getpid(), signal.SIGTERM)  # whoever listens for Ctrl-C (Tune does) hears it instead
+                os.kill(os.getpid(), signal.SIGTERM)  # a handler of Ctrl-C (Tune has one) receives it instead
             signal.signal(signal.SIGINT, ctrl_c)
             assert received == [signal.SIGINT]
             with pytest.raises(KeyboardInterrupt) as ctrl_c_itself, sigterm_as_interrupt():

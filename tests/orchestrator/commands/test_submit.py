@@ -220,7 +220,7 @@ def _shipped_packages() -> list[str]:
 
 
 def _tuner_that_is_terminated(storage: Path) -> Any:
-    """A Tune run that would go on for ever; at its first result this process gets SIGTERM."""
+    """A Tune run that would never end; at its first result this process gets SIGTERM."""
     from ray import tune
 
     class Endless(tune.Trainable):

@@ -202,7 +202,7 @@ def test_a_trials_curves_are_artifacts_of_its_run(
     assert json.loads(uploaded["lambda.json"]) == {**LAMBDA, "chosen": 1.0}
     assert uploaded["lambda.png"] == draw("lambda", LAMBDA, 1.0)
 
-    Path(f"{journal.path}.mlflow.json").unlink()  # told again from the start
+    Path(f"{journal.path}.mlflow.json").unlink()  # delivered again from the start
     assert follow().finish(60) == 0
     assert artifacts(tmp_path) == uploaded
 

@@ -1,4 +1,4 @@
-"""Selection rules choose what their definition says and never look at what they must not see."""
+"""Selection rules follow their definitions and never read test data that they must not use."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_p1_p9_a_process_lost_between_two_trials_costs_neither(tmp_path: Path) -
 
 
 class Task:
-    """What Ray's actor manager knows about one task of a trial's process."""
+    """Ray's actor manager's state of one task of a trial's process."""
 
     def __init__(self) -> None:
         self.received: list[tuple[str, Exception]] = []
@@ -360,7 +360,7 @@ unexpectedly exits with a connection error code 2. End of file. Some common caus
 by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly \
 due to SIGSEGV or another unexpected error.
 """
-"""What Ray 2.60 says of an actor that called `ctypes.string_at(0)`, and, word for word, of one that got SIGKILL."""
+"""Ray 2.60's error for an actor that called `ctypes.string_at(0)`, and, word for word, for one that got SIGKILL."""
 
 
 def test_p25_of_a_process_that_ended_without_a_word_it_is_said_where_it_was() -> None:

@@ -1,4 +1,4 @@
-"""S1, S4: what a study says where its disk is full or fails, whoever noticed it."""
+"""S1, S4: a study's error where its disk is full or fails, whichever component noticed it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while images are read."""
+"""The display while images are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.orchestrator.ingest.pictures import domains
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """Seconds that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0

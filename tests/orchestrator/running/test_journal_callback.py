@@ -120,7 +120,7 @@ def test_what_tune_leaves_open_is_closed_as_interrupted(journal: Journal) -> Non
 
 
 def test_p2_a_unit_that_is_said_twice_is_written_once(journal: Journal) -> None:
-    """Also across drivers: a trial that goes on from a checkpoint says that one's result again."""
+    """Also across drivers: a trial resumed from a checkpoint re-reports its result."""
     callback = RecordCallback(journal)
     trial = tune_trial("t0")
     callback.on_trial_start(0, [], trial)
@@ -198,7 +198,7 @@ def test_nothing_raises_whatever_is_wrong(
 def test_s1_a_result_that_the_journal_does_not_take_stops_the_experiment(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial that went on would have a result that nobody ever hears of: stopped now, it says this one again."""
+    """A trial that continued would lose a result: stopped now, it re-reports this one when it is resumed."""
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise JournalWriteError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Real studies whose driver or trials are killed with SIGKILL, against the same study that nobody killed."""
+"""Real studies whose driver or trials are killed with SIGKILL, against the same study undisturbed."""
 
 from __future__ import annotations
 

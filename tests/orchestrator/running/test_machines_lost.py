@@ -1,4 +1,4 @@
-"""P4: a machine of the cluster dies under a study; its trials go on elsewhere."""
+"""P4: a machine of the cluster dies under a study; its trials continue elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs."""
+"""The display while a study runs."""
 
 from __future__ import annotations
 

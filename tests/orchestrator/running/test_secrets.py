@@ -122,4 +122,4 @@ def test_c9_a_real_study_leaves_and_prints_none(server: int, one_thread: None, t
     assert {"journal.jsonl", "server.db", "study.yaml"} <= {path.name for path in left}
     pattern = re.compile("|".join(map(re.escape, secrets)).encode())
     assert [(path, match[0]) for path in left if (match := pattern.search(path.read_bytes()))] == []
-    assert b"nan" in (tmp_path / "server.db").read_bytes()  # the server was told of the study
+    assert b"nan" in (tmp_path / "server.db").read_bytes()  # the server has the study

@@ -1,4 +1,4 @@
-"""One driver per study, and what a driver knows before its first trial."""
+"""One driver per study, and what is counted before its first trial."""
 
 from __future__ import annotations
 
@@ -90,4 +90,4 @@ def test_units_are_those_that_a_strategy_takes() -> None:
 
     assert of("linear_probe") == 1
     assert of("full", lr_backbone=0.1) == 4
-    assert of("full", lr_backbone=-1.0) == 4  # refused by the strategy; the trial itself says so
+    assert of("full", lr_backbone=-1.0) == 4  # refused by the strategy; the trial reports it

@@ -98,7 +98,7 @@ def test_a_finished_study_is_run_again_without_a_word_and_reads_nothing_of_tune(
     assert start(file).wait() == 0
     folder = Study.from_yaml(file).folder
     marker = tmp_path / "executed"
-    (folder / "ray").mkdir()  # by somebody else: the study has made none
+    (folder / "ray").mkdir()  # by another program: the study has made none
     canary = pickle.dumps(Canary(marker))
     state = {"_type": "CLOUDPICKLE_FALLBACK", "value": canary.hex()}
     (folder / "ray" / "experiment_state-9999.json").write_text(json.dumps({"trial_data": state}))

@@ -278,7 +278,7 @@ def test_p9_the_reason_is_on_record(driver: Driver, tmp_path: Path) -> None:
         record.on_trial_error(0, [], trial)
         (stalled,) = fold(journal.events())
     assert (stalled.state, stalled.reason, stalled.error) == ("failed", "stalled", "again")
-    assert stalled.resumable, "nothing is known to be wrong with the trial: a later run goes on with it"
+    assert stalled.resumable, "the trial itself has not failed: a later run resumes it"
 
 
 def test_tune_can_pickle_it() -> None:
@@ -348,7 +348,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_p9_p26_p27_stopped_deadlocked_and_stuck_trials_are_found_and_end_whole(
     tmp_path: Path, one_thread: None
 ) -> None:
-    """Two at a time, both hang: Tune's loop hears of nobody, and the watchdog looks all the same."""
+    """Two at a time, both hang: Tune's loop receives no result, and the watchdog checks all the same."""
     file = write_study(
         tmp_path, write_material(tmp_path / "material"), strategies=["full", "daft"], confirm={"top_k": 0},
         search={"trials": 3, "epochs": 4, "scheduler": "none"}, resources={"concurrent": 2},

@@ -19,7 +19,7 @@ TWO_STEPS = Preset(steps=({"a": (1, 2, 3)}, {"b": (5, 6)}), fixed={"b": 4, "c": 
 
 
 class Played:
-    """A sweep whose trials end as told."""
+    """A sweep whose trials end as `outcome` prescribes."""
 
     def __init__(self, preset: Preset = TWO_STEPS, maximise: bool = True) -> None:
         self.sweep = Sweep(Entry("mine", "full", {"extra": True}), preset, task(), maximise)

@@ -34,7 +34,7 @@ def by_fold(records: list[TrialRecord]) -> Sequence[Configuration]:
 
 
 def outcome(config: Config) -> dict[str, Any]:
-    """A fold of lp_ft does better than its ID accuracy says."""
+    """A fold of lp_ft does better than its ID accuracy suggests."""
     held_out = {"held_out/acc": 0.9 if config["strategy"] == "lp_ft" else 0.5} if config["role"] == "fold" else {}
     return {**finished(config), **held_out}
 

@@ -35,7 +35,7 @@ def invalid(**sections: Any) -> list[str]:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What preflight says of a study."""
+    """Preflight's problems of a study."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def problems(**sections: Any) -> list[str]:

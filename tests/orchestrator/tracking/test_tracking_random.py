@@ -1,4 +1,4 @@
-"""Random faults of a server and its followers in random order: in the end it has what the journal says, once."""
+"""Random faults of a server and its followers in random order: in the end it has the journal's contents, once."""
 
 from __future__ import annotations
 

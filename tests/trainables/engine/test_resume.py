@@ -1,4 +1,4 @@
-"""A trial that keeps its own checkpoints: killed anywhere, it goes on in another process as if nothing had been."""
+"""A trial with checkpoints of its own: killed anywhere, it resumes bit for bit in another process."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_p2_another_process_reports_the_last_result_again_and_resumes(
     assert again["training_iteration"] == 2
     rest = train(second)
     assert same(rest, expected[2:])
-    assert same(train(TuneTrainable(config)), expected[3:]), "a trial that is done says its result and computes nothing"
+    assert same(train(TuneTrainable(config)), expected[3:]), (
+        "a finished trial re-reports its result and computes nothing"
+    )
 
 
 def test_a_reused_actor_continues_with_a_trial_as_a_fresh_one_does(
@@ -143,7 +145,7 @@ def test_s10_a_checkpoint_of_other_settings_is_put_aside_and_the_trial_starts_ov
 
 
 def test_p23_a_failure_that_would_happen_again_is_a_result_and_not_an_error(config: dict[str, Any]) -> None:
-    """Tune would try an error again, however often it is told to."""
+    """Tune would retry an error as often as its limit allows."""
     config["strategy"] = "full"
     config["hparams"] = {"lr_backbone": 1e30}
     results = train(TuneTrainable(config))
@@ -182,7 +184,7 @@ while True:
 FAULTS = (
     "unit=1,step=3,phase=step,action=kill",  # nothing is kept yet but the middle of the unit
     "unit=2,phase=in_checkpoint,action=kill",
-    "unit=3,phase=after_checkpoint,action=kill",  # done and kept, nobody was told
+    "unit=3,phase=after_checkpoint,action=kill",  # done and checkpointed, not reported
     "unit=4,step=2,phase=step,action=kill",
     "unit=4,phase=before_checkpoint,action=kill",  # the last unit, with all of its evaluation
 )
@@ -228,7 +230,7 @@ class Restless(Strategy):
 def test_p28_how_many_images_fit_at_once_is_remembered(
     spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the second step, once; whoever goes on must halve the batches too."""
+    """Memory runs out in the second step, once; a resumed trial must halve the batches too."""
     monkeypatch.setenv(ENV_FAULTS, "phase=step,step=2,action=oom")
 
     def out_of_memory_again() -> None:

@@ -1,4 +1,4 @@
-"""A trial goes on bit for bit from after any of its steps, under settings that touch the order of what is drawn."""
+"""A trial resumes bit for bit after any of its steps, under settings that touch the order of what is drawn."""
 
 from __future__ import annotations
 

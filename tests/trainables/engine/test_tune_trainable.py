@@ -102,7 +102,7 @@ def test_fresh_and_reused_trainables_give_the_numbers_of_a_plain_run(
 def test_a_reused_trainable_loads_neither_network_nor_store_again(
     specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first batch of its next trials waits for neither; `benchmarks.overhead` measures what is left."""
+    """The first batch of its next trials waits for neither; `benchmarks.overhead` measures the remainder."""
     trial = TuneTrainable(specs[0].to_dict())
     trial.train()
 
@@ -272,7 +272,7 @@ def test_a_strategy_can_be_handed_to_a_tuner_of_ones_own(
 def test_a_stopped_and_restored_tune_trial_continues_bit_for_bit(
     cluster: None, specs: list[TrialSpec], expected: list[list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """An actor that dies in the middle: the trial goes on from its checkpoint in a new process."""
+    """An actor that dies in the middle: the trial resumes from its checkpoint in a new process."""
     configs = [specs[1].to_dict() | {"_number": 0, "_die_once": str(tmp_path / "died")}]
     histories = Histories()
     tuner = tune.Tuner(

@@ -1,4 +1,4 @@
-"""Out of memory: the gradient and the scores are those of the whole batch, and the record says what happened."""
+"""Out of memory: the gradient and the scores are those of the whole batch, and the record states what happened."""
 
 from __future__ import annotations
 
