@@ -26,7 +26,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "deit_tiny_distilled_patch16_224": PATCHES,
     "swin_tiny_patch4_window7_224": STAGES,
 }
-"""Networks that the plain reference covers: class and register tokens and LayerScale; two class tokens; windows, shifted
+"""Networks of the plain reference: class and register tokens and LayerScale; two class tokens; windows, shifted
 in every second block, and stages of another width."""
 OTHERS: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": PATCHES,
