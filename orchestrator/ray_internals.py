@@ -168,7 +168,10 @@ def kill_actor(actor: Any) -> str:
 
 
 def _is_worker(pid: int | None) -> bool:
-    """Whether a process of this machine is a worker of Ray, by the title that Ray gives it; False without /proc."""
+    """Whether a process of this machine is one of Ray's workers.
+
+    By the title that Ray gives it; False without /proc.
+    """
     if not pid:
         return False
     try:

@@ -144,8 +144,10 @@ class LayerNorm(Strategy):
         return Tuned() if self.config.cycles else self._rescale(model, data)
 
     def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
-        """Of a sweep: validation, test and OOD over the grid of λ. λ = 1 is the tuned network before its rescaling; in
-        the cyclic framework, whose rescaled norms were trained on, it is the finished network.
+        """Of a sweep: validation, test and OOD over the grid of λ.
+
+        λ = 1 is the tuned network before its rescaling; in the cyclic framework, whose rescaled norms were trained on,
+        it is the finished network.
 
         Args:
             tuned: a `Rescaled`; None in the cyclic framework.

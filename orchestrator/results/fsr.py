@@ -299,7 +299,9 @@ def reference_samples(records: Iterable[TrialRecord]) -> Samples:
 
 
 def suggested(ratios: Sequence[FsrEstimate]) -> FsrEstimate | None:
-    """The estimate for a first guess of λ: the full pool's, else the extrapolation's; None where λ = 1 is the guess.
+    """The estimate that a first λ is taken from; None = λ = 1.
+
+    The full pool's, else the extrapolation's.
 
     Oracles are excluded, since they have seen test labels, and so are estimates with a note or without an interval.
     """

@@ -234,8 +234,10 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _is_full(error: BaseException) -> bool | None:
-    """Whether an error, or one that it came from, is that of a full disk (True) or a failing one (False); None = it is
-    neither."""
+    """Whether an error comes from a full disk (True) or a failing one (False).
+
+    Its causes and contexts count, too. None = neither.
+    """
     visited: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

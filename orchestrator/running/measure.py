@@ -1,5 +1,7 @@
-"""Measurements of a study as a whole: the plasticity of the pretrained network at its start, FSR once its reference
-trials have ended."""
+"""Measurements of a study as a whole.
+
+The plasticity of the pretrained network at its start, and FSR once its reference trials have ended.
+"""
 
 from __future__ import annotations
 

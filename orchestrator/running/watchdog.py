@@ -218,8 +218,11 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         return seconds, f"{seconds:.3g} s are allowed, because {reason}"
 
     def _expected(self, identity: Identity, label: str, kind: Kind) -> _Expected | None:
-        """The expected duration of a unit: from units of its kind of the trial itself, else of its entry, else from a
-        unit of its kind without start-up plus a start-up; None = there are none."""
+        """The expected duration of a unit; None = nothing to compare it with.
+
+        From units of its kind of the trial itself, else of its entry, else from a unit of its kind without start-up
+        plus a start-up.
+        """
         times = self._times_of_trial.get((identity, kind))
         if times:
             median = statistics.median(times)

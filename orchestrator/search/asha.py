@@ -47,7 +47,7 @@ class EntryRungs:
         return float(np.percentile(list(scores.values()), self._quantile * 100))
 
     def report(self, trial: str, unit: int, score: float) -> bool:
-        """Record a score at the highest rung that the trial has reached and has no score at; whether to stop there.
+        """Record a score at the highest rung reached without one; returns whether to stop.
 
         A score between two rungs is recorded nowhere, unless the trial skipped a rung below it.
         """

@@ -321,9 +321,10 @@ class MlflowFollower:
         self._server.drop_late_duplicates(now=is_last)
 
     def _reconnect(self) -> None:
-        """Connect to a server that has the study; if it lacks the study or has another run of it, replay the journal.
+        """Connect to a server; replay the journal if it lacks the study.
 
-        It is then another server behind the same address, or its database was emptied.
+        Likewise if it has another run of the study. It is then another server behind the same address, or its database
+        was emptied.
         """
         study_uid = self._reader.projection.study_uid
         assert study_uid is not None

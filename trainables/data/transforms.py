@@ -51,7 +51,9 @@ class BatchTransform:
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std; the input is not modified.
+        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std.
+
+        The input is not modified.
 
         Args:
             images: stored pixels, on any device.

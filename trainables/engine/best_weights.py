@@ -121,8 +121,10 @@ def take(model: nn.Module, names: Iterable[str], former: Mapping[str, Tensor] | 
 
 @torch.no_grad()
 def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the head's tensors, and of those of the pretrained network that a strategy's `prepare` changed: with
-    `pristine` for all others, the weights that training starts from. Tensors that a strategy adds are no part of it.
+    """Copies of what `prepare` changed of the pretrained network, and of the head.
+
+    With `pristine` for all others, these are the weights that training starts from. Tensors that a strategy adds are no
+    part of it.
 
     Args:
         pristine: the pretrained tensors by the classifier's names.

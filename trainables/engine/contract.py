@@ -198,8 +198,9 @@ class Strategy:
         return Prepared({**report, **task_of(data).initialise_head(model, data, config.head_init)})
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
-        """Exactly what may move. Default: backbone and head, each at its own rate. If nothing is selected, the engine
-        raises an error.
+        """Exactly what may move.
+
+        Default: backbone and head, each at its own rate. If nothing is selected, the engine raises an error.
 
         Args:
             prepared: state that `prepare` returned.

@@ -67,8 +67,10 @@ def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
 
 
 def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
-    """Every reported metric on ID test and every OOD domain, mean and worst of the selection metric over the domains,
-    and the selection metric on the held-out domain if there is one.
+    """Every reported metric on ID test and on every OOD domain.
+
+    With mean and worst of the selection metric over the domains, and the selection metric on the held-out domain if
+    there is one.
 
     Args:
         watch: watches the features on ID test and OOD domains, in the same passes.

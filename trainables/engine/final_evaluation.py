@@ -36,7 +36,7 @@ class FinalEvaluation:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What an evaluation needs of a trial: the network as the last unit left it, and where it came from."""
+    """Inputs of an evaluation: the network after the last unit, and its start."""
 
     model: TaskModel
     strategy: Strategy

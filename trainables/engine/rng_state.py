@@ -1,4 +1,4 @@
-"""Random numbers of a trial: every stretch of work gets its own seeded streams and leaves none of them behind."""
+"""Random numbers of a trial: separate seeded streams, global generators restored."""
 
 from __future__ import annotations
 

@@ -121,8 +121,10 @@ def put_weights(model: nn.Module, pristine: Mapping[str, Tensor], saved: Mapping
 
 
 def under_its_names(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pretrained tensors by the names that they have in this network: an adapter moves the layer that it wraps to
-    `base_layer` below the old name."""
+    """The pretrained tensors by their names in this network.
+
+    An adapter moves the layer that it wraps to `base_layer` below the old name.
+    """
     plain = {name: name.replace(".base_layer.", ".") for name in model.state_dict()}
     return {name: pristine[old] for name, old in plain.items() if old in pristine}
 

@@ -247,7 +247,10 @@ ALPHA_GRID = tuple(round(0.1 * k, 1) for k in range(11))
 
 @torch.no_grad()
 def interpolate(model: nn.Module, start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> None:
-    """θ ← θ_start + α·(θ_tuned − θ_start), in place, for every floating tensor of both; α = 0 and 1 copy the bits."""
+    """θ ← θ_start + α·(θ_tuned − θ_start), in place, for floating tensors.
+
+    α = 0 and 1 copy the bits; integer tensors keep their tuned value.
+    """
     state = model.state_dict()
     for name, target in state.items():
         if alpha == 1 or not target.is_floating_point():

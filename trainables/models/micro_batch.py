@@ -36,8 +36,9 @@ class MicroBatch:
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def attempt(self, work: Callable[[], Result], count: int, what: str) -> Result:
-        """Do `work`, which cuts a batch of `count` images into `pieces`; repeat it with half the size as long as it
-        runs out of memory.
+        """Do `work`, with half the micro-batch size as long as memory runs out.
+
+        `work` cuts a batch of `count` images into `pieces`.
 
         Raises:
             torch.OutOfMemoryError: not even one image at a time fits.

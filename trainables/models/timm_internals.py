@@ -68,8 +68,11 @@ def is_attention_pooling(module: nn.Module) -> bool:
 
 
 def windowed_attention(block: nn.Module) -> str | None:
-    """Name of a block's method that cuts an image's tokens into windows, attends, and puts them back; None = the block
-    calls its attention on all tokens."""
+    """Name of a block's method for attention in windows.
+
+    It cuts an image's tokens into windows, attends, and puts them back; None = the block calls its attention on all
+    tokens.
+    """
     for name in _WINDOWED:
         if callable(getattr(block, name, None)):
             return name
