@@ -163,7 +163,10 @@ def verify_digest(store: Store) -> None:
 
 
 def mark_verified(store: Store) -> None:
-    """Record in this machine's cache that a large store's digest is right, such as one that was just written."""
+    """Record in this machine's cache that a large store's digest is right.
+
+    For instance of a store that was just written.
+    """
     if store.manifest["bytes"] > ALWAYS_VERIFIED_BYTES:
         record = _verified_record(store)
         record.parent.mkdir(parents=True, exist_ok=True)

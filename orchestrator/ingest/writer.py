@@ -212,7 +212,10 @@ def _pixel_offsets(path: Path, splits: list[str]) -> dict[str, int]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest with size and SHA-256 of the data file; last, since it marks the store as complete."""
+    """Write the manifest, with size and SHA-256 of the data file.
+
+    Last, since it marks the store as complete.
+    """
     with open(folder / DATA, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.fstat(file.fileno()).st_size

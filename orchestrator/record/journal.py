@@ -1,4 +1,6 @@
-"""Append-only journal of a study: one JSON object per line, synced to disk before any listener is called.
+"""Append-only, durable journal of a study: one JSON object per line.
+
+An event is synced to disk before any listener is called.
 
 Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decreasing, even if the clock is set back) and
 `kind`; its line ends with a checksum. The kinds are
@@ -250,7 +252,9 @@ class Journal:
 
 
 def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[list[Event], int]:
-    """Complete events between byte `offset` and `end` (None = the end of the file), and the offset after the last one.
+    """Complete events from byte `offset` on, and the offset after the last.
+
+    Up to `end`; None = the end of the file.
 
     A torn last line (no newline, or not JSON) is left out; a later call returns it once it is complete.
 

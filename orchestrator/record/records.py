@@ -98,7 +98,9 @@ def metrics_of(study: object) -> TaskMetrics:
 
 
 def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
-    """The selection metric on ID validation, of the tested weights where there are any, else after the last unit.
+    """The selection metric on ID validation, of the weights that count.
+
+    Of the tested weights where there are any, else after the last unit.
 
     Returns:
         The metric as recorded; None where it is missing or not finite.

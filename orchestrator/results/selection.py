@@ -202,6 +202,7 @@ def top_candidates(
         raise ValueError(f"The number of candidates must be 0 or more, but got {k}.")
     ranked = rank(records, rule, metrics)
     first = {id(choice) for choice in _best_of_each_label(ranked).values()}
+    # Every label gets a confirmation before any gets a second one: a table of one strategy compares nothing.
     ordered = sorted(ranked, key=lambda choice: id(choice) not in first)  # stable: keeps the ranks
     return [choice.record for choice in ordered[:k]]
 

@@ -1,4 +1,4 @@
-"""Failures: the reason of a trial's failure, a circuit breaker over trials, and disk errors of the whole run."""
+"""Failures: reasons of trials, a circuit breaker over trials, disk errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def classify(text: str) -> str:
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Whether the text of a failure is that of a process killed because its machine ran out of memory."""
+    """Whether a failure's text is that of a process killed for its machine's memory."""
     return classify(text) == "host_oom"
 
 
@@ -208,7 +208,9 @@ class DiskError(OSError):
 
 @contextlib.contextmanager
 def report_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise one `DiskError` for a full or failing disk, or a removed journal, whichever component met it first.
+    """Raise one `DiskError` for a full or failing disk, or a removed journal.
+
+    Whichever component met it first.
 
     SQLite, the journal, checkpoints and the report each raise errors of their own for it. Other errors pass.
 

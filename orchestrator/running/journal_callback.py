@@ -28,7 +28,10 @@ logger = logging.getLogger("luthier")
 
 
 def _never_raises(hook: Callable[..., None]) -> Callable[..., None]:
-    """Turn an exception of a hook into an entry of `problems` and a line of the log; `JournalWriteError` passes."""
+    """Turn an exception of a hook into a problem and a line of the log.
+
+    `JournalWriteError` passes.
+    """
 
     @functools.wraps(hook)
     def guarded(self: RecordCallback, *args: Any, **kwargs: Any) -> None:

@@ -25,7 +25,9 @@ PLASTICITY = "plasticity"
 
 
 def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]) -> None:
-    """Measure plasticity if the study asks for it and the journal has none yet. Blocks; needs a connected cluster.
+    """Measure plasticity if the study asks for it and the journal has none.
+
+    Blocks; needs a connected cluster.
 
     A network whose components are not defined has no plasticity, which is logged. Any other failure is a warning: the
     study is worth running without it.

@@ -1,4 +1,7 @@
-"""One run of a study on a cluster: the searcher proposes trials, Tune runs them, every event is journalled."""
+"""One run of a study on a cluster.
+
+The searcher proposes trials, Tune runs them, every event is journalled.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ CHECKPOINT_WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: its specification, its folder, its data and the settings that all trials share."""
+    """One run of a study: specification, folder, data and shared settings."""
 
     spec: StudySpec
     folder: Path

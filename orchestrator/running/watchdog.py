@@ -1,4 +1,4 @@
-"""Stall detection: kills the process of a hung trial, so that Tune retries it from its last checkpoint.
+"""Stall detection: kills hung trials, which Tune retries from their checkpoints.
 
 A process that is stopped, deadlocked, or stuck in native code while it holds the interpreter's lock cannot report that
 it is. The driver therefore bounds the time between two results of a trial. Units differ in length (the first loads the

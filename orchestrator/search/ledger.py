@@ -131,7 +131,10 @@ class Ledger:
             self.values[trial_id] = list(values)
 
     def duplicate(self, trial: Trial, twin: TrialRecord) -> None:
-        """Tell Optuna the objectives of an earlier trial with the same configuration (FAIL if it has none yet)."""
+        """Tell Optuna the objectives of the earlier trial that a proposal repeats.
+
+        FAIL if it has none yet.
+        """
         trial.set_user_attr("duplicate_of", twin.number)
         values = self.values.get(twin.trial_id)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
@@ -155,7 +158,10 @@ class Ledger:
         self._storage.close()
 
     def _read(self, study: optuna.Study) -> None:
-        """Take over the trials of earlier drivers: ended ones as they are, unfinished ones as FAIL, to be repeated."""
+        """Take over the trials of earlier drivers.
+
+        Ended ones as they are, unfinished ones as FAIL, to be repeated.
+        """
         while any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
             study.ask()  # Optuna cannot end a waiting trial, only a running one
         for trial in study.get_trials(deepcopy=False):

@@ -290,7 +290,10 @@ class OptunaStorage:
             self._database.engine.dispose()
 
     def _connect(self, replay: Replay | None, changed: bool) -> tuple[int, str] | None:
-        """Open both studies. Returns the log level and message of a problem that `replay` can mend, else None."""
+        """Open both studies; returns a problem that `replay` can mend, else None.
+
+        The problem is a log level and a message.
+        """
         try:
             self._database = _storage(self.url)
             # Adds Optuna's cache, so that a trial that has ended is read from the database once.
@@ -342,7 +345,10 @@ class OptunaStorage:
 
 
 def disagreement(url: str, name: str, history: History) -> str | None:
-    """How the storage of a study disagrees with its journal; None = it agrees. May write to the database."""
+    """How a study's storage disagrees with its journal; None = it agrees.
+
+    May write to the database.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = _storage(url)

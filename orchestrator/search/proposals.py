@@ -76,7 +76,10 @@ class Proposals:
             self._rounds = min(ROUNDS, (trials - space.prescribed) // (2 * len(space.searched)))
 
     def next(self, ledger: Ledger) -> Proposal | None:
-        """The next search trial; None = wait for running trials, or, where none runs, the search is over."""
+        """The next search trial; None = wait, or the search is over.
+
+        It is over where no trial runs.
+        """
         finished = {r.config_hash: r for r in ledger.finished if r.role == "search"}
         running = [r for r in ledger.running if r.role == "search"]
         if len(finished) + len(running) >= self.trials:

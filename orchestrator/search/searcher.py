@@ -1,4 +1,7 @@
-"""Search of a study: a Tune searcher on Optuna's ask and tell, over all strategies under one budget."""
+"""Search of a study: a Tune searcher on Optuna's ask and tell.
+
+All strategies compete under one budget.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +227,10 @@ def _unit(result: Mapping[str, Any]) -> int:
 
 
 def _contents(settings: SearchSettings) -> dict[str, Any]:
-    """Settings that trials must share to be comparable: not where the data are stored, but how they are used."""
+    """Settings that trials must share to be comparable.
+
+    Not where the data are stored, but how they are used.
+    """
     shared = dataclasses.asdict(settings.task)
     for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
         del shared[name]

@@ -183,7 +183,9 @@ class JournalReader:
 
 
 class MlflowFollower:
-    """Keeps one MLflow run per study (parent) and one per trial (child) up to date with a journal.
+    """Keeps a study's MLflow runs up to date with its journal.
+
+    One run per study (parent), one per trial (child).
 
     Runs are identified by the tags `luthier.study_uid` and `luthier.trial_uid`, so that a study that is continued, or a
     journal that is replayed from the start, continues the same runs and adds nothing twice. No method raises because of

@@ -210,7 +210,10 @@ class MlflowWriter:
         return run
 
     def _missing_points(self, run: _Run, update: RunUpdate) -> list[Point]:
-        """Points of an update that its run lacks; not every server drops a point that is sent twice."""
+        """Points of an update that its run lacks.
+
+        Not every server drops a point that is sent twice.
+        """
         metrics = {point[0] for point in update.points}
         if run.unverified_metrics is not None:
             metrics &= run.unverified_metrics
@@ -255,7 +258,10 @@ class MlflowWriter:
             self._delivered.artifacts.add((uid, name))
 
     def _send(self, request: Callable[[], object], count: bool = True) -> bool:
-        """Whether the server accepted a request; False if it never will. Other failures are raised, for a retry."""
+        """Whether the server accepted a request; False if it never will.
+
+        Other failures are raised, for a retry.
+        """
         from mlflow.exceptions import MlflowException
 
         try:

@@ -212,7 +212,10 @@ class TrialData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per pass over the training split; a last, smaller batch counts only if it is alone."""
+        """Optimiser steps per pass over the training split.
+
+        A last, smaller batch counts only if it is alone.
+        """
         return max(1, self.train_size // self.spec.shared.batch_size)
 
     def size(self, split: str) -> int:

@@ -135,7 +135,10 @@ def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into the model in place; the others stay. A name that the model lacks is a KeyError."""
+    """Write tensors into the model in place; the others stay.
+
+    A name that the model lacks is a KeyError.
+    """
     state = model.state_dict()
     for name, tensor in tensors.items():
         # The tensors of a state dict share the module's memory: writing into them changes the network.

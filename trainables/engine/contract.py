@@ -194,6 +194,7 @@ class Strategy:
         config = self.config
         if not isinstance(config, TrainingConfig):
             return Prepared()
+        # Before the head: a conversion preserves the features, and so a probe solved on cached ones still fits.
         report = convert_on_training_data(model, data) if config.bn_conversion else {}
         return Prepared({**report, **task_of(data).initialise_head(model, data, config.head_init)})
 

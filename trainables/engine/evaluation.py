@@ -46,7 +46,10 @@ def score(
 
 
 def uses_cached_features(model: TaskModel, data: TrialData) -> bool:
-    """Whether the model's features are those of the cache: pooled, from a backbone that is the pretrained one."""
+    """Whether the cached features are the model's own.
+
+    They are where features are pooled and the backbone is the pretrained one.
+    """
     return model.pooled and is_pristine(model.backbone, data.reference)
 
 

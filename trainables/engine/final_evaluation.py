@@ -49,7 +49,9 @@ class TrialContext:
 
 
 def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluation:
-    """Score the best unit so far, finalized, and restore the network bit for bit: training continues from it.
+    """Score the best unit so far, and restore the network bit for bit.
+
+    Scored finalized; training continues from the restored network.
 
     Args:
         pristine: the pretrained tensors by the network's names.
@@ -102,7 +104,10 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
 
 
 def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]:
-    """Test and OOD scores with `best/…`, which is of the tested weights: what `finalize` did to them counts."""
+    """Test and OOD scores, with `best/…` of the tested weights.
+
+    What `finalize` did to them counts.
+    """
     metrics = task_of(trial.data).metrics
     value = trial.best.value
     changed = type(trial.strategy).finalize is not Strategy.finalize

@@ -211,7 +211,10 @@ def _accumulate_gradient(
     micro_batch: MicroBatch,
     step: int,
 ) -> tuple[Tensor, TrainingMetrics]:
-    """Leave the gradient of the batch's mean loss in the parameters; returns the loss and the batch's metrics."""
+    """Leave the gradient of the batch's mean loss in the parameters.
+
+    Returns the loss and the batch's metrics.
+    """
     # Also at a repeated attempt: gradients of micro-batches that fitted before memory ran out must not count twice.
     optimizer.zero_grad(set_to_none=True)
     losses = []

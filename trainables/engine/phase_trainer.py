@@ -1,4 +1,7 @@
-"""Gradient training of one phase of a trial: optimiser, order of the samples, cached features of a frozen backbone."""
+"""Gradient training of one phase of a trial.
+
+Its optimiser, the order of the samples, cached features of a frozen backbone.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,7 @@ class PhaseTrainer:
 
     @property
     def steps_done(self) -> int:
-        """Steps of the unit under way, or of the interrupted one that continues next; 0 between two units."""
+        """Steps done of the unit under way or interrupted; 0 between two units."""
         if self._progress is not None:
             return self._progress.steps
         if not self._restored:

@@ -1,4 +1,4 @@
-"""One trial from the first to the last unit of its budget, without ray: the order of `trainables.engine.contract`."""
+"""One trial, unit by unit, without Ray; calls hooks in the contract's order."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ class Trial:
         return self._build().task
 
     def step(self) -> dict[str, Any]:
-        """Do one unit: train (or solve), validate, and at units of `evaluate_at` and the last one test too.
+        """Do one unit: train (or solve) and validate.
+
+        At units of `evaluate_at` and the last one test, too.
 
         Returns:
             Flat metrics (floats by recorded name) with `finished` (bool) and `unit` (1-based count); where the unit

@@ -28,7 +28,10 @@ _WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "diagnost
 
 
 def identity(spec: TrialSpec) -> dict[str, Any]:
-    """What makes two trials the same training, as JSON values; weights and data come on top, by their digests."""
+    """What makes two trials the same training, as JSON values.
+
+    Weights and data come on top, by their digests.
+    """
     shared = dataclasses.asdict(spec.shared)
     del shared["model"]  # its weights are what counts, wherever they lie
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
@@ -116,7 +119,10 @@ def unpack(state: RunState) -> dict[str, dict[str, Tensor]]:
 
 
 def put_weights(model: nn.Module, pristine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Give the network the weights of a checkpoint; tensors that it does not hold become the pretrained ones."""
+    """Give the network the weights of a checkpoint.
+
+    Tensors that it does not hold become the pretrained ones.
+    """
     put_back(model, under_its_names(model, pristine) | dict(saved))
 
 

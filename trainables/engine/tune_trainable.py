@@ -81,7 +81,10 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         save_state(checkpoint_dir, self._built_trial().state())
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Read the state, of an older checkpoint if this one is damaged; without any the trial starts over."""
+        """Read the newest valid state.
+
+        Of an older checkpoint if this one is damaged; without any the trial starts over.
+        """
         self._trial = None
         self._state = load_newest(checkpoint_dir)
 

@@ -137,7 +137,9 @@ def validation_order(scores: Mapping[str, float], metrics: TaskMetrics) -> tuple
 def fitted(
     model: TaskModel, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
 ) -> Tensor:
-    """λ (L,) float64 in the range of `LAMBDA_GRID` that minimises the task's mean loss on ID validation, by gradient.
+    """λ (L,) float64 that minimises the mean loss on ID validation, by gradient.
+
+    In the range of `LAMBDA_GRID`.
 
     Without the range, λ falls below 0 on scarce data, where the loss of an overconfident network falls with the scale
     of its features while its accuracy suffers (digits, 2 % of the training images: λ = -1.7 to -1.3).

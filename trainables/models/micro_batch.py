@@ -14,7 +14,9 @@ Result = TypeVar("Result")
 
 
 class MicroBatch:
-    """Number of images that go through the network at once; unlimited at first, halved whenever memory runs out.
+    """Number of images that go through the network at once.
+
+    Unlimited at first, halved whenever memory runs out.
 
     BatchNorm in training mode normalises each piece by its own statistics, so that a halved batch is not the same
     training for such networks; everywhere else it is, to rounding.

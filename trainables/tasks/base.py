@@ -93,7 +93,9 @@ class ClosedFormProbe(Protocol):
 
 
 class Task(ABC):
-    """What is learned. One instance serves all trials on the same targets: it keeps no state of a trial.
+    """What is learned.
+
+    One instance serves all trials on the same targets: it keeps no state of a trial.
 
     Shapes: images (B, 3, H, W) float32, normalised. Outputs and targets are the task's own; both have one row per
     sample first, because a batch that does not fit into memory is cut along it.
