@@ -76,7 +76,9 @@ class ByHand:
 
     def __init__(self, training: PhaseTrainer) -> None:
         self.model: nn.Module = copy.deepcopy(training.model)
-        self.config, self.dtype, self.total = training.config, training.dtype, training.total_steps
+        self.config = training.config
+        self.dtype = training.dtype
+        self.total = training.total_steps
         names = {id(p): n for n, p in training.model.named_parameters()}
         parameters = dict(self.model.named_parameters())
         tables = [
@@ -92,7 +94,8 @@ class ByHand:
         set_training_mode(self.model, frozen if isinstance(frozen, nn.Module) else None, self.config.bn_mode)
 
     def unit(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-        total, correct = torch.zeros((), device=batches[0][0].device), torch.zeros((), device=batches[0][0].device)
+        total = torch.zeros((), device=batches[0][0].device)
+        correct = torch.zeros((), device=batches[0][0].device)
         for step, (images, labels) in enumerate(batches):
             for table, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 table["lr"] = rate * rate_factor(step, self.total, self.config)
@@ -157,10 +160,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def ready_unit(training: PhaseTrainer, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Run Luthier's `train_unit` on prepared tensors."""
     set_training_mode(training.model, training.model.backbone if training.head_only else None, training.config.bn_mode)
-    total, dtype = training.total_steps, training.dtype
     train_unit(
         training.model, batches, training.optimizer, training.config, training.task,
-        first_step=0, total_steps=total, dtype=dtype,
+        first_step=0, total_steps=training.total_steps, dtype=training.dtype,
     )  # fmt: skip
 
 

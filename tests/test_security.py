@@ -372,5 +372,5 @@ def test_packages_that_read_files_have_no_hole_that_is_known() -> None:
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     asked = dict(re.split(r">=", entry.partition(",<")[0]) for entry in required)
     for name, (lowest, why) in FLOORS.items():
-        wanted, found = (tuple(int(p) for p in v.split(".")) for v in (lowest, asked[name]))
-        assert found >= wanted, f"{name}: {why}"
+        floor, declared = (tuple(int(p) for p in v.split(".")) for v in (lowest, asked[name]))
+        assert declared >= floor, f"{name}: {why}"

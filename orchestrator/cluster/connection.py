@@ -2,9 +2,9 @@
 
 The cluster of RAY_ADDRESS is joined; without one a local cluster is started.
 
-with connect(cpus=4) as cluster:
-    request = cluster.trial_resources(cpus=1, gpus="auto")
-    tuner.fit()
+    with connect(cpus=4) as cluster:
+        request = cluster.trial_resources(cpus=1, gpus="auto")
+        tuner.fit()
 """
 
 from __future__ import annotations

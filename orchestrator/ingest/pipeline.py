@@ -82,6 +82,7 @@ def ingest(
     if not _store_exists(folder):
         assignment = assign(source, request)
         _check_space(folder.parent, len(assignment.used) * row_bytes(request))
+        # Beside the folder, not in it: a folder appears by a rename, complete or not at all.
         with FileLock(f"{folder}.lock"):
             if not _store_exists(folder):  # another process may have written it while this one waited for the lock
                 write_store(source, assignment, request, folder, workers, progress)

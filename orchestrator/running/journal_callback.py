@@ -113,6 +113,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         unit = int(result.get("unit") or result["training_iteration"])
         metrics = declared_metrics(result)
         history = self._histories.setdefault(trial.config.get("_number", trial.trial_id), [])
+        # Costs are left out of the comparison: they differ where a resumed trial repeats the unit itself.
         if any(past["unit"] == unit and _same(past, metrics) for past in history):
             return
         details: dict[str, Any] = {}

@@ -129,6 +129,7 @@ class Progress:
         ended = sum(not r.unfinished for r in self._snapshot())
         if not ended or self.trials is None:
             return None
+        # Running trials count by the share of their units that is done.
         running = sum(r.unit / (self._units(r) or math.inf) for r in self._snapshot() if r.unfinished)
         return (time.monotonic() - self._began) * max(self.trials - ended - running, 0.0) / (ended + running)
 

@@ -303,6 +303,7 @@ class MlflowFollower:
         """Read new events, send their updates, and store the position."""
         if not self.settings.path.exists():
             return
+        # At each delivery, not once: where another process delivers this journal, this one takes over when it ends.
         self.lock.acquire()
         is_due = self._buffer or self._reader.has_more() or self._delivered is not None
         if self.delivered_offset and is_due and not self._server.is_connected:

@@ -122,7 +122,7 @@ def test_the_search_that_follows_begins_with_the_lambda_that_the_references_sugg
     measured: tuple[Study, FsrReport], make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, report = measured
-    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda found: report.estimates[0])
+    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda ratios: report.estimates[0])
     expected = round(min(max(report.estimates[0].lam, 0.0), 2.0), 3)
     later = make(name="later", diagnostics={"fsr_from": "shapes", "plasticity": False})
     records = [r for r in later.run(progress=False).records if r.role == "search"]

@@ -164,9 +164,9 @@ class TestHints:
 
 
 class TestProblems:
-    def message(self, spec: StudySpec, **known: str) -> str:
+    def message(self, spec: StudySpec, **arguments: str) -> str:
         with pytest.raises(PreflightError) as error:
-            lambda_hints(spec, Path(spec.storage) / spec.name, **known)
+            lambda_hints(spec, Path(spec.storage) / spec.name, **arguments)
         return str(error.value)
 
     def test_a_study_that_has_not_been_run(self, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ class TestExtrapolated:
         assert fit[-1] == pytest.approx(4 - 10 / 20, abs=0.02)
 
     def test_the_interval_holds_the_truth_and_is_the_same_every_time(self) -> None:
-        (estimate,), (again,) = estimates(self.samples(0.02)), estimates(self.samples(0.02))
+        (estimate,) = estimates(self.samples(0.02))
+        (again,) = estimates(self.samples(0.02))
         assert estimate.low < 0.75 < estimate.high
         assert estimate.low < estimate.value < estimate.high
         assert (estimate.low, estimate.high) == (again.low, again.high)

@@ -271,7 +271,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
     class StopOne(FIFOScheduler):  # type: ignore[misc]
         """Stops the trial labelled `slow` after its first unit."""
 
-        def on_trial_result(self, tune_controller: Any, trial: Any, found: dict[str, Any]) -> str:
+        def on_trial_result(self, tune_controller: Any, trial: Any, unit_result: dict[str, Any]) -> str:
             return str(self.STOP if trial.config["label"] == "slow" else self.CONTINUE)
 
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")

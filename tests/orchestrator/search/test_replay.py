@@ -204,12 +204,12 @@ def interrupted_copy(folder: Path, source: Path, seq: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("place", [4, 9, 13])
+@pytest.mark.parametrize("index", [4, 9, 13])
 def test_p30_the_journal_alone_gives_the_same_table_and_the_same_next_suggestions(
-    whole: tuple[Path, list[TrialRecord]], tmp_path: Path, place: int
+    whole: tuple[Path, list[TrialRecord]], tmp_path: Path, index: int
 ) -> None:
-    copy = interrupted_copy(tmp_path / "s", whole[0], events_of(whole[0], "trial_finished")[place])
-    assert shown(continued(copy)) == shown(whole[1])[: place + 1]
+    copy = interrupted_copy(tmp_path / "s", whole[0], events_of(whole[0], "trial_finished")[index])
+    assert shown(continued(copy)) == shown(whole[1])[: index + 1]
     assert shown(study(copy)) == shown(whole[1])
     assert known_to_optuna(copy) == known_to_optuna(whole[0])
 

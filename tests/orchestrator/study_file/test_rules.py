@@ -58,10 +58,10 @@ class TestSamples:
             "data.train_fraction is 1: they are the same, and FSR is 1. Lower data.train_fraction, or use extrapolated."
         ]
 
-    @pytest.mark.parametrize(("fractions", "got"), [([0.5, 0.5], "0.5"), ([], "none")])
-    def test_an_extrapolation_needs_three_sizes(self, fractions: list[float], got: str) -> None:
+    @pytest.mark.parametrize(("fractions", "listed"), [([0.5, 0.5], "0.5"), ([], "none")])
+    def test_an_extrapolation_needs_three_sizes(self, fractions: list[float], listed: str) -> None:
         assert invalid(diagnostics={"fsr": ["extrapolated"], "fsr_fractions": fractions}) == [
-            f"diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got {got}. "
+            f"diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got {listed}. "
             "List another one."
         ]
         assert invalid(diagnostics={"fsr_fractions": fractions}) == []

@@ -75,9 +75,9 @@ def test_s4_the_fault_of_the_soak_does_the_same(store: CheckpointStore, monkeypa
     fault_injection.reset_faults()
     try:
         store.save_after_unit(lambda: state(2))
-        assert [found.meta["unit"] for _, found in store.valid_states()] == [1]
+        assert [state.meta["unit"] for _, state in store.valid_states()] == [1]
         store.save_after_unit(lambda: state(3))
     finally:
         fault_injection.reset_faults()
-    assert [found.meta["unit"] for _, found in store.valid_states()] == [3, 1]
+    assert [state.meta["unit"] for _, state in store.valid_states()] == [3, 1]
     assert len(store.problems) == 1

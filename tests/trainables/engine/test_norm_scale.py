@@ -85,12 +85,12 @@ def test_a_source_that_does_not_fit_changes_nothing(trial: MakeLayerNormTrial) -
     source = {name: value + 1 for name, value in copies(run.model).items()}
     last = f"{list(layer_norms(run.model))[-1]}.weight"
     before = copies(run.model)
-    for wrong, got in (({}, "none"), ({last: torch.ones(3)}, "one of shape (3,)")):
+    for wrong, description in (({}, "none"), ({last: torch.ones(3)}, "one of shape (3,)")):
         given = {name: value for name, value in source.items() if name != last} | wrong
         with pytest.raises(ValueError) as error:
             rescale_layer_norm(run.model, given, 0.5)
         assert str(error.value) == (
-            f"Rescaling needs the source tensor {last!r} of shape (16,), but the source has {got}."
+            f"Rescaling needs the source tensor {last!r} of shape (16,), but the source has {description}."
         )
         assert changed(before, run) == set()
 

@@ -72,10 +72,10 @@ def test_low_precision_and_not_a_number() -> None:
 
 
 def test_nothing_to_measure() -> None:
-    for logits, labels, got in (
+    for logits, labels, counts in (
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), "0 rows and 0 labels"),
         (torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), "2 rows and 1 labels"),
     ):
         with pytest.raises(ValueError) as error:
             classification_metrics(logits, labels)
-        assert str(error.value) == f"Metrics need one row of logits per label and at least one, but got {got}."
+        assert str(error.value) == f"Metrics need one row of logits per label and at least one, but got {counts}."
