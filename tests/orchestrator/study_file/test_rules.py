@@ -61,8 +61,8 @@ class TestSamples:
     @pytest.mark.parametrize(("fractions", "listed"), [([0.5, 0.5], "0.5"), ([], "none")])
     def test_an_extrapolation_needs_three_sizes(self, fractions: list[float], listed: str) -> None:
         assert invalid(diagnostics={"fsr": ["extrapolated"], "fsr_fractions": fractions}) == [
-            f"diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got {listed}. "
-            "List another one."
+            "diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got "
+            f"{listed}. List another one."
         ]
         assert invalid(diagnostics={"fsr_fractions": fractions}) == []
 
