@@ -116,6 +116,7 @@ def _move_rows(
 ) -> None:
     """Replace the data file by one for another assignment, with the pixels copied."""
     old = folder / "with-unreadable.arrow"
+    # Both files are complete at once: the move needs the disk space twice.
     os.replace(folder / DATA, old)
     new_offsets = _lay_out(folder / DATA, source, request, assignment)
     positions = assignment.used[np.argsort(new_offsets[assignment.used])]  # written in ascending order

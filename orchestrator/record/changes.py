@@ -142,6 +142,7 @@ def check_changes(
     if not before:
         return []
     differences = changes(before, now)
+    # Before the first trial there is no number that a change could make incomparable.
     started = any(event["kind"] == "trial_started" for event in events)
     refused = [c for c in differences if not c.harmless and not any(_covers(key, c.key) for key in allowed)]
     if refused and started:

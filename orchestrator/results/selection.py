@@ -96,6 +96,7 @@ def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = 
             "id_val."
         )
     scored: list[tuple[TrialRecord, float | None]] = [
+        # A mean of means: every domain counts once, however many folds it has.
         (record, _mean(_mean(values) for values in folds[record.config_hash].values()))
         for record in candidates(records)
         if set(folds.get(record.config_hash, ())) == domains

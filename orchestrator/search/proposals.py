@@ -95,6 +95,7 @@ class Proposals:
             if not self._hinted(ledger, label, values):
                 hint = {f"{label}.{key}": value for key, value in values.items()}
                 return self._draw(ledger, self.space.default(self.space.searched[label]) | hint)
+        # In the order of their numbers, as they were first proposed.
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
             if record.role == "search" and record.label in self.space.searched and record.search_values:
                 return self._draw(ledger, dict(record.search_values))

@@ -148,6 +148,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             spec = self._staged()
             if spec is None:
                 return str(Searcher.FINISHED)
+            # A study of its own in Optuna: the sampler must not learn from folds and confirmations.
             proposal = self.ledger.fixed.ask(), spec
         trial, spec = proposal
         record = self.ledger.start(trial_id, trial, spec)
