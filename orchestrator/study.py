@@ -1,4 +1,7 @@
-"""One study from its file to its results: spec → store → search → trial → record → MLflow → selection → results."""
+"""One study, from its file to its results.
+
+spec → store → search → trial → record → MLflow → selection → results.
+"""
 
 from __future__ import annotations
 

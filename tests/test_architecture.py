@@ -112,10 +112,10 @@ class TestOneStrategyIsThreeFiles:
 
     @pytest.mark.parametrize("strategy", trainables.strategies())
     def test_the_names_of_the_space_are_those_of_the_config(self, strategy: str) -> None:
-        known = set(trainables.strategy_class(strategy).Config.__dataclass_fields__)
-        assert set(search_spaces.space(strategy)) <= known
+        fields = set(trainables.strategy_class(strategy).Config.__dataclass_fields__)
+        assert set(search_spaces.space(strategy)) <= fields
         for preset in search_spaces.presets(strategy).values():
-            assert preset.swept | set(preset.fixed) <= known
+            assert preset.swept | set(preset.fixed) <= fields
 
     @pytest.mark.parametrize("strategy", trainables.strategies())
     def test_its_test_inherits_the_conformance_suite(self, strategy: str) -> None:
@@ -132,27 +132,27 @@ class TestImports:
         ],
     )
     def test_leaves_import_nothing_back(self, folder: str, forbidden: set[str]) -> None:
-        found = [
+        violations = [
             f"{file} imports {module}"
             for file, tree in parsed(folder)
             for module in imported(tree)
             if module.partition(".")[0] in forbidden and not (file in MAY_IMPORT_RAY and module.startswith("ray"))
         ]
-        assert found == []
+        assert violations == []
 
     def test_the_parts_of_the_orchestrator_import_downwards_only(self) -> None:
         """Also inside functions and for types alone."""
         there = {file.stem for file in (ROOT / "orchestrator").iterdir()}
         assert there - {"__init__", "__pycache__", "py"} == set(LAYERS)
         parts = [(file, file.split("/")[1].removesuffix(".py"), tree) for file, tree in parsed("orchestrator")]
-        found = [
+        violations = [
             f"{file} imports {module}"
             for file, part, tree in parts
             for module in imported(tree)
             if part in LAYERS and module.startswith("orchestrator.")
             if LAYERS.index(module.split(".")[1]) > LAYERS.index(part)
         ]
-        assert found == []
+        assert violations == []
 
     def test_tracking_and_results_do_not_import_each_other(self) -> None:
         """A summary is handed to tracking by `orchestrator.running.tracking_process`."""
@@ -199,8 +199,10 @@ class TestImports:
         assert files == LAZY_BOUNDARIES
 
     def test_nothing_outside_the_tests_imports_them(self) -> None:
-        found = [file for file, tree in parsed(*PACKAGES) for module in imported(tree) if module.startswith("tests")]
-        assert found == []
+        violations = [
+            file for file, tree in parsed(*PACKAGES) for module in imported(tree) if module.startswith("tests")
+        ]
+        assert violations == []
 
     def test_the_command_loads_neither_torch_nor_ray(self) -> None:
         code = "import orchestrator, orchestrator.cli, sys; print(*sys.modules)"
@@ -254,8 +256,8 @@ class TestPrivateNames:
         ],
     )
     def test_what_would_be_found(self, code: str, use: str | None) -> None:
-        found = list(private_names(ast.parse(code)))
-        assert found == [use] if use else found, code
+        names = list(private_names(ast.parse(code)))
+        assert names == [use] if use else names, code
 
     @pytest.mark.parametrize(
         "code",
@@ -284,13 +286,13 @@ class TestFiles:
         assert [name(f) for f in sources(*PACKAGES) if f.stem in ("utils", "helpers", "common", "misc")] == []
 
     def test_nothing_is_left_unfinished(self) -> None:
-        found = [
+        violations = [
             f"{name(file)}: {word}"
             for file in sources(*PACKAGES, "benchmarks", "tests")
             for word in UNFINISHED
             if word in file.read_text(encoding="utf-8")
         ]
-        assert found == []
+        assert violations == []
 
 
 class TestMetricNames:
@@ -326,21 +328,21 @@ class TestMetricNames:
 
 class TestSafeReads:
     def test_no_code_from_data(self) -> None:
-        found = [
+        violations = [
             f"{file}:{use}"
             for file, tree in parsed(*PACKAGES, "benchmarks")
             for use in unsafe(tree, registry=file in REGISTRIES)
         ]
-        assert found == []
+        assert violations == []
 
     def test_weight_files_are_read_by_one_module(self) -> None:
-        found = {
+        violations = {
             file
             for file, tree in parsed(*PACKAGES)
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "timm.models.load_state_dict")
         }
-        assert found == {MAY_READ_WEIGHTS}
+        assert violations == {MAY_READ_WEIGHTS}
 
     @pytest.mark.parametrize(
         "code",
@@ -408,28 +410,28 @@ class TestSharing:
     """What tests and benchmarks take from each other."""
 
     def test_benchmarks_import_no_tests(self) -> None:
-        found = [f"{file}: {module}" for file, tree in parsed("benchmarks") for module in mentioned(tree, "tests")]
-        assert found == []
+        violations = [f"{file}: {module}" for file, tree in parsed("benchmarks") for module in mentioned(tree, "tests")]
+        assert violations == []
 
     def test_tests_import_no_private_names_of_benchmarks(self) -> None:
-        found = []
+        violations = []
         for file, tree in parsed("tests"):
             for node in ast.walk(tree):
                 if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("benchmarks"):
                     continue
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-                found += [f"{file}: {node.module}" for part in names if part.startswith("_")]
-        assert found == []
+                violations += [f"{file}: {node.module}" for part in names if part.startswith("_")]
+        assert violations == []
 
     def test_test_modules_import_no_test_modules(self) -> None:
         """Also in the code of processes that they start."""
-        found = {
+        violations = {
             file
             for file, tree in parsed("tests")
             for module in mentioned(tree, "tests")
             if module.rpartition(".")[2].startswith("test_")
         }
-        assert found - SHARES_WITH_A_TEST == set()
+        assert violations - SHARES_WITH_A_TEST == set()
 
 
 class TestTiers:

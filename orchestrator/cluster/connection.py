@@ -1,8 +1,10 @@
-"""Connection to a Ray cluster: join the one of RAY_ADDRESS, or start a local one for the duration of a block.
+"""Connection to a Ray cluster, for the duration of a block.
 
-with connect(cpus=4) as cluster:
-    request = cluster.trial_resources(cpus=1, gpus="auto")
-    tuner.fit()
+The cluster of RAY_ADDRESS is joined; without one a local cluster is started.
+
+    with connect(cpus=4) as cluster:
+        request = cluster.trial_resources(cpus=1, gpus="auto")
+        tuner.fit()
 """
 
 from __future__ import annotations

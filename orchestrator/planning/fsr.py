@@ -1,4 +1,4 @@
-"""FSR's reference trials, and the first λ that an earlier FSR suggests to a search: λ ≈ 1/FSR (Tan et al., 2025).
+"""FSR's reference trials, and the first λ of a search from an earlier FSR: λ ≈ 1/FSR (Tan et al., 2025).
 
 Reference trials repeat one LayerNorm tuning on other samples of training images, after the search. They are recorded in
 the study's own journal only: a search reads them whenever it starts, from this study or from the one that

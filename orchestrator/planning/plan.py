@@ -1,4 +1,7 @@
-"""Plan of a study: its trials, budget and disk space, and what would be trained. No compute is spent on it."""
+"""Plan of a study: its trials, budget, disk space and trained parameters.
+
+No compute is spent on it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checks of a study before any compute is spent: no cluster is started and no image is decoded."""
+"""Checks of a study before any compute is spent.
+
+No cluster is started and no image is decoded.
+"""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _panels(columns: Columns, metrics: TaskMetrics) -> list[_Panel]:
 
 
 def _column(name: str, metrics: TaskMetrics) -> tuple[str, float, str | None]:
-    """(title of the y axis, scale, name in the legend) of a column; the name is None if the column is not drawn."""
+    """Title of the y axis, scale and legend entry of a column; no entry = not drawn."""
     split, _, key = name.rpartition("/")
     for metric in metrics.metrics:
         if name == metric.test_name:

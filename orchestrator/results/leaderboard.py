@@ -63,6 +63,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     n = len(values)
     if n == 0:
         return math.nan, math.nan
+    # Exact sums, so that the order of the trials does not change the last bit.
     mean = math.fsum(values) / n
     if n == 1:
         return mean, math.nan
@@ -78,9 +79,11 @@ def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[Tr
     """
     complete = [r for r in records if r.config_hash == config_hash and r.state == "complete"]
     complete.sort(key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a seed is the one that stays in the dict.
     confirmed = {r.seed: r for r in reversed(complete) if r.role == "confirm"}
     if confirmed:
         return sorted(confirmed.values(), key=lambda r: r.number)
+    # Chosen for being good, so its numbers flatter; the column `confirmed` shows that.
     return [r for r in complete if r.role == "search"][:1]
 
 

@@ -1,5 +1,7 @@
-"""Measurements of a study as a whole: the plasticity of the pretrained network at its start, FSR once its reference
-trials have ended."""
+"""Measurements of a study as a whole.
+
+The plasticity of the pretrained network at its start, and FSR once its reference trials have ended.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ PLASTICITY = "plasticity"
 
 
 def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]) -> None:
-    """Measure plasticity if the study asks for it and the journal has none yet. Blocks; needs a connected cluster.
+    """Measure plasticity if the study asks for it and the journal has none.
+
+    Blocks; needs a connected cluster.
 
     A network whose components are not defined has no plasticity, which is logged. Any other failure is a warning: the
     study is worth running without it.

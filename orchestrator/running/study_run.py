@@ -1,4 +1,7 @@
-"""One run of a study on a cluster: the searcher proposes trials, Tune runs them, every event is journalled."""
+"""One run of a study on a cluster.
+
+The searcher proposes trials, Tune runs them, every event is journalled.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ CHECKPOINT_WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: its specification, its folder, its data and the settings that all trials share."""
+    """One run of a study: specification, folder, data and shared settings."""
 
     spec: StudySpec
     folder: Path
@@ -79,6 +82,7 @@ class StudyRun:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
             hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.search else Hints()
+            # After the check: a refused run leaves the copy of the study that the folder holds.
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
             cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
@@ -116,8 +120,10 @@ class StudyRun:
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=make_scheduler(self.spec, history),
+                # No limit for Tune: the searcher ends the run.
                 num_samples=-1,
                 max_concurrent_trials=concurrent,
+                # A process keeps opened data and pretrained weights for its next trial.
                 reuse_actors=True,
                 trial_dirname_creator=_trial_folder,
             ),
@@ -127,6 +133,7 @@ class StudyRun:
                 callbacks=[callback, watchdog, ClusterWatch()],
                 stop=breaker,
                 failure_config=tune.FailureConfig(max_failures=limits.retries),
+                # Trials write checkpoints of their own; Tune's would be a second copy.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 verbose=0,
             ),
@@ -142,6 +149,7 @@ class StudyRun:
             searcher.close()
             for problem in callback.problems:
                 log.error("The journal of this run is incomplete: %s", problem)
+        # A Stopper that ends a run is no error for Tune: `fit` returns as if the study were complete.
         breaker.check()
 
     def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:

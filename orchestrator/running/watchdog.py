@@ -1,4 +1,4 @@
-"""Stall detection: kills the process of a hung trial, so that Tune retries it from its last checkpoint.
+"""Stall detection: kills hung trials, which Tune retries from their checkpoints.
 
 A process that is stopped, deadlocked, or stuck in native code while it holds the interpreter's lock cannot report that
 it is. The driver therefore bounds the time between two results of a trial. Units differ in length (the first loads the
@@ -217,8 +217,11 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         return seconds, f"{seconds:.3g} s are allowed, because {reason}"
 
     def _expected(self, identity: Identity, label: str, kind: Kind) -> _Expected | None:
-        """The expected duration of a unit: from units of its kind of the trial itself, else of its entry, else from a
-        unit of its kind without start-up plus a start-up; None = there are none."""
+        """The expected duration of a unit; None = nothing to compare it with.
+
+        From units of its kind of the trial itself, else of its entry, else from a unit of its kind without start-up
+        plus a start-up.
+        """
         times = self._times_of_trial.get((identity, kind))
         if times:
             median = statistics.median(times)
@@ -247,6 +250,7 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         present = set()
         for trial in trials:
             actor = actor_of(trial)
+            # Tune takes a while to see a killed process; until then its trial is not judged again.
             if actor is None or trial.trial_id in self.verdicts:
                 continue
             present.add(trial.trial_id)

@@ -162,6 +162,7 @@ class TrackingProcess:
 
     def _finish(self) -> None:
         with self._mutex:
+            # Under the lock that `_spawn` holds: a process that starts at this moment gets the line, too.
             self._closing.set()
             if self._process is not None:
                 self._send(FINISH)

@@ -188,6 +188,7 @@ def within_limits(update: RunUpdate) -> RunUpdate:
             artifact = f"{LONG_FOLDER}/{clean_key(key).replace('/', '.')}.txt"
             update.files[artifact] = texts[key].encode
             notice = f"… (whole: {artifact})"
+            # The limit includes the notice: a server rejects one character too many.
             texts[key] = texts[key][: limit - len(notice)] + notice
     return update
 

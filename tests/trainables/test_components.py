@@ -85,8 +85,8 @@ def test_auto_follows_the_measurement(trial: Callable[..., Trial], monkeypatch: 
 
 def test_the_choice_is_recorded(trial: Callable[..., Trial]) -> None:
     metrics = trial(kinds=["fc2", "ln1"]).step()
-    found = {name: value for name, value in metrics.items() if name.startswith("components/")}
-    assert found == {
+    chosen = {name: value for name, value in metrics.items() if name.startswith("components/")}
+    assert chosen == {
         "components/selected": 2.0,
         **{f"components/{kind}": float(kind in ("ln1", "fc2")) for kind in COMPONENTS},
     }

@@ -195,12 +195,14 @@ class Strategy:
         config = self.config
         if not isinstance(config, TrainingConfig):
             return Prepared()
+        # Before the head: a conversion preserves the features, and so a probe solved on cached ones still fits.
         report = convert_on_training_data(model, data) if config.bn_conversion else {}
         return Prepared({**report, **task_of(data).initialise_head(model, data, config.head_init)})
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
-        """Exactly what may move. Default: backbone and head, each at its own rate. If nothing is selected, the engine
-        raises an error.
+        """Exactly what may move.
+
+        Default: backbone and head, each at its own rate. If nothing is selected, the engine raises an error.
 
         Args:
             prepared: state that `prepare` returned.

@@ -96,6 +96,7 @@ class Diagnosis:
             after = data.reference
             size = SMALLEST_BATCH
             count = 1
+        # A constant seed, not the trial's: CKA of two trials is compared, so both are to see the same images.
         batches = data.batches(TEST, batch_size=size, shuffle_seed=stream_seed(0, "cka"))
         images = (batch for batch, _ in islice(batches, count))
         dtype = resolve_precision(data.spec.shared.precision, data.device)

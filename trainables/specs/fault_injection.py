@@ -1,4 +1,4 @@
-"""Fault injection at named points of a trial and of the driver, for the tests and the soak.
+"""Fault injection at named points of trials and driver, for tests and soak.
 
 The environment variable `LUTHIER_FAULT` holds faults, separated by `;`:
 

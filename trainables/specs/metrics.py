@@ -263,8 +263,11 @@ class TaskMetrics:
         return None
 
     def tests(self, name: str) -> bool:
-        """Whether a recorded name is measured on test data: ID test, or the OOD domains together. A single OOD domain
-        is not among them, since a study may give one up for validation."""
+        """Whether a recorded name is measured on test data.
+
+        ID test, or the OOD domains together. A single OOD domain is not among them, since a study may give one up for
+        validation.
+        """
         special = {metric.test_name.partition("/")[0] for metric in self.metrics if metric.test_name is not None}
         return name.startswith((f"{TEST}/", f"{OOD_MEAN}/", f"{OOD_WORST}/", *(f"{group}/" for group in special)))
 

@@ -1,4 +1,4 @@
-"""What one trial is asked to do: plain frozen data, made by the orchestrator, checked here, sent as a small dict."""
+"""Specification of one trial: plain frozen data, checked here, sent as a dict."""
 
 from __future__ import annotations
 

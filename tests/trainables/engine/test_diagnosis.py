@@ -65,7 +65,8 @@ def test_d17_test_sets_of_a_few_images_cost_no_trial(
     """A folder with three images per class gives two classes a test split of two images."""
     store = shapes()
     for split in ("val", "test", "ood/inverted", "ood/noisy"):
-        store.pixels[split], store.targets[split] = store.pixels[split][:count], store.targets[split][:count]
+        store.pixels[split] = store.pixels[split][:count]
+        store.targets[split] = store.targets[split][:count]
         store.sources[split] = store.sources[split][:count]
     last = history_of(make(store=store, diagnostics=("shift", "distortion", "cka")))[-1]
     assert measured(last) == {"distortion", "change"}
