@@ -51,7 +51,8 @@ LAZY_BOUNDARIES = {
     # A machine for training alone may lack pyarrow, torchmetrics, peft, scikit-learn and matplotlib; the driver's
     # side of fault injection takes no torch.
     "trainables/data/store.py", "trainables/demo/digits.py", "trainables/lora.py",
-    "trainables/specs/fault_injection.py", "trainables/tasks/classification_metrics.py",
+    "trainables/specs/fault_injection.py", "trainables/storage/kept_predictions.py",
+    "trainables/tasks/classification_metrics.py",
 }  # fmt: skip
 """The only modules with imports inside functions; everywhere else imports stand at the top."""
 REGISTRIES = (
