@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.errors import Problem, StudyError
@@ -354,8 +355,6 @@ def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store,
 def _score(name: str, value: float, samples: int, metrics: TaskMetrics) -> Score:
     text = metrics.selection.text(value)
     if 0 <= value <= 1 and samples:
-        from scipy.stats import binomtest
-
         interval = binomtest(round(value * samples), samples).proportion_ci(method="wilson")
         text += f" (95 % interval over pictures: {interval.low:.3f} to {interval.high:.3f})"
     return Score(name, text, samples)

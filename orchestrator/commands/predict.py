@@ -13,6 +13,7 @@ from orchestrator.export.model import load
 from orchestrator.export.pictures import list_pictures
 from orchestrator.export.predictions import SUFFIXES, Predictions, predict_pictures, predict_store
 from orchestrator.ingest.errors import printable
+from orchestrator.running.progress import ingest_progress
 from orchestrator.wording import counted
 from trainables.data.store import DATA, MANIFEST, Store
 
@@ -91,8 +92,6 @@ def predict(
         predictions = predict_store(model, Store(paths[0]), split, batch_size)
         labels: Sequence[str] = predictions.labels or ()
     else:
-        from orchestrator.running.progress import ingest_progress
-
         listing = list_pictures(paths)
         class_of = folder_classes(listing, model.classes) if domain_report else {}
         with ingest_progress() as shown:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from orchestrator.export.formats import ONNX, OnnxNetwork
+from orchestrator.export.pictures import list_pictures
+from orchestrator.export.predictions import Predictions, predict_pictures, refuse_unreadable
 from orchestrator.export.timm_folder import load_network, read_folder
 from orchestrator.ingest.images import BadImageError, square, upright_rgb
 from trainables.data.transforms import BatchTransform
 from trainables.models.backbone import DataConfig
 from trainables.models.device import training_device
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BATCH_SIZE = 64
 """Pictures per forward pass."""
@@ -84,9 +83,6 @@ class Model:
         Raises:
             DataError: nothing there, or a picture that cannot be read (`luthier predict` lists these instead).
         """
-        from orchestrator.export.pictures import list_pictures
-        from orchestrator.export.predictions import Predictions, predict_pictures, refuse_unreadable
-
         if isinstance(pictures, str | Path):
             pictures = [pictures]
         images = [picture for picture in pictures if isinstance(picture, Image.Image)]

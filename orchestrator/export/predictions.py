@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import parquet
 
 from orchestrator.export.pictures import Listing, Progress, decoded
 from orchestrator.ingest.errors import DataError, first_few, printable
@@ -17,8 +20,6 @@ from orchestrator.ingest.source import SkippedEntry
 from trainables.storage.atomic_files import atomic_file
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from trainables.data.store import Store
     from trainables.models.backbone import DataConfig
 
@@ -67,8 +68,6 @@ class Predictions:
 
     def to_frame(self) -> pd.DataFrame:
         """The rows: `columns()`, then the probability of every class under its name, in the order of the logits."""
-        import pandas as pd
-
         path, prediction, confidence = self.columns()
         frame = pd.DataFrame({path: self.paths, prediction: self.predicted(), confidence: self._confidence()})
         return pd.concat([frame, pd.DataFrame(self.probabilities, columns=list(self.classes))], axis=1)
@@ -97,13 +96,10 @@ class Predictions:
             writer.writerows([name, top, repr(most), *map(repr, values)] for name, top, most, values in rows)
 
     def _write_parquet(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet
-
         names = [*self.columns(), *self.classes]
         arrays = [pa.array(self.paths, pa.string()), pa.array(self.predicted(), pa.string())]
         arrays += [pa.array(self._confidence()), *(pa.array(column) for column in self.probabilities.T.copy())]
-        pyarrow.parquet.write_table(pa.table(arrays, names=names), path)
+        parquet.write_table(pa.table(arrays, names=names), path)
 
 
 def predict_pictures(

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import timm
+import torch
+from torch import nn
+
+from orchestrator.planning.build import LODO_CANDIDATES
+from orchestrator.planning.preflight import points
+from trainables import strategy_class
+from trainables.demo.backbones import NETWORKS, architecture
+from trainables.engine.tuned_network import batch_norm_buffers
+from trainables.models.task_model import TaskModel
+
 if TYPE_CHECKING:
     from orchestrator.planning.estimates import TrialCounts
     from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.schema import StudySpec
-    from trainables.models.task_model import TaskModel
 
 VALUE_BYTES = 4
 """Bytes of a weight or a logit, float32."""
@@ -19,9 +29,6 @@ SAMPLE_BYTES = 64
 
 def weight_bytes(spec: StudySpec, classes: int) -> dict[str, int]:
     """Label → bytes of one trial's kept weights, the largest over the default point and the choices of the search."""
-    from orchestrator.planning.preflight import points
-    from trainables import strategy_class
-
     model = structure(spec, classes)
     sizes = {}
     for entry in spec.strategies:
@@ -33,13 +40,6 @@ def weight_bytes(spec: StudySpec, classes: int) -> dict[str, int]:
 
 def structure(spec: StudySpec, classes: int) -> TaskModel:
     """The study's network under a linear head, on the meta device."""
-    import timm
-    import torch
-    from torch import nn
-
-    from trainables.demo.backbones import NETWORKS, architecture
-    from trainables.models.task_model import TaskModel
-
     name = spec.model.name
     with torch.device("meta"):
         network: Any = (
@@ -61,8 +61,6 @@ def kept_trials(spec: StudySpec, counts: TrialCounts, space: SearchSpace) -> tup
     Returns:
         Label → trials known to be of that entry, and the number of those that may be of any entry.
     """
-    from orchestrator.planning.build import LODO_CANDIDATES
-
     labels = [entry.label for entry in spec.strategies]
     if spec.keep == "confirmed":
         return {}, counts.confirm
@@ -86,7 +84,5 @@ def kept_bytes_of(
 
 def _statistics_bytes(model: TaskModel) -> int:
     """Bytes of BatchNorm's buffers, which every trial keeps."""
-    from trainables.engine.tuned_network import batch_norm_buffers
-
     buffers = dict(model.named_buffers())
     return sum(buffers[name].nbytes for name in batch_norm_buffers(model))

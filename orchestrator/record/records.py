@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from trainables import strategies
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
 
 State = Literal["suggested", "running", "complete", "pruned", "failed"]
@@ -102,7 +103,9 @@ def metrics_of(study: object) -> TaskMetrics:
 
 
 def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
-    """The selection metric on ID validation, of the tested weights where there are any, else after the last unit.
+    """The selection metric on ID validation, of the weights that count.
+
+    Of the tested weights where there are any, else after the last unit.
 
     Returns:
         The metric as recorded; None where it is missing or not finite.
@@ -113,8 +116,6 @@ def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
 
 @cache
 def _strategy_groups() -> frozenset[str]:
-    from trainables import strategies
-
     return frozenset(strategies())
 
 
@@ -159,6 +160,7 @@ class LiveRecords:
             earlier = self._trials.pop(self._latest[identity], None) if identity in self._latest else None
             self._latest[identity] = record.trial_id
             if earlier is not None:
+                # Tune gives a resumed trial a new id.
                 record = dataclasses.replace(earlier, trial_id=record.trial_id, state="suggested")
             self._trials[record.trial_id] = record
             return

@@ -46,7 +46,7 @@ class FinalEvaluation:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What an evaluation needs of a trial: the network as the last unit left it, and where it came from."""
+    """Inputs of an evaluation: the network after the last unit, and its start."""
 
     model: TaskModel
     strategy: Strategy
@@ -59,7 +59,9 @@ class TrialContext:
 
 
 def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluation:
-    """Score the best unit so far, finalized, and restore the network bit for bit: training continues from it.
+    """Score the best unit so far, and restore the network bit for bit.
+
+    Scored finalized; training continues from the restored network.
 
     Args:
         pristine: the pretrained tensors by the network's names.
@@ -75,6 +77,7 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
             report |= split_report(wise.apply())[0]
         return FinalEvaluation(_scores(trial), report, curves)
     finally:
+        # In this order: tensors are written by the names that they have in the restored structure.
         snapshot.restore_modules()
         snapshot.restore_tensors(model)
 
@@ -90,6 +93,7 @@ def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvalu
     last = take(model, norm_parameters(data.reference) & trial.best.tensors.keys())
     put_back(model, trial.best.tensors)
     tuned = strategy.finalize(model, data, trial.prepared)
+    # Before WiSE-FT moves the weights that the strategy's curve is about.
     strategy_curves = strategy.curves(model, data, tuned.state)
     wise = _wise_ft(trial)
     alpha = wise.apply() if wise is not None else {}
@@ -114,10 +118,14 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
 
 
 def _scores(trial: TrialContext, watch: Watch | None = None, outputs: OutputWatch | None = None) -> dict[str, float]:
-    """Test and OOD scores with `best/…`, which is of the tested weights: what `finalize` did to them counts."""
+    """Test and OOD scores, with `best/…` of the tested weights.
+
+    What `finalize` did to them counts.
+    """
     metrics = task_of(trial.data).metrics
     value = trial.best.value
     changed = type(trial.strategy).finalize is not Strategy.finalize
+    # Validated again only where something has changed the best unit's weights since they were scored.
     if changed or getattr(trial.strategy.config, "wise", None) is not None:
         value = validation_scores(trial.model, trial.data)[metrics.validation]
     scores = final_scores(trial.model, trial.data, watch, outputs)

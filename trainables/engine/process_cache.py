@@ -1,4 +1,4 @@
-"""What stays in a process for all of its trials: opened stores and pristine pretrained networks, nothing else."""
+"""Per-process caches: opened stores and pristine pretrained networks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainables.data.store import Store
 from trainables.models.backbone import Backbone, backbone_data_config, load_pretrained
 from trainables.specs.trial_spec import ModelSpec
 
@@ -26,26 +27,29 @@ def open_store(path: str) -> StoreLike:
     Raises:
         StoreError: no complete store lies there.
     """
-    from trainables.data.store import Store
-
     store: StoreLike = Store(path)
     return store
 
 
-def pretrained_for(spec: ModelSpec, wanted: int | None, stored_side: int, cache: str | None) -> Backbone:
-    """The pristine backbone (on the CPU) at the side it sees images with, see `requested_side`."""
-    return load_pretrained(spec, requested_side(spec, wanted, stored_side), Path(cache) if cache else None)
+def pretrained_for(spec: ModelSpec, image_size: int | None, stored_side: int, cache: str | None) -> Backbone:
+    """The pristine backbone, on the CPU, at its input side (`requested_side`)."""
+    return load_pretrained(spec, requested_side(spec, image_size, stored_side), Path(cache) if cache else None)
 
 
-def requested_side(spec: ModelSpec, wanted: int | None, stored_side: int) -> int | None:
-    """Image side that a network is built for: the wanted one, or the stored side where that is smaller than its own
-    (pictures are never enlarged; timm interpolates position embeddings); None = its own."""
-    return wanted or (stored_side if stored_side < _native_side(spec) else None)
+def requested_side(spec: ModelSpec, image_size: int | None, stored_side: int) -> int | None:
+    """Image side that a network is built for; None = its own.
+
+    It is `image_size`, else the network's own, or the stored side where that is smaller (images are never enlarged;
+    timm interpolates position embeddings).
+    """
+    return image_size or (stored_side if stored_side < _native_side(spec) else None)
 
 
 def on_device(backbone: Backbone, device: torch.device) -> Backbone:
-    """The pristine backbone on `device` (channels last on a GPU), copied there once, so that a new trial's network is
-    a copy within the device."""
+    """The pristine backbone on `device`, channels last on a GPU.
+
+    Copied there once, so that a new trial's network is a copy within the device.
+    """
     if device.type == "cpu":
         return backbone
     key = (backbone.digest, device)
