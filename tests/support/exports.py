@@ -23,7 +23,7 @@ from orchestrator.record.kept_files import weights_folder
 from orchestrator.record.records import declared_metrics
 from orchestrator.study import Study
 from trainables.engine.trial import Trial
-from trainables.models.backbone import DataConfig, load_pretrained
+from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec, TrialSpec
 from trainables.storage.kept_weights import save_weights
 from trainables.tasks.classification import new_classifier
@@ -116,11 +116,6 @@ def tuned(
         facts=CardFacts(study="pets", trial=7, label="full", strategy="full", choice="Chosen for the test."),
         pictures=pixels,
     )
-
-
-def view(model: TunedModel) -> DataConfig:
-    """Preprocessing of a tuned network."""
-    return model.preprocessing
 
 
 def finished_study(

@@ -147,7 +147,7 @@ def test_damaged_weights_are_refused(study: Study, tmp_path: Path) -> None:
 def test_the_crop_is_that_of_the_store() -> None:
     """A store that is smaller than the network's own crop margin: the share follows the pixels."""
     meta = {"image_size": 96, "stored_image_size": 97, "crop_pct": 0.875, "mean": [0.5] * 3, "std": [0.5] * 3}
-    view = preprocessing_of(KeptWeights(tensors={}, meta={**meta, "interpolation": "bilinear"}))
+    view = preprocessing_of(KeptWeights(tensors={}, meta={**meta, "interpolation": "bilinear"}, adapter={}))
     assert view.stored_size == 97
     assert view.image_size == 96
 
