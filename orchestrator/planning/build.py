@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.search.stages import Choose, Entry, Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
+    from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings
 
 
 LODO_CANDIDATES = 5
@@ -84,6 +84,19 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         plasticity_probe=spec.diagnostics.plasticity_probe,
         plasticity_source=spec.diagnostics.plasticity_source,
         plasticity_pairs=spec.diagnostics.plasticity_pairs,
+        metric=spec.search.metric,
+        loss=loss_of(spec),
+        sampling=spec.data.sampling,
+    )
+
+
+def loss_of(spec: StudySpec) -> LossSettings:
+    """The changes of the loss that the study asks for."""
+    from trainables.specs.trial_spec import LossSettings
+
+    loss = spec.loss
+    return LossSettings(
+        class_weights=loss.class_weights, label_smoothing=loss.label_smoothing, focal_gamma=loss.focal_gamma
     )
 
 
@@ -95,7 +108,7 @@ def entries_of(spec: StudySpec) -> list[Entry]:
 
 
 def metric_of(spec: StudySpec) -> str:
-    """Objective of the search: the task's selection metric on ID validation, or on a validation domain."""
+    """Objective of the search: the study's selection metric on ID validation, or on a validation domain."""
     metrics = metrics_of(spec)
     domain = spec.search.validation_domain
     return metrics.of_domain(domain) if domain else metrics.validation

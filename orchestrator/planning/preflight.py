@@ -20,9 +20,9 @@ def preflight(spec: StudySpec) -> None:
 
     Raises:
         PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
-            layers, domains or packages that it needs; a budget too small for the strategies or their phases; a storage
-            folder that cannot be written; a tracking server that rejects the credentials; more CPUs or GPUs than this
-            machine has (unless RAY_ADDRESS names a cluster).
+            layers, domains or packages that it needs; a budget too small for the strategies or their phases; settings
+            of the loss that a strategy cannot honour; a storage folder that cannot be written; a tracking server that
+            rejects the credentials; more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -30,6 +30,7 @@ def preflight(spec: StudySpec) -> None:
         _package_problems,
         _budget_problems,
         _phase_problems,
+        _loss_problems,
         hint_problems,
         _machine_problems,
         _storage_problems,
@@ -152,6 +153,26 @@ def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
         for hparams in _points(entry):
             try:
                 BudgetPlan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+            except ValueError as error:
+                yield Problem(("strategies", index), str(error))
+                break
+
+
+def _loss_problems(spec: StudySpec) -> Iterator[Problem]:
+    """Settings of loss and batches that a strategy cannot honour."""
+    from orchestrator.planning.build import loss_of
+    from trainables import strategy_class
+    from trainables.engine.contract import check_loss
+
+    loss = loss_of(spec)
+    for index, entry in enumerate(spec.strategies):
+        for hparams in _points(entry):
+            try:
+                strategy = strategy_class(entry.name).from_hparams(hparams)
+            except ValueError:  # reported by `_phase_problems`
+                continue
+            try:
+                check_loss(strategy, loss, spec.data.sampling)
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break

@@ -12,7 +12,7 @@ from trainables.diagnostics.norm_shift import norm_parameters
 from trainables.engine.best_weights import Best, Snapshot, put_back, take
 from trainables.engine.contract import Strategy
 from trainables.engine.diagnosis import Diagnosis
-from trainables.engine.evaluation import Watch, final_scores, validation_scores
+from trainables.engine.evaluation import complete_scores, final_scores, validation_scores
 from trainables.engine.weight_interpolation import WiseFt
 from trainables.specs.measurements import Curve, split_report
 from trainables.specs.metrics import BEST_EPOCH
@@ -63,7 +63,7 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
         wise = _wise_ft(trial)
         if wise is not None:
             report |= split_report(wise.apply())[0]
-        return FinalEvaluation(_scores(trial), report, curves)
+        return FinalEvaluation(_interim_scores(trial), report, curves)
     finally:
         snapshot.restore_modules()
         trial.strategy.undo_finalize(model)
@@ -81,12 +81,14 @@ def final(trial: TrialContext) -> FinalEvaluation:
     wise = _wise_ft(trial)
     alpha = wise.apply() if wise is not None else {}
     diagnosis = Diagnosis(strategy, data, model)
-    scores = _scores(trial, diagnosis.watch)
+    tested = complete_scores(model, data, diagnosis.watch)
+    value = tested.validation if _changed_after_training(trial) else trial.best.value
+    scores = tested.scores | _best_of(trial, value)
     diagnosed = diagnosis.report(model, trial.start, trial.best.tensors, last)
     wise_curve = wise.curve() if wise is not None else {}
     report: dict[str, float] = {}
     curves: dict[str, Curve] = {}
-    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed):
+    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed, tested.tables):
         metrics, tables = split_report(part)
         report |= metrics
         curves |= tables
@@ -98,12 +100,20 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
     return None if alpha is None else WiseFt(trial.model, trial.data, trial.start, alpha)
 
 
-def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]:
+def _interim_scores(trial: TrialContext) -> dict[str, float]:
     """Test and OOD scores with `best/…`, which is of the tested weights: what `finalize` did to them counts."""
-    metrics = task_of(trial.data).metrics
     value = trial.best.value
+    if _changed_after_training(trial):
+        value = validation_scores(trial.model, trial.data)[task_of(trial.data).metrics.validation]
+    return final_scores(trial.model, trial.data) | _best_of(trial, value)
+
+
+def _changed_after_training(trial: TrialContext) -> bool:
+    """Whether the tested weights may differ from those that were validated after the best unit."""
     changed = type(trial.strategy).finalize is not Strategy.finalize
-    if changed or getattr(trial.strategy.config, "wise", None) is not None:
-        value = validation_scores(trial.model, trial.data)[metrics.validation]
-    scores = final_scores(trial.model, trial.data, watch)
-    return {**scores, metrics.best_validation: value, BEST_EPOCH.name: float(trial.best.unit)}
+    return changed or getattr(trial.strategy.config, "wise", None) is not None
+
+
+def _best_of(trial: TrialContext, validation: float) -> dict[str, float]:
+    metrics = task_of(trial.data).metrics
+    return {metrics.best_validation: validation, BEST_EPOCH.name: float(trial.best.unit)}
