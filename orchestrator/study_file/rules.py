@@ -111,7 +111,8 @@ def check_metric(value: Any) -> Any:
         try:
             CLASSIFICATION.selecting(value)
         except ValueError as error:
-            raise _broken(str(error)) from error
+            message = str(error)
+            raise _broken(message[0].lower() + message[1:]) from error
     return value
 
 

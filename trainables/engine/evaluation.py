@@ -144,20 +144,19 @@ def complete_scores(model: TaskModel, data: TrialData, watch: Watch | None = Non
     keys = [metric.key for metric in measured]
     state = None if calibration is None else calibration.state
     accumulators: dict[str, MetricAccumulator] = {}
-    of_domains: dict[str, MetricAccumulator] = {}
+    values: dict[str, dict[str, float]] = {}
+    of_domains: dict[str, float] = {}
     for split in (TEST, *map(ood, data.ood_domains)):
-        accumulators[split] = task.accumulator()
-        target: Accumulator = accumulators[split]
-        if split == TEST:
-            of_domains = _domain_accumulators(task, data)
-            target = _ByDomain(target, of_domains, data)
+        whole = accumulators[split] = task.accumulator()
+        domains = _domain_accumulators(task, data) if split == TEST else {}
+        target = _ByDomain(whole, domains, data) if domains else whole
         _evaluate(model, data, split, cached, target, watch and watch(split))
-    values = {split: accumulator.compute(keys, state) for split, accumulator in accumulators.items()}
-    scores = _recorded(metrics, measured, values) | _held_out(model, data, cached)
+        values[split] = whole.compute(keys, state)
+        for name, accumulator in domains.items():
+            of_domains |= _on(name, measured, accumulator.compute(keys, state))
+    scores = _recorded(metrics, measured, values) | of_domains | _held_out(model, data, cached)
     if calibration is not None:
         scores |= calibration.report
-    for split, accumulator in of_domains.items():
-        scores |= _on(split, measured, accumulator.compute(keys, state))
     selected = validation.compute([metrics.selection.key])[metrics.selection.key]
     return CompleteScores(scores, selected, dict(task.tables(accumulators)))
 

@@ -38,6 +38,7 @@ class Classification(Task):
         super().__init__(targets, settings)
         self._weights: Tensor | None = None
         """(K,) float32"""
+        self._copies: dict[torch.device, Tensor] = {}
         if settings.loss.class_weights is not None:
             if targets.counts is None:
                 raise ValueError("class_weights need the training samples of each class, but none are given.")
@@ -70,8 +71,15 @@ class Classification(Task):
         if gamma is not None:
             losses = focal_factor(losses, gamma) * losses
         if self._weights is not None:
-            losses = self._weights.to(losses.device)[targets] * losses
+            losses = self._weights_on(losses.device)[targets] * losses
         return losses.mean() if reduction == "mean" else losses.sum()
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        """The class weights on a device; copied once, since a copy at every step would wait for a GPU."""
+        assert self._weights is not None
+        if device not in self._copies:
+            self._copies[device] = self._weights.to(device)
+        return self._copies[device]
 
     def training_metrics(self) -> TrainingAccuracy:
         """Accuracy on the training batches, as they were seen."""
@@ -169,10 +177,13 @@ class ClassificationScores:
         }
 
     def predictions(self) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) float32 and labels (N,) on the CPU."""
+        """Logits (N, K) float32 and labels (N,) on the CPU; no update may follow."""
         if not self._logits:
             raise ValueError("Metrics need at least one sample, but got none.")
-        return torch.cat(self._logits).cpu(), torch.cat(self._labels).cpu()
+        # Kept on the CPU from now on: scores of several splits need not lie on a GPU at the same time.
+        self._logits = [torch.cat(self._logits).cpu()]
+        self._labels = [torch.cat(self._labels).cpu()]
+        return self._logits[0], self._labels[0]
 
 
 class LogisticProbe:

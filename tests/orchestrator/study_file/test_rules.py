@@ -120,8 +120,8 @@ class TestMetricAndLoss:
     def test_metrics_that_select_are_those_of_the_table(self) -> None:
         assert invalid(search={"metric": "balanced_acc"}) == []
         assert invalid(search={"metric": "balanced"}) == [
-            "search.metric: The metric that selects is one of acc, balanced_acc, macro_f1, auroc, ap, nll, brier, but got "
-            "'balanced'. Did you mean 'balanced_acc'?"
+            "search.metric: the metric that selects is one of acc, balanced_acc, macro_f1, auroc, ap, nll, brier, but "
+            "got 'balanced'. Did you mean 'balanced_acc'?"
         ]
 
     def test_smoothing_and_focal_loss_exclude_each_other(self) -> None:
@@ -144,8 +144,8 @@ class TestMetricAndLoss:
         assert refused(strategies=strategies, loss={"class_weights": "balanced"}) == []
         (focal, smoothed) = refused(strategies=strategies, loss={"focal_gamma": 2.0})
         assert focal == (
-            "strategies[1]: loss.focal_gamma needs a strategy that trains by gradient, but linear_probe solves in closed "
-            "form, and got 2.0. Leave one of the two out, or use loss.class_weights: balanced."
+            "strategies[1]: loss.focal_gamma needs a strategy that trains by gradient, but linear_probe solves in "
+            "closed form, and got 2.0. Leave one of the two out, or use loss.class_weights: balanced."
         )
         assert smoothed.startswith("strategies[3]: The focal loss is defined for one right class, but daft has")
         (solved, twice) = refused(strategies=strategies, loss={"label_smoothing": 0.1})
