@@ -253,7 +253,7 @@ def rare_digits(data: Any, **shared: Any) -> Any:
     splits = []
     for start in (0, 80):
         rows = np.concatenate([common[start : start + 76], rare[start : start + 4]])
-        features = raw[rows] + generator.normal(0, 25, (80, 64))
+        features = raw[rows] + generator.normal(0, 6, (80, 64))
         splits.append((features.astype(np.float32), (labels[rows] == 3).astype(np.int64)))
     return Data(splits[0], splits[1], data.solution_folder, 2, spec=spec(**shared))
 

@@ -139,11 +139,21 @@ def _one_against_rest(measure: Callable[[Tensor, Tensor], float], logits: Tensor
     present = labels.unique().tolist()
     if len(present) < 2:
         return math.nan
-    # Only the order counts. Ranks keep apart what float32 probabilities near 1 would tie, and lie in [0, 1], outside of
-    # which torchmetrics takes scores for logits and squashes them.
-    scores = logits.double().log_softmax(1)
+    # Only the order counts. Ranks lie in [0, 1]; torchmetrics takes scores outside of it for logits and squashes them.
+    scores = log_odds(logits.double())
     values = [measure(_ranks(scores[:, label]), (labels == label).long()) for label in present]
     return math.fsum(values) / len(values)
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """log p_k − log(1 − p_k) of every class (N, K), exact where a probability is near 1 and would round to it."""
+    top = logits.argmax(1, keepdim=True)
+    highest = logits.gather(1, top)
+    shares = (logits - highest).exp()
+    # Of all classes but k. For the top class the difference would cancel, so its rest is summed without it.
+    rest = shares.sum(1, keepdim=True) - shares
+    without_top = logits.scatter(1, top, -math.inf).logsumexp(1, keepdim=True)
+    return (logits - highest - rest.log()).scatter(1, top, highest - without_top)
 
 
 def _ranks(scores: Tensor) -> Tensor:

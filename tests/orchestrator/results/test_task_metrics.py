@@ -221,9 +221,10 @@ class TestAnotherMetricOfClassification:
         for rule in ("id_val", "oracle", "val_domain:a"):
             assert selection.rank(records, rule, metrics)[0].record.label == "lora"
         folds = [
-            toy_trial(10 + number, label, 0, 0, role="fold", config_hash=f"h{number}", held_out="x",
+            toy_trial(10 + 2 * number + fold, label, 0, 0, role="fold", config_hash=f"h{number}", held_out=domain,
                       metrics={"held_out/balanced_acc": value})
             for number, (label, value) in enumerate([("full", 0.9), ("lora", 0.6)])
+            for fold, domain in enumerate("xy")
         ]  # fmt: skip
         best = selection.select([*records, *folds], "leave_one_domain_out", metrics=metrics)
         assert (best.record.label, best.value) == ("full", 0.9)
