@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich import box
+from rich.table import Table
 from scipy.stats import t as student_t
 
 from orchestrator.record.records import TrialRecord
@@ -61,6 +63,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     n = len(values)
     if n == 0:
         return math.nan, math.nan
+    # Exact sums, so that the order of the trials does not change the last bit.
     mean = math.fsum(values) / n
     if n == 1:
         return mean, math.nan
@@ -76,9 +79,11 @@ def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[Tr
     """
     complete = [r for r in records if r.config_hash == config_hash and r.state == "complete"]
     complete.sort(key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a seed is the one that stays in the dict.
     confirmed = {r.seed: r for r in reversed(complete) if r.role == "confirm"}
     if confirmed:
         return sorted(confirmed.values(), key=lambda r: r.number)
+    # Chosen for being good, so its numbers flatter; the column `confirmed` shows that.
     return [r for r in complete if r.role == "search"][:1]
 
 
@@ -208,9 +213,6 @@ def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -
 
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
     """Print the leaderboard, and the configuration of each row below it."""
-    from rich import box
-    from rich.table import Table
-
     wide = has_gains(rows) and console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold")

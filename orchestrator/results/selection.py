@@ -96,6 +96,7 @@ def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = 
             "id_val."
         )
     scored: list[tuple[TrialRecord, float | None]] = [
+        # A mean of means: every domain counts once, however many folds it has.
         (record, _mean(_mean(values) for values in folds[record.config_hash].values()))
         for record in candidates(records)
         if set(folds.get(record.config_hash, ())) == domains
@@ -202,6 +203,7 @@ def top_candidates(
         raise ValueError(f"The number of candidates must be 0 or more, but got {k}.")
     ranked = rank(records, rule, metrics)
     first = {id(choice) for choice in _best_of_each_label(ranked).values()}
+    # Every label gets a confirmation before any gets a second one: a table of one strategy compares nothing.
     ordered = sorted(ranked, key=lambda choice: id(choice) not in first)  # stable: keeps the ranks
     return [choice.record for choice in ordered[:k]]
 
@@ -213,6 +215,7 @@ def candidates(records: Iterable[TrialRecord]) -> list[TrialRecord]:
         ValueError: there is none.
     """
     search = sorted((r for r in records if r.role == "search"), key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a configuration is the one that stays in the dict.
     distinct = {r.config_hash or r.trial_id: r for r in reversed(search) if r.state == "complete"}
     if not distinct:
         states = Counter(r.state for r in search)
@@ -264,4 +267,5 @@ def _best_of_each_label(ranked: Iterable[Choice]) -> dict[str, Choice]:
 
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
+    # Exact, so that the order in which concurrent trials ended does not change a mean's last bit.
     return math.fsum(numbers) / len(numbers)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import search_spaces
 from orchestrator.record.records import INTERRUPTED, TrialRecord, metrics_of
 from orchestrator.results import selection
 from orchestrator.results.findings import findings
@@ -185,8 +186,6 @@ class Results:
         return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""
 
     def _edges(self) -> list[str]:
-        import search_spaces
-
         entries = {str(_field(entry, "label")): entry for entry in _field(self.spec, "strategies") or ()}
         sentences = []
         for label, record in self._chosen().items():

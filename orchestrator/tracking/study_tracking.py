@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
+from orchestrator.record.records import metrics_of
 from orchestrator.tracking.client import sqlite_path
 from orchestrator.tracking.follower import FollowerSettings
 from orchestrator.tracking.process import TrackingProcess
 from orchestrator.tracking.projection import DeliveryCounts, backlog
 from orchestrator.tracking.run_update import Summarizer
+from trainables.specs.metrics import task_metrics
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
@@ -46,6 +48,8 @@ def settings_of(spec: StudySpec, journal: Path, uri: str | None = None, **change
         experiment=spec.experiment,
         study=spec.name,
         artifact_location=None if database is None else (database.parent / "mlartifacts").as_uri(),
+        # The task's own table: the metric that selects is read from the study file.
+        task=task_metrics(metrics_of(spec).task).to_dict(),
     )
     return dataclasses.replace(settings, **changes)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trainables.specs.metrics import ACCURACY, NLL, PROBE_C, TaskMetrics, task_metrics
+from trainables.specs.metrics import ACCURACY, NLL, PROBE_C, PROBE_VAL, TaskMetrics, task_metrics
 from trainables.storage.atomic_files import atomic_file
 from trainables.storage.compute_once import compute_once
 from trainables.tasks.class_weights import balanced_weights
@@ -243,4 +243,4 @@ def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
     """Copy a probe's solution into the head; returns its C and its selection metric on validation."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
-    return {PROBE_C.name: probe.C, f"{PROBE_C.group}/val_{probe.metric}": probe.validation}
+    return {PROBE_C.name: probe.C, PROBE_VAL.of(probe.metric): probe.validation}

@@ -32,7 +32,7 @@ def test_a_built_in_network_is_pretrained_only_where_its_weights_are_used(
         asked.append(name)
         return Path()
 
-    monkeypatch.setattr("trainables.demo.backbones.pretrained_folder", folder)
+    monkeypatch.setattr("orchestrator.planning.build.pretrained_folder", folder)
     build.make_built_in(model)
     assert asked == made
 
@@ -66,7 +66,7 @@ def test_the_metric_steers_trials_search_and_early_stopping(
     settings = build.settings_of(spec, task, {})
     assert settings.objectives == (objective,)
     assert maximised(objective, settings.metrics) == (mode == "max")
-    monkeypatch.setattr("orchestrator.search.asha.StudyScheduler", lambda *arguments: arguments)
+    monkeypatch.setattr("orchestrator.planning.build.StudyScheduler", lambda *arguments: arguments)
     assert build.make_scheduler(spec)[:2] == (objective, mode == "max")
 
 

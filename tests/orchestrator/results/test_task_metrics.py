@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,8 +24,11 @@ from orchestrator.results.leaderboard import leaderboard, relative_gain
 from orchestrator.results.study_results import Results
 from orchestrator.running.progress import Progress
 from orchestrator.search.sampling import maximised
+from orchestrator.study_file.schema import StudySpec
+from orchestrator.tracking.study_tracking import settings_of
 from tests.support.driving import Config, drive, searcher, url
 from tests.support.toy_task import ERROR, OVERLAP, TOY, toy_trial
+from trainables.specs.metrics import TaskMetrics, register
 
 SPEC = {"name": "boundaries", "task": "toy_boundaries"}
 PROBE = toy_trial(0, "linear_probe", 4.0, 4.0)
@@ -146,7 +150,7 @@ class TestPictures:
         assert list(error.get_lines()[0].get_ydata()) == [2.0, 3.0]  # type: ignore[arg-type]
         assert list(share.get_lines()[0].get_ydata()) == [50.0, 60.0]  # type: ignore[arg-type]
 
-    def test_the_report_knows_no_other_metric(self) -> None:
+    def test_the_report_names_no_other_metric(self) -> None:
         header: dict[str, Any] = {"study": "boundaries", "spec": SPEC, "state": "complete", "first_started": 0.0}
         page = page_of(header, STUDY, {})
         assert "IoU (%)" in page
@@ -235,6 +239,14 @@ class TestAnotherMetricOfClassification:
         for name in ("id/photo/acc", "calib/ece_scaled", "test/auroc"):
             with pytest.raises(ValueError, match=rf"never looks at test data, but got the metric '{name}'"):
                 maximised(name, metrics)
+
+    def test_the_tracking_process_registers_the_table_of_the_task(self, tmp_path: Path) -> None:
+        """Its process registers the row that it gets, which must be the one that it has."""
+        fields = {"data": {"source": "digits"}, "model": {"name": "digits_vit"}, "strategies": ["full"]}
+        spec = StudySpec.from_fields({**fields, **self.SPEC})
+        sent = settings_of(spec, tmp_path / "journal.jsonl").task
+        register(TaskMetrics.from_dict(json.loads(json.dumps(sent))))
+        assert metrics_of(self.SPEC).selection.key == "balanced_acc"
 
     def test_new_names_are_recorded(self) -> None:
         found = {"id/photo/auroc": 0.5, "calib/temperature": 2.0, "test/top5": 1.0, "ood/a/ece_scaled": 0.1}
