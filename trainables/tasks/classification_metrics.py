@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -136,7 +137,7 @@ def _one_against_rest(measure: Callable[[Tensor, Tensor], float], logits: Tensor
     """Mean of a binary measure over the classes that are labels."""
     if not bool(torch.isfinite(logits).all()):
         return math.nan
-    present = labels.unique().tolist()
+    present = torch.bincount(labels).nonzero().squeeze(1).tolist()
     if len(present) < 2:
         return math.nan
     # Only the order counts. Ranks lie in [0, 1]; torchmetrics takes scores outside of it for logits and squashes them.
@@ -158,8 +159,8 @@ def log_odds(logits: Tensor) -> Tensor:
 
 def _ranks(scores: Tensor) -> Tensor:
     """Dense ranks (N,) float64 in [0, 1]; equal scores share one."""
-    distinct, rank = scores.unique(return_inverse=True)
-    return rank.double() / max(1, len(distinct) - 1)
+    distinct, rank = np.unique(scores.numpy(), return_inverse=True)
+    return torch.from_numpy(rank).double() / max(1, len(distinct) - 1)
 
 
 _MEASURES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
