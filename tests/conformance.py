@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.support.synthetic import OOD_DOMAINS, shapes
+from benchmarks.support.synthetic import ID_DOMAINS, OOD_DOMAINS, shapes
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables import strategy_class
 from trainables.engine.contract import TrainingConfig
@@ -35,9 +35,12 @@ EVERY_UNIT = {
     *("train/loss", "train/acc", "val/acc", "val/nll", "lr/backbone", "lr/head"),
     *("cost/unit_seconds", "cost/images_per_second", "finished", "unit"),
 }
+MEASURED = ("acc", "nll", "ece", "ece_scaled", "balanced_acc", "macro_f1", "auroc", "ap", "brier")
+DOMAINS = (*(f"ood/{domain}" for domain in OOD_DOMAINS), *(f"id/{domain}" for domain in ID_DOMAINS))
 AT_THE_END = {
-    *("test/acc", "test/nll", "calib/ece", "ood/mean/acc", "ood/worst/acc", "best/val/acc", "best/epoch"),
-    *(f"ood/{domain}/{name}" for domain in OOD_DOMAINS for name in ("acc", "nll", "ece")),
+    *("ood/mean/acc", "ood/worst/acc", "best/val/acc", "best/epoch", "calib/ece", "calib/ece_scaled"),
+    *("calib/temperature", *(f"test/{name}" for name in MEASURED if not name.startswith("ece"))),
+    *(f"{group}/{name}" for group in DOMAINS for name in MEASURED),
     *(f"distortion/{split}/{name}" for split in ("test", "ood/inverted", "ood/noisy") for name in ("cosine", "l2")),
     *("change/total", "change/head", "change/norm"),
 }

@@ -17,6 +17,7 @@ from trainables.specs.metrics import (
     Quantity,
     TaskMetrics,
     best,
+    id_domain,
     ood,
 )
 
@@ -63,7 +64,18 @@ def _task_section(task: TaskMetrics) -> list[str]:
     lines = [f"## Task `{task.task}`", "", "| metric | direction | unit | use | recorded as | meaning |"]
     lines.append("|---|---|---|---|---|---|")
     lines += [_metric_row(task, metric) for metric in task.metrics]
-    lines += ["", "Where the selection metric is recorded:", "", "| measured on | name |", "|---|---|"]
+    lines += [
+        "",
+        "`id/<domain>` is the part of ID test that is of one ID domain, where there are several; it is measured at the",
+        "end of a trial, of the tested weights, as all metrics are that are reported at the end. A metric that can",
+        "select takes the place of the one that selects where `search.metric` names it; it is then recorded under the",
+        "names below, and wherever a metric is reported.",
+        "",
+        "Where the selection metric is recorded:",
+        "",
+        "| measured on | name |",
+        "|---|---|",
+    ]
     lines += [f"| {where} | `{name}` |" for where, name in names.items()]
     return [*lines, ""]
 
@@ -74,8 +86,12 @@ def _metric_row(task: TaskMetrics, metric: Metric) -> str:
         uses.append("selects")
     if metric is task.tie_breaker:
         uses.append("breaks ties")
+    if metric in task.selectable:
+        uses.append("can select")
     if metric in task.reported:
         uses.append("reported")
+    if metric in task.final:
+        uses.append("reported at the end")
     names = [f"`{name}`" for name in recorded_names(task, metric)]
     direction = _DIRECTIONS[metric.direction]
     unit = metric.unit or "–"
@@ -88,7 +104,7 @@ def recorded_names(task: TaskMetrics, metric: Metric) -> list[str]:
     Example:
         >>> from trainables.specs.metrics import CLASSIFICATION, NLL
         >>> recorded_names(CLASSIFICATION, NLL)
-        ['val/nll', 'test/nll', 'ood/<domain>/nll']
+        ['val/nll', 'test/nll', 'ood/<domain>/nll', 'id/<domain>/nll']
     """
     names = []
     if metric in task.training:
@@ -97,8 +113,8 @@ def recorded_names(task: TaskMetrics, metric: Metric) -> list[str]:
         names.append(metric.on(VAL))
     if metric is task.selection:
         names.append(best(metric.on(VAL)))
-    if metric in task.reported:
-        names += [metric.on(TEST), metric.on(ood("<domain>"))]
+    if metric in (*task.reported, *task.final):
+        names += [metric.on(TEST), metric.on(ood("<domain>")), metric.on(id_domain("<domain>"))]
     return names
 
 

@@ -22,7 +22,7 @@ from trainables.demo.backbones import is_pretrained_here, pretrained_folder
 from trainables.engine.budget import BudgetPlan
 from trainables.models.backbone import backbone_data_config
 from trainables.specs.metrics import ood
-from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
+from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings
 
 if TYPE_CHECKING:
     from orchestrator.record.records import TrialRecord
@@ -85,6 +85,17 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         plasticity_probe=spec.diagnostics.plasticity_probe,
         plasticity_source=spec.diagnostics.plasticity_source,
         plasticity_pairs=spec.diagnostics.plasticity_pairs,
+        metric=spec.search.metric,
+        loss=loss_of(spec),
+        sampling=spec.data.sampling,
+    )
+
+
+def loss_of(spec: StudySpec) -> LossSettings:
+    """The changes of the loss that the study asks for."""
+    loss = spec.loss
+    return LossSettings(
+        class_weights=loss.class_weights, label_smoothing=loss.label_smoothing, focal_gamma=loss.focal_gamma
     )
 
 
@@ -94,7 +105,7 @@ def entries_of(spec: StudySpec) -> list[Entry]:
 
 
 def metric_of(spec: StudySpec) -> str:
-    """Objective of the search: the task's selection metric on ID validation, or on a validation domain."""
+    """Objective of the search: the study's selection metric on ID validation, or on a validation domain."""
     metrics = metrics_of(spec)
     domain = spec.search.validation_domain
     return metrics.of_domain(domain) if domain else metrics.validation

@@ -18,7 +18,7 @@ import torch
 import search_spaces
 from orchestrator.cluster.resources import check_resources
 from orchestrator.errors import PreflightError, Problem, did_you_mean
-from orchestrator.planning.build import model_of
+from orchestrator.planning.build import loss_of, model_of
 from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
 from orchestrator.study_file.rules import DIGITS_DOMAINS, domain_problems, network_problems
@@ -29,6 +29,7 @@ from trainables.data.transforms import AUGMENTATIONS
 from trainables.demo.backbones import NETWORKS, architecture
 from trainables.diagnostics.norm_shift import batch_norms, layer_norms
 from trainables.engine.budget import BudgetPlan
+from trainables.engine.contract import check_loss
 from trainables.models.backbone import check_model
 from trainables.models.transformer_blocks import find_blocks
 
@@ -38,9 +39,9 @@ def preflight(spec: StudySpec) -> None:
 
     Raises:
         PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
-            layers, domains or packages that it needs; a budget too small for the strategies or their phases; a storage
-            folder that cannot be written; a tracking server that rejects the credentials; more CPUs or GPUs than this
-            machine has (unless RAY_ADDRESS names a cluster).
+            layers, domains or packages that it needs; a budget too small for the strategies or their phases; settings
+            of the loss that a strategy cannot honour; a storage folder that cannot be written; a tracking server that
+            rejects the credentials; more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -48,6 +49,7 @@ def preflight(spec: StudySpec) -> None:
         _package_problems,
         _budget_problems,
         _phase_problems,
+        _loss_problems,
         hint_problems,
         _machine_problems,
         _storage_problems,
@@ -145,6 +147,22 @@ def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
         for hparams in points(entry):
             try:
                 BudgetPlan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+            except ValueError as error:
+                yield Problem(("strategies", index), str(error))
+                break
+
+
+def _loss_problems(spec: StudySpec) -> Iterator[Problem]:
+    """Settings of loss and batches that a strategy cannot honour."""
+    loss = loss_of(spec)
+    for index, entry in enumerate(spec.strategies):
+        for hparams in points(entry):
+            try:
+                strategy = strategy_class(entry.name).from_hparams(hparams)
+            except ValueError:  # reported by `_phase_problems`
+                continue
+            try:
+                check_loss(strategy, loss, spec.data.sampling)
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break

@@ -117,6 +117,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
             continue
         if old_value is _ABSENT and key.startswith("versions."):  # journals of earlier versions lack it
             continue
+        if _none(old_value) is None and _none(new_value) is None:  # a key that one of the versions lacks, and no value
+            continue
         if _of_added_or_removed_entry(key, old, new):  # reported once, as a change of `strategies`
             continue
         differences.append(Change(key, _none(old_value), _none(new_value), _harmless(key, old_value, new_value)))

@@ -86,20 +86,27 @@ class TrialRecord:
 
 
 def metrics_of(study: object) -> TaskMetrics:
-    """The metrics of a study's task.
+    """The metrics of a study's task, with the one that the study selects by.
 
     Args:
         study: a `StudySpec` or its fields. Journals from before there were tasks name none: they are classification.
 
     Raises:
-        ValueError: the study's task is unknown here.
+        ValueError: the study's task is unknown here, or its metric is none of the task's.
 
     Example:
         >>> metrics_of({"name": "pets"}).task
         'classification'
+        >>> metrics_of({"name": "pets", "search": {"metric": "balanced_acc"}}).validation
+        'val/balanced_acc'
     """
-    task = study.get("task") if isinstance(study, Mapping) else getattr(study, "task", None)
-    return task_metrics() if task is None else task_metrics(str(task))
+    task = _field(study, "task")
+    metrics = task_metrics() if task is None else task_metrics(str(task))
+    return metrics.selecting(_field(_field(study, "search"), "metric"))
+
+
+def _field(owner: object, name: str) -> Any:
+    return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
 
 
 def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:

@@ -14,8 +14,9 @@ from trainables.specs.metrics import CLASSIFICATION, LAYERNORM_LAMBDA, WISE_ALPH
 Curves = Mapping[str, Mapping[str, Any]]
 """Name → `columns` (name → values, the x axis first) and `note`."""
 
-NUMBERS_ONLY = frozenset({"change"})
-"""Curves without a picture: one row per tensor is too much for one; `change_by_stage` shows the same."""
+NUMBERS_ONLY = frozenset({"change", "per_class", "confusion"})
+"""Curves without a picture: one row per tensor is too much for one, and `change_by_stage` shows the same; the tables of
+classes are several tables below each other, one per split."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orchestrator.errors import KeyPath, did_you_mean
+from trainables.specs.metrics import CLASSIFICATION
 
 RESERVED = frozenset({"data", "cache", "mlartifacts", "mlflow.db"})
 """Names in the storage folder that are not studies; each study has a folder of its own name there."""
@@ -101,6 +102,17 @@ def check_objective(value: Any) -> Any:
     if isinstance(value, str) and value not in OBJECTIVES[:2] and not re.fullmatch(rf"{VAL_DOMAIN}.+", value):
         options = ", ".join(OBJECTIVES)
         raise _broken(f"must be one of {options}, but got {value!r}.{did_you_mean(value, OBJECTIVES)}")
+    return value
+
+
+def check_metric(value: Any) -> Any:
+    """Validate the metric that selects."""
+    if isinstance(value, str):
+        try:
+            CLASSIFICATION.selecting(value)
+        except ValueError as error:
+            message = str(error)
+            raise _broken(message[0].lower() + message[1:]) from error
     return value
 
 
@@ -197,6 +209,26 @@ def objective_problems(objective: str, source: str, id: Sequence[str], ood: Sequ
             path,
             f"val_domain:{domain} takes the only OOD domain as validation, so that no OOD test is left. List another "
             "domain under data.ood, or use id_val.",
+        )
+
+
+def loss_problems(label_smoothing: float | None, focal_gamma: float | None) -> Iterator[RuleProblem]:
+    """Changes of the loss that exclude each other."""
+    if label_smoothing is not None and focal_gamma is not None:
+        yield (
+            ("focal_gamma",),
+            "the focal loss is defined for one right class, but label_smoothing spreads the target over all of them, "
+            f"and got focal_gamma {focal_gamma:g} and label_smoothing {label_smoothing:g}. Leave one of the two out.",
+        )
+
+
+def balance_problems(class_weights: str | None, sampling: str | None) -> Iterator[RuleProblem]:
+    """Two corrections for the frequencies of the classes, which would overcorrect together."""
+    if class_weights is not None and sampling is not None:
+        yield (
+            ("data", "sampling"),
+            f"loss.class_weights {class_weights!r} and sampling {sampling!r} both correct for the frequencies of the "
+            "classes: together, rare classes would outweigh the others. Leave one of the two out.",
         )
 
 

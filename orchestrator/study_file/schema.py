@@ -59,6 +59,9 @@ class DataSpec(Section):
     `category`, `fine_label`, `coarse_label`."""
     augment: list[str] = []
     """Training augmentations: any of `flip`, `crop`."""
+    sampling: Literal["balanced"] | None = None
+    """balanced = every class equally often in an epoch of gradient training: images of small classes come several
+    times, of large classes a random part. null = every image once."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -117,9 +120,13 @@ class SearchSpec(Section):
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """ASHA's reduction factor η: about one in η trials is promoted at each rung."""
     objective: Annotated[str, BeforeValidator(rules.check_objective)] = "id_val"
-    """How the winner is chosen: `id_val` (accuracy on ID validation), `leave_one_domain_out` (needs two or more ID
-    domains), or `val_domain:<name>` (accuracy on one OOD domain, which is then validation data, not a test). Within a
+    """How the winner is chosen: `id_val` (`metric` on ID validation), `leave_one_domain_out` (needs two or more ID
+    domains), or `val_domain:<name>` (`metric` on one OOD domain, which is then validation data, not a test). Within a
     trial, the best epoch and the interpolation weights λ and α are chosen on ID validation under all three."""
+    metric: Annotated[str, BeforeValidator(rules.check_metric)] | None = None
+    """What selects wherever something is chosen: epochs, C, λ and α within a trial, early stopping, the sampler, the
+    winner and the leaderboard. `acc`, `balanced_acc`, `macro_f1`, `auroc`, `ap`, `nll` or `brier` (docs/metrics.md).
+    null = `acc`, accuracy."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampler, and of initialisation and batches of every trial."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -136,6 +143,24 @@ class SearchSpec(Section):
         if not self.objective.startswith(rules.VAL_DOMAIN):
             return None
         return self.objective.removeprefix(rules.VAL_DOMAIN)
+
+
+class LossSpec(Section):
+    """Changes of the training loss, for all strategies. Cross-entropy by default."""
+
+    class_weights: Literal["balanced"] | None = None
+    """balanced = images weighted inversely to the frequency of their class in training, with mean 1; in the linear
+    probe as sample weights. null = all alike."""
+    label_smoothing: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the target that is spread over all classes, for strategies that train by gradient. null = none."""
+    focal_gamma: Annotated[float, Field(gt=0)] | None = None
+    """γ of the focal loss (Lin et al., 2017), which weights images by (1 − p)^γ, p the probability of their label; for
+    strategies that train by gradient. null = cross-entropy."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        rules.raise_if_any(*rules.loss_problems(self.label_smoothing, self.focal_gamma))
+        return self
 
 
 class ConfirmSpec(Section):
@@ -240,6 +265,7 @@ class StudySpec(Section):
     strategies: Annotated[list[Annotated[StrategyEntry, BeforeValidator(rules.named_entry)]], Field(min_length=1)]
     """Ways of fine-tuning that compete under one budget."""
     search: SearchSpec = SearchSpec()
+    loss: LossSpec = LossSpec()
     confirm: ConfirmSpec = ConfirmSpec()
     diagnostics: DiagnosticsSpec = DiagnosticsSpec()
     resources: ResourcesSpec = ResourcesSpec()
@@ -260,6 +286,7 @@ class StudySpec(Section):
         rules.raise_if_any(
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
+            *rules.balance_problems(self.loss.class_weights, data.sampling),
         )
         return self
 

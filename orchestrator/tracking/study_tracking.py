@@ -17,6 +17,7 @@ from orchestrator.tracking.follower import FollowerSettings
 from orchestrator.tracking.process import TrackingProcess
 from orchestrator.tracking.projection import DeliveryCounts, backlog
 from orchestrator.tracking.run_update import Summarizer
+from trainables.specs.metrics import task_metrics
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
@@ -47,7 +48,8 @@ def settings_of(spec: StudySpec, journal: Path, uri: str | None = None, **change
         experiment=spec.experiment,
         study=spec.name,
         artifact_location=None if database is None else (database.parent / "mlartifacts").as_uri(),
-        task=metrics_of(spec).to_dict(),
+        # The task's own table: the metric that selects is read from the study file.
+        task=task_metrics(metrics_of(spec).task).to_dict(),
     )
     return dataclasses.replace(settings, **changes)
 

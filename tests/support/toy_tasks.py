@@ -7,8 +7,8 @@ is generated, letter by letter, and its head sees the targets while it trains. B
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from trainables.demo.digits import handwritten_digits
 from trainables.models.backbone import Backbone
 from trainables.models.task_model import TaskModel
 from trainables.specs.metrics import Metric, TaskMetrics
-from trainables.tasks.base import TargetSpec, Task
+from trainables.tasks.base import PLAIN, TargetSpec, Task, TaskSettings
 
 NAMES = ("zero", "one", "two", "three")
 SPLITS = {"train": 64, "val": 32, "test": 32, "ood/inverted": 32}
@@ -56,7 +56,7 @@ BCE = Metric("bce", "cross-entropy per pixel", "min", "nats", "Mean binary cross
 class InkMasks(Task):
     """Which pixels are ink. Outputs are logits (B, S, S), targets masks (B, S, S) of zeros and ones."""
 
-    metrics: ClassVar[TaskMetrics] = TaskMetrics(
+    metrics: TaskMetrics = TaskMetrics(
         task="ink_masks", selection=IOU, tie_breaker=BCE, reported=(IOU, BCE), training=(IOU,)
     )
 
@@ -179,7 +179,7 @@ class MaskScores:
         self._overlaps.append(overlap(outputs, targets))
         self._losses.append(pixel_losses(outputs, targets))
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, keys: Collection[str] | None = None, calibration: Any = None) -> dict[str, float]:
         samples = self.per_sample()
         intersection = int(samples["intersection"].sum())
         return {
@@ -211,12 +211,12 @@ class DigitNames(Task):
     the prediction is letters (B, L), each the likeliest one after those that were generated.
     """
 
-    metrics: ClassVar[TaskMetrics] = TaskMetrics(
+    metrics: TaskMetrics = TaskMetrics(
         task="digit_names", selection=EXACT, tie_breaker=WRONG, reported=(EXACT, WRONG), training=(WRONG,)
     )
 
-    def __init__(self, targets: TargetSpec) -> None:
-        super().__init__(targets)
+    def __init__(self, targets: TargetSpec, settings: TaskSettings = PLAIN) -> None:
+        super().__init__(targets, settings)
         spelled = [[LETTERS.index(letter) for letter in name.ljust(LENGTH, ".")] for name in targets.classes]
         self.names = torch.tensor(spelled)
 
@@ -329,7 +329,7 @@ class NameScores:
         assert outputs.dtype == torch.int64, "letters, not logits"
         self._wrong.append((outputs != self._names.to(targets.device)[targets]).double().mean(1))
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, keys: Collection[str] | None = None, calibration: Any = None) -> dict[str, float]:
         samples = self.per_sample()
         return {EXACT.key: float(samples["exact"].double().mean()), WRONG.key: float(samples["wrong"].mean())}
 

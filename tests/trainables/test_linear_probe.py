@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from sklearn.linear_model import LogisticRegression
 import trainables.tasks.linear_probe_head
 from tests.conformance import StrategyConformance
 from trainables.linear_probe import LinearProbe, best_linear_probe, fit_linear_probe, regularisation_path
+from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings, TrialSpec
+from trainables.tasks.class_weights import balanced_weights
 from trainables.tasks.logistic_path import logistic_path
 
 
@@ -130,6 +132,11 @@ def test_bad_knobs(hparams: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
+def spec(**shared: Any) -> TrialSpec:
+    settings = SharedTrialSettings(store="memory", model=ModelSpec(name="none"), **shared)
+    return TrialSpec(shared=settings, strategy="linear_probe")
+
+
 @dataclass
 class Data:
     """The part of TrialData that the probe uses."""
@@ -139,6 +146,7 @@ class Data:
     solution_folder: Path
     num_classes: int = 10
     device: str = "cpu"
+    spec: TrialSpec = field(default_factory=lambda: spec())
 
     def features(self, split: str) -> NDArray[Any]:
         array: NDArray[Any] = getattr(self, split)[0]
@@ -170,7 +178,7 @@ def test_the_best_c_on_validation_is_chosen_and_the_standardisation_is_folded_in
     best = max(scores, key=lambda C: scores[C][:2])
     probe = best_linear_probe(data, path)
     assert best == probe.C
-    assert probe.val_accuracy == pytest.approx(scores[best][0], abs=1 / len(targets))
+    assert probe.validation == pytest.approx(scores[best][0], abs=1 / len(targets))
     expected = scores[best][2].decision_function((validation - mean) / scale)
     logits = validation @ probe.weight.T + probe.bias
     np.testing.assert_allclose(logits, expected, atol=2e-3 * np.abs(expected).max())
@@ -199,7 +207,7 @@ def test_the_solution_is_computed_once_and_read_by_any_later_process(
 
     monkeypatch.setattr(trainables.tasks.linear_probe_head, "logistic_path", never)
     second = best_linear_probe(data, path)
-    assert (first.C, first.val_accuracy) == (second.C, second.val_accuracy)
+    assert (first.C, first.validation) == (second.C, second.validation)
     np.testing.assert_array_equal(first.weight, second.weight)
     np.testing.assert_array_equal(first.bias, second.bias)
     with pytest.raises(AssertionError, match="solved again"):
@@ -225,7 +233,7 @@ def test_a_class_without_training_images_is_as_good_as_never_predicted(data: Any
     share /= share.sum(1, keepdims=True)
     assert share[:, 3].max() == pytest.approx(1e-6, rel=1e-2)
     assert not probe.weight[3].any()
-    assert probe.val_accuracy > 0.7
+    assert probe.validation > 0.7
 
 
 def test_features_that_are_all_alike_are_an_error(data: Any) -> None:
@@ -236,3 +244,51 @@ def test_features_that_are_all_alike_are_an_error(data: Any) -> None:
         "A linear probe needs features that differ and images of two classes, but the training split has 10 class(es) "
         "and features of standard deviation 0."
     )
+
+
+def rare_digits(data: Any, **shared: Any) -> Any:
+    """Threes among eights, a twentieth of the images, with noise that only strong regularisation ignores."""
+    raw, labels = load_digits(return_X_y=True)
+    generator = np.random.default_rng(0)
+    common, rare = np.flatnonzero(labels == 8), np.flatnonzero(labels == 3)
+    splits = []
+    for start in (0, 80):
+        rows = np.concatenate([common[start : start + 76], rare[start : start + 4]])
+        features = raw[rows] + generator.normal(0, 6, (80, 64))
+        splits.append((features.astype(np.float32), (labels[rows] == 3).astype(np.int64)))
+    return Data(splits[0], splits[1], data.solution_folder, 2, spec=spec(**shared))
+
+
+@pytest.mark.parametrize("metric", ["balanced_acc", "macro_f1", "auroc", "ap", "nll", "brier"])
+def test_the_metric_of_the_study_chooses_c(data: Any, metric: str) -> None:
+    path = regularisation_path(10)
+    chosen = best_linear_probe(rare_digits(data, metric=metric), path)
+    values = {}
+    for C in path:
+        alone = best_linear_probe(rare_digits(data, metric=metric), [C])
+        values[C] = alone.validation
+    best = min(values.values()) if metric in ("nll", "brier") else max(values.values())
+    assert chosen.validation == pytest.approx(best, rel=1e-3)
+    assert chosen.metric == metric
+    assert len(set(values.values())) > 1
+
+
+def test_solutions_of_other_metrics_and_weights_are_kept_apart(data: Any) -> None:
+    path = regularisation_path(4)
+    settings: list[dict[str, Any]] = [{}, {"metric": "balanced_acc"}, {"loss": LossSettings(class_weights="balanced")}]
+    for shared in settings:
+        best_linear_probe(rare_digits(data, **shared), path)
+    assert len(list(data.solution_folder.glob("*.safetensors"))) == len(settings)
+
+
+def test_class_weights_are_sample_weights_of_the_standardised_problem(data: Any) -> None:
+    weighted = rare_digits(data, loss=LossSettings(class_weights="balanced"))
+    features, labels = weighted.train
+    features = features.astype(np.float64)
+    probe = best_linear_probe(weighted, [0.01])
+    weights = np.array(balanced_weights(np.bincount(labels).tolist()))[labels]
+    standard = (features - features.mean()) / features.std()
+    model = LogisticRegression(C=0.01, tol=1e-9, max_iter=10_000).fit(standard, labels, sample_weight=weights)
+    logits = features @ probe.weight.T + probe.bias
+    expected = model.decision_function(standard)
+    np.testing.assert_allclose(logits[:, 1] - logits[:, 0], expected, atol=2e-3 * np.abs(expected).max())

@@ -71,8 +71,12 @@ def _cached_split(store: StoreLike, split: str, device: torch.device) -> Tensor 
     return _gpu_cache[key]
 
 
-def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) -> list[Indices]:
+def batch_positions(
+    count: int, size: int, seed: int | None, drop_last: bool, balance: Indices | None = None
+) -> list[Indices]:
     """Split positions 0…count-1 into batches of `size`, shuffled by `seed` (None = in order).
+
+    With `balance`, the labels (count,) of the positions, a shuffled order is `balanced_order`.
 
     `drop_last` omits a last, smaller batch unless it is the only one: BatchNorm statistics of a remainder of a few
     images are noise, but a split smaller than a batch must still train.
@@ -83,10 +87,45 @@ def batch_positions(count: int, size: int, seed: int | None, drop_last: bool) ->
         >>> [batch.tolist() for batch in batch_positions(5, 8, seed=None, drop_last=True)]
         [[0, 1, 2, 3, 4]]
     """
-    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    if seed is None:
+        order = np.arange(count)
+    elif balance is not None:
+        order = balanced_order(balance, seed)
+    else:
+        order = np.random.default_rng(seed).permutation(count)
     omit_remainder = drop_last and count > size
     end = count - count % size if omit_remainder else count
     return [order[i : i + size].astype(np.int64) for i in range(0, end, size)]
+
+
+def balanced_order(labels: Indices, seed: int) -> Indices:
+    """As many positions as there are labels, in random order, every class equally often (to one).
+
+    Images of a small class come several times, equally often (to one); of a large class a random part comes, each
+    image at most once.
+
+    Example:
+        >>> order = balanced_order(np.array([0, 0, 0, 0, 0, 1]), seed=0)
+        >>> np.bincount(np.array([0, 0, 0, 0, 0, 1])[order]).tolist()
+        [3, 3]
+    """
+    random = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    shares = np.full(len(classes), len(labels) // len(classes))
+    # Classes that get one more take turns from epoch to epoch.
+    shares[random.permutation(len(classes))[: len(labels) % len(classes)]] += 1
+    parts = []
+    for label, share in zip(classes, shares, strict=True):
+        members = np.flatnonzero(labels == label)
+        rounds = [random.permutation(members) for _ in range(-(-int(share) // len(members)))]
+        parts += [np.concatenate(rounds)[:share]] if rounds else []
+    return random.permutation(np.concatenate(parts))
+
+
+def class_counts(spec: TrialSpec, store: StoreLike) -> tuple[int, ...]:
+    """Training samples of each class of the store, in a trial."""
+    labels = np.concatenate([store.labels(source)[indices] for source, indices in select_samples(spec, store)["train"]])
+    return tuple(np.bincount(labels, minlength=len(store.classes)).tolist())
 
 
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
@@ -233,6 +272,10 @@ class TrialData:
             names += [stored[index] for index in indices.tolist()]
         return names
 
+    def domain_ids(self, split: str) -> Indices:
+        """Domains (n,) int64, indices into the store's `domains`, in the order of `batches` without shuffling."""
+        return np.concatenate([self.store.domain_ids(source)[indices] for source, indices in self._part(split)])
+
     def batches(
         self,
         split: str,
@@ -288,7 +331,8 @@ class TrialData:
 
         The same samples in the same order as `batches("train", shuffle_seed=…, drop_last=True)`.
         """
-        plan = batch_positions(len(features), self.spec.shared.batch_size, shuffle_seed, drop_last=True)
+        balance = self._balance("train", self.labels("train"))
+        plan = batch_positions(len(features), self.spec.shared.batch_size, shuffle_seed, True, balance)
         for positions in plan[start:]:
             rows = to_device(positions, features.device)
             yield features.index_select(0, rows), labels.index_select(0, rows)
@@ -329,8 +373,14 @@ class TrialData:
         return [
             (source, indices[positions])
             for source, indices in self._part(split)
-            for positions in batch_positions(len(indices), size, seed, drop_last)
+            for positions in batch_positions(
+                len(indices), size, seed, drop_last, self._balance(split, self.store.labels(source)[indices])
+            )
         ]
+
+    def _balance(self, split: str, labels: Indices) -> Indices | None:
+        """The labels by which a split is balanced where it is shuffled; None = it is not."""
+        return labels if split == "train" and self.spec.shared.sampling == "balanced" else None
 
     def _cached_features(self, source: str, indices: Indices) -> NDArray[np.float32]:
         # The cache holds prefixes of a split: a small fraction needs no features of the rest.

@@ -44,6 +44,7 @@ from trainables.models.low_rank import LowRankUpdate
 from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
 from trainables.specs.suggestions import did_you_mean
+from trainables.specs.trial_spec import PLAIN_LOSS, LossSettings
 from trainables.tasks.base import HeadInit, no_closed_form
 from trainables.tasks.registry import task_of
 
@@ -261,11 +262,11 @@ class Strategy:
         return {}
 
 
-def check_task(strategy: Strategy, task: type[Task]) -> None:
+def check_task(strategy: Strategy, task: type[Task], loss: LossSettings = PLAIN_LOSS) -> None:
     """Refuse a configuration that means nothing for a task, before anything is computed.
 
     Raises:
-        ValueError: it solves in closed form or smooths labels, which the task cannot.
+        ValueError: it solves in closed form, smooths labels, weights classes or is focal, which the task cannot.
     """
     asked = strategy.solves_in_closed_form()
     if asked is not None and task.closed_form_probe() is None:
@@ -276,6 +277,48 @@ def check_task(strategy: Strategy, task: type[Task]) -> None:
             f"label_smoothing needs a task whose loss knows it, but {task.name()!r} does not, and got {smoothing!r}. "
             "Leave it out."
         )
+    abilities = {
+        "loss.label_smoothing": (loss.label_smoothing, task.label_smoothing),
+        "loss.class_weights": (loss.class_weights, task.class_weights),
+        "loss.focal_gamma": (loss.focal_gamma, task.focal),
+    }
+    for name, (value, able) in abilities.items():
+        if value is not None and not able:
+            raise ValueError(
+                f"{name} needs a task whose loss has it, but {task.name()!r} has not, and got {value!r}. Leave it out."
+            )
+
+
+def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None) -> None:
+    """Refuse settings of loss and batches that a strategy cannot honour, before anything is computed.
+
+    Raises:
+        ValueError: it has no gradient steps and the settings change these, or it smooths labels by itself.
+    """
+    smoothing = getattr(strategy.config, "label_smoothing", 0.0)
+    if loss.label_smoothing is not None and smoothing:
+        raise ValueError(
+            f"Label smoothing is set once, but {strategy.name()} has label_smoothing {smoothing!r} and the study "
+            f"loss.label_smoothing {loss.label_smoothing!r}. Leave one of the two out."
+        )
+    if loss.focal_gamma is not None and smoothing:
+        raise ValueError(
+            f"The focal loss is defined for one right class, but {strategy.name()} has label_smoothing {smoothing!r} "
+            f"and the study loss.focal_gamma {loss.focal_gamma!r}. Leave one of the two out."
+        )
+    if isinstance(strategy.config, TrainingConfig):
+        return
+    trained_only = {
+        "loss.label_smoothing": (loss.label_smoothing, "Leave one of the two out."),
+        "loss.focal_gamma": (loss.focal_gamma, "Leave one of the two out, or use loss.class_weights: balanced."),
+        "data.sampling": (sampling, "Leave one of the two out, or use loss.class_weights: balanced."),
+    }
+    for name, (value, way) in trained_only.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} needs a strategy that trains by gradient, but {strategy.name()} solves in closed form, and "
+                f"got {value!r}. {way}"
+            )
 
 
 def _is_share(value: object) -> bool:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainables.engine.best_weights import is_pristine
-from trainables.engine.loop import evaluate
+from trainables.engine.loop import Accumulator, evaluate
 from trainables.models.precision import resolve_precision
-from trainables.specs.metrics import HELD_OUT, OOD_MEAN, OOD_WORST, TEST, TRAIN, TRAIN_LOSS, VAL, ood
+from trainables.specs.metrics import (
+    HELD_OUT,
+    TEST,
+    TRAIN,
+    TRAIN_LOSS,
+    VAL,
+    Metric,
+    TaskMetrics,
+    id_domain,
+    ood,
+)
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
     from trainables.models.task_model import TaskModel
+    from trainables.specs.measurements import Curve
     from trainables.tasks.base import MetricAccumulator, Task
 
 FeatureWatch = Callable[[Tensor], None]
@@ -34,28 +47,36 @@ def score(
     split: str,
     cached: bool,
     watch: FeatureWatch | None = None,
-    outputs: OutputWatch | None = None,
+    keys: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Metrics of the model in eval mode on one split, by metric key.
 
     Args:
         cached: take the pretrained backbone's features from the cache, see `uses_cached_features`.
         watch: called with the features of the pass that gives the predictions.
-        outputs: called with the predictions.
+        keys: of the metrics; None = those that are reported.
     """
+    accumulator = task_of(data).accumulator()
+    _evaluate(model, data, split, cached, accumulator, watch)
+    return accumulator.compute(keys)
+
+
+def _evaluate(
+    model: TaskModel,
+    data: TrialData,
+    split: str,
+    cached: bool,
+    accumulator: Accumulator,
+    watch: FeatureWatch | None = None,
+) -> None:
+    """Give the predictions on a split to an accumulator; arguments as of `score`."""
     task = task_of(data)
-    accumulator = task.accumulator()
-    recorded = None if outputs is None else _Recorded(accumulator)
-    counted = accumulator if recorded is None else recorded
     model.eval()
     if cached:
-        _evaluate_cached(task, model, data, split, counted, watch)
+        _evaluate_cached(task, model, data, split, accumulator, watch)
     else:
         dtype = resolve_precision(data.spec.shared.precision, data.device)
-        evaluate(_prediction(task, model, watch), data.batches(split), counted, dtype)
-    if outputs is not None and recorded is not None:
-        outputs(split, *recorded.collected(), accumulator.per_sample())
-    return accumulator.compute()
+        evaluate(_prediction(task, model, watch), data.batches(split), accumulator, dtype)
 
 
 def uses_cached_features(model: TaskModel, data: TrialData) -> bool:
@@ -69,22 +90,23 @@ def uses_cached_features(model: TaskModel, data: TrialData) -> bool:
 def validation_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
     """Selection metric and tie-breaker on ID validation (classification: `val/acc` and `val/nll`)."""
     metrics = task_of(data).metrics
-    values = score(model, data, VAL, uses_cached_features(model, data))
-    return {metric.on(VAL): values[metric.key] for metric in (metrics.selection, metrics.tie_breaker)}
+    chosen = (metrics.selection, metrics.tie_breaker)
+    keys = [metric.key for metric in chosen]
+    values = score(model, data, VAL, uses_cached_features(model, data), keys=keys)
+    return {metric.on(VAL): values[metric.key] for metric in chosen}
 
 
 def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
     """`train/loss` and the training metrics of a closed-form solution, which has no training loss of its own."""
     metrics = task_of(data).metrics
     assert metrics.loss is not None, "a task with a closed-form probe names the metric that is its loss"
-    values = score(model, data, TRAIN, uses_cached_features(model, data))
+    keys = [metric.key for metric in (metrics.loss, *metrics.training)]
+    values = score(model, data, TRAIN, uses_cached_features(model, data), keys=keys)
     trained = {metric.on(TRAIN): values[metric.key] for metric in metrics.training}
     return {TRAIN_LOSS.name: values[metrics.loss.key], **trained}
 
 
-def final_scores(
-    model: TaskModel, data: TrialData, watch: Watch | None = None, outputs: OutputWatch | None = None
-) -> dict[str, float]:
+def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
     """Every reported metric on ID test and on every OOD domain.
 
     With mean and worst of the selection metric over the domains, and the selection metric on the held-out domain if
@@ -92,40 +114,136 @@ def final_scores(
 
     Args:
         watch: watches the features on ID test and OOD domains, in the same passes.
-        outputs: gets the outputs on ID test and OOD domains.
     """
     metrics = task_of(data).metrics
     # Once for all splits: the check compares every tensor of the backbone.
     cached = uses_cached_features(model, data)
-    test = score(model, data, TEST, cached, watch and watch(TEST), outputs)
-    scores = {metric.on(TEST): test[metric.key] for metric in metrics.reported}
+    keys = [metric.key for metric in metrics.reported]
+    values = {}
+    for split in (TEST, *map(ood, data.ood_domains)):
+        values[split] = score(model, data, split, cached, watch and watch(split), keys)
+    return _recorded(metrics, metrics.reported, values) | _held_out(model, data, cached)
+
+
+@dataclass(frozen=True)
+class CompleteScores:
+    """Everything that is measured on the tested weights."""
+
+    scores: dict[str, float]
+    """Those of `final_scores`, and the task's further metrics, also on every ID domain where there are several."""
+    validation: float
+    """Selection metric on ID validation."""
+    tables: dict[str, Curve]
+    """The task's tables of the predictions."""
+
+
+def complete_scores(
+    model: TaskModel, data: TrialData, watch: Watch | None = None, outputs: OutputWatch | None = None
+) -> CompleteScores:
+    """Scores of the network that a trial ends with.
+
+    Args:
+        watch: watches the features on ID test and OOD domains, in the same passes.
+        outputs: gets the outputs on ID validation, ID test and OOD domains, of the same passes.
+    """
+    task = task_of(data)
+    metrics = task.metrics
+    cached = uses_cached_features(model, data)
+    validation = task.accumulator()
+    recorder = _OutputRecorder(validation)
+    _evaluate(model, data, VAL, cached, validation if outputs is None else recorder)
+    if outputs is not None:
+        outputs(VAL, *recorder.collected(), validation.per_sample())
+    calibration = task.calibrate(validation)
+    measured = tuple(dict.fromkeys((*metrics.reported, *metrics.final)))
+    keys = [metric.key for metric in measured]
+    state = None if calibration is None else calibration.state
+    accumulators: dict[str, MetricAccumulator] = {}
+    values: dict[str, dict[str, float]] = {}
+    of_domains: dict[str, float] = {}
+    for split in (TEST, *map(ood, data.ood_domains)):
+        whole = accumulators[split] = task.accumulator()
+        domains = _domain_accumulators(task, data) if split == TEST else {}
+        target = _ByDomain(whole, domains, data) if domains else whole
+        recorder = _OutputRecorder(target)
+        _evaluate(model, data, split, cached, target if outputs is None else recorder, watch and watch(split))
+        if outputs is not None:
+            outputs(split, *recorder.collected(), whole.per_sample())
+        values[split] = whole.compute(keys, state)
+        for name, accumulator in domains.items():
+            of_domains |= _on(name, measured, accumulator.compute(keys, state))
+    scores = _recorded(metrics, measured, values) | of_domains | _held_out(model, data, cached)
+    if calibration is not None:
+        scores |= calibration.report
+    selected = validation.compute([metrics.selection.key])[metrics.selection.key]
+    return CompleteScores(scores, selected, dict(task.tables(accumulators)))
+
+
+def _recorded(
+    metrics: TaskMetrics, measured: Collection[Metric], values: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    """Values by split and key → by recorded name, with mean and worst of the selection metric over OOD domains."""
+    scores: dict[str, float] = {}
     selection = []
-    for domain in data.ood_domains:
-        split = ood(domain)
-        values = score(model, data, split, cached, watch and watch(split), outputs)
-        scores |= {metric.on(split): values[metric.key] for metric in metrics.reported}
-        selection.append(values[metrics.selection.key])
+    for split, by_key in values.items():
+        scores |= _on(split, measured, by_key)
+        if split != TEST:
+            selection.append(by_key[metrics.selection.key])
     if selection:
-        scores[metrics.selection.on(OOD_MEAN)] = sum(selection) / len(selection)
-        scores[metrics.selection.on(OOD_WORST)] = min(selection, key=metrics.selection.score)
-    if data.spec.held_out is not None:
-        scores[metrics.held_out] = score(model, data, HELD_OUT, cached)[metrics.selection.key]
+        defined = all(map(math.isfinite, selection))
+        scores[metrics.ood_mean] = sum(selection) / len(selection)
+        # Not a number compares as neither better nor worse: the worst would depend on the domains' order.
+        scores[metrics.ood_worst] = min(selection, key=metrics.selection.score) if defined else math.nan
     return scores
 
 
-class _Recorded:
-    """An accumulator that keeps the outputs and targets that it gets."""
+def _on(split: str, measured: Collection[Metric], values: dict[str, float]) -> dict[str, float]:
+    """Values by recorded name; metrics that do not apply to the targets have none."""
+    return {metric.on(split): values[metric.key] for metric in measured if metric.key in values}
 
-    def __init__(self, accumulator: MetricAccumulator) -> None:
+
+def _held_out(model: TaskModel, data: TrialData, cached: bool) -> dict[str, float]:
+    if data.spec.held_out is None:
+        return {}
+    metrics = task_of(data).metrics
+    key = metrics.selection.key
+    return {metrics.held_out: score(model, data, HELD_OUT, cached, keys=[key])[key]}
+
+
+def _domain_accumulators(task: Task, data: TrialData) -> dict[str, MetricAccumulator]:
+    """One for each ID domain in ID test, by the name of its split; none where there is one domain."""
+    domains = sorted({int(number) for number in data.domain_ids(TEST)})
+    if len(domains) < 2:
+        return {}
+    return {id_domain(data.store.domains[number]): task.accumulator() for number in domains}
+
+
+class _ByDomain:
+    """Accumulator of ID test that passes every sample on to the accumulator of its domain, too."""
+
+    def __init__(self, whole: Accumulator, domains: Mapping[str, MetricAccumulator], data: TrialData) -> None:
+        self._whole = whole
+        self._domains = domains
+        self._of_samples = [id_domain(data.store.domains[number]) for number in data.domain_ids(TEST)]
+        self._done = 0
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self._whole.update(outputs, targets)
+        batch = self._of_samples[self._done : self._done + len(outputs)]
+        self._done += len(outputs)
+        for split, accumulator in self._domains.items():
+            rows = [position for position, domain in enumerate(batch) if domain == split]
+            if rows:
+                accumulator.update(outputs[rows], targets[rows])
+
+
+class _OutputRecorder:
+    """Accumulator that keeps the outputs and targets which it passes on to another one."""
+
+    def __init__(self, accumulator: Accumulator) -> None:
         self._accumulator = accumulator
         self._outputs: list[Tensor] = []
         self._targets: list[Tensor] = []
-
-    def compute(self) -> dict[str, float]:
-        return self._accumulator.compute()
-
-    def per_sample(self) -> dict[str, Tensor]:
-        return self._accumulator.per_sample()
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         self._accumulator.update(outputs, targets)
@@ -143,7 +261,7 @@ def _evaluate_cached(
     model: TaskModel,
     data: TrialData,
     split: str,
-    accumulator: MetricAccumulator,
+    accumulator: Accumulator,
     watch: FeatureWatch | None,
 ) -> None:
     # `torch.tensor` copies into aligned memory: matrix products on mapped memory may round differently.

@@ -12,17 +12,10 @@ from trainables.diagnostics.norm_shift import norm_parameters
 from trainables.engine.best_weights import Best, Snapshot, put_back, take
 from trainables.engine.contract import Strategy
 from trainables.engine.diagnosis import Diagnosis
-from trainables.engine.evaluation import (
-    OutputWatch,
-    Watch,
-    final_scores,
-    score,
-    uses_cached_features,
-    validation_scores,
-)
+from trainables.engine.evaluation import OutputWatch, complete_scores, final_scores, validation_scores
 from trainables.engine.weight_interpolation import WiseFt
 from trainables.specs.measurements import Curve, split_report
-from trainables.specs.metrics import BEST_EPOCH, VAL
+from trainables.specs.metrics import BEST_EPOCH
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -75,7 +68,7 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
         wise = _wise_ft(trial)
         if wise is not None:
             report |= split_report(wise.apply())[0]
-        return FinalEvaluation(_scores(trial), report, curves)
+        return FinalEvaluation(_interim_scores(trial), report, curves)
     finally:
         # In this order: tensors are written by the names that they have in the restored structure.
         snapshot.restore_modules()
@@ -86,7 +79,7 @@ def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvalu
     """Restore the best unit's weights, finalize, score and diagnose them; `trial.model` is the trial's result then.
 
     Args:
-        outputs: gets the outputs on validation, test and every OOD domain; validation is evaluated for it.
+        outputs: gets the outputs on ID validation, ID test and every OOD domain.
     """
     model, strategy, data = trial.model, trial.strategy, trial.data
     # Of the last unit, only what FSR compares: a copy of every tensor would be a network more.
@@ -98,14 +91,14 @@ def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvalu
     wise = _wise_ft(trial)
     alpha = wise.apply() if wise is not None else {}
     diagnosis = Diagnosis(strategy, data, model)
-    scores = _scores(trial, diagnosis.watch, outputs)
-    if outputs is not None:
-        score(model, data, VAL, uses_cached_features(model, data), outputs=outputs)
+    tested = complete_scores(model, data, diagnosis.watch, outputs)
+    value = tested.validation if _changed_after_training(trial) else trial.best.value
+    scores = tested.scores | _best_of(trial, value)
     diagnosed = diagnosis.report(model, trial.start, trial.best.tensors, last)
     wise_curve = wise.curve() if wise is not None else {}
     report: dict[str, float] = {}
     curves: dict[str, Curve] = {}
-    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed):
+    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed, tested.tables):
         metrics, tables = split_report(part)
         report |= metrics
         curves |= tables
@@ -117,16 +110,24 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
     return None if alpha is None else WiseFt(trial.model, trial.data, trial.start, alpha)
 
 
-def _scores(trial: TrialContext, watch: Watch | None = None, outputs: OutputWatch | None = None) -> dict[str, float]:
+def _interim_scores(trial: TrialContext) -> dict[str, float]:
     """Test and OOD scores, with `best/…` of the tested weights.
 
     What `finalize` did to them counts.
     """
-    metrics = task_of(trial.data).metrics
     value = trial.best.value
+    if _changed_after_training(trial):
+        value = validation_scores(trial.model, trial.data)[task_of(trial.data).metrics.validation]
+    return final_scores(trial.model, trial.data) | _best_of(trial, value)
+
+
+def _changed_after_training(trial: TrialContext) -> bool:
+    """Whether the tested weights may differ from those that were validated after the best unit."""
     changed = type(trial.strategy).finalize is not Strategy.finalize
     # Validated again only where something has changed the best unit's weights since they were scored.
-    if changed or getattr(trial.strategy.config, "wise", None) is not None:
-        value = validation_scores(trial.model, trial.data)[metrics.validation]
-    scores = final_scores(trial.model, trial.data, watch, outputs)
-    return {**scores, metrics.best_validation: value, BEST_EPOCH.name: float(trial.best.unit)}
+    return changed or getattr(trial.strategy.config, "wise", None) is not None
+
+
+def _best_of(trial: TrialContext, validation: float) -> dict[str, float]:
+    metrics = task_of(trial.data).metrics
+    return {metrics.best_validation: validation, BEST_EPOCH.name: float(trial.best.unit)}

@@ -23,7 +23,7 @@ from trainables.specs.fault_injection import fault_point
 from trainables.specs.metrics import MICRO_BATCH
 
 if TYPE_CHECKING:
-    from trainables.tasks.base import MetricAccumulator, Task, TrainingMetrics
+    from trainables.tasks.base import Task, TrainingMetrics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Pairs of inputs and targets, one row per sample each, both on the device."""
@@ -273,11 +273,18 @@ def predict(
     return torch.cat(outputs).cpu(), torch.cat(targets).cpu()
 
 
+class Accumulator(Protocol):
+    """What an evaluation fills, such as a `trainables.tasks.base.MetricAccumulator`."""
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in a batch, or a micro-batch of it."""
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], Tensor],
     batches: Batches,
-    accumulator: MetricAccumulator,
+    accumulator: Accumulator,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Give outputs and targets of all batches to `accumulator`, in their order.

@@ -5,6 +5,7 @@ Its optimiser, the order of the samples, cached features of a frozen backbone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,9 @@ class PhaseTrainer:
         self.data = data
         self.dtype = dtype
         self.config: TrainingConfig = strategy.config
+        smoothing = data.spec.shared.loss.label_smoothing
+        if smoothing is not None:
+            self.config = dataclasses.replace(self.config, label_smoothing=smoothing)
         self.unit_steps = unit_steps
         self.total_steps = unit_steps * phase.units
         groups = select_groups(strategy.param_groups(model, prepared), phase)

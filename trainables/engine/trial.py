@@ -14,7 +14,7 @@ from torch import Tensor
 from trainables.data.trial_data import TrialData
 from trainables.engine.best_weights import Best, changed_start, movable_names, take
 from trainables.engine.budget import BudgetPlan, UnitPosition
-from trainables.engine.contract import ParamGroup, Phase, check_task
+from trainables.engine.contract import ParamGroup, Phase, check_loss, check_task
 from trainables.engine.evaluation import training_scores, validation_scores
 from trainables.engine.final_evaluation import TrialContext, final, interim
 from trainables.engine.loop import check_finite
@@ -53,13 +53,14 @@ from trainables.specs.metrics import (
     UNIT_SECONDS,
     VAL,
     WISE_ALPHA,
+    task_metrics,
 )
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import RunState
 from trainables.storage.kept_predictions import SplitPredictions
-from trainables.tasks.base import TargetSpec, Task
-from trainables.tasks.registry import task_class, task_for
+from trainables.tasks.base import Task
+from trainables.tasks.registry import task_class, task_of_trial
 
 if TYPE_CHECKING:
     from trainables.data.store import StoreLike
@@ -80,8 +81,8 @@ class Trial:
         started: `time.perf_counter()` at the trial's start, for `cost/first_batch_seconds`; None = now.
 
     Raises:
-        ValueError: unknown strategy, hyperparameter or task, a value out of range, or a strategy that the task cannot
-            serve.
+        ValueError: unknown strategy, hyperparameter, task or metric, a value out of range, a strategy that the task
+            cannot serve, or settings of loss and batches that the strategy cannot honour.
     """
 
     def __init__(
@@ -95,7 +96,9 @@ class Trial:
         self.spec = spec
         self.strategy = strategy_class(spec.strategy).from_hparams(spec.hparams)
         # Before data and network are loaded: a combination that cannot train is refused at once.
-        check_task(self.strategy, task_class(spec.shared.task))
+        check_task(self.strategy, task_class(spec.shared.task), spec.shared.loss)
+        check_loss(self.strategy, spec.shared.loss, spec.shared.sampling)
+        task_metrics(spec.shared.task).selecting(spec.shared.metric)  # refuses a metric that cannot select
         self.device = training_device() if device is None else torch.device(device)
         self.unit = 0
         """Units done."""
@@ -318,7 +321,7 @@ class Trial:
             return self._built
         shared = self.spec.shared
         store = self._store if self._store is not None else open_store(shared.store)
-        task = task_for(shared.task, TargetSpec(tuple(store.classes)))
+        task = task_of_trial(self.spec, store)
         backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache)
         local = on_device(backbone, self.device)
         data = TrialData(self.spec, store, backbone, self.device, reference=local.module, transform=task.transform)

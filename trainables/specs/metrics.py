@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from trainables.specs.suggestions import did_you_mean
 
 TRAIN = "train"
 VAL = "val"
@@ -24,12 +26,18 @@ OOD_WORST = "ood/worst"
 
 
 _OOD = "ood/"
+_ID = "id/"
 _BEST = "best/"
 
 
 def ood(domain: str) -> str:
     """The split of one OOD domain."""
     return f"{_OOD}{domain}"
+
+
+def id_domain(domain: str) -> str:
+    """The part of ID test that is of one ID domain, where there are several."""
+    return f"{_ID}{domain}"
 
 
 def ood_domain(split: str) -> str | None:
@@ -158,6 +166,11 @@ class TaskMetrics:
     """The metric that is the training loss itself, for heads solved in closed form; None = such heads do not exist."""
     leaderboard: tuple[Metric, ...] = ()
     """Shown in the leaderboard, on ID test, beside the selection metric."""
+    final: tuple[Metric, ...] = ()
+    """Measured as well, once per trial, for the tested weights: on ID test, on every OOD domain and, where there are
+    several, on every ID domain."""
+    selectable: tuple[Metric, ...] = ()
+    """What `selecting` accepts beside `selection`."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -171,9 +184,7 @@ class TaskMetrics:
             >>> TaskMetrics.from_dict(CLASSIFICATION.to_dict()) == CLASSIFICATION
             True
         """
-        groups = {
-            name: tuple(Metric(**row) for row in fields[name]) for name in ("reported", "training", "leaderboard")
-        }
+        groups = {name: tuple(Metric(**row) for row in fields[name]) for name in _METRIC_GROUPS}
         return cls(
             task=fields["task"],
             selection=Metric(**fields["selection"]),
@@ -185,7 +196,36 @@ class TaskMetrics:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Every metric once, the selection metric first."""
-        return tuple(dict.fromkeys((self.selection, self.tie_breaker, *self.reported, *self.training)))
+        return tuple(dict.fromkeys((self.selection, self.tie_breaker, *self.reported, *self.training, *self.final)))
+
+    def selecting(self, key: str | None) -> TaskMetrics:
+        """The same metrics, of which another one selects; the former selection metric joins the leaderboard.
+
+        Args:
+            key: of the metric; None = this table as it is.
+
+        Raises:
+            ValueError: no metric of the task that can select.
+
+        Example:
+            >>> CLASSIFICATION.selecting("balanced_acc").best_validation
+            'best/val/balanced_acc'
+        """
+        if key is None or key == self.selection.key:
+            return self
+        metric = next((metric for metric in self.selectable if metric.key == key), None)
+        if metric is None:
+            keys = [metric.key for metric in (self.selection, *self.selectable)]
+            hint = did_you_mean(key, keys)
+            raise ValueError(f"The metric that selects is one of {', '.join(keys)}, but got {key!r}.{hint}")
+        return replace(
+            self,
+            selection=metric,
+            tie_breaker=self.selection if metric == self.tie_breaker else self.tie_breaker,
+            reported=tuple(dict.fromkeys((*self.reported, metric))),
+            final=tuple(other for other in self.final if other != metric),
+            leaderboard=(self.selection, *self.leaderboard),
+        )
 
     def order(self, value: float, tie_breaker: float) -> tuple[float, float]:
         """Sort key of two values on the same data: the larger key is the better one.
@@ -258,20 +298,22 @@ class TaskMetrics:
         """
         split, _, key = name.removeprefix(_BEST).rpartition("/")
         for metric in self.metrics:
-            if name == metric.test_name or (metric.key == key and (split in _SPLITS or split.startswith(_OOD))):
+            if name == metric.test_name or (metric.key == key and (split in _SPLITS or split.startswith((_OOD, _ID)))):
                 return metric
         return None
 
     def tests(self, name: str) -> bool:
         """Whether a recorded name is measured on test data.
 
-        ID test, or the OOD domains together. A single OOD domain is not among them, since a study may give one up for
-        validation.
+        ID test or a domain's part of it, or the OOD domains together. A single OOD domain is not among them, since a
+        study may give one up for validation.
         """
         special = {metric.test_name.partition("/")[0] for metric in self.metrics if metric.test_name is not None}
-        return name.startswith((f"{TEST}/", f"{OOD_MEAN}/", f"{OOD_WORST}/", *(f"{group}/" for group in special)))
+        return name.startswith((f"{TEST}/", _ID, f"{OOD_MEAN}/", f"{OOD_WORST}/", *(f"{group}/" for group in special)))
 
 
+_METRIC_GROUPS = ("reported", "training", "leaderboard", "final", "selectable")
+"""Fields of `TaskMetrics` that are metrics in a tuple."""
 _SPLITS = (TRAIN, VAL, TEST, HELD_OUT)
 
 ACCURACY = Metric("acc", "accuracy", "max", "fraction", "Share of images whose top class is their label.")
@@ -285,6 +327,62 @@ ECE = Metric(
     test_name="calib/ece",
     heading="ECE",
 )
+BALANCED_ACCURACY = Metric(
+    "balanced_acc", "balanced accuracy", "max", "fraction", "Mean recall over the classes that the images have."
+)
+MACRO_F1 = Metric(
+    "macro_f1",
+    "macro F1",
+    "max",
+    "fraction",
+    "Mean F1 score over the classes that the images have or are predicted to have.",
+)
+AUROC = Metric(
+    "auroc",
+    "AUROC",
+    "max",
+    "",
+    "Area under the ROC curve of each class against the others, mean over the classes that the images have; not a "
+    "number where they have one class only.",
+)
+AVERAGE_PRECISION = Metric(
+    "ap",
+    "average precision",
+    "max",
+    "",
+    "Average precision of each class against the others (a sum over thresholds, not interpolated), mean over the "
+    "classes that the images have.",
+)
+BRIER = Metric(
+    "brier",
+    "Brier score",
+    "min",
+    "",
+    "Mean squared distance of the predicted probabilities from the label's, summed over classes: 0 to 2 (Brier, 1950).",
+)
+ECE_SCALED = Metric(
+    "ece_scaled",
+    "calibration error after temperature scaling",
+    "min",
+    "fraction",
+    "The calibration error with logits divided by `calib/temperature` (Guo et al., 2017).",
+    test_name="calib/ece_scaled",
+    heading="ECE scaled",
+)
+TOP5 = Metric(
+    "top5",
+    "top-5 accuracy",
+    "max",
+    "fraction",
+    "Share of images whose label is among the five top classes; where there are more than five.",
+)
+WEIGHTED_NLL = Metric(
+    "weighted_nll",
+    "weighted negative log-likelihood",
+    "min",
+    "nats",
+    "Mean cross-entropy per image, weighted by class; recorded as `train/loss` of closed-form solutions.",
+)
 
 CLASSIFICATION = TaskMetrics(
     task="classification",
@@ -294,6 +392,8 @@ CLASSIFICATION = TaskMetrics(
     training=(ACCURACY,),
     loss=NLL,
     leaderboard=(ECE,),
+    final=(BALANCED_ACCURACY, MACRO_F1, AUROC, AVERAGE_PRECISION, BRIER, ECE_SCALED, TOP5),
+    selectable=(BALANCED_ACCURACY, MACRO_F1, AUROC, AVERAGE_PRECISION, NLL, BRIER),
 )
 
 BUILT_IN_TASKS: tuple[TaskMetrics, ...] = (CLASSIFICATION,)
@@ -444,11 +544,17 @@ COMPONENT = Quantity(
 )
 COMPONENTS_SELECTED = Quantity("components/selected", None, "components", "Components that are trained.")
 LORA_MAPS = Quantity("lora/maps", None, "layers", "Linear maps that got an adapter (Hu et al., 2022).")
+TEMPERATURE = Quantity(
+    "calib/temperature",
+    None,
+    "",
+    "Temperature of the tested weights that minimises the negative log-likelihood on ID validation (Guo et al., 2017).",
+)
 PROBE_C = Quantity(
     "linear_probe/C", None, "", "Inverse regularisation of the closed-form probe, chosen on ID validation."
 )
-PROBE_VAL_ACCURACY = Quantity(
-    "linear_probe/val_acc", None, "fraction", "Accuracy of the closed-form probe on ID validation."
+PROBE_VAL = Quantity(
+    "linear_probe/val_<metric>", None, "", "The selection metric of the closed-form probe on ID validation."
 )
 
 PLASTICITY = Quantity(
@@ -490,7 +596,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
     LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
-    PROBE_VAL_ACCURACY,
+    PROBE_VAL, TEMPERATURE,
     PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
 )  # fmt: skip
 """Every recorded name that no task defines. Strategies may record more under their own names."""
@@ -513,7 +619,7 @@ def is_cost(name: str) -> bool:
 
 def metric_groups() -> frozenset[str]:
     """First parts of the recorded names that a result may hold, whatever the strategy and over all tasks."""
-    groups = {TRAIN, VAL, TEST, HELD_OUT, _OOD.rstrip("/"), _BEST.rstrip("/")}
+    groups = {TRAIN, VAL, TEST, HELD_OUT, _OOD.rstrip("/"), _ID.rstrip("/"), _BEST.rstrip("/")}
     groups |= {quantity.group for quantity in QUANTITIES if quantity not in (GAIN, GAIN_OOD, REGRET, TRIALS)}
     for task in _TASKS.values():
         groups |= {metric.test_name.partition("/")[0] for metric in task.metrics if metric.test_name is not None}

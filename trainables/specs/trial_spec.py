@@ -29,6 +29,37 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """Changes of a task's loss, for all trials of one study. The default is the loss as it is."""
+
+    class_weights: Literal["balanced"] | None = None
+    """balanced = the loss of a sample times N / (C · n_c), for n_c of the N training samples in its class, one of C; in
+    closed-form solutions as sample weights."""
+    label_smoothing: float | None = None
+    """Share of the target that is spread over all classes, in training."""
+    focal_gamma: float | None = None
+    """γ of the focal loss, −(1 − p)^γ · log p for the probability p of the label (Lin et al., 2017)."""
+
+    def __post_init__(self) -> None:
+        if self.class_weights not in (None, "balanced"):
+            raise ValueError(f"class_weights must be 'balanced' or nothing, but got {self.class_weights!r}.")
+        if self.label_smoothing is not None and not 0 < self.label_smoothing < 1:
+            raise ValueError(f"0 < label_smoothing < 1 must hold, but got {self.label_smoothing!r}.")
+        if self.focal_gamma is not None and not 0 < self.focal_gamma < float("inf"):
+            raise ValueError(f"focal_gamma must be a positive number, but got {self.focal_gamma!r}.")
+        if self.focal_gamma is not None and self.label_smoothing is not None:
+            raise ValueError(
+                "The focal loss is defined for one right class, but label_smoothing spreads the target over all of "
+                f"them, and got focal_gamma {self.focal_gamma!r} and label_smoothing {self.label_smoothing!r}. Leave "
+                "one of the two out."
+            )
+
+
+PLAIN_LOSS = LossSettings()
+"""The loss of a task as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SharedTrialSettings:
     """Settings that all trials of one study share."""
 
@@ -67,6 +98,11 @@ class SharedTrialSettings:
     """Folder for features and pretrained demo networks; None = `$LUTHIER_CACHE` or `~/.cache/luthier`."""
     task: str = "classification"
     """Name of the learning task, one of `trainables.specs.metrics.tasks()`: what is learned and measured."""
+    metric: str | None = None
+    """Key of the metric that selects, on validation; None = the task's own."""
+    loss: LossSettings = PLAIN_LOSS
+    sampling: Literal["balanced"] | None = None
+    """balanced = every class equally often in an epoch of gradient training; None = every image once."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SharedTrialSettings:
@@ -77,6 +113,9 @@ class SharedTrialSettings:
         """
         values = dict(fields)
         model = values.pop("model")
+        loss = values.get("loss")
+        if isinstance(loss, Mapping):
+            values["loss"] = LossSettings(**loss)
         for name in ("augment", "evaluate_at", "diagnostics"):
             if name in values:
                 values[name] = tuple(values[name])

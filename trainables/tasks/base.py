@@ -10,18 +10,20 @@ Adding a task: its `TaskMetrics` there, and a file `trainables/tasks/<name>.py` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from trainables.specs.trial_spec import PLAIN_LOSS, LossSettings
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import ImageTransform, TrialData
     from trainables.models.backbone import Backbone
     from trainables.models.task_model import TaskModel
-    from trainables.specs.measurements import Report
+    from trainables.specs.measurements import Curve, Report
     from trainables.specs.metrics import TaskMetrics
 
 HeadInit = Literal["random", "zeros", "linear_probe"]
@@ -33,6 +35,21 @@ class TargetSpec:
 
     classes: tuple[str, ...]
     """Class names, by label."""
+    counts: tuple[int, ...] | None = None
+    """Training samples of each class; given where the loss depends on them."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What a study may choose about a task."""
+
+    metric: str | None = None
+    """Key of the metric that selects; None = the task's own."""
+    loss: LossSettings = PLAIN_LOSS
+
+
+PLAIN = TaskSettings()
+"""A task as it is."""
 
 
 class TrainingMetrics(Protocol):
@@ -63,8 +80,13 @@ class MetricAccumulator(Protocol):
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in a batch, or a micro-batch of it."""
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, keys: Collection[str] | None = None, calibration: Any = None) -> dict[str, float]:
         """Values by metric key.
+
+        Args:
+            keys: of the metrics that are needed; None = those of `TaskMetrics.reported`. Metrics that do not apply to
+                the targets are left out.
+            calibration: state of a `Calibration`, for the metrics that need it.
 
         Raises:
             ValueError: no sample was taken in.
@@ -76,6 +98,16 @@ class MetricAccumulator(Protocol):
         Correct or not; intersection and union per class; the score of an answer. For intervals over samples and paired
         comparisons.
         """
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a task fitted on ID validation for the metrics of the tested weights, such as a temperature."""
+
+    state: Any
+    """Given to `MetricAccumulator.compute`."""
+    report: Mapping[str, float]
+    """Metrics to record once, by recorded name."""
 
 
 class ClosedFormProbe(Protocol):
@@ -95,24 +127,35 @@ class ClosedFormProbe(Protocol):
 class Task(ABC):
     """What is learned.
 
-    One instance serves all trials on the same targets: it keeps no state of a trial.
+    One instance serves all trials on the same targets and settings: it keeps no state of a trial.
 
     Shapes: images (B, 3, H, W) float32, normalised. Outputs and targets are the task's own; both have one row per
     sample first, because a batch that does not fit into memory is cut along it.
 
     Args:
         targets: of the data store.
+        settings: of the study.
+
+    Raises:
+        ValueError: a metric that cannot select.
     """
 
-    metrics: ClassVar[TaskMetrics]
-    """Row of the metric table; its `task` is the task's name."""
+    metrics: TaskMetrics
+    """Of the class: row of the metric table, whose `task` is the task's name. Of an instance: the same, with the metric
+    that selects in its study."""
     label_smoothing: ClassVar[bool] = False
     """Whether `loss` knows label smoothing. Where it does not, a strategy that asks for it is refused."""
     keeps_predictions: ClassVar[bool] = False
     """Whether a trial's predictions can be kept: outputs are (N, K), targets integers (N,)."""
+    class_weights: ClassVar[bool] = False
+    """Whether loss and closed-form probe can weight classes. Where they cannot, a study that asks for it is refused."""
+    focal: ClassVar[bool] = False
+    """Whether `loss` can be focal. Where it cannot, a study that asks for it is refused."""
 
-    def __init__(self, targets: TargetSpec) -> None:
+    def __init__(self, targets: TargetSpec, settings: TaskSettings = PLAIN) -> None:
         self.targets = targets
+        self.settings = settings
+        self.metrics = type(self).metrics.selecting(settings.metric)
 
     @classmethod
     def name(cls) -> str:
@@ -145,7 +188,19 @@ class Task(ABC):
 
     @abstractmethod
     def accumulator(self) -> MetricAccumulator:
-        """Empty counts of `metrics.reported` and of what selects, for one split."""
+        """Empty counts of all metrics but `metrics.training`, for one split."""
+
+    def calibrate(self, validation: MetricAccumulator) -> Calibration | None:
+        """Fit on ID validation what metrics of the tested weights need; None = nothing."""
+        return None
+
+    def tables(self, splits: Mapping[str, MetricAccumulator]) -> Mapping[str, Curve]:
+        """Tables of the predictions on ID test and every OOD domain, by name; none by default.
+
+        Args:
+            splits: split → accumulator of this task.
+        """
+        return {}
 
     def predict(self, model: TaskModel, features: Tensor) -> Tensor:
         """What an evaluation measures: the forward output, unless a task generates its prediction from features."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -12,23 +13,38 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables.models.task_model import TaskModel
-from trainables.specs.metrics import ACCURACY, CLASSIFICATION, TaskMetrics
-from trainables.tasks.base import ClosedFormProbe, Task
-from trainables.tasks.classification_metrics import classification_metrics
+from trainables.specs.metrics import ACCURACY, CLASSIFICATION, TEMPERATURE, WEIGHTED_NLL, TaskMetrics
+from trainables.tasks.base import PLAIN, Calibration, ClosedFormProbe, MetricAccumulator, TargetSpec, Task, TaskSettings
+from trainables.tasks.class_weights import balanced_weights
+from trainables.tasks.classification_metrics import classification_metrics, fitted_temperature
+from trainables.tasks.classification_tables import CONFUSION, PER_CLASS, confusion_table, per_class_table
 from trainables.tasks.linear_probe_head import best_linear_probe, take_probe
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
     from trainables.models.backbone import Backbone
-    from trainables.specs.measurements import Report
+    from trainables.specs.measurements import Curve, Report
 
 
 class Classification(Task):
     """Outputs are logits (B, K); targets are labels (B,) int64."""
 
-    metrics: ClassVar[TaskMetrics] = CLASSIFICATION
+    metrics: TaskMetrics = CLASSIFICATION
     label_smoothing: ClassVar[bool] = True
     keeps_predictions: ClassVar[bool] = True
+    class_weights: ClassVar[bool] = True
+    focal: ClassVar[bool] = True
+
+    def __init__(self, targets: TargetSpec, settings: TaskSettings = PLAIN) -> None:
+        super().__init__(targets, settings)
+        self._weights: Tensor | None = None
+        """(K,) float32"""
+        self._copies: dict[torch.device, Tensor] = {}
+        if settings.loss.class_weights is not None:
+            if targets.counts is None:
+                raise ValueError("class_weights need the training samples of each class, but none are given.")
+            self._weights = torch.tensor(balanced_weights(targets.counts), dtype=torch.float32)
+            self.metrics = dataclasses.replace(self.metrics, loss=WEIGHTED_NLL)
 
     def build_model(self, backbone: Backbone, seed: int) -> TaskModel:
         """A copy of the backbone under a linear head, see `new_classifier`."""
@@ -43,21 +59,64 @@ class Classification(Task):
         label_smoothing: float = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Cross-entropy in float32."""
-        return functional.cross_entropy(outputs.float(), targets, label_smoothing=label_smoothing, reduction=reduction)
+        """Cross-entropy in float32, weighted by class and focal where the study asks for it.
+
+        The mean is over samples, not over weights: it is then the same for a batch and for its micro-batches, and
+        weights of mean 1 leave the size of the loss as it is.
+        """
+        logits = outputs.float()
+        gamma = self.settings.loss.focal_gamma
+        if self._weights is None and gamma is None:
+            return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction=reduction)
+        losses = functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        if gamma is not None:
+            losses = focal_factor(losses, gamma) * losses
+        if self._weights is not None:
+            losses = self._weights_on(losses.device)[targets] * losses
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        """The class weights on a device; copied once, since a copy at every step would wait for a GPU."""
+        assert self._weights is not None
+        if device not in self._copies:
+            self._copies[device] = self._weights.to(device)
+        return self._copies[device]
 
     def training_metrics(self) -> TrainingAccuracy:
         """Accuracy on the training batches, as they were seen."""
         return TrainingAccuracy()
 
     def accumulator(self) -> ClassificationScores:
-        """Accuracy, negative log-likelihood and calibration error."""
-        return ClassificationScores()
+        """Every metric of `trainables.tasks.classification_metrics`."""
+        return ClassificationScores(self._weights)
+
+    def calibrate(self, validation: MetricAccumulator) -> Calibration:
+        """The temperature of the logits."""
+        assert isinstance(validation, ClassificationScores)
+        temperature = fitted_temperature(*validation.predictions())
+        return Calibration(temperature, {TEMPERATURE.name: temperature})
+
+    def tables(self, splits: Mapping[str, MetricAccumulator]) -> Mapping[str, Curve]:
+        """Recall, precision and F1 of every class, and the confusion matrix."""
+        predictions = {}
+        for split, scores in splits.items():
+            assert isinstance(scores, ClassificationScores)
+            predictions[split] = scores.predictions()
+        return {
+            PER_CLASS: per_class_table(predictions, self.targets.classes),
+            CONFUSION: confusion_table(predictions, self.targets.classes),
+        }
 
     @classmethod
     def closed_form_probe(cls) -> ClosedFormProbe:
         """L2-regularised logistic regression."""
         return LogisticProbe()
+
+
+def focal_factor(losses: Tensor, gamma: float) -> Tensor:
+    """(1 − p)^γ for cross-entropies −log p (Lin et al., 2017, eq. 4)."""
+    # By expm1: 1 − exp(−loss) would be 0 for small losses, and its power has no gradient there for γ < 1.
+    return (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).tiny) ** gamma
 
 
 class TrainingAccuracy:
@@ -88,9 +147,14 @@ class TrainingAccuracy:
 
 
 class ClassificationScores:
-    """Logits of a split, kept until all are there: a calibration error is no mean over batches."""
+    """Logits of a split, kept until all are there: a calibration error is no mean over batches.
 
-    def __init__(self) -> None:
+    Args:
+        weights: (K,) of the classes, for `weighted_nll`; None = none.
+    """
+
+    def __init__(self, weights: Tensor | None = None) -> None:
+        self._weights = weights
         self._logits: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -98,20 +162,29 @@ class ClassificationScores:
         self._logits.append(outputs.float())
         self._labels.append(targets)
 
-    def compute(self) -> dict[str, float]:
-        return classification_metrics(*self._collected())
+    def compute(self, keys: Collection[str] | None = None, calibration: float | None = None) -> dict[str, float]:
+        logits, labels = self.predictions()
+        values = classification_metrics(logits, labels, keys, calibration)
+        if keys is not None and WEIGHTED_NLL.key in keys and self._weights is not None:
+            losses = functional.cross_entropy(logits.double(), labels, reduction="none")
+            values[WEIGHTED_NLL.key] = float((self._weights.double()[labels] * losses).mean())
+        return values
 
     def per_sample(self) -> dict[str, Tensor]:
-        logits, labels = self._collected()
+        logits, labels = self.predictions()
         return {
             "correct": logits.argmax(1) == labels,
             "nll": functional.cross_entropy(logits.double(), labels, reduction="none"),
         }
 
-    def _collected(self) -> tuple[Tensor, Tensor]:
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) float32 and labels (N,) on the CPU; no update may follow."""
         if not self._logits:
             raise ValueError("Metrics need at least one sample, but got none.")
-        return torch.cat(self._logits).cpu(), torch.cat(self._labels).cpu()
+        # Kept on the CPU from now on: scores of several splits need not lie on a GPU at the same time.
+        self._logits = [torch.cat(self._logits).cpu()]
+        self._labels = [torch.cat(self._labels).cpu()]
+        return self._logits[0], self._labels[0]
 
 
 class LogisticProbe:

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trainables.specs.metrics import PROBE_C, PROBE_VAL_ACCURACY
+from trainables.specs.metrics import ACCURACY, NLL, PROBE_C, PROBE_VAL, TaskMetrics, task_metrics
 from trainables.storage.atomic_files import atomic_file
 from trainables.storage.compute_once import compute_once
+from trainables.tasks.class_weights import balanced_weights
+from trainables.tasks.classification_metrics import classification_metrics
 from trainables.tasks.logistic_path import logistic_path
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ HIGHEST_C = 2
 """Ends of the regularisation path, as powers of ten."""
 ABSENT = 1e-6
 """Upper bound on the probability of a class without training images, on any training image."""
-FORMAT = 1
+FORMAT = 2
 """Version of the solutions on disk; increase when they would be computed differently."""
 
 
@@ -47,8 +49,10 @@ class Probe:
     bias: NDArray[np.float32]
     """(K,)"""
     C: float
-    val_accuracy: float
-    """In [0, 1]."""
+    validation: float
+    """Selection metric on ID validation, as recorded."""
+    metric: str = ACCURACY.key
+    """Key of the selection metric."""
 
 
 def regularisation_path(count: int) -> list[float]:
@@ -56,20 +60,23 @@ def regularisation_path(count: int) -> list[float]:
     return [float(c) for c in np.logspace(LOWEST_C, HIGHEST_C, count)]
 
 
-def fit_linear_probe(features: NDArray[Any], labels: NDArray[Any], C: float) -> tuple[Doubles, Doubles]:
-    """Minimise C · Σᵢ cross-entropyᵢ + ½‖W‖² (scikit-learn's C; unpenalised bias).
+def fit_linear_probe(
+    features: NDArray[Any], labels: NDArray[Any], C: float, sample_weight: NDArray[Any] | None = None
+) -> tuple[Doubles, Doubles]:
+    """Minimise C · Σᵢ sᵢ · cross-entropyᵢ + ½‖W‖² (scikit-learn's C; unpenalised bias).
 
     Args:
         features: (N, D), used without scaling.
         labels: (N,) integers 0 … K−1, each class present.
         C: inverse regularisation strength, positive.
+        sample_weight: (N,) positive weights s; None = 1 for all.
 
     Returns:
         weight (K, D) and bias (K,), float64. Two classes have a row each, of opposite sign; their difference is
         scikit-learn's single row.
 
     Raises:
-        ValueError: C is not positive, a feature is not finite, the lengths differ, or a class is missing.
+        ValueError: C or a weight is not positive, a feature is not finite, the lengths differ, or a class is missing.
     """
     features = np.asarray(features)
     labels = np.asarray(labels)
@@ -83,14 +90,21 @@ def fit_linear_probe(features: NDArray[Any], labels: NDArray[Any], C: float) -> 
             f"A linear probe needs at least two classes, numbered from 0 without a gap, but the labels hold "
             f"{', '.join(map(str, present[:10]))}."
         )
-    return next(logistic_path(features, labels, [C]))
+    if sample_weight is not None:
+        sample_weight = np.asarray(sample_weight, dtype=np.float64)
+        if sample_weight.shape != labels.shape or not (sample_weight > 0).all() or not np.isfinite(sample_weight).all():
+            raise ValueError(
+                f"Sample weights of a linear probe are one positive number per label, but got {sample_weight.shape} "
+                f"for {len(labels)} labels, the smallest {sample_weight.min(initial=np.inf):g}."
+            )
+    return next(logistic_path(features, labels, [C], sample_weight=sample_weight))
 
 
 def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> Probe:
-    """Probe with the best ID validation accuracy along an ascending path of C.
+    """Probe with the best selection metric on ID validation along an ascending path of C.
 
-    Ties go to the lower validation NLL, then to the smaller C. Computed once per data and path and cached on disk, so
-    that LP and LP-FT share it.
+    Ties go to the tie-breaker, then to the smaller C. Computed once per data, path and settings and cached on disk, so
+    that LP and LP-FT share it. With class weights, the objective has them as sample weights.
 
     Args:
         data: the trial's data; fitted on `train`, C selected on `val`.
@@ -100,7 +114,11 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
         ValueError: a feature is not finite, all features are alike, or fewer than two classes have training images.
     """
     path = regularisation_path(100) if path is None else path
-    name = hashlib.sha256(json.dumps([FORMAT, list(path)]).encode()).hexdigest()[:12]
+    identity: list[Any] = [FORMAT, list(path)]
+    shared = data.spec.shared
+    if shared.metric is not None or shared.loss.class_weights is not None:
+        identity += [shared.metric, shared.loss.class_weights]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     file = data.solution_folder / f"linear_probe-{name}.safetensors"
     return compute_once(file, _load, lambda: _choose(data, path), _save)
 
@@ -108,17 +126,29 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
 def _choose(data: TrialData, path: Sequence[float]) -> Probe:
     validation = np.asarray(data.features("val"), dtype=np.float64)
     targets = data.labels("val")
-    best: tuple[tuple[float, float], float, Doubles, Doubles] | None = None
+    shared = data.spec.shared
+    metrics = task_metrics(shared.task).selecting(shared.metric)
+    selection = metrics.selection.key
+    best: Probe | None = None
+    best_order: tuple[float, float] | None = None
     for C, weight, bias in _solutions(data, path):
-        logits = validation @ weight.T + bias
-        accuracy = float((logits.argmax(1) == targets).mean())
-        score = (accuracy, -_nll(logits, targets))
+        values = _validation_values(validation @ weight.T + bias, targets, metrics)
+        order = metrics.order(values[selection], values[metrics.tie_breaker.key])
         # Strictly greater: of equal scores the first, with the smaller C, is kept.
-        if best is None or score > best[0]:
-            best = (score, C, weight, bias)
+        if best_order is None or order > best_order:
+            best_order = order
+            best = Probe(weight.astype(np.float32), bias.astype(np.float32), C, values[selection], selection)
     assert best is not None
-    (accuracy, _), C, weight, bias = best
-    return Probe(weight.astype(np.float32), bias.astype(np.float32), C, accuracy)
+    return best
+
+
+def _validation_values(logits: Doubles, targets: NDArray[Any], metrics: TaskMetrics) -> dict[str, float]:
+    """Selection metric and tie-breaker by key."""
+    values = {ACCURACY.key: float((logits.argmax(1) == targets).mean()), NLL.key: _nll(logits, targets)}
+    others = {metrics.selection.key, metrics.tie_breaker.key} - values.keys()
+    if others:
+        values |= classification_metrics(torch.from_numpy(logits), torch.from_numpy(targets), others)
+    return values
 
 
 def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, Doubles, Doubles]]:
@@ -136,7 +166,11 @@ def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, 
             f"{len(present)} class(es) and features of standard deviation {scale:g}."
         )
     standard = (features - mean) / scale
-    for C, (rows, offsets) in zip(path, logistic_path(standard, positions, path, data.device), strict=True):
+    sample_weight = None
+    if data.spec.shared.loss.class_weights is not None:
+        sample_weight = np.array(balanced_weights(np.bincount(positions).tolist()))[positions]
+    solutions = logistic_path(standard, positions, path, data.device, sample_weight)
+    for C, (rows, offsets) in zip(path, solutions, strict=True):
         # Fold the standardisation into the solution.
         weight = rows / scale
         bias = offsets - rows.sum(1) * mean / scale
@@ -180,7 +214,7 @@ def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
 
 
 def _save(probe: Probe, file: Path) -> None:
-    metadata = {"probe": json.dumps({"C": probe.C, "val_accuracy": probe.val_accuracy})}
+    metadata = {"probe": json.dumps({"C": probe.C, "validation": probe.validation, "metric": probe.metric})}
     with atomic_file(file) as written:
         save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=metadata)
 
@@ -196,7 +230,8 @@ def _load(file: Path) -> Probe | None:
                 weight=tensors.get_tensor("weight"),
                 bias=tensors.get_tensor("bias"),
                 C=metadata["C"],
-                val_accuracy=metadata["val_accuracy"],
+                validation=metadata["validation"],
+                metric=metadata["metric"],
             )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("The stored linear probe %s is damaged (%s) and is computed again.", file, error)
@@ -205,7 +240,7 @@ def _load(file: Path) -> Probe | None:
 
 @torch.no_grad()
 def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
-    """Copy a probe's solution into the head; returns its C and validation accuracy."""
+    """Copy a probe's solution into the head; returns its C and its selection metric on validation."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
-    return {PROBE_C.name: probe.C, PROBE_VAL_ACCURACY.name: probe.val_accuracy}
+    return {PROBE_C.name: probe.C, PROBE_VAL.of(probe.metric): probe.validation}

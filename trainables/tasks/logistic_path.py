@@ -1,6 +1,7 @@
 """L2-regularised multinomial logistic regression along a path of C: scikit-learn's objective, solved faster.
 
-The objective of `sklearn.linear_model.LogisticRegression` is C · Σᵢ cross-entropyᵢ + ½‖W‖², the bias unpenalised. It is
+The objective of `sklearn.linear_model.LogisticRegression` is C · Σᵢ sᵢ · cross-entropyᵢ + ½‖W‖², the bias unpenalised,
+for sample weights sᵢ (1 by default). It is
 strictly convex in W, so that every solver reaches the same optimum; the cost is in the conditioning. Here L-BFGS is
 preconditioned by the Cholesky factor of an approximate Hessian (the features' second moments, each image weighted by
 the softmax's curvature), and each C is warm-started by extrapolating the previous solutions in log C: ten steps where
@@ -39,6 +40,7 @@ def logistic_path(
     labels: NDArray[np.integer],
     path: Sequence[float],
     device: torch.device | str = "cpu",
+    sample_weight: NDArray[np.floating] | None = None,
 ) -> Iterator[tuple[Doubles, Doubles]]:
     """Solve for each C of an ascending path: weight (K, D) and bias (K,), K = largest label + 1.
 
@@ -49,10 +51,15 @@ def logistic_path(
         labels: (N,) integers; every class 0 … K−1 present.
         path: positive, strictly ascending.
         device: device of the computation.
+        sample_weight: (N,) positive factors of the images' cross-entropies, of mean about 1; None = 1 for all.
     """
+    weights = None
+    if sample_weight is not None:
+        weights = torch.tensor(np.asarray(sample_weight), dtype=torch.float64, device=device)
     problem = _Problem(
         torch.tensor(np.asarray(features), dtype=torch.float64, device=device),
         torch.tensor(np.asarray(labels), dtype=torch.int64, device=device),
+        weights,
     )
     for c in path:
         problem.solve(c)
@@ -62,12 +69,14 @@ def logistic_path(
 class _Problem:
     """State along the path: the last two solutions and the current preconditioner."""
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, weights: Tensor | None) -> None:
         self.count = len(features)
         self.classes = int(labels.max()) + 1
         self.rows = max(1, BLOCK // max(self.classes, features.shape[1]))
         self.threads = 1 if features.numel() * self.classes < SMALL else torch.get_num_threads()
         self.labels = labels
+        self.weights = weights
+        """(N,), or None = 1 for all."""
         self.centre = features.mean(0)
         # Centring changes only the bias, which is the weight of a constant last feature.
         self.features = torch.cat([features - self.centre, torch.ones_like(features[:, :1])], 1)
@@ -75,7 +84,7 @@ class _Problem:
         self.penalty = torch.full_like(self.features[0], 2.0 if self.classes == 2 else 1.0)
         self.penalty[-1] = 0.0  # the bias
         # Start at the optimum of the bias alone: the log frequencies of the classes.
-        log_frequency = torch.bincount(labels, minlength=self.classes).double().log()
+        log_frequency = torch.bincount(labels, weights, minlength=self.classes).double().log()
         self.state = torch.zeros(self.classes, self.features.shape[1], dtype=torch.float64, device=features.device)
         self.state[:, -1] = log_frequency - log_frequency.mean()
         self.solved: list[tuple[float, Tensor]] = []
@@ -145,24 +154,28 @@ class _Problem:
         """Mean cross-entropy + ½ Σ ridge·W², and its gradient (K, D + 1)."""
         loss = 0.5 * (ridge * state.square()).sum()
         gradient = ridge * state
-        for features, labels in self._blocks():
+        for features, labels, weights in self._blocks():
             log_probability = torch.log_softmax(features @ state.T, 1)
-            loss -= log_probability.gather(1, labels[:, None]).sum() / self.count
+            of_label = log_probability.gather(1, labels[:, None])
+            loss -= (of_label if weights is None else weights * of_label).sum() / self.count
             # In place, for memory: p − one-hot, the derivative with respect to the logits
             residual = log_probability.exp_()
             residual.scatter_add_(1, labels[:, None], torch.full_like(residual[:, :1], -1.0))
+            if weights is not None:
+                residual *= weights
             gradient += residual.T @ features / self.count
         return loss, gradient
 
     def hessian_weights(self) -> tuple[Tensor, float]:
-        """Per-image curvature of the softmax (N,), and its mean over images.
+        """Per-image curvature of the objective (N,), and its mean over images.
 
-        (1 − Σ_k p_k²)/(K − 1): the mean over directions of the softmax's Hessian.
+        (1 − Σ_k p_k²)/(K − 1), the mean over directions of the softmax's Hessian, times the image's weight.
         """
         parts = []
-        for features, _ in self._blocks():
+        for features, _, factors in self._blocks():
             probability = torch.softmax(features @ self.state.T, 1)
-            parts.append((1 - probability.square().sum(1)).clamp(min=1e-9) / (self.classes - 1))
+            curvature = (1 - probability.square().sum(1)).clamp(min=1e-9) / (self.classes - 1)
+            parts.append(curvature if factors is None else curvature * factors[:, 0])
         weights = torch.cat(parts)
         return weights, float(weights.mean())
 
@@ -170,13 +183,17 @@ class _Problem:
         """Second moments (D + 1, D + 1) of the features, weighted by each image's relative curvature."""
         weights, mean = self.hessian_weights()
         moments = torch.zeros_like(self.penalty).diag()
-        for (features, _), weight in zip(self._blocks(), torch.split(weights, self.rows), strict=True):
+        for (features, _, _), weight in zip(self._blocks(), torch.split(weights, self.rows), strict=True):
             moments += features.T @ (features * weight[:, None]) / (mean * self.count)
         # The multiple of the identity keeps them positive definite, also for linearly dependent features.
         return moments + 1e-9 * moments.diagonal().mean() * torch.eye(len(moments), device=moments.device)
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(torch.split(self.features, self.rows), torch.split(self.labels, self.rows), strict=True)
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Features (R, D + 1), labels (R,) and weights (R, 1) of blocks of rows."""
+        for start in range(0, self.count, self.rows):
+            rows = slice(start, start + self.rows)
+            weights = None if self.weights is None else self.weights[rows, None]
+            yield self.features[rows], self.labels[rows], weights
 
     def solution(self) -> tuple[Doubles, Doubles]:
         """Weight (K, D) and bias (K,) for uncentred features."""

@@ -9,11 +9,14 @@ import functools
 import importlib
 from typing import TYPE_CHECKING
 
+from trainables.data.trial_data import class_counts
 from trainables.specs import metrics
-from trainables.tasks.base import TargetSpec, Task
+from trainables.tasks.base import PLAIN, TargetSpec, Task, TaskSettings
 
 if TYPE_CHECKING:
+    from trainables.data.store import StoreLike
     from trainables.data.trial_data import TrialData
+    from trainables.specs.trial_spec import TrialSpec
 
 _registered: dict[str, type[Task]] = {}
 
@@ -44,15 +47,22 @@ def task_class(name: str) -> type[Task]:
 
 
 @functools.lru_cache(maxsize=16)
-def task_for(name: str, targets: TargetSpec) -> Task:
+def task_for(name: str, targets: TargetSpec, settings: TaskSettings = PLAIN) -> Task:
     """The task of one name on the targets of a store.
 
     Raises:
-        ValueError: no such task.
+        ValueError: no such task, or a metric that cannot select.
     """
-    return task_class(name)(targets)
+    return task_class(name)(targets, settings)
+
+
+def task_of_trial(spec: TrialSpec, store: StoreLike) -> Task:
+    """The task that a trial's settings name, on the targets of its data."""
+    shared = spec.shared
+    counts = class_counts(spec, store) if shared.loss.class_weights is not None else None
+    return task_for(shared.task, TargetSpec(tuple(store.classes), counts), TaskSettings(shared.metric, shared.loss))
 
 
 def task_of(data: TrialData) -> Task:
-    """The task that a trial's settings name, on the targets of its data."""
-    return task_for(data.spec.shared.task, TargetSpec(tuple(data.classes)))
+    """The task of a trial, by its data."""
+    return task_of_trial(data.spec, data.store)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from orchestrator.planning import build
-from trainables.specs.trial_spec import ModelSpec
+from orchestrator.search.sampling import maximised
+from orchestrator.study_file.schema import StudySpec
+from trainables.specs.trial_spec import LossSettings, ModelSpec
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,46 @@ def test_a_built_in_network_is_pretrained_only_where_its_weights_are_used(
     monkeypatch.setattr("orchestrator.planning.build.pretrained_folder", folder)
     build.make_built_in(model)
     assert asked == made
+
+
+def study(**sections: Any) -> StudySpec:
+    fields: dict[str, Any] = {
+        "name": "digits",
+        "data": {"source": "digits"},
+        "model": {"name": "digits_vit"},
+        "strategies": ["full"],
+    }
+    return StudySpec.from_fields(fields | sections)
+
+
+@pytest.mark.parametrize(
+    ("search", "objective", "mode"),
+    [
+        ({}, "val/acc", "max"),
+        ({"metric": "balanced_acc"}, "val/balanced_acc", "max"),
+        ({"metric": "nll"}, "val/nll", "min"),
+        ({"metric": "brier", "objective": "val_domain:noisy"}, "ood/noisy/brier", "min"),
+    ],
+)
+def test_the_metric_steers_trials_search_and_early_stopping(
+    search: dict[str, Any], objective: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = study(search=search)
+    store = SimpleNamespace(path="store")
+    task = build.make_task(spec, store)  # type: ignore[arg-type]
+    assert task.metric == search.get("metric")
+    settings = build.settings_of(spec, task, {})
+    assert settings.objectives == (objective,)
+    assert maximised(objective, settings.metrics) == (mode == "max")
+    monkeypatch.setattr("orchestrator.planning.build.StudyScheduler", lambda *arguments: arguments)
+    assert build.make_scheduler(spec)[:2] == (objective, mode == "max")
+
+
+def test_loss_and_sampling_reach_the_trials() -> None:
+    spec = study(loss={"class_weights": "balanced", "label_smoothing": 0.1})
+    task = build.make_task(spec, SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    assert task.loss == LossSettings(class_weights="balanced", label_smoothing=0.1)
+    assert task.sampling is None
+    balanced = study(data={"source": "digits", "sampling": "balanced"}, loss={"focal_gamma": 2.0})
+    task = build.make_task(balanced, SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    assert (task.loss, task.sampling) == (LossSettings(focal_gamma=2.0), "balanced")

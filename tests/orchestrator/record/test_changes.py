@@ -145,3 +145,15 @@ def test_a_study_of_an_earlier_version_is_refused_with_what_to_do_and_continued_
 def test_the_digest_of_the_code_is_twelve_hex_digits() -> None:
     assert len(code_digest()) == 12
     assert int(code_digest(), 16) >= 0
+
+
+def test_p29_a_key_that_an_earlier_version_had_not_is_no_change_while_it_is_null() -> None:
+    before = header()
+    del before["spec"]["loss"]
+    del before["spec"]["search"]["metric"]
+    del before["spec"]["data"]["sampling"]
+    assert changes(before, header()) == []
+    assert changes(header(), before) == []
+    now = changed(spec__search__metric="balanced_acc")
+    assert [str(change) for change in changes(before, now)] == ["search.metric: none -> balanced_acc"]
+    assert not changes(before, now)[0].harmless

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
@@ -23,8 +24,11 @@ from orchestrator.results.leaderboard import leaderboard, relative_gain
 from orchestrator.results.study_results import Results
 from orchestrator.running.progress import Progress
 from orchestrator.search.sampling import maximised
+from orchestrator.study_file.schema import StudySpec
+from orchestrator.tracking.study_tracking import settings_of
 from tests.support.driving import Config, drive, searcher, url
 from tests.support.toy_task import ERROR, OVERLAP, TOY, toy_trial
+from trainables.specs.metrics import TaskMetrics, register
 
 SPEC = {"name": "boundaries", "task": "toy_boundaries"}
 PROBE = toy_trial(0, "linear_probe", 4.0, 4.0)
@@ -181,3 +185,72 @@ class TestSearch:
         assert metrics_of(SPEC) is TOY
         with pytest.raises(ValueError, match=r"^A task is one of .*, but got 'depth'\.$"):
             metrics_of({"task": "depth"})
+
+
+class TestAnotherMetricOfClassification:
+    """`search.metric` chooses what selects; accuracy stays in the leaderboard."""
+
+    SPEC: ClassVar[dict[str, Any]] = {"name": "pets", "search": {"metric": "balanced_acc"}}
+
+    def trial(self, number: int, label: str, balanced: float, accuracy: float) -> TrialRecord:
+        metrics = {
+            "val/balanced_acc": balanced,
+            "best/val/balanced_acc": balanced,
+            "val/nll": 0.5,
+            "test/balanced_acc": balanced,
+            "test/acc": accuracy,
+            "ood/a/balanced_acc": balanced,
+            "ood/mean/balanced_acc": balanced,
+            "ood/worst/balanced_acc": balanced,
+            "calib/ece": 0.1,
+        }
+        return toy_trial(number, label, 0.0, 0.0, metrics=metrics)
+
+    def test_choice_regret_and_leaderboard_follow_it(self) -> None:
+        records = [self.trial(0, "full", 0.5, 0.95), self.trial(1, "lora", 0.75, 0.7)]
+        results = Results(records, self.SPEC)
+        best = results.best()
+        assert (best.record.label, best.criterion, best.value) == ("lora", "best/val/balanced_acc", 0.75)
+        assert results.regret().criterion == "ood/mean/balanced_acc"
+        table = results.leaderboard().set_index("label")
+        assert table.index.to_list() == ["lora", "full"]
+        assert table.loc["lora", "test/balanced_acc"] == 0.75
+        assert table.loc["full", "test/acc"] == 0.95
+        head = text_of(results).splitlines()[2]
+        assert [title for title in ("val", "OOD worst", "accuracy", "ECE") if title not in head] == []
+
+    def test_every_rule_knows_it(self) -> None:
+        records = [self.trial(0, "full", 0.5, 0.95), self.trial(1, "lora", 0.75, 0.7)]
+        metrics = metrics_of(self.SPEC)
+        for rule in ("id_val", "oracle", "val_domain:a"):
+            assert selection.rank(records, rule, metrics)[0].record.label == "lora"
+        folds = [
+            toy_trial(10 + 2 * number + fold, label, 0, 0, role="fold", config_hash=f"h{number}", held_out=domain,
+                      metrics={"held_out/balanced_acc": value})
+            for number, (label, value) in enumerate([("full", 0.9), ("lora", 0.6)])
+            for fold, domain in enumerate("xy")
+        ]  # fmt: skip
+        best = selection.select([*records, *folds], "leave_one_domain_out", metrics=metrics)
+        assert (best.record.label, best.value) == ("full", 0.9)
+
+    def test_test_data_never_steer_a_search(self) -> None:
+        metrics = metrics_of(self.SPEC)
+        assert maximised("val/balanced_acc", metrics)
+        for name in ("id/photo/acc", "calib/ece_scaled", "test/auroc"):
+            with pytest.raises(ValueError, match=rf"never looks at test data, but got the metric '{name}'"):
+                maximised(name, metrics)
+
+    def test_the_tracking_process_registers_the_table_of_the_task(self, tmp_path: Path) -> None:
+        """Its process registers the row that it gets, which must be the one that it has."""
+        fields = {"data": {"source": "digits"}, "model": {"name": "digits_vit"}, "strategies": ["full"]}
+        spec = StudySpec.from_fields({**fields, **self.SPEC})
+        sent = settings_of(spec, tmp_path / "journal.jsonl").task
+        register(TaskMetrics.from_dict(json.loads(json.dumps(sent))))
+        assert metrics_of(self.SPEC).selection.key == "balanced_acc"
+
+    def test_new_names_are_recorded(self) -> None:
+        found = {"id/photo/auroc": 0.5, "calib/temperature": 2.0, "test/top5": 1.0, "ood/a/ece_scaled": 0.1}
+        assert declared_metrics({**found, "pid": 3}) == found
+        assert [metrics_of(self.SPEC).named(name).key for name in found if "temperature" not in name] == [  # type: ignore[union-attr]
+            "auroc", "top5", "ece_scaled",
+        ]  # fmt: skip

@@ -116,3 +116,42 @@ class TestPackages:
             "strategies[0]: full needs the package no_such_package, which is not installed here. Install it: "
             'pip install "luthier[lora]", or leave full out.'
         ]
+
+
+class TestMetricAndLoss:
+    def test_metrics_that_select_are_those_of_the_table(self) -> None:
+        assert invalid(search={"metric": "balanced_acc"}) == []
+        assert invalid(search={"metric": "balanced"}) == [
+            "search.metric: the metric that selects is one of acc, balanced_acc, macro_f1, auroc, ap, nll, brier, but "
+            "got 'balanced'. Did you mean 'balanced_acc'?"
+        ]
+
+    def test_smoothing_and_focal_loss_exclude_each_other(self) -> None:
+        assert invalid(loss={"label_smoothing": 0.1, "class_weights": "balanced"}) == []
+        assert invalid(loss={"label_smoothing": 0.1, "focal_gamma": 2.0}) == [
+            "loss.focal_gamma: the focal loss is defined for one right class, but label_smoothing spreads the target "
+            "over all of them, and got focal_gamma 2 and label_smoothing 0.1. Leave one of the two out."
+        ]
+
+    def test_weights_and_balanced_sampling_exclude_each_other(self) -> None:
+        data = {"source": "digits", "sampling": "balanced"}
+        assert invalid(data=data) == []
+        assert invalid(data=data, loss={"class_weights": "balanced"}) == [
+            "data.sampling: loss.class_weights 'balanced' and sampling 'balanced' both correct for the frequencies of "
+            "the classes: together, rare classes would outweigh the others. Leave one of the two out."
+        ]
+
+    def test_what_a_strategy_cannot_honour_is_refused_before_anything_is_spent(self, refused: Any) -> None:
+        strategies = ["full", "linear_probe", "lp_ft", {"name": "daft", "fixed": {"label_smoothing": 0.2}}]
+        assert refused(strategies=strategies, loss={"class_weights": "balanced"}) == []
+        (focal, smoothed) = refused(strategies=strategies, loss={"focal_gamma": 2.0})
+        assert focal == (
+            "strategies[1]: loss.focal_gamma needs a strategy that trains by gradient, but linear_probe solves in "
+            "closed form, and got 2.0. Leave one of the two out, or use loss.class_weights: balanced."
+        )
+        assert smoothed.startswith("strategies[3]: The focal loss is defined for one right class, but daft has")
+        (solved, twice) = refused(strategies=strategies, loss={"label_smoothing": 0.1})
+        assert solved.startswith("strategies[1]: loss.label_smoothing needs a strategy that trains by gradient")
+        assert twice.startswith("strategies[3]: Label smoothing is set once, but daft has label_smoothing 0.2")
+        (message,) = refused(strategies=strategies, data={"source": "digits", "sampling": "balanced"})
+        assert message.startswith("strategies[1]: data.sampling needs a strategy that trains by gradient")

@@ -139,7 +139,7 @@ class TestAllAtOnce:
         with pytest.raises(StudyError) as caught:
             load_study(file)
         keys = "source, root, id, ood, image_size, val_fraction, test_fraction, train_fraction, seed, on_bad, "
-        keys += "on_leak, label, augment"
+        keys += "on_leak, label, augment, sampling"
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
@@ -173,7 +173,7 @@ class TestRefused:
             (
                 {"modle": {}},
                 "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
-                "search, confirm, diagnostics, resources, failures, tracking, keep, storage.",
+                "search, loss, confirm, diagnostics, resources, failures, tracking, keep, storage.",
             ),
             ({"search": {"trials": 2.5}}, "search.trials: must be an integer, but got the number 2.5."),
             ({"search": {"trials": True}}, "search.trials: must be an integer, but got true."),

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.support.synthetic import SIDE, shapes, write_shapes
+from tests.support.imbalanced import imbalanced
 from trainables.data.store import Store
-from trainables.data.trial_data import TrialData, batch_positions
+from trainables.data.trial_data import TrialData, balanced_order, batch_positions, class_counts
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
@@ -170,3 +171,51 @@ def test_the_store_on_disk_gives_what_memory_gives_and_is_never_written_to(make:
     assert store.image_size == SIDE
     store.verify()
     assert np.array_equal(store.images("train"), shapes().images("train"))
+
+
+@pytest.mark.parametrize("counts", [(95, 5), (50, 30, 1), (4, 4), (3, 0, 8)])
+def test_a_balanced_order_has_every_class_equally_often(counts: tuple[int, ...]) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    present = sum(count > 0 for count in counts)
+    for seed in range(5):
+        order = balanced_order(labels, seed)
+        assert len(order) == len(labels)
+        drawn = np.bincount(labels[order], minlength=len(counts))
+        of_present = drawn[np.array(counts) > 0]
+        assert of_present.max() - of_present.min() <= 1
+        assert of_present.sum() == len(labels)
+        for label in np.flatnonzero(drawn):
+            times = np.bincount(order[labels[order] == label], minlength=len(labels))[labels == label]
+            assert times.max() - times.min() <= 1
+        assert np.array_equal(order, balanced_order(labels, seed))
+    assert not np.array_equal(balanced_order(labels, 0), balanced_order(labels, 1))
+    assert present >= 2
+
+
+def test_balanced_sampling_changes_shuffled_training_batches_alone(make: Make) -> None:
+    plain, balanced = make(store=imbalanced()), make(store=imbalanced(), sampling="balanced")
+    labels = torch.cat([labels for _, labels in balanced.batches("train", shuffle_seed=3, drop_last=True)])
+    assert torch.bincount(labels).tolist() == [400, 400]
+    assert balanced.steps_per_epoch == plain.steps_per_epoch
+    for split, seeds in (("train", {}), ("test", {"shuffle_seed": 3})):
+        for (a, b), (c, d) in zip(plain.batches(split, **seeds), balanced.batches(split, **seeds), strict=True):
+            assert torch.equal(a, c)
+            assert torch.equal(b, d)
+
+
+def test_balanced_feature_batches_are_the_balanced_image_batches(make: Make) -> None:
+    data = make(store=imbalanced(), sampling="balanced")
+    labels = torch.from_numpy(data.labels("train"))
+    images = torch.stack([i for b, _ in data.batches("train") for i in b]).flatten(1)
+    by_feature = list(data.feature_batches(images, labels, shuffle_seed=5))
+    by_image = list(data.batches("train", shuffle_seed=5, drop_last=True))
+    for (a, b), (c, d) in zip(by_feature, by_image, strict=True):
+        assert torch.equal(a, c.flatten(1))
+        assert torch.equal(b, d)
+
+
+def test_class_counts_are_of_the_samples_that_a_trial_trains_on(make: Make) -> None:
+    for settings in ({}, {"train_fraction": 0.25}, {"held_out": "dim"}, {"train_on": "noisy"}):
+        data = make(**settings)
+        expected = np.bincount(data.labels("train"), minlength=4).tolist()
+        assert class_counts(data.spec, data.store) == tuple(expected)
