@@ -105,7 +105,7 @@ class TestErrors:
         result = luthier("plan", study_file)
         assert result.exit_code == USAGE
         assert result.stdout == ""
-        problem = (
+        problem = f"Error: {study_file} is not valid: line 5, serch: unknown key. Did you mean 'search'? Known here: "
             f"Error: {study_file} is not valid: line 5, serch: unknown key. Did you mean 'search'? Known here: name, "
         )
         assert result.stderr.startswith(problem)
