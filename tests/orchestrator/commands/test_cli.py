@@ -106,8 +106,6 @@ class TestErrors:
         assert result.exit_code == USAGE
         assert result.stdout == ""
         problem = f"Error: {study_file} is not valid: line 5, serch: unknown key. Did you mean 'search'? Known here: "
-            f"Error: {study_file} is not valid: line 5, serch: unknown key. Did you mean 'search'? Known here: name, "
-        )
         assert result.stderr.startswith(problem)
 
     def test_the_same_as_json(self, study_file: Path) -> None:
