@@ -26,9 +26,8 @@ from orchestrator.results.study_results import Results
 from orchestrator.wording import counted
 from trainables.data.store import MANIFEST, Store, StoreError
 from trainables.data.transforms import BatchTransform
-from trainables.engine.tuned_network import HEAD, tuned_network
+from trainables.engine.tuned_network import HEAD, low_rank_update, tuned_network
 from trainables.models.backbone import DataConfig, load_pretrained
-from trainables.models.low_rank import LowRankUpdate
 from trainables.models.task_model import TaskModel
 from trainables.specs.metrics import TEST, TaskMetrics, ood
 from trainables.specs.trial_spec import ModelSpec
@@ -120,7 +119,7 @@ def export_study(
         classes=list(kept.meta["classes"]),
         facts=card_facts(spec, kept, selected, records, store, network),
         pictures=np.asarray(store.images(TEST)),
-        update=update_of(kept),
+        update=low_rank_update(kept),
         pretrained=pretrained.module,
         proof=[sentence],
     )
@@ -214,14 +213,6 @@ def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> No
             f"({kept.meta['strategy']}) tuned {'other tensors' if rest else 'the head alone'}"
             f"{f', such as {rest[0]}' if rest else ''}. Use --format timm."
         )
-
-
-def update_of(kept: KeptWeights) -> LowRankUpdate | None:
-    """The low-rank update of a trial, where one gives its weights."""
-    adapter = kept.meta.get("adapter")
-    if adapter is None:
-        return None
-    return LowRankUpdate(adapter["r"], adapter["alpha"], tuple(adapter["targets"]), kept.adapter)
 
 
 def preprocessing_of(kept: KeptWeights) -> DataConfig:

@@ -97,6 +97,14 @@ def tuned_network(
     return model.eval()
 
 
+def low_rank_update(weights: KeptWeights) -> LowRankUpdate | None:
+    """The low-rank update of a trial, before it was merged; None where none gives its weights."""
+    adapter = weights.meta.get("adapter")
+    if adapter is None:
+        return None
+    return LowRankUpdate(adapter["r"], adapter["alpha"], tuple(adapter["targets"]), weights.adapter)
+
+
 def batch_norm_buffers(model: nn.Module) -> set[str]:
     """Names of the buffers of every BatchNorm: running statistics are part of a tuned network even where no gradient
     reached its layer."""
@@ -116,10 +124,9 @@ def _gives(update: LowRankUpdate, state: Mapping[str, Tensor], pristine: Mapping
 
 def _merged(weights: KeptWeights, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merged weights of the adapter's maps, by name."""
-    adapter = weights.meta.get("adapter")
-    if adapter is None:
+    update = low_rank_update(weights)
+    if update is None:
         return {}
-    update = LowRankUpdate(adapter["r"], adapter["alpha"], tuple(adapter["targets"]), weights.adapter)
     missing = [target for target in update.targets if f"{target}.weight" not in state]
     missing += [name for t in update.targets for name in (f"{t}.lora_A", f"{t}.lora_B") if name not in update.tensors]
     if missing:

@@ -80,7 +80,7 @@ def save_state(folder: str | Path, state: RunState) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as partial:
         # The tensors before the manifest, which holds their digest.
-        save_file({name: portable(tensor) for name, tensor in state.tensors.items()}, partial / TENSORS)
+        save_tensors(state.tensors, partial / TENSORS)
         fault_point("in_checkpoint")
         manifest = {
             "format": FORMAT,
@@ -88,10 +88,7 @@ def save_state(folder: str | Path, state: RunState) -> None:
             "bytes": (partial / TENSORS).stat().st_size,
             "state": state.meta,
         }
-        # Through JSON and back: tuples become lists and integer keys strings, and the digest is of what will be read.
-        plain = json.loads(json.dumps(manifest))
-        text = json.dumps({**plain, "digest": manifest_digest(plain)}, indent=1, sort_keys=True)
-        (partial / MANIFEST).write_text(text)
+        write_manifest(manifest, partial / MANIFEST)
 
 
 def load_state(folder: str | Path) -> RunState:
@@ -151,8 +148,27 @@ def load_newest(folder: str | Path) -> RunState | None:
     return None
 
 
-def portable(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that safetensors stores: contiguous, and sharing its memory with no other tensor."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write copies of tensors, by name, as one safetensors file.
+
+    Raises:
+        OSError: the disk refused a write.
+    """
+    try:
+        save_file({name: _portable(tensor) for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # safetensors' own type for a full or failing disk
+        raise OSError(str(error)) from error
+
+
+def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """Write a manifest as JSON, with its own digest."""
+    # Through JSON and back: tuples become lists and integer keys strings, and the digest is of what will be read.
+    plain = json.loads(json.dumps(manifest))
+    path.write_text(json.dumps({**plain, "digest": manifest_digest(plain)}, indent=1, sort_keys=True))
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    # safetensors stores contiguous memory and refuses tensors that share it.
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

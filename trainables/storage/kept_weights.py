@@ -18,12 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from trainables.specs.fault_injection import fault_point
 from trainables.storage.atomic_files import atomic_folder
-from trainables.storage.checkpoint_format import MANIFEST, TENSORS, file_digest, manifest_digest, portable
+from trainables.storage.checkpoint_format import (
+    MANIFEST,
+    TENSORS,
+    file_digest,
+    manifest_digest,
+    save_tensors,
+    write_manifest,
+)
 
 FORMAT = 1
 PARTS = ("tensors", "adapter")
@@ -70,16 +77,13 @@ def save_weights(folder: str | Path, weights: KeptWeights) -> WeightsFile:
     for leftover in target.parent.glob(f".{target.name}-*"):  # of an attempt whose process was killed
         shutil.rmtree(leftover, ignore_errors=True)
     parts = dict(zip(PARTS, (weights.tensors, weights.adapter), strict=True))
-    stored = {f"{part}/{name}": portable(value) for part, group in parts.items() for name, value in group.items()}
+    stored = {f"{part}/{name}": value for part, group in parts.items() for name, value in group.items()}
     with atomic_folder(target) as partial:
-        _save_tensors(stored, partial / TENSORS)
+        save_tensors(stored, partial / TENSORS)
         fault_point("in_weights")
         file = WeightsFile(file_digest(partial / TENSORS), (partial / TENSORS).stat().st_size)
         manifest = {"format": FORMAT, "sha256": file.sha256, "bytes": file.bytes, "meta": weights.meta}
-        # Through JSON and back: tuples become lists and integer keys strings, and the digest is of what will be read.
-        plain = json.loads(json.dumps(manifest))
-        text = json.dumps({**plain, "digest": manifest_digest(plain)}, indent=1, sort_keys=True)
-        (partial / MANIFEST).write_text(text)
+        write_manifest(manifest, partial / MANIFEST)
         discard_weights(target)
     return file
 
@@ -123,13 +127,6 @@ def discard_weights(folder: str | Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # safetensors' own type for a full or failing disk
-        raise OSError(str(error)) from error
 
 
 def _read_manifest(source: Path) -> dict[str, Any]:

@@ -176,7 +176,7 @@ while not trial.train()["done"]:
 def test_s12_a_process_killed_around_its_last_checkpoint_leaves_whole_files_that_are_reported(
     config: dict[str, Any], tmp_path: Path, phase: str
 ) -> None:
-    """Between writing and record: whoever continues the trial reports what is there, or writes it again."""
+    """Between writing and record: the process that resumes the trial reports what is there, or writes it again."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     environment = {**os.environ, ENV_FAULTS: f"trial=7,unit=2,phase={phase},action=kill"}
     command = [sys.executable, "-c", CHILD, str(tmp_path / "config.json")]

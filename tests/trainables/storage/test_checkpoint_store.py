@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from tests.support.checkpoints import state
 from trainables.specs.errors import FencedError
@@ -201,6 +202,22 @@ def test_s1_a_full_disk_loses_the_checkpoint_and_not_the_trial(folder: Path, mon
     ]
     assert names(folder) == ["unit-000001"]
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_s1_an_error_that_safetensors_raises_loses_the_checkpoint_and_not_the_trial(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own type, no OSError, where the system refuses a write."""
+
+    def refused(*arguments: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("trainables.storage.checkpoint_format.save_file", refused)
+    store = acquired(folder)
+    store.save_after_unit(lambda: state(1))
+    assert len(store.problems) == 1
+    assert "No space left on device" in store.problems[0]
+    assert names(folder) == []
 
 
 def full_disk(path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from trainables.specs import fault_injection
 from trainables.specs.fault_injection import ENV_FAULTS
-from trainables.storage import kept_weights
+from trainables.storage import checkpoint_format
 from trainables.storage.kept_weights import KeptWeights, WeightsError, discard_weights, load_weights, save_weights
 
 ROOT = str(Path(__file__).parents[3])
@@ -142,7 +142,7 @@ def test_s12_an_error_of_safetensors_itself_is_one_of_the_disk(folder: Path, mon
     def refuse(*arguments: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(kept_weights, "save_file", refuse)
+    monkeypatch.setattr(checkpoint_format, "save_file", refuse)
     with pytest.raises(OSError, match="No space left on device"):
         save_weights(folder, weights())
     assert list(folder.parent.iterdir()) == []
