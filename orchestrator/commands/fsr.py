@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.planning.fsr import STRATEGY
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, reference_samples, suggested
-from orchestrator.results.leaderboard import mean_interval
+from orchestrator.results.intervals import mean_interval
 
 if TYPE_CHECKING:
     from rich.console import Console
