@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from orchestrator.results.intervals import Floats, estimate, holm
+from orchestrator.results.intervals import Floats, MeanEstimate, SeedVariance, estimate, holm
 
 STUDIES = 2000
 STRATEGIES = 5
@@ -31,9 +31,9 @@ ACCURACIES = (0.6, 0.8, 0.95)
 GAP = 0.05
 POWER_ACCURACY = 0.8
 """Accuracy of the four that are behind."""
-SHARED = 0.5
+SHARED = 0.7
 """Share of the latent variance that is the sample's difficulty."""
-SUITED = 0.2
+SUITED = 0.1
 """Share that is how the sample suits the strategy."""
 CHUNK = 12_000_000
 """Simulated values at a time."""
@@ -117,10 +117,11 @@ def evaluate(correct: Floats, accuracies: Floats) -> tuple[int, int, int]:
     p_values = np.ones((studies, strategies))
     rows = np.arange(studies)
     leading = correct[rows, leaders]
+    pooled = SeedVariance.pooled([_entry(own, index) for index in range(strategies)])
     for rival in range(strategies):
-        p_values[:, rival] = estimate(leading - correct[:, rival]).p_value()
+        p_values[:, rival] = estimate(leading - correct[:, rival], pooled=pooled).p_value()
         if rival > 0:
-            low, high = estimate(correct[:, rival] - correct[:, 0]).interval()
+            low, high = estimate(correct[:, rival] - correct[:, 0], pooled=pooled).interval()
             truth = accuracies[rival] - accuracies[0]
             difference_covered += int(((low <= truth) & (truth <= high)).sum())
     ahead = sum(
@@ -128,6 +129,15 @@ def evaluate(correct: Floats, accuracies: Floats) -> tuple[int, int, int]:
         for row, leader in zip(p_values.tolist(), leaders.tolist(), strict=True)
     )
     return covered, difference_covered, ahead
+
+
+def _entry(estimates: MeanEstimate, index: int) -> MeanEstimate:
+    """One strategy's part of an estimate over (studies, strategies)."""
+    parts = (estimates.mean, estimates.variance, estimates.freedom, estimates.seed_share, estimates.seed_part)
+    mean, variance, freedom, share, part = (values[:, index] for values in parts)
+    return MeanEstimate(
+        mean, variance, freedom, estimates.seeds, estimates.samples, share, part, estimates.seed_freedom
+    )
 
 
 def coverage_table(studies: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from orchestrator.results.intervals import (
     LEVEL,
     Floats,
     MeanEstimate,
+    SeedVariance,
     estimate,
     holm,
     mean_interval,
@@ -215,10 +216,13 @@ class Competitor:
         return worst.pop() if len(worst) == 1 else name
 
 
-def compare(first: Competitor, second: Competitor, name: str) -> Comparison | None:
+def compare(first: Competitor, second: Competitor, name: str, pooled: SeedVariance | None = None) -> Comparison | None:
     """Paired comparison of two entries on a recorded metric; None where one of them has no value.
 
     A deterministic entry has one run, which stands for every seed.
+
+    Args:
+        pooled: variance over seeds of several compared entries; None = that of the two alone.
     """
     pairs = _paired_runs(first, second, name)
     if not pairs:
@@ -233,7 +237,7 @@ def compare(first: Competitor, second: Competitor, name: str) -> Comparison | No
     both_deterministic = first.deterministic and second.deterministic
     if both_deterministic:
         differences = differences[:1]
-    measured = estimate(differences, table.strata, table.weights)
+    measured = estimate(differences, table.strata, table.weights, pooled)
     concludes = len(differences) > 1 or both_deterministic
     return Comparison(Score.of_estimate(measured), float(measured.p_value()) if concludes else math.nan)
 
@@ -322,7 +326,8 @@ def standing(entries: Sequence[Competitor], name: str, metrics: TaskMetrics) -> 
     if len(present) < 2:
         return None
     leader, score = present[0]
-    comparisons = [compare(leader, entry, name) for entry, _ in present[1:]]
+    pooled = _pooled([entry for entry, _ in present], name)
+    comparisons = [compare(leader, entry, name, pooled) for entry, _ in present[1:]]
     usable = [comparison for comparison in comparisons if comparison is not None]
     p_values = [1.0 if math.isnan(comparison.p) else comparison.p for comparison in usable]
     rivals = [
@@ -330,6 +335,22 @@ def standing(entries: Sequence[Competitor], name: str, metrics: TaskMetrics) -> 
         for (entry, rival_score), comparison, p in zip(present[1:], usable, holm(p_values), strict=True)
     ]
     return Standing(leader, score, rivals)
+
+
+def _pooled(entries: Sequence[Competitor], name: str) -> SeedVariance | None:
+    """Variance over seeds of the entries that have several; None where any of them has no per-sample results.
+
+    Deterministic entries are left out; a difference from one of them is then given more variance than it has.
+    """
+    estimates = []
+    for entry in entries:
+        if entry.deterministic:
+            continue
+        table = entry.tables.of(entry.runs, name, entry.metrics)
+        if table is None or len(table.values) < 2:
+            return None
+        estimates.append(estimate(table.values, table.strata, table.weights))
+    return SeedVariance.pooled(estimates) if estimates else None
 
 
 def competitors(

@@ -28,7 +28,8 @@ Floats = NDArray[np.float64]
 
 LEVEL = 0.95
 """Confidence level of every interval."""
-FLOOR = 0.25
+FLOOR = 0.5
+"""Smallest variance, as a part of that of the samples: by chance the means of few seeds lie close together."""
 BISECTIONS = 40
 """Halvings of the range of log10 p."""
 RESAMPLES = 2000
@@ -47,7 +48,11 @@ class MeanEstimate:
     seeds: int
     samples: int
     seed_share: Floats
-    """Part of `variance` that was estimated from the seeds' means, with S − 1 degrees of freedom."""
+    """Part of `variance` that was estimated from the seeds' means."""
+    seed_part: Floats
+    """That variance: of the seeds' means, divided by their number."""
+    seed_freedom: float
+    """Degrees of freedom of `seed_part`: S − 1, or those of a pooled one."""
 
     def quantile(self, level: float | Floats = LEVEL) -> Floats:
         """Two-sided quantile of the studentised mean.
@@ -62,7 +67,7 @@ class MeanEstimate:
         satterthwaite = student_t.ppf(probability, self.freedom)
         if self.seeds == 1:
             return np.asarray(satterthwaite)
-        of_seeds = student_t.ppf(probability, self.seeds - 1)
+        of_seeds = student_t.ppf(probability, self.seed_freedom)
         of_samples = student_t.ppf(probability, self.samples - 1)
         weighted = self.seed_share * of_seeds + (1 - self.seed_share) * of_samples
         return np.asarray((satterthwaite + weighted) / 2)
@@ -122,16 +127,35 @@ def wilson(share: Floats, samples: Floats, quantile: Floats | float) -> tuple[Fl
     return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
 
 
-def estimate(table: Floats, strata: NDArray[np.int64] | None = None, weights: Floats | None = None) -> MeanEstimate:
-    """Mean of a table over its samples and seeds, from variance components.
+@dataclass(frozen=True)
+class SeedVariance:
+    """Variance of the means of seeds, pooled over the tables that are compared."""
 
-    The seeds' component is not allowed below 0: by chance the means of few seeds may lie closer together than the
-    samples alone would scatter them.
+    part: Floats
+    """Of the mean of S seeds."""
+    freedom: float
+
+    @classmethod
+    def pooled(cls, estimates: Sequence[MeanEstimate]) -> SeedVariance:
+        """That of a difference of two of several tables with independent seeds, all of one variance per seed."""
+        several = [one for one in estimates if one.seeds > 1]
+        freedom = sum(one.seeds - 1 for one in several)
+        return cls(np.asarray(2 * sum((one.seeds - 1) * one.seed_part for one in several) / freedom), freedom)
+
+
+def estimate(
+    table: Floats,
+    strata: NDArray[np.int64] | None = None,
+    weights: Floats | None = None,
+    pooled: SeedVariance | None = None,
+) -> MeanEstimate:
+    """Mean of a table over its samples and seeds, from variance components.
 
     Args:
         table: (…, S, n), a value per seed and sample.
         strata: (n,) indices 0 … D − 1 of the stratum of each sample; None = one stratum.
         weights: (D,) weights of the strata, of sum 1; None = equal.
+        pooled: takes the place of the variance of the table's own seeds.
 
     Raises:
         ValueError: no seed, or a stratum of fewer than two samples.
@@ -171,28 +195,18 @@ def estimate(table: Floats, strata: NDArray[np.int64] | None = None, weights: Fl
     mean = by_seed.mean(axis=-1)
     if seeds == 1:
         freedoms = _freedom(sampling, sampling_squared, samples - count)
-        return MeanEstimate(mean, sampling, freedoms, seeds, samples, np.zeros(mean.shape))
+        nothing = np.zeros(mean.shape)
+        return MeanEstimate(mean, sampling, freedoms, seeds, samples, nothing, nothing, 0)
     between_seeds = by_seed.var(axis=-1, ddof=1) / seeds
-    return _combined(mean, between_seeds, sampling, residual, sampling_squared, residual_squared, seeds, samples)
-
-
-def _combined(
-    mean: Floats,
-    between_seeds: Floats,
-    sampling: Floats,
-    residual: Floats,
-    sampling_squared: Floats,
-    residual_squared: Floats,
-    seeds: int,
-    samples: int,
-) -> MeanEstimate:
-    """Variance of the mean and its degrees of freedom from the mean squares, each divided by S n."""
+    seed_freedom = float(seeds - 1)
+    if pooled is not None:
+        between_seeds, seed_freedom = pooled.part, pooled.freedom
     variance = np.maximum(between_seeds + np.maximum(sampling - residual, 0.0), FLOOR * np.maximum(sampling, residual))
-    squared = between_seeds**2 / (seeds - 1) + sampling_squared + residual_squared
+    squared = between_seeds**2 / seed_freedom + sampling_squared + residual_squared
     freedom = _freedom(variance, squared, (seeds - 1) * (samples - 1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        seed_share = np.where(variance > 0, between_seeds / variance, 0.0)
-    return MeanEstimate(mean, variance, freedom, seeds, samples, np.minimum(seed_share, 1.0))
+        share = np.minimum(np.where(variance > 0, between_seeds / variance, 0.0), 1.0)
+    return MeanEstimate(mean, variance, freedom, seeds, samples, share, between_seeds, seed_freedom)
 
 
 def _freedom(variance: Floats, squared: Floats, most: int) -> Floats:

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.comparison import Score, overlap
 from orchestrator.results.findings import findings
 from orchestrator.results.fsr import estimates
 from orchestrator.results.leaderboard import leaderboard, relative_gain

@@ -14,7 +14,8 @@ from rich.console import Console
 from scipy import stats
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.leaderboard import leaderboard, mean_interval, reported_trials
+from orchestrator.results.leaderboard import leaderboard
+from orchestrator.results.selection import reported_trials
 from orchestrator.results.study_results import Results
 
 
