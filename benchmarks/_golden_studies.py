@@ -94,10 +94,10 @@ PER_DOMAIN = 240
 
 
 def write_images(folder: Path) -> Path:
-    """Handwritten digits as `folder/<domain>/<class>/*.png`, others in each domain; returns `folder`."""
+    """Write digits as `folder/<domain>/<class>/*.png`, different ones per domain; returns `folder`."""
     digits = load_digits()
-    for place, (domain, shade) in enumerate(DOMAINS.items()):
-        for number in range(place * PER_DOMAIN, (place + 1) * PER_DOMAIN):
+    for index, (domain, shade) in enumerate(DOMAINS.items()):
+        for number in range(index * PER_DOMAIN, (index + 1) * PER_DOMAIN):
             file = folder / domain / str(digits.target[number]) / f"{number:04d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(shade(digits.images[number]).astype(np.uint8))
@@ -106,7 +106,9 @@ def write_images(folder: Path) -> Path:
 
 
 def fields(name: str, storage: Path, images: Path) -> dict[str, Any]:
-    """All fields of one of `STUDIES`, with its places."""
-    found = {"name": name, **STUDIES[name], "storage": str(storage)}
-    found["resources"] = {"cpus": 1, "gpus": 0, "concurrent": 1}
-    return found if "source" in found["data"] else found | {"data": {**found["data"], "root": str(images)}}
+    """Fields of one of `STUDIES`, with its storage and data folder."""
+    study = {"name": name, **STUDIES[name], "storage": str(storage)}
+    study["resources"] = {"cpus": 1, "gpus": 0, "concurrent": 1}
+    if "source" in study["data"]:
+        return study
+    return study | {"data": {**study["data"], "root": str(images)}}

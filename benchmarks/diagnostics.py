@@ -1,4 +1,4 @@
-"""What each diagnostic costs, relative to the trial that it belongs to.
+"""Cost of each diagnostic, relative to its trial.
 
     python -m benchmarks.diagnostics --models digits_vit digits_cnn --strategies full linear_probe
 
@@ -38,7 +38,7 @@ AT_THE_END = tuple(name for name in DIAGNOSTICS if name != "gradients")
 
 
 def clock(device: torch.device) -> float:
-    """CPU seconds of this process, or wall seconds when all that was queued on a GPU is done."""
+    """CPU seconds of this process; on a GPU wall seconds, after a synchronisation."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -71,9 +71,9 @@ def costs(task: SharedTrialSettings, strategy: str, device: torch.device, rounds
     run = Trial(spec, device=device)
     trial = timed(lambda: finish(run), device)
     ends = repeated({name: end_of(run, name) for name in ("", *AT_THE_END)}, device, rounds)
-    found = {name: ends[name] - ends[""] for name in AT_THE_END}
+    cost = {name: ends[name] - ends[""] for name in AT_THE_END}
     if isinstance(run.strategy.config, TrainingConfig):
-        found["gradients"] = task.epochs * observer_cost(run, rounds)
+        cost["gradients"] = task.epochs * observer_cost(run, rounds)
     return {
         "model": task.model.name,
         "strategy": strategy,
@@ -81,26 +81,26 @@ def costs(task: SharedTrialSettings, strategy: str, device: torch.device, rounds
         "trial_s": trial,
         "scores_s": ends[""],
         "pretrained_features_once_s": once,
-        "cost_s": found,
-        "share": {name: seconds / trial for name, seconds in found.items()},
+        "cost_s": cost,
+        "share": {name: seconds / trial for name, seconds in cost.items()},
     }
 
 
 def finish(run: Trial) -> None:
-    """All units."""
+    """Do all remaining units."""
     while not run.finished:
         run.step()
 
 
-def asking(data: TrialData, *names: str) -> TrialData:
-    """The same data for a task that asks for these diagnostics."""
+def with_diagnostics(data: TrialData, *names: str) -> TrialData:
+    """The same data under settings with these diagnostics."""
     spec = dataclasses.replace(data.spec, shared=dataclasses.replace(data.spec.shared, diagnostics=names))
     return TrialData(spec, data.store, data.backbone, data.device, data.reference)
 
 
 def end_of(run: Trial, name: str) -> Callable[[], None]:
     """The scores of a finished trial, with one diagnostic ("" = none)."""
-    data = asking(run.data, *([name] if name else []))
+    data = with_diagnostics(run.data, *([name] if name else []))
     start = changed_start(run.model, {f"backbone.{k}": v for k, v in data.reference.state_dict().items()})
     tensors = take(run.model, run.model.state_dict())
 
@@ -124,7 +124,7 @@ def observer_cost(run: Trial, rounds: int) -> float:
             run.strategy,
             run.task,
             phase,
-            asking(run.data, *names),
+            with_diagnostics(run.data, *names),
             prepared=run.prepared,
             unit_steps=steps,
             dtype=dtype,
@@ -136,7 +136,7 @@ def observer_cost(run: Trial, rounds: int) -> float:
 
 
 def repeated(works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each, in alternating rounds; the first warms up and is not counted."""
+    """Median seconds of each over alternating rounds; the first is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
@@ -164,7 +164,8 @@ def main() -> None:
         for name in args.models:
             for strategy in args.strategies:
                 for epochs in args.epochs:
-                    model, cache = ModelSpec(name=name), tempfile.mkdtemp(dir=folder)
+                    model = ModelSpec(name=name)
+                    cache = tempfile.mkdtemp(dir=folder)
                     task = SharedTrialSettings(
                         store=store, model=model, epochs=epochs, train_fraction=args.train_fraction, cache=cache
                     )

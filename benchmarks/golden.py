@@ -1,4 +1,4 @@
-"""What three small studies compute, to the last bit: proves that a change of structure changed no number.
+"""Golden record of three small studies: proves that a refactoring changed no number, to the last bit.
 
     python -m benchmarks.golden record OUT.json            run the studies, write the record (`.json.gz`: compressed)
     python -m benchmarks.golden compare A.json B.json      0 and "identical", or 1 and every difference by its name
@@ -43,8 +43,8 @@ from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 FIXED = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Environment of this process and of the trials' ones."""
 VERSIONS = ("torch", "timm", "numpy", "scipy", "scikit-learn", "optuna", "ray", "peft", "pillow")
-ASKED = ("number", "label", "strategy", "role", "seed", "held_out", "sample", "config_hash", "state", "reason")
-SAID = ("problem", "leaderboard", "best", "regret", "findings", "warnings", "measurements")
+TRIAL_FIELDS = ("number", "label", "strategy", "role", "seed", "held_out", "sample", "config_hash", "state", "reason")
+RESULT_FIELDS = ("problem", "leaderboard", "best", "regret", "findings", "warnings", "measurements")
 MISSING = "(missing)"
 
 
@@ -60,61 +60,61 @@ def record() -> dict[str, Any]:
                 with timed(f"{name} as a study"):
                     study.run(progress=False)
         torch.set_num_threads(1)
-        told = {}
+        records = {}
         for name, study in studies.items():
             with timed(f"{name} trial by trial"):
-                told[name] = told_by(study)
-        return {"environment": environment(), "studies": told}
+                records[name] = study_record(study)
+        return {"environment": environment(), "studies": records}
 
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Say on stderr how long a block took."""
+    """Print to stderr how long a block took."""
     began = time.perf_counter()
     yield
     print(f"{what}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def environment() -> dict[str, str]:
-    """What floats may depend on beside the code."""
-    found = {name: importlib.metadata.version(name) for name in VERSIONS}
-    return {"cpu": _cpu(), "python": platform.python_version(), "threads": str(torch.get_num_threads()), **found}
+    """CPU and versions, on which floats may depend beside the code."""
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {"cpu": _cpu(), "python": platform.python_version(), "threads": str(torch.get_num_threads()), **versions}
 
 
 def _cpu() -> str:
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def told_by(study: Study) -> dict[str, Any]:
-    """What a study says of itself, and its trials."""
+def study_record(study: Study) -> dict[str, Any]:
+    """Results of a study, and its trials."""
     results = study.results()
-    said = results.to_dict()
+    summary = results.to_dict()
     store = study.prepare()
     task = make_task(study.spec, store)
     samples = references_of(study.spec, task, store, study.spec.diagnostics.fsr).samples()
     trials = {
-        f"{r.number:02d} {r.label}": {**asked(r), **alone(r, samples[r.sample] if r.sample else task)}
+        f"{r.number:02d} {r.label}": {**journalled(r), **retrained(r, samples[r.sample] if r.sample else task)}
         for r in results.records
     }
-    return {**{name: repeatable(said[name]) for name in SAID}, "trials": trials}
+    return {**{name: repeatable(summary[name]) for name in RESULT_FIELDS}, "trials": trials}
 
 
 def repeatable(value: Any) -> Any:
-    """The same without the entries of tables that are times, or names that Tune draws."""
+    """The value without costs and Tune's random names, which differ between equal runs."""
     if isinstance(value, Mapping):
         return {str(k): repeatable(v) for k, v in value.items() if "cost" not in str(k) and k != "trial_id"}
     return [repeatable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def asked(trial: TrialRecord) -> dict[str, Any]:
-    """A trial as the journal has it; of each metric the list of its values, unit by unit (None = not measured)."""
-    units = [lasting(unit) for unit in trial.history]
+def journalled(trial: TrialRecord) -> dict[str, Any]:
+    """A trial as journalled: fields, curves, and each metric's values by unit (None = not measured)."""
+    units = [without_costs(unit) for unit in trial.history]
     names = sorted({name for unit in units for name in unit})
     return {
-        **{name: getattr(trial, name) for name in ASKED},
+        **{name: getattr(trial, name) for name in TRIAL_FIELDS},
         "hparams": dict(trial.hparams),
         "search_values": dict(trial.search_values),
         "history": {name: [unit.get(name) for unit in units] for name in names},
@@ -122,61 +122,63 @@ def asked(trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def lasting(unit: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a unit that are not costs."""
+def without_costs(unit: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of a unit, costs left out."""
     return {key: float(value) for key, value in unit.items() if "/" in key and not key.startswith("cost/")}
 
 
-def alone(trial: TrialRecord, task: SharedTrialSettings) -> dict[str, Any]:
-    """Train a trial again, as far as it went in its study, and return the digests.
+def retrained(trial: TrialRecord, task: SharedTrialSettings) -> dict[str, Any]:
+    """Train a trial again without Ray, up to its last unit in the study; returns the digests.
 
     Raises:
         RuntimeError: a metric or a curve is not that of the journal.
     """
     run = Trial(spec_of(trial, task), device="cpu")
-    weights, optimizer, curves = [network(run)], list[str | None](), dict[str, Any]()
-    wrong = []
+    weights = [network(run)]
+    optimizer = list[str | None]()
+    curves = dict[str, Any]()
+    problems = []
     for unit in trial.history:
         result = run.step()
         curves |= result.pop("curves", {})
-        found = {key: value for key, value in result.items() if isinstance(value, int | float)}
-        wrong += differences(lasting(unit), lasting(found), f"unit {run.unit}")
+        metrics = {key: value for key, value in result.items() if isinstance(value, int | float)}
+        problems += differences(without_costs(unit), without_costs(metrics), f"unit {run.unit}")
         weights.append(network(run))
         optimizer.append(digest({k: v for k, v in run.state().tensors.items() if k.startswith("optimizer/")}))
-    wrong += differences(plain(trial.curves), plain(curves), "curves")
-    if wrong:
-        raise RuntimeError(f"Alone, trial {trial.number} ({trial.label}) is another:\n" + "\n".join(wrong))
+    problems += differences(as_json(trial.curves), as_json(curves), "curves")
+    if problems:
+        raise RuntimeError(f"Retrained, trial {trial.number} ({trial.label}) differs:\n" + "\n".join(problems))
     return {"network": weights, "optimizer": optimizer}
 
 
 def spec_of(trial: TrialRecord, task: SharedTrialSettings) -> TrialSpec:
-    """What the trial was asked to do."""
+    """Specification of a journalled trial."""
     names = ("strategy", "seed", "label", "role", "held_out", "sample")
     return TrialSpec(shared=task, hparams=dict(trial.hparams), **{name: getattr(trial, name) for name in names})
 
 
 def network(run: Trial) -> str | None:
-    """The digest of all parameters and buffers, as they stand."""
+    """Digest of the present parameters and buffers."""
     model = run.model
     return digest({**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())})
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """One SHA-256 over names, types, shapes and bytes; None = no tensors."""
-    told = []
+    """SHA-256 over names, types, shapes and bytes; None = no tensors."""
+    parts = []
     for name, tensor in sorted(tensors.items()):
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        told.append([name, str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()])
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else None
+        parts.append([name, str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest() if parts else None
 
 
-def plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+def as_json(value: Any) -> Any:
+    """The value after a round trip through JSON."""
     return json.loads(json.dumps(value))
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """One line per value that is not the same to the last bit, named by its place."""
+    """One line, with its path, per value that is not the same to the last bit."""
     return list(_differences(a, b, where))
 
 
@@ -187,7 +189,8 @@ def _differences(a: Any, b: Any, where: str) -> Iterator[str]:
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for number, (x, y) in enumerate(zip(a, b, strict=True)):
             yield from _differences(x, y, f"{where}[{number}]")
-    elif repr(a) != repr(b):  # tells 1 from 1.0, 0.0 from -0.0 and each float from its neighbours; NaN is NaN
+    # By `repr`: it separates 1 from 1.0, 0.0 from -0.0 and each float from its neighbours, and NaN equals NaN.
+    elif repr(a) != repr(b):
         far = f" (by {abs(a - b):.3g})" if _finite(a) and _finite(b) else ""
         yield f"{where}: {a!r} is now {b!r}{far}"
 
@@ -196,27 +199,28 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """As JSON, a line per trial; the same record is the same bytes, compressed or not."""
-    text = json.dumps(found, separators=(",", ":")).replace('},"', '},\n"') + "\n"
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, a line per trial; equal records give equal bytes."""
+    text = json.dumps(record, separators=(",", ":")).replace('},"', '},\n"') + "\n"
     path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record as `write` left it."""
-    found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_text())
-    return found
+    """Read what `write` wrote."""
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+    record: dict[str, Any] = json.loads(text)
+    return record
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> int:
-    """Print what differs; returns the exit code."""
+    """Print the differences; returns the exit status."""
     for line in differences(a["environment"], b["environment"]):
         print(f"Warning: floats may differ for this reason alone: {line}")
-    found = differences(a["studies"], b["studies"])
-    print("\n".join(found) if found else "identical")
-    if found:
-        print(f"{len(found)} differences")
-    return 1 if found else 0
+    lines = differences(a["studies"], b["studies"])
+    print("\n".join(lines) if lines else "identical")
+    if lines:
+        print(f"{len(lines)} differences")
+    return 1 if lines else 0
 
 
 def main() -> None:

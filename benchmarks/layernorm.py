@@ -1,4 +1,4 @@
-"""What LayerNorm tuning costs: a step beside full fine-tuning's on the same ViT, a sweep of λ beside its trial.
+"""Cost of LayerNorm tuning: a step against full fine-tuning's, a λ sweep against its trial.
 
     python -m benchmarks.layernorm
     python -m benchmarks.layernorm --model vit_base_patch16_224 --batch-size 64 --device cuda
@@ -53,7 +53,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Every side on a copy of one network, round by round."""
+    """Time every side on a copy of one network, in alternating rounds."""
     with tempfile.TemporaryDirectory() as cache:
         model = ModelSpec(name=args.model, pretrained=False)
         task = SharedTrialSettings(store="", model=model, batch_size=args.batch_size, cache=cache)
@@ -78,7 +78,7 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             if number > 0:  # the first round warms up
                 seconds[side].append(took / args.steps)
     peak = allocated if device.type == "cuda" else counted
-    found = {
+    measured = {
         side: {
             "seconds_per_step": statistics.median(seconds[side]),
             "step_memory_bytes": peak(training, batches),
@@ -87,12 +87,13 @@ def steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for side, training in trainings.items()
     }
     keys = ("seconds_per_step", "step_memory_bytes")
-    ratio = {side: {key: row[key] / found["full"][key] for key in keys} for side, row in found.items()}
-    return {"model": args.model, "batch_size": args.batch_size, "precision": str(dtype), "sides": found, "ratio": ratio}
+    ratio = {side: {key: row[key] / measured["full"][key] for key in keys} for side, row in measured.items()}
+    settings = {"model": args.model, "batch_size": args.batch_size, "precision": str(dtype)}
+    return {**settings, "sides": measured, "ratio": ratio}
 
 
 def allocated(training: PhaseTrainer, batches: Batches) -> int:
-    """Peak of the GPU's allocator in a step above what lay there before it."""
+    """Peak GPU memory of a step beyond what was allocated before it, in bytes."""
     training.optimizer.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -132,7 +133,7 @@ def tensors_of(state: dict[str, Any]) -> list[Tensor]:
 
 
 def sweep(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One trial with a sweep, its post-step watched."""
+    """Measure one trial with a λ sweep: passes and seconds of `finalize` and `curves`."""
     with tempfile.TemporaryDirectory() as folder:
         store = digits_store(Path(folder))
         task = SharedTrialSettings(
@@ -147,13 +148,14 @@ def sweep(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         stepped = dict.fromkeys(inside, 0)
 
         def watched(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*given: Any) -> Any:
-                before, began = dict(total), clock(device)
-                found = hook(*given)
+            def call(*args: Any) -> Any:
+                before = dict(total)
+                began = clock(device)
+                result = hook(*args)
                 inside[name] += clock(device) - began
                 images[name] += int(total["images"] - before["images"])
                 stepped[name] += int(total["optimizer_steps"] - before["optimizer_steps"])
-                return found
+                return result
 
             return call
 

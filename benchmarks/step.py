@@ -1,4 +1,4 @@
-"""What Luthier's training loop costs against a loop written by hand: same network, same tensors, same run.
+"""Cost of Luthier's training loop against a hand-written loop on the same network and tensors.
 
     python -m benchmarks.step --model resnet18 --strategy full --device cuda
 
@@ -51,8 +51,12 @@ class NoiseStore:
     def __post_init__(self) -> None:
         generator = np.random.default_rng(0)
         self.pixels = generator.integers(0, 256, (self.count, self.side, self.side, 3), dtype=np.uint8)
-        self.classes, self.domains = [str(k) for k in range(CLASSES)], ["noise"]
-        self.splits, self.digest, self.path, self.image_size = ["train", "val"], f"noise-{self.side}", "", self.side
+        self.classes = [str(k) for k in range(CLASSES)]
+        self.domains = ["noise"]
+        self.splits = ["train", "val"]
+        self.digest = f"noise-{self.side}"
+        self.path = ""
+        self.image_size = self.side
 
     def images(self, split: str) -> NDArray[np.uint8]:
         return self.pixels
@@ -68,15 +72,17 @@ class NoiseStore:
 
 
 class ByHand:
-    """The loop that a careful person writes for one network: autocast, fused optimiser, one read per epoch."""
+    """Hand-written loop for one network: autocast, fused optimiser, one device read per epoch."""
 
     def __init__(self, training: PhaseTrainer) -> None:
         self.model: nn.Module = copy.deepcopy(training.model)
-        self.config, self.dtype, self.total = training.config, training.dtype, training.total_steps
+        self.config = training.config
+        self.dtype = training.dtype
+        self.total = training.total_steps
         names = {id(p): n for n, p in training.model.named_parameters()}
-        own = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         tables = [
-            {"params": [own[names[id(p)]] for p in table["params"]], "lr": table["initial_lr"]}
+            {"params": [parameters[names[id(p)]] for p in table["params"]], "lr": table["initial_lr"]}
             for table in training.optimizer.param_groups
         ]
         device = next(self.model.parameters()).device
@@ -88,7 +94,8 @@ class ByHand:
         set_training_mode(self.model, frozen if isinstance(frozen, nn.Module) else None, self.config.bn_mode)
 
     def unit(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-        total, correct = torch.zeros((), device=batches[0][0].device), torch.zeros((), device=batches[0][0].device)
+        total = torch.zeros((), device=batches[0][0].device)
+        correct = torch.zeros((), device=batches[0][0].device)
         for step, (images, labels) in enumerate(batches):
             for table, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 table["lr"] = rate * rate_factor(step, self.total, self.config)
@@ -104,7 +111,7 @@ class ByHand:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> tuple[float, int]:
-    """Seconds of one call, everything queued included, and the peak of GPU memory in it (0 on a CPU)."""
+    """Seconds of one synchronised call, and its peak GPU memory in bytes (0 on a CPU)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -117,7 +124,7 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, int]
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Both sides, alternating; see the module."""
+    """Time both sides in alternating rounds."""
     device = torch.device(args.device)
     hparams = json.loads(args.hparams)
     strategy = strategy_class(args.strategy).from_hparams(hparams)
@@ -151,19 +158,18 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ready_unit(training: PhaseTrainer, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Luthier's `train_unit` on tensors that are ready."""
+    """Run Luthier's `train_unit` on prepared tensors."""
     set_training_mode(training.model, training.model.backbone if training.head_only else None, training.config.bn_mode)
-    total, dtype = training.total_steps, training.dtype
     train_unit(
         training.model, batches, training.optimizer, training.config, training.task,
-        first_step=0, total_steps=total, dtype=dtype,
+        first_step=0, total_steps=training.total_steps, dtype=training.dtype,
     )  # fmt: skip
 
 
 def measure(
     sides: Mapping[str, Callable[[], object]], device: torch.device, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Alternating rounds; the first of each side warms up and is not counted."""
+    """Time alternating rounds; the first of each side is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     memory = dict.fromkeys(sides, 0)
     for number in range(args.rounds + 1):

@@ -165,13 +165,13 @@ def measure(root: Path) -> dict[str, float | str]:
     lengths = sorted(len(module.text.splitlines()) for module in parsed)
     rows["lines per file: median / longest"] = f"{lengths[len(lengths) // 2]} / {lengths[-1]}"
     for package in PACKAGES:
-        own = [module for module in parsed if module.name.split(".")[0] == package]
-        if not own:
+        package_modules = [module for module in parsed if module.name.split(".")[0] == package]
+        if not package_modules:
             continue
-        names = {module.name for module in own}
-        graph = {module.name: module.imports & names for module in own}
+        names = {module.name for module in package_modules}
+        graph = {module.name: module.imports & names for module in package_modules}
         arrows = sum(map(len, graph.values()))
-        rows[f"{package}: files / floors / arrows"] = f"{len(own)} / {floors(graph)} / {arrows}"
+        rows[f"{package}: files / floors / arrows"] = f"{len(package_modules)} / {floors(graph)} / {arrows}"
     whole = {module.name: module.imports for module in parsed}
     rows["import circles"] = sum(len(component) > 1 for component in components(whole))
     private = private_uses(parsed)

@@ -1,6 +1,8 @@
 """The driver side of Luthier: study files, search, records and reports.
 
-`Study` is loaded on first use, so that `import orchestrator` (and `luthier --help`) stays fast.
+The public interface is `luthier` (`from luthier import Study`); this package may change with any release. `Study` here
+is the same class, for the project's own tests and benchmarks, loaded on first use so that `import orchestrator` (and
+`luthier --help`) stays fast.
 """
 
 from __future__ import annotations

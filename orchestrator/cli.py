@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -101,7 +102,7 @@ def run(
     check: Annotated[bool, typer.Option("--check", callback=_reject_check, is_eager=True, hidden=True)] = False,
 ) -> None:
     """Run a study, or continue it: on the cluster of RAY_ADDRESS, else on this machine."""
-    from orchestrator.commands.exit_status import print_summary
+    from orchestrator.commands.run_summary import print_summary
     from orchestrator.running.tracking_process import study_backlog
     from orchestrator.study import Study
 
@@ -239,8 +240,6 @@ def submit(
     insecure: Annotated[bool, typer.Option("--insecure", help="Also to a cluster without authentication.")] = False,
 ) -> None:
     """Submit a study to a cluster as a Ray job."""
-    import sys
-
     from orchestrator.commands.submit import submit as send
 
     code = send(

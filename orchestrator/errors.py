@@ -1,4 +1,7 @@
-"""User-facing errors: all problems of a study at once, each with rule, value and way out, and without secrets."""
+"""User-facing errors of a study, reported all at once and without secrets.
+
+Each problem has the rule, the value and the way out.
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ def dashboard_address() -> str | None:
 
 
 def ended_processes() -> list[tuple[str, int]]:
-    """Name and exit code of the processes of the local cluster that have ended; none where a cluster was joined.
+    """Name and exit code of the local cluster's processes that have ended.
+
+    None where a cluster was joined.
 
     Uses `ray._private.worker.global_worker.node.dead_processes`. Gone: a driver whose raylet died waits for ever.
     """
@@ -163,12 +165,16 @@ def kill_actor(actor: Any) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     finally:
+        # Also after SIGKILL, or where the look-up failed: from here on Ray takes no result of the actor.
         ray.kill(actor)
     return f"Its process {pid} on {address.get('IPAddress')} was killed."
 
 
 def _is_worker(pid: int | None) -> bool:
-    """Whether a process of this machine is a worker of Ray, by the title that Ray gives it; False without /proc."""
+    """Whether a process of this machine is one of Ray's workers.
+
+    By the title that Ray gives it; False without /proc.
+    """
     if not pid:
         return False
     try:
@@ -198,7 +204,7 @@ class LostActorError(RayActorError):  # type: ignore[misc]  # ray is untyped
 
 @contextlib.contextmanager
 def actor_failures_as_trial_failures(is_out_of_memory: Callable[[str], bool]) -> Iterator[None]:
-    """Map actor failures that Tune takes for fatal, or counts twice, to one failed attempt of the trial each.
+    """Map fatal or doubly counted actor failures to one failed attempt each.
 
     - Tune knows two kinds of error, that of a dead actor and that of the trial's code. Any other ends the experiment
       with "Caught unexpected exception", `OutOfMemoryError` among them: what Ray's memory monitor leaves when it kills
@@ -235,6 +241,8 @@ def actor_failures_as_trial_failures(is_out_of_memory: Callable[[str], bool]) ->
         if isinstance(exception, RayActorError) and is_out_of_memory(str(exception)):
             unit = int((trial.last_result or {}).get("unit") or 0)
             progressed = unit > unit_of_last_kill.get(trial.trial_id, -1)
+            # Per unit: a trial that is killed twice in one unit has made no progress, and may be too large for the
+            # machine.
             unit_of_last_kill[trial.trial_id] = unit
             exception = LostActorError(str(exception), free=progressed)
         # A trial that is being reset waits for the process that is gone, and would for ever.
@@ -315,6 +323,7 @@ def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
     """Set attributes (owner, name, value) for the length of a block."""
     with contextlib.ExitStack() as originals:
         for owner, name, value in replacements:
+            # From `vars`, so that a descriptor (a property) is put back as it was, not its value.
             originals.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
         yield

@@ -1,4 +1,7 @@
-"""One study from its file to its results: spec → store → search → trial → record → MLflow → selection → results."""
+"""One study, from its file to its results.
+
+spec → store → search → trial → record → MLflow → selection → results.
+"""
 
 from __future__ import annotations
 
@@ -107,12 +110,13 @@ class Study:
         Raises:
             ChangedStudyError: other keys differ.
         """
-        from orchestrator.planning.build import make_task
+        from orchestrator.planning.build import make_task, stages_of
         from orchestrator.running.study_run import StudyRun
 
         store = self.prepare(progress)
         task = make_task(self.spec, store)
-        StudyRun(self.spec, self.folder, store, task, progress, allow_change=allow_change).run()
+        stages = stages_of(self.spec, task, store)
+        StudyRun(self.spec, self.folder, store, task, stages, progress=progress, allow_change=allow_change).run()
         events = read_journal(self.spec, self.folder)
         self._report(events)
         return self._results(events)

@@ -120,7 +120,7 @@ def test_trials_are_planned_for_the_machines_that_the_file_may_start(
     assert cluster.concurrency(100, 2, 1) == 8
     with pytest.raises(ResourceError, match="largest machine has 8 CPUs and 1 GPU"):
         cluster.trial_resources(16, 1)
-    # Another cluster, started here: the file says nothing about it.
+    # Another cluster, started here: the file does not mention it.
     with pytest.raises(ResourceError, match="largest machine has 0 CPUs and 0 GPUs"):
         Cluster(address="127.0.0.1:1", dashboard=None, started=True).trial_resources(2, 1)
 

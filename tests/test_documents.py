@@ -1,4 +1,4 @@
-"""The documents say what the code does: tables made from it, commands and links that exist."""
+"""The documents match the code: tables made from it, commands and links that exist."""
 
 from __future__ import annotations
 
@@ -63,8 +63,10 @@ def test_every_fault_has_a_test_of_its_name_or_a_reason() -> None:
         named = re.findall(r"`([\w/]+\.py)::(\w+)`", cells)
         for file, name in named:
             assert f"def {name}(" in text(f"tests/{file}"), f"{row}: {file} has no {name}"
-        own = [name for _, name in named if f"_{row.lower()}_" in name]
-        assert own or re.search(r"\| not built: \w", cells), f"{row} has neither a test named after it nor a reason"
+        mentions = [name for _, name in named if f"_{row.lower()}_" in name]
+        assert mentions or re.search(r"\| not built: \w", cells), (
+            f"{row} has neither a test named after it nor a reason"
+        )
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/study.md"])
@@ -77,9 +79,9 @@ def test_study_files_in_the_documents_are_valid(document: str) -> None:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/study.md", "docs/cluster.md"])
 def test_commands_in_the_documents_exist(document: str) -> None:
-    known = commands()
+    available = commands()
     named = set(re.findall(r"(?:`|^\.venv/bin/)luthier ([a-z]+)", text(document), re.MULTILINE))
-    assert named <= known
+    assert named <= available
 
 
 def test_every_command_and_exit_code_is_documented() -> None:
@@ -125,6 +127,6 @@ def test_values_are_written_as_they_are_read(value: object, expected: str) -> No
 
 def _copy(source: Path, target: Path) -> None:
     for file in source.rglob("*.py"):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+        copied = target / file.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")

@@ -50,9 +50,9 @@ def _one_thread(one_thread: None) -> None:
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
     """What the canary would make; the test fails if it is there at the end."""
-    place = tmp_path / "executed"
-    yield place
-    assert not place.exists(), "code from a file was executed"
+    executed = tmp_path / "executed"
+    yield executed
+    assert not executed.exists(), "code from a file was executed"
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ class TestCheckpoints:
             digested(folder)
         with pytest.raises(CheckpointError, match=re.escape(str(folder))):
             load_state(folder)
-        found = load_newest(folder)
-        assert found is not None
-        assert found.meta["unit"] == 1
+        state = load_newest(folder)
+        assert state is not None
+        assert state.meta["unit"] == 1
 
     def test_s7_a_torch_archive_under_the_name_of_the_tensors(self, marker: Path, tmp_path: Path) -> None:
         store = CheckpointStore(tmp_path / "checkpoints" / "trial-0000")
@@ -311,15 +311,15 @@ class TestCaches:
         def view(images: torch.Tensor) -> torch.Tensor:
             return images.permute(0, 3, 1, 2).float() / 255
 
-        wanted = FeatureCache(tmp_path).features(backbone, memory, "val", 8, view)
+        expected = FeatureCache(tmp_path).features(backbone, memory, "val", 8, view)
         (file,) = (tmp_path / "features").glob("*.npy")
         copy = tmp_path / "second" / "features" / file.name
         copy.parent.mkdir(parents=True)
         copy.write_bytes(evil)
         if kind == "objects":
             np.save(copy, np.array([[Canary(marker)]], dtype=object), allow_pickle=True)
-        found = FeatureCache(tmp_path / "second").features(backbone, memory, "val", 8, view)
-        assert np.array_equal(found, wanted)
+        features = FeatureCache(tmp_path / "second").features(backbone, memory, "val", 8, view)
+        assert np.array_equal(features, expected)
 
     def test_s7_solutions_and_measurements_are_made_again(self, evil: bytes, tmp_path: Path) -> None:
         from trainables.diagnostics.plasticity import _load as load_plasticity
@@ -372,5 +372,5 @@ def test_packages_that_read_files_have_no_hole_that_is_known() -> None:
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     asked = dict(re.split(r">=", entry.partition(",<")[0]) for entry in required)
     for name, (lowest, why) in FLOORS.items():
-        wanted, found = (tuple(int(p) for p in v.split(".")) for v in (lowest, asked[name]))
-        assert found >= wanted, f"{name}: {why}"
+        floor, declared = (tuple(int(p) for p in v.split(".")) for v in (lowest, asked[name]))
+        assert declared >= floor, f"{name}: {why}"

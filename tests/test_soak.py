@@ -40,9 +40,9 @@ def test_more_faults_than_places_are_refused() -> None:
 
 
 def test_a_bench_is_not_a_soak() -> None:
-    shown = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "benchmarks.kills" in shown
-    assert "benchmarks.soak" not in shown
+    output = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "benchmarks.kills" in output
+    assert "benchmarks.soak" not in output
 
 
 def study_end(points: dict[Any, list[float | None]], **fields: Any) -> StudyEnd:

@@ -42,9 +42,9 @@ def unsafe(tree: ast.Module, registry: bool = False) -> Iterator[str]:
         for module in _modules(node):
             if _within(module, MODULES) and not errors_only:
                 yield f"{node.lineno}: import {module}"  # type: ignore[attr-defined]
-        found = _name(node, names)
-        if found in NAMES or (found in IMPORTS_BY_STRING and not registry) or found.endswith(".load_model"):
-            yield f"{node.lineno}: {found}"  # type: ignore[attr-defined]
+        name = _name(node, names)
+        if name in NAMES or (name in IMPORTS_BY_STRING and not registry) or name.endswith(".load_model"):
+            yield f"{node.lineno}: {name}"  # type: ignore[attr-defined]
     yield from _unguarded(tree, names)
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "shell" and ast.unparse(node.value) != "False":
@@ -62,9 +62,9 @@ def _unguarded(tree: ast.Module, names: dict[str, str]) -> Iterator[str]:
             if guard in {(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords}:
                 safe.add(id(node.func))
     for node in ast.walk(tree):
-        found = _name(node, names)
-        if found in GUARDED and id(node) not in safe:
-            yield f"{node.lineno}: {found} without {'='.join(GUARDED[found])}"  # type: ignore[attr-defined]
+        name = _name(node, names)
+        if name in GUARDED and id(node) not in safe:
+            yield f"{node.lineno}: {name} without {'='.join(GUARDED[name])}"  # type: ignore[attr-defined]
 
 
 def _imported(tree: ast.Module) -> dict[str, str]:
@@ -95,7 +95,8 @@ def _name(node: ast.AST, names: dict[str, str]) -> str:
         owner = _name(node.value, names)
         return f"{owner}.{node.attr}" if owner else ""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) > 1:
-        owner, attribute = _name(node.args[0], names), node.args[1]
+        owner = _name(node.args[0], names)
+        attribute = node.args[1]
         return f"{owner}.{attribute.value!s}" if owner and isinstance(attribute, ast.Constant) else ""
     return ""
 

@@ -33,8 +33,9 @@ class BitFit(Strategy):
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter of this name is a bias: `bias`, or `q_bias` and `v_bias` of BEiT and its kin, but no table of
-    relative positions.
+    """Whether a parameter of this name is a bias.
+
+    `bias`, or `q_bias` and `v_bias` of BEiT and its kin, but no table of relative positions.
 
     Example:
         >>> is_bias("blocks.0.attn.q_bias"), is_bias("blocks.0.attn.relative_position_bias_table")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trainables.diagnostics.plasticity import plasticity_of
 from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig
 from trainables.models.transformer_blocks import COMPONENTS, component_kinds
 from trainables.specs.metrics import COMPONENT, COMPONENTS_SELECTED
@@ -22,16 +23,21 @@ feed-forward layer, the two most plastic ones of its networks."""
 
 
 class Components(Strategy):
-    """Trains LN1, MHA, LN2, FC1 or FC2 of every block, or several of them, with the final norm and the head. All else
-    is frozen, the embedding included."""
+    """Trains one or several components of every block, the final norm and the head.
+
+    Components are LN1, MHA, LN2, FC1 and FC2. All else is frozen, the embedding included.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"transformer_block"})
     measures: ClassVar[frozenset[str]] = frozenset({"gradients"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """The paper's recipe: SGD with momentum 0.9, gradients clipped at norm 1, cosine schedule, one rate for all
-        that moves (1e-3, 3e-3, 1e-2, 3e-2)."""
+        """The paper's recipe.
+
+        SGD with momentum 0.9, gradients clipped at norm 1, cosine schedule, one rate for all that moves (1e-3, 3e-3,
+        1e-2, 3e-2).
+        """
 
         kinds: str | Sequence[str] = AUTO
         """Which components move: `auto` (the most plastic of the pretrained network), or any of ln1, mha, ln2, fc1 and
@@ -44,6 +50,7 @@ class Components(Strategy):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            # The dataclass is frozen; equal choices get one spelling, whatever their order.
             object.__setattr__(self, "kinds", canonical(self.kinds))
             if self.k is None:
                 return
@@ -83,8 +90,6 @@ class Components(Strategy):
     def _selected(self, data: TrialData) -> frozenset[str]:
         if self.config.kinds != AUTO:
             return frozenset(self.config.kinds.split("+"))
-        from trainables.diagnostics.plasticity import plasticity_of
-
         return frozenset(plasticity_of(data).rank[: self.config.k or TOP])
 
 

@@ -36,7 +36,7 @@ from trainables.engine.weight_interpolation import (
 )
 from trainables.models.transformer_blocks import find_blocks
 from trainables.specs.measurements import Curve, Report
-from trainables.specs.metrics import LAYERNORM_LAMBDA
+from trainables.specs.metrics import LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ class LayerNorm(Strategy):
             )
         phases = []
         for cycle in range(cycles):
+            # Cumulative division: the cycles' shares sum to `units` and differ by at most one.
             share = units * (cycle + 1) // cycles - units * cycle // cycles
+            # At least one unit for either: a share is at least 2 here, because units >= 2 · cycles.
             head = min(share - 1, max(1, round(share * self.config.head_share)))
             phases.append(Phase(f"head {cycle + 1}", head, groups=frozenset({"head"})))
             norms = frozenset({"norms"})
@@ -142,8 +144,10 @@ class LayerNorm(Strategy):
         return Tuned() if self.config.cycles else self._rescale(model, data)
 
     def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
-        """Of a sweep: validation, test and OOD over the grid of λ. λ = 1 is the tuned network before its rescaling; in
-        the cyclic framework, whose rescaled norms were trained on, it is the finished network.
+        """Of a sweep: validation, test and OOD over the grid of λ.
+
+        λ = 1 is the tuned network before its rescaling; in the cyclic framework, whose rescaled norms were trained on,
+        it is the finished network.
 
         Args:
             tuned: a `Rescaled`; None in the cyclic framework.
@@ -160,8 +164,10 @@ class LayerNorm(Strategy):
         rows = []
         for lam in LAMBDA_GRID:
             rescale_layer_norm(model, source, lam, self.config.rescale)
+            # The sweep has validated every λ already; in the cyclic framework that was before later cycles.
             validation = scores.get(lam) or validation_scores(model, data)
             rows.append({"lambda": lam, **validation, **final_scores(model, data)})
+            # Every λ starts from the tuned norms: rescaling what is rescaled already would compound.
             put_back(model, at_one)
         put_back(model, finished)
         note = f"λ is chosen on {task_of(data).metrics.validation}."
@@ -182,12 +188,13 @@ class LayerNorm(Strategy):
             lam = best_lambda(scores, metrics)
         elif config.lam_choice == "learned":
             lam = fitted(model, data, source, config.rescale, config.lam_scope == "layer")
+        # Before rescaling: what λ = 1 scores is the value that the chosen λ is compared with.
         at_one = scores.get(1.0) or validation_scores(model, data)
         rescale_layer_norm(model, source, lam, config.rescale)
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
         report: dict[str, float | Curve] = {
             LAYERNORM_LAMBDA.name: float(values.mean()),
-            f"{LAYERNORM_LAMBDA.group}/val_{metrics.selection.key}_at_1": at_one[metrics.validation],
+            LAYERNORM_VAL_AT_ONE.of(metrics.selection.key): at_one[metrics.validation],
         }
         if config.lam_scope == "layer":
             columns: dict[str, Sequence[float | str | None]] = {

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class LoRA(Strategy):
-    """W + (α/r)·B·A on the chosen linear maps of every block; B starts at zero, so the function starts unchanged."""
+    """W + (α/r)·B·A on the chosen linear maps of every block.
+
+    B starts at zero, so that the network's function starts unchanged.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"transformer_block"})
     packages: ClassVar[Mapping[str, str]] = {"peft": "lora"}
@@ -89,6 +92,7 @@ def inject(backbone: nn.Module, config: LoRA.Config, image: Tensor) -> int:
     adapter = peft.LoraConfig(
         r=config.rank,
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
+        # Full names: peft matches a short one as a suffix, also outside the chosen components.
         target_modules=names,
         lora_dropout=0.0,
         bias="none",
@@ -105,6 +109,7 @@ def _check_called(backbone: nn.Module, names: list[str], image: Tensor) -> None:
         return lambda module, inputs: idle.discard(name)
 
     hooks = [backbone.get_submodule(name).register_forward_pre_hook(seen(name)) for name in names]
+    # Module by module: `train()` afterwards would also wake modules that were in eval mode before.
     modes = {module: module.training for module in backbone.modules()}
     try:
         backbone.eval()(image)
@@ -114,10 +119,10 @@ def _check_called(backbone: nn.Module, names: list[str], image: Tensor) -> None:
         for module, training in modes.items():
             module.training = training
     if idle:
-        found = [name for name in names if name in idle]
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        unused = [name for name in names if name in idle]
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise ValueError(
-            f"LoRA adapts linear maps that the network calls, but this one reads the weights of {found[0]}{more} by "
+            f"LoRA adapts linear maps that the network calls, but this one reads the weights of {unused[0]}{more} by "
             "itself, so that an adapter would do nothing. Use targets='mlp', or another strategy."
         )
 
@@ -131,18 +136,21 @@ def target_names(backbone: nn.Module, targets: str) -> list[str]:
     kinds = {"attention": ("mha",), "mlp": ("fc1", "fc2"), "all": ("mha", "fc1", "fc2")}[targets]
     maps = [part for block in find_blocks(backbone) for kind in kinds for part in _maps(block, kind)]
     inside = {id(inner) for part in maps for inner in part.modules()}
-    found = [n for n, m in backbone.named_modules() if id(m) in inside and isinstance(m, nn.Linear)]
-    if not found:
+    matching = [n for n, m in backbone.named_modules() if id(m) in inside and isinstance(m, nn.Linear)]
+    if not matching:
         raise ValueError(
             f"LoRA needs linear maps to adapt, but targets={targets!r} matches none in this network. Use other "
             "targets, or another strategy."
         )
-    return found
+    return matching
 
 
 def _maps(block: Block, kind: str) -> tuple[nn.Module, ...]:
-    """The linear maps of a component. Beside those over the channels of tokens, attention may hold small networks that
-    turn positions into biases, and maps over its heads: they are no part of the method."""
+    """The linear maps of a component, over the channels of tokens.
+
+    Attention may hold others: small networks that turn positions into biases, and maps over its heads. They are no part
+    of the method.
+    """
     if kind != "mha":
         return block.component(kind)
     entering = linear_width(block.fc1[0])

@@ -1,4 +1,4 @@
-"""One driver of a soak, `luthier run` or plain Ray Tune, which writes down how long its callbacks hold up Tune's loop.
+"""Driver of a soak (`luthier run` or plain Ray Tune) that records how long callbacks block Tune's loop.
 
     python -m benchmarks.support.soak_driver luthier|plain FOLDER
 
@@ -19,10 +19,11 @@ STALLS = "stalls"
 
 
 class Stopwatch:
-    """Measures functions and keeps the longest time on the disk: the driver may be killed at any moment."""
+    """Times methods and writes each new maximum to disk, since the driver may be killed."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._longest = file, 0.0
+        self._file = file
+        self._longest = 0.0
 
     def on(self, owner: type[Any], *names: str) -> None:
         """Measure these methods of a class from now on."""
@@ -72,5 +73,5 @@ def plain(folder: Path, watch: Stopwatch) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[2])
-    {"luthier": luthier, "plain": plain}[sys.argv[1]](place, Stopwatch(place / STALLS))
+    study_folder = Path(sys.argv[2])
+    {"luthier": luthier, "plain": plain}[sys.argv[1]](study_folder, Stopwatch(study_folder / STALLS))

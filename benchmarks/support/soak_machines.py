@@ -1,5 +1,7 @@
-"""What a soak runs on: a Ray cluster of a head and two machines with one CPU each, all on this one, and an MLflow
-server of its own. Each can be broken and mended; all of it goes when its block ends.
+"""Infrastructure of a soak: a local Ray cluster and an MLflow server.
+
+The cluster has a head and two nodes of one CPU each. Each part can be killed and restarted; all of it ends with its
+block.
 """
 
 from __future__ import annotations
@@ -32,21 +34,21 @@ class Machines:
         self.settings = {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
     def kill_node(self, which: int) -> None:
-        """SIGKILL for everything of one machine."""
+        """Send SIGKILL to all processes of one node."""
         self._cluster.remove_node(self.nodes[which], allow_graceful=False)
 
     def add_node(self, which: int) -> None:
-        """A new machine takes its place."""
+        """Start a new node in its place."""
         self.nodes[which] = self._cluster.add_node(num_cpus=1)
 
 
 @contextlib.contextmanager
 def machines(settings: Mapping[str, str]) -> Iterator[Machines]:
-    """A cluster for the length of a block; `settings` is part of its processes' environment."""
+    """Run a cluster for the length of a block; `settings` is added to its environment."""
     from orchestrator.cluster.auth import refresh_ray_auth
 
     token = secrets.token_hex(32)
-    own = {
+    cluster_environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,7 +56,7 @@ def machines(settings: Mapping[str, str]) -> Iterator[Machines]:
         "RAY_ADDRESS": None,
     }
     folder = tempfile.mkdtemp(prefix="soak-", dir="/tmp")  # unix sockets lie in it: the path must be short
-    with environment({**own, **settings}, override=True):
+    with environment({**cluster_environment, **settings}, override=True):
         from ray._private.utils import get_ray_address_file, read_ray_address
         from ray.cluster_utils import Cluster
 
@@ -66,9 +68,9 @@ def machines(settings: Mapping[str, str]) -> Iterator[Machines]:
             yield Machines(cluster, token)
         finally:
             for node in reversed(cluster.list_all_nodes()):
-                cluster.remove_node(node, allow_graceful=False)  # nothing on it is worth its 30 s of draining
+                cluster.remove_node(node, allow_graceful=False)  # draining would take 30 s
             if read_ray_address() == address:
-                Path(get_ray_address_file(None)).unlink()  # of a cluster that is gone: `ray.init()` would look for it
+                Path(get_ray_address_file(None)).unlink()  # a stale address: `ray.init()` would try to join it
             refresh_ray_auth()
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -77,13 +79,14 @@ class Tracker:
     """An MLflow server on a SQLite file, in a session of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder = folder
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = folder / "mlflow.db"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start, or start again on the same file; returns at once."""
+        """Start or restart on the same file; returns at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
@@ -94,16 +97,16 @@ class Tracker:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=settings, start_new_session=True)
 
     def answers(self) -> bool:
-        """Whether it does within a second."""
+        """Whether the server responds within a second."""
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
             return True
         return False
 
     def wait(self, seconds: float = 120.0) -> None:
-        """Until it answers.
+        """Wait until the server responds.
 
         Raises:
-            RuntimeError: it does not.
+            RuntimeError: it does not in time.
         """
         pause = threading.Event()
         for _ in range(int(seconds / 0.2)):
@@ -113,13 +116,13 @@ class Tracker:
         raise RuntimeError(f"The MLflow server did not start:\n{(self.folder / 'server.log').read_text()[-2000:]}")
 
     def send(self, number: int) -> None:
-        """A signal to the server and its workers."""
+        """Send a signal to the server and its workers."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL; safe to repeat."""
+        """Send SIGKILL; safe to repeat."""
         self.send(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
@@ -127,7 +130,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracker(folder: Path) -> Iterator[Tracker]:
-    """A running MLflow server for the length of a block."""
+    """Run an MLflow server for the length of a block."""
     server = Tracker(folder)
     try:
         server.start()

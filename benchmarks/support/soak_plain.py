@@ -1,8 +1,8 @@
-"""What a careful person writes with plain Ray Tune: the baseline of the soak.
+"""Baseline of the soak: the same study in plain Ray Tune, following Ray's documentation.
 
 Same network, data, units, trials and places of faults as Luthier's study. A checkpoint with every report, network and
 optimiser and the order of the images included, so that a resumed epoch is the same epoch; the two newest are kept;
-`max_failures` lets a trial try again; after the driver died, the same command restores the experiment and resumes what
+`max_failures` retries a trial; after the driver died, the same command restores the experiment and resumes what
 was unfinished or failed; `MLflowLoggerCallback` records.
 """
 
@@ -25,7 +25,7 @@ METRICS = ("val/acc", "train/loss")
 
 
 def train(config: dict[str, Any]) -> None:
-    """One trial, from its newest checkpoint if it has one."""
+    """Train one trial, from its newest checkpoint if it has one."""
     import torch
     from ray import tune
 
@@ -60,7 +60,8 @@ class Study:
         from trainables.tasks.classification import new_classifier
 
         self.config = config
-        store, backbone = Store(config["store"]), load_pretrained(ModelSpec(name="digits_cnn"))
+        store = Store(config["store"])
+        backbone = load_pretrained(ModelSpec(name="digits_cnn"))
         data = backbone.data_config
         self.transform = BatchTransform(data.mean, data.std, data.image_size, ())
         self.images = {split: torch.from_numpy(np.array(store.images(split))) for split in ("train", "val")}
@@ -69,7 +70,7 @@ class Study:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config["lr"])
 
     def epoch(self, number: int, batch: int = 64) -> float:
-        """As many steps as a unit has; which images they see depends on the epoch alone. Returns the mean loss."""
+        """Train the steps of one unit and return the mean loss; the batches depend on the epoch's number alone."""
         import torch
         from torch.nn import functional
 
@@ -90,16 +91,16 @@ class Study:
         return total / self.config["steps"]
 
     def accuracy(self) -> float:
-        """On the validation images."""
+        """Accuracy on the validation images."""
         import torch
 
         self.model.eval()
         with torch.no_grad():
-            found = self.model(self.transform(self.images["val"])).argmax(1)
-        return float((found == self.labels["val"]).double().mean())
+            predicted = self.model(self.transform(self.images["val"])).argmax(1)
+        return float((predicted == self.labels["val"]).double().mean())
 
     def save(self, folder: Path, epoch: int) -> None:
-        """Everything that the next epoch depends on."""
+        """Write everything that the next epoch depends on."""
         from safetensors.torch import save_file
 
         tensors = {f"model/{k}": v.contiguous() for k, v in self.model.state_dict().items()}
@@ -108,7 +109,7 @@ class Study:
         save_file(tensors, folder / "state.safetensors", {"epoch": str(epoch)})
 
     def restore(self, checkpoint: Any) -> int:
-        """The number of the next epoch."""
+        """Restore a checkpoint; returns the number of the next epoch."""
         from safetensors import safe_open
 
         if checkpoint is None:
@@ -132,18 +133,19 @@ def run(folder: Path) -> int:
     from ray import tune
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    given = json.loads((folder / SETTINGS).read_text())
+    settings = json.loads((folder / SETTINGS).read_text())
     ray.init(log_to_driver=False)
-    trainable, path = tune.with_resources(train, {"cpu": 1}), str(folder / NAME)
+    trainable = tune.with_resources(train, {"cpu": 1})
+    path = str(folder / NAME)
     space = {
-        "number": tune.grid_search(list(range(given["trials"]))),
-        "lr": tune.sample_from(lambda config: 10 ** (-4.0 + config["number"] / given["trials"])),
-        **{name: given[name] for name in ("store", "units", "steps")},
+        "number": tune.grid_search(list(range(settings["trials"]))),
+        "lr": tune.sample_from(lambda config: 10 ** (-4.0 + config["number"] / settings["trials"])),
+        **{name: settings[name] for name in ("store", "units", "steps")},
     }
     if tune.Tuner.can_restore(path):
         tuner = tune.Tuner.restore(path, trainable, resume_errored=True, param_space=space)
     else:
-        callback = MLflowLoggerCallback(tracking_uri=given["uri"], experiment_name=NAME, save_artifact=False)
+        callback = MLflowLoggerCallback(tracking_uri=settings["uri"], experiment_name=NAME, save_artifact=False)
         tuner = tune.Tuner(
             trainable,
             param_space=space,

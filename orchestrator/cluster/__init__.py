@@ -1,1 +1,1 @@
-"""Ways to a Ray cluster: joining or starting one, what it offers, who may talk to it, what travels to it."""
+"""Ray clusters: connection, resources, authentication, shipping of code."""

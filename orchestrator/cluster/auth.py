@@ -81,6 +81,7 @@ def ensure_token() -> str:
         token = secrets.token_hex(32)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            # The mode at creation: a `chmod` afterwards would leave the token readable for a moment.
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
                 handle.write(token)
         except OSError as error:
@@ -125,6 +126,7 @@ def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access
     # HTTP proxies do not apply to cluster traffic; Ray disables them in the same way.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         check_alive = channel.unary_unary(CHECK_ALIVE)
+        # Without the token first: only a refusal shows that the cluster asks for one at all.
         status = status_of([])
         if status == grpc.StatusCode.OK:
             return "open"
@@ -149,6 +151,7 @@ def probe_dashboard(url: str, token: str | None, timeout_s: float = 10.0) -> Acc
         except (OSError, ValueError):
             return 0
 
+    # Without the token first: only a refusal shows that the cluster asks for one at all.
     status = status_of({})
     if status == 200:
         return "open"

@@ -1,8 +1,10 @@
-"""Connection to a Ray cluster: join the one of RAY_ADDRESS, or start a local one for the duration of a block.
+"""Connection to a Ray cluster, for the duration of a block.
 
-with connect(cpus=4) as cluster:
-    request = cluster.trial_resources(cpus=1, gpus="auto")
-    tuner.fit()
+The cluster of RAY_ADDRESS is joined; without one a local cluster is started.
+
+    with connect(cpus=4) as cluster:
+        request = cluster.trial_resources(cpus=1, gpus="auto")
+        tuner.fit()
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+
+import ray
 
 from orchestrator.cluster import shipping
 from orchestrator.cluster.auth import (
@@ -33,6 +37,13 @@ from orchestrator.cluster.driver_process import (
 )
 from orchestrator.cluster.machines import Cluster
 from orchestrator.cluster.resources import ResourceError, check_resources, trial_resources
+from orchestrator.ray_internals import (
+    JOB_VARIABLE,
+    address_of_this_machine,
+    dashboard_address,
+    keep_aws_keys_private,
+    session_folder,
+)
 
 __all__ = [
     "Cluster",
@@ -104,10 +115,6 @@ def connect(
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     started = target == "local"
     with environment({**KNOBS, **(LOCAL_KNOBS if started else {})}), sigterm_restored():
-        import ray
-
-        from orchestrator.ray_internals import keep_aws_keys_private
-
         keep_aws_keys_private()
         if ray.is_initialized():
             yield _describe(started=False)
@@ -125,10 +132,6 @@ def connect(
 @contextlib.contextmanager
 def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str, Any]) -> Iterator[None]:
     """Start a local cluster; the caller shuts it down. Its folder is deleted unless the block failed."""
-    import ray
-
-    from orchestrator.ray_internals import session_folder
-
     # Ray puts Unix sockets there, whose paths have at most 107 bytes: macOS's own temporary folder is too long.
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 24 else "/tmp"
     folder = tempfile.mkdtemp(prefix="luthier-", dir=parent)
@@ -159,10 +162,6 @@ def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str
 @contextlib.contextmanager
 def _joined(address: str, insecure: bool, common: dict[str, Any]) -> Iterator[None]:
     """Join a running cluster after checking its authentication."""
-    import ray
-
-    from orchestrator.ray_internals import JOB_VARIABLE
-
     if JOB_VARIABLE in os.environ:
         # A Ray job: the cluster started this process, with its token and working directory.
         ray.init(address=address, **common)
@@ -204,8 +203,6 @@ def _gcs_address(address: str) -> str:
         )
     if address != "auto":
         return address if ":" in address else f"{address}:6379"
-    from orchestrator.ray_internals import address_of_this_machine
-
     head = address_of_this_machine()
     if not head:
         raise ClusterError(
@@ -225,10 +222,6 @@ def _shipped_packages() -> dict[str, Any] | None:
 
 
 def _describe(started: bool) -> Cluster:
-    import ray
-
-    from orchestrator.ray_internals import dashboard_address
-
     context = ray.get_runtime_context()
     url = dashboard_address()
     return Cluster(

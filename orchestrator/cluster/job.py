@@ -6,6 +6,8 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+import aiohttp
+
 from orchestrator.cluster.auth import ClusterError
 
 if TYPE_CHECKING:
@@ -41,8 +43,6 @@ class Follower:
         Raises:
             ClusterError: the connection was lost for `patience_s` (the job keeps running).
         """
-        import aiohttp
-
         lost_since: float | None = None
         while True:
             try:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import ray
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster import resources
 from orchestrator.cluster.auth import ClusterError
+from orchestrator.ray_internals import BOOTSTRAP_CONFIG, KUBERAY_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,12 @@ class Cluster:
         return max(slots)
 
     def _alive_nodes(self) -> list[dict[str, float]]:
-        import ray
-
         return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
     def _kinds(self) -> list[MachineKind]:
         return [] if self.started else autoscaled_kinds()
 
     def _on_kubernetes(self) -> bool:
-        from orchestrator.ray_internals import KUBERAY_VARIABLE
-
         return not self.started and os.environ.get(KUBERAY_VARIABLE) == "1"
 
     def check_shared(self, *paths: str | Path) -> None:
@@ -102,8 +101,6 @@ def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
     Args:
         config: path of a cluster file; None = that file.
     """
-    from orchestrator.ray_internals import BOOTSTRAP_CONFIG
-
     file = config or Path.home() / BOOTSTRAP_CONFIG
     if not file.is_file():
         return []
@@ -120,9 +117,6 @@ def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
 
 def _unseen(paths: list[str]) -> list[tuple[str, str]]:
     """(machine, path) for each path that a machine does not have."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     find_missing = ray.remote(num_cpus=0, max_retries=0)(_missing)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     pending = []

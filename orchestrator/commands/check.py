@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.record.changes import changes
+from orchestrator.planning.build import metric_of
+from orchestrator.record.changes import changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Event, JournalError, read_from
 from orchestrator.record.records import TrialRecord, fold, study_header
+from orchestrator.running.study_run import plain_spec
+from orchestrator.running.tracking_process import study_backlog
+from orchestrator.search.optuna_store import History, disagreement
+from orchestrator.tracking.follower import undelivered_events
+from orchestrator.tracking.study_tracking import backlog_text, settings_of, sync_command
+from trainables.data.store import MANIFEST, Store, StoreError
+from trainables.storage.checkpoint_format import CheckpointError, load_state
+from trainables.storage.checkpoint_store import QUARANTINE, list_checkpoints
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,9 +125,6 @@ def _journal(path: Path, events: list[Event], end: int) -> Iterator[Finding]:
 
 
 def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
-    from orchestrator.record.changes import versions
-    from orchestrator.running.study_run import plain_spec
-
     before = study_header(events)
     if not before:
         yield Finding("study", "note", "The last run ended before the study began: there is nothing to compare.")
@@ -136,8 +142,6 @@ def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 def _data(study: Study, events: list[Event]) -> Iterator[Finding]:
     """The store with the digest that the study ran on; a changed source is only noticed by the next run."""
-    from trainables.data.store import MANIFEST, Store, StoreError
-
     digest = study_header(events).get("dataset_digest")
     if digest is None:
         return
@@ -157,9 +161,6 @@ def _data(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 
 def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
-    from orchestrator.planning.build import metric_of
-    from orchestrator.search.optuna_store import History, disagreement
-
     database = study.folder / "optuna.db"
     if not database.exists():
         yield Finding("search", "note", f"{database} is missing; the next run rebuilds it from the journal.")
@@ -178,8 +179,6 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 
 def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
-    from trainables.storage.checkpoint_store import QUARANTINE, list_checkpoints
-
     for record in records:
         trial_folder = checkpoint_folder(folder, record.number)
         if record.resumable:
@@ -200,8 +199,6 @@ def _checkpoints(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
 
 
 def _checkpoint(path: Path) -> Finding:
-    from trainables.storage.checkpoint_format import CheckpointError, load_state
-
     try:
         meta = load_state(path).meta
     except CheckpointError as error:
@@ -214,10 +211,6 @@ def _checkpoint(path: Path) -> Finding:
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:
     """The backlog of undelivered events, from the stored read offset alone; the server is not asked."""
-    from orchestrator.running.tracking_process import study_backlog
-    from orchestrator.tracking.follower import undelivered_events
-    from orchestrator.tracking.study_tracking import backlog_text, settings_of, sync_command
-
     offset = settings_of(study.spec, journal).position_file().load(journal).offset
     if not undelivered_events(journal, offset):
         yield Finding("tracking", "ok", "MLflow has everything")

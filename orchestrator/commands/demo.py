@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from orchestrator.cluster.connection import connect
+from orchestrator.commands.run_summary import print_summary
+from orchestrator.study import Study
+
 if TYPE_CHECKING:
     from orchestrator.results.study_results import Results
 
@@ -48,10 +52,6 @@ def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Co
         progress: show the live table.
         console: None = one on stdout.
     """
-    from orchestrator.cluster.connection import connect
-    from orchestrator.commands.exit_status import print_summary
-    from orchestrator.study import Study
-
     console = console or Console()
     all_results = []
     with connect():

@@ -1,19 +1,14 @@
-"""Exit status of every command, and the next steps that are printed after a run."""
+"""Exit status of every command."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import StudyError, Terminated, redact
+from orchestrator.errors import StudyError, Terminated
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from orchestrator.record.records import TrialRecord
-    from orchestrator.results.study_results import Results
-    from orchestrator.study import Study
 
 OK = 0
 FAILED = 1
@@ -74,34 +69,3 @@ def worst(statuses: Iterable[int]) -> int:
     if FAILED in all_statuses:
         return FAILED
     return PARTIAL if PARTIAL in all_statuses else OK
-
-
-def print_summary(console: Console, study: Study, results: Results) -> None:
-    """Print the leaderboard, the paths of a study's files, and the next commands."""
-    from orchestrator.report.page import REPORT
-    from orchestrator.running.tracking_process import study_backlog
-    from orchestrator.tracking.study_tracking import backlog_text, how_to_sync
-
-    results.render(console)
-    lines = [f"Study folder: {study.folder}"]
-    report = study.folder / REPORT
-    if report.exists():
-        lines.append(f"Report: {report}")
-    lines += next_commands(study)
-    backlog = study_backlog(study.spec, study.folder)
-    if backlog:
-        lines.append(f"{backlog_text(backlog)}. {how_to_sync(study.spec, study.folder)}")
-    for line in lines:
-        console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
-
-
-def next_commands(study: Study) -> list[str]:
-    """Commands that show a study in MLflow and in Optuna's dashboard."""
-    uri = study.spec.tracking_uri
-    if uri.startswith("http"):
-        compare = f"Compare the runs in MLflow: {uri}, experiment {study.spec.experiment}"
-    else:
-        server = f"mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri {shlex.quote(uri)}"
-        compare = f"Compare the runs in MLflow (http://127.0.0.1:5000): {server}"
-    optuna = shlex.quote(f"sqlite:///{study.folder / 'optuna.db'}")
-    return [compare, f"Inspect the search (pip install 'luthier[dashboard]'): optuna-dashboard {optuna}"]

@@ -8,9 +8,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.table import Table
+
+from orchestrator.errors import PreflightError, Problem
+from orchestrator.planning.build import make_task, references_of
 from orchestrator.planning.fsr import STRATEGY
+from orchestrator.planning.preflight import layer_kinds, preflight
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, reference_samples, suggested
 from orchestrator.results.intervals import mean_interval
+from orchestrator.running.study_run import StudyRun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,8 +84,6 @@ class FsrReport:
 
     def render(self, console: Console) -> None:
         """Print the shift of every sample, a sentence per reference, and the suggested λ."""
-        from rich.markup import escape
-        from rich.table import Table
 
         def print_line(text: str) -> None:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -121,10 +126,6 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
         PreflightError: the study cannot run, its network has no LayerNorm, or its training sample is too small to be
             compared with shares of itself; nothing was spent.
     """
-    from orchestrator.errors import PreflightError, Problem
-    from orchestrator.planning.build import make_task, references_of
-    from orchestrator.running.study_run import StudyRun
-
     spec = study.spec
     _check_network(spec)
     store = study.prepare(progress)
@@ -140,15 +141,13 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
         way_out = "List other diagnostics.fsr_fractions, or train on more images."
         problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way_out}")
         raise PreflightError([problem], f"The study {spec.name!r}")
-    StudyRun(spec, study.folder, store, task, progress, stages=[stage], allow_change=allow_change).run()
+    run = StudyRun(spec, study.folder, store, task, [stage], search=False, progress=progress, allow_change=allow_change)
+    run.run()
     records = [r for r in study.results().records if r.role == "reference"]
     return FsrReport(spec.name, estimates(records), records)
 
 
 def _check_network(spec: StudySpec) -> None:
-    from orchestrator.errors import PreflightError, Problem
-    from orchestrator.planning.preflight import layer_kinds, preflight
-
     preflight(spec)
     kinds = layer_kinds(spec.model.name)
     if "layer_norm" not in kinds:

@@ -7,12 +7,20 @@ import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.reference import Row, rows, sections, yaml_value
 from orchestrator.errors import PreflightError, Problem
+from orchestrator.ingest.check import detect
+from orchestrator.ingest.request import IngestRequest, scan
+from orchestrator.planning.preflight import layer_kinds
 from orchestrator.study_file.rules import RESERVED
+from orchestrator.study_file.schema import StudySpec
+from trainables import strategies, strategy_class
+from trainables.models.backbone import check_model
+from trainables.specs.trial_spec import ModelSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,10 +65,6 @@ def write_study(
         DataError: no usable images in `data`.
         OSError: the file cannot be written.
     """
-    from orchestrator.ingest.check import detect
-    from orchestrator.study_file.schema import StudySpec
-    from trainables import strategies
-
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists already. Give another file with --output, or replace it with --force.")
     if data is None or detect(data) == "digits":
@@ -146,9 +150,6 @@ def _fields_of_digits(model: str | None) -> dict[str, Any]:
 
 def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
     """Fields for real data. OOD = the domains that the source marks so, else all but the largest (to be reviewed)."""
-    from orchestrator.ingest.check import detect
-    from orchestrator.ingest.request import IngestRequest, scan
-
     source = scan(IngestRequest(source=detect(data), root=str(data), label=label))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
@@ -170,13 +171,6 @@ def _unusable_strategies(model: str) -> dict[str, str]:
     """Strategies that cannot tune this network here → the reason; empty if only a download would tell."""
     if ":" in model:
         return {}
-    from importlib.util import find_spec
-
-    from orchestrator.planning.preflight import layer_kinds
-    from trainables import strategies, strategy_class
-    from trainables.models.backbone import check_model
-    from trainables.specs.trial_spec import ModelSpec
-
     try:
         check_model(ModelSpec(name=model, pretrained=False))
     except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainables.specs.metrics import (
+    BUILT_IN_TASKS,
     QUANTITIES,
     TEST,
     TRAIN,
@@ -16,7 +17,6 @@ from trainables.specs.metrics import (
     Quantity,
     TaskMetrics,
     best,
-    built_in_tasks,
     ood,
 )
 
@@ -40,7 +40,7 @@ def page() -> str:
         "cent.",
         "",
     ]
-    for task in built_in_tasks():
+    for task in BUILT_IN_TASKS:
         lines += _task_section(task)
     for measured, (title, note) in _SECTIONS.items():
         lines += [f"## {title}", "", note, "", "| name | direction | unit | meaning |", "|---|---|---|---|"]

@@ -6,6 +6,7 @@ README.md and docs/study.md; tests compare them.
 
 from __future__ import annotations
 
+import ast
 import re
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import search_spaces
+import trainables
+from orchestrator.planning.plan import range_in_words
 from orchestrator.study_file.schema import StrategyEntry, StudySpec
 from orchestrator.study_file.yaml_text import scalar
 
@@ -90,12 +94,6 @@ def table(section: str) -> str:
 
 def strategy_table() -> str:
     """All strategies as a Markdown table: summary (first paragraph of the module), searched ranges, sweeps."""
-    import ast
-
-    import search_spaces
-    import trainables
-    from orchestrator.planning.plan import range_in_words
-
     folder = Path(trainables.__file__).parent
     lines = ["| strategy | what it does | searched: default; range | published sweeps |", "|---|---|---|---|"]
     for name in trainables.strategies():

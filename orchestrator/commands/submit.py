@@ -12,18 +12,19 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 from urllib.parse import urlsplit
+
+import ray
+from ray.job_submission import JobSubmissionClient
 
 from orchestrator.cluster import shipping
 from orchestrator.cluster.auth import ClusterError, check_access, find_token, is_loopback, probe_dashboard
 from orchestrator.cluster.driver_process import environment
 from orchestrator.cluster.job import ENDED, INTERRUPTED, Follower
+from orchestrator.ray_internals import server_version
 from orchestrator.study_file.load import resolved_study
 from orchestrator.study_file.yaml_text import write_yaml
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 ENTRYPOINT = "python -m orchestrator.cli run study.yaml"
 STOP_SECONDS = 30
@@ -133,8 +134,6 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
     """A job client for this address and token, independent of the environment."""
     # RAY_ADDRESS overrides the client's argument unless this variable is set.
     with environment({"RAY_API_SERVER_ADDRESS": url}, override=True):
-        from ray.job_submission import JobSubmissionClient
-
         for module in (
             "dashboard.modules.dashboard_sdk",
             "dashboard.modules.job.sdk",
@@ -145,10 +144,6 @@ def _client(url: str, token: str | None) -> JobSubmissionClient:
 
 
 def _compare_versions(client: JobSubmissionClient, notes: TextIO) -> None:
-    import ray
-
-    from orchestrator.ray_internals import server_version
-
     cluster_version = server_version(client) or ray.__version__
     if cluster_version.split(".")[:2] != ray.__version__.split(".")[:2]:
         print(

@@ -21,9 +21,10 @@ from orchestrator.tracking.client import access_problems, describe_error, server
 from orchestrator.tracking.delivery_state import DeliveryError, DeliveryLock
 from orchestrator.tracking.follower import MlflowFollower
 from orchestrator.tracking.projection import DeliveredItems, DeliveryCounts, Projection, backlog
-from orchestrator.tracking.run_update import Summarizer, digest
+from orchestrator.tracking.run_update import UID_DIGITS, Summarizer
 from orchestrator.tracking.study_tracking import settings_of
 from orchestrator.tracking.writer import MlflowWriter
+from trainables.specs.short_hash import short_hash
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -187,7 +188,7 @@ def _target(spec: StudySpec, folder: Path, uri: str | None) -> _Target:
         raise PreflightError([Problem(("tracking", "uri"), _NO_PASSWORD)], f"The study {spec.name!r}")
     if server_name(target_uri) == server_name(study_uri):
         return _Target(target_uri, False, None)
-    position = f"journal.jsonl.mlflow-{digest([server_name(target_uri), spec.experiment])}.json"
+    position = f"journal.jsonl.mlflow-{short_hash([server_name(target_uri), spec.experiment], UID_DIGITS)}.json"
     return _Target(target_uri, True, position)
 
 

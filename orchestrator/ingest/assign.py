@@ -80,6 +80,7 @@ def assign(source: Source, request: IngestRequest, bad: Collection[int] = ()) ->
 
     domain_index = {name: i for i, name in enumerate([*id_domains, *ood_domains])}
     domain_ids = np.array([domain_index.get(s.domain, UNUSED) for s in samples], dtype=np.int64)
+    # Before classes are collected: a class whose only images are unreadable is no class.
     domain_ids[list(bad)] = UNUSED
     id_positions = np.flatnonzero((domain_ids >= 0) & (domain_ids < len(id_domains)))
     ood_positions = np.flatnonzero(domain_ids >= len(id_domains))
@@ -165,6 +166,7 @@ def _classes(
             f"There must be at least two classes, but the ID images have only {only}{note}. Add "
             "images of another class, or more domains to data.id."
         )
+    # The source's own order of classes (such as a data set's label numbers) is kept where it has one.
     in_source_order = [name for name in source.class_order or () if name in names]
     return in_source_order + _sorted_names(names - {*in_source_order})
 
@@ -172,6 +174,7 @@ def _classes(
 def _sorted_names(names: Collection[str]) -> list[str]:
     """Names in ascending order, by value where all are numbers."""
     if all(name.isdecimal() for name in names):
+        # By value: as text "10" would come before "2", and labels would not be the numbers.
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from orchestrator.ingest.assign import assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
 from orchestrator.ingest.errors import DataError, existing, first_few
@@ -90,8 +93,6 @@ class DataReport:
 
     def render(self, console: Console) -> None:
         """Print the report as text and tables."""
-        from rich.markup import escape
-
         console.print(f"[bold]{escape(self.path)}[/bold]: {escape(self.source)}, {escape(self.layout)}")
         counts = [
             counted(self.images, "readable image"),
@@ -117,9 +118,6 @@ class DataReport:
             console.print("[green]A study can use this.[/green]")
 
     def _print_counts(self, console: Console) -> None:
-        from rich.markup import escape
-        from rich.table import Table
-
         table = Table("domain", "images", "classes", "images per class", "classes missing")
         for domain, counts in self.domains.items():
             role = " (OOD)" if domain in self.ood_domains else ""
@@ -136,8 +134,6 @@ class DataReport:
         console.print(table)
 
     def _print_lists(self, console: Console) -> None:
-        from rich.markup import escape
-
         unreadable = [f"{entry['name']}: {entry['reason']}" for entry in self.unreadable]
         _print_list(console, f"Unreadable, will be left out: {len(unreadable)}", unreadable)
         splits = "splits" if self.splits else "splits (as a study draws them by default)"
@@ -159,8 +155,6 @@ def _kind_of_reason(reason: str) -> str:
 
 
 def _print_list(console: Console, title: str, lines: list[str]) -> None:
-    from rich.markup import escape
-
     if not lines:
         return
     console.print(f"[yellow]{escape(title)}[/yellow]")

@@ -194,6 +194,7 @@ class _DecoderProcess:
         # A malicious image may take over the decoder process: give it no secrets.
         environment = {name: value for name, value in os.environ.items() if not is_secret(name)}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # There is a process per CPU; threads inside each would only compete.
         environment["OMP_NUM_THREADS"] = "1"
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.ingest.worker"],
@@ -243,6 +244,7 @@ def _decode_arrays(
         stored = square(image, job.side, job.interpolation)
         if descriptor is not None and offset is not None:
             write_at(descriptor, stored.tobytes(), offset)
+        # With type and shape: the same bytes may be another picture.
         digest = hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
         return Outcome(None, digest, pixels_digest(image), pixels.shape[1], pixels.shape[0], "array", notes)
 

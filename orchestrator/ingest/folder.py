@@ -91,6 +91,7 @@ def walk(root: Path, suffixes: frozenset[str]) -> Tree:
         if folders:
             tree.folders.append(folders)
         pending += _list_folder(tree, real_root, path, folders, suffixes)
+    # Sorted: the order of a directory differs between file systems, and seeds draw by position.
     tree.files.sort()
     tree.folders.sort()
     tree.ignored.sort()

@@ -101,6 +101,7 @@ def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
 
 def pixels_digest(image: Image.Image) -> bytes:
     """SHA-256 of an RGB image at full size, independent of its file format."""
+    # With the size: a 2 x 8 image and a 4 x 4 one may have equal bytes.
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
 
 
@@ -138,6 +139,7 @@ def _convert(image: Image.Image, side: int, interpolation: str) -> DecodedImage:
     if getattr(image, "n_frames", 1) > 1:
         notes.append("animated")
     file_format = str(image.format)
+    # Decodes the pixels: a truncated file is an error here, not at its first use below.
     image.load()
     if image.mode == "CMYK":
         notes.append("cmyk")
@@ -169,6 +171,7 @@ def _to_rgb(image: Image.Image, file_format: str) -> tuple[Image.Image, str | No
         raise BadImageError(f"pixels of mode {image.mode!r} have no declared range; save them with 8 or 16 bits")
     if image.has_transparency_data:
         foreground = image.convert("RGBA")
+        # White, as a viewer shows it; dropping alpha would uncover whatever colour transparent pixels happen to have.
         white = Image.new("RGBA", foreground.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, foreground).convert("RGB"), "transparent"
     rgb = image if image.mode == "RGB" else image.convert("RGB")

@@ -1,5 +1,7 @@
-"""Parquet files: an image column (bytes, or Hugging Face's struct of `bytes` and `path`), a label column, and optional
-columns `domain` and `split`. Read with pyarrow alone.
+"""Parquet files as a source of images.
+
+An image column (bytes, or Hugging Face's struct of `bytes` and `path`), a label column, and optional columns `domain`
+and `split`. Read with pyarrow alone.
 
 In this order: opening a file without running code from it; images of some rows, for decoder processes; the columns of
 one file; the scan of all files.
@@ -99,7 +101,9 @@ _EXTENSION_MARKS = _encodings(b"ARROW:extension:name")
 
 
 def encoded_images(file: str, column: str, group: int, rows: Sequence[int]) -> Iterator[bytes | None]:
-    """The encoded images of some rows of a row group, a few at a time in memory; None where a row has none.
+    """The encoded images of some rows of a row group; None where a row has none.
+
+    A few at a time are in memory.
 
     Args:
         file: path of the file.

@@ -82,6 +82,7 @@ def ingest(
     if not _store_exists(folder):
         assignment = assign(source, request)
         _check_space(folder.parent, len(assignment.used) * row_bytes(request))
+        # Beside the folder, not in it: a folder appears by a rename, complete or not at all.
         with FileLock(f"{folder}.lock"):
             if not _store_exists(folder):  # another process may have written it while this one waited for the lock
                 write_store(source, assignment, request, folder, workers, progress)
@@ -163,7 +164,10 @@ def verify_digest(store: Store) -> None:
 
 
 def mark_verified(store: Store) -> None:
-    """Record in this machine's cache that a large store's digest is right, such as one that was just written."""
+    """Record in this machine's cache that a large store's digest is right.
+
+    For instance of a store that was just written.
+    """
     if store.manifest["bytes"] > ALWAYS_VERIFIED_BYTES:
         record = _verified_record(store)
         record.parent.mkdir(parents=True, exist_ok=True)

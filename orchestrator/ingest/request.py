@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.errors import did_you_mean
+from orchestrator.ingest.digits import scan_digits
 from orchestrator.ingest.errors import DataError, existing
+from orchestrator.ingest.folder import scan_folder
 from orchestrator.ingest.images import INTERPOLATIONS
+from orchestrator.ingest.npz import scan_npz
+from orchestrator.ingest.parquet import scan_parquet
 from orchestrator.ingest.source import Source
 
 SOURCES = ("folder", "parquet", "npz", "digits")
@@ -69,15 +73,11 @@ def scan(request: IngestRequest) -> Source:
         DataError: nothing there, no permission, or a content that this kind of source cannot interpret.
     """
     if request.source == "digits":
-        from orchestrator.ingest.digits import scan_digits
-
         return scan_digits(request.val_fraction, request.test_fraction, request.seed)
     if request.root is None:
         raise DataError(f"The source {request.source!r} needs data.root, the path of the images, but got none.")
     root = existing(Path(request.root).expanduser())
     if request.source == "folder":
-        from orchestrator.ingest.folder import scan_folder
-
         if not root.is_dir():
             raise DataError(
                 f"The source 'folder' needs a folder, but {root} is a file. Set data.source to what it is: parquet or "
@@ -85,9 +85,5 @@ def scan(request: IngestRequest) -> Source:
             )
         return scan_folder(root)
     if request.source == "parquet":
-        from orchestrator.ingest.parquet import scan_parquet
-
         return scan_parquet(root, request.label)
-    from orchestrator.ingest.npz import scan_npz
-
     return scan_npz(root)

@@ -36,8 +36,10 @@ Contents = Iterator[tuple[bytes | BadImageError, int | None]]
 
 def main() -> None:
     """Serve requests until stdin ends."""
+    # A hard limit: a decompression bomb gets a MemoryError here instead of triggering the machine's OOM killer.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     warnings.simplefilter("ignore")
+    # Pillow only warns up to twice its limit of pixels.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     replies = sys.stdout
@@ -58,12 +60,15 @@ def main() -> None:
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Write all of `data` at a byte offset of a file; safe for concurrent writers of other offsets.
+    """Write all of `data` at a byte offset of a file.
+
+    Safe for concurrent writers of other offsets.
 
     Raises:
         OSError: the file system refused the write.
     """
     while data:
+        # `pwrite` moves no shared file position, so that decoders may write concurrently.
         written = os.pwrite(descriptor, data, offset)
         data = data[written:]
         offset += written

@@ -116,6 +116,7 @@ def _move_rows(
 ) -> None:
     """Replace the data file by one for another assignment, with the pixels copied."""
     old = folder / "with-unreadable.arrow"
+    # Both files are complete at once: the move needs the disk space twice.
     os.replace(folder / DATA, old)
     new_offsets = _lay_out(folder / DATA, source, request, assignment)
     positions = assignment.used[np.argsort(new_offsets[assignment.used])]  # written in ascending order
@@ -212,7 +213,10 @@ def _pixel_offsets(path: Path, splits: list[str]) -> dict[str, int]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest with size and SHA-256 of the data file; last, since it marks the store as complete."""
+    """Write the manifest, with size and SHA-256 of the data file.
+
+    Last, since it marks the store as complete.
+    """
     with open(folder / DATA, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = os.fstat(file.fileno()).st_size

@@ -1,1 +1,1 @@
-"""From the study file to the parts that run it, and all that can be known of a study before anything is spent."""
+"""From the study file to the parts that run it, without spending compute."""

@@ -8,18 +8,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray.tune.schedulers import FIFOScheduler
+
+from orchestrator.ingest.pipeline import IngestRequest
+from orchestrator.planning.fsr import STRATEGY, ReferenceStage
 from orchestrator.record.records import metrics_of
+from orchestrator.results.selection import top_candidates
+from orchestrator.search.asha import StudyScheduler, rungs
+from orchestrator.search.searcher import SearchSettings
+from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
+from trainables import strategy_class
+from trainables.demo.backbones import is_pretrained_here, pretrained_folder
+from trainables.engine.budget import BudgetPlan
+from trainables.models.backbone import backbone_data_config
 from trainables.specs.metrics import ood
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 if TYPE_CHECKING:
-    from orchestrator.ingest.pipeline import IngestRequest
-    from orchestrator.planning.fsr import ReferenceStage
     from orchestrator.record.records import TrialRecord
-    from orchestrator.search.searcher import SearchSettings
-    from orchestrator.search.stages import Choose, Entry, Stage
+    from orchestrator.search.stages import Choose, Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
-    from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 
 LODO_CANDIDATES = 5
@@ -28,16 +37,11 @@ LODO_CANDIDATES = 5
 
 def model_of(spec: StudySpec) -> ModelSpec:
     """The backbone of the study."""
-    from trainables.specs.trial_spec import ModelSpec
-
     return ModelSpec(name=spec.model.name, pretrained=spec.model.pretrained, weights=spec.model.weights)
 
 
 def ingest_request(spec: StudySpec) -> IngestRequest:
     """The images to read, at the side that the backbone's evaluation crop is taken from (image size / crop share)."""
-    from orchestrator.ingest.pipeline import IngestRequest
-    from trainables.models.backbone import backbone_data_config
-
     data = spec.data
     view = backbone_data_config(model_of(spec), data.image_size)
     return IngestRequest(
@@ -58,16 +62,12 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
 
 def make_built_in(model: ModelSpec) -> None:
     """Pretrain a built-in network in the driver, where its progress is visible, not in the first trial."""
-    from trainables.demo.backbones import is_pretrained_here, pretrained_folder
-
     if is_pretrained_here(model):
         pretrained_folder(model.name)
 
 
 def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
     """The settings that all trials share."""
-    from trainables.specs.trial_spec import SharedTrialSettings
-
     search = spec.search
     return SharedTrialSettings(
         store=str(store.path),
@@ -89,8 +89,6 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
 
 def entries_of(spec: StudySpec) -> list[Entry]:
     """The strategies that compete."""
-    from orchestrator.search.stages import Entry
-
     return [Entry(label=s.label, strategy=s.name, fixed=dict(s.fixed), preset=s.preset) for s in spec.strategies]
 
 
@@ -108,8 +106,6 @@ def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, 
         task: `make_task` of the study.
         hints: see `orchestrator.planning.fsr.Hints`.
     """
-    from orchestrator.search.searcher import SearchSettings
-
     return SearchSettings(
         entries=entries_of(spec),
         task=task,
@@ -124,16 +120,12 @@ def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, 
 
 def rungs_of(spec: StudySpec) -> tuple[int, ...]:
     """Units after which the scheduler may stop a trial."""
-    from orchestrator.search.asha import rungs
-
     search = spec.search
     return rungs(search.epochs, search.grace, search.reduction) if search.scheduler == "asha" else ()
 
 
 def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
     """Trial → its units of budget: the task's, or fewer if its strategy needs fewer (linear probing takes one)."""
-    from trainables import strategy_class
-    from trainables.engine.budget import BudgetPlan
 
     @functools.cache
     def units(strategy: str, hparams: str) -> int:
@@ -147,10 +139,6 @@ def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
 
 def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
     """The study's scheduler: ASHA, or Tune's first-in-first-out; `history` = trials of earlier runs."""
-    from ray.tune.schedulers import FIFOScheduler
-
-    from orchestrator.search.asha import StudyScheduler
-
     search = spec.search
     if search.scheduler == "none":
         return FIFOScheduler()
@@ -160,8 +148,6 @@ def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
 
 def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:
     """The stages after the search: folds for leave-one-domain-out, confirmation on fresh seeds, FSR references."""
-    from orchestrator.search.stages import ConfirmStage, FoldStage
-
     stages: list[Stage] = []
     seed = spec.search.seed
     rule = spec.search.objective
@@ -189,8 +175,6 @@ def solved_in_closed_form(strategy: str, hparams: Mapping[str, Any], epochs: int
 
 
 def _best_by(spec: StudySpec, count: int, rule: str) -> Choose:
-    from orchestrator.results.selection import top_candidates
-
     return functools.partial(top_candidates, k=count, rule=rule, metrics=metrics_of(spec))
 
 
@@ -198,8 +182,6 @@ def references_of(
     spec: StudySpec, task: SharedTrialSettings, store: Store, references: Sequence[str]
 ) -> ReferenceStage:
     """The reference trials of FSR."""
-    from orchestrator.planning.fsr import STRATEGY, ReferenceStage
-
     diagnostics = spec.diagnostics
     return ReferenceStage(
         task=task,

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.ingest.pipeline import IngestRequest, survey
+from orchestrator.planning.build import LODO_CANDIDATES, entries_of, ingest_request
+from orchestrator.search.space import SearchSpace
+from orchestrator.study_file.rules import DIGITS_DOMAINS
+
 if TYPE_CHECKING:
     from orchestrator.ingest.assign import Assignment
     from orchestrator.ingest.source import Source
-    from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.schema import DataSpec, StudySpec
 
 
@@ -62,17 +66,12 @@ def space_of(spec: StudySpec) -> SearchSpace:
     Raises:
         ValueError: the budget is smaller than the sweeps and the default points.
     """
-    from orchestrator.planning.build import entries_of
-    from orchestrator.search.space import SearchSpace
-
     space = SearchSpace(entries_of(spec), spec.search.sampler)
     space.check_budget(spec.search.trials)
     return space
 
 
 def _folds(spec: StudySpec, search: int) -> int | None:
-    from orchestrator.planning.build import LODO_CANDIDATES
-
     if spec.search.objective != "leave_one_domain_out":
         return 0
     return min(LODO_CANDIDATES, search) * len(spec.data.id) if spec.data.id else None
@@ -80,8 +79,6 @@ def _folds(spec: StudySpec, search: int) -> int | None:
 
 def _references(spec: StudySpec) -> int | None:
     """One sample per reference and nested share beside the study's own; see `orchestrator.planning.fsr`."""
-    from orchestrator.study_file.rules import DIGITS_DOMAINS
-
     diagnostics = spec.diagnostics
     if not diagnostics.fsr:
         return 0
@@ -109,8 +106,6 @@ def examine(data: DataSpec) -> tuple[Source, Assignment]:
         DataError: the source is missing or has no images, a domain is missing or empty, a class is never ID or has too
             few images.
     """
-    from orchestrator.ingest.pipeline import IngestRequest, survey
-
     return survey(
         IngestRequest(
             source=data.source,
@@ -127,7 +122,5 @@ def examine(data: DataSpec) -> tuple[Source, Assignment]:
 
 def store_bytes(spec: StudySpec, images: int, trials: int) -> int:
     """Estimated bytes of the data store (uint8 pixels at the stored side) and of the records of all trials."""
-    from orchestrator.planning.build import ingest_request
-
     side = ingest_request(spec).image_size
     return int(images * side * side * 3 * OVERHEAD) + trials * TRIAL_BYTES

@@ -1,4 +1,4 @@
-"""FSR's reference trials, and the first λ that an earlier FSR suggests to a search: λ ≈ 1/FSR (Tan et al., 2025).
+"""FSR's reference trials, and the first λ of a search from an earlier FSR: λ ≈ 1/FSR (Tan et al., 2025).
 
 Reference trials repeat one LayerNorm tuning on other samples of training images, after the search. They are recorded in
 the study's own journal only: a search reads them whenever it starts, from this study or from the one that
@@ -19,6 +19,7 @@ from orchestrator.errors import PreflightError, Problem
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord, fold, study_header
 from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, estimates, suggested
+from orchestrator.results.selection import per_label
 from orchestrator.search.stages import Entry, trial
 from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, ood_domain
 from trainables.specs.seeds import stream_seed
@@ -121,8 +122,6 @@ class ReferenceStage:
         return label, {key: value for key, value in hparams.items() if key not in DROPPED} | PLAIN
 
     def _best(self, records: Sequence[TrialRecord]) -> TrialRecord | None:
-        from orchestrator.results.selection import per_label
-
         if not any(r.role == "search" and r.state == "complete" for r in records):
             return None
         try:
@@ -132,8 +131,6 @@ class ReferenceStage:
         return next(iter(choices.values())).record
 
     def _default(self) -> tuple[str, dict[str, Any]]:
-        import search_spaces
-
         if self.entry is None:
             return STRATEGY, search_spaces.default_point(STRATEGY)
         swept = {} if self.entry.preset is None else search_spaces.preset(STRATEGY, self.entry.preset).fixed

@@ -1,12 +1,26 @@
-"""Plan of a study: its trials, budget and disk space, and what would be trained. No compute is spent on it."""
+"""Plan of a study: its trials, budget, disk space and trained parameters.
+
+No compute is spent on it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optuna.distributions import CategoricalDistribution
+from rich.markup import escape
+from rich.table import Table
+
+import search_spaces
+from orchestrator.ingest.errors import first_few
+from orchestrator.planning.build import rungs_of
+from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
+from orchestrator.planning.preflight import layer_kinds
+from orchestrator.record.records import metrics_of
 from orchestrator.wording import counted
 from trainables.specs.metrics import ood_domain
 
@@ -84,9 +98,6 @@ class Plan:
 
     def render(self, console: Console) -> None:
         """Print the plan."""
-        from rich.markup import escape
-        from rich.table import Table
-
         table = Table(title=f"{self.study}: what would be trained", title_justify="left")
         for column in ("entry", "trials given", "searched (default; range)", "fixed"):
             table.add_column(column, overflow="fold")
@@ -120,8 +131,6 @@ class Plan:
         ]
 
     def _images(self) -> str:
-        from orchestrator.ingest.errors import first_few
-
         domains = {ood_domain(split): count for split, count in self.splits.items()}
         ood = first_few([f"{count:,} of {domain}" for domain, count in domains.items() if domain is not None]) or "none"
         train, val, test = (f"{self.splits[name]:,}" for name in ("train", "val", "test"))
@@ -137,13 +146,6 @@ class Plan:
 
 def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
-    from pathlib import Path
-
-    from orchestrator.planning.build import rungs_of
-    from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
-    from orchestrator.planning.preflight import layer_kinds
-    from orchestrator.record.records import metrics_of
-
     space = space_of(spec)
     search = spec.search
     data = spec.data
@@ -183,8 +185,6 @@ def make_plan(spec: StudySpec) -> Plan:
 
 
 def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchSpace) -> PlannedEntry:
-    import search_spaces
-
     preset = space.presets.get(label)
     if preset is not None:
         swept: dict[str, list[Any]] = {}
@@ -202,8 +202,6 @@ def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchS
 
 def range_in_words(hyperparameter: Hyperparameter) -> str:
     """A hyperparameter's default and range: `0.003; 0.0001 to 0.3, log`."""
-    from optuna.distributions import CategoricalDistribution
-
     distribution: Any = hyperparameter.distribution
     if isinstance(distribution, CategoricalDistribution):
         return f"{hyperparameter.default}; {', '.join(map(str, distribution.choices))}"

@@ -1,18 +1,36 @@
-"""Checks of a study before any compute is spent: no cluster is started and no image is decoded."""
+"""Checks of a study before any compute is spent.
+
+No cluster is started and no image is decoded.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+
 import search_spaces
+from orchestrator.cluster.resources import check_resources
 from orchestrator.errors import PreflightError, Problem, did_you_mean
+from orchestrator.planning.build import model_of
+from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
-from orchestrator.study_file.rules import domain_problems, network_problems
+from orchestrator.study_file.rules import DIGITS_DOMAINS, domain_problems, network_problems
 from orchestrator.study_file.schema import StrategyEntry, StudySpec
+from orchestrator.tracking.client import access_problems
+from trainables import strategy_class
+from trainables.data.transforms import AUGMENTATIONS
+from trainables.demo.backbones import NETWORKS, architecture
+from trainables.diagnostics.norm_shift import batch_norms, layer_norms
+from trainables.engine.budget import BudgetPlan
+from trainables.models.backbone import check_model
+from trainables.models.transformer_blocks import find_blocks
 
 
 def preflight(spec: StudySpec) -> None:
@@ -43,15 +61,10 @@ def preflight(spec: StudySpec) -> None:
 def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     data = spec.data
     if data.augment:
-        from trainables.data.transforms import AUGMENTATIONS
-
         for index, name in enumerate(data.augment):
             if name not in AUGMENTATIONS:
                 rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
                 yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
-    from orchestrator.planning.estimates import examine
-    from orchestrator.study_file.rules import DIGITS_DOMAINS
-
     ood: Collection[str] = data.ood or DIGITS_DOMAINS
     if data.source != "digits":
         try:
@@ -69,10 +82,6 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.planning.build import model_of
-    from trainables import strategy_class
-    from trainables.models.backbone import check_model
-
     try:
         check_model(model_of(spec))
     except ValueError as error:
@@ -94,10 +103,6 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
 
 def _package_problems(spec: StudySpec) -> Iterator[Problem]:
     """Optional packages that a strategy needs and this machine lacks."""
-    from importlib.util import find_spec
-
-    from trainables import strategy_class
-
     for index, entry in enumerate(spec.strategies):
         for package, extra in strategy_class(entry.name).packages.items():
             if find_spec(package) is None:
@@ -115,13 +120,6 @@ def layer_kinds(model: str) -> frozenset[str]:
     Args:
         model: a name that `trainables.models.backbone.check_model` accepts.
     """
-    import timm
-    import torch
-
-    from trainables.demo.backbones import NETWORKS, architecture
-    from trainables.diagnostics.norm_shift import batch_norms, layer_norms
-    from trainables.models.transformer_blocks import find_blocks
-
     with torch.device("meta"):
         network = architecture(model) if model in NETWORKS else timm.create_model(model, pretrained=False)
     norms = {"layer_norm": layer_norms(network), "batch_norm": batch_norms(network)}
@@ -135,8 +133,6 @@ def layer_kinds(model: str) -> frozenset[str]:
 
 
 def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.planning.estimates import space_of
-
     try:
         space_of(spec)
     except ValueError as error:
@@ -145,9 +141,6 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
     """Budgets that a strategy rejects, at its default point or at a choice of the search."""
-    from trainables import strategy_class
-    from trainables.engine.budget import BudgetPlan
-
     for index, entry in enumerate(spec.strategies):
         for hparams in _points(entry):
             try:
@@ -173,10 +166,6 @@ def _points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
 def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return
-    import torch
-
-    from orchestrator.cluster.resources import check_resources
-
     gpus = 0.0 if spec.resources.gpus == "auto" else float(spec.resources.gpus)
     here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     try:
@@ -199,6 +188,4 @@ def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _tracking_problems(spec: StudySpec) -> Iterator[Problem]:
-    from orchestrator.tracking.client import access_problems
-
     yield from access_problems(spec.tracking_uri, spec.experiment)

@@ -1,1 +1,4 @@
-"""A study's record: the append-only journal, and what can be known from it alone. Nothing here runs anything."""
+"""A study's record: the append-only journal, and what follows from it alone.
+
+Nothing here runs anything.
+"""

@@ -47,6 +47,7 @@ def code_digest() -> str:
         root = resources.files(package)
         with resources.as_file(root) as folder:
             for file in sorted(folder.rglob("*.py")):
+                # Names too: a file that moves, or is renamed into a strategy, changes what trials compute.
                 digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -141,6 +142,7 @@ def check_changes(
     if not before:
         return []
     differences = changes(before, now)
+    # Before the first trial there is no number that a change could make incomparable.
     started = any(event["kind"] == "trial_started" for event in events)
     refused = [c for c in differences if not c.harmless and not any(_covers(key, c.key) for key in allowed)]
     if refused and started:

@@ -21,7 +21,9 @@ def checkpoint_folder(study: Path, number: int) -> Path:
 
 
 def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
-    """Request an immediate checkpoint from running trials, also in the middle of a unit, and wait for it.
+    """Request immediate checkpoints from running trials, and wait for them.
+
+    Also in the middle of a unit.
 
     A trial that is not training at the moment (it evaluates, or hangs) does not respond.
 
@@ -54,10 +56,14 @@ def _pending(requests: Iterable[Path]) -> set[Path]:
 
 
 def discard(study: Path, number: int) -> None:
-    """Remove the checkpoints of a trial that has ended; a process that still writes them loses its fencing token."""
+    """Remove the checkpoints of a trial that has ended.
+
+    A process that still writes them loses its fencing token.
+    """
     folder = checkpoint_folder(study, number)
     gone = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(FileNotFoundError):
+        # In one step: a process that still writes finds neither its folder nor its token, and stops.
         os.rename(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 

@@ -1,4 +1,6 @@
-"""Append-only journal of a study: one JSON object per line, synced to disk before any listener is called.
+"""Append-only, durable journal of a study: one JSON object per line.
+
+An event is synced to disk before any listener is called.
 
 Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decreasing, even if the clock is set back) and
 `kind`; its line ends with a checksum. The kinds are
@@ -58,6 +60,7 @@ def encode(event: Mapping[str, Any]) -> bytes:
         ValueError: a number is not finite.
     """
     text = json.dumps(event, allow_nan=False, ensure_ascii=False).encode()
+    # The checksum is of the event without it: `decode` puts those bytes together again.
     return text[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(text)
 
 
@@ -146,6 +149,7 @@ class Journal:
         with self._mutex:
             if self._descriptor is None:
                 self._open()
+            # The clock may have been set back since the last event.
             now = max(time.time(), self._latest)
             event: Event = {"seq": self._next, "time": now, "kind": kind} | _plain(fields)
             if kind == "study_started":
@@ -153,6 +157,7 @@ class Journal:
             event |= {name: redact(str(event[name])) for name in FREE_TEXT if event.get(name) is not None}
             fault_point("before_event", event=kind, seq=self._next)
             self._write(encode(event))
+            # After the write: an event that could not be written leaves its number to the next one.
             self._next += 1
             self._latest = now
             fault_point("after_event", event=kind, seq=event["seq"])
@@ -199,6 +204,7 @@ class Journal:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not thread-local: the thread that closes a journal may be another than the one that opened it.
         self._lock = FileLock(f"{self.path}.lock", timeout=0, thread_local=False)
         try:
             self._lock.acquire()
@@ -209,6 +215,7 @@ class Journal:
             ) from None
         try:
             events, self._end = read_from(self.path, 0) if self.path.exists() else ([], 0)
+            # O_APPEND: writes go to the end of the file, also after a torn line was cut off.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             os.ftruncate(self._descriptor, self._end)
             sync(self.path.parent)  # the file's name, too, must survive a power cut
@@ -233,17 +240,21 @@ class Journal:
         assert self._descriptor is not None
         try:
             rest = memoryview(line)
+            # `os.write` may write a part only, as on a disk that is almost full.
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
             os.fsync(self._descriptor)
         except OSError:
+            # What was written of the line is cut off again: the next event must begin on a line of its own.
             with contextlib.suppress(OSError):  # the original failure is the one to report
                 os.ftruncate(self._descriptor, self._end)
             raise
 
 
 def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[list[Event], int]:
-    """Complete events between byte `offset` and `end` (None = the end of the file), and the offset after the last one.
+    """Complete events from byte `offset` on, and the offset after the last.
+
+    Up to `end`; None = the end of the file.
 
     A torn last line (no newline, or not JSON) is left out; a later call returns it once it is complete.
 
@@ -259,6 +270,7 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
         try:
             event = decode(line)
         except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
+            # A crash tears the last line only; a damaged one before it was damaged later.
             if index == len(lines) - 1:
                 break
             raise JournalError(

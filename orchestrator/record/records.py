@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from trainables import strategies
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
 
 State = Literal["suggested", "running", "complete", "pruned", "failed"]
@@ -98,7 +99,9 @@ def metrics_of(study: object) -> TaskMetrics:
 
 
 def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
-    """The selection metric on ID validation, of the tested weights where there are any, else after the last unit.
+    """The selection metric on ID validation, of the weights that count.
+
+    Of the tested weights where there are any, else after the last unit.
 
     Returns:
         The metric as recorded; None where it is missing or not finite.
@@ -109,8 +112,6 @@ def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
 
 @cache
 def _strategy_groups() -> frozenset[str]:
-    from trainables import strategies
-
     return frozenset(strategies())
 
 
@@ -148,6 +149,7 @@ def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
             earlier = trials.pop(same[identity], None) if identity in same else None
             same[identity] = record.trial_id
             if earlier is not None:
+                # Tune gives a resumed trial a new id.
                 record = dataclasses.replace(earlier, trial_id=record.trial_id, state="suggested")
             trials[record.trial_id] = record
             continue

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.curve_plot import BLACK, GREY, PALETTE
 from orchestrator.results.leaderboard import ENDS
@@ -17,7 +20,6 @@ from trainables.specs.metrics import CLASSIFICATION, Metric, TaskMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Row = Mapping[Any, Any]
 
@@ -104,8 +106,6 @@ def training(
         curves[label] = [curve for curve in runs if curve]
     if not any(curves.values()):
         return None
-    from matplotlib.ticker import MaxNLocator
-
     figure = _figure(5.4, 4.0)
     axes = figure.subplots()
     for label, runs in curves.items():
@@ -194,15 +194,11 @@ def _sides(row: Row, name: str, metric: Metric) -> list[list[float]] | None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height))
 
 
 def _log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
     """Logarithmic axis over whole decades, so that it always has two tick labels."""
-    from matplotlib.ticker import NullFormatter
-
     low = math.floor(math.log10(min(values)) - 0.05)
     high = math.ceil(math.log10(max(values)) + 0.05)
     axes.set(**{f"{which}scale": "log", f"{which}lim": (10.0**low, 10.0**high)})

@@ -13,8 +13,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
+from jinja2 import Environment
 
 from orchestrator.errors import redact
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header
@@ -208,20 +212,14 @@ def _failures(records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:
-    import yaml
-
     return redact(yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True))
 
 
 @functools.cache
 def _template() -> Template:
-    from jinja2 import Environment
-
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_source("report.html"))
 
 
 @functools.cache
 def _source(name: str) -> str:
-    from importlib.resources import files
-
     return (files("orchestrator.report") / name).read_text(encoding="utf-8")

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
 from trainables.specs.metrics import CLASSIFICATION, OOD_MEAN, OOD_WORST, TEST, VAL, TaskMetrics, ood_domain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -80,8 +81,6 @@ def figure_of(
     Raises:
         ValueError: no column can be drawn.
     """
-    from matplotlib.figure import Figure
-
     columns: Columns = curve["columns"]
     x_name, x = next(iter(columns.items()))
     panels = _panels(columns, metrics)
@@ -161,7 +160,7 @@ def _panels(columns: Columns, metrics: TaskMetrics) -> list[_Panel]:
 
 
 def _column(name: str, metrics: TaskMetrics) -> tuple[str, float, str | None]:
-    """(title of the y axis, scale, name in the legend) of a column; the name is None if the column is not drawn."""
+    """Title of the y axis, scale and legend entry of a column; no entry = not drawn."""
     split, _, key = name.rpartition("/")
     for metric in metrics.metrics:
         if name == metric.test_name:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import kendalltau
+
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.comparison import Competitor, Score, Standing, compare, competitors, standing
 from orchestrator.results.curves import chosen_at
@@ -222,6 +224,7 @@ def _effect(entry: Competitor, factor: InterpolationFactor, name: str) -> Score 
         values = columns.get(name)
         if chosen is None or values is None:
             continue
+        # A chosen value need not be the grid's number to the last bit.
         points = {round(float(x), 6): value for x, value in zip(columns[factor.column], values, strict=True)}
         at_chosen = points.get(round(chosen, 6))
         at_one = points.get(1.0)
@@ -340,6 +343,7 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None, metrics: Tas
             f"{head} reaches {reached.text(metric)} on the ID test; full fine-tuning itself gains nothing over linear "
             f"probing ({full.text(metric)} against {probe.text(metric)}), so that there is no share of a gain to tell"
         )
+    # Also without a conclusion: a share of a difference that may be chance means nothing.
     comparison = compare(full_entry, probe_entry, metrics.test)
     if comparison is None or not comparison.over_both or comparison.difference.contains_zero:
         reason = comparison.mark().strip(" ()") if comparison is not None else "no value"
@@ -385,10 +389,9 @@ def _distortion_and_ood(cosines: Sequence[tuple[Competitor, float]], metrics: Ta
     pairs = [(cosine, metrics.selection.score(score.mean)) for cosine, score in scored if score is not None]
     distinct_cosines = len({cosine for cosine, _ in pairs})
     distinct_scores = len({score for _, score in pairs})
+    # Of four entries Kendall's τ cannot reach p < 0.05 (2 / 4! = 0.083); of ties alone it is undefined.
     if len(pairs) < MIN_ENTRIES or distinct_cosines < 3 or distinct_scores < 2:
         return
-    from scipy.stats import kendalltau
-
     tau, p = kendalltau(*zip(*pairs, strict=True))
     over = f"Over {len(pairs)} entries"
     numbers = f"(Kendall's τ {tau:+.2f}, p {p:.2f})"

@@ -73,8 +73,11 @@ class ShiftLimit:
             raise ValueError(f"an extrapolation needs samples of three different sizes, but they have {got} images.")
         self.images = images
         self._scale = float(np.exp(np.log(images).mean()))
+        # Scaled by the geometric mean of the sizes: powers of raw image counts would make the least squares ill-
+        # conditioned.
         powers = (images / self._scale) ** -EXPONENTS[:, None]
         self._designs = np.stack([np.ones_like(powers), -powers], axis=2)  # (c, k, 2)
+        # Once per set of sizes, since a bootstrap solves a thousand times for the same designs.
         self._solvers = np.linalg.pinv(self._designs)  # (c, 2, k)
 
     def fit(self, shifts: Floats) -> Fit:
@@ -92,6 +95,7 @@ class ShiftLimit:
         unbounded = (exponents <= EXPONENTS[0]) | (limits <= 0)
         with np.errstate(divide="ignore"):
             shares = shifts[:, index] / limits
+        # The limit of a curve that grows without bound is infinite, so the share is 0.
         shares[(slopes > 0) & unbounded] = 0.0
         shares[(slopes < 0) & unbounded] = np.inf
         return shares
@@ -133,6 +137,7 @@ class ShiftLimit:
         """a and b (for powers of n/scale) and c, each (d,), for rows of shifts (d, k)."""
         solutions = np.einsum("cik,dk->dci", self._solvers, shifts)
         residuals = np.einsum("cki,dci->dck", self._designs, solutions) - shifts[:, None]
+        # Of exponents that fit equally well the largest is taken: `argmax` over the reversed axis finds it.
         errors = np.square(residuals).sum(axis=2)  # (d, c)
         tied = errors <= errors.min(axis=1, keepdims=True) * (1 + 1e-9) + 1e-18
         best = len(EXPONENTS) - 1 - np.argmax(tied[:, ::-1], axis=1)
@@ -291,6 +296,7 @@ def reference_samples(records: Iterable[TrialRecord]) -> Samples:
     """The reference trials that `estimates` uses."""
     runs = [r for r in records if r.role == "reference" and r.state == "complete" and r.metric(SHIFT) is not None]
     samples: dict[str, dict[int, TrialRecord]] = defaultdict(dict)
+    # A continued study may have references of a former best configuration; the two must not be mixed.
     latest = max(runs, key=lambda r: r.number).config_hash if runs else None
     for record in runs:
         if record.config_hash == latest and record.sample is not None:
@@ -299,7 +305,9 @@ def reference_samples(records: Iterable[TrialRecord]) -> Samples:
 
 
 def suggested(ratios: Sequence[FsrEstimate]) -> FsrEstimate | None:
-    """The estimate for a first guess of λ: the full pool's, else the extrapolation's; None where λ = 1 is the guess.
+    """The estimate that a first λ is taken from; None = λ = 1.
+
+    The full pool's, else the extrapolation's.
 
     Oracles are excluded, since they have seen test labels, and so are estimates with a note or without an interval.
     """
@@ -324,6 +332,7 @@ def _shift(record: TrialRecord) -> float:
 
 def _ratio(reference: str, own: Mapping[int, TrialRecord], other: Mapping[int, TrialRecord]) -> FsrEstimate:
     """Mean over seeds of the ratio of two trials of equal seed, so that effects of the seed cancel."""
+    # Seeds that only one of the two samples has are left out: a pair differs in the sample alone.
     pairs = {seed: (_shift(own[seed]), _shift(other[seed])) for seed in sorted(own.keys() & other.keys())}
     if not pairs:
         return FsrEstimate(reference, math.nan, note="no seed has a trial on both samples.")

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich import box
+from rich.table import Table
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.comparison import Competitor, Score, competitor
@@ -271,9 +273,6 @@ def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -
 
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
     """Print the leaderboard, the costs, and the configuration of each row below it."""
-    from rich import box
-    from rich.table import Table
-
     wide = has_gains(rows) and console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold")
@@ -298,9 +297,6 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
 
 def _print_costs(console: Console, rows: Sequence[Row]) -> None:
     """Print what each entry costs; columns that no entry has a number for are left out."""
-    from rich import box
-    from rich.table import Table
-
     texts = [costs(row) for row in rows]
     present = [index for index in range(len(COST_TITLES)) if any(line[index] != "-" for line in texts)]
     if not present:

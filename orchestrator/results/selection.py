@@ -105,6 +105,7 @@ def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = 
         Choice(
             rule="leave_one_domain_out",
             record=record,
+            # A mean of means: every domain counts once, however many folds it has.
             value=_mean(_mean(values) for values in folds[record.config_hash].values()),
             criterion=metrics.held_out,
             seeds=len(confirmations(records, record.config_hash)),
@@ -228,6 +229,7 @@ def top_candidates(
         raise ValueError(f"The number of candidates must be 0 or more, but got {k}.")
     ranked = rank([record for record in records if record.role != "confirm"], rule, metrics)
     first = {id(choice) for choice in _best_of_each_label(ranked).values()}
+    # Every label gets a confirmation before any gets a second one: a table of one strategy compares nothing.
     ordered = sorted(ranked, key=lambda choice: id(choice) not in first)  # stable: keeps the ranks
     return [choice.record for choice in ordered[:k]]
 
@@ -239,6 +241,7 @@ def candidates(records: Iterable[TrialRecord]) -> list[TrialRecord]:
         ValueError: there is none.
     """
     search = sorted((r for r in records if r.role == "search"), key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a configuration is the one that stays in the dict.
     distinct = {r.config_hash or r.trial_id: r for r in reversed(search) if r.state == "complete"}
     if not distinct:
         states = Counter(r.state for r in search)
@@ -254,6 +257,7 @@ def confirmations(records: Iterable[TrialRecord], config_hash: str) -> list[Tria
     """The complete confirmations of a configuration, one per seed (the earliest), in order of their numbers."""
     of_configuration = [r for r in records if r.config_hash == config_hash and r.role == "confirm"]
     complete = sorted((r for r in of_configuration if r.state == "complete"), key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a seed is the one that stays in the dict.
     by_seed = {r.seed: r for r in reversed(complete)}
     return sorted(by_seed.values(), key=lambda r: r.number)
 
@@ -339,4 +343,5 @@ def _best_of_each_label(ranked: Iterable[Choice]) -> dict[str, Choice]:
 
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
+    # Exact, so that the order in which concurrent trials ended does not change a mean's last bit.
     return math.fsum(numbers) / len(numbers)

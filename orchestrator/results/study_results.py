@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import search_spaces
 from orchestrator.record.records import INTERRUPTED, TrialRecord, metrics_of
 from orchestrator.results import selection
 from orchestrator.results.choice import Decision, decide
@@ -214,8 +215,6 @@ class Results:
         return " (ORACLE: looks at test data, an upper bound)" if self.rule == "oracle" else ""
 
     def _edges(self) -> list[str]:
-        import search_spaces
-
         entries = {str(_field(entry, "label")): entry for entry in _field(self.spec, "strategies") or ()}
         sentences = []
         for label, record in self._chosen().items():

@@ -29,7 +29,9 @@ class LostClusterError(OSError):
 
 
 class ClusterWatch(Callback):  # type: ignore[misc]  # ray is untyped
-    """Checks the processes of a local cluster at every step of Tune's loop; a joined cluster is left to its owner.
+    """Checks a local cluster's processes at every step of Tune's loop.
+
+    A joined cluster is left to its owner.
 
     Args:
         ended: names and exit codes of the processes of the cluster that have ended.

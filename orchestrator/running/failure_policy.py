@@ -1,4 +1,4 @@
-"""Failures: the reason of a trial's failure, a circuit breaker over trials, and disk errors of the whole run."""
+"""Failures: reasons of trials, a circuit breaker over trials, disk errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def classify(text: str) -> str:
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Whether the text of a failure is that of a process killed because its machine ran out of memory."""
+    """Whether a failure's text is that of a process killed for its machine's memory."""
     return classify(text) == "host_oom"
 
 
@@ -208,7 +208,9 @@ class DiskError(OSError):
 
 @contextlib.contextmanager
 def report_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise one `DiskError` for a full or failing disk, or a removed journal, whichever component met it first.
+    """Raise one `DiskError` for a full or failing disk, or a removed journal.
+
+    Whichever component met it first.
 
     SQLite, the journal, checkpoints and the report each raise errors of their own for it. Other errors pass.
 
@@ -234,8 +236,10 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _is_full(error: BaseException) -> bool | None:
-    """Whether an error, or one that it came from, is that of a full disk (True) or a failing one (False); None = it is
-    neither."""
+    """Whether an error comes from a full disk (True) or a failing one (False).
+
+    Its causes and contexts count, too. None = neither.
+    """
     visited: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -246,6 +250,7 @@ def _is_full(error: BaseException) -> bool | None:
         waiting += [cause.__cause__, cause.__context__]
         number = cause.errno if isinstance(cause, OSError) else None
         text = str(cause)
+        # By the text, too: SQLite's errors carry no error number of the system.
         if number in _FULL_NUMBERS or any(part in text for part in _FULL):
             return True
         if number in _FAILING_NUMBERS or any(part in text for part in _FAILING):

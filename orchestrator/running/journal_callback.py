@@ -20,6 +20,7 @@ from orchestrator.record.records import INTERRUPTED, RESUMED, declared_metrics, 
 from orchestrator.running.failure_policy import classify, error_line
 from orchestrator.running.progress import Progress
 from trainables.specs.metrics import is_cost
+from trainables.specs.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -28,7 +29,10 @@ logger = logging.getLogger("luthier")
 
 
 def _never_raises(hook: Callable[..., None]) -> Callable[..., None]:
-    """Turn an exception of a hook into an entry of `problems` and a line of the log; `JournalWriteError` passes."""
+    """Turn an exception of a hook into a problem and a line of the log.
+
+    `JournalWriteError` passes.
+    """
 
     @functools.wraps(hook)
     def guarded(self: RecordCallback, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +95,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         """Record that an attempt of a trial starts."""
         if not self.journal.knows(trial.trial_id):
             self.journal.append("trial_suggested", **_announcement(trial))
+        # A retry may run on another machine.
         self._located.discard(trial.trial_id)
         self.journal.append("trial_started", trial_id=trial.trial_id, node=None, pid=None)
 
@@ -109,6 +114,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         unit = int(result.get("unit") or result["training_iteration"])
         metrics = declared_metrics(result)
         history = self._histories.setdefault(trial.config.get("_number", trial.trial_id), [])
+        # Costs are left out of the comparison: they differ where a resumed trial repeats the unit itself.
         if any(past["unit"] == unit and _same(past, metrics) for past in history):
             return
         details: dict[str, Any] = {}
@@ -179,8 +185,6 @@ def _same(past: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
 
 
 def _announcement(trial: Trial) -> dict[str, Any]:
-    from trainables.specs.trial_spec import TrialSpec
-
     config = trial.config
     spec = TrialSpec.from_dict(config)
     return {

@@ -1,5 +1,7 @@
-"""Measurements of a study as a whole: the plasticity of the pretrained network at its start, FSR once its reference
-trials have ended."""
+"""Measurements of a study as a whole.
+
+The plasticity of the pretrained network at its start, and FSR once its reference trials have ended.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,12 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import ray
+
+from orchestrator.planning.preflight import layer_kinds
 from orchestrator.record.records import fold, measurements
 from orchestrator.results.fsr import estimates, study_metrics
+from trainables.engine.start_plasticity import pretrained_plasticity
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
@@ -23,7 +29,9 @@ PLASTICITY = "plasticity"
 
 
 def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]) -> None:
-    """Measure plasticity if the study asks for it and the journal has none yet. Blocks; needs a connected cluster.
+    """Measure plasticity if the study asks for it and the journal has none.
+
+    Blocks; needs a connected cluster.
 
     A network whose components are not defined has no plasticity, which is logged. Any other failure is a warning: the
     study is worth running without it.
@@ -31,9 +39,6 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
     Args:
         request: resources of a trial (`cpu`, `gpu`), which the measurement requests too.
     """
-    from orchestrator.planning.preflight import layer_kinds
-    from orchestrator.record.records import measurements
-
     if not spec.diagnostics.plasticity or PLASTICITY in measurements(journal.events()):
         return
     if "transformer_block" not in layer_kinds(spec.model.name):
@@ -57,43 +62,12 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
 
 
 def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
-    import ray
-
     cpus = request.get("cpu", 1.0)
     gpus = request.get("gpu", 0.0)
     # The process ends with its one task, and with it the memory that it holds on a GPU.
     measure = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)(pretrained_plasticity)
     measurement: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
     return measurement
-
-
-def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None) -> dict[str, Any]:
-    """`metrics` and `curves` of the pretrained network's plasticity, in this process.
-
-    Args:
-        task: the settings that all trials share; its probe, source and pairs are used.
-        threads: of torch on the CPU; None = unchanged.
-
-    Raises:
-        ValueError: see `trainables.diagnostics.plasticity.plasticity_of`.
-    """
-    import torch
-
-    from trainables.data.trial_data import TrialData
-    from trainables.diagnostics.plasticity import plasticity_of
-    from trainables.engine.process_cache import on_device, open_store, pretrained_for
-    from trainables.specs.measurements import split_report
-    from trainables.specs.trial_spec import TrialSpec
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = open_store(task.store)
-    backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
-    spec = TrialSpec(shared=task, strategy="linear_probe")
-    data = TrialData(spec, store, backbone, device, reference=on_device(backbone, device).module)
-    metrics, curves = split_report(plasticity_of(data).record())
-    return {"metrics": metrics, "curves": {name: curve.to_dict() for name, curve in curves.items()}}
 
 
 FSR = "fsr"

@@ -1,5 +1,8 @@
-"""Progress displays: of a study (a live table on a terminal, else one line per event), and of reading many images (a
-bar on a terminal, else a line every ten seconds)."""
+"""Progress displays of a study and of reading many images.
+
+A study has a live table on a terminal, else one line per event; reading has a bar on a terminal, else a line every ten
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -119,10 +122,14 @@ class Progress:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the study ends at the rate so far; None until a trial has ended or if the total is unknown."""
+        """Seconds until the study ends, at the rate so far.
+
+        None until a trial has ended or if the total is unknown.
+        """
         ended = sum(not r.unfinished for r in self._snapshot())
         if not ended or self.trials is None:
             return None
+        # Running trials count by the share of their units that is done.
         running = sum(r.unit / (self._units(r) or math.inf) for r in self._snapshot() if r.unfinished)
         return (time.monotonic() - self._began) * max(self.trials - ended - running, 0.0) / (ended + running)
 

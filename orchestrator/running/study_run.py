@@ -1,4 +1,7 @@
-"""One run of a study on a cluster: the searcher proposes trials, Tune runs them, every event is journalled."""
+"""One run of a study on a cluster.
+
+The searcher proposes trials, Tune runs them, every event is journalled.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray import tune
+
+from orchestrator.cluster.connection import connect
 from orchestrator.errors import redact
-from orchestrator.planning.build import make_scheduler, planned_units, settings_of, stages_of
+from orchestrator.planning.build import make_scheduler, planned_units, settings_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
+from orchestrator.ray_internals import (
+    actor_failures_as_trial_failures,
+    in_memory_tune_storage,
+    without_tune_files,
+)
 from orchestrator.record.changes import check_changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
-from orchestrator.running.failure_policy import report_disk_errors
-from orchestrator.running.measure import record_fsr
+from orchestrator.record.journal import Journal, fold
+from orchestrator.running.cluster_watch import ClusterWatch
+from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory, report_disk_errors
+from orchestrator.running.journal_callback import RecordCallback, close_open_trials
+from orchestrator.running.measure import measure_start, record_fsr
+from orchestrator.running.progress import Progress
+from orchestrator.running.tracking_process import follow
+from orchestrator.running.watchdog import Watchdog
+from orchestrator.search.searcher import StudySearcher
 from orchestrator.study_file.yaml_text import write_yaml
+from trainables.engine.tune_trainable import TuneTrainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from orchestrator.record.journal import Journal
-    from orchestrator.running.progress import Progress
-    from orchestrator.search.searcher import StudySearcher
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
@@ -39,15 +55,17 @@ CHECKPOINT_WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of a study: its specification, its folder, its data and the settings that all trials share."""
+    """One run of a study: specification, folder, data and shared settings."""
 
     spec: StudySpec
     folder: Path
     store: Store
     task: SharedTrialSettings
+    stages: Sequence[Stage]
+    """What runs after the search."""
+    search: bool = True
+    """Whether trials are searched; False = the stages alone."""
     progress: bool = True
-    stages: Sequence[Stage] | None = None
-    """The stages to run, without the search; None = the whole study."""
     allow_change: Collection[str] = ()
     """Keys that may differ from the last run (`orchestrator.record.changes`)."""
 
@@ -59,16 +77,12 @@ class StudyRun:
             ChangedStudyError: the study in the folder is another one; nothing was written.
             DiskError: the folder's disk is full or fails.
         """
-        from orchestrator.cluster.connection import connect
-        from orchestrator.record.journal import Journal, fold
-        from orchestrator.running.journal_callback import close_open_trials
-        from orchestrator.running.measure import measure_start
-
         with report_disk_errors(self.folder), contextlib.ExitStack() as opened:
             # The journal's lock admits one driver, so it comes before anything that writes.
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
-            hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.stages is None else Hints()
+            hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.search else Hints()
+            # After the check: a refused run leaves the copy of the study that the folder holds.
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
             cluster = opened.enter_context(connect())
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
@@ -80,7 +94,7 @@ class StudyRun:
                 resources = {**request, "concurrent": concurrent}
                 changes = {change.key: [change.was, change.now] for change in changed}
                 journal.append("study_started", **self._facts(), resources=resources, changed=changes, **hints.fields())
-                if self.stages is None:
+                if self.search:
                     measure_start(self.spec, self.task, journal, request)
                 searcher = self._searcher(journal, hints, any(not change.harmless for change in changed))
                 self._tune(journal, searcher, progress, request, concurrent)
@@ -94,20 +108,6 @@ class StudyRun:
         request: dict[str, float],
         concurrent: int,
     ) -> None:
-        from ray import tune
-
-        from orchestrator.ray_internals import (
-            actor_failures_as_trial_failures,
-            in_memory_tune_storage,
-            without_tune_files,
-        )
-        from orchestrator.record.journal import fold
-        from orchestrator.running.cluster_watch import ClusterWatch
-        from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory
-        from orchestrator.running.journal_callback import RecordCallback
-        from orchestrator.running.watchdog import Watchdog
-        from trainables.engine.tune_trainable import TuneTrainable
-
         history = fold(journal.events())
         limits = self.spec.failures
         watchdog = Watchdog(limits, asdict(self.task), history)
@@ -120,8 +120,10 @@ class StudyRun:
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=make_scheduler(self.spec, history),
+                # No limit for Tune: the searcher ends the run.
                 num_samples=-1,
                 max_concurrent_trials=concurrent,
+                # A process keeps opened data and pretrained weights for its next trial.
                 reuse_actors=True,
                 trial_dirname_creator=_trial_folder,
             ),
@@ -131,6 +133,7 @@ class StudyRun:
                 callbacks=[callback, watchdog, ClusterWatch()],
                 stop=breaker,
                 failure_config=tune.FailureConfig(max_failures=limits.retries),
+                # Trials write checkpoints of their own; Tune's would be a second copy.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
                 verbose=0,
             ),
@@ -146,19 +149,18 @@ class StudyRun:
             searcher.close()
             for problem in callback.problems:
                 log.error("The journal of this run is incomplete: %s", problem)
+        # A Stopper that ends a run is no error for Tune: `fit` returns as if the study were complete.
         breaker.check()
 
     def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:
-        from orchestrator.search.searcher import StudySearcher
-
         spec = self.spec
         return StudySearcher(
             settings_of(spec, self.task, hints.values),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
-            stages=stages_of(spec, self.task, self.store) if self.stages is None else self.stages,
+            stages=self.stages,
             journal=journal,
-            searching=self.stages is None,
+            searching=self.search,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             changed=changed,
         )
@@ -183,12 +185,9 @@ class StudyRun:
     @contextlib.contextmanager
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:
         """Run MLflow's delivery and the progress display for the length of a block."""
-        from orchestrator.running.progress import Progress
-        from orchestrator.running.tracking_process import follow
-
         display = None
         if self.progress:
-            trials = count_trials(self.spec).total if self.stages is None else None
+            trials = count_trials(self.spec).total if self.search else None
             display = Progress(trials=trials, epochs=self.task.epochs, units=planned_units(self.task))
             journal.subscribe(display.event)
         with follow(self.spec, journal), display or contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""Stall detection: kills the process of a hung trial, so that Tune retries it from its last checkpoint.
+"""Stall detection: kills hung trials, which Tune retries from their checkpoints.
 
 A process that is stopped, deadlocked, or stuck in native code while it holds the interpreter's lock cannot report that
 it is. The driver therefore bounds the time between two results of a trial. Units differ in length (the first loads the
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ray.tune import Callback
 
 from orchestrator.ray_internals import actor_id, actor_of, kill_actor
+from trainables import strategy_class
+from trainables.engine.budget import BudgetPlan
 from trainables.specs.metrics import UNIT_SECONDS
 
 if TYPE_CHECKING:
@@ -78,9 +80,6 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
 @functools.cache
 def _kinds(strategy: str, hparams: str, epochs: int, evaluated: Sequence[int]) -> tuple[Kind, ...]:
     """The kinds of all units of a trial, in order."""
-    from trainables import strategy_class
-    from trainables.engine.budget import BudgetPlan
-
     try:
         plan = BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
     except (ValueError, TypeError):  # bad hyperparameters: the trial itself fails with the message
@@ -218,8 +217,11 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         return seconds, f"{seconds:.3g} s are allowed, because {reason}"
 
     def _expected(self, identity: Identity, label: str, kind: Kind) -> _Expected | None:
-        """The expected duration of a unit: from units of its kind of the trial itself, else of its entry, else from a
-        unit of its kind without start-up plus a start-up; None = there are none."""
+        """The expected duration of a unit; None = nothing to compare it with.
+
+        From units of its kind of the trial itself, else of its entry, else from a unit of its kind without start-up
+        plus a start-up.
+        """
         times = self._times_of_trial.get((identity, kind))
         if times:
             median = statistics.median(times)
@@ -248,6 +250,7 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         present = set()
         for trial in trials:
             actor = actor_of(trial)
+            # Tune takes a while to see a killed process; until then its trial is not judged again.
             if actor is None or trial.trial_id in self.verdicts:
                 continue
             present.add(trial.trial_id)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class EntryRungs:
-    """Rungs of one entry: the score of every trial at each rung that it has reached; higher is better.
+    """Rungs of one entry: each trial's score at each rung; higher is better.
 
     Args:
         epochs: units of a full trial.
@@ -33,11 +33,13 @@ class EntryRungs:
     def __init__(self, epochs: int, grace: int, reduction: float) -> None:
         self._quantile = 1 - 1 / reduction
         self._scores: dict[float, dict[str, float]] = {
-            milestone: {} for milestone in reversed(_milestones(epochs, grace, reduction))
+            # Highest rung first, as `report` needs them.
+            milestone: {}
+            for milestone in reversed(_milestones(epochs, grace, reduction))
         }
 
     def cutoff(self, milestone: float) -> float | None:
-        """The score below which a trial is stopped at a rung; None = no trial has reached it."""
+        """The score below which a trial is stopped at a rung; None = no score yet."""
         scores = self._scores[milestone]
         if not scores:
             return None
@@ -45,13 +47,14 @@ class EntryRungs:
         return float(np.percentile(list(scores.values()), self._quantile * 100))
 
     def report(self, trial: str, unit: int, score: float) -> bool:
-        """Record a score at the highest rung that the trial has reached and has no score at; whether to stop there.
+        """Record a score at the highest rung reached without one; returns whether to stop.
 
         A score between two rungs is recorded nowhere, unless the trial skipped a rung below it.
         """
         for milestone, scores in self._scores.items():
             if unit < milestone or trial in scores:
                 continue
+            # Before the score is entered: a trial is compared with those that reached the rung before it.
             cutoff = self.cutoff(milestone)
             scores[trial] = score
             return cutoff is not None and score < cutoff
@@ -74,7 +77,9 @@ class EntryRungs:
 
 
 class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
-    """ASHA with rungs per entry, for search trials only; trials start in the order in which they were proposed.
+    """ASHA with rungs per entry, for search trials only.
+
+    Trials start in the order in which they were proposed.
 
     A trial is compared with trials of its own entry at the same unit. Strategies start from different heads: LP-FT
     begins at the linear probe's solution, DAFT from zero, so that one common rung would stop the late starters before
@@ -223,6 +228,7 @@ def rungs(epochs: int, grace: int = 1, reduction: float = 3) -> tuple[int, ...]:
 
 def _milestones(epochs: int, grace: int, reduction: float) -> list[float]:
     """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one."""
+    # The formula of Ray's ASHA, its floating-point rounding included.
     count = int(np.log(epochs / grace) / np.log(reduction) + 1)
     return [grace * reduction**k for k in range(count)]
 

@@ -110,6 +110,7 @@ class Ledger:
     def report(self, trial_id: str, unit: int, value: float) -> None:
         """Report an intermediate value to Optuna; a unit that was reported before is ignored."""
         trial = self._live.get(trial_id)
+        # With several objectives Optuna accepts no intermediate values.
         if trial is not None and unit > self._last_unit.get(trial_id, -1) and len(trial.study.directions) == 1:
             trial.report(value, unit)
             self._last_unit[trial_id] = unit
@@ -122,6 +123,7 @@ class Ledger:
         if trial is None:
             return
         metrics = declared_metrics(result or {})
+        # Before `tell`: Optuna accepts no attributes of a trial that has ended.
         trial.set_user_attr("metrics", metrics)
         trial.study.tell(trial, list(values) if values is not None else None, state=state)
         self.records[trial_id] = dataclasses.replace(self.records[trial_id], state=_STATES[state], metrics=metrics)
@@ -129,7 +131,10 @@ class Ledger:
             self.values[trial_id] = list(values)
 
     def duplicate(self, trial: Trial, twin: TrialRecord) -> None:
-        """Tell Optuna the objectives of an earlier trial with the same configuration (FAIL if it has none yet)."""
+        """Tell Optuna the objectives of the earlier trial that a proposal repeats.
+
+        FAIL if it has none yet.
+        """
         trial.set_user_attr("duplicate_of", twin.number)
         values = self.values.get(twin.trial_id)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
@@ -153,7 +158,10 @@ class Ledger:
         self._storage.close()
 
     def _read(self, study: optuna.Study) -> None:
-        """Take over the trials of earlier drivers: ended ones as they are, unfinished ones as FAIL, to be repeated."""
+        """Take over the trials of earlier drivers.
+
+        Ended ones as they are, unfinished ones as FAIL, to be repeated.
+        """
         while any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
             study.ask()  # Optuna cannot end a waiting trial, only a running one
         for trial in study.get_trials(deepcopy=False):

@@ -197,6 +197,7 @@ class Replay:
 
 def set_aside(database: Path) -> None:
     """Rename a SQLite database to `<name>.replaced`, overwriting an earlier one."""
+    # A write-ahead log left behind would be taken for that of the new database.
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     if database.exists():
@@ -263,6 +264,7 @@ class OptunaStorage:
         self.url = url
         self._name = name
         self._directions = [StudyDirection.MAXIMIZE if m else StudyDirection.MINIMIZE for m in maximise]
+        # As Optuna returns them (tuples become lists), since they are compared with stored ones.
         self._contents = json.loads(json.dumps(contents))
         self._database: optuna.storages.RDBStorage | None = None
         problem = self._connect(replay, changed)
@@ -288,9 +290,13 @@ class OptunaStorage:
             self._database.engine.dispose()
 
     def _connect(self, replay: Replay | None, changed: bool) -> tuple[int, str] | None:
-        """Open both studies. Returns the log level and message of a problem that `replay` can mend, else None."""
+        """Open both studies; returns a problem that `replay` can mend, else None.
+
+        The problem is a log level and a message.
+        """
         try:
             self._database = _storage(self.url)
+            # Adds Optuna's cache, so that a trial that has ended is read from the database once.
             cached = optuna.storages.get_storage(self._database)
             self.sampled = self._open(cached, self._name)
             self.fixed = self._open(cached, f"{self._name}{FIXED_SUFFIX}")
@@ -339,7 +345,10 @@ class OptunaStorage:
 
 
 def disagreement(url: str, name: str, history: History) -> str | None:
-    """How the storage of a study disagrees with its journal; None = it agrees. May write to the database."""
+    """How a study's storage disagrees with its journal; None = it agrees.
+
+    May write to the database.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = _storage(url)

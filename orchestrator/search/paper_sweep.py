@@ -67,6 +67,7 @@ class Sweep:
                     return point
             if step == steps[-1]:
                 break
+            # The next grid starts at this one's best point, which a running trial may still become.
             if any(key in running for key in hashes):
                 return Later.WAIT
             complete = [index for index, key in enumerate(hashes) if key in values]

@@ -72,10 +72,14 @@ class Proposals:
         self.hints = {label: values for label, values in (hints or {}).items() if label in space.searched}
         self._rounds = 0
         if space.searched and space.sampler != "random":
+            # At most half of the remaining budget goes into the rounds.
             self._rounds = min(ROUNDS, (trials - space.prescribed) // (2 * len(space.searched)))
 
     def next(self, ledger: Ledger) -> Proposal | None:
-        """The next search trial; None = wait for running trials, or, where none runs, the search is over."""
+        """The next search trial; None = wait, or the search is over.
+
+        It is over where no trial runs.
+        """
         finished = {r.config_hash: r for r in ledger.finished if r.role == "search"}
         running = [r for r in ledger.running if r.role == "search"]
         if len(finished) + len(running) >= self.trials:
@@ -91,6 +95,7 @@ class Proposals:
             if not self._hinted(ledger, label, values):
                 hint = {f"{label}.{key}": value for key, value in values.items()}
                 return self._draw(ledger, self.space.default(self.space.searched[label]) | hint)
+        # In the order of their numbers, as they were first proposed.
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
             if record.role == "search" and record.label in self.space.searched and record.search_values:
                 return self._draw(ledger, dict(record.search_values))
@@ -124,6 +129,7 @@ class Proposals:
             number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
             sampler = self.space.sampler if attempt < ATTEMPTS // 2 else "random"
             study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number), self.trials)
+            # Once: enqueued again, the same point would be the same duplicate.
             if fixed and attempt == 0:
                 study.enqueue_trial(dict(fixed))
             trial = study.ask()

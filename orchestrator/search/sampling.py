@@ -66,7 +66,9 @@ def maximised(name: str, metrics: TaskMetrics = CLASSIFICATION) -> bool:
 
 
 def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
-    """A fresh sampler. The seed must differ from proposal to proposal, since no sampler state is kept between them.
+    """A fresh sampler.
+
+    The seed must differ from proposal to proposal, since no sampler state is kept between them.
 
     Args:
         name: one of `SAMPLERS`.

@@ -1,4 +1,7 @@
-"""Search of a study: a Tune searcher on Optuna's ask and tell, over all strategies under one budget."""
+"""Search of a study: a Tune searcher on Optuna's ask and tell.
+
+All strategies compete under one budget.
+"""
 
 from __future__ import annotations
 
@@ -139,14 +142,18 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return None
         proposal = self.proposals.next(self.ledger) if self._searching else None
         if proposal is None:
+            # A stage chooses among finished trials, so it waits for those that run.
             if self.ledger.running and not self._queue:
                 return None
             spec = self._staged()
             if spec is None:
                 return str(Searcher.FINISHED)
+            # A study of its own in Optuna: the sampler must not learn from folds and confirmations.
             proposal = self.ledger.fixed.ask(), spec
         trial, spec = proposal
         record = self.ledger.start(trial_id, trial, spec)
+        # Before Tune gets the trial: a crash in between leaves a trial that the next driver repeats, not one without a
+        # record.
         self._record(record)
         self._configs[trial_id] = {**spec.to_dict(), "_number": record.number}
         if self._checkpoints is not None:
@@ -221,7 +228,10 @@ def _unit(result: Mapping[str, Any]) -> int:
 
 
 def _contents(settings: SearchSettings) -> dict[str, Any]:
-    """Settings that trials must share to be comparable: not where the data are stored, but how they are used."""
+    """Settings that trials must share to be comparable.
+
+    Not where the data are stored, but how they are used.
+    """
     shared = dataclasses.asdict(settings.task)
     for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
         del shared[name]

@@ -93,6 +93,7 @@ class SearchSpace:
         """The entry and hyperparameters of an Optuna trial, suggested by it."""
         label = trial.suggest_categorical("strategy", tuple(self.searched))
         hparams: dict[str, dict[str, Any]] = {}
+        # A flat sampler needs every parameter in every trial, also those of entries that this trial does not use.
         for other in self.searched.values() if self.sampler in FLAT else [self.searched[label]]:
             hparams[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
         return self.searched[label], hparams[label]

@@ -94,6 +94,7 @@ class ConfirmStage:
 
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
         """Seed by seed, so that an interrupted confirmation has covered all configurations equally often."""
+        # Without confirmations, whose results would change the choice while the stage runs.
         before = [record for record in history if record.role != "confirm"]
         chosen = _chosen(self, before)
         return [

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+import trainables
 from orchestrator.errors import KeyPath, Problem, did_you_mean
 from orchestrator.study_file.explain import wrong_type
 
@@ -50,9 +51,7 @@ def entry_problems(strategies: Any) -> list[Problem]:
 
 
 def _name_problems(name: str, path: KeyPath) -> Iterator[Problem]:
-    from trainables import strategies
-
-    names = strategies()
+    names = trainables.strategies()
     if name not in names:
         rule = f"a strategy is one of {', '.join(names)}, but got {name!r}.{did_you_mean(name, names)}"
         yield Problem(path, rule)
@@ -91,10 +90,8 @@ def _fixed_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Problem
     fixed = entry.get("fixed")
     if not isinstance(fixed, Mapping) or not fixed:
         return
-    # Imports torch: only studies with fixed hyperparameters need it here.
-    from trainables import strategy_class
-
-    config = strategy_class(entry["name"]).Config
+    # Imports torch, which only studies with fixed hyperparameters need here.
+    config = trainables.strategy_class(entry["name"]).Config
     hints = typing.get_type_hints(config)
     names = [field.name for field in dataclasses.fields(config)]
     well_typed = {}

@@ -169,6 +169,7 @@ class _Reader:
             raise _RefusedError(f"tags are not allowed in a study, but got {event.tag!r}. Remove it.", _line(event))
         if len(path) > MAX_DEPTH:
             raise _RefusedError(f"a study is at most {MAX_DEPTH} levels deep, but this goes deeper.", _line(event))
+        # An anchor's size includes its own value: each alias is charged what writing it out would cost.
         before = self._values - 1
         if event.anchor is not None:
             self._open_anchors.add(event.anchor)

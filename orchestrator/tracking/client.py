@@ -37,6 +37,7 @@ logger = logging.getLogger("luthier")
 def configure_client() -> None:
     """Apply `CLIENT_SETTINGS` and silence the loggers of MLflow's database layer."""
     for name, value in CLIENT_SETTINGS.items():
+        # A value that the user has set stays.
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it raises what it logs
@@ -65,6 +66,7 @@ def server_name(uri: str) -> str:
         return uri
     if parts.scheme not in DEFAULT_PORTS:
         return uri
+    # A trailing dot is the DNS root, and names the same host.
     host = (parts.hostname or "").rstrip(".")
     return f"{parts.scheme}://{'localhost' if host in LOCAL_ADDRESSES else host}:{port}{parts.path.rstrip('/')}"
 

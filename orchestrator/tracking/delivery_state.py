@@ -108,6 +108,7 @@ class PositionFile:
             events, end = read_from(journal, 0, end=offset)
         except (OSError, ValueError, KeyError, TypeError):
             return Position()
+        # The event at the offset must be the stored one: a journal restored from an older copy is another one there.
         is_valid = stored["target"] == self.target and end == offset and bool(events) and events[-1]["seq"] == seq
         return Position(offset, events, self.run()) if is_valid else Position()
 

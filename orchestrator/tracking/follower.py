@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from orchestrator.tracking.client import describe_error, server_name
 from orchestrator.tracking.delivery_state import DeliveryLock, PositionFile
 from orchestrator.tracking.local_database import TrackingFileError
 from orchestrator.tracking.projection import DeliveredItems, DeliveryCounts, Projection, updates_of
-from orchestrator.tracking.run_update import RunUpdate, Summarizer, digest
+from orchestrator.tracking.run_update import UID_DIGITS, RunUpdate, Summarizer
 from orchestrator.tracking.writer import MlflowWriter
+from trainables.specs.short_hash import short_hash
 
 logger = logging.getLogger("luthier")
 
@@ -54,6 +55,8 @@ class FollowerSettings:
     """Name of the position file beside the journal; None = the one of the study's own server."""
     replay: bool = False
     """Start with the first event, whatever the position is."""
+    task: Mapping[str, Any] | None = None
+    """Metrics of the study's task (`TaskMetrics.to_dict`): a task may be registered in the driver's process alone."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -67,7 +70,7 @@ class FollowerSettings:
     def position_file(self) -> PositionFile:
         """The durable read offset of this delivery."""
         name = self.position or f"{self.path.name}.mlflow.json"
-        return PositionFile(self.path.with_name(name), digest([server_name(self.uri), self.experiment]))
+        return PositionFile(self.path.with_name(name), short_hash([server_name(self.uri), self.experiment], UID_DIGITS))
 
 
 class GiveUp:
@@ -183,7 +186,9 @@ class JournalReader:
 
 
 class MlflowFollower:
-    """Keeps one MLflow run per study (parent) and one per trial (child) up to date with a journal.
+    """Keeps a study's MLflow runs up to date with its journal.
+
+    One run per study (parent), one per trial (child).
 
     Runs are identified by the tags `luthier.study_uid` and `luthier.trial_uid`, so that a study that is continued, or a
     journal that is replayed from the start, continues the same runs and adds nothing twice. No method raises because of
@@ -276,6 +281,7 @@ class MlflowFollower:
                     self.problem = None
                     failures = 0
                 except Exception as error:  # no failure of a tracking server may end the delivery
+                    # An accepted item shows that the server is back: the wait starts short again.
                     failures = 1 if self.progress >= started else failures + 1
                     self._handle_failure(error)
                 self._on_change(self)
@@ -300,6 +306,7 @@ class MlflowFollower:
         """Read new events, send their updates, and store the position."""
         if not self.settings.path.exists():
             return
+        # At each delivery, not once: where another process delivers this journal, this one takes over when it ends.
         self.lock.acquire()
         is_due = self._buffer or self._reader.has_more() or self._delivered is not None
         if self.delivered_offset and is_due and not self._server.is_connected:
@@ -313,15 +320,17 @@ class MlflowFollower:
             for _ in self._buffer.send(self._server.connected(study_uid), study_uid):
                 self.progress = time.monotonic()
                 self._on_change(self)
+        # After the send: a crash in between delivers these events twice, which adds nothing.
         if self.delivered_offset != self._reader.offset:
             self.delivered_offset = self._reader.offset
             self._position.save(self.delivered_offset, self._reader.seq, self.run_id)
         self._server.drop_late_duplicates(now=is_last)
 
     def _reconnect(self) -> None:
-        """Connect to a server that has the study; if it lacks the study or has another run of it, replay the journal.
+        """Connect to a server; replay the journal if it lacks the study.
 
-        It is then another server behind the same address, or its database was emptied.
+        Likewise if it has another run of the study. It is then another server behind the same address, or its database
+        was emptied.
         """
         study_uid = self._reader.projection.study_uid
         assert study_uid is not None

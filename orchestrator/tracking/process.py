@@ -32,6 +32,7 @@ from orchestrator.tracking.follower import (
     undelivered_events,
 )
 from orchestrator.tracking.run_update import Summarizer
+from trainables.specs.metrics import TaskMetrics, register
 
 RECORD_SEPARATOR = "\x1e"
 FINISH = "finish"
@@ -161,6 +162,7 @@ class TrackingProcess:
 
     def _finish(self) -> None:
         with self._mutex:
+            # Under the lock that `_spawn` holds: a process that starts at this moment gets the line, too.
             self._closing.set()
             if self._process is not None:
                 self._send(FINISH)
@@ -225,6 +227,8 @@ def serve(summarizer: Summarizer) -> None:
     logger.propagate = False
     logger.setLevel(start["log_level"])
     settings = FollowerSettings(**start["settings"])
+    if settings.task is not None:
+        register(TaskMetrics.from_dict(settings.task))
     finishing = threading.Event()
     threading.Thread(target=_follow_driver, args=(lines, finishing), name="luthier-driver", daemon=True).start()
     follower = MlflowFollower(

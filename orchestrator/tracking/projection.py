@@ -28,17 +28,18 @@ from orchestrator.record.records import (
     suggested,
 )
 from orchestrator.tracking.run_update import (
+    UID_DIGITS,
     Header,
     Point,
     Render,
     RunUpdate,
     Summarizer,
     clean_key,
-    digest,
     milliseconds,
     param_text,
     within_limits,
 )
+from trainables.specs.short_hash import short_hash
 
 logger = logging.getLogger("luthier")
 
@@ -92,7 +93,7 @@ class Projection:
         if kind == "study_started":
             self._header = Header(str(event.get("study") or self._header.study), dict(event))
         if self.study_uid is None:
-            self.study_uid = digest([self._header.study, event["time"]])
+            self.study_uid = short_hash([self._header.study, event["time"]], UID_DIGITS)
             self._start = milliseconds(event["time"])
             updates.append(self._study_update(status="running"))
         if kind == "study_started":
@@ -192,9 +193,10 @@ class Projection:
     def _suggest(self, event: Mapping[str, Any]) -> None:
         record = suggested(event)
         identity = [self.study_uid, record.number, record.config_hash, record.seed, record.role, record.held_out]
+        # Only where there is one: uids of trials from before there were samples must stay the same.
         if record.sample:
             identity.append(record.sample)
-        uid = digest(identity)
+        uid = short_hash(identity, UID_DIGITS)
         earlier_id = next((trial_id for trial_id, trial in self._trials.items() if trial.uid == uid), None)
         # A resumed trial is suggested under a new id: it keeps its run and its history.
         trial = _TrialRun(uid, record) if earlier_id is None else self._trials.pop(earlier_id)
@@ -253,6 +255,7 @@ class Projection:
 
     def _add_result(self, update: RunUpdate, trial: _TrialRun, event: Mapping[str, Any]) -> None:
         unit = int(event["unit"])
+        # MLflow cannot take a point back, so a unit's points are written once.
         if unit <= trial.unit:
             return  # a resumed trial re-reports the unit of its checkpoint
         trial.unit = unit
@@ -276,6 +279,7 @@ class Projection:
         update.tags["status.reason"] = record.reason or "ok"
         # Always written: a trial that was interrupted and then completed must not keep its old error.
         update.tags["status.error"] = record.error or "none"
+        # Not final: a later run resumes it, and points of a summary could not be taken back.
         if record.resumable:
             return
         summary = self._summarizer.trial(self._header.fields, record)
@@ -316,7 +320,10 @@ class DeliveryCounts:
 
 @dataclass
 class DeliveredItems:
-    """Items that a server lacked and was sent. Delivery is at least once; retried items are counted once."""
+    """Items that a server lacked and was sent.
+
+    Delivery is at least once; retried items are counted once.
+    """
 
     runs: set[str] = field(default_factory=set)
     points: set[tuple[str, str, int, int]] = field(default_factory=set)
@@ -334,7 +341,10 @@ class DeliveredItems:
 
 
 def updates_of(projection: Projection, event: Event, journal: Path) -> list[RunUpdate]:
-    """Updates of one event; an invalid event is logged and skipped, so that it does not block the others."""
+    """Updates of one event.
+
+    An invalid event is logged and skipped, so that it does not block the others.
+    """
     try:
         return projection.apply(event)
     except Exception:

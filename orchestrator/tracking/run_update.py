@@ -19,6 +19,8 @@ PARAM_LIMIT = 500
 """Characters of a parameter's value that every server accepts; newer ones accept more."""
 KEY_LIMIT = 250
 """Characters of a metric's or parameter's name."""
+UID_DIGITS = 16
+"""Hexadecimal digits (64 bits) of the hashes that identify a study, a run or a server."""
 LONG_FOLDER = "long"
 """Artifacts with the full text of truncated tags and parameters."""
 
@@ -173,11 +175,6 @@ class Header:
         return ", ".join(f"{split} {count}" for split, count in present.items() if split not in ("train", "val"))
 
 
-def digest(parts: Any) -> str:
-    """Short SHA-256 (64 bits, hexadecimal) of JSON values."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def milliseconds(seconds: float) -> int:
     """Seconds since the epoch in MLflow's unit of time."""
     return int(seconds * 1000)
@@ -191,6 +188,7 @@ def within_limits(update: RunUpdate) -> RunUpdate:
             artifact = f"{LONG_FOLDER}/{clean_key(key).replace('/', '.')}.txt"
             update.files[artifact] = texts[key].encode
             notice = f"… (whole: {artifact})"
+            # The limit includes the notice: a server rejects one character too many.
             texts[key] = texts[key][: limit - len(notice)] + notice
     return update
 
@@ -202,16 +200,16 @@ def clean_key(key: str) -> str:
     names never become one.
     """
     cleaned = "/".join(_clean_part(part) for part in key.split("/"))
-    return cleaned if len(cleaned) <= KEY_LIMIT else f"{cleaned[: KEY_LIMIT - 5]}-{_short_hash(key)}"
+    return cleaned if len(cleaned) <= KEY_LIMIT else f"{cleaned[: KEY_LIMIT - 5]}-{_name_hash(key)}"
 
 
 def _clean_part(part: str) -> str:
     allowed = re.sub(r"[^\w\-. :]", "_", part, flags=re.ASCII)
     allowed = re.sub(r"\.{2,}", ".", allowed)
-    return part if part and allowed == part else f"{allowed or '_'}-{_short_hash(part)}"
+    return part if part and allowed == part else f"{allowed or '_'}-{_name_hash(part)}"
 
 
-def _short_hash(text: str) -> str:
+def _name_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:4]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import redact
+from orchestrator.record.records import metrics_of
 from orchestrator.tracking.client import sqlite_path
 from orchestrator.tracking.follower import FollowerSettings
 from orchestrator.tracking.process import TrackingProcess
@@ -46,6 +47,7 @@ def settings_of(spec: StudySpec, journal: Path, uri: str | None = None, **change
         experiment=spec.experiment,
         study=spec.name,
         artifact_location=None if database is None else (database.parent / "mlartifacts").as_uri(),
+        task=metrics_of(spec).to_dict(),
     )
     return dataclasses.replace(settings, **changes)
 

@@ -166,6 +166,7 @@ class MlflowWriter:
                 self._deleted.add(uid)
                 continue
             current = self.run_id(uid)
+            # The run that is written to first, then the fullest: what is deleted is an empty duplicate.
             active.sort(key=lambda run: (run.info.run_id != current, -_item_count(run), run.info.run_id))
             kept, *duplicates = active
             if current is None:
@@ -200,6 +201,7 @@ class MlflowWriter:
             tags["mlflow.parentRunId"] = parent.run_id
         if self._delivered is not None:
             self._delivered.runs.add(update.uid)
+        # Stays set if no response comes: the server may have created the run all the same.
         self.create_in_doubt = True
         created = self._client.create_run(self.experiment_id, update.start, tags, update.name)
         run = _Run(str(created.info.run_id), tags)
@@ -208,7 +210,10 @@ class MlflowWriter:
         return run
 
     def _missing_points(self, run: _Run, update: RunUpdate) -> list[Point]:
-        """Points of an update that its run lacks; not every server drops a point that is sent twice."""
+        """Points of an update that its run lacks.
+
+        Not every server drops a point that is sent twice.
+        """
         metrics = {point[0] for point in update.points}
         if run.unverified_metrics is not None:
             metrics &= run.unverified_metrics
@@ -253,12 +258,16 @@ class MlflowWriter:
             self._delivered.artifacts.add((uid, name))
 
     def _send(self, request: Callable[[], object], count: bool = True) -> bool:
-        """Whether the server accepted a request; False if it never will. Other failures are raised, for a retry."""
+        """Whether the server accepted a request; False if it never will.
+
+        Other failures are raised, for a retry.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
             request()
         except MlflowException as error:
+            # The code of an item that is rejected for good; any other failure may be transient.
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             if count:

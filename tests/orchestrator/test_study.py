@@ -151,7 +151,7 @@ def test_a_validation_domain_steers_the_choice(make: Callable[..., Study]) -> No
     assert results.best(results.rule).record.metrics["ood/noisy/acc"] == best.metrics["ood/noisy/acc"]
 
 
-def test_a_failing_configuration_is_recorded_and_the_study_goes_on(make: Callable[..., Study]) -> None:
+def test_a_failing_configuration_is_recorded_and_the_study_continues(make: Callable[..., Study]) -> None:
     exploding = {"name": "full", "label": "exploding", "fixed": {"lr_backbone": 1e30, "lr_head": 1e30}}
     study = make(strategies=["linear_probe", exploding], search={"trials": 2}, confirm={"top_k": 1})
     results = study.run(progress=False)
@@ -161,7 +161,7 @@ def test_a_failing_configuration_is_recorded_and_the_study_goes_on(make: Callabl
     assert any("exploding" in warning or "failed" in warning for warning in results.warnings())
 
 
-def test_results_of_a_study_that_never_ran_say_so(make: Callable[..., Study]) -> None:
+def test_results_of_a_study_that_never_ran_state_it(make: Callable[..., Study]) -> None:
     study = make(name="never")
     with pytest.raises(FileNotFoundError, match=r"has no journal at .* Start it with `luthier run`"):
         study.results()

@@ -46,7 +46,7 @@ def test_suggest_takes_the_value_from_the_trial(hyperparameter: Hyperparameter, 
         (10 ** (-1 - 0.05 * 3) * 0.99, None),
         (10 ** (-1 - 0.05 * 3) * 1.001, "upper"),
         (0.1, "upper"),
-        (0.5, "upper"),  # a person may have fixed a value outside
+        (0.5, "upper"),  # a study file may fix a value outside
         (0.0, "lower"),
     ],
 )

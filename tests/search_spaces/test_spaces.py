@@ -39,8 +39,8 @@ def test_search_spaces_import_optuna_and_nothing_heavy() -> None:
         "import sys, search_spaces as s; [s.space(n) for n in s.names()];"
         "print([m for m in ('torch', 'ray', 'trainables', 'orchestrator') if m in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", search_spaces.names())
@@ -53,11 +53,11 @@ def test_default_point_can_be_suggested_and_every_range_names_its_source(name: s
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_backbone_and_head_have_rates_of_their_own_that_training_knows(name: str) -> None:
+def test_backbone_and_head_have_rates_of_their_own_that_training_accepts(name: str) -> None:
     assert list(search_spaces.space(name)) == ["lr_backbone", "lr_head"]
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    names = {field.name for field in dataclasses.fields(TrainingConfig)}
     for preset in search_spaces.presets(name).values():
-        assert set(preset.fixed) | preset.swept <= known
+        assert set(preset.fixed) | preset.swept <= names
         for step in range(len(preset.steps)):
             for point in preset.points(step):
                 TrainingConfig(**{**preset.fixed, **point})
@@ -113,7 +113,7 @@ def test_a_conditional_hyperparameter_exists_only_beside_its_condition(monkeypat
     assert 0 <= search_spaces.suggest(study.ask(), "full", fixed={"clip_norm": 1.0})["momentum"] <= 1
 
 
-def test_near_edge_says_which_value_and_which_side() -> None:
+def test_near_edge_states_which_value_and_which_side() -> None:
     assert search_spaces.near_edge("full", {"lr_backbone": 0.29, "lr_head": None}) == [
         "lr_backbone = 0.29 lies at the upper edge of its range 0.0001 to 0.3: a better value may lie outside."
     ]

@@ -76,7 +76,7 @@ def drive(
 ) -> list[Config]:
     """Run the searcher to its end with first-in-first-out workers; returns the configs in order of proposal.
 
-    After `stop_after` proposals it returns at once, as a killed driver would: running trials are told to nobody.
+    After `stop_after` proposals it returns at once, as a killed driver would: running trials are never completed.
     """
     proposed: list[Config] = []
     running: deque[tuple[str, Config]] = deque()
@@ -97,7 +97,7 @@ def drive(
 
 
 def complete(search: StudySearcher, trial_id: str, config: Config, outcome: Outcome = finished) -> None:
-    """End one trial as `outcome` says."""
+    """End one trial with the result of `outcome`."""
     result = outcome(config)
     search.on_trial_complete(trial_id, result, error=result is None)
 

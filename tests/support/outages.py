@@ -36,7 +36,8 @@ class Server:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder = folder
+        self.port = free_port()
         self.database = folder / "server.db"
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -50,7 +51,8 @@ class Server:
             cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         )  # fmt: skip
-        deadline, tick = time.monotonic() + 300, threading.Event()
+        deadline = time.monotonic() + 300
+        tick = threading.Event()
         while not self._answers():
             assert time.monotonic() < deadline, "the MLflow server does not start"
             assert self._process.poll() is None, "the MLflow server has ended"
@@ -79,8 +81,10 @@ class Server:
 class _Proxy(http.server.ThreadingHTTPServer):
     def __init__(self, target: int, faults: Faults) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.target, self.seen = target, Counter[str]()
-        self._faults, self._mutex = faults, threading.Lock()
+        self.target = target
+        self.seen = Counter[str]()
+        self._faults = faults
+        self._mutex = threading.Lock()
 
     def next_fault(self) -> str:
         """What happens to the next request."""

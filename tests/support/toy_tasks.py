@@ -1,4 +1,4 @@
-"""Two tasks unlike classification, to show that nothing outside `trainables/tasks` knows what is learned.
+"""Two tasks unlike classification, to show that nothing outside `trainables/tasks` depends on what is learned.
 
 `InkMasks` has dense features, targets that lie on the image, and no closed-form probe. The prediction of `DigitNames`
 is generated, letter by letter, and its head sees the targets while it trains. Both learn on small handwritten digits.
@@ -244,8 +244,8 @@ class DigitNames(Task):
         """Greedy decoding."""
         head: SpellingHead = model.head
         letters = torch.zeros(len(features), 1, dtype=torch.int64, device=features.device)
-        for place in range(LENGTH):
-            logits = head.next_letter(features, letters[:, -1], place)
+        for position in range(LENGTH):
+            logits = head.next_letter(features, letters[:, -1], position)
             letters = torch.cat([letters, logits.argmax(1, keepdim=True)], 1)
         return letters[:, 1:]
 
@@ -271,9 +271,9 @@ class SpellingHead(nn.Module):
         self.logits = nn.Linear(16, len(LETTERS))
         self.register_buffer("names", names.clone())
 
-    def next_letter(self, features: Tensor, previous: Tensor, place: int) -> Tensor:
+    def next_letter(self, features: Tensor, previous: Tensor, position: int) -> Tensor:
         """Features (B, D) and the letters before (B,) → logits (B, V)."""
-        hidden = self.image(features) + self.letter(previous) + self.place.weight[place]
+        hidden = self.image(features) + self.letter(previous) + self.place.weight[position]
         logits: Tensor = self.logits(torch.relu(hidden))
         return logits
 

@@ -38,7 +38,8 @@ def write_study(journal: Journal, trials: int = 4, finish: bool = True, curves: 
     """
     journal.append("study_started", study="pets", spec=SPEC, versions={"ray": "1"}, dataset_digest="d" * 64)
     for number in range(trials):
-        trial_id, ending = f"t{number}", number % 4
+        trial_id = f"t{number}"
+        ending = number % 4
         suggest(journal, trial_id, number)
         journal.append("trial_started", trial_id=trial_id, node=None, pid=None)
         for unit in range(1, 4 if ending == 0 else 3):
@@ -167,7 +168,8 @@ class FollowerThread:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline, tick = time.monotonic() + seconds, threading.Event()
+    deadline = time.monotonic() + seconds
+    tick = threading.Event()
     while not condition():
         assert time.monotonic() < deadline, "the condition did not become true"
         tick.wait(0.02)

@@ -79,14 +79,14 @@ def test_auto_follows_the_measurement(trial: Callable[..., Trial], monkeypatch: 
     measured = plasticity_of(trial().data)
     for rank in (["ln2", "mha", "fc1", "fc2", "ln1"], ["fc2", "ln1", "mha", "fc1", "ln2"]):
         report = dataclasses.replace(measured, rank=rank)
-        monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_of", lambda data, r=report: r)
+        monkeypatch.setattr("trainables.components.plasticity_of", lambda data, r=report: r)
         assert moved(trial(kinds="auto", k=1, lr_backbone=0.03)) == {rank[0], "final_norm", "head"}
 
 
 def test_the_choice_is_recorded(trial: Callable[..., Trial]) -> None:
     metrics = trial(kinds=["fc2", "ln1"]).step()
-    found = {name: value for name, value in metrics.items() if name.startswith("components/")}
-    assert found == {
+    chosen = {name: value for name, value in metrics.items() if name.startswith("components/")}
+    assert chosen == {
         "components/selected": 2.0,
         **{f"components/{kind}": float(kind in ("ln1", "fc2")) for kind in COMPONENTS},
     }

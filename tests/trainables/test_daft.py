@@ -41,7 +41,8 @@ def photographs(count: int, side: int, seed: int) -> Tensor:
     random = np.random.default_rng(seed)
     crops = []
     for number in range(count):
-        picture, width = pictures[number % 2], int(random.integers(64, 300))
+        picture = pictures[number % 2]
+        width = int(random.integers(64, 300))
         top, left = int(random.integers(427 - width)), int(random.integers(640 - width))
         crop = picture[None, :, top : top + width, left : left + width]
         crops.append(functional.interpolate(crop, (side, side), mode="bilinear"))
@@ -78,8 +79,8 @@ def batch_norms(model: nn.Module) -> list[Any]:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, training: bool = False) -> Tensor:
     """Logits of a copy, so that training mode leaves no trace."""
-    found: Tensor = copy.deepcopy(model).train(training)(images)
-    return found
+    output: Tensor = copy.deepcopy(model).train(training)(images)
+    return output
 
 
 @pytest.mark.parametrize("name", [*RANDOM, "tf_efficientnet_lite0"])
@@ -135,8 +136,10 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def test_the_equations_of_the_paper_hold_for_one_layer() -> None:
     norm = layer(eps=1e-3)
-    gamma, beta = norm.weight.double().detach().numpy().copy(), norm.bias.double().detach().numpy().copy()
-    mean, variance = norm.running_mean.double().numpy().copy(), norm.running_var.double().numpy().copy()
+    gamma = norm.weight.double().detach().numpy().copy()
+    beta = norm.bias.double().detach().numpy().copy()
+    mean = norm.running_mean.double().numpy().copy()
+    variance = norm.running_var.double().numpy().copy()
     batches = [noise(4, 3, 5, 5, seed=k) for k in range(3)]
     report = convert_batch_norm(norm, batches)
     values = [batch.double().numpy() for batch in batches]
@@ -158,7 +161,8 @@ def test_the_equations_of_the_paper_hold_for_one_layer() -> None:
 
 def test_a_smaller_last_batch_counts_by_its_elements() -> None:
     norm = layer()
-    whole, rest = noise(60, 3, 2, 2), noise(2, 3, 2, 2, seed=1) + 100
+    whole = noise(60, 3, 2, 2)
+    rest = noise(2, 3, 2, 2, seed=1) + 100
     convert_batch_norm(norm, [whole, rest])
     counts = np.array([240, 8])
     means = np.stack([b.double().mean((0, 2, 3)).numpy() for b in (whole, rest)])
@@ -178,7 +182,8 @@ def test_a_batch_of_one_element_has_no_variance_and_is_left_out() -> None:
 
 @pytest.mark.parametrize("options", [{"momentum": None}, {"momentum": 0.9}, {"eps": 1e-12}])
 def test_momentum_and_epsilon_do_not_matter_to_the_function(options: dict[str, Any]) -> None:
-    norm, unseen = layer(**options), noise(4, 3, 5, 5, seed=7)
+    norm = layer(**options)
+    unseen = noise(4, 3, 5, 5, seed=7)
     before = outputs(norm, unseen)
     tracked = norm.num_batches_tracked.clone()
     assert convert_batch_norm(norm, [noise(8, 3, 4, 4)]).layers == 1
@@ -208,12 +213,13 @@ class Twice(nn.Module):
         self.norm = layer()
 
     def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.norm(self.norm(images) * 2 + 3)
-        return found
+        output: Tensor = self.norm(self.norm(images) * 2 + 3)
+        return output
 
 
 def test_a_layer_that_is_called_twice_gets_the_statistics_of_both_calls() -> None:
-    model, batch = Twice(), noise(8, 3, 4, 4)
+    model = Twice()
+    batch = noise(8, 3, 4, 4)
     before = outputs(model, batch)
     second = outputs(model.norm, batch) * 2 + 3
     assert convert_batch_norm(model, [batch]).layers == 1
@@ -230,7 +236,8 @@ def test_layers_that_cannot_take_up_the_change_stay_as_they_are() -> None:
     model = nn.Sequential(layer(), plain, tied, other, untracked).eval()
     model.unused = unused  # a Sequential calls what it lists, and this came later
     model.forward = lambda x: other(tied(plain(model[0](x))))  # type: ignore[method-assign]
-    before, images = copy.deepcopy(model.state_dict()), noise(8, 3, 4, 4)
+    before = copy.deepcopy(model.state_dict())
+    images = noise(8, 3, 4, 4)
     function = model(images)
     report = convert_batch_norm(model, [images])
     assert (report.layers, report.skipped) == (1, 5)
@@ -249,12 +256,13 @@ class Counting(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls += 1
-        found: Tensor = self.body(images)
-        return found
+        output: Tensor = self.body(images)
+        return output
 
 
 def test_one_pass_over_the_data_and_the_mode_is_put_back() -> None:
-    model, served = Counting().train(), 0
+    model = Counting().train()
+    served = 0
     model.body[0].eval()
 
     def batches() -> Iterator[Tensor]:

@@ -62,11 +62,11 @@ def test_nothing_but_the_chosen_norms_and_the_head_moves(
     before = copies(run.model)
     finish(run)
     owners = component_kinds(run.model)
-    wanted = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in kinds}
+    expected = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in kinds}
     if norms == "attention":
-        wanted = {name for name in wanted if owners[name] == "ln1"}
-    assert wanted
-    assert changed(before, run) == wanted | {"head.weight", "head.bias"}
+        expected = {name for name in expected if owners[name] == "ln1"}
+    assert expected
+    assert changed(before, run) == expected | {"head.weight", "head.bias"}
 
 
 def test_statistics_of_batch_norm_stay_as_they_were(trial: MakeLayerNormTrial) -> None:
@@ -74,8 +74,8 @@ def test_statistics_of_batch_norm_stay_as_they_were(trial: MakeLayerNormTrial) -
     before = copies(run.model)
     finish(run)
     assert any(name.endswith("running_mean") for name in before)
-    wanted = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in ("weight", "bias")}
-    assert changed(before, run) == wanted | {"head.weight", "head.bias"}
+    expected = {f"{layer}.{kind}" for layer in layer_norms(run.model) for kind in ("weight", "bias")}
+    assert changed(before, run) == expected | {"head.weight", "head.bias"}
 
 
 def test_fsr_of_a_sample_against_itself_is_1(trial: MakeLayerNormTrial) -> None:
@@ -158,13 +158,14 @@ class TestSweep:
         self, trial: MakeLayerNormTrial, cycles: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run = trial(lam_choice="sweep", lr_backbone=0.5, epochs=4, cycles=cycles)
-        hook, different = run.strategy.curves, set[str]()
+        hook = run.strategy.curves
+        different = set[str]()
 
         def watched(model: Any, data: Any, tuned: Any) -> Any:
             before = copies(model)
-            found = hook(model, data, tuned)
+            result = hook(model, data, tuned)
             different.update(changed(before, run))
-            return found
+            return result
 
         monkeypatch.setattr(run.strategy, "curves", watched)
         metrics = finish(run)

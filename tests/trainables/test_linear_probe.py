@@ -74,7 +74,7 @@ def test_features_far_from_zero_and_badly_scaled_are_solved_too() -> None:
     assert objective(scaled, labels[:500], weight, bias, 0.1) <= expected * (1 + 1e-6)
 
 
-def test_with_almost_no_freedom_the_probe_knows_only_how_frequent_classes_are() -> None:
+def test_with_almost_no_freedom_the_probe_learns_only_how_frequent_classes_are() -> None:
     features, labels = digits()
     keep = np.concatenate([np.flatnonzero(labels == 0)[:150], np.flatnonzero(labels == 1)[:50]])
     weight, bias = fit_linear_probe(features[keep], labels[keep], 1e-12)
@@ -87,8 +87,8 @@ def test_a_path_gives_the_solutions_of_single_fits() -> None:
     path = regularisation_path(5)
     for C, (weight, bias) in zip(path, logistic_path(features[:400], labels[:400], path), strict=True):
         single = fit_linear_probe(features[:400], labels[:400], C)
-        found = objective(features[:400], labels[:400], weight, bias, C)
-        assert found == pytest.approx(objective(features[:400], labels[:400], *single, C), rel=1e-5)
+        value = objective(features[:400], labels[:400], weight, bias, C)
+        assert value == pytest.approx(objective(features[:400], labels[:400], *single, C), rel=1e-5)
 
 
 def test_the_reference_path() -> None:
@@ -141,12 +141,12 @@ class Data:
     device: str = "cpu"
 
     def features(self, split: str) -> NDArray[Any]:
-        found: NDArray[Any] = getattr(self, split)[0]
-        return found
+        array: NDArray[Any] = getattr(self, split)[0]
+        return array
 
     def labels(self, split: str) -> NDArray[Any]:
-        found: NDArray[Any] = getattr(self, split)[1]
-        return found
+        array: NDArray[Any] = getattr(self, split)[1]
+        return array
 
 
 @pytest.fixture
@@ -158,7 +158,8 @@ def data(tmp_path: Path) -> Any:
 
 def test_the_best_c_on_validation_is_chosen_and_the_standardisation_is_folded_in(data: Any) -> None:
     features, labels = data.train
-    mean, scale = features.mean(dtype=np.float64), features.std(dtype=np.float64)
+    mean = features.mean(dtype=np.float64)
+    scale = features.std(dtype=np.float64)
     validation, targets = data.val
     scores = {}
     for C in (path := regularisation_path(10)):
@@ -187,7 +188,7 @@ def test_ties_go_to_the_lower_nll_then_to_the_smaller_c(data: Any, monkeypatch: 
     assert best_linear_probe(data, [0.1, 0.2, 0.3, 0.4]).C == 0.2
 
 
-def test_the_solution_is_computed_once_and_read_by_whoever_comes_next(
+def test_the_solution_is_computed_once_and_read_by_any_later_process(
     data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = regularisation_path(4)

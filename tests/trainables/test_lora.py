@@ -46,7 +46,8 @@ class ByHand(nn.Module):
 
     def __init__(self, plain: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
-        self.plain, self.scale = plain, scale
+        self.plain = plain
+        self.scale = scale
         self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +77,8 @@ def test_training_equals_that_of_adapters_written_by_hand(trial: Callable[..., T
     for parameter, _ in rates:
         parameter.requires_grad_(True)
     optimizer = torch.optim.SGD([{"params": [p], "lr": r, "initial_lr": r} for p, r in rates], lr=0.1, momentum=0.9)
-    config, steps = peft.strategy.config, plain.data.steps_per_epoch
+    config = peft.strategy.config
+    steps = plain.data.steps_per_epoch
     model.train()
     for step in range(steps):
         batches = plain.data.batches("train", shuffle_seed=stream_seed(0, "shuffle", 0), drop_last=True, start=step)
@@ -174,8 +176,8 @@ def test_targets_in_other_families(architecture: str, attention: set[str], mlp: 
     with torch.device("meta"):
         network = timm.create_model(architecture, num_classes=0)
     for targets, ends in (("attention", attention), ("mlp", mlp)):
-        found = target_names(network, targets)
-        assert {".".join(name.split(".")[-2:]) for name in found} == ends
+        names = target_names(network, targets)
+        assert {".".join(name.split(".")[-2:]) for name in names} == ends
 
 
 def test_maps_of_positions_alone_are_no_attention_to_adapt() -> None:
@@ -202,7 +204,7 @@ def test_a_map_whose_weight_is_read_without_calling_it_is_refused(tmp_path: Path
     inject(network, LoRA.Config(targets="mlp"), torch.zeros(1, 3, 32, 32))
 
 
-def test_without_peft_the_message_says_how_to_get_it(
+def test_without_peft_the_message_states_how_to_get_it(
     trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -74,6 +74,7 @@ class FeatureCache:
             raise ValueError(f"Features of the first {count} images of {split} were asked for, but it has {total}.")
         device = torch.device(device)
         rows = min(total, -(-count // BATCH) * BATCH)  # whole batches
+        # With the type of device: a GPU rounds differently from a CPU, and equal requests must get equal bits.
         key = [backbone.digest, store.digest, split, str(backbone.data_config), device.type]
         stem = self.root / "features" / short_hash(key, digits=24)
 
@@ -102,6 +103,7 @@ def _load_longer(stem: Path, rows: int, width: int) -> NDArray[np.float32] | Non
         except (OSError, ValueError, EOFError) as error:
             log.warning("The stored features %s are damaged (%s) and are computed again.", path, error)
             continue
+        # A flipped bit in the header may still give a valid shape.
         if features.shape == (size, width):
             return features
     return None
@@ -109,6 +111,7 @@ def _load_longer(stem: Path, rows: int, width: int) -> NDArray[np.float32] | Non
 
 def _map(path: Path) -> NDArray[np.float32]:
     if path not in _mapped:
+        # Never a pickle, which an .npy file may hold and which can run code.
         _mapped[path] = np.load(path, mmap_mode="r", allow_pickle=False)
         while len(_mapped) > MAPPED_LIMIT:
             _mapped.popitem(last=False)
@@ -145,4 +148,5 @@ def _compute(
 def _save(path: Path, features: NDArray[np.float32]) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as file:  # given a path, np.save would append .npy
         np.save(file, features)
+    # A map made before still shows the file that was replaced.
     _mapped.pop(path, None)

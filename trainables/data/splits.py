@@ -55,6 +55,7 @@ def stratified_split(
         members = np.flatnonzero(labels == label)
         val_size, test_size = _split_sizes(len(members), val_fraction, test_fraction, int(label))
         order = members[_spread(domains[members], stream_seed(seed, "split", int(label)))]
+        # Test first: another share for validation leaves the test split as it is (except in the smallest classes).
         codes[order[:test_size]] = TEST
         codes[order[test_size : test_size + val_size]] = VAL
     return codes
@@ -88,6 +89,7 @@ def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:
         order = members[_spread(domains[members], stream_seed(seed, "order", int(label)))]
         ranks[order] = np.arange(len(members))
         keys[order] = np.arange(len(members)) / len(members)
+    # `lexsort` takes its last key as the primary one.
     return np.lexsort((ranks, labels, keys)).astype(np.int64)
 
 
@@ -133,5 +135,6 @@ def _spread(domains: Integers, seed: int) -> Integers:
     keys = np.empty(len(domains))
     for domain in np.unique(domains):
         members = np.flatnonzero(domains == domain)
+        # A random phase per domain: otherwise the first sample of every domain would have key 0 and come first.
         keys[generator.permutation(members)] = (np.arange(len(members)) + generator.random()) / len(members)
     return np.argsort(keys, kind="stable").astype(np.int64)

@@ -1,4 +1,4 @@
-"""The data store: uint8 pixels in one Arrow file, memory-mapped by all trials of a machine, and its manifest.
+"""The data store: uint8 pixels in one memory-mapped Arrow file, and a manifest.
 
 A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`) and
 `manifest.json`. The folder is renamed into place when both are complete, so a store that exists is complete.
@@ -69,6 +69,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
+        # A store is pickled as its path, and Ray's workers have another working directory.
         self.path = Path(path).absolute()
         self._images: dict[str, NDArray[np.uint8]] = {}
 
@@ -159,7 +160,7 @@ class Store:
         return fraction_size(self.labels(split), f)
 
     def verify(self) -> None:
-        """Compare the SHA-256 of the data file with the manifest, and the manifest with the data file's metadata.
+        """Compare the data file with the manifest, and the manifest with its metadata.
 
         Raises:
             StoreError: one of the two has changed since it was written.

@@ -51,7 +51,9 @@ class BatchTransform:
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std; the input is not modified.
+        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std.
+
+        The input is not modified.
 
         Args:
             images: stored pixels, on any device.
@@ -111,6 +113,7 @@ class BatchTransform:
         if device not in self._constants:
             mean = torch.tensor(self.mean, dtype=torch.float64).view(1, -1, 1, 1)
             std = torch.tensor(self.std, dtype=torch.float64).view(1, -1, 1, 1)
+            # In float64 and rounded once, so that both constants are exact to float32.
             scale = (1 / (255 * std)).to(torch.float32).to(device)
             offset = (-mean / std).to(torch.float32).to(device)
             self._constants[device] = (scale, offset)

@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Indices, StoreLike
+from trainables.data.transforms import BatchTransform
 from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
@@ -99,6 +101,7 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
     parts = {split: [(split, np.arange(len(store.labels(split)), dtype=np.int64))] for split in store.splits}
     if spec.shared.train_on is not None:
         return _oracle(spec.shared.train_on, parts)
+    # The training split is stored in nested order: each prefix is a stratified sample.
     used = store.fraction("train", spec.shared.train_fraction)
     parts["train"] = [("train", np.arange(used, dtype=np.int64))]
     if spec.held_out is None:
@@ -173,9 +176,6 @@ class TrialData:
         reference: nn.Module | None = None,
         transform: SampleTransform | None = None,
     ) -> None:
-        from trainables.data.feature_cache import FeatureCache
-        from trainables.data.transforms import BatchTransform
-
         self.spec = spec
         self.store = store
         self.backbone = backbone
@@ -211,7 +211,10 @@ class TrialData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps per pass over the training split; a last, smaller batch counts only if it is alone."""
+        """Optimiser steps per pass over the training split.
+
+        A last, smaller batch counts only if it is alone.
+        """
         return max(1, self.train_size // self.spec.shared.batch_size)
 
     def size(self, split: str) -> int:
@@ -249,6 +252,7 @@ class TrialData:
         size = batch_size or (shared.batch_size if training else shared.eval_batch_size)
         generator = torch.Generator(self.device) if augment_seed is not None and shared.augment else None
         for number, (source, indices) in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
+            # Counted all the same: a batch's number seeds its augmentation.
             if number < start:
                 continue
             pixels = gather_images(self.store, source, indices, self.device)

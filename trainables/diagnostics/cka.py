@@ -37,6 +37,7 @@ def gram(activations: Tensor) -> Tensor:
 def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """HSIC₁ of two (n, n) Gram matrices, n ≥ 4 (Song et al. 2012, eq. 5; Nguyen et al. 2021, eq. 3)."""
     n = len(k)
+    # Zero diagonals: the similarity of an image with itself is what biases the usual estimate.
     k = k - torch.diag(k.diagonal())
     l = l - torch.diag(l.diagonal())  # noqa: E741
     rows_k = k.sum(1)

@@ -165,6 +165,7 @@ def _report(probe: str, blocks: Sequence[str], rates: NDArray[np.float64]) -> Pl
         kind: {f"q{round(100 * q):02d}": float(np.nanquantile(rates[i], q)) for q in QUANTILES}
         for i, kind in enumerate(COMPONENTS)
     }
+    # `sorted` is stable: ties keep the order of `COMPONENTS`, so the ranking is deterministic.
     rank = sorted(COMPONENTS, key=lambda kind: -mean[kind])
     return PlasticityReport(probe, rates.shape[2], list(blocks), mean, per_block, distribution, rank)
 
@@ -172,6 +173,7 @@ def _report(probe: str, blocks: Sequence[str], rates: NDArray[np.float64]) -> Pl
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode in full float32 (no autocast, no TF32); restored on exit."""
+    # By module: `train()` afterwards would wake modules that were in eval mode before.
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device.type
     model.eval()

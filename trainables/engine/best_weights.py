@@ -90,6 +90,7 @@ def movable_names(model: nn.Module, groups: Iterable[ParamGroup]) -> set[str]:
         ValueError: a group holds a parameter that is not the model's.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # All buffers: BatchNorm's statistics move at every forward pass in train mode, though no group holds them.
     movable = {name for name, _ in model.named_buffers()} | {n for n in names.values() if n.startswith("head.")}
     for group in groups:
         for parameter in group.parameters:
@@ -99,6 +100,7 @@ def movable_names(model: nn.Module, groups: Iterable[ParamGroup]) -> set[str]:
                     f"shape {tuple(parameter.shape)}."
                 )
             movable.add(names[id(parameter)])
+    # Buffers registered with `persistent=False` are in no state dict, and in no checkpoint.
     return movable & set(model.state_dict())
 
 
@@ -119,8 +121,10 @@ def take(model: nn.Module, names: Iterable[str], former: Mapping[str, Tensor] | 
 
 @torch.no_grad()
 def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the head's tensors, and of those of the pretrained network that a strategy's `prepare` changed: with
-    `pristine` for all others, the weights that training starts from. Tensors that a strategy adds are no part of it.
+    """Copies of what `prepare` changed of the pretrained network, and of the head.
+
+    With `pristine` for all others, these are the weights that training starts from. Tensors that a strategy adds are no
+    part of it.
 
     Args:
         pristine: the pretrained tensors by the classifier's names.
@@ -131,9 +135,13 @@ def changed_start(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into the model in place; the others stay. A name that the model lacks is a KeyError."""
+    """Write tensors into the model in place; the others stay.
+
+    A name that the model lacks is a KeyError.
+    """
     state = model.state_dict()
     for name, tensor in tensors.items():
+        # The tensors of a state dict share the module's memory: writing into them changes the network.
         state[name].copy_(tensor)
 
 
@@ -142,6 +150,7 @@ def is_pristine(module: nn.Module, reference: nn.Module) -> bool:
     kinds = [(name, type(child)) for name, child in module.named_modules()]
     if kinds != [(name, type(child)) for name, child in reference.named_modules()]:
         return False
+    # A hook changes what a module computes without changing its type or a tensor.
     if any(has_forward_hooks(child) for child in module.modules()):
         return False
     state, pristine = module.state_dict(), reference.state_dict()

@@ -32,6 +32,7 @@ logits (B, K), labels int64 (B,)).
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -194,12 +195,14 @@ class Strategy:
         config = self.config
         if not isinstance(config, TrainingConfig):
             return Prepared()
+        # Before the head: a conversion preserves the features, and so a probe solved on cached ones still fits.
         report = convert_on_training_data(model, data) if config.bn_conversion else {}
         return Prepared({**report, **task_of(data).initialise_head(model, data, config.head_init)})
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
-        """Exactly what may move. Default: backbone and head, each at its own rate. If nothing is selected, the engine
-        raises an error.
+        """Exactly what may move.
+
+        Default: backbone and head, each at its own rate. If nothing is selected, the engine raises an error.
 
         Args:
             prepared: state that `prepare` returned.
@@ -275,8 +278,6 @@ def check_choices(config: Any) -> None:
 
 
 def _literal_fields(cls: type[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    import typing
-
     for name, hint in typing.get_type_hints(cls).items():
         if typing.get_origin(hint) is Literal:
             yield name, typing.get_args(hint)

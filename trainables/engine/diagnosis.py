@@ -6,6 +6,11 @@ import logging
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from trainables.diagnostics.change import change_report, parameter_change
+from trainables.diagnostics.cka import SMALLEST_BATCH, block_cka, cka_report
+from trainables.diagnostics.distortion import FeatureDistortion
+from trainables.diagnostics.norm_shift import shift_report
+from trainables.diagnostics.plasticity import plasticity_after
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.contract import Strategy
 from trainables.models.precision import resolve_precision
@@ -19,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainables.data.trial_data import TrialData
-    from trainables.diagnostics.distortion import FeatureDistortion
     from trainables.engine.evaluation import Watch
     from trainables.models.task_model import TaskModel
 
@@ -49,8 +53,6 @@ class Diagnosis:
             task = data.spec.shared.task
             log.warning("Feature distortion is left out: it compares pooled features, and task %r has none.", task)
             return
-        from trainables.diagnostics.distortion import FeatureDistortion
-
         self._distortion = FeatureDistortion(data)
         self.watch = self._distortion.watch
 
@@ -67,14 +69,10 @@ class Diagnosis:
         """
         report: dict[str, float | Curve] = {}
         if "shift" in self._names:
-            from trainables.diagnostics.norm_shift import shift_report
-
             report |= shift_report(self._data.reference, start, kept, last)
         if self._distortion is not None:
             report |= self._distortion.report()
         if "distortion" in self._names:
-            from trainables.diagnostics.change import change_report, parameter_change
-
             report |= change_report(parameter_change(self._data.reference, start, model.state_dict()))
         if "cka" in self._names:
             report |= self._cka(model)
@@ -83,8 +81,6 @@ class Diagnosis:
         return report
 
     def _cka(self, model: TaskModel) -> dict[str, float | Curve]:
-        from trainables.diagnostics.cka import SMALLEST_BATCH, block_cka, cka_report
-
         data = self._data
         model.eval()
         # Not an error: the trial has its scores by now.
@@ -100,14 +96,13 @@ class Diagnosis:
             after = data.reference
             size = SMALLEST_BATCH
             count = 1
+        # A constant seed, not the trial's: CKA of two trials is compared, so both are to see the same images.
         batches = data.batches(TEST, batch_size=size, shuffle_seed=stream_seed(0, "cka"))
         images = (batch for batch, _ in islice(batches, count))
         dtype = resolve_precision(data.spec.shared.precision, data.device)
         return cka_report(block_cka(data.reference, after, images, dtype))
 
     def _plasticity(self, model: TaskModel) -> dict[str, float | Curve]:
-        from trainables.diagnostics.plasticity import plasticity_after
-
         try:
             return plasticity_after(model, self._data).record()
         except ValueError as reason:  # not an error of the trial, which has its scores by now

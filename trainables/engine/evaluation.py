@@ -46,7 +46,10 @@ def score(
 
 
 def uses_cached_features(model: TaskModel, data: TrialData) -> bool:
-    """Whether the model's features are those of the cache: pooled, from a backbone that is the pretrained one."""
+    """Whether the cached features are the model's own.
+
+    They are where features are pooled and the backbone is the pretrained one.
+    """
     return model.pooled and is_pristine(model.backbone, data.reference)
 
 
@@ -67,13 +70,16 @@ def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
 
 
 def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
-    """Every reported metric on ID test and every OOD domain, mean and worst of the selection metric over the domains,
-    and the selection metric on the held-out domain if there is one.
+    """Every reported metric on ID test and on every OOD domain.
+
+    With mean and worst of the selection metric over the domains, and the selection metric on the held-out domain if
+    there is one.
 
     Args:
         watch: watches the features on ID test and OOD domains, in the same passes.
     """
     metrics = task_of(data).metrics
+    # Once for all splits: the check compares every tensor of the backbone.
     cached = uses_cached_features(model, data)
     test = score(model, data, TEST, cached, watch and watch(TEST))
     scores = {metric.on(TEST): test[metric.key] for metric in metrics.reported}

@@ -36,7 +36,7 @@ class FinalEvaluation:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What an evaluation needs of a trial: the network as the last unit left it, and where it came from."""
+    """Inputs of an evaluation: the network after the last unit, and its start."""
 
     model: TaskModel
     strategy: Strategy
@@ -49,7 +49,9 @@ class TrialContext:
 
 
 def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluation:
-    """Score the best unit so far, finalized, and restore the network bit for bit: training continues from it.
+    """Score the best unit so far, and restore the network bit for bit.
+
+    Scored finalized; training continues from the restored network.
 
     Args:
         pristine: the pretrained tensors by the network's names.
@@ -65,6 +67,8 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
             report |= split_report(wise.apply())[0]
         return FinalEvaluation(_scores(trial), report, curves)
     finally:
+        # In this order: adapters must be back in the network before they are unmerged, and unmerging rounds, so that
+        # the tensors' own bits come last.
         snapshot.restore_modules()
         trial.strategy.undo_finalize(model)
         snapshot.restore_tensors(model)
@@ -77,6 +81,7 @@ def final(trial: TrialContext) -> FinalEvaluation:
     last = take(model, norm_parameters(data.reference) & trial.best.tensors.keys())
     put_back(model, trial.best.tensors)
     tuned = strategy.finalize(model, data, trial.prepared)
+    # Before WiSE-FT moves the weights that the strategy's curve is about.
     strategy_curves = strategy.curves(model, data, tuned.state)
     wise = _wise_ft(trial)
     alpha = wise.apply() if wise is not None else {}
@@ -99,10 +104,14 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
 
 
 def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]:
-    """Test and OOD scores with `best/…`, which is of the tested weights: what `finalize` did to them counts."""
+    """Test and OOD scores, with `best/…` of the tested weights.
+
+    What `finalize` did to them counts.
+    """
     metrics = task_of(trial.data).metrics
     value = trial.best.value
     changed = type(trial.strategy).finalize is not Strategy.finalize
+    # Validated again only where something has changed the best unit's weights since they were scored.
     if changed or getattr(trial.strategy.config, "wise", None) is not None:
         value = validation_scores(trial.model, trial.data)[metrics.validation]
     scores = final_scores(trial.model, trial.data, watch)

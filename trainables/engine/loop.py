@@ -62,6 +62,7 @@ class Progress:
         prefix = "metrics/"
         counted = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         metrics.load_state(counted, device)
+        # A copy even on the same device: the sum is added to in place, and a checkpoint's tensors stay as they are.
         return cls(state["loss_sum"].to(device, copy=True), metrics, images, steps)
 
 
@@ -154,12 +155,14 @@ def train_unit(
     micro_batch = micro_batch or MicroBatch()
     batch_loss = partial(_batch_loss, forward, task, extra_loss, config.label_smoothing, device, dtype)
     for inputs, targets in batches:
+        # From the step's number, not advanced by a scheduler: a resumed unit has no scheduler state to restore.
         set_rates(optimizer, rate_factor(first_step + progress.steps, total_steps, config))
         attempt = partial(
             _accumulate_gradient, batch_loss, task, inputs, targets, optimizer, micro_batch, progress.steps + 1
         )
         loss, metrics = micro_batch.attempt(attempt, len(inputs), "training on")
         _update(optimizer, parameters, config.clip_norm, observer)
+        # Sums stay tensors on the device: `float(loss)` would make the host wait for a GPU at every step.
         progress.loss_sum += loss * len(inputs)
         progress.metrics.merge(metrics)
         progress.images += len(inputs)
@@ -208,7 +211,11 @@ def _accumulate_gradient(
     micro_batch: MicroBatch,
     step: int,
 ) -> tuple[Tensor, TrainingMetrics]:
-    """Leave the gradient of the batch's mean loss in the parameters; returns the loss and the batch's metrics."""
+    """Leave the gradient of the batch's mean loss in the parameters.
+
+    Returns the loss and the batch's metrics.
+    """
+    # Also at a repeated attempt: gradients of micro-batches that fitted before memory ran out must not count twice.
     optimizer.zero_grad(set_to_none=True)
     losses = []
     # Of this batch alone: an attempt that runs out of memory leaves nothing behind in the unit's metrics.
@@ -218,9 +225,11 @@ def _accumulate_gradient(
         metrics.update(outputs, targets[piece])
         if fault_point("step", step=step) == "nan":
             loss = loss * torch.nan
+        # A piece's loss is its own mean: weighted by its share, the pieces' gradients sum to that of the batch's mean.
         if len(inputs[piece]) < len(inputs):
             loss = loss * (len(inputs[piece]) / len(inputs))
         loss.backward()  # type: ignore[no-untyped-call]
+        # Detached: otherwise the list would keep every piece's graph, and micro-batches would save no memory.
         losses.append(loss.detach())
     return torch.stack(losses).sum(), metrics
 
@@ -232,6 +241,7 @@ def _update(
     observer: Observer | None,
 ) -> None:
     if observer is not None:
+        # Before clipping, which would hide how large the gradients were.
         observer()
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(parameters, clip_norm)

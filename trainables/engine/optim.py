@@ -48,6 +48,7 @@ def freeze_all_but(model: nn.Module, groups: Sequence[ParamGroup]) -> None:
     trainable = {id(parameter) for group in groups for parameter in group.parameters}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
+        # Gradients of an earlier phase would keep memory as large as what that phase trained.
         parameter.grad = None
 
 
@@ -84,6 +85,7 @@ def build_optimizer(
             f"A relative head rate needs a positive mean squared norm of the pretrained features, but got {scale!r}. "
             "Use head_rate='absolute' or another backbone."
         )
+    # `lr` is overwritten by the schedule at every step; `initial_lr` stays the base rate that it is computed from.
     table = [
         {"params": parameters, "name": group.name, "lr": rate, "initial_lr": rate}
         for group in groups

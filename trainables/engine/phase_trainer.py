@@ -1,4 +1,7 @@
-"""Gradient training of one phase of a trial: optimiser, order of the samples, cached features of a frozen backbone."""
+"""Gradient training of one phase of a trial.
+
+Its optimiser, the order of the samples, cached features of a frozen backbone.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.contract import Phase, Strategy, TrainingConfig
 from trainables.engine.loop import (
@@ -75,9 +79,11 @@ class PhaseTrainer:
         self.unit_steps = unit_steps
         self.total_steps = unit_steps * phase.units
         groups = select_groups(strategy.param_groups(model, prepared), phase)
+        # Before `head_only` is read off `requires_grad`: an earlier phase may have trained other groups.
         freeze_all_but(model, groups)
         self.optimizer = build_optimizer(groups, self.config, lambda: task.feature_scale(data))
         self.head_only = not any(p.requires_grad for p in model.backbone.parameters())
+        # An extra loss may depend on images or backbone, which training on cached features never sees.
         plain_loss = type(strategy).extra_loss is Strategy.extra_loss
         self._extra_loss = None if plain_loss else self._strategy_loss
         self._micro_batch = MicroBatch()
@@ -100,6 +106,7 @@ class PhaseTrainer:
             unit_in_phase: 0-based.
             after_step: called after every step; `unit_state` then is that of the middle of the unit.
         """
+        # At every unit: the validation after the last one left the network in eval mode.
         set_training_mode(self.model, self.model.backbone if self.head_only else None, self.config.bn_mode)
         first_step = unit_in_phase * self.unit_steps
         self._observer = self._new_observer()
@@ -139,7 +146,7 @@ class PhaseTrainer:
 
     @property
     def steps_done(self) -> int:
-        """Steps of the unit under way, or of the interrupted one that continues next; 0 between two units."""
+        """Steps done of the unit under way or interrupted; 0 between two units."""
         if self._progress is not None:
             return self._progress.steps
         if not self._restored:
@@ -173,8 +180,6 @@ class PhaseTrainer:
     def _new_observer(self) -> Observer | None:
         if "gradients" not in {*self.strategy.measures, *self.data.spec.shared.diagnostics}:
             return None
-        from trainables.diagnostics.gradients import GradientNorms, moving_kinds
-
         return GradientNorms(moving_kinds(self.model, self.data.reference))
 
     def _forward(self) -> Forward:
@@ -194,12 +199,14 @@ class PhaseTrainer:
         step = steps_before + done
         end = steps_before + self.unit_steps
         while step < end:
+            # A unit need not be an epoch (`steps_per_unit`): it may begin in the middle of one, and span several.
             epoch, offset = divmod(step, self.data.steps_per_epoch)
             count = min(end - step, self.data.steps_per_epoch - offset)
             yield from islice(self._epoch(seed, epoch, offset), count)
             step += count
 
     def _epoch(self, seed: int, epoch: int, offset: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # By epoch, not by unit: the order of the samples does not depend on how long a unit is.
         order = stream_seed(seed, "shuffle", epoch)
         if self._features is not None:
             return self.data.feature_batches(*self._features, shuffle_seed=order, start=offset)
@@ -229,11 +236,13 @@ def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_state` returned, into an optimiser over the same parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # torch numbers parameters by their position in the groups; a checkpoint names them as the network does.
     state = optimizer.state_dict()
     moving = [p for table in optimizer.param_groups for p in table["params"]]
     indices = [i for table in state["param_groups"] for i in table["params"]]
     for index, parameter in zip(indices, moving, strict=True):
         prefix = f"{names[id(parameter)]}/"
+        # Copies: `load_state_dict` may keep a tensor as it is, and the optimiser updates its state in place.
         entries = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
         if entries:
             state["state"][index] = entries

@@ -1,4 +1,4 @@
-"""What stays in a process for all of its trials: opened stores and pristine pretrained networks, nothing else."""
+"""Per-process caches: opened stores and pristine pretrained networks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainables.data.store import Store
 from trainables.models.backbone import Backbone, backbone_data_config, load_pretrained
 from trainables.specs.trial_spec import ModelSpec
 
@@ -26,22 +27,25 @@ def open_store(path: str) -> StoreLike:
     Raises:
         StoreError: no complete store lies there.
     """
-    from trainables.data.store import Store
-
     store: StoreLike = Store(path)
     return store
 
 
-def pretrained_for(spec: ModelSpec, wanted: int | None, stored_side: int, cache: str | None) -> Backbone:
-    """The pristine backbone (on the CPU) at the side it sees images with: the wanted one, else its own, or the stored
-    side where that is smaller (pictures are never enlarged; timm interpolates position embeddings)."""
-    side = wanted or (stored_side if stored_side < _native_side(spec) else None)
+def pretrained_for(spec: ModelSpec, image_size: int | None, stored_side: int, cache: str | None) -> Backbone:
+    """The pristine backbone, on the CPU, at its input side.
+
+    The side is `image_size`, else the network's own, or the stored side where that is smaller (images are never
+    enlarged; timm interpolates position embeddings).
+    """
+    side = image_size or (stored_side if stored_side < _native_side(spec) else None)
     return load_pretrained(spec, side, Path(cache) if cache else None)
 
 
 def on_device(backbone: Backbone, device: torch.device) -> Backbone:
-    """The pristine backbone on `device` (channels last on a GPU), copied there once, so that a new trial's network is
-    a copy within the device."""
+    """The pristine backbone on `device`, channels last on a GPU.
+
+    Copied there once, so that a new trial's network is a copy within the device.
+    """
     if device.type == "cpu":
         return backbone
     key = (backbone.digest, device)

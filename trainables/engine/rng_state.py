@@ -1,4 +1,4 @@
-"""Random numbers of a trial: every stretch of work gets its own seeded streams and leaves none of them behind."""
+"""Random numbers of a trial: separate seeded streams, global generators restored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def isolated_randomness(seed: int, device: torch.device) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices):
             random.seed(seed)
+            # NumPy's legacy generator accepts 32 bits only.
             np.random.seed(seed % 2**32)
+            # Not `torch.manual_seed`: that seeds every GPU, also those that `fork_rng` does not restore.
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed(seed)
@@ -42,7 +44,9 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
     """The states of Python's, NumPy's and torch's global generators, as tensors."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
+    # `set_generator_states` writes this layout back; another one must fail here, not at a resume.
     assert (version, kind) == (3, "MT19937")
+    # All as tensors: a checkpoint holds tensors and JSON, no pickle. NaN = no second Gaussian number is waiting.
     states = {
         "torch": torch.random.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),

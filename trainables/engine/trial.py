@@ -1,4 +1,4 @@
-"""One trial from the first to the last unit of its budget, without ray: the order of `trainables.engine.contract`."""
+"""One trial, unit by unit, without Ray; calls hooks in the contract's order."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ class Trial:
     ) -> None:
         self.spec = spec
         self.strategy = strategy_class(spec.strategy).from_hparams(spec.hparams)
+        # Before data and network are loaded: a combination that cannot train is refused at once.
         check_task(self.strategy, task_class(spec.shared.task))
         self.device = training_device() if device is None else torch.device(device)
         self.unit = 0
@@ -136,7 +137,9 @@ class Trial:
         return self._build().task
 
     def step(self) -> dict[str, Any]:
-        """Do one unit: train (or solve), validate, and at units of `evaluate_at` and the last one test too.
+        """Do one unit: train (or solve) and validate.
+
+        At units of `evaluate_at` and the last one test, too.
 
         Returns:
             Flat metrics (floats by recorded name) with `finished` (bool) and `unit` (1-based count); where the unit
@@ -148,14 +151,17 @@ class Trial:
         """
         if self.finished:
             raise RuntimeError(f"The trial finished after unit {self.unit}; it has no further step.")
+        # Shifted by the seconds before an interruption, so that a resumed unit reports its whole duration.
         began = time.perf_counter() - self._elapsed
         built = self._build()
         assert built.plan is not None
+        # Seeded by the unit's number: a resumed trial draws what an uninterrupted one would have drawn.
         with isolated_randomness(self._stream("unit", self.unit), self.device):
             metrics = self._advance(built, built.plan.at(self.unit))
         metrics |= self._validate(built)
         self.unit += 1
         self.finished = self.unit == built.plan.units
+        # Before the evaluation, which puts the best unit's weights into the network.
         self._keep_best(built, metrics)
         if self.finished or self.unit in self.spec.shared.evaluate_at:
             metrics |= self._evaluate(built)
@@ -173,15 +179,18 @@ class Trial:
         if self._curves:
             self.result["curves"] = self._curves
             self._curves = {}
+        # A copy: callers add keys to what they get, and the result is part of the trial's state.
         return dict(self.result)
 
     def state(self) -> RunState:
         """Everything that the rest of the trial depends on, between two steps or, from `after_step`, inside one."""
+        # Nothing has run since `load_state`: the state is the restored one, and no network needs to be built for it.
         if self._built is None and self._restored is not None:
             return self._restored
         built = self._build()
         inside = self._trainer is not None and self._trainer.steps_done > 0
         best_is_elsewhere = not self.finished and (inside or self.best.unit != self.unit)
+        # Right after the best unit its weights are the network's own, which a checkpoint holds anyway.
         best = self.best if best_is_elsewhere else None
         return RunState(pack(built.model, built.pristine, best, self._trainer), self.state_without_tensors())
 
@@ -263,6 +272,7 @@ class Trial:
         if self._restored is not None:
             self._restore(built, self._restored)
             return
+        # By identity: groups of different phases may share a parameter, which counts once.
         moving = {id(p): p.numel() for group in groups for p in group.parameters}
         self._once = {
             **self._metrics_of(prepared.report),
@@ -295,6 +305,7 @@ class Trial:
             metrics |= training_scores(built.model, built.data)
             metrics |= current_rates(None)
         else:
+            # A new optimiser per phase, unless a checkpoint from the middle of the phase's first unit has restored it.
             if position.unit_in_phase == 0 and (self._trainer is None or not self._trainer.steps_done):
                 self._trainer = self._new_trainer(built, phase)
             assert self._trainer is not None
@@ -311,6 +322,7 @@ class Trial:
     def _validate(self, built: _Built) -> dict[str, float]:
         table = built.task.metrics
         scores = validation_scores(built.model, built.data)
+        # Weights may overflow in a unit's last step, which no training loss is computed after.
         for metric in (table.selection, table.tie_breaker):
             check_finite(scores[metric.on(VAL)], f"validation {metric.title}", f"after unit {self.unit + 1}")
         return scores

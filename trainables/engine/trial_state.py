@@ -28,7 +28,10 @@ _WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "diagnost
 
 
 def identity(spec: TrialSpec) -> dict[str, Any]:
-    """What makes two trials the same training, as JSON values; weights and data come on top, by their digests."""
+    """What makes two trials the same training, as JSON values.
+
+    Weights and data come on top, by their digests.
+    """
     shared = dataclasses.asdict(spec.shared)
     del shared["model"]  # its weights are what counts, wherever they lie
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
@@ -56,6 +59,7 @@ def check_same(trial: Mapping[str, Any], checkpoint: Mapping[str, Any], misfits:
         checkpoint: identity in the checkpoint; further keys do not matter here.
         misfits: see `misfits`.
     """
+    # Not None, which is a value that a field may have (`held_out`).
     missing = object()
     problems = [
         f"{key}: {checkpoint.get(key, 'unknown')!r} in the checkpoint, {value!r} here"
@@ -115,13 +119,18 @@ def unpack(state: RunState) -> dict[str, dict[str, Tensor]]:
 
 
 def put_weights(model: nn.Module, pristine: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Give the network the weights of a checkpoint; tensors that it does not hold become the pretrained ones."""
+    """Give the network the weights of a checkpoint.
+
+    Tensors that it does not hold become the pretrained ones.
+    """
     put_back(model, under_its_names(model, pristine) | dict(saved))
 
 
 def under_its_names(model: nn.Module, pristine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pretrained tensors by the names that they have in this network: an adapter moves the layer that it wraps to
-    `base_layer` below the old name."""
+    """The pretrained tensors by their names in this network.
+
+    An adapter moves the layer that it wraps to `base_layer` below the old name.
+    """
     plain = {name: name.replace(".base_layer.", ".") for name in model.state_dict()}
     return {name: pristine[old] for name, old in plain.items() if old in pristine}
 
@@ -147,6 +156,7 @@ def best_of(
     tensors = take(model, movable)
     if saved is not None:
         of_best = {**under_its_names(model, pristine), **saved}
+        # Copied also from `pristine`: the next best unit is written over these tensors.
         tensors = {name: of_best[name].to(value.device, copy=True) for name, value in tensors.items()}
     return Best(meta["unit"], meta["value"], meta["tie_breaker"], tensors)
 

@@ -64,6 +64,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
             metrics = self._next()
         except Exception as error:
             self._trial = None
+            # Returned, not raised: Tune retries whatever is raised.
             if self._checkpoint_store is not None and not is_retryable(error):
                 return {"done": True, "failure": failure_text(error)}
             if redact(str(error)) != str(error):  # Tune stores the text of what is raised here
@@ -80,7 +81,10 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         save_state(checkpoint_dir, self._built_trial().state())
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Read the state, of an older checkpoint if this one is damaged; without any the trial starts over."""
+        """Read the newest valid state.
+
+        Of an older checkpoint if this one is damaged; without any the trial starts over.
+        """
         self._trial = None
         self._state = load_newest(checkpoint_dir)
 
@@ -147,6 +151,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         checkpoint_store = CheckpointStore(
             self._config["_checkpoints"], self._config.get("_checkpoint_seconds", MID_UNIT_INTERVAL_S)
         )
+        # Before anything is read: a former process of this trial that still runs can write nothing from here on.
         checkpoint_store.acquire()
         self._checkpoint_store = checkpoint_store
         trial = self._new_trial()
@@ -157,6 +162,8 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
                     _ = trial.model  # built now: weights and data are checked, too
                 break
             except CheckpointError as error:
+                # A valid file of another training, or of other weights or data: it fits this trial no better the next
+                # time.
                 checkpoint_store.quarantine(path, f"{path}: {error}")
                 trial = self._new_trial()
         trial.after_step = lambda: checkpoint_store.save_after_step(trial.state)

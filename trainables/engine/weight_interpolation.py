@@ -74,6 +74,7 @@ def rescale_layer_norm(
     for group, value in zip(names.values(), values * (len(names) // len(values)), strict=True):
         for name in group:
             tuned, source = parameters[name], source_state[name].to(parameters[name].device)
+            # The ends are exact: s + 1·(t − s) may round to other bits than t's.
             if value == 0:
                 tuned.copy_(source)
             elif value != 1:
@@ -111,6 +112,7 @@ def grid_scores(
     for lam in LAMBDA_GRID:
         rescale_layer_norm(model, source, lam, rescale)
         scores[lam] = validation_scores(model, data)
+        # From a copy, not by inverting the rescaling, which would round.
         put_back(model, tuned)
     return scores
 
@@ -135,7 +137,9 @@ def validation_order(scores: Mapping[str, float], metrics: TaskMetrics) -> tuple
 def fitted(
     model: TaskModel, data: TrialData, source: Mapping[str, Tensor], rescale: Rescale, per_layer: bool
 ) -> Tensor:
-    """λ (L,) float64 in the range of `LAMBDA_GRID` that minimises the task's mean loss on ID validation, by gradient.
+    """λ (L,) float64 that minimises the mean loss on ID validation, by gradient.
+
+    In the range of `LAMBDA_GRID`.
 
     Without the range, λ falls below 0 on scarce data, where the loss of an overconfident network falls with the scale
     of its features while its accuracy suffers (digits, 2 % of the training images: λ = -1.7 to -1.3).
@@ -158,6 +162,7 @@ def fitted(
         tolerance_change=1e-6,
         line_search_fn="strong_wolfe",
     )
+    # One `step` of torch's L-BFGS is a whole minimisation of up to `max_iter` iterations.
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     return loss.best.expand(loss.layers).cpu()
 
@@ -187,12 +192,14 @@ class _ValidationLoss:
     def __call__(self) -> float:
         total = 0.0
         gradient = torch.zeros_like(self.angle)
+        # In training batches: this pass keeps activations for its gradient, as training does.
         for images, targets in self._data.batches(VAL, batch_size=self._data.spec.shared.batch_size):
             attempt = partial(self._sums, images, targets)
             loss, slope = self._micro_batch.attempt(attempt, len(images), "learning λ on")
             total = total + loss
             gradient = gradient + slope
         count = self._data.size(VAL)
+        # Summed by hand: each batch's graph is released before the next, where a sum of losses would keep them all.
         self.angle.grad = gradient / count
         if total / count < self._best_loss:
             self.best = self._lam().detach()
@@ -207,6 +214,7 @@ class _ValidationLoss:
         for piece in self._micro_batch.pieces(len(images)):
             with autocast(self._data.device, dtype):
                 inputs = (images[piece], targets[piece])
+                # λ enters as a function of the parameters: written into them in place, it would have no gradient.
                 outputs = torch.func.functional_call(self._model, self._rescaled(), inputs)
             loss = self._task.loss(outputs, targets[piece], reduction="sum")
             total = total + float(loss.detach())
@@ -241,7 +249,10 @@ ALPHA_GRID = tuple(round(0.1 * k, 1) for k in range(11))
 
 @torch.no_grad()
 def interpolate(model: nn.Module, start: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> None:
-    """θ ← θ_start + α·(θ_tuned − θ_start), in place, for every floating tensor of both; α = 0 and 1 copy the bits."""
+    """θ ← θ_start + α·(θ_tuned − θ_start), in place, for floating tensors.
+
+    α = 0 and 1 copy the bits; integer tensors keep their tuned value.
+    """
     state = model.state_dict()
     for name, target in state.items():
         if alpha == 1 or not target.is_floating_point():
@@ -268,6 +279,7 @@ class WiseFt:
         self._alpha = alpha
         pretrained = {f"backbone.{name}": value for name, value in data.reference.state_dict().items()}
         self._start = {**pretrained, **start}
+        # A copy: `_set` writes into the same model that it interpolates to.
         self._tuned = take(model, model.state_dict())
 
     def apply(self) -> Report:

@@ -14,7 +14,9 @@ Result = TypeVar("Result")
 
 
 class MicroBatch:
-    """Number of images that go through the network at once; unlimited at first, halved whenever memory runs out.
+    """Number of images that go through the network at once.
+
+    Unlimited at first, halved whenever memory runs out.
 
     BatchNorm in training mode normalises each piece by its own statistics, so that a halved batch is not the same
     training for such networks; everywhere else it is, to rounding.
@@ -36,8 +38,9 @@ class MicroBatch:
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def attempt(self, work: Callable[[], Result], count: int, what: str) -> Result:
-        """Do `work`, which cuts a batch of `count` images into `pieces`; repeat it with half the size as long as it
-        runs out of memory.
+        """Do `work`, with half the micro-batch size as long as memory runs out.
+
+        `work` cuts a batch of `count` images into `pieces`.
 
         Raises:
             torch.OutOfMemoryError: not even one image at a time fits.

@@ -52,7 +52,9 @@ def recorded_missing_keys() -> Iterator[list[str]]:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is attention over tokens, by the name of its class; of nested ones only the innermost is.
+    """Whether a module is attention over tokens, by its class's name.
+
+    Of nested ones only the innermost is.
 
     Pooling by attention is not: it is part of no block. Gone: an attention by another name is part of no block, and its
     network is refused by strategies that need blocks.
@@ -68,8 +70,11 @@ def is_attention_pooling(module: nn.Module) -> bool:
 
 
 def windowed_attention(block: nn.Module) -> str | None:
-    """Name of a block's method that cuts an image's tokens into windows, attends, and puts them back; None = the block
-    calls its attention on all tokens."""
+    """Name of a block's method for attention in windows.
+
+    It cuts an image's tokens into windows, attends, and puts them back; None = the block calls its attention on all
+    tokens.
+    """
     for name in _WINDOWED:
         if callable(getattr(block, name, None)):
             return name

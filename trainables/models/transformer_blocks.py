@@ -81,6 +81,7 @@ def find_blocks(network: nn.Module) -> list[Block]:
             resolved += blocks
     resolved_attentions = {id(block.mha) for block in resolved}
     for name, module in network.named_modules():
+        # An error rather than a gap: a component would otherwise move in some of the blocks only.
         if is_attention(module) and id(module) not in resolved_attentions:
             why = reasons.get(id(module), "it is part of no block")
             raise ValueError(_undefined(network, f"at {name} ({type(module).__name__}) {why}"))

@@ -88,6 +88,7 @@ def create(name: str, *, pretrained: bool, image_size: int | None, meta: bool = 
     """
     try:
         with recorded_missing_keys() as missing, torch.random.fork_rng(devices=[]):
+            # A constant: random weights are the same in every process, so that their digest identifies them.
             torch.default_generator.manual_seed(0)
             if meta:
                 with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Fault injection at named points of a trial and of the driver, for the tests and the soak.
+"""Fault injection at named points of trials and driver, for tests and soak.
 
 The environment variable `LUTHIER_FAULT` holds faults, separated by `;`:
 
@@ -13,6 +13,7 @@ process. Without the variable a point costs one look-up of a cached empty tuple.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import functools
 import os
@@ -161,14 +162,10 @@ def _hang() -> None:
 
 
 def _hang_holding_the_interpreter() -> None:
-    import ctypes
-
     ctypes.PyDLL(None).sleep(600)  # unlike CDLL, PyDLL keeps the interpreter's lock during the call
 
 
 def _crash() -> None:
-    import ctypes
-
     ctypes.string_at(0)  # reads address 0: segmentation fault
 
 

@@ -7,6 +7,7 @@ driver reads the table without torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -158,6 +159,29 @@ class TaskMetrics:
     leaderboard: tuple[Metric, ...] = ()
     """Shown in the leaderboard, on ID test, beside the selection metric."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TaskMetrics:
+        """Inverse of `to_dict`, also after JSON has made lists of its tuples.
+
+        Example:
+            >>> TaskMetrics.from_dict(CLASSIFICATION.to_dict()) == CLASSIFICATION
+            True
+        """
+        groups = {
+            name: tuple(Metric(**row) for row in fields[name]) for name in ("reported", "training", "leaderboard")
+        }
+        return cls(
+            task=fields["task"],
+            selection=Metric(**fields["selection"]),
+            tie_breaker=Metric(**fields["tie_breaker"]),
+            loss=None if fields["loss"] is None else Metric(**fields["loss"]),
+            **groups,
+        )
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """Every metric once, the selection metric first."""
@@ -239,8 +263,11 @@ class TaskMetrics:
         return None
 
     def tests(self, name: str) -> bool:
-        """Whether a recorded name is measured on test data: ID test, or the OOD domains together. A single OOD domain
-        is not among them, since a study may give one up for validation."""
+        """Whether a recorded name is measured on test data.
+
+        ID test, or the OOD domains together. A single OOD domain is not among them, since a study may give one up for
+        validation.
+        """
         special = {metric.test_name.partition("/")[0] for metric in self.metrics if metric.test_name is not None}
         return name.startswith((f"{TEST}/", f"{OOD_MEAN}/", f"{OOD_WORST}/", *(f"{group}/" for group in special)))
 
@@ -269,7 +296,10 @@ CLASSIFICATION = TaskMetrics(
     leaderboard=(ECE,),
 )
 
-_TASKS: dict[str, TaskMetrics] = {CLASSIFICATION.task: CLASSIFICATION}
+BUILT_IN_TASKS: tuple[TaskMetrics, ...] = (CLASSIFICATION,)
+"""The metrics of the tasks that Luthier ships: the rows of docs/metrics.md."""
+
+_TASKS: dict[str, TaskMetrics] = {metrics.task: metrics for metrics in BUILT_IN_TASKS}
 
 
 def register(metrics: TaskMetrics) -> None:
@@ -283,13 +313,8 @@ def register(metrics: TaskMetrics) -> None:
     _TASKS[metrics.task] = metrics
 
 
-def built_in_tasks() -> tuple[TaskMetrics, ...]:
-    """The metrics of the tasks that Luthier ships."""
-    return (CLASSIFICATION,)
-
-
 def tasks() -> list[str]:
-    """Names of all tasks, sorted."""
+    """Names of all tasks, built in and registered, sorted."""
     return sorted(_TASKS)
 
 
@@ -304,7 +329,7 @@ def task_metrics(task: str = CLASSIFICATION.task) -> TaskMetrics:
         'best/val/acc'
     """
     if task not in _TASKS:
-        raise ValueError(f"A task is one of {', '.join(sorted(_TASKS))}, but got {task!r}.")
+        raise ValueError(f"A task is one of {', '.join(tasks())}, but got {task!r}.")
     return _TASKS[task]
 
 
@@ -415,6 +440,9 @@ LAYERNORM_LAMBDA = Quantity(
     "",
     "λ, the rescaling of the LayerNorm shift: 0 = pretrained, 1 = tuned (Tan et al., 2025).",
 )
+LAYERNORM_VAL_AT_ONE = Quantity(
+    "layernorm/val_<metric>_at_1", None, "", "The selection metric on ID validation at λ = 1, before it is rescaled."
+)
 WISE_ALPHA = Quantity(
     "wise/alpha", None, "", "α, the interpolation of weights: 0 = pretrained, 1 = tuned (Wortsman et al., 2022)."
 )
@@ -425,6 +453,9 @@ COMPONENTS_SELECTED = Quantity("components/selected", None, "components", "Compo
 LORA_MAPS = Quantity("lora/maps", None, "layers", "Linear maps that got an adapter (Hu et al., 2022).")
 PROBE_C = Quantity(
     "linear_probe/C", None, "", "Inverse regularisation of the closed-form probe, chosen on ID validation."
+)
+PROBE_VAL_ACCURACY = Quantity(
+    "linear_probe/val_acc", None, "fraction", "Accuracy of the closed-form probe on ID validation."
 )
 
 PLASTICITY = Quantity(
@@ -465,10 +496,11 @@ QUANTITIES: tuple[Quantity, ...] = (
     PARAMETERS, PEAK_HOST_BYTES, PEAK_GPU_BYTES, TRAINING_IMAGES,
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
-    LAYERNORM_LAMBDA, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
+    LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
+    PROBE_VAL_ACCURACY,
     PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
 )  # fmt: skip
-"""Every recorded name that no task defines. A strategy's own group is its name."""
+"""Every recorded name that no task defines. Strategies may record more under their own names."""
 
 
 def quantity(name: str) -> Quantity | None:

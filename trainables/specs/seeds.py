@@ -17,5 +17,6 @@ def stream_seed(seed: int, *names: str | int) -> int:
         >>> stream_seed(0, "shuffle") == stream_seed(0, "head")
         False
     """
+    # JSON keeps names apart: ("split", 1) and ("split", "1") are two streams.
     text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

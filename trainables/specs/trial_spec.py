@@ -1,4 +1,4 @@
-"""What one trial is asked to do: plain frozen data, made by the orchestrator, checked here, sent as a small dict."""
+"""Specification of one trial: plain frozen data, checked here, sent as a dict."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SharedTrialSettings:
     cache: str | None = None
     """Folder for features and pretrained demo networks; None = `$LUTHIER_CACHE` or `~/.cache/luthier`."""
     task: str = "classification"
-    """Name of the learning task, one of `trainables.tasks.registry.tasks()`: what is learned and measured."""
+    """Name of the learning task, one of `trainables.specs.metrics.tasks()`: what is learned and measured."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SharedTrialSettings:

@@ -25,7 +25,9 @@ def sync(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Replace a file atomically: yields a temporary path to write, renamed to `path` at the end of the block.
+    """Replace a file atomically.
+
+    Yields a temporary path to write, renamed to `path` at the end of the block.
 
     If the block raises, `path` is unchanged and the temporary file is removed.
 
@@ -54,7 +56,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Create a folder atomically: yields an empty temporary folder to fill with files, renamed to `path` at the end.
+    """Create a folder atomically.
+
+    Yields an empty temporary folder to fill with files, renamed to `path` at the end.
 
     If the block raises, the temporary folder is removed. Its name begins with `.<name of path>-`, by which the
     leftovers of killed processes can be found.

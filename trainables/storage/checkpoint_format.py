@@ -79,6 +79,7 @@ def save_state(folder: str | Path, state: RunState) -> None:
         raise FileExistsError(f"A checkpoint is written to a new or empty folder, but {target} holds files.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as partial:
+        # The tensors before the manifest, which holds their digest.
         save_file({name: _portable(tensor) for name, tensor in state.tensors.items()}, partial / TENSORS)
         fault_point("in_checkpoint")
         manifest = {

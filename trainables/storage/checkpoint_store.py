@@ -104,6 +104,7 @@ class CheckpointStore:
         self._check_token()
         self.problems.append(problem)
         log.warning("Quarantined a checkpoint. %s", problem)
+        # Outside of the trial's folder, which is removed when the trial ends.
         target = self.folder.parent / QUARANTINE / f"{self.folder.name}-{path.name}"
         target.parent.mkdir(exist_ok=True)
         _remove(target)
@@ -121,12 +122,18 @@ class CheckpointStore:
             self._write(state)
 
     def save_after_step(self, state: Callable[[], RunState]) -> None:
-        """Write a checkpoint in the middle of a unit, subject to the rate limit and the mid-unit interval."""
+        """Write a checkpoint in the middle of a unit.
+
+        Subject to the rate limit and the mid-unit interval.
+        """
         if self._is_due(self._mid_unit_interval_s):
             self._write(state)
 
     def save_result(self, meta: Mapping[str, Any]) -> None:
-        """Write the state of a trial that has used its budget; without tensors, since nothing resumes from it."""
+        """Write the state of a finished trial.
+
+        Without tensors, since nothing resumes from it.
+        """
         self._write(lambda: RunState({}, meta))
 
     def _is_due(self, interval_s: float) -> bool:
@@ -141,7 +148,9 @@ class CheckpointStore:
         return (self.folder / SAVE_REQUEST_FILE).exists()
 
     def _write(self, make_state: Callable[[], RunState]) -> None:
-        """Write a checkpoint and remove older ones; a full or failing disk loses the checkpoint, not the trial.
+        """Write a checkpoint and remove older ones.
+
+        A full or failing disk loses the checkpoint, not the trial.
 
         Raises:
             FencedError: another process owns the trial.

@@ -28,7 +28,9 @@ def compute_once(
     compute: Callable[[], Result],
     save: Callable[[Result, Path], None] | None = None,
 ) -> Result:
-    """Load a result, or compute and save it under a file lock, so that concurrent processes compute it once.
+    """Load a result, or compute and save it under a file lock.
+
+    Concurrent processes compute it once.
 
     Args:
         path: where the result is stored; its parent folder is created, the lock is `<path>.lock`.

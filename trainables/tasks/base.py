@@ -71,8 +71,11 @@ class MetricAccumulator(Protocol):
         """
 
     def per_sample(self) -> dict[str, Tensor]:
-        """Sufficient statistics of each sample by name, (N, …) on the CPU: correct or not; intersection and union per
-        class; the score of an answer. For intervals over samples and paired comparisons."""
+        """Sufficient statistics of each sample by name, (N, …) on the CPU.
+
+        Correct or not; intersection and union per class; the score of an answer. For intervals over samples and paired
+        comparisons.
+        """
 
 
 class ClosedFormProbe(Protocol):
@@ -90,7 +93,9 @@ class ClosedFormProbe(Protocol):
 
 
 class Task(ABC):
-    """What is learned. One instance serves all trials on the same targets: it keeps no state of a trial.
+    """What is learned.
+
+    One instance serves all trials on the same targets: it keeps no state of a trial.
 
     Shapes: images (B, 3, H, W) float32, normalised. Outputs and targets are the task's own; both have one row per
     sample first, because a batch that does not fit into memory is cut along it.
@@ -146,8 +151,10 @@ class Task(ABC):
 
     @classmethod
     def closed_form_probe(cls) -> ClosedFormProbe | None:
-        """Solver of the head on frozen pooled features; None = the task has none, and strategies that solve in closed
-        form are refused before anything is computed."""
+        """Solver of the head on frozen pooled features; None = the task has none.
+
+        Strategies that solve in closed form are then refused before anything is computed.
+        """
         return None
 
     def initialise_head(self, model: TaskModel, data: TrialData, how: HeadInit) -> Report:
@@ -171,8 +178,11 @@ class Task(ABC):
 
     @torch.no_grad()
     def zero_head(self, model: TaskModel) -> None:
-        """Set the head to zero, in place. A task whose head has hidden layers overrides it to zero the last one: with
-        all of them at zero, no gradient would flow."""
+        """Set the head to zero, in place.
+
+        A task whose head has hidden layers overrides it to zero the last one: with all of them at zero, no gradient
+        would flow.
+        """
         for parameter in model.head.parameters():
             parameter.zero_()
 
@@ -192,8 +202,11 @@ class Task(ABC):
         return image_transform(pixels, generator), targets
 
     def feature_scale(self, data: TrialData) -> float:
-        """Mean squared norm of what the head sees, under the pretrained network: the unit of relative head rates
-        (`trainables.engine.optim.resolved_rate`). A task with dense features overrides it."""
+        """Mean squared norm of what the head sees, under the pretrained network.
+
+        The unit of relative head rates (`trainables.engine.optim.resolved_rate`). A task with dense features overrides
+        it.
+        """
         return data.mean_square_norm()
 
 

@@ -126,6 +126,7 @@ def new_classifier(backbone: Backbone, num_classes: int, device: torch.device | 
     The head has `nn.Linear`'s own initialisation (Kaiming uniform with a = √5, that is ±1/√D), drawn from `seed` alone.
     Global generators are left as they were.
     """
+    # On the meta device first: `nn.Linear` would draw its initialisation from the global generator.
     head = nn.Linear(backbone.num_features, num_classes, device="meta").to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(backbone.num_features)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trainables.specs.metrics import ACCURACY, PROBE_C
+from trainables.specs.metrics import PROBE_C, PROBE_VAL_ACCURACY
 from trainables.storage.atomic_files import atomic_file
 from trainables.storage.compute_once import compute_once
 from trainables.tasks.logistic_path import logistic_path
@@ -208,4 +208,4 @@ def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
     """Copy a probe's solution into the head; returns its C and validation accuracy."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
-    return {PROBE_C.name: probe.C, f"{PROBE_C.group}/val_{ACCURACY.key}": probe.val_accuracy}
+    return {PROBE_C.name: probe.C, PROBE_VAL_ACCURACY.name: probe.val_accuracy}

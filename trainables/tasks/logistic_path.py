@@ -113,6 +113,7 @@ class _Problem:
         """
         start, _ = self.value(self.state, ridge)
         _, mean_weight = self.hessian_weights()
+        # Once per run of L-BFGS: the Hessian at its start preconditions all of its steps.
         root = torch.linalg.cholesky(mean_weight * self.moments + torch.diag(ridge))
         # Coordinates in which the approximate Hessian is the identity
         scaled = torch.nn.Parameter((self.state @ root).contiguous())
@@ -130,6 +131,7 @@ class _Problem:
         def objective() -> float:
             nonlocal relative, evaluations
             value, gradient = self.value(_divide(scaled.detach(), root, upper=False), ridge)
+            # Divided by the start's objective, so that L-BFGS's absolute tolerances mean the same for every C.
             scaled.grad = _divide(gradient, root.T, upper=True) / start
             relative = float(value / start)
             evaluations += 1

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 _registered: dict[str, type[Task]] = {}
 
 
-def tasks() -> list[str]:
-    """Names of all tasks, sorted."""
-    return metrics.tasks()
-
-
 def register(task: type[Task]) -> None:
     """Add a task of a plug-in or a test, with its row of the metric table.
 

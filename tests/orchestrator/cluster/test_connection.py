@@ -284,12 +284,12 @@ class TestDriverProcess:
         with sigterm_restored():
             with pytest.raises(Terminated), sigterm_as_interrupt():
                 os.kill(os.getpid(), signal.SIGTERM)
-            heard: list[int] = []
-            ctrl_c = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+            received: list[int] = []
+            ctrl_c = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
             with sigterm_as_interrupt():
-                os.kill(os.getpid(), signal.SIGTERM)  # whoever listens for Ctrl-C (Tune does) hears it instead
+                os.kill(os.getpid(), signal.SIGTERM)  # a handler of Ctrl-C (Tune has one) receives it instead
             signal.signal(signal.SIGINT, ctrl_c)
-            assert heard == [signal.SIGINT]
+            assert received == [signal.SIGINT]
             with pytest.raises(KeyboardInterrupt) as ctrl_c_itself, sigterm_as_interrupt():
                 signal.raise_signal(signal.SIGINT)
             assert ctrl_c_itself.type is KeyboardInterrupt

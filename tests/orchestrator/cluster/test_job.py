@@ -18,7 +18,9 @@ class _Jobs:
     """A job client without a cluster: each entry of `tails` is one connection's output, or its failure."""
 
     def __init__(self, tails: list[list[str] | Exception], status: str = "SUCCEEDED", code: int | None = 0) -> None:
-        self.tails, self.status, self.code = tails, status, code
+        self.tails = tails
+        self.status = status
+        self.code = code
 
     async def tail_job_logs(self, job: str) -> Any:
         tail = self.tails.pop(0)
@@ -36,7 +38,7 @@ class _Jobs:
 
 
 class TestFollower:
-    def test_a_lost_connection_goes_on_where_it_broke(self) -> None:
+    def test_a_lost_connection_continues_where_it_broke(self) -> None:
         out = io.StringIO()
         tails = [["epoch 1\nepo"], OSError("refused"), ["epoch 1\n", "epoch 2\nep"], ["epoch 1\nepoch 2\nepoch 3\n"]]
         assert Follower(_Jobs(tails), "job", out).run() == 0  # type: ignore[arg-type]
@@ -48,9 +50,9 @@ class TestFollower:
     )
     def test_exit_codes(self, status: str, code: int | None, returned: int) -> None:
         out = io.StringIO()
-        told = "The job did not start: no such image\n" if (status, code) == ("FAILED", None) else ""
+        expected = "The job did not start: no such image\n" if (status, code) == ("FAILED", None) else ""
         assert Follower(_Jobs([[]], status, code), "job", out).run() == returned  # type: ignore[arg-type]
-        assert out.getvalue() == told
+        assert out.getvalue() == expected
 
     def test_contact_lost_for_good(self) -> None:
         jobs = _Jobs([OSError("refused")] * 3)
@@ -67,7 +69,8 @@ class _InterruptedJobs(_Jobs):
 
     def __init__(self, interrupts: int, status: str) -> None:
         super().__init__([["epoch 1\n"], []], status, None)
-        self.interrupts, self.stopped = interrupts, False
+        self.interrupts = interrupts
+        self.stopped = False
 
     async def tail_job_logs(self, job: str) -> Any:
         if self.interrupts:
@@ -96,7 +99,8 @@ class TestCtrlC:
         keyboard = io.StringIO(answer)
         monkeypatch.setattr(keyboard, "isatty", lambda: terminal)
         monkeypatch.setattr(sys, "stdin", keyboard)
-        jobs, notes = _InterruptedJobs(1, "STOPPED"), io.StringIO()
+        jobs = _InterruptedJobs(1, "STOPPED")
+        notes = io.StringIO()
         follower = Follower(jobs, "luthier-toy-1", io.StringIO())  # type: ignore[arg-type]
         assert _follow_with_interrupts(follower, stop, notes) == 130
         assert jobs.stopped == stopped
@@ -106,7 +110,8 @@ class TestCtrlC:
         assert ("luthier-toy-1 keeps running on the cluster." in notes.getvalue()) != stopped
 
     def test_twice_returns_while_the_job_is_still_stopping(self) -> None:
-        jobs, notes = _InterruptedJobs(2, "RUNNING"), io.StringIO()
+        jobs = _InterruptedJobs(2, "RUNNING")
+        notes = io.StringIO()
         follower = Follower(jobs, "luthier-toy-1", io.StringIO())  # type: ignore[arg-type]
         assert _follow_with_interrupts(follower, True, notes) == 130
         assert jobs.stopped

@@ -77,8 +77,8 @@ def findings(study: Study, what: str) -> list[tuple[str, str]]:
 
 
 def test_a_study_that_is_whole(study: Study) -> None:
-    found = check_study(study)
-    assert found.sound
+    checked = check_study(study)
+    assert checked.sound
     assert findings(study, "journal") == [
         ("ok", "11 events, 2 trials, 1 of them finished; to be resumed: trial 1 full at unit 2")
     ]
@@ -155,7 +155,7 @@ def test_p29_what_the_next_run_would_refuse_is_a_problem(study: Study) -> None:
 
 
 @pytest.mark.parametrize("harm", [False, True])
-def test_the_command_says_it_and_its_exit_code_tells(study: Study, tmp_path: Path, harm: bool) -> None:
+def test_the_command_reports_it_also_by_its_exit_code(study: Study, tmp_path: Path, harm: bool) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(json.dumps({**FIELDS, "storage": str(tmp_path)}))
     if harm:
@@ -205,7 +205,7 @@ def test_d26_data_that_changed_since_the_last_run_are_refused(
     def connect() -> Any:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr("orchestrator.cluster.connection.connect", connect)
+    monkeypatch.setattr("orchestrator.running.study_run.connect", connect)
     fields = {
         "name": "s", "data": {"root": str(pictures), "ood": ["night"]}, "model": {"name": network("cnn")},
         "strategies": ["linear_probe"], "search": {"trials": 1}, "storage": str(tmp_path / "studies"),

@@ -24,10 +24,10 @@ from orchestrator.commands.exit_status import (
     PARTIAL,
     PREFLIGHT,
     USAGE,
-    next_commands,
     of_error,
     of_trials,
 )
+from orchestrator.commands.run_summary import next_commands
 from orchestrator.errors import PreflightError, Problem, StudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import State, TrialRecord
@@ -71,11 +71,11 @@ class TestHelp:
     def test_help_costs_little_more_than_the_libraries_that_print_it(self) -> None:
         """`luthier --help` in under a second: no library of the study itself may be loaded for it."""
         command = ["-m", "orchestrator.cli", "--help"]
-        shown = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT)
+        completed = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT)
         floor = cpu_seconds_of_python("-c", "import typer, rich.console, rich.table, rich.panel, rich.markdown")
         assert cpu_seconds_of_python(*command) < 2 * floor
         for command in ("init", "plan", "run", "check", "status", "results", "demo", "submit", "data"):
-            assert f"\n  {command} " in shown.stdout
+            assert f"\n  {command} " in completed.stdout
 
     def test_version(self) -> None:
         from importlib.metadata import version
@@ -146,9 +146,9 @@ class TestErrors:
             "Error: unexpected KeyError: 'http://***@host'. Run the command again with -v for the traceback, and "
             "report it if it looks like a defect of Luthier.\n"
         )
-        shown = luthier("run", study_file, "-v").stderr
-        assert "Traceback (most recent call last)" in shown
-        assert "secret" not in shown
+        stderr = luthier("run", study_file, "-v").stderr
+        assert "Traceback (most recent call last)" in stderr
+        assert "secret" not in stderr
 
     @pytest.mark.parametrize(
         ("error", "code"),
@@ -210,11 +210,11 @@ class TestOutput:
 class TestStatus:
     def test_counts_best_and_running(self, study_file: Path) -> None:
         write_journal(study_file.parent / "studies/tiny")
-        found = json.loads(luthier("status", study_file, "--json").stdout)
-        assert found["state"] == "running"
-        assert found["trials"] == {"complete": 1, "pruned": 1, "running": 1}
-        assert (found["best"]["number"], found["best"]["val/acc"]) == (2, pytest.approx(0.7))
-        assert [trial["number"] for trial in found["running"]] == [2]
+        status = json.loads(luthier("status", study_file, "--json").stdout)
+        assert status["state"] == "running"
+        assert status["trials"] == {"complete": 1, "pruned": 1, "running": 1}
+        assert (status["best"]["number"], status["best"]["val/acc"]) == (2, pytest.approx(0.7))
+        assert [trial["number"] for trial in status["running"]] == [2]
 
     def test_in_words(self, study_file: Path) -> None:
         write_journal(study_file.parent / "studies/tiny", failed=True)

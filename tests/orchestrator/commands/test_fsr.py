@@ -35,7 +35,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def make(network: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Study]:
-    root, storage = write_images(tmp_path_factory.mktemp("images")), tmp_path_factory.mktemp("storage")
+    root = write_images(tmp_path_factory.mktemp("images"))
+    storage = tmp_path_factory.mktemp("storage")
 
     def study(kind: str = "vit", fraction: float = 0.5, **changes: Any) -> Study:
         fields: dict[str, Any] = {
@@ -87,14 +88,14 @@ def test_only_references_run_on_samples_of_the_right_size(measured: tuple[Study,
 
 def test_what_was_found_is_in_the_journal_for_the_record_of_the_study(measured: tuple[Study, FsrReport]) -> None:
     study, report = measured
-    found = measurements(events(study))["fsr"]
-    assert found["metrics"]["fsr/full"] == report.estimates[0].value
-    columns = found["curves"]["fsr"]["columns"]
+    measurement = measurements(events(study))["fsr"]
+    assert measurement["metrics"]["fsr/full"] == report.estimates[0].value
+    columns = measurement["curves"]["fsr"]["columns"]
     assert list(columns) == ["images", "shift", "fit"]
     assert sum(value is not None for value in columns["shift"]) == 3
 
 
-def test_a_second_call_trains_nothing_and_says_the_same(measured: tuple[Study, FsrReport]) -> None:
+def test_a_second_call_trains_nothing_and_states_the_same(measured: tuple[Study, FsrReport]) -> None:
     study, report = measured
     before = len(study.results().records)
     again = measure_fsr(study, progress=False)
@@ -121,7 +122,7 @@ def test_the_search_that_follows_begins_with_the_lambda_that_the_references_sugg
     measured: tuple[Study, FsrReport], make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, report = measured
-    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda found: report.estimates[0])
+    monkeypatch.setattr("orchestrator.planning.fsr.suggested", lambda ratios: report.estimates[0])
     expected = round(min(max(report.estimates[0].lam, 0.0), 2.0), 3)
     later = make(name="later", diagnostics={"fsr_from": "shapes", "plasticity": False})
     records = [r for r in later.run(progress=False).records if r.role == "search"]
@@ -140,11 +141,11 @@ def test_references_follow_the_search_and_no_scheduler_stops_them(make: Callable
     assert roles == ["search"] * 3 + ["reference"] * 2
     references = [record for record in results.records if record.role == "reference"]
     assert [(record.state, record.unit) for record in references] == [("complete", 2)] * 2
-    (found,) = estimates(results.records)
-    assert (found.reference, found.seeds) == ("full", 1)
+    (estimate,) = estimates(results.records)
+    assert (estimate.reference, estimate.seeds) == ("full", 1)
     best = results.best().record
     assert {record.hparams["lr_backbone"] for record in references} == {best.hparams["lr_backbone"]}
-    assert measurements(events(study))["fsr"]["metrics"] == {"fsr/full": found.value}
+    assert measurements(events(study))["fsr"]["metrics"] == {"fsr/full": estimate.value}
     assert "hints" not in study_header(events(study))
 
 
@@ -177,11 +178,11 @@ def test_a_sample_too_small_for_shares_of_itself(make: Callable[..., Study], cap
 
 class TestReport:
     def test_what_is_printed(self) -> None:
-        found = [FsrEstimate("full", 0.61, 0.54, 0.68, 1.0, 1.6, 3)]
+        stored = [FsrEstimate("full", 0.61, 0.54, 0.68, 1.0, 1.6, 3)]
         console = Console(width=100, record=True)
-        FsrReport("pets", found, []).render(console)
+        FsrReport("pets", stored, []).render(console)
         text = console.export_text()
-        assert found[0].sentence() in text
+        assert stored[0].sentence() in text
         assert "Suggested λ = 1.64 [1.47, 1.85]: a later search of pets tries it early" in text
 
     def test_c8_the_name_of_a_domain_is_no_markup(self, monkeypatch: pytest.MonkeyPatch) -> None:

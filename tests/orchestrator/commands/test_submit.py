@@ -55,7 +55,8 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(
             command, env=variables, cwd=home, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    url, pause = f"http://127.0.0.1:{dashboard}", Event()
+    url = f"http://127.0.0.1:{dashboard}"
+    pause = Event()
     try:
         for _ in range(300):
             if probe_dashboard(url, token) == "accepted" or process.poll() is not None:
@@ -125,7 +126,9 @@ class TestRealCluster:
             "try:\n    signal.pause()\nexcept KeyboardInterrupt:\n    print('state saved')"
         )
         name = submission_id(submission.resolved_study(study), 1)
-        first, second, out = io.StringIO(), io.StringIO(), _InterruptsAt("ready")
+        first = io.StringIO()
+        second = io.StringIO()
+        out = _InterruptsAt("ready")
         same = {"token": head.token, "entrypoint": _python(code)}
         assert submit(study, head.url, follow=False, notes=first, **same) == 0
         text = study.read_text()
@@ -217,7 +220,7 @@ def _shipped_packages() -> list[str]:
 
 
 def _tuner_that_is_terminated(storage: Path) -> Any:
-    """A Tune run that would go on for ever; at its first result this process gets SIGTERM."""
+    """A Tune run that would never end; at its first result this process gets SIGTERM."""
     from ray import tune
 
     class Endless(tune.Trainable):
@@ -259,7 +262,8 @@ class _Refusing:
     """A job client that refuses with these errors, one after the other, and then accepts."""
 
     def __init__(self, *refusals: Exception) -> None:
-        self.refusals, self.submitted = list(refusals), list[str]()
+        self.refusals = list(refusals)
+        self.submitted = list[str]()
 
     def submit_job(self, **request: Any) -> None:
         if self.refusals:

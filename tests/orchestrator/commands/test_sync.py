@@ -88,7 +88,7 @@ def test_p12_an_emptied_server_gets_everything_again(storage: Path, template: Pa
     assert synced(folder)["added"] == ALL
 
 
-def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
+def test_p12_the_end_of_a_study_reports_the_backlog_and_the_command_delivers_it(
     storage: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec, folder = make_study(storage, "http://127.0.0.1:9")
@@ -108,7 +108,7 @@ def test_p12_the_end_of_a_study_says_what_waits_and_the_command_delivers_it(
     assert study_backlog(spec, folder).to_dict() == ALL  # at the study's own server, still
 
 
-def test_p12_luthier_run_ends_well_and_says_what_waits_on_stdout_and_as_json(
+def test_p12_luthier_run_ends_well_and_reports_the_backlog_on_stdout_and_as_json(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, folder = make_study(storage, "http://127.0.0.1:9")
@@ -264,7 +264,8 @@ def test_p5_sync_closes_no_run_of_a_study_that_has_begun_meanwhile(
     _, folder = make_study(storage)
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal, finish=False)
-    started, real = list[Journal](), sync_command_module.access_problems
+    started = list[Journal]()
+    real = sync_command_module.access_problems
 
     def slow(*args: Any, **options: Any) -> Any:
         started.append(Journal(folder / "journal.jsonl"))

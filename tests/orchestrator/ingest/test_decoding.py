@@ -66,7 +66,8 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_quarantine(
 
 def test_pixels_go_to_their_offsets_and_nowhere_else(tmp_path: Path) -> None:
     source = scan_folder(domains(tmp_path / "data", ("photo",), 2))
-    target, row = tmp_path / "pixels", 16 * 16 * 3
+    target = tmp_path / "pixels"
+    row = 16 * 16 * 3
     target.write_bytes(b"\xaa" * row * 7)
     offsets = np.array([5, -1, 3, 1, 0, 2]) * row
     progress = []

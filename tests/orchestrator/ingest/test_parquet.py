@@ -100,7 +100,9 @@ class TestReading:
 
     def test_rows_without_image_and_damaged_ones_are_quarantined(self, tmp_path: Path) -> None:
         data: list[Any] = images(24)
-        data[3], data[5], data[7] = None, b"", data[7][:60]
+        data[3] = None
+        data[5] = b""
+        data[7] = data[7][:60]
         store = read(write(tmp_path / "x.parquet", image=data, label=["a", "b"] * 12), tmp_path / "stores", "parquet")
         reasons = {entry["name"]: entry["reason"] for entry in store.manifest["quarantine"]}
         assert set(reasons) == {"x.parquet#3", "x.parquet#5", "x.parquet#7"}

@@ -67,7 +67,7 @@ class TestStore:
         store = read(tmp_path / "data", tmp_path / "stores")
         assert all(name.startswith(f"{split}/") for name, (split, *_) in contents(store).items())
 
-    def test_the_manifest_says_what_was_done(self, tmp_path: Path) -> None:
+    def test_the_manifest_states_what_was_done(self, tmp_path: Path) -> None:
         manifest = read(domains(tmp_path / "data"), tmp_path / "stores", ood=("sketch",)).manifest
         assert manifest["counts"] == {"train": 18, "val": 3, "test": 3, "ood/sketch": 24}
         assert manifest["class_counts"]["ood/sketch"] == {"ant": 8, "bee": 8, "cat": 8}

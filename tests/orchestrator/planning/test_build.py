@@ -28,6 +28,6 @@ def test_a_built_in_network_is_pretrained_only_where_its_weights_are_used(
         asked.append(name)
         return Path()
 
-    monkeypatch.setattr("trainables.demo.backbones.pretrained_folder", folder)
+    monkeypatch.setattr("orchestrator.planning.build.pretrained_folder", folder)
     build.make_built_in(model)
     assert asked == made

@@ -46,7 +46,7 @@ class TestSearch:
         assert [config["hparams"] for config in configs[1:3]] == [default, default | {"lam": 1.643}]
         assert lambdas(configs).count(1.643) == 1
 
-    def test_a_search_that_goes_on_after_the_references_takes_it_first(self, tmp_path: Path) -> None:
+    def test_a_search_that_continues_after_the_references_takes_it_first(self, tmp_path: Path) -> None:
         before = drive(search(tmp_path, trials=5, hints={}), outcome)
         assert 1.643 not in lambdas(before)
         after = drive(search(tmp_path, trials=8), outcome)
@@ -126,10 +126,10 @@ def write_references(spec: StudySpec, own: float, full: float, digest: str = "d"
 class TestHints:
     def test_every_entry_that_searches_lambda_gets_it(self, tmp_path: Path) -> None:
         spec = study(tmp_path)
-        found = lambda_hints(spec, write_references(spec, 0.8, 1.0))
-        assert found.values == {"layernorm": {"lam": pytest.approx(1.25, abs=0.002)}}
-        assert found.source.startswith("later: FSR 0.80 ± 0.0")
-        assert found.fields() == {"hints": found.values, "hints_from": found.source}
+        hints = lambda_hints(spec, write_references(spec, 0.8, 1.0))
+        assert hints.values == {"layernorm": {"lam": pytest.approx(1.25, abs=0.002)}}
+        assert hints.source.startswith("later: FSR 0.80 ± 0.0")
+        assert hints.fields() == {"hints": hints.values, "hints_from": hints.source}
 
     @pytest.mark.parametrize(("own", "full", "lam"), [(0.2, 1.0, 2.0), (4.0, 1.0, 0.25)])
     def test_it_stays_in_the_range_of_the_search(self, tmp_path: Path, own: float, full: float, lam: float) -> None:
@@ -158,15 +158,15 @@ class TestHints:
         write_references(study(tmp_path, name="first"), 0.8, 1.0)
         spec = study(tmp_path, diagnostics={"fsr_from": "first"})
         assert list(hint_problems(spec)) == []
-        found = lambda_hints(spec, tmp_path / "later", digest="d")
-        assert list(found.values) == ["layernorm"]
-        assert found.source.startswith("first: FSR 0.80")
+        hints = lambda_hints(spec, tmp_path / "later", digest="d")
+        assert list(hints.values) == ["layernorm"]
+        assert hints.source.startswith("first: FSR 0.80")
 
 
 class TestProblems:
-    def message(self, spec: StudySpec, **known: str) -> str:
+    def message(self, spec: StudySpec, **arguments: str) -> str:
         with pytest.raises(PreflightError) as error:
-            lambda_hints(spec, Path(spec.storage) / spec.name, **known)
+            lambda_hints(spec, Path(spec.storage) / spec.name, **arguments)
         return str(error.value)
 
     def test_a_study_that_has_not_been_run(self, tmp_path: Path) -> None:

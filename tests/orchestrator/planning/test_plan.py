@@ -112,8 +112,8 @@ class TestShown:
         ]
 
     def test_diagnostics_in_words(self, planned: Callable[..., Plan]) -> None:
-        wanted = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}
-        plan = planned(diagnostics=wanted)
+        diagnostics = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}
+        plan = planned(diagnostics=diagnostics)
         assert plan.reference_trials == 2 * (1 + 2 + 1)  # the own sample, two shares, one OOD domain
         assert plan.max_units == (20 + 9 + 8) * 9
         assert "Trials: 20 search (tpe), 9 confirmation, 8 reference (FSR)." in plan.lines()
@@ -121,13 +121,13 @@ class TestShown:
             "Measured beside accuracy: nothing of each trial; plasticity of the pretrained network, once at the start."
             in plan.lines()
         )
-        unknown = planned(data={"ood": []}, diagnostics=wanted)
+        unknown = planned(data={"ood": []}, diagnostics=diagnostics)
         assert unknown.lines()[2].endswith("9 confirmation, an unknown number of reference (FSR).")
 
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
-        found = json.loads(json.dumps(planned().to_dict()))
-        assert found["max_units"] == 261
-        assert found["entries"][1]["searched"]["lr_backbone"] == range_in_words(
+        fields = json.loads(json.dumps(planned().to_dict()))
+        assert fields["max_units"] == 261
+        assert fields["entries"][1]["searched"]["lr_backbone"] == range_in_words(
             search_spaces.space("full")["lr_backbone"]
         )
 

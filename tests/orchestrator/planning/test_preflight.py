@@ -174,10 +174,10 @@ class TestBudgetAndStorage:
 
 
 def test_everything_at_once(problems: Problems, tmp_path: Path) -> None:
-    found = problems(
+    messages = problems(
         data={"root": str(tmp_path / "none")},
         model={"name": "resnet81"},
         resources={"cpus": 4096},
         search={"trials": 1},
     )
-    assert [message.partition(":")[0] for message in found] == ["data", "model", "search.trials", "resources"]
+    assert [message.partition(":")[0] for message in messages] == ["data", "model", "search.trials", "resources"]

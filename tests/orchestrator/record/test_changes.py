@@ -13,14 +13,14 @@ from orchestrator.study_file.schema import StudySpec
 
 
 def header(**fields: Any) -> dict[str, Any]:
-    known: dict[str, Any] = {
+    header_fields: dict[str, Any] = {
         "name": "pets",
         "data": {"source": "digits"},
         "model": {"name": "digits_vit"},
         "strategies": ["full", {"name": "daft", "label": "daft-1", "fixed": {"lr_head": 0.1}}],
         "search": {"trials": 10, "batch_size": 64},
     }
-    spec = StudySpec.from_fields(known).model_dump(mode="json")
+    spec = StudySpec.from_fields(header_fields).model_dump(mode="json")
     return {"study": "pets", "spec": spec, "dataset_digest": "ab" * 32, "versions": versions()} | fields
 
 
@@ -29,10 +29,10 @@ def changed(**at: Any) -> dict[str, Any]:
     made = copy.deepcopy(header())
     for path, value in at.items():
         *parents, last = path.split("__")
-        place = made
+        section = made
         for name in parents:
-            place = place[name]
-        place[last] = value
+            section = section[name]
+        section[last] = value
     return made
 
 
@@ -65,13 +65,13 @@ def test_p29_every_difference_is_said_and_refused_with_exit_code_4() -> None:
     assert of_error(error.value) == PREFLIGHT == 4
 
 
-def test_p29_what_a_person_allows_is_let_through_and_nothing_else() -> None:
+def test_p29_what_a_user_allows_is_let_through_and_nothing_else() -> None:
     now = changed(spec__search__batch_size=32, spec__search__epochs=9, versions__code="0" * 12)
     allowed = ["search.batch_size", "versions"]
     with pytest.raises(ChangedStudyError, match=r"last run: search.epochs: 20 -> 9\nPut the old"):
         check_changes(journal(header()), now, allowed)
-    found = check_changes(journal(header()), now, [*allowed, "search"])
-    assert [change.key for change in found] == ["search.epochs", "search.batch_size", "versions.code"]
+    differences = check_changes(journal(header()), now, [*allowed, "search"])
+    assert [change.key for change in differences] == ["search.epochs", "search.batch_size", "versions.code"]
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_p29_what_no_number_depends_on_may_change(change: dict[str, Any], harmle
     now = copy.deepcopy(first)
     for path, value in change.items():
         *parents, last = path.split("__")
-        place = now
+        section = now
         for name in parents:
-            place = place[name]
-        place[last] = value
+            section = section[name]
+        section[last] = value
     assert [c.harmless for c in changes(first, now)] == [harmless]
     if harmless:
         check_changes(journal(first), now)

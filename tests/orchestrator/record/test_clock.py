@@ -20,14 +20,14 @@ NOON = 1_800_000_000.0
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What `time.time` says next: the last of the list, which a test may add to."""
-    says = [NOON]
-    monkeypatch.setattr(time, "time", lambda: says[-1])
-    return says
+    """Return values of `time.time`: the last of the list, which a test may add to."""
+    clock_times = [NOON]
+    monkeypatch.setattr(time, "time", lambda: clock_times[-1])
+    return clock_times
 
 
 def events(path: Path, clock: list[float]) -> list[dict[str, Any]]:
-    """Two units of a trial; before each event the clock jumps, and the driver starts anew in between."""
+    """Two units of a trial; before each event the clock jumps, and the driver restarts in between."""
     with Journal(path) as journal:
         journal.append("study_started", study="s")
         clock.append(NOON - HOUR)
@@ -44,18 +44,18 @@ def events(path: Path, clock: list[float]) -> list[dict[str, Any]]:
 
 
 def test_s8_events_keep_their_order_and_no_time_is_negative(tmp_path: Path, clock: list[float]) -> None:
-    found = events(tmp_path / "journal.jsonl", clock)
-    times = [event["time"] for event in found]
+    recorded = events(tmp_path / "journal.jsonl", clock)
+    times = [event["time"] for event in recorded]
     assert times == [NOON, NOON, NOON, NOON + DAY, NOON + DAY, NOON + DAY, NOON + DAY]
-    assert [event["seq"] for event in found] == list(range(7))
-    (record,) = fold(found)
+    assert [event["seq"] for event in recorded] == list(range(7))
+    (record,) = fold(recorded)
     assert record.started is not None
     assert record.ended is not None
     assert record.ended >= record.started
     assert [unit["unit"] for unit in record.history] == [1, 2]
 
 
-def test_s8_what_mlflow_is_told_goes_by_units_and_ends_after_it_began(tmp_path: Path, clock: list[float]) -> None:
+def test_s8_what_mlflow_receives_goes_by_units_and_ends_after_it_began(tmp_path: Path, clock: list[float]) -> None:
     projection = Projection("pets", summarizer())
     updates = [u for event in events(tmp_path / "journal.jsonl", clock) for u in projection.apply(event)]
     assert all(update.end >= update.start for update in updates if update.end is not None)
@@ -66,7 +66,7 @@ def test_s8_what_mlflow_is_told_goes_by_units_and_ends_after_it_began(tmp_path: 
 
 
 def test_s8_two_studies_of_one_moment_are_two(tmp_path: Path, clock: list[float]) -> None:
-    """Their runs are told apart by name; trials by number, configuration and seed."""
+    """Their runs are distinguished by name; trials by number, configuration and seed."""
     uids = set()
     for name in ("a", "b"):
         with Journal(tmp_path / name) as journal:
@@ -78,7 +78,7 @@ def test_s8_two_studies_of_one_moment_are_two(tmp_path: Path, clock: list[float]
 
 
 def test_s8_durations_are_never_taken_from_the_clock_on_the_wall() -> None:
-    """It says when something happened; how long it took is for `time.monotonic` and `time.perf_counter`."""
+    """The wall clock dates events; durations come from `time.monotonic` and `time.perf_counter`."""
     used = {file for file, tree in parsed("orchestrator", "trainables", "search_spaces") for call, _ in calls(tree)
             if call in ("time.time", "datetime.now", "datetime.datetime.now", "datetime.utcnow")}  # fmt: skip
     stamps = {

@@ -24,9 +24,9 @@ from orchestrator.record.records import study_header, unfinished
 
 
 def suggest(journal: Journal, trial_id: str = "a", number: int = 0, **fields: Any) -> None:
-    known = {"strategy": "daft", "label": "daft", "hparams": {"lr_head": 0.1}, "seed": 0, "role": "search"}
-    known |= {"held_out": None, "config_hash": f"hash{number}", "search_values": {"daft.lr_head": 0.1}}
-    journal.append("trial_suggested", **(known | {"trial_id": trial_id, "number": number} | fields))
+    defaults = {"strategy": "daft", "label": "daft", "hparams": {"lr_head": 0.1}, "seed": 0, "role": "search"}
+    defaults |= {"held_out": None, "config_hash": f"hash{number}", "search_values": {"daft.lr_head": 0.1}}
+    journal.append("trial_suggested", **(defaults | {"trial_id": trial_id, "number": number} | fields))
 
 
 def test_events_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -125,20 +125,24 @@ def test_s6_no_flipped_bit_of_a_journal_is_believed(tmp_path: Path) -> None:
         suggest(journal)
         journal.append("result", trial_id="a", unit=1, metrics={"val/acc": 0.8125})
         journal.append("trial_finished", trial_id="a", state="complete")
-    content, whole = journal.path.read_bytes(), journal.events()
-    believed, refused = [], 0
+    content = journal.path.read_bytes()
+    whole = journal.events()
+    believed = []
+    refused = 0
     for bit in range(0, 8 * len(content), 3):  # two or three of every byte
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         journal.path.write_bytes(changed)
         try:
-            found = Journal.read(journal.path)
+            recovered = Journal.read(journal.path)
         except JournalError:
             refused += 1
             continue
-        known = [{k: v for k, v in event.items() if k in right} for event, right in zip(found, whole, strict=False)]
-        if known != whole[: len(known)] or len(known) < len(whole) - 2:
-            believed.append((bit, found))
+        common = [
+            {k: v for k, v in event.items() if k in right} for event, right in zip(recovered, whole, strict=False)
+        ]
+        if common != whole[: len(common)] or len(common) < len(whole) - 2:
+            believed.append((bit, recovered))
     assert believed == []
     assert refused > len(content)
 
@@ -177,8 +181,8 @@ def test_every_acknowledged_event_survives_sigkill_of_the_writer(tmp_path: Path)
         acknowledged = [int(writer.stdout.readline()) for _ in range(20)]
         writer.send_signal(signal.SIGKILL)
         acknowledged += [int(line) for line in writer.stdout if line.endswith("\n")]
-    found = [event["seq"] for event in Journal.read(path)]
-    assert found[: len(acknowledged)] == acknowledged
+    numbers = [event["seq"] for event in Journal.read(path)]
+    assert numbers[: len(acknowledged)] == acknowledged
     with Journal(path) as journal:  # its lock died with it
         assert journal.append("note")["seq"] == len(Journal.read(path)) - 1
 
@@ -208,7 +212,8 @@ def test_s1_a_full_disk_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch
 def test_s4_an_event_that_the_disk_refuses_once_is_written_all_the_same(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, refused = getattr(os, call), []
+    real = getattr(os, call)
+    refused = []
 
     def once(*arguments: Any) -> Any:
         if not refused:
@@ -219,7 +224,7 @@ def test_s4_an_event_that_the_disk_refuses_once_is_written_all_the_same(
     with Journal(tmp_path / "j") as journal:
         journal.append("note")
         monkeypatch.setattr(os, call, once)
-        journal.append("note", text="heard of")
+        journal.append("note", text="followed")
         journal.append("note")
     assert refused
     assert [event["seq"] for event in Journal.read(journal.path)] == [0, 1, 2]
@@ -240,7 +245,8 @@ def test_threads_append_and_read_at_the_same_time(tmp_path: Path) -> None:
         writers = [threading.Thread(target=lambda: [journal.append("note") for _ in range(40)]) for _ in range(4)]
         for writer in writers:
             writer.start()
-        offset, seen = 0, []
+        offset = 0
+        seen = []
         while any(writer.is_alive() for writer in writers) or len(seen) < 160:
             events, offset = read_from(journal.path, offset)
             seen += [event["seq"] for event in events]
@@ -250,21 +256,21 @@ def test_threads_append_and_read_at_the_same_time(tmp_path: Path) -> None:
     assert len(seen) == 160
 
 
-def test_listeners_hear_every_event_and_cannot_stop_it(tmp_path: Path) -> None:
-    heard: list[int] = []
+def test_listeners_receive_every_event_and_cannot_stop_it(tmp_path: Path) -> None:
+    received: list[int] = []
 
     def broken(event: dict[str, Any]) -> None:
         raise RuntimeError("no")
 
     def listen(event: dict[str, Any]) -> None:
-        heard.append(event["seq"])
+        received.append(event["seq"])
 
     with Journal(tmp_path / "j") as journal:
         for listener in (broken, listen, listen):
             journal.subscribe(listener)
         journal.append("note")
         journal.append("note")
-    assert heard == [0, 1]
+    assert received == [0, 1]
 
 
 def test_fold_tells_the_state_of_every_trial(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which numbers of a result are kept, and what a record says about itself."""
+"""Which numbers of a result are kept, and the properties of a record."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_failures_are_classified(text: str, reason: str) -> None:
 
 
 def test_p4_an_actor_that_went_with_its_machine_is_no_fault_of_the_trial() -> None:
-    """Tune writes down what the error says, not what it is called. The soak lost a trial to this."""
+    """Tune stores an error's message, not its type. The soak lost a trial to this."""
     from ray.exceptions import ActorUnavailableError
 
     why = "The actor is temporarily unavailable: RpcError: RPC error: Socket closed rpc_code: 14."
-    said = str(ActorUnavailableError(why, b"0" * 16))
-    assert "ActorUnavailableError" not in said
-    assert classify(said) == "infra"
+    message = str(ActorUnavailableError(why, b"0" * 16))
+    assert "ActorUnavailableError" not in message
+    assert classify(message) == "infra"
 
 
 def test_the_error_line_is_the_last_that_names_an_error() -> None:

@@ -98,9 +98,9 @@ class Elements(HTMLParser):
 def test_the_leaderboard_is_that_of_the_results(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets")
     events = Journal.read(folder / "journal.jsonl")
-    found = Elements(report_html(events))
+    page = Elements(report_html(events))
     results = Results(fold(events), SPEC, measurements=measurements(events))
-    texts = [text.strip() for text in found.texts]
+    texts = [text.strip() for text in page.texts]
     for row in results.leaderboard().to_dict("records"):
         label, _, *numbers = cells(row)
         at = next(i for i, t in enumerate(texts) if t == label and numbers[0] in texts[i : i + 3])
@@ -108,7 +108,7 @@ def test_the_leaderboard_is_that_of_the_results(tmp_path: Path) -> None:
     for sentence in [*results.findings(), *results.warnings()]:
         assert sentence in texts
     assert any(results.regret_line() in text for text in texts)
-    assert found.count["img"] == 3
+    assert page.count["img"] == 3
 
 
 def test_c8_names_and_messages_are_text_in_the_report_and_nothing_else(tmp_path: Path) -> None:
@@ -116,20 +116,20 @@ def test_c8_names_and_messages_are_text_in_the_report_and_nothing_else(tmp_path:
     plain = Elements(report_html(Journal.read(write(tmp_path / "a") / "journal.jsonl")))
     folder = write(tmp_path / "b", labels=(HOSTILE, "$x_$"), dataset=SCRIPT, backbone=HOSTILE)
     text = report_html(Journal.read(folder / "journal.jsonl"))
-    found = Elements(text)
-    assert found.count == plain.count
-    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in found.all_of("img", "src"))
-    assert {"href", "action"} & {name for _, name, _ in found.attributes} == set()
-    assert any(HOSTILE in part for part in found.texts)
-    assert any(SCRIPT in part for part in found.texts)
+    page = Elements(text)
+    assert page.count == plain.count
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.all_of("img", "src"))
+    assert {"href", "action"} & {name for _, name, _ in page.attributes} == set()
+    assert any(HOSTILE in part for part in page.texts)
+    assert any(SCRIPT in part for part in page.texts)
 
 
 def test_pictures_hold_no_text_of_theirs(tmp_path: Path) -> None:
     """SVG inside an image runs no script anyway; letters are paths, so that there is nothing to escape."""
     folder = write(tmp_path / "b", labels=(HOSTILE, SCRIPT))
-    found = Elements(report_html(Journal.read(folder / "journal.jsonl")))
-    for source in found.all_of("img", "src"):
+    page = Elements(report_html(Journal.read(folder / "journal.jsonl")))
+    for source in page.all_of("img", "src"):
         drawn = re.sub(r"<!--.*?-->", "", base64.b64decode(source.partition(",")[2]).decode(), flags=re.DOTALL)
         assert Elements(drawn).count.keys() & {"script", "img", "text", "a", "foreignobject"} == set()
 
@@ -190,13 +190,13 @@ def test_the_rings_stand_at_the_chosen_rates(tmp_path: Path) -> None:
         assert ring.get_offsets().tolist() == [[3.0, 3e-4]]
 
 
-def test_the_command_writes_it_and_says_where(tmp_path: Path) -> None:
+def test_the_command_writes_it_and_prints_the_path(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets")
     (folder / "study.yaml").write_text(
         "name: pets\ndata: {source: digits}\nmodel: {name: digits_vit}\nstrategies: [full]\n"
     )
-    told = CliRunner().invoke(app, ["report", str(folder), "--json"])
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, ["report", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     elsewhere = tmp_path / "new" / "page.html"
     write_report(Journal.read(folder / "journal.jsonl"), elsewhere)

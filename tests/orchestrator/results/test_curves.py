@@ -178,8 +178,8 @@ def follow(server: str, journal: Journal, tmp_path: Path) -> Callable[[], Mlflow
 
 def write_trial(journal: Journal, curves: dict[str, Any]) -> None:
     journal.append("study_started", study="pets", spec={})
-    known = {"trial_id": "t0", "number": 0, "strategy": "layernorm", "label": "ln", "seed": 1, "role": "search"}
-    journal.append("trial_suggested", **known, hparams={}, held_out=None, config_hash="h", search_values={})
+    fields = {"trial_id": "t0", "number": 0, "strategy": "layernorm", "label": "ln", "seed": 1, "role": "search"}
+    journal.append("trial_suggested", **fields, hparams={}, held_out=None, config_hash="h", search_values={})
     journal.append("trial_started", trial_id="t0")
     journal.append("result", trial_id="t0", unit=1, metrics={"val/acc": 0.5})
     metrics = {"val/acc": 0.75, "layernorm/lambda": 1.0}
@@ -197,14 +197,14 @@ def test_a_trials_curves_are_artifacts_of_its_run(
 ) -> None:
     write_trial(journal, {"lambda": LAMBDA, "ln_shift": SHIFT})
     assert follow().finish(60) == 0
-    found = artifacts(tmp_path)
-    assert sorted(found) == ["lambda.json", "lambda.png", "ln_shift.json", "ln_shift.png"]
-    assert json.loads(found["lambda.json"]) == {**LAMBDA, "chosen": 1.0}
-    assert found["lambda.png"] == draw("lambda", LAMBDA, 1.0)
+    uploaded = artifacts(tmp_path)
+    assert sorted(uploaded) == ["lambda.json", "lambda.png", "ln_shift.json", "ln_shift.png"]
+    assert json.loads(uploaded["lambda.json"]) == {**LAMBDA, "chosen": 1.0}
+    assert uploaded["lambda.png"] == draw("lambda", LAMBDA, 1.0)
 
-    Path(f"{journal.path}.mlflow.json").unlink()  # told again from the start
+    Path(f"{journal.path}.mlflow.json").unlink()  # delivered again from the start
     assert follow().finish(60) == 0
-    assert artifacts(tmp_path) == found
+    assert artifacts(tmp_path) == uploaded
 
 
 def test_a_picture_that_cannot_be_drawn_holds_nothing_back(

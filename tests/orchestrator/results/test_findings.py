@@ -80,7 +80,7 @@ class TestGain:
             "of distribution from full -18.0 % to lp_ft +22.0 %."
         ]
 
-    def test_gains_within_the_intervals_say_so(self) -> None:
+    def test_gains_within_the_intervals_state_it(self) -> None:
         weak = entry(3, "bitfit", (0.89, 0.91, 0.92), 0.5)
         assert about(said(PROBE, weak), "gain") == [
             "Relative gain over linear probing (linear_probe): in distribution bitfit +0.7 % (within the intervals); "
@@ -150,7 +150,7 @@ class TestPlasticity:
         (sentence,) = about(said(better, PROBE, plain, alone("mha", 3, (0.968,) * 3), plasticity=P), "most plastic")
         assert "against 97.0 ± 2.5 %" in sentence
 
-    def test_a_share_of_nothing_is_not_told(self) -> None:
+    def test_a_share_of_nothing_is_not_reported(self) -> None:
         weak = entry(0, "full", (0.89, 0.91, 0.93))
         (sentence,) = about(said(weak, PROBE, alone("mha", 3, (0.92, 0.92, 0.92)), plasticity=P), "most plastic")
         assert sentence.endswith(
@@ -239,7 +239,7 @@ class TestLambda:
         mixed = entry(5, "ln", (0.9, 0.9), hparams={"lam_choice": "sweep"}, layernorm__lambda=(0.8, 1.2))
         assert said(mixed) == ["ln: best λ on validation was 1.00 (0.80 to 1.20 over 2 seeds)."]
 
-    def test_a_lambda_that_nobody_chose_is_not_mentioned(self) -> None:
+    def test_a_lambda_that_was_not_chosen_is_not_mentioned(self) -> None:
         assert said(entry(5, "ln", 0.9, hparams={"lam": 1.0}, layernorm__lambda=1.0)) == []
 
     def test_a_lambda_that_the_search_chose_is(self) -> None:
@@ -316,11 +316,11 @@ class TestWords:
 
 def test_findings_are_everywhere_that_results_are() -> None:
     results = Results(FULL + PROBE + CLOSE, {"name": "pets"}, measurements={"plasticity": {"metrics": {}}})
-    found = results.findings()
-    assert len(found) == 3
-    assert results.to_dict()["findings"] == found
+    findings = results.findings()
+    assert len(findings) == 3
+    assert results.to_dict()["findings"] == findings
     assert results.to_dict()["measurements"] == {"plasticity": {"metrics": {}}}
-    assert all(f"- {sentence}\n" in results.markdown() for sentence in found)
+    assert all(f"- {sentence}\n" in results.markdown() for sentence in findings)
     console = Console(file=io.StringIO(), width=400)
     results.render(console)
-    assert all(f"- {sentence}\n" in console.file.getvalue() for sentence in found)  # type: ignore[attr-defined]
+    assert all(f"- {sentence}\n" in console.file.getvalue() for sentence in findings)  # type: ignore[attr-defined]

@@ -32,57 +32,57 @@ def reference(number: int, sample: str, seed: int, shift: float, images: float =
 
 def runs(**samples: list[float]) -> list[TrialRecord]:
     """Sample → shift per seed."""
-    found: list[TrialRecord] = []
+    records: list[TrialRecord] = []
     for name, shifts in samples.items():
-        found += [reference(len(found) + seed, name, seed, shift) for seed, shift in enumerate(shifts)]
-    return found
+        records += [reference(len(records) + seed, name, seed, shift) for seed, shift in enumerate(shifts)]
+    return records
 
 
 class TestFull:
     def test_the_full_pool_against_itself_is_exactly_one(self) -> None:
-        (found,) = estimates(runs(**{"1": [1.1, 0.7, 3.3], "full": [1.1, 0.7, 3.3]}))
-        assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
-        assert (found.lam, found.lam_interval) == (1.0, (1.0, 1.0))
+        (estimate,) = estimates(runs(**{"1": [1.1, 0.7, 3.3], "full": [1.1, 0.7, 3.3]}))
+        assert (estimate.value, estimate.low, estimate.high) == (1.0, 1.0, 1.0)
+        assert (estimate.lam, estimate.lam_interval) == (1.0, (1.0, 1.0))
 
     def test_ratios_are_paired_by_seed_with_a_student_interval(self) -> None:
-        (found,) = estimates(runs(**{"1": [1.0, 2.0, 3.0], "full": [2.0, 3.0, 6.0]}))
+        (estimate,) = estimates(runs(**{"1": [1.0, 2.0, 3.0], "full": [2.0, 3.0, 6.0]}))
         mean, half = mean_interval([1 / 2, 2 / 3, 1 / 2])
-        assert found.value == pytest.approx(mean)
-        assert found.low == pytest.approx(mean - half)
-        assert found.high == pytest.approx(mean + half)
-        assert (found.reference, found.seeds, found.shift) == ("full", 3, 2.0)
-        assert found.reference_shift == pytest.approx(11 / 3)
-        assert found.by_seed == {0: 1 / 2, 1: 2 / 3, 2: 1 / 2}
-        assert found.lam == pytest.approx(1 / mean)
-        assert found.lam_interval == pytest.approx((1 / (mean + half), 1 / (mean - half)))
+        assert estimate.value == pytest.approx(mean)
+        assert estimate.low == pytest.approx(mean - half)
+        assert estimate.high == pytest.approx(mean + half)
+        assert (estimate.reference, estimate.seeds, estimate.shift) == ("full", 3, 2.0)
+        assert estimate.reference_shift == pytest.approx(11 / 3)
+        assert estimate.by_seed == {0: 1 / 2, 1: 2 / 3, 2: 1 / 2}
+        assert estimate.lam == pytest.approx(1 / mean)
+        assert estimate.lam_interval == pytest.approx((1 / (mean + half), 1 / (mean - half)))
 
     def test_an_interval_that_holds_zero_leaves_lambda_open(self) -> None:
-        (found,) = estimates(runs(**{"1": [0.1, 3.0], "full": [1.0, 1.0]}))
-        assert found.low < 0
-        assert found.lam_interval[1] == math.inf
-        assert suggested([found]) is None
+        (estimate,) = estimates(runs(**{"1": [0.1, 3.0], "full": [1.0, 1.0]}))
+        assert estimate.low < 0
+        assert estimate.lam_interval[1] == math.inf
+        assert suggested([estimate]) is None
 
     def test_only_complete_trials_of_the_latest_configuration_count(self) -> None:
         records = runs(**{"1": [1.0, 1.0], "full": [2.0, 2.0]})
         records += [reference(10, "1", 0, 9.0, state="failed"), reference(3, "full", 7, 9.0)]
         old = [reference(-2, "1", 0, 5.0, config_hash="old"), reference(-1, "full", 0, 5.0, config_hash="old")]
-        (found,) = estimates([*old, *records])
-        assert found.value == 0.5
+        (estimate,) = estimates([*old, *records])
+        assert estimate.value == 0.5
 
     @pytest.mark.parametrize(
         ("own", "full", "whose"), [(0.0, 0.0, "reference's"), (1.0, 0.0, "reference's"), (0.0, 1.0, "study's own")]
     )
     def test_norms_that_did_not_move(self, own: float, full: float, whose: str) -> None:
-        (found,) = estimates(runs(**{"1": [own, own], "full": [full, full]}))
-        assert found.sentence() == (
+        (estimate,) = estimates(runs(**{"1": [own, own], "full": [full, full]}))
+        assert estimate.sentence() == (
             f"No FSR (against the full pool): the {whose} norms did not move: train with a higher rate or for longer."
         )
-        assert suggested([found]) is None
-        assert found.metrics() == {}
+        assert suggested([estimate]) is None
+        assert estimate.metrics() == {}
 
     def test_seeds_that_do_not_pair(self) -> None:
-        (found,) = estimates([reference(0, "1", 0, 1.0), reference(1, "full", 1, 1.0)])
-        assert found.sentence() == "No FSR (against the full pool): no seed has a trial on both samples."
+        (estimate,) = estimates([reference(0, "1", 0, 1.0), reference(1, "full", 1, 1.0)])
+        assert estimate.sentence() == "No FSR (against the full pool): no seed has a trial on both samples."
 
     def test_without_references_there_is_nothing(self) -> None:
         assert estimates([]) == []
@@ -92,25 +92,26 @@ class TestFull:
 class TestExtrapolated:
     def samples(self, noise: float = 0.0) -> list[TrialRecord]:
         """Shift(n) = 4 − 10·n^−0.5: 3 at the whole sample of 100 images, so that FSR is 0.75."""
-        generator, found = np.random.default_rng(0), list[TrialRecord]()
+        generator = np.random.default_rng(0)
+        records = list[TrialRecord]()
         for name, images in (("0.25", 25), ("0.5", 50), ("1", 100)):
             for seed in range(3):
                 shift = 4 - 10 * images**-0.5 + noise * generator.normal()
-                found.append(reference(len(found), name, seed, shift, images))
-        return found
+                records.append(reference(len(records), name, seed, shift, images))
+        return records
 
     def test_fsr_is_the_share_of_the_limit(self) -> None:
-        (found,) = estimates(self.samples())
-        assert found.reference == "extrapolated"
-        assert found.value == pytest.approx(0.75, abs=0.01)
-        assert (found.low, found.high) == pytest.approx((found.value, found.value))
-        assert found.lam == pytest.approx(4 / 3, abs=0.02)
-        assert (found.shift, found.reference_shift) == pytest.approx((3, 4), abs=0.03)
+        (estimate,) = estimates(self.samples())
+        assert estimate.reference == "extrapolated"
+        assert estimate.value == pytest.approx(0.75, abs=0.01)
+        assert (estimate.low, estimate.high) == pytest.approx((estimate.value, estimate.value))
+        assert estimate.lam == pytest.approx(4 / 3, abs=0.02)
+        assert (estimate.shift, estimate.reference_shift) == pytest.approx((3, 4), abs=0.03)
 
-    def test_the_curve_is_measured_at_the_samples_and_goes_on_to_the_limit(self) -> None:
-        (found,) = estimates(self.samples())
-        assert found.curve is not None
-        images, shift, fit = (found.curve["columns"][name] for name in ("images", "shift", "fit"))
+    def test_the_curve_is_measured_at_the_samples_and_extrapolated_to_the_limit(self) -> None:
+        (estimate,) = estimates(self.samples())
+        assert estimate.curve is not None
+        images, shift, fit = (estimate.curve["columns"][name] for name in ("images", "shift", "fit"))
         measured = {n: (s, f) for n, s, f in zip(images, shift, fit, strict=True) if s is not None}
         assert set(measured) == {25, 50, 100}
         assert all(s == pytest.approx(f, abs=0.01) for s, f in measured.values())
@@ -119,10 +120,11 @@ class TestExtrapolated:
         assert fit[-1] == pytest.approx(4 - 10 / 20, abs=0.02)
 
     def test_the_interval_holds_the_truth_and_is_the_same_every_time(self) -> None:
-        (found,), (again,) = estimates(self.samples(0.02)), estimates(self.samples(0.02))
-        assert found.low < 0.75 < found.high
-        assert found.low < found.value < found.high
-        assert (found.low, found.high) == (again.low, again.high)
+        (estimate,) = estimates(self.samples(0.02))
+        (again,) = estimates(self.samples(0.02))
+        assert estimate.low < 0.75 < estimate.high
+        assert estimate.low < estimate.value < estimate.high
+        assert (estimate.low, estimate.high) == (again.low, again.high)
 
     @pytest.mark.parametrize(
         ("shifts", "moves", "if_so"),
@@ -141,20 +143,24 @@ class TestExtrapolated:
             for i, (name, images, shift) in enumerate(zip(("0.25", "0.5", "1"), (25, 50, 100), shifts, strict=True))
             for seed in range(2)
         ]
-        (found,) = estimates(records)
-        assert found.sentence() == (
+        (estimate,) = estimates(records)
+        assert estimate.sentence() == (
             f"No FSR (extrapolated): the shift still {moves} at the whole sample, so that its limit cannot be "
             f"told{if_so}; take `full` or more data."
         )
-        assert suggested([found]) is None
-        assert found.metrics() == {}
+        assert suggested([estimate]) is None
+        assert estimate.metrics() == {}
 
     def test_a_limit_far_beyond_all_samples_is_said_but_not_believed(self) -> None:
         sizes = {"0.25": 25, "0.5": 50, "1": 100}
         shifts = {name: 3 - 8 * n**-0.25 for name, n in sizes.items()}  # 0.47 at the whole sample
-        (found,) = estimates([reference(n + s, name, s, shifts[name], n) for name, n in sizes.items() for s in (0, 1)])
-        assert found.sentence().startswith("FSR 0.16 ± 0.00 (extrapolated): the shift still grows at the whole sample,")
-        assert suggested([found]) is None
+        (estimate,) = estimates(
+            [reference(n + s, name, s, shifts[name], n) for name, n in sizes.items() for s in (0, 1)]
+        )
+        assert estimate.sentence().startswith(
+            "FSR 0.16 ± 0.00 (extrapolated): the shift still grows at the whole sample,"
+        )
+        assert suggested([estimate]) is None
 
     def test_samples_of_one_size_leave_the_other_references_alone(self) -> None:
         records = runs(**{"1": [1.0, 1.0], "0.25": [1.0, 1.0], "0.5": [1.0, 1.0], "full": [2.0, 2.0]})
@@ -167,8 +173,8 @@ class TestExtrapolated:
 
     def test_seeds_that_are_not_in_every_sample_are_left_out(self) -> None:
         records = self.samples()
-        (found,) = estimates([r for r in records if (r.sample, r.seed) != ("0.5", 2)])
-        assert found.seeds == 2
+        (estimate,) = estimates([r for r in records if (r.sample, r.seed) != ("0.5", 2)])
+        assert estimate.seeds == 2
         (none,) = estimates([r for r in records if r.seed == {"0.25": 0, "0.5": 1, "1": 2}[r.sample or ""]])
         assert none.sentence() == "No FSR (extrapolated): no seed has a trial on every nested sample."
 
@@ -335,7 +341,8 @@ def test_the_full_pool_against_itself_in_real_trials(network: Callable[[str], st
     stage = ReferenceStage(shared, shapes(), "id_val", ("full", "extrapolated"), (0.5, 0.25), 2, 0)  # type: ignore[arg-type]
     records = []
     for number, spec in enumerate(stage.next([])):
-        run, result = Trial(spec, store=shapes(), device="cpu"), dict[str, Any]()
+        run = Trial(spec, store=shapes(), device="cpu")
+        result = dict[str, Any]()
         while not run.finished:
             result = run.step()
         metrics = {name: float(result[name]) for name in (SHIFT, IMAGES)}

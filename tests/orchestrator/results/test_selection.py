@@ -1,4 +1,4 @@
-"""Selection rules choose what their definition says and never look at what they must not see."""
+"""Selection rules follow their definitions and never read test data that they must not use."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from orchestrator.results import selection
 def trial(number: int, val: float | None = None, label: str = "daft", **changes: Any) -> TrialRecord:
     """A complete search trial of a configuration of its own."""
     metrics = changes.pop("metrics", {}) | ({} if val is None else {"best/val/acc": val})
-    known: dict[str, Any] = {"trial_id": f"t{number}", "number": number, "strategy": label, "label": label}
-    known |= {"config_hash": f"h{number}", "state": "complete", "metrics": metrics}
-    return TrialRecord(**(known | changes))
+    fields: dict[str, Any] = {"trial_id": f"t{number}", "number": number, "strategy": label, "label": label}
+    fields |= {"config_hash": f"h{number}", "state": "complete", "metrics": metrics}
+    return TrialRecord(**(fields | changes))
 
 
 def fold(number: int, of: int, domain: str, accuracy: float, **changes: Any) -> TrialRecord:
-    known = {"role": "fold", "held_out": domain, "config_hash": f"h{of}", "metrics": {"held_out/acc": accuracy}}
-    return trial(number, **(known | changes))
+    fields = {"role": "fold", "held_out": domain, "config_hash": f"h{of}", "metrics": {"held_out/acc": accuracy}}
+    return trial(number, **(fields | changes))
 
 
 def numbers(choices: list[selection.Choice]) -> list[int]:
@@ -135,7 +135,7 @@ def test_a_configuration_without_all_its_folds_is_not_ranked() -> None:
         ),
     ],
 )
-def test_leave_one_domain_out_says_what_is_missing(folds: list[TrialRecord], message: str) -> None:
+def test_leave_one_domain_out_states_what_is_missing(folds: list[TrialRecord], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         selection.leave_one_domain_out([trial(0, 0.9), *folds])
 

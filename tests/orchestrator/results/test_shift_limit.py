@@ -23,11 +23,11 @@ class TestFit:
     )
     def test_known_curves(self, limit: float, slope: float, exponent: float) -> None:
         images = np.array([25.0, 50.0, 100.0, 400.0, 1600.0])
-        found = ShiftLimit(images).fit(curve(limit, slope, exponent, images))
-        assert found.limit == pytest.approx(limit, rel=0.005)
-        assert found.exponent == pytest.approx(exponent, rel=0.02)  # the grid's step
-        assert found.slope == pytest.approx(slope, rel=0.06)
-        assert found.at(images) == pytest.approx(curve(limit, slope, exponent, images), rel=0.005)
+        fit = ShiftLimit(images).fit(curve(limit, slope, exponent, images))
+        assert fit.limit == pytest.approx(limit, rel=0.005)
+        assert fit.exponent == pytest.approx(exponent, rel=0.02)  # the grid's step
+        assert fit.slope == pytest.approx(slope, rel=0.06)
+        assert fit.at(images) == pytest.approx(curve(limit, slope, exponent, images), rel=0.005)
 
     def test_noisy_shifts_against_a_general_least_squares_solver(self) -> None:
         images = np.array([10.0, 20.0, 40.0, 80.0, 160.0, 320.0])
@@ -35,10 +35,10 @@ class TestFit:
         (limit, slope, exponent), _ = curve_fit(
             lambda n, a, b, c: a - b * n**-c, images, shifts, p0=(4, 9, 0.6), maxfev=10_000
         )
-        found = ShiftLimit(images).fit(shifts)
-        assert found.limit == pytest.approx(limit, rel=3e-3)
-        assert found.exponent == pytest.approx(exponent, rel=0.02)
-        assert found.slope == pytest.approx(slope, rel=0.03)
+        fit = ShiftLimit(images).fit(shifts)
+        assert fit.limit == pytest.approx(limit, rel=3e-3)
+        assert fit.exponent == pytest.approx(exponent, rel=0.02)
+        assert fit.slope == pytest.approx(slope, rel=0.03)
 
     def test_a_constant_shift_is_its_own_limit(self) -> None:
         limit = ShiftLimit(SIZES)
@@ -64,7 +64,9 @@ class TestShare:
         assert ShiftLimit(SIZES[order]).share(shifts[:, order], 0) == pytest.approx([0.75], rel=0.01)
 
     def test_without_a_limit_it_is_nothing_or_without_bound(self) -> None:
-        logarithm, linear, falling = np.log(SIZES), SIZES, -0.9 * np.log(SIZES) + 5
+        logarithm = np.log(SIZES)
+        linear = SIZES
+        falling = -0.9 * np.log(SIZES) + 5
         assert ShiftLimit(SIZES).share(np.stack([logarithm, linear, falling]), 2).tolist() == [0, 0, math.inf]
         assert ShiftLimit(SIZES).fit(logarithm).exponent == EXPONENTS[0]
 
@@ -88,9 +90,11 @@ class TestInterval:
         assert 0 < high < math.inf
 
     @pytest.mark.parametrize(("seeds", "noise"), [(3, 0.005), (3, 0.02), (5, 0.02)])
-    def test_it_holds_the_truth_as_often_as_it_says(self, seeds: int, noise: float) -> None:
+    def test_it_covers_the_truth_as_often_as_it_states(self, seeds: int, noise: float) -> None:
         """The bare percentiles, which this fails with, hold it in 71 to 85 of 100."""
-        generator, limit, times = np.random.default_rng(0), ShiftLimit(SIZES), 200
+        generator = np.random.default_rng(0)
+        limit = ShiftLimit(SIZES)
+        times = 200
         held = 0
         for _ in range(times):
             common, own = generator.normal(size=(1, seeds)), generator.normal(size=(3, seeds))

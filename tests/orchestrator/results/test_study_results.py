@@ -21,9 +21,9 @@ from orchestrator.results.study_results import Results
 
 def trial(number: int, label: str, val: float, test: float, **changes: Any) -> TrialRecord:
     metrics = {"best/val/acc": val, "test/acc": test, "ood/mean/acc": test - 0.1, "ood/worst/acc": test - 0.2}
-    known: dict[str, Any] = {"trial_id": f"t{number}", "number": number, "strategy": label, "label": label}
-    known |= {"config_hash": f"h{number}", "state": "complete", "hparams": {"lr_head": 0.01}}
-    return TrialRecord(**(known | {"metrics": metrics | {"calib/ece": 0.05}} | changes))
+    fields: dict[str, Any] = {"trial_id": f"t{number}", "number": number, "strategy": label, "label": label}
+    fields |= {"config_hash": f"h{number}", "state": "complete", "hparams": {"lr_head": 0.01}}
+    return TrialRecord(**(fields | {"metrics": metrics | {"calib/ece": 0.05}} | changes))
 
 
 STUDY = [
@@ -121,24 +121,24 @@ def test_the_search_spaces_say_what_lies_at_an_edge() -> None:
 
 
 def test_everything_is_json() -> None:
-    found = Results(STUDY, {"name": "pets"}).to_dict()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["leaderboard"][1]["test/acc/ci95"] is None
-    assert found["best"]["number"] == 1
-    assert found["regret"]["oracle"]["oracle"] is True
-    assert found["trials"] == {"complete": 6, "pruned": 1, "failed": 1}
-    assert [(r["number"], r["state"], r["metrics"]) for r in found["records"]] == [
+    exported = Results(STUDY, {"name": "pets"}).to_dict()
+    assert json.loads(json.dumps(exported, allow_nan=False)) == exported
+    assert exported["leaderboard"][1]["test/acc/ci95"] is None
+    assert exported["best"]["number"] == 1
+    assert exported["regret"]["oracle"]["oracle"] is True
+    assert exported["trials"] == {"complete": 6, "pruned": 1, "failed": 1}
+    assert [(r["number"], r["state"], r["metrics"]) for r in exported["records"]] == [
         (r.number, r.state, dict(r.metrics)) for r in STUDY
     ]
 
 
-def test_a_study_without_a_complete_trial_says_so() -> None:
+def test_a_study_without_a_complete_trial_states_it() -> None:
     results = Results([trial(0, "full", 0.5, 0.5, state="failed", reason="oom")], {"name": "pets"})
-    found = results.to_dict()
-    assert found["leaderboard"] == []
-    assert found["problem"].startswith("Selection needs at least one complete search trial, but got 1 failed.")
-    assert found["problem"] in results.markdown()
-    assert found["problem"] in rendered(results)
+    exported = results.to_dict()
+    assert exported["leaderboard"] == []
+    assert exported["problem"].startswith("Selection needs at least one complete search trial, but got 1 failed.")
+    assert exported["problem"] in results.markdown()
+    assert exported["problem"] in rendered(results)
 
 
 def test_rendering_shows_numbers_regret_and_warnings() -> None:

@@ -146,7 +146,7 @@ class TestPictures:
         assert list(error.get_lines()[0].get_ydata()) == [2.0, 3.0]  # type: ignore[arg-type]
         assert list(share.get_lines()[0].get_ydata()) == [50.0, 60.0]  # type: ignore[arg-type]
 
-    def test_the_report_knows_no_other_metric(self) -> None:
+    def test_the_report_names_no_other_metric(self) -> None:
         header: dict[str, Any] = {"study": "boundaries", "spec": SPEC, "state": "complete", "first_started": 0.0}
         page = page_of(header, STUDY, {})
         assert "IoU (%)" in page

@@ -37,7 +37,7 @@ from trainables.specs.errors import failure_text
 from trainables.specs.fault_injection import ENV_FAULTS, reset_faults
 
 
-def told(breaker: CircuitBreaker, *endings: str, first: int = 0) -> CircuitBreaker:
+def after_events(breaker: CircuitBreaker, *endings: str, first: int = 0) -> CircuitBreaker:
     """Trials that start and end one after the other: by a reason, or well ("")."""
     for number, reason in enumerate(endings, start=first):
         breaker.event({"kind": "trial_suggested", "trial_id": f"t{number}", "number": number, "strategy": "full"})
@@ -52,42 +52,42 @@ def told(breaker: CircuitBreaker, *endings: str, first: int = 0) -> CircuitBreak
 
 class TestCircuitBreaker:
     def test_it_takes_enough_failures_and_a_large_enough_share_of_one_reason(self) -> None:
-        assert not told(CircuitBreaker(5, 0.6), *["nan"] * 4).stop_all()
-        assert told(CircuitBreaker(5, 0.6), *["nan"] * 5).stop_all()
-        assert not told(CircuitBreaker(5, 0.6), *["", ""] * 2, *["nan"] * 5).stop_all()
-        assert told(CircuitBreaker(5, 0.6), *["", ""] * 2, *["nan"] * 6).stop_all()
-        assert not told(CircuitBreaker(5, 0.6), *["nan", "oom", "user", "data"] * 4).stop_all()
-        assert not told(CircuitBreaker(None, 0.6), *["nan"] * 100).stop_all()
+        assert not after_events(CircuitBreaker(5, 0.6), *["nan"] * 4).stop_all()
+        assert after_events(CircuitBreaker(5, 0.6), *["nan"] * 5).stop_all()
+        assert not after_events(CircuitBreaker(5, 0.6), *["", ""] * 2, *["nan"] * 5).stop_all()
+        assert after_events(CircuitBreaker(5, 0.6), *["", ""] * 2, *["nan"] * 6).stop_all()
+        assert not after_events(CircuitBreaker(5, 0.6), *["nan", "oom", "user", "data"] * 4).stop_all()
+        assert not after_events(CircuitBreaker(None, 0.6), *["nan"] * 100).stop_all()
 
-    def test_two_strategies_of_which_one_always_fails_go_on(self) -> None:
-        assert not told(CircuitBreaker(5, 0.6), *["user", ""] * 20).stop_all()
+    def test_two_strategies_of_which_one_always_fails_continue(self) -> None:
+        assert not after_events(CircuitBreaker(5, 0.6), *["user", ""] * 20).stop_all()
 
     def test_running_trials_are_no_failures_and_interrupted_or_earlier_ones_do_not_count(self) -> None:
         breaker = CircuitBreaker(2, 0.6)
         for number in range(4):
             breaker.event({"kind": "trial_started", "trial_id": f"running{number}"})
-        assert not told(breaker, "infra", "infra").stop_all()
-        assert not told(CircuitBreaker(2, 0.6), *["interrupted"] * 9).stop_all()
+        assert not after_events(breaker, "infra", "infra").stop_all()
+        assert not after_events(CircuitBreaker(2, 0.6), *["interrupted"] * 9).stop_all()
         earlier = CircuitBreaker(2, 0.6)
         for number in range(5):
             earlier.event({"kind": "trial_failed", "trial_id": f"old{number}", "reason": "user", "error": ""})
         assert not earlier.stop_all()
 
-    def test_a_trial_that_goes_on_is_counted_once(self) -> None:
-        breaker = told(CircuitBreaker(5, 0.6), "", "")
+    def test_a_resumed_trial_is_counted_once(self) -> None:
+        breaker = after_events(CircuitBreaker(5, 0.6), "", "")
         for _ in range(9):
             breaker.event({"kind": "trial_started", "trial_id": "t1"})
-        assert told(breaker, *["nan"] * 5, first=2).stop_all()
+        assert after_events(breaker, *["nan"] * 5, first=2).stop_all()
 
     def test_no_single_trial_is_stopped_by_it(self) -> None:
-        breaker = told(CircuitBreaker(1, 0.1), "nan")
+        breaker = after_events(CircuitBreaker(1, 0.1), "nan")
         assert breaker("t0", {}) is False
         assert breaker.stop_all() is True
 
     def test_the_message(self) -> None:
         breaker = CircuitBreaker(3, 0.6)
-        told(breaker).check()
-        told(breaker, "", "nan", "user", "nan", "nan", "nan")
+        after_events(breaker).check()
+        after_events(breaker, "", "nan", "user", "nan", "nan", "nan")
         with pytest.raises(CircuitBreakerError) as error:
             breaker.check()
         assert str(error.value) == (
@@ -154,7 +154,7 @@ def events(tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(300)
 @pytest.mark.long
 class TestStudies:
-    def test_p20_p25_a_poison_configuration_and_one_that_crashes_fail_alone_and_the_others_go_on(
+    def test_p20_p25_a_poison_configuration_and_one_that_crashes_fail_alone_and_the_others_continue(
         self, run: Callable[..., Result], tmp_path: Path
     ) -> None:
         done = run(epochs=2, trials=5, retries=1)
@@ -169,7 +169,7 @@ class TestStudies:
             r"ActorDiedError: process \d+ on \S+ ended without an error message: it crashed .*", records[3].error or ""
         )
 
-    def test_p20_a_study_whose_trials_all_fail_alike_is_stopped_and_says_why(
+    def test_p20_a_study_whose_trials_all_fail_alike_is_stopped_and_states_why(
         self, run: Callable[..., Result], tmp_path: Path
     ) -> None:
         done = run(epochs=3, trials=12, stop_after=3)
@@ -181,9 +181,9 @@ class TestStudies:
             "finished is kept, and the same command continues with the rest; failures.stop_after: null never stops a "
             "study."
         )
-        heard = events(tmp_path)
-        assert study_header(heard)["state"] == "failed"
-        ended = [record for record in fold(heard) if record.reason == "user"]
+        recorded = events(tmp_path)
+        assert study_header(recorded)["state"] == "failed"
+        ended = [record for record in fold(recorded) if record.reason == "user"]
         assert len(ended) == 3
 
 
@@ -222,7 +222,9 @@ class Idle(tune.Callback):  # type: ignore[misc]
     """Sends these signals, one after each trial, to the process that now waits for its next one."""
 
     def __init__(self, *signals: int) -> None:
-        self.signals, self.processes, self.retried = list(signals), list[int](), list[str]()
+        self.signals = list(signals)
+        self.processes = list[int]()
+        self.retried = list[str]()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self.signals:
@@ -256,18 +258,18 @@ def test_p1_p9_a_process_lost_between_two_trials_costs_neither(tmp_path: Path) -
     killed, stopped = idle.processes
     assert not Path(f"/proc/{killed}").exists()
     assert not Path(f"/proc/{stopped}").exists()
-    found = [text for text in dog.verdicts.values() if f"Its process {stopped} on" in text]
-    assert len(found) == 1
-    assert "unit 1 has not ended" in found[0]
+    verdicts = [text for text in dog.verdicts.values() if f"Its process {stopped} on" in text]
+    assert len(verdicts) == 1
+    assert "unit 1 has not ended" in verdicts[0]
 
 
 class Task:
-    """What Ray's actor manager knows about one task of a trial's process."""
+    """Ray's actor manager's state of one task of a trial's process."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, Exception]] = []
-        self._tracked_actor = SimpleNamespace(actor_id=1, _on_error=lambda _, e: self.heard.append(("actor", e)))
-        self._on_error = lambda _, e: self.heard.append(("task", e))
+        self.received: list[tuple[str, Exception]] = []
+        self._tracked_actor = SimpleNamespace(actor_id=1, _on_error=lambda _, e: self.received.append(("actor", e)))
+        self._on_error = lambda _, e: self.received.append(("task", e))
 
 
 def manager() -> Any:
@@ -287,9 +289,9 @@ def test_p22_a_process_killed_for_memory_is_a_failed_attempt_and_not_the_end_of_
     with actor_failures_as_trial_failures(is_out_of_memory):
         manager()._actor_task_failed(tracked_actor_task=task, exception=killed)
         manager()._actor_task_failed(tracked_actor_task=other, exception=ActorDiedError())
-    assert [(who, type(error)) for who, error in task.heard] == [("actor", LostActorError), ("task", LostActorError)]
-    assert [type(error) for _, error in other.heard] == [ActorDiedError] * 2
-    text = str(task.heard[0][1])
+    assert [(who, type(error)) for who, error in task.received] == [("actor", LostActorError), ("task", LostActorError)]
+    assert [type(error) for _, error in other.received] == [ActorDiedError] * 2
+    text = str(task.received[0][1])
     assert classify(text) == "host_oom"
     assert error_line(text) == (
         "ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. Memory on the "
@@ -305,7 +307,8 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Excepti
     from ray.tune.execution.tune_controller import TuneController
     from ray.tune.experiment import Trial
 
-    controller, trial = SimpleNamespace(_resetting_trials=set()), Trial("full", stub=True, max_failures=1)
+    controller = SimpleNamespace(_resetting_trials=set())
+    trial = Trial("full", stub=True, max_failures=1)
     monkeypatch.setattr(Trial, "last_result", {}, raising=False)
     monkeypatch.setattr(
         TuneController, "_process_trial_failure", lambda self, trial, exception: trial.handle_error(exception)
@@ -326,7 +329,7 @@ def memory() -> Exception:
     )
 
 
-def test_p22_a_trial_that_goes_on_between_two_kills_for_memory_has_no_part_in_them(attempts: Any) -> None:
+def test_p22_a_trial_with_progress_between_two_kills_for_memory_has_no_part_in_them(attempts: Any) -> None:
     assert all(attempts(unit, memory()) for unit in range(9))
     assert attempts(8, ActorDiedError())  # its own, the only one that it has
     assert not attempts(9, ActorDiedError())
@@ -336,7 +339,7 @@ def test_p22_a_trial_that_is_killed_for_memory_in_one_unit_again_and_again_fails
     assert [attempts(3, memory()) for _ in range(3)] == [True, True, False]
 
 
-def test_p22_memory_that_the_machine_does_not_have_is_told_from_that_of_a_gpu() -> None:
+def test_p22_memory_that_the_machine_does_not_have_is_distinguished_from_that_of_a_gpu() -> None:
     reasons = []
     for reserve in (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)):
         with pytest.raises((RuntimeError, MemoryError)) as error:
@@ -357,7 +360,7 @@ unexpectedly exits with a connection error code 2. End of file. Some common caus
 by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly \
 due to SIGSEGV or another unexpected error.
 """
-"""What Ray 2.60 says of an actor that called `ctypes.string_at(0)`, and, word for word, of one that got SIGKILL."""
+"""Ray 2.60's error for an actor that called `ctypes.string_at(0)`, and, word for word, for one that got SIGKILL."""
 
 
 def test_p25_of_a_process_that_ended_without_a_word_it_is_said_where_it_was() -> None:

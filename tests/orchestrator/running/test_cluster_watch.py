@@ -11,17 +11,19 @@ from orchestrator.running.cluster_watch import ClusterWatch, LostClusterError
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "said"),
+    ("name", "code", "message"),
     [
         ("raylet", -9, "the raylet of Ray was killed by signal 9"),
         ("gcs_server", 1, "the head process of Ray ended with exit code 1"),
     ],
 )
-def test_p8_a_process_that_the_cluster_needs(name: str, code: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_p8_a_process_that_the_cluster_needs(
+    name: str, code: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(LostClusterError) as error, caplog.at_level(logging.ERROR):
         ClusterWatch(lambda: [(name, code)]).on_step_begin(1, [])
     assert str(error.value) == (
-        f"A study on this machine needs its Ray cluster until it ends, but {said}. Everything that was recorded is "
+        f"A study on this machine needs its Ray cluster until it ends, but {message}. Everything that was recorded is "
         "kept: run the same command again to continue. If it happens again, look at the memory of this machine (dmesg) "
         "and at Ray's logs."
     )

@@ -1,4 +1,4 @@
-"""S1, S4: what a study says where its disk is full or fails, whoever noticed it."""
+"""S1, S4: a study's error where its disk is full or fails, whichever component noticed it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage())
 
 
-def told(raised: BaseException, folder: Path) -> str:
+def message_of(raised: BaseException, folder: Path) -> str:
     with pytest.raises(DiskError) as error, report_disk_errors(folder):
         raise raised
     assert error.value.__cause__ is raised
@@ -46,9 +46,9 @@ def test_s1_a_full_disk_is_one_sentence_and_a_way_out(number: int, tmp_path: Pat
         f"A study writes its record to {tmp_path}, but that disk is full (3 MiB free). What was recorded is kept. Free "
         "some space and run the same command again."
     )
-    assert told(OSError(number, os.strerror(number)), tmp_path) == expected
-    assert told(caused(sqlite3.OperationalError("database or disk is full")), tmp_path) == expected
-    assert told(caused(caused(OSError(number, "x"))), tmp_path) == expected
+    assert message_of(OSError(number, os.strerror(number)), tmp_path) == expected
+    assert message_of(caused(sqlite3.OperationalError("database or disk is full")), tmp_path) == expected
+    assert message_of(caused(caused(OSError(number, "x"))), tmp_path) == expected
 
 
 @pytest.mark.parametrize("text", ["disk I/O error", "attempt to write a readonly database"])
@@ -57,8 +57,8 @@ def test_s4_a_failing_disk_is_one_too(text: str, tmp_path: Path) -> None:
         f"A study writes its record to {tmp_path}, but that disk fails or is read-only. What was recorded is kept. "
         "Look at the disk (its mount, the system's log), then run the same command again."
     )
-    assert told(caused(sqlite3.OperationalError(text)), tmp_path) == expected
-    assert told(OSError(errno.EIO, os.strerror(errno.EIO)), tmp_path) == expected
+    assert message_of(caused(sqlite3.OperationalError(text)), tmp_path) == expected
+    assert message_of(OSError(errno.EIO, os.strerror(errno.EIO)), tmp_path) == expected
 
 
 @pytest.mark.parametrize(

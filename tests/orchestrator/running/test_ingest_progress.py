@@ -1,4 +1,4 @@
-"""What a person sees while images are read."""
+"""The display while images are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.orchestrator.ingest.pictures import domains
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """Seconds that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -23,7 +23,8 @@ class Clock:
 
 
 def test_a_line_every_ten_seconds_where_there_is_no_terminal() -> None:
-    written, clock = io.StringIO(), Clock()
+    written = io.StringIO()
+    clock = Clock()
     with ingest_progress(Console(file=written), clock) as progress:
         for seconds, done in ((0.5, 100), (9.9, 1_900), (10.1, 2_020), (15.0, 3_000), (21.0, 4_200)):
             clock.now = 100 + seconds
@@ -35,7 +36,8 @@ def test_a_line_every_ten_seconds_where_there_is_no_terminal() -> None:
 
 
 def test_a_bar_on_a_terminal_that_is_gone_afterwards() -> None:
-    written, clock = io.StringIO(), Clock()
+    written = io.StringIO()
+    clock = Clock()
     console = Console(file=written, force_terminal=True, width=100, legacy_windows=False, no_color=True, _environ={})
     with ingest_progress(console, clock) as progress:
         clock.now += 2
@@ -53,7 +55,7 @@ def test_nothing_is_shown_where_no_image_is_read() -> None:
     assert "Reading" not in written.getvalue()
 
 
-def test_reading_says_how_far_it_is_and_what_could_not_be_read(tmp_path: Path) -> None:
+def test_reading_reports_its_progress_and_what_could_not_be_read(tmp_path: Path) -> None:
     root = domains(tmp_path / "data", ("photo",), 10)
     (root / "photo" / "bee" / "bad.png").touch()
     request = IngestRequest(source="folder", root=str(root), image_size=16, interpolation="bilinear")

@@ -60,7 +60,8 @@ def kept(file: Path) -> int:
 
 def wait_until_training(file: Path, process: subprocess.Popen[str]) -> int:
     """The step of a checkpoint for which the trial was asked here: from now on it answers."""
-    folder, before = checkpoint_folder(Study.from_yaml(file).folder, 0), kept(file)
+    folder = checkpoint_folder(Study.from_yaml(file).folder, 0)
+    before = kept(file)
 
     def answered() -> bool:
         if folder.exists():
@@ -85,9 +86,9 @@ def test_p7_signals_end_a_study_in_good_order_and_no_step_is_done_twice(tmp_path
     process = command(file)
     asked = wait_until_training(file, process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 143, told
-    assert "terminated. Run the same command again to continue." in told
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "terminated. Run the same command again to continue." in output
     assert events(file)[-1]["state"] == "interrupted"
     first = kept(file)
     assert asked < first < STEPS
@@ -99,15 +100,15 @@ def test_p7_signals_end_a_study_in_good_order_and_no_step_is_done_twice(tmp_path
     os.killpg(process.pid, signal.SIGINT)
     wait_until(lambda: kept(file) > asked, process)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
     assert psutil.wait_procs(children, timeout=90)[1] == []  # they look for their parent now and then
 
     done = kept(file)
     assert asked < done < STEPS
     process = command(file, **{ENV_FAULTS: re.sub(r"step=\d+", f"step={done}", guard)})
-    _, told = process.communicate(timeout=200)
-    assert process.returncode == 0, told
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
     (result,) = [event for event in events(file) if event["kind"] == "result"]
     assert result["unit"] == 1
 

@@ -29,13 +29,13 @@ def config(number: int = 0, **fields: Any) -> dict[str, Any]:
 
 def tune_trial(trial_id: str = "t0", **fields: Any) -> Any:
     """What the callback uses of `ray.tune.experiment.Trial`."""
-    known = {"config": config(), "trial_id": trial_id, "last_result": {}}
-    return SimpleNamespace(**(known | fields))
+    defaults = {"config": config(), "trial_id": trial_id, "last_result": {}}
+    return SimpleNamespace(**(defaults | fields))
 
 
 def result(unit: int, **fields: Any) -> dict[str, Any]:
-    known = {"val/acc": unit / 10, "unit": unit, "training_iteration": unit, "finished": False, "pid": 9}
-    return known | {"hostname": "n1", "time_total_s": 3.0} | fields
+    defaults = {"val/acc": unit / 10, "unit": unit, "training_iteration": unit, "finished": False, "pid": 9}
+    return defaults | {"hostname": "n1", "time_total_s": 3.0} | fields
 
 
 @pytest.fixture
@@ -76,7 +76,8 @@ def test_a_trial_that_the_searcher_announced_is_not_announced_again(journal: Jou
 
 
 def test_a_trial_stopped_before_its_budget_is_pruned(journal: Journal) -> None:
-    callback, trial = RecordCallback(journal), tune_trial()
+    callback = RecordCallback(journal)
+    trial = tune_trial()
     callback.on_trial_start(0, [], trial)
     callback.on_trial_result(0, [], trial, result(1))
     callback.on_trial_complete(0, [], trial)
@@ -85,14 +86,15 @@ def test_a_trial_stopped_before_its_budget_is_pruned(journal: Journal) -> None:
 
 def test_failures_carry_reason_and_message_of_the_last_attempt(journal: Journal) -> None:
     errors = {"t0": "ray.exceptions.ActorDiedError: The actor died."}
-    callback, trial = RecordCallback(journal, errors=errors), tune_trial()
+    callback = RecordCallback(journal, errors=errors)
+    trial = tune_trial()
     callback.on_trial_start(0, [], trial)
     callback.on_trial_recover(0, [], trial)
     callback.on_trial_start(0, [], trial)
     errors["t0"] = "Traceback\nmodule.NonFiniteError: the loss is nan\n"
     callback.on_trial_error(0, [], trial)
-    told = [(e["kind"], e["reason"], e["error"]) for e in journal.events() if "reason" in e]
-    assert told == [
+    failures = [(e["kind"], e["reason"], e["error"]) for e in journal.events() if "reason" in e]
+    assert failures == [
         ("trial_retried", "infra", "ray.exceptions.ActorDiedError: The actor died."),
         ("trial_failed", "nan", "module.NonFiniteError: the loss is nan"),
     ]
@@ -118,11 +120,13 @@ def test_what_tune_leaves_open_is_closed_as_interrupted(journal: Journal) -> Non
 
 
 def test_p2_a_unit_that_is_said_twice_is_written_once(journal: Journal) -> None:
-    """Also across drivers: a trial that goes on from a checkpoint says that one's result again."""
-    callback, trial = RecordCallback(journal), tune_trial("t0")
+    """Also across drivers: a trial resumed from a checkpoint re-reports its result."""
+    callback = RecordCallback(journal)
+    trial = tune_trial("t0")
     callback.on_trial_start(0, [], trial)
     callback.on_trial_result(0, [], trial, result(1) | {"cost/unit_seconds": 1.0, "train/loss": float("nan")})
-    again, resumed = RecordCallback(journal), tune_trial("t1")
+    again = RecordCallback(journal)
+    resumed = tune_trial("t1")
     again.on_trial_start(0, [], resumed)
     again.on_trial_result(0, [], resumed, result(1) | {"cost/unit_seconds": 9.0, "train/loss": float("nan")})
     again.on_trial_result(0, [], resumed, result(2))
@@ -133,7 +137,8 @@ def test_p2_a_unit_that_is_said_twice_is_written_once(journal: Journal) -> None:
 
 
 def test_p20_a_result_that_is_a_failure_ends_the_trial_as_failed(journal: Journal, tmp_path: Path) -> None:
-    callback, trial = RecordCallback(journal, folder=tmp_path), tune_trial()
+    callback = RecordCallback(journal, folder=tmp_path)
+    trial = tune_trial()
     kept = checkpoint_folder(tmp_path, 0)
     kept.mkdir(parents=True)
     callback.on_trial_start(0, [], trial)
@@ -152,7 +157,8 @@ def test_checkpoints_of_a_trial_whose_machines_failed_it_stay_for_the_next_run(
 ) -> None:
     callback = RecordCallback(journal, folder=tmp_path)
     for number, (ending, kept) in enumerate(((callback.on_trial_error, True), (callback.on_trial_complete, False))):
-        folder, trial = checkpoint_folder(tmp_path, number), tune_trial(f"t{number}", config=config(number))
+        folder = checkpoint_folder(tmp_path, number)
+        trial = tune_trial(f"t{number}", config=config(number))
         folder.mkdir(parents=True)
         callback.on_trial_start(0, [], trial)
         ending(0, [], trial)
@@ -171,7 +177,8 @@ def test_nothing_raises_whatever_is_wrong(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    callback, trial = RecordCallback(journal), tune_trial()
+    callback = RecordCallback(journal)
+    trial = tune_trial()
     monkeypatch.setattr(journal, "append", full)
     with caplog.at_level(logging.ERROR):
         callback.on_trial_start(0, [], tune_trial(config={"nonsense": 1}))
@@ -191,12 +198,13 @@ def test_nothing_raises_whatever_is_wrong(
 def test_s1_a_result_that_the_journal_does_not_take_stops_the_experiment(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial that went on would have a result that nobody ever hears of: stopped now, it says this one again."""
+    """A trial that continued would lose a result: stopped now, it re-reports this one when it is resumed."""
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise JournalWriteError(28, "No space left on device")
 
-    callback, trial = RecordCallback(journal), tune_trial()
+    callback = RecordCallback(journal)
+    trial = tune_trial()
     monkeypatch.setattr(journal, "append", full)
     for hook in (callback.on_trial_start, callback.on_trial_complete, callback.on_trial_recover):
         with pytest.raises(JournalWriteError):
@@ -263,7 +271,7 @@ def test_a_real_experiment_with_every_ending(journal: Journal, tmp_path: Path, m
     class StopOne(FIFOScheduler):  # type: ignore[misc]
         """Stops the trial labelled `slow` after its first unit."""
 
-        def on_trial_result(self, tune_controller: Any, trial: Any, found: dict[str, Any]) -> str:
+        def on_trial_result(self, tune_controller: Any, trial: Any, unit_result: dict[str, Any]) -> str:
             return str(self.STOP if trial.config["label"] == "slow" else self.CONTINUE)
 
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")

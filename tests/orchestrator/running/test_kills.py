@@ -1,4 +1,4 @@
-"""Real studies whose driver or trials are killed with SIGKILL, against the same study that nobody killed."""
+"""Real studies whose driver or trials are killed with SIGKILL, against the same study undisturbed."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyCont
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB; the study needs four."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True).returncode:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)  # a client of MLflow may still have its file open
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a client of MLflow may still have its file open
 
 
 def events(file: Path) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
 
 
 @pytest.mark.long
-def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_goes_on_with_it(
+def test_p20_a_trial_whose_process_always_dies_fails_alone_and_a_later_run_continues_with_it(
     material: Path, whole: StudyContents, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material, search={"trials": 3})
@@ -112,7 +112,8 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     material: Path, whole: StudyContents, small_disk: Path, tmp_path: Path
 ) -> None:
     file = write_study(tmp_path, material, storage=str(small_disk / "studies"))
-    driver, pause = start(file), threading.Event()
+    driver = start(file)
+    pause = threading.Event()
     while driver.poll() is None and count_events(file) < 8:  # the second trial trains
         pause.wait(0.02)
     filler = small_disk / "filler"
@@ -126,9 +127,9 @@ def test_s1_a_disk_that_fills_up_ends_the_run_and_with_room_the_same_command_fin
     assert [record.state for record in fold(events(file))].count("complete") >= 1
     filler.unlink()
     assert start(file).wait() == 0
-    found = read_contents(file)
-    assert (found.trials, found.search, found.table) == (whole.trials, whole.search, whole.table)
-    assert [run["points"] for run in found.runs if run["name"] != "shapes"] == [
+    contents = read_contents(file)
+    assert (contents.trials, contents.search, contents.table) == (whole.trials, whole.search, whole.table)
+    assert [run["points"] for run in contents.runs if run["name"] != "shapes"] == [
         run["points"] for run in whole.runs if run["name"] != "shapes"
     ]
 

@@ -1,4 +1,4 @@
-"""P4: a machine of the cluster dies under a study; its trials go on elsewhere."""
+"""P4: a machine of the cluster dies under a study; its trials continue elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.t
 SEARCH = {"trials": 3, "epochs": 6, "scheduler": "none", "sampler": "random"}
 
 
-def test_p4_trials_of_a_machine_that_dies_go_on_elsewhere(tmp_path: Path, one_thread: None) -> None:
+def test_p4_trials_of_a_machine_that_dies_continue_elsewhere(tmp_path: Path, one_thread: None) -> None:
     material = write_material(tmp_path / "material")
     file = write_study(
         tmp_path, material, strategies=["full", "daft"], search=SEARCH, confirm={"top_k": 0},

@@ -13,8 +13,9 @@ from benchmarks.support.synthetic import write_shapes
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import measurements
 from orchestrator.running import measure
-from orchestrator.running.measure import measure_start, pretrained_plasticity
+from orchestrator.running.measure import measure_start
 from orchestrator.study_file.schema import StudySpec
+from trainables.engine.start_plasticity import pretrained_plasticity
 from trainables.models.transformer_blocks import COMPONENTS
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
@@ -100,15 +101,15 @@ def test_a_measurement_that_fails_costs_a_warning_and_is_tried_again_by_the_next
 
 
 def test_the_numbers_are_those_of_the_diagnostic(store: Path, network: Callable[[str], str], tmp_path: Path) -> None:
-    found = pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path)))
-    assert set(found["metrics"]) == {f"plasticity/{kind}" for kind in COMPONENTS}
-    assert all(value > 0 for value in found["metrics"].values())
-    columns = found["curves"]["plasticity"]["columns"]
+    plasticity = pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path)))
+    assert set(plasticity["metrics"]) == {f"plasticity/{kind}" for kind in COMPONENTS}
+    assert all(value > 0 for value in plasticity["metrics"].values())
+    columns = plasticity["curves"]["plasticity"]["columns"]
     for kind in COMPONENTS:
-        assert sum(columns[kind]) / len(columns[kind]) == pytest.approx(found["metrics"][f"plasticity/{kind}"])
+        assert sum(columns[kind]) / len(columns[kind]) == pytest.approx(plasticity["metrics"][f"plasticity/{kind}"])
     (kept,) = tmp_path.rglob("plasticity-*.json")
     before = kept.stat().st_mtime_ns
-    assert pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path))) == found
+    assert pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path))) == plasticity
     assert kept.stat().st_mtime_ns == before
 
 

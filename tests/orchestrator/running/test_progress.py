@@ -1,4 +1,4 @@
-"""What a person sees while a study runs."""
+"""The display while a study runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr("orchestrator.running.progress.time.monotonic", found)
-    return found
+    ticking = Clock()
+    monkeypatch.setattr("orchestrator.running.progress.time.monotonic", ticking)
+    return ticking
 
 
 def plain() -> Console:
@@ -46,8 +46,8 @@ def tell(progress: Progress, kind: str, **fields: Any) -> None:
 
 def run_trial(progress: Progress, number: int, units: int, state: str | None = "complete", label: str = "daft") -> None:
     trial_id = f"t{number}"
-    known = {"trial_id": trial_id, "number": number, "strategy": label, "label": label}
-    tell(progress, "trial_suggested", **known)
+    fields = {"trial_id": trial_id, "number": number, "strategy": label, "label": label}
+    tell(progress, "trial_suggested", **fields)
     tell(progress, "trial_started", trial_id=trial_id)
     for unit in range(1, units + 1):
         metrics = {"val/acc": 0.5 + unit / 100, "cost/unit_seconds": 2.0}

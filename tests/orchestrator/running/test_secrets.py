@@ -121,5 +121,5 @@ def test_c9_a_real_study_leaves_and_prints_none(server: int, one_thread: None, t
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path != file]
     assert {"journal.jsonl", "server.db", "study.yaml"} <= {path.name for path in left}
     pattern = re.compile("|".join(map(re.escape, secrets)).encode())
-    assert [(path, found[0]) for path in left if (found := pattern.search(path.read_bytes()))] == []
-    assert b"nan" in (tmp_path / "server.db").read_bytes()  # the server was told of the study
+    assert [(path, match[0]) for path in left if (match := pattern.search(path.read_bytes()))] == []
+    assert b"nan" in (tmp_path / "server.db").read_bytes()  # the server has the study

@@ -27,13 +27,13 @@ FIELDS: dict[str, Any] = {
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that was mounted to be read."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(place)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_s3_a_disk_that_is_read_only(read_only: Path, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_s3_a_disk_that_is_read_only(read_only: Path, tmp_path: Path) -> None:
         )
 
 
-def test_s3_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_a_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root nothing is forbidden, so the answer is given here."""
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode, **o: Path(path) != tmp_path and real(path, mode, **o))
@@ -59,7 +59,7 @@ def test_s3_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.Monkey
     )
 
 
-def test_s3_a_journal_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_a_journal_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "s" / "journal.jsonl"
     journal.parent.mkdir()
     journal.touch()

@@ -1,4 +1,4 @@
-"""One driver per study, and what a driver knows before its first trial."""
+"""One driver per study, and what is counted before its first trial."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
     def connect() -> Any:
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr("orchestrator.cluster.connection.connect", connect)
+    monkeypatch.setattr("orchestrator.running.study_run.connect", connect)
     with Journal(folder / "journal.jsonl") as journal:
         (folder / "study.yaml").write_text("name: tiny  # as the first driver wrote it\n")
         journal.append("study_started", study="tiny")
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
         with pytest.raises(JournalError) as refused:
-            StudyRun(spec(), folder, store, task(), progress=False).run()
+            StudyRun(spec(), folder, store, task(), stages=[], progress=False).run()
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert str(refused.value) == (
         f"A study is written by one process at a time, but another one holds {folder}/journal.jsonl. Wait until it "
@@ -52,9 +52,9 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
 
 class TestCounts:
     def test_a_search_and_its_confirmation(self) -> None:
-        found = count_trials(spec(search={"trials": 30}, confirm={"top_k": 4, "seeds": 2}))
-        assert found == TrialCounts(search=30, folds=0, confirm=8)
-        assert found.total == 38
+        counts = count_trials(spec(search={"trials": 30}, confirm={"top_k": 4, "seeds": 2}))
+        assert counts == TrialCounts(search=30, folds=0, confirm=8)
+        assert counts.total == 38
 
     def test_sweeps_alone_take_their_own_number_of_trials(self) -> None:
         swept = {"strategies": ["full", "daft"], "search": {"trials": 50, "sampler": "paper"}}
@@ -66,20 +66,20 @@ class TestCounts:
 
     def test_folds_count(self) -> None:
         data = {"source": "folder", "root": "/data", "id": ["photo", "art"], "ood": ["sketch"]}
-        found = count_trials(spec(data=data, search={"trials": 20, "objective": "leave_one_domain_out"}))
-        assert (found.folds, found.total) == (5 * 2, 20 + 10 + 9)
+        counts = count_trials(spec(data=data, search={"trials": 20, "objective": "leave_one_domain_out"}))
+        assert (counts.folds, counts.total) == (5 * 2, 20 + 10 + 9)
         data["id"] = []
         unknown = count_trials(spec(data=data, search={"trials": 20, "objective": "leave_one_domain_out"}))
         assert (unknown.folds, unknown.total) == (None, 20 + 9)
 
     def test_reference_trials_count_their_samples(self) -> None:
-        wanted: dict[str, Any] = {"fsr": ["full", "extrapolated", "oracle"], "fsr_seeds": 2}
+        diagnostics: dict[str, Any] = {"fsr": ["full", "extrapolated", "oracle"], "fsr_seeds": 2}
         data = {"source": "digits", "train_fraction": 0.1}
-        found = count_trials(spec(data=data, diagnostics=wanted, search={"trials": 20}))
-        assert found.references == 2 * (1 + 1 + 2 + 5)  # the own sample, the pool, two shares, five domains
-        assert found.total == 20 + 9 + 18
+        counts = count_trials(spec(data=data, diagnostics=diagnostics, search={"trials": 20}))
+        assert counts.references == 2 * (1 + 1 + 2 + 5)  # the own sample, the pool, two shares, five domains
+        assert counts.total == 20 + 9 + 18
         data = {"source": "folder", "root": "/data", "train_fraction": 0.1}
-        assert count_trials(spec(data=data, diagnostics=wanted)).references is None
+        assert count_trials(spec(data=data, diagnostics=diagnostics)).references is None
 
 
 def test_units_are_those_that_a_strategy_takes() -> None:
@@ -90,4 +90,4 @@ def test_units_are_those_that_a_strategy_takes() -> None:
 
     assert of("linear_probe") == 1
     assert of("full", lr_backbone=0.1) == 4
-    assert of("full", lr_backbone=-1.0) == 4  # refused by the strategy; the trial itself says so
+    assert of("full", lr_backbone=-1.0) == 4  # refused by the strategy; the trial reports it

@@ -46,7 +46,8 @@ class Sweeper(tune.Callback):  # type: ignore[misc]
     """Removes the folder of Tune's files after every result, and notes what was there."""
 
     def __init__(self) -> None:
-        self.found, self.ended = set[str](), list[str]()
+        self.found = set[str]()
+        self.ended = list[str]()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         folder = Path(trial.storage._get_session_path())
@@ -62,7 +63,8 @@ class Sweeper(tune.Callback):  # type: ignore[misc]
 
 @pytest.mark.usefixtures("cluster")
 def test_p4_no_file_of_tune_can_end_a_study(caplog: pytest.LogCaptureFixture) -> None:
-    sweeper, errors = Sweeper(), dict[str, str]()
+    sweeper = Sweeper()
+    errors = dict[str, str]()
     tuner = tune.Tuner(
         tune.with_resources(Stumbling, {"cpu": 1}),
         param_space={"number": tune.grid_search([0, 1, 2])},
@@ -82,8 +84,8 @@ def test_p4_no_file_of_tune_can_end_a_study(caplog: pytest.LogCaptureFixture) ->
     (text,) = errors.values()
     assert "ArithmeticError: attempt of trial 1" in text
     assert {Path(path).parts[0] for path in sweeper.found} == {"working_dirs"}  # that of a trial's process
-    told = [record.getMessage() for record in caplog.records if "Saving experiment state" in record.getMessage()]
-    assert told == []
+    messages = [record.getMessage() for record in caplog.records if "Saving experiment state" in record.getMessage()]
+    assert messages == []
 
 
 @pytest.mark.slow
@@ -94,8 +96,9 @@ def test_a_finished_study_is_run_again_without_a_word_and_reads_nothing_of_tune(
     material = write_material(tmp_path / "material")
     file = write_study(tmp_path, material, strategies=["full"], search={"trials": 1, "epochs": 1}, confirm={"top_k": 0})
     assert start(file).wait() == 0
-    folder, marker = Study.from_yaml(file).folder, tmp_path / "executed"
-    (folder / "ray").mkdir()  # by somebody else: the study has made none
+    folder = Study.from_yaml(file).folder
+    marker = tmp_path / "executed"
+    (folder / "ray").mkdir()  # by another program: the study has made none
     canary = pickle.dumps(Canary(marker))
     state = {"_type": "CLOUDPICKLE_FALLBACK", "value": canary.hex()}
     (folder / "ray" / "experiment_state-9999.json").write_text(json.dumps({"trial_data": state}))

@@ -34,7 +34,9 @@ class Driver:
     """Tune's side: time that passes with nothing but looks, results, processes."""
 
     def __init__(self, history: list[TrialRecord] | None = None, **limits: Any) -> None:
-        self.now, self.killed, self.trials = 1000.0, list[str](), list[Any]()
+        self.now = 1000.0
+        self.killed = list[str]()
+        self.trials = list[Any]()
         self.broken = False
         given = FailuresSpec(**{**LIMITS, **limits})
         self.dog = Watchdog(given, asdict(task(epochs=6)), history or [], self._kill, lambda: self.now)
@@ -123,7 +125,7 @@ def test_p9_the_first_unit_is_measured_by_other_trials_of_its_entry_or_by_the_bo
     assert "because others of its entry took at most 600 s." in driver.dog.verdicts["t1"]
 
 
-def test_p9_a_warm_process_says_nothing_about_a_cold_one(driver: Driver) -> None:
+def test_p9_a_warm_process_is_no_measure_for_a_cold_one(driver: Driver) -> None:
     trial = driver.trial(0)
     driver.unit(trial, 1, 100)
     driver.placed(trial, None)
@@ -204,7 +206,7 @@ def test_p9_time_in_which_the_driver_itself_stood_still_does_not_count(driver: D
     assert driver.killed == []
 
 
-def test_p9_a_retry_starts_anew_with_twice_the_patience(driver: Driver) -> None:
+def test_p9_a_retry_starts_again_with_twice_the_patience(driver: Driver) -> None:
     trial = driver.trial()
     for unit in (1, 2, 3):
         driver.unit(trial, unit, 30)
@@ -269,14 +271,14 @@ def test_p9_the_reason_is_on_record(driver: Driver, tmp_path: Path) -> None:
         record = RecordCallback(journal, verdicts=driver.dog.verdicts)
         record.on_trial_start(0, [], trial)
         record.on_trial_recover(0, [], trial)
-        told = journal.events()[-1]
-        assert (told["kind"], told["reason"], told["error"]) == ("trial_retried", "stalled", verdict)
+        event = journal.events()[-1]
+        assert (event["kind"], event["reason"], event["error"]) == ("trial_retried", "stalled", verdict)
         assert driver.dog.verdicts == {}
         driver.dog.verdicts["t0"] = "again"
         record.on_trial_error(0, [], trial)
-        (found,) = fold(journal.events())
-    assert (found.state, found.reason, found.error) == ("failed", "stalled", "again")
-    assert found.resumable, "nothing is known to be wrong with the trial: a later run goes on with it"
+        (stalled,) = fold(journal.events())
+    assert (stalled.state, stalled.reason, stalled.error) == ("failed", "stalled", "again")
+    assert stalled.resumable, "the trial itself has not failed: a later run resumes it"
 
 
 def test_tune_can_pickle_it() -> None:
@@ -291,17 +293,19 @@ def test_p9_a_process_of_this_machine_gets_sigkill_any_other_is_left_to_ray(
     import ray
     from ray._private import state as cluster
 
-    actor, signals, told = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "ab")), list[Any](), list[Any]()
-    known = {"Pid": 7, "Address": {"NodeID": "n1" if here else "n2", "IPAddress": "192.0.2.7"}}
+    actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "ab"))
+    signals = list[Any]()
+    killed = list[Any]()
+    table = {"Pid": 7, "Address": {"NodeID": "n1" if here else "n2", "IPAddress": "192.0.2.7"}}
     context = SimpleNamespace(get_node_id=lambda: "n1")
-    monkeypatch.setattr(cluster, "actors", lambda actor_id: known if actor_id == "ab" else {})
+    monkeypatch.setattr(cluster, "actors", lambda actor_id: table if actor_id == "ab" else {})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(ray, "kill", told.append)
+    monkeypatch.setattr(ray, "kill", killed.append)
     monkeypatch.setattr(os, "kill", lambda *which: signals.append(which))
     monkeypatch.setattr(ray_internals, "_is_worker", lambda pid: pid == 7)
     assert ray_internals.kill_actor(actor) == "Its process 7 on 192.0.2.7 was killed."
     assert signals == ([(7, signal.SIGKILL)] if here else [])
-    assert told == [actor]
+    assert killed == [actor]
 
 
 def test_p9_no_process_but_one_of_rays_is_killed() -> None:
@@ -326,9 +330,9 @@ def test_p9_a_zombie_that_wakes_up_in_the_middle_of_a_checkpoint_writes_nothing(
         owner.save_after_unit(lambda unit=unit: state(unit))
     before = contents(folder)
     zombie.send_signal(signal.SIGCONT)
-    _, said = zombie.communicate(timeout=60)
+    _, stderr = zombie.communicate(timeout=60)
     assert zombie.returncode == 1
-    assert FencedError.__name__ in said.splitlines()[-1]
+    assert FencedError.__name__ in stderr.splitlines()[-1]
     assert contents(folder) == before
     assert sorted({name.split("/")[0] for name in before}) == ["owner.json", "unit-000001", "unit-000002"]
 
@@ -344,7 +348,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_p9_p26_p27_stopped_deadlocked_and_stuck_trials_are_found_and_end_whole(
     tmp_path: Path, one_thread: None
 ) -> None:
-    """Two at a time, both hang: Tune's loop hears of nobody, and the watchdog looks all the same."""
+    """Two at a time, both hang: Tune's loop receives no result, and the watchdog checks all the same."""
     file = write_study(
         tmp_path, write_material(tmp_path / "material"), strategies=["full", "daft"], confirm={"top_k": 0},
         search={"trials": 3, "epochs": 4, "scheduler": "none"}, resources={"concurrent": 2},

@@ -81,7 +81,7 @@ def test_impossible_rungs_are_errors() -> None:
         StudyScheduler("val/acc", True, 4, 1, 1)
 
 
-def test_a_trial_behind_its_own_entry_is_stopped_and_one_ahead_goes_on() -> None:
+def test_a_trial_behind_its_own_entry_is_stopped_and_one_ahead_continues() -> None:
     scheduler = StudyScheduler("val/acc", True, epochs=9)
     a, b, c = FakeTrial("a"), FakeTrial("b"), FakeTrial("c")
     add(scheduler, a, b, c)

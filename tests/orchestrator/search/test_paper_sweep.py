@@ -19,7 +19,7 @@ TWO_STEPS = Preset(steps=({"a": (1, 2, 3)}, {"b": (5, 6)}), fixed={"b": 4, "c": 
 
 
 class Played:
-    """A sweep whose trials end as told."""
+    """A sweep whose trials end as `outcome` prescribes."""
 
     def __init__(self, preset: Preset = TWO_STEPS, maximise: bool = True) -> None:
         self.sweep = Sweep(Entry("mine", "full", {"extra": True}), preset, task(), maximise)
@@ -80,8 +80,8 @@ def test_a_step_without_a_complete_trial_ends_the_sweep_with_a_message(caplog: p
     assert played.next() is Later.DONE
     assert played.next() is Later.DONE
     assert played.sweep.ended_early
-    told = "The sweep of mine ends after step 1 of 2: none of its 3 trials completed."
-    assert [record.getMessage() for record in caplog.records] == [told]
+    message = "The sweep of mine ends after step 1 of 2: none of its 3 trials completed."
+    assert [record.getMessage() for record in caplog.records] == [message]
 
 
 def test_a_preset_without_steps_is_one_point() -> None:
@@ -94,9 +94,9 @@ def test_a_preset_without_steps_is_one_point() -> None:
 
 
 def test_a_study_of_the_papers_sweeps(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path, sampler="paper", trials=29))
-    assert Counter(c["label"] for c in found) == {"linear_probe": 1, "full": 8, "lp_ft": 6, "daft": 14}
-    daft = [c for c in found if c["label"] == "daft"]
+    proposed = drive(searcher(tmp_path, sampler="paper", trials=29))
+    assert Counter(c["label"] for c in proposed) == {"linear_probe": 1, "full": 8, "lp_ft": 6, "daft": 14}
+    daft = [c for c in proposed if c["label"] == "daft"]
     first, second = daft[:10], daft[10:]
     assert {c["hparams"]["lr_head"] for c in first} == {1.0}
     assert {c["hparams"]["head_rate"] for c in daft} == {"absolute"}
@@ -104,31 +104,31 @@ def test_a_study_of_the_papers_sweeps(tmp_path: Path) -> None:
     assert [c["hparams"] for c in second] == [
         {"head_rate": "absolute", "lr_head": lr_head, "lr_backbone": best} for lr_head in (10.0, 3.0, 0.3, 0.1)
     ]
-    assert all(c["hparams"]["lr_head"] is None for c in found if c["label"] in ("full", "lp_ft"))
-    shown = optuna_trials(tmp_path)[-1].params
-    assert shown == {"strategy": "daft", "daft.lr_backbone": best, "daft.lr_head": 0.1}
+    assert all(c["hparams"]["lr_head"] is None for c in proposed if c["label"] in ("full", "lp_ft"))
+    parameters = optuna_trials(tmp_path)[-1].params
+    assert parameters == {"strategy": "daft", "daft.lr_backbone": best, "daft.lr_head": 0.1}
 
 
 def test_four_workers_wait_for_step_one_but_never_for_ever(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path, ("daft",), sampler="paper", trials=14), concurrent=4)
-    best = max(found[:10], key=accuracy)["hparams"]["lr_backbone"]
-    assert {c["hparams"]["lr_backbone"] for c in found[10:]} == {best}
-    assert len(found) == 14
+    proposed = drive(searcher(tmp_path, ("daft",), sampler="paper", trials=14), concurrent=4)
+    best = max(proposed[:10], key=accuracy)["hparams"]["lr_backbone"]
+    assert {c["hparams"]["lr_backbone"] for c in proposed[10:]} == {best}
+    assert len(proposed) == 14
 
 
 @pytest.mark.parametrize("concurrent", [1, 3])
-def test_an_entry_whose_trials_all_fail_ends_and_the_others_go_on(
+def test_an_entry_whose_trials_all_fail_ends_and_the_others_continue(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, concurrent: int
 ) -> None:
     def outcome(config: Config) -> dict[str, Any] | None:
         return None if config["label"] == "daft" else finished(config)
 
-    found = drive(searcher(tmp_path, ("daft", "full"), sampler="paper", trials=22), outcome, concurrent)
-    assert Counter(c["label"] for c in found) == {"daft": 10, "full": 8}
+    proposed = drive(searcher(tmp_path, ("daft", "full"), sampler="paper", trials=22), outcome, concurrent)
+    assert Counter(c["label"] for c in proposed) == {"daft": 10, "full": 8}
     assert "The sweep of daft ends after step 1 of 2: none of its 10 trials completed." in caplog.text
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_sweep_continues_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = drive(searcher(tmp_path / "whole", ("daft",), sampler="paper", trials=14))
     (tmp_path / "parts").mkdir()
@@ -141,11 +141,11 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_an_entry_may_run_its_sweep_beside_a_search(tmp_path: Path) -> None:
     entries = [Entry("", "full", {}, "paper"), Entry("free", "full"), Entry("", "daft")]
-    found = drive(searcher(tmp_path, entries=entries, trials=16))
-    count = Counter(c["label"] for c in found)
+    proposed = drive(searcher(tmp_path, entries=entries, trials=16))
+    count = Counter(c["label"] for c in proposed)
     assert count["full"] == 8
     assert count["free"] + count["daft"] == 8
-    assert [c["label"] for c in found[:3]] == ["full", "free", "daft"]
+    assert [c["label"] for c in proposed[:3]] == ["full", "free", "daft"]
     swept = optuna_trials(tmp_path, "s/given")
     assert {t.user_attrs["label"] for t in swept} == {"full"}  # the sampler does not see them
     assert len(swept) == 8

@@ -83,18 +83,18 @@ class Driver:
         self.callback.on_trial_start(0, [], trial)
         unit = self.checkpoints.get(number, 1)
         while True:
-            found = trial.last_result = result(trial.config, unit)
+            last = trial.last_result = result(trial.config, unit)
             if unit % self.every == 0:
                 self.checkpoints[number] = unit
-            decision = TrialScheduler.STOP if found["done"] else self.scheduler.on_trial_result(None, trial, found)
+            decision = TrialScheduler.STOP if last["done"] else self.scheduler.on_trial_result(None, trial, last)
             if decision != TrialScheduler.STOP:
-                self.searcher.on_trial_result(trial.trial_id, found)
-            self.callback.on_trial_result(0, [], trial, found)
+                self.searcher.on_trial_result(trial.trial_id, last)
+            self.callback.on_trial_result(0, [], trial, last)
             if decision == TrialScheduler.STOP:
                 break
             unit += 1
-        self.scheduler.on_trial_complete(None, trial, found)
-        self.searcher.on_trial_complete(trial.trial_id, found)
+        self.scheduler.on_trial_complete(None, trial, last)
+        self.searcher.on_trial_complete(trial.trial_id, last)
         self.callback.on_trial_complete(0, [], trial)
 
     def die(self) -> None:
@@ -115,7 +115,7 @@ def study(folder: Path, **fields: Any) -> list[TrialRecord]:
             driver.__init__(folder, checkpoints, **fields)  # type: ignore[misc]  # it may die in here
             driver.run()
             driver.searcher.close()
-            return told(folder)
+            return continued(folder)
         except KeyboardInterrupt:
             continue
         finally:
@@ -124,7 +124,7 @@ def study(folder: Path, **fields: Any) -> list[TrialRecord]:
     raise AssertionError("the study does not end")
 
 
-def told(folder: Path) -> list[TrialRecord]:
+def continued(folder: Path) -> list[TrialRecord]:
     return fold(Journal.read(folder / "journal.jsonl"))
 
 
@@ -204,12 +204,12 @@ def interrupted_copy(folder: Path, source: Path, seq: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("place", [4, 9, 13])
+@pytest.mark.parametrize("index", [4, 9, 13])
 def test_p30_the_journal_alone_gives_the_same_table_and_the_same_next_suggestions(
-    whole: tuple[Path, list[TrialRecord]], tmp_path: Path, place: int
+    whole: tuple[Path, list[TrialRecord]], tmp_path: Path, index: int
 ) -> None:
-    copy = interrupted_copy(tmp_path / "s", whole[0], events_of(whole[0], "trial_finished")[place])
-    assert shown(told(copy)) == shown(whole[1])[: place + 1]
+    copy = interrupted_copy(tmp_path / "s", whole[0], events_of(whole[0], "trial_finished")[index])
+    assert shown(continued(copy)) == shown(whole[1])[: index + 1]
     assert shown(study(copy)) == shown(whole[1])
     assert known_to_optuna(copy) == known_to_optuna(whole[0])
 
@@ -289,12 +289,12 @@ def test_p19_a_database_that_is_lost_damaged_or_old_is_made_again(
     second.run()
     second.searcher.close()
     second.die()
-    assert shown(told(folder)) == shown(whole[1])
+    assert shown(continued(folder)) == shown(whole[1])
     assert "rebuilt" in caplog.text
     assert (folder / "optuna.db.replaced").exists()
 
 
-def test_p19_a_locked_database_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_p19_a_locked_database_is_an_error_that_states_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optuna_store, "LOCK_SECONDS", 0.05)
     driver = Driver(tmp_path, {})
     driver.searcher.close()
@@ -314,7 +314,7 @@ def test_p19_a_locked_database_is_an_error_that_says_so(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
-def test_p17_a_torn_end_of_the_journal_is_dropped_and_the_study_goes_on(
+def test_p17_a_torn_end_of_the_journal_is_dropped_and_the_study_continues(
     whole: tuple[Path, list[TrialRecord]], tmp_path: Path, cut: int
 ) -> None:
     copy = interrupted_copy(tmp_path / "s", whole[0], events_of(whole[0], "result")[17])
@@ -322,7 +322,7 @@ def test_p17_a_torn_end_of_the_journal_is_dropped_and_the_study_goes_on(
     assert shown(study(copy)) == shown(whole[1])
 
 
-def test_p18_what_a_killed_driver_left_running_is_settled_at_the_next_start(
+def test_p18_trials_that_a_killed_driver_left_running_are_settled_at_the_next_start(
     fault: Callable[[str], None], tmp_path: Path
 ) -> None:
     fault("phase=after_event,seq=20,action=interrupt")
@@ -335,4 +335,4 @@ def test_a_database_that_agrees_is_left_alone(tmp_path: Path) -> None:
     study(tmp_path / "s")
     study(tmp_path / "s")
     assert not (tmp_path / "s" / "optuna.db.replaced").exists()
-    assert not math.isnan(told(tmp_path / "s")[0].metrics["val/acc"])
+    assert not math.isnan(continued(tmp_path / "s")[0].metrics["val/acc"])

@@ -30,7 +30,8 @@ class Sketch(tune.Trainable):  # type: ignore[misc]
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.spec, self.unit = new_config, 0
+        self.spec = new_config
+        self.unit = 0
         return True
 
     def step(self) -> dict[str, Any]:

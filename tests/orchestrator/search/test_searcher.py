@@ -39,11 +39,11 @@ from trainables.specs.trial_spec import TrialSpec
 
 
 def test_default_points_of_all_entries_come_first_in_the_order_of_the_study(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path))
-    assert [c["label"] for c in found[:4]] == ["linear_probe", "full", "lp_ft", "daft"]
-    for config in found[:4]:
+    proposed = drive(searcher(tmp_path))
+    assert [c["label"] for c in proposed[:4]] == ["linear_probe", "full", "lp_ft", "daft"]
+    for config in proposed[:4]:
         assert config["hparams"] == search_spaces.default_point(config["strategy"])
-    assert [c["_number"] for c in found] == list(range(12))
+    assert [c["_number"] for c in proposed] == list(range(12))
 
 
 def test_a_config_is_a_trial_spec_with_the_shared_search_seed(tmp_path: Path) -> None:
@@ -74,9 +74,9 @@ def test_parameters_are_conditional_and_named_after_their_entry(tmp_path: Path) 
 
 def test_what_an_entry_fixes_is_never_drawn(tmp_path: Path) -> None:
     fixed = {"lr_head": None, "bn_conversion": True}
-    found = drive(searcher(tmp_path, entries=[Entry("tied", "full", fixed)], trials=6))
-    assert all({k: c["hparams"][k] for k in fixed} == fixed for c in found)
-    assert len({c["hparams"]["lr_backbone"] for c in found}) == 6
+    proposed = drive(searcher(tmp_path, entries=[Entry("tied", "full", fixed)], trials=6))
+    assert all({k: c["hparams"][k] for k in fixed} == fixed for c in proposed)
+    assert len({c["hparams"]["lr_backbone"] for c in proposed}) == 6
     assert all(set(t.params) == {"strategy", "tied.lr_backbone"} for t in optuna_trials(tmp_path))
 
 
@@ -103,7 +103,7 @@ def test_a_fresh_process_proposes_the_same(tmp_path: Path) -> None:
     assert json.loads(there.stdout.splitlines()[-1]) == here
 
 
-def test_a_study_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_study_that_was_killed_continues_as_if_it_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = list(shown(drive(searcher(tmp_path / "whole", trials=16))))
     (tmp_path / "parts").mkdir()
@@ -114,9 +114,9 @@ def test_a_study_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -
 
 
 def test_every_entry_gets_its_rounds_before_the_sampler_chooses(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path, trials=22))
-    assert [c["label"] for c in found[4:10]] == ["full", "lp_ft", "daft"] * 2
-    later = Counter(c["label"] for c in found[10:])
+    proposed = drive(searcher(tmp_path, trials=22))
+    assert [c["label"] for c in proposed[4:10]] == ["full", "lp_ft", "daft"] * 2
+    later = Counter(c["label"] for c in proposed[10:])
     assert later["daft"] > later["full"]  # it is better by 0.06 throughout
 
 
@@ -125,27 +125,27 @@ def test_tpe_finds_what_random_does_not(tmp_path: Path) -> None:
     for sampler, seed in itertools.product(best, range(2)):
         folder = tmp_path / f"{sampler}{seed}"
         folder.mkdir()
-        found = drive(searcher(folder, ("full", "daft"), trials=26, sampler=sampler, seed=seed))
-        best[sampler].append(sum(accuracy(c) for c in found[-10:]) / 10)
+        proposed = drive(searcher(folder, ("full", "daft"), trials=26, sampler=sampler, seed=seed))
+        best[sampler].append(sum(accuracy(c) for c in proposed[-10:]) / 10)
     assert min(best["tpe"]) > max(best["random"])
 
 
 def test_a_strategy_without_choices_is_proposed_once(tmp_path: Path) -> None:
-    found = drive(
+    proposed = drive(
         searcher(tmp_path, trials=24),
         lambda c: {**finished(c), "best/val/acc": 0.99 if c["strategy"] == "linear_probe" else 0.5},
     )
-    assert Counter(c["label"] for c in found)["linear_probe"] == 1
-    assert len(found) == 24
+    assert Counter(c["label"] for c in proposed)["linear_probe"] == 1
+    assert len(proposed) == 24
 
 
-def test_the_search_ends_when_nothing_is_left_to_try(
+def test_the_search_ends_when_no_new_configuration_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     optimizer = search_spaces.Hyperparameter("sgd", optuna.distributions.CategoricalDistribution(("sgd", "adamw")))
     monkeypatch.setattr("search_spaces.full.SPACE", {"optimizer": optimizer})
-    found = drive(searcher(tmp_path, ("full",), trials=10))
-    assert sorted(c["hparams"]["optimizer"] for c in found) == ["adamw", "sgd"]
+    proposed = drive(searcher(tmp_path, ("full",), trials=10))
+    assert sorted(c["hparams"]["optimizer"] for c in proposed) == ["adamw", "sgd"]
     assert "16 proposals in a row were known already: the search ends early." in caplog.text
     twins = [t for t in optuna_trials(tmp_path) if "duplicate_of" in t.user_attrs]
     values = {t.params["full.optimizer"]: t.value for t in optuna_trials(tmp_path) if t not in twins}
@@ -153,7 +153,7 @@ def test_the_search_ends_when_nothing_is_left_to_try(
     assert all(t.state == TrialState.COMPLETE and t.value == values[t.params["full.optimizer"]] for t in twins)
 
 
-def test_optuna_hears_what_became_of_each_trial(tmp_path: Path) -> None:
+def test_optuna_receives_the_end_of_each_trial(tmp_path: Path) -> None:
     search = searcher(tmp_path, ("full",), trials=6)
     configs = {f"t{i}": search.suggest(f"t{i}") for i in range(6)}
     for unit in (1, 2):
@@ -197,8 +197,8 @@ def test_a_unit_that_is_reported_twice_is_kept_once(tmp_path: Path, recwarn: pyt
 
 
 def test_failed_trials_are_not_repeated_and_count(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path), lambda c: None if c["_number"] % 2 else finished(c))
-    assert len(found) == 12
+    proposed = drive(searcher(tmp_path), lambda c: None if c["_number"] % 2 else finished(c))
+    assert len(proposed) == 12
     assert Counter(t.state.name for t in optuna_trials(tmp_path))["FAIL"] == 6
 
 
@@ -219,11 +219,11 @@ def test_asking_twice_for_one_trial_gives_one_config(tmp_path: Path) -> None:
 
 
 def test_trials_side_by_side_are_all_different_and_end(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path, trials=20), concurrent=6)
-    assert len({TrialSpec.from_dict(c).config_hash for c in found}) == len(found) == 20
+    proposed = drive(searcher(tmp_path, trials=20), concurrent=6)
+    assert len({TrialSpec.from_dict(c).config_hash for c in proposed}) == len(proposed) == 20
 
 
-def test_what_a_killed_driver_left_is_proposed_again_under_its_number(tmp_path: Path) -> None:
+def test_a_trial_that_a_killed_driver_left_is_proposed_again_under_its_number(tmp_path: Path) -> None:
     before = drive(searcher(tmp_path, trials=14), concurrent=3, stop_after=12)
     running = {c["_number"]: c for c in before[-3:]}
     again = searcher(tmp_path, trials=14)
@@ -254,7 +254,7 @@ def test_close_withdraws_what_runs(tmp_path: Path) -> None:
     assert searcher(tmp_path).suggest("b") == first
 
 
-def test_the_journal_hears_of_a_trial_before_tune_does(tmp_path: Path) -> None:
+def test_a_trial_is_journalled_before_tune_gets_it(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.jsonl") as journal:
         search = searcher(tmp_path, journal=journal)
         search.suggest("a")
@@ -262,9 +262,9 @@ def test_the_journal_hears_of_a_trial_before_tune_does(tmp_path: Path) -> None:
         events = journal.events()
     assert isinstance(config, dict)
     assert [e["kind"] for e in events] == ["trial_suggested"] * 2
-    told = {k: v for k, v in events[1].items() if k not in ("seq", "time", "kind")}
+    fields = {k: v for k, v in events[1].items() if k not in ("seq", "time", "kind")}
     default = search_spaces.default_point("full")
-    assert told == {
+    assert fields == {
         "trial_id": "b",
         "number": 1,
         "sample": None,
@@ -295,7 +295,7 @@ def test_a_study_of_other_contents_is_refused(tmp_path: Path) -> None:
     searcher(tmp_path, task=task(store="/moved", cache="/elsewhere"), trials=30, sampler="random")
 
 
-def test_a_study_of_somebody_else_is_refused(tmp_path: Path) -> None:
+def test_a_study_of_another_program_is_refused(tmp_path: Path) -> None:
     optuna.create_study(study_name="s", storage=url(tmp_path), direction="maximize").optimize(lambda t: 1.0, n_trials=1)
     with pytest.raises(
         SearchError,
@@ -344,26 +344,26 @@ def test_several_objectives(tmp_path: Path) -> None:
 
     objectives = ("val/acc", "cost/total_seconds")
     search = searcher(tmp_path, ("full", "daft"), objectives=objectives, sampler="nsga2", trials=26)
-    found = drive(search, outcome, concurrent=3)
+    proposed = drive(search, outcome, concurrent=3)
     trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]  # children may equal a parent
     study = optuna.load_study(study_name="s", storage=url(tmp_path))
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
-    assert len(found) == len(trials) == 26
-    assert trials[0].values == [accuracy(found[0]), pytest.approx(1.0)]
+    assert len(proposed) == len(trials) == 26
+    assert trials[0].values == [accuracy(proposed[0]), pytest.approx(1.0)]
     generations = {v for t in trials for k, v in t.system_attrs.items() if "generation" in k}
     assert generations >= {0, 1, 2}  # populations of 8: it does breed
-    search.on_trial_complete("none", outcome(found[0]))
+    search.on_trial_complete("none", outcome(proposed[0]))
 
 
 @pytest.mark.parametrize("sampler", ["gp", "nsga2"])
 def test_samplers_without_conditions_draw_all_entries_and_use_one(tmp_path: Path, sampler: str) -> None:
     objectives = ("val/acc",) if sampler == "gp" else ("val/acc", "val/nll")
     search = searcher(tmp_path, ("linear_probe", "full", "daft"), sampler=sampler, objectives=objectives, trials=14)
-    found = drive(search, lambda c: {**finished(c), "val/nll": 1 - accuracy(c)})
+    proposed = drive(search, lambda c: {**finished(c), "val/nll": 1 - accuracy(c)})
     trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]
     full = {"strategy", "full.lr_backbone", "full.lr_head", "daft.lr_backbone", "daft.lr_head"}
     assert all(set(trial.params) == full for trial in trials)
-    assert all(set(c["hparams"]) == {"lr_backbone", "lr_head"} for c in found[1:])
+    assert all(set(c["hparams"]) == {"lr_backbone", "lr_head"} for c in proposed[1:])
     assert len(trials) == 13  # what has nothing to learn from lies beside
     assert len(optuna_trials(tmp_path, "s/given")) == 1
 

@@ -34,14 +34,16 @@ def by_fold(records: list[TrialRecord]) -> Sequence[Configuration]:
 
 
 def outcome(config: Config) -> dict[str, Any]:
-    """A fold of lp_ft does better than its ID accuracy says."""
+    """A fold of lp_ft does better than its ID accuracy suggests."""
     held_out = {"held_out/acc": 0.9 if config["strategy"] == "lp_ft" else 0.5} if config["role"] == "fold" else {}
     return {**finished(config), **held_out}
 
 
 def test_the_best_configurations_run_again_on_fresh_seeds(tmp_path: Path) -> None:
-    found = drive(searcher(tmp_path, trials=10, stages=[ConfirmStage(task(), best(3), seeds=2, seed=3)]), concurrent=3)
-    search, confirm = found[:10], found[10:]
+    proposed = drive(
+        searcher(tmp_path, trials=10, stages=[ConfirmStage(task(), best(3), seeds=2, seed=3)]), concurrent=3
+    )
+    search, confirm = proposed[:10], proposed[10:]
     assert {c["role"] for c in search} == {"search"}
     assert [c["role"] for c in confirm] == ["confirm"] * 6
     expected = [stream_seed(3, "confirm", 0)] * 3 + [stream_seed(3, "confirm", 1)] * 3
@@ -49,9 +51,9 @@ def test_the_best_configurations_run_again_on_fresh_seeds(tmp_path: Path) -> Non
     assert stream_seed(3, "search") not in expected
     ranked = sorted(search, key=accuracy, reverse=True)
     first = {c["label"]: c for c in reversed(ranked)}  # the best of every label
-    wanted = sorted(first.values(), key=accuracy, reverse=True)[:3]
-    assert [c["hparams"] for c in confirm[:3]] == [c["hparams"] for c in wanted]
-    assert [c["_number"] for c in found] == list(range(16))
+    top = sorted(first.values(), key=accuracy, reverse=True)[:3]
+    assert [c["hparams"] for c in confirm[:3]] == [c["hparams"] for c in top]
+    assert [c["_number"] for c in proposed] == list(range(16))
 
 
 def test_confirmations_start_only_when_the_search_has_ended(tmp_path: Path) -> None:
@@ -72,8 +74,8 @@ def test_confirmations_start_only_when_the_search_has_ended(tmp_path: Path) -> N
 
 def test_folds_hold_out_every_domain_and_decide_what_is_confirmed(tmp_path: Path) -> None:
     stages = [FoldStage(task(), best(4), DOMAINS, seed=3), ConfirmStage(task(), by_fold, seeds=2, seed=3)]
-    found = drive(searcher(tmp_path, trials=8, stages=stages), outcome, concurrent=2)
-    folds, confirm = found[8:-2], found[-2:]
+    proposed = drive(searcher(tmp_path, trials=8, stages=stages), outcome, concurrent=2)
+    folds, confirm = proposed[8:-2], proposed[-2:]
     assert len(folds) == 4 * 3
     assert [c["held_out"] for c in folds] == list(DOMAINS) * 4
     assert {c["seed"] for c in folds} == {stream_seed(3, "search")}
@@ -88,7 +90,7 @@ def test_folds_and_confirmations_do_not_teach_the_sampler(tmp_path: Path) -> Non
     assert roles == ["confirm"] * 3
 
 
-def test_a_killed_stage_goes_on_and_repeats_nothing_that_ended(tmp_path: Path) -> None:
+def test_a_killed_stage_continues_and_repeats_nothing_that_ended(tmp_path: Path) -> None:
     def stages() -> list[Any]:
         return [FoldStage(task(), best(2), DOMAINS, seed=3), ConfirmStage(task(), by_fold, seeds=2, seed=3)]
 
@@ -106,20 +108,20 @@ def test_a_killed_stage_goes_on_and_repeats_nothing_that_ended(tmp_path: Path) -
 
 def test_a_failed_confirmation_is_not_repeated(tmp_path: Path) -> None:
     stage = ConfirmStage(task(), best(2), seeds=2, seed=3)
-    found = drive(
+    proposed = drive(
         searcher(tmp_path, trials=6, stages=[stage]), lambda c: None if c["role"] == "confirm" else finished(c)
     )
-    assert [c["role"] for c in found].count("confirm") == 4
+    assert [c["role"] for c in proposed].count("confirm") == 4
 
 
 def test_a_search_without_a_complete_trial_confirms_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stage = ConfirmStage(task(), best(2), seeds=2, seed=3)
-    found = drive(searcher(tmp_path, trials=5, stages=[stage]), lambda c: None)
-    assert len(found) == 5
+    proposed = drive(searcher(tmp_path, trials=5, stages=[stage]), lambda c: None)
+    assert len(proposed) == 5
     assert "Nothing to run for the stage 'confirm': Selection needs at least one complete search trial" in caplog.text
 
 
-def test_what_a_stage_says_it_wants() -> None:
+def test_the_description_of_a_stage() -> None:
     record = TrialRecord(trial_id="t", number=0, strategy="full", label="mine", hparams={"lr_backbone": 0.1})
     stage = ConfirmStage(task(), lambda records: records, seeds=1, seed=0)
     assert stage.next([record]) == [

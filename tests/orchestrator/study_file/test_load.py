@@ -41,7 +41,7 @@ def test_absolute_paths_and_urls_stay() -> None:
     }
 
 
-def test_a_submitted_copy_says_the_same_as_the_file(tmp_path: Path) -> None:
+def test_a_submitted_copy_states_the_same_as_the_file(tmp_path: Path) -> None:
     """The cluster reads the copy from another folder, and must come to the same study."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()

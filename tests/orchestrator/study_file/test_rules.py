@@ -15,13 +15,13 @@ from trainables import strategy_class
 
 
 def fields(**sections: Any) -> dict[str, Any]:
-    known: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": "digits",
         "data": {"source": "digits", "train_fraction": 0.1},
         "model": {"name": "digits_vit"},
         "strategies": ["full"],
     }
-    return known | sections
+    return fields | sections
 
 
 def invalid(**sections: Any) -> list[str]:
@@ -35,7 +35,7 @@ def invalid(**sections: Any) -> list[str]:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What preflight says of a study."""
+    """Preflight's problems of a study."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def problems(**sections: Any) -> list[str]:
@@ -58,17 +58,19 @@ class TestSamples:
             "data.train_fraction is 1: they are the same, and FSR is 1. Lower data.train_fraction, or use extrapolated."
         ]
 
-    @pytest.mark.parametrize(("fractions", "got"), [([0.5, 0.5], "0.5"), ([], "none")])
-    def test_an_extrapolation_needs_three_sizes(self, fractions: list[float], got: str) -> None:
+    @pytest.mark.parametrize(("fractions", "listed"), [([0.5, 0.5], "0.5"), ([], "none")])
+    def test_an_extrapolation_needs_three_sizes(self, fractions: list[float], listed: str) -> None:
         assert invalid(diagnostics={"fsr": ["extrapolated"], "fsr_fractions": fractions}) == [
-            f"diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got {got}. "
-            "List another one."
+            "diagnostics.fsr_fractions: an extrapolation needs 2 different fractions beside the whole, but got "
+            f"{listed}. List another one."
         ]
         assert invalid(diagnostics={"fsr_fractions": fractions}) == []
 
     def test_beside_other_problems(self) -> None:
-        found = invalid(search={"objective": "val_domain:x"}, diagnostics={"fsr": ["full"]}, data={"source": "digits"})
-        assert [problem.partition(":")[0] for problem in found] == ["search.objective", "diagnostics.fsr[0]"]
+        messages = invalid(
+            search={"objective": "val_domain:x"}, diagnostics={"fsr": ["full"]}, data={"source": "digits"}
+        )
+        assert [problem.partition(":")[0] for problem in messages] == ["search.objective", "diagnostics.fsr[0]"]
 
 
 class TestDomains:
@@ -81,7 +83,7 @@ class TestDomains:
         ]
 
     def test_domains_that_the_source_marks_itself_count(self, refused: Any, tmp_path: Path) -> None:
-        images = {f"{place}/{label}": 9 for place in ("train", "val", "test", "ood/sketch") for label in ("cat", "dog")}
+        images = {f"{split}/{label}": 9 for split in ("train", "val", "test", "ood/sketch") for label in ("cat", "dog")}
         data = {"root": str(write_plain_images(tmp_path / "pets", images))}
         assert refused(data=data, diagnostics={"plasticity_source": "sketch", "fsr": ["oracle"]}) == []
 

@@ -351,7 +351,7 @@ class TestRefused:
 
 class TestSecrets:
     @pytest.mark.parametrize(
-        ("text", "shown"),
+        ("text", "redacted"),
         [
             ("http://me:secret@host:5000/x", "http://***@host:5000/x"),
             ("postgresql+psycopg2://u:p@ss@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
@@ -361,8 +361,8 @@ class TestSecrets:
             ("http://host:8265 and me@example.org", "http://host:8265 and me@example.org"),
         ],
     )
-    def test_c9_credentials_are_hidden(self, text: str, shown: str) -> None:
-        assert redact(text) == shown
+    def test_c9_credentials_are_hidden(self, text: str, redacted: str) -> None:
+        assert redact(text) == redacted
 
     def test_c9_errors_hide_them(self) -> None:
         error = StudyError([Problem(("tracking", "uri"), "cannot reach http://me:secret@host.")])

@@ -33,9 +33,9 @@ class TestScalars:
         ],
     )  # fmt: skip
     def test_c2_numbers_and_words_are_those_of_yaml_1_2(self, word: str, value: object) -> None:
-        found = scalar(word)
-        assert found == value
-        assert type(found) is type(value)
+        text = scalar(word)
+        assert text == value
+        assert type(text) is type(value)
 
     @pytest.mark.parametrize(
         "word", ["no", "No", "off", "on", "yes", "y", "1:30", "1_000", "2026-01-01", "1.5.2", "e3"]

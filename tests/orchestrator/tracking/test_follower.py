@@ -1,4 +1,4 @@
-"""MLflow ends up with exactly what the journal says, whatever the server does meanwhile."""
+"""MLflow ends up with exactly the journal's contents, whatever the server does meanwhile."""
 
 from __future__ import annotations
 

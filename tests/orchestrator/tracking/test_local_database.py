@@ -28,7 +28,9 @@ def tables(file: Path) -> set[str]:
 
 
 def test_p16_studies_that_start_together_share_one_new_file(tmp_path: Path) -> None:
-    file, together, failed = tmp_path / "new" / "mlflow.db", threading.Barrier(6), list[Exception]()
+    file = tmp_path / "new" / "mlflow.db"
+    together = threading.Barrier(6)
+    failed = list[Exception]()
 
     def start(name: str) -> None:
         together.wait(60)
@@ -76,7 +78,8 @@ def test_p16_a_process_killed_while_it_makes_the_file_leaves_none(tmp_path: Path
 
 @pytest.mark.usefixtures("quick")
 def test_p16_the_file_of_another_mlflow_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, real = tmp_path / "mlflow.db", local_database._create_tables
+    file = tmp_path / "mlflow.db"
+    real = local_database._create_tables
 
     def create(draft: Path) -> None:
         real(draft)

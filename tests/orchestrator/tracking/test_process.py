@@ -17,7 +17,19 @@ import pytest
 from orchestrator.record.journal import Journal
 from orchestrator.tracking.delivery_state import DeliveryError, DeliveryLock
 from orchestrator.tracking.process import RECORD_SEPARATOR, read_lines
-from tests.support.tracking import contents, follower, make_study, tracking_process, wait_until, write_study
+from orchestrator.tracking.study_tracking import settings_of
+from tests.support.toy_task import TOY
+from tests.support.tracking import (
+    SPEC,
+    contents,
+    follower,
+    make_study,
+    suggest,
+    tracking_process,
+    wait_until,
+    write_study,
+)
+from trainables.specs.metrics import CLASSIFICATION, TaskMetrics
 
 ENDING = """
 import logging, sys
@@ -77,6 +89,27 @@ def test_what_remains_is_delivered_at_the_end(journal: Journal, database: Path) 
         assert children() == []
     assert len(contents(database)["runs"]) == 5
     assert following.problem is None
+
+
+def test_a_task_that_is_registered_in_the_driver_alone(journal: Journal, database: Path) -> None:
+    """The best unit of a trial without a test is found by the task's own metric, here a distance."""
+    journal.append("study_started", study="pets", spec={**SPEC, "task": TOY.task}, versions={}, dataset_digest="d" * 64)
+    suggest(journal, "t0", 0)
+    journal.append("trial_started", trial_id="t0", node=None, pid=None)
+    for unit, distance in enumerate((3.0, 2.0, 4.0), 1):
+        journal.append("result", trial_id="t0", unit=unit, metrics={"val/dist": distance}, node="n1", curves={})
+    journal.append("trial_finished", trial_id="t0", state="pruned")
+    journal.append("study_finished", state="complete")
+    with tracking_process(journal.path, database, task=TOY.to_dict()) as following:
+        assert following.close(60) == 0
+    values = {key: value for _, key, value, *_ in contents(database)["metrics"]}
+    assert (values["best/val/dist"], values["best/epoch"]) == (2.0, 2)
+
+
+def test_a_study_sends_the_metrics_of_its_task(tmp_path: Path) -> None:
+    spec, folder = make_study(tmp_path)
+    sent = json.loads(json.dumps(settings_of(spec, folder / "journal.jsonl").to_dict()))
+    assert TaskMetrics.from_dict(sent["task"]) == CLASSIFICATION
 
 
 def test_ctrl_c_and_sigterm_are_for_the_driver_to_act_on(journal: Journal, database: Path) -> None:

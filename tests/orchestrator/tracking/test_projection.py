@@ -75,7 +75,7 @@ def test_a_trial_run_starts_at_its_first_start_and_steps_are_units() -> None:
     assert (result.uid, result.start) == (update.uid, update.start)
 
 
-def test_runs_of_folds_and_confirmations_say_so_in_their_names_and_tags() -> None:
+def test_runs_of_folds_and_confirmations_state_it_in_their_names_and_tags() -> None:
     study = Study(study="pets")
     study.suggest("a", role="fold", held_out="photo")
     study.suggest("b", role="confirm", seed=2)
@@ -85,7 +85,7 @@ def test_runs_of_folds_and_confirmations_say_so_in_their_names_and_tags() -> Non
     assert fold.uid != confirm.uid
 
 
-def test_a_resumed_trial_goes_on_in_its_run() -> None:
+def test_a_resumed_trial_continues_in_its_run() -> None:
     study = Study(study="pets")
     study.suggest("a")
     first = study.start("a")
@@ -192,7 +192,7 @@ def texts(summary: Summary) -> dict[str, str]:
     return {name: render().decode() for name, render in summary.files.items() if name != "report.html"}
 
 
-def test_a_study_without_a_complete_trial_has_a_note_that_says_so() -> None:
+def test_a_study_without_a_complete_trial_has_a_note_that_states_it() -> None:
     empty = summary([])
     assert empty.tags["mlflow.note.content"].startswith("# pets\n\nSelection needs at least one complete search trial")
     assert texts(empty) == {}
@@ -259,7 +259,7 @@ def test_c6_c7_keys_and_values_are_made_fit_for_any_server() -> None:
     assert texts == ["0.00003", "0.0000001", "0.1", "12", "true", "sgd", "null", "[1, 2]"]
 
 
-def test_d1_every_run_says_how_many_images_were_left_out() -> None:
+def test_d1_every_run_states_how_many_images_were_left_out() -> None:
     study = Study(study="pets", images_left_out=3)
     study.suggest()
     assert study.start().tags["dataset_left_out"] == "3"

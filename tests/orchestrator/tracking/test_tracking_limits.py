@@ -25,7 +25,7 @@ def deliver(journal: Path, database: Path) -> MlflowFollower:
     return following
 
 
-def test_c7_long_parameters_and_tags_are_artifacts_as_a_whole_and_say_so(tmp_path: Path, database: Path) -> None:
+def test_c7_long_parameters_and_tags_are_artifacts_as_a_whole_and_state_it(tmp_path: Path, database: Path) -> None:
     value, error, name = "v" * 6001 + "end", "Error: " + "e" * 9000 + "end", "model" * 2000
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:

@@ -164,7 +164,8 @@ KINDS = ("429", "500", "502", "503", "html", "rst", "lost", "slow", "401", "403"
 def test_p14_n1_refusals_resets_lost_answers_and_delays_lose_and_double_nothing(
     seed: int, server: Server, journal: Journal, template: Path, tmp_path: Path
 ) -> None:
-    generator, experiment = random.Random(seed), f"proxy-{seed}"
+    generator = random.Random(seed)
+    experiment = f"proxy-{seed}"
     faults = {number: generator.choice(KINDS) for number in range(400) if generator.random() < 0.4}
     with (
         proxy(server.port, faults) as (uri, seen),

@@ -1,4 +1,4 @@
-"""Random faults of a server and its followers in random order: in the end it has what the journal says, once."""
+"""Random faults of a server and its followers in random order: in the end it has the journal's contents, once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def events(generator: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
     """A study of three trials in three runs, of which the first two are killed or interrupted."""
-    done, ended = dict.fromkeys(range(3), 0), set[int]()
+    done = dict.fromkeys(range(3), 0)
+    ended = set[int]()
     for part in range(3):
         last = part == 2
         yield "study_started", {"study": "pets", "spec": SPEC, "dataset_digest": "d" * 64}
@@ -69,7 +70,8 @@ class Weather:
     def __init__(self, generator: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
         from mlflow import MlflowClient
 
-        self.storm, self._generator = 0.0, generator
+        self.storm = 0.0
+        self._generator = generator
         for name in CALLS:
             monkeypatch.setattr(MlflowClient, name, self._wrapped(getattr(MlflowClient, name)))
 
@@ -102,7 +104,9 @@ class World:
     def __init__(self, folder: Path, template: Path, generator: random.Random) -> None:
         self.journal, self.file = folder / "journal.jsonl", folder / "mlflow.db"
         self.restored = False
-        self.deleted, self._template, self._generator = set[str](), template, generator
+        self.deleted = set[str]()
+        self._template = template
+        self._generator = generator
         self.empty()
 
     def empty(self) -> None:
@@ -157,11 +161,12 @@ class World:
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
-def test_p11_p12_p15_whatever_happens_the_server_ends_with_what_the_journal_says(
+def test_p11_p12_p15_whatever_happens_the_server_ends_with_the_contents_of_the_journal(
     seed: int, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = random.Random(seed)
-    world, weather = World(tmp_path, template, generator), Weather(generator, monkeypatch)
+    world = World(tmp_path, template, generator)
+    weather = Weather(generator, monkeypatch)
     happenings: list[Callable[[], object]] = [
         world.empty, world.delete_run, world.delete_experiment, world.forget,
         lambda: world.deliver(sync=True), lambda: world.deliver(sync=True, verify=True),

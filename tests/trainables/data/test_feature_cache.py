@@ -77,7 +77,8 @@ def test_a_prefix_is_served_from_the_whole_and_has_the_same_bits(
 def test_other_weights_data_splits_and_views_have_features_of_their_own(
     backbone: Backbone, store: Any, tmp_path: Path, change: str
 ) -> None:
-    cache, view = FeatureCache(tmp_path), View()
+    cache = FeatureCache(tmp_path)
+    view = View()
     cache.features(backbone, store, "test", 32, view)
     if change == "weights":
         backbone = dataclasses.replace(backbone, digest="other")

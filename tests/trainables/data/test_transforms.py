@@ -101,7 +101,8 @@ class TestCrop:
 
 class TestRules:
     def test_the_result_depends_on_the_generator_alone(self) -> None:
-        images, transform = pixels(20, 10, 10), raw(8, "flip", "crop")
+        images = pixels(20, 10, 10)
+        transform = raw(8, "flip", "crop")
         first = transform(images, torch.Generator().manual_seed(5))
         assert torch.equal(first, transform(images, torch.Generator().manual_seed(5)))
         assert not torch.equal(first, transform(images, torch.Generator().manual_seed(6)))
@@ -114,7 +115,8 @@ class TestRules:
         assert torch.equal(images, before)
 
     def test_it_survives_pickling(self) -> None:
-        images, transform = pixels(2, 8, 8), BatchTransform(MEAN, STD, 8, ("flip",))
+        images = pixels(2, 8, 8)
+        transform = BatchTransform(MEAN, STD, 8, ("flip",))
         transform(images)
         assert torch.equal(pickle.loads(pickle.dumps(transform))(images), transform(images))  # noqa: S301 - our own
 

@@ -36,7 +36,8 @@ def make(network: Callable[[str], str], tmp_path: Path) -> Make:
 
 
 def test_evaluation_batches_are_whole_in_order_and_normalised(make: Make) -> None:
-    data, store = make(), shapes()
+    data = make()
+    store = shapes()
     batches = list(data.batches("test"))
     assert [len(labels) for _, labels in batches] == [24, 8]
     images = torch.cat([b[0] for b in batches])
@@ -127,7 +128,8 @@ def test_a_fraction_is_a_prefix_and_changes_training_only(make: Make) -> None:
 
 
 def test_a_held_out_domain_leaves_training_and_validation(make: Make) -> None:
-    data, store = make(held_out="dim"), shapes()
+    data = make(held_out="dim")
+    store = shapes()
     dim = store.domains.index("dim")
     bright = [i for i in range(64) if store.domain_ids("train")[i] != dim]
     assert data.labels("train").tolist() == store.labels("train")[bright].tolist()

@@ -28,7 +28,7 @@ def plain_plasticity(network: Any, x: Tensor, y: Tensor, probe: str) -> dict[str
     """Component → per block, per pair: ‖f(x) − f(y)‖_F / ‖x − y‖_F."""
     network = copy.deepcopy(network).double()
     blocks_of = swin_blocks if hasattr(network, "layers") else vit_blocks
-    found: dict[str, list[list[float]]] = {}
+    ratios: dict[str, list[list[float]]] = {}
     for image_x, image_y in zip(x.double(), y.double(), strict=True):
         both = zip(blocks_of(network, image_x), blocks_of(network, image_y), strict=True)
         for number, (at_x, at_y) in enumerate(both):
@@ -36,11 +36,11 @@ def plain_plasticity(network: Any, x: Tensor, y: Tensor, probe: str) -> dict[str
                 inputs = [tokens(kind, at, probe) for at in (at_x, at_y)]
                 wide = [widened(t, at_x.entering["fc2"].shape[-1]) if kind == "fc2" else t for t in inputs]
                 rate = frobenius(function(wide[0]) - function(wide[1])) / frobenius(inputs[0] - inputs[1])
-                rows = found.setdefault(kind, [])
+                rows = ratios.setdefault(kind, [])
                 if len(rows) == number:
                     rows.append([])
                 rows[number].append(rate)
-    return found
+    return ratios
 
 
 def tokens(kind: str, at: Applied, probe: str) -> Tensor:
@@ -127,8 +127,9 @@ def in_windows(block: Any, grid: Tensor) -> Tensor:
     """Attention within w x w windows of (H, W, d), shifted by s: tokens that the shift brings together from opposite
     borders do not see each other."""
     height, width, _ = grid.shape
-    w, s = block.window_size[0], block.shift_size[0]
-    found = torch.empty_like(grid)
+    w = block.window_size[0]
+    s = block.shift_size[0]
+    outputs = torch.empty_like(grid)
     for top in range(0, height, w):
         for left in range(0, width, w):
             places = [(top + i, left + j) for i in range(w) for j in range(w)]
@@ -141,7 +142,7 @@ def in_windows(block: Any, grid: Tensor) -> Tensor:
                     wrapped = [(p[0] + s >= height, p[1] + s >= width) for p in (places[a], places[b])]
                     if s and wrapped[0] != wrapped[1]:
                         bias[:, a, b] -= 1e4
-            out = attention(block.attn, torch.stack([grid[place] for place in real]), bias)
-            for place, row in zip(real, out, strict=True):
-                found[place] = row
-    return found
+            out = attention(block.attn, torch.stack([grid[position] for position in real]), bias)
+            for position, row in zip(real, out, strict=True):
+                outputs[position] = row
+    return outputs

@@ -77,7 +77,8 @@ def test_daft_is_not_compared_with_the_network_before_its_conversion(make: Calla
     run = make("daft", "cnn", lr_backbone=1e-6, lr_head=1e-6)
     run.step()
     last = run.step()
-    pretrained, end = run.data.reference.state_dict(), run.model.backbone.state_dict()
+    pretrained = run.data.reference.state_dict()
+    end = run.model.backbone.state_dict()
     from_pretrained = plain(pretrained["bn1.weight"], end["bn1.weight"])
     assert last["change/norm"] < 1e-4 < 0.05 < from_pretrained
     assert last["change/head"] < 1e-4
@@ -157,10 +158,13 @@ def test_the_reference_is_the_pretrained_value_unless_training_started_from_anot
     end["backbone.0.weight"] *= 1.5
     end["backbone.1.running_mean"] += 1.0
     start = {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
-    found = {change.name: change for change in parameter_change(model.backbone, start, end)}
-    assert found["backbone.0.weight"].value == pytest.approx(0.5)
-    assert (found["backbone.1.running_mean"].absolute, found["backbone.1.running_mean"].value) == (True, math.sqrt(2))
-    assert found["backbone.1.weight"].value == found["head.weight"].value == 0.0
+    changes = {change.name: change for change in parameter_change(model.backbone, start, end)}
+    assert changes["backbone.0.weight"].value == pytest.approx(0.5)
+    assert (changes["backbone.1.running_mean"].absolute, changes["backbone.1.running_mean"].value) == (
+        True,
+        math.sqrt(2),
+    )
+    assert changes["backbone.1.weight"].value == changes["head.weight"].value == 0.0
     start["backbone.0.weight"] = 3 * model.state_dict()["backbone.0.weight"]
     (change, *_) = parameter_change(model.backbone, start, end)
     assert (change.name, change.value) == ("backbone.0.weight", pytest.approx(0.5))

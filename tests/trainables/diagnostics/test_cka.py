@@ -23,15 +23,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def plain_hsic(k: NDArray[np.float64], l: NDArray[np.float64]) -> float:  # noqa: E741
     """HSIC₁ as Nguyen et al. (2021) print it: traces and products with the vector of ones."""
-    n, ones = len(k), np.ones(len(k))
+    n = len(k)
+    ones = np.ones(len(k))
     k, l = k * (1 - np.eye(n)), l * (1 - np.eye(n))  # noqa: E741
-    found = np.trace(k @ l) + (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
-    return float((found - 2 / (n - 2) * (ones @ k @ l @ ones)) / (n * (n - 3)))
+    hsic = np.trace(k @ l) + (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
+    return float((hsic - 2 / (n - 2) * (ones @ k @ l @ ones)) / (n * (n - 3)))
 
 
 def enumerated_hsic(k: NDArray[np.float64], l: NDArray[np.float64]) -> float:  # noqa: E741
     """The U-statistic that HSIC₁ is: the mean over all quadruples of distinct samples (Song et al. 2012)."""
-    n, total, count = len(k), 0.0, 0
+    n = len(k)
+    total = 0.0
+    count = 0
     for i in range(n):
         for j in range(n):
             for q in range(n):
@@ -46,7 +49,8 @@ def plain_cka(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """Activations of batches, before and after → CKA, in numpy and double precision."""
     both = first = second = 0.0
     for x, y in pairs:
-        a, b = x.flatten(1).double().numpy(), y.flatten(1).double().numpy()
+        a = x.flatten(1).double().numpy()
+        b = y.flatten(1).double().numpy()
         both += plain_hsic(a @ a.T, b @ b.T)
         first += plain_hsic(a @ a.T, a @ a.T)
         second += plain_hsic(b @ b.T, b @ b.T)
@@ -85,34 +89,37 @@ def batches(count: int = 3, size: int = 12) -> list[Tensor]:
 
 
 def activations(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, block in blocks(model).items():
-            hook = block.register_forward_hook(lambda m, i, out, name=name: found.__setitem__(name, out))
+            hook = block.register_forward_hook(lambda m, i, out, name=name: outputs.__setitem__(name, out))
             model(images)
             hook.remove()
-    return found
+    return outputs
 
 
 def test_the_estimator_is_the_u_statistic() -> None:
     x, y = random(6, 3), random(6, 4, seed=1)
     k, l = x.double() @ x.double().T, y.double() @ y.double().T  # noqa: E741
-    found = float(unbiased_hsic(k, l))
-    assert found == pytest.approx(plain_hsic(k.numpy(), l.numpy()), rel=1e-9)
-    assert found == pytest.approx(enumerated_hsic(k.numpy(), l.numpy()), rel=1e-9)
+    value = float(unbiased_hsic(k, l))
+    assert value == pytest.approx(plain_hsic(k.numpy(), l.numpy()), rel=1e-9)
+    assert value == pytest.approx(enumerated_hsic(k.numpy(), l.numpy()), rel=1e-9)
 
 
 def test_centring_changes_rounding_only() -> None:
-    x, y = random(10, 5) + 100, random(10, 4, seed=1)
+    x = random(10, 5) + 100
+    y = random(10, 4, seed=1)
     raw = (x.double() @ x.double().T, y.double() @ y.double().T)
     assert float(unbiased_hsic(gram(x), gram(y))) == pytest.approx(float(unbiased_hsic(*raw)), rel=1e-4)
 
 
 def test_it_agrees_with_plain_numpy() -> None:
-    before, after, images = stack(0), stack(1), batches()
-    found = block_cka(before, after, images)
-    assert list(found) == ["blocks.0", "blocks.1"]
-    for name, value in found.items():
+    before = stack(0)
+    after = stack(1)
+    images = batches()
+    similarity = block_cka(before, after, images)
+    assert list(similarity) == ["blocks.0", "blocks.1"]
+    for name, value in similarity.items():
         pairs = [(activations(before, batch)[name], activations(after, batch)[name]) for batch in images]
         assert value == pytest.approx(plain_cka(pairs), rel=1e-5)
         assert value is not None
@@ -138,9 +145,9 @@ def test_rotations_scales_and_shifts_do_not_count_but_other_maps_do() -> None:
         with torch.no_grad():
             last.weight.copy_(torch.einsum("ij,jkxy->ikxy", matrix, last.weight))
             last.bias.copy_(matrix @ last.bias + offset)
-        found = block_cka(before, after, batches())["blocks.1"]
-        assert found is not None
-        assert (abs(found - 1) < 1e-5) is alike, name
+        similarity = block_cka(before, after, batches())["blocks.1"]
+        assert similarity is not None
+        assert (abs(similarity - 1) < 1e-5) is alike, name
 
 
 def test_unrelated_activations_have_an_expectation_of_zero() -> None:
@@ -171,9 +178,9 @@ def test_any_timm_network(name: str) -> None:
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.add_(0.5 * random(*parameter.shape))
-    found = block_cka(before, after, [random(5, 3, 64, 64) if name != "test_vit" else random(5, 3, 160, 160)])
-    values = list(found.values())
-    assert list(found) == list(blocks(before))
+    similarity = block_cka(before, after, [random(5, 3, 64, 64) if name != "test_vit" else random(5, 3, 160, 160)])
+    values = list(similarity.values())
+    assert list(similarity) == list(blocks(before))
     assert values[:-1] == [1.0] * (len(values) - 1)
     assert values[-1] is not None
     assert values[-1] < 1
@@ -184,9 +191,9 @@ def test_activations_that_do_not_vary_have_no_cka() -> None:
     after = copy.deepcopy(before)
     with torch.no_grad():
         after.blocks[1].second.weight.zero_()
-    found = block_cka(before, after, batches())
-    assert found == {"blocks.0": 1.0, "blocks.1": None}
-    report = cka_report(found)
+    similarity = block_cka(before, after, batches())
+    assert similarity == {"blocks.0": 1.0, "blocks.1": None}
+    report = cka_report(similarity)
     assert report["cka/mean"] == 1.0
     assert "cka/mean" not in cka_report({"blocks.0": None})
     assert report["cka"].columns == {"block": ["blocks.0", "blocks.1"], "cka": [1.0, None]}  # type: ignore[union-attr]

@@ -43,12 +43,12 @@ def plain(before: Tensor, after: Tensor) -> tuple[list[float], list[float]]:
 
 def features_of(run: Trial, split: str) -> tuple[Tensor, Tensor]:
     """Pooled features of the pretrained and of the trial's network, straight from the images."""
-    found: list[list[Tensor]] = [[], []]
+    features: list[list[Tensor]] = [[], []]
     with torch.no_grad():
         for images, _ in run.data.batches(split):
-            found[0].append(run.data.backbone.module(images))
-            found[1].append(run.model.eval().features(images))
-    return torch.cat(found[0]), torch.cat(found[1])
+            features[0].append(run.data.backbone.module(images))
+            features[1].append(run.model.eval().features(images))
+    return torch.cat(features[0]), torch.cat(features[1])
 
 
 @pytest.mark.parametrize(("count", "width", "scale"), [(1, 3, 1.0), (20, 64, 1e-4), (20, 7, 1e6)])
@@ -68,7 +68,7 @@ def test_equal_features_have_cosine_exactly_one_and_distance_exactly_zero() -> N
         assert set(distance.tolist()) == {0.0}
 
 
-def test_direction_and_length_are_told_apart() -> None:
+def test_direction_and_length_are_distinguished() -> None:
     before = torch.tensor([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0]])
     after = torch.tensor([[6.0, 8.0], [-3.0, -4.0], [-4.0, 3.0]])
     cosine, distance = feature_distortion(before, after)
@@ -110,9 +110,9 @@ def test_a_trial_reports_the_distortion_of_its_final_weights(make: Callable[...,
     assert curve["quantile"] == list(GRID)
     for split in SPLITS:
         for name, values in zip(("cosine", "l2"), plain(*features_of(run, split)), strict=True):
-            found = [last[f"distortion/{split}/{name}{suffix}"] for suffix in ("", "_q05", "_q50", "_q95")]
+            reported = [last[f"distortion/{split}/{name}{suffix}"] for suffix in ("", "_q05", "_q50", "_q95")]
             expected = [float(np.mean(values)), *np.quantile(values, [0.05, 0.5, 0.95]).tolist()]
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert reported == pytest.approx(expected, rel=1e-4, abs=1e-6)
             assert curve[f"{split}/{name}"] == pytest.approx(np.quantile(values, GRID).tolist(), rel=1e-4, abs=1e-6)
     assert last["distortion/test/cosine"] < 0.999
 

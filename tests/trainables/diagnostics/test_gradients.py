@@ -67,10 +67,10 @@ def test_they_are_means_over_the_steps_before_clipping(make: Callable[..., Trial
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         sgd.step()
     assert len(expected["head"]) == 4
-    found = norms(run.step())
-    assert found.keys() == expected.keys() == {*COMPONENTS, "final_norm", "embed", "head"}
-    assert found == pytest.approx({kind: sum(values) / 4 for kind, values in expected.items()}, rel=1e-4)
-    assert found["head"] > 1e-3
+    measured = norms(run.step())
+    assert measured.keys() == expected.keys() == {*COMPONENTS, "final_norm", "embed", "head"}
+    assert measured == pytest.approx({kind: sum(values) / 4 for kind, values in expected.items()}, rel=1e-4)
+    assert measured["head"] > 1e-3
 
 
 def test_only_what_moves_is_measured_and_only_when_asked_for(
@@ -84,14 +84,15 @@ def test_only_what_moves_is_measured_and_only_when_asked_for(
 
 
 def test_injected_parameters_have_the_kind_of_their_layer(make: Callable[..., Trial]) -> None:
-    model, reference = make().model, make().data.reference
+    model = make().model
+    reference = make().data.reference
     qkv: Any = model.backbone.get_submodule("blocks.0.attn.qkv")
     qkv.adapter = nn.Module()
     qkv.adapter.down = nn.Linear(16, 2, bias=False)
     model.backbone.prompt = nn.Parameter(torch.zeros(1))
-    found = {kind: {id(p) for p in parameters} for kind, parameters in moving_kinds(model, reference).items()}
-    assert id(qkv.adapter.down.weight) in found["mha"]
-    assert found["other"] == {id(model.backbone.prompt)}
+    kinds = {kind: {id(p) for p in parameters} for kind, parameters in moving_kinds(model, reference).items()}
+    assert id(qkv.adapter.down.weight) in kinds["mha"]
+    assert kinds["other"] == {id(model.backbone.prompt)}
     model.requires_grad_(False)
     model.head.bias.requires_grad_(True)
     assert moving_kinds(model, reference) == {"head": [model.head.bias]}
@@ -105,7 +106,8 @@ def test_kinds_of_a_convolutional_network(make: Callable[..., Trial]) -> None:
 def test_watching_changes_no_number(make: Callable[..., Trial]) -> None:
     plain, watched = make(diagnostics=("distortion",)), make(diagnostics=("distortion", "gradients"))
     for _ in range(3):
-        a, b = plain.step(), watched.step()
+        a = plain.step()
+        b = watched.step()
         assert same_numbers([a], [{k: v for k, v in b.items() if not k.startswith("grad_norm/")}])
     assert same_tensors(plain.model.state_dict(), watched.model.state_dict())
 

@@ -31,7 +31,8 @@ def vit() -> nn.Module:
 
 def moved(model: nn.Module, kind: type[nn.Module] = nn.LayerNorm) -> nn.Module:
     """A copy whose norms' parameters differ by seeded noise."""
-    generator, tuned = torch.Generator().manual_seed(0), copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    tuned = copy.deepcopy(model)
     with torch.no_grad():
         for layer in tuned.modules():
             if isinstance(layer, kind):
@@ -49,7 +50,8 @@ def test_the_shift_is_zero_at_initialisation() -> None:
 
 def test_the_shift_is_the_sum_over_layers_of_l2_norms() -> None:
     model = vit()
-    source, tuned = model.state_dict(), moved(model)
+    source = model.state_dict()
+    tuned = moved(model)
     shift = layer_norm_shift(source, tuned)
     gamma = beta = 0.0
     for name, value in tuned.state_dict().items():
@@ -106,12 +108,12 @@ def test_norms_of_every_kind_count_and_those_without_parameters_do_not() -> None
 
 
 def test_all_that_timm_calls_layer_norm_or_rms_norm_counts() -> None:
-    wanted = re.compile(r"^(LayerNorm|RmsNorm|SimpleNorm|GroupNorm1)")
+    pattern = re.compile(r"^(LayerNorm|RmsNorm|SimpleNorm|GroupNorm1)")
     kinds = [
         kind
         for module in (norm, norm_act)
         for kind in vars(module).values()
-        if inspect.isclass(kind) and kind.__module__ == module.__name__ and wanted.match(kind.__name__)
+        if inspect.isclass(kind) and kind.__module__ == module.__name__ and pattern.match(kind.__name__)
     ]
     assert len(kinds) > 16
     assert [kind.__name__ for kind in kinds if not layer_norms(nn.Sequential(kind(8)))] == []
@@ -131,9 +133,9 @@ def test_all_that_timm_calls_layer_norm_or_rms_norm_counts() -> None:
 def test_networks_of_timm(name: str, layers: type[nn.Module]) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
-    found = layer_norms(model)
-    assert found.keys() >= {n for n, m in model.named_modules() if isinstance(m, layers) and list(m.parameters())}
-    assert found
+    norms = layer_norms(model)
+    assert norms.keys() >= {n for n, m in model.named_modules() if isinstance(m, layers) and list(m.parameters())}
+    assert norms
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -26,7 +26,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "deit_tiny_distilled_patch16_224": PATCHES,
     "swin_tiny_patch4_window7_224": STAGES,
 }
-"""Networks that the plain reference knows: class and register tokens and LayerScale; two class tokens; windows, shifted
+"""Networks of the plain reference: class and register tokens and LayerScale; two class tokens; windows, shifted
 in every second block, and stages of another width."""
 OTHERS: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": PATCHES,
@@ -52,11 +52,11 @@ SIDES = {"hiera_tiny_224": 64, "mobilevit_xxs": 64}
 def network(name: str) -> nn.Module:
     """A small network with random weights of a size that matters."""
     torch.manual_seed(0)
-    found: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **{**PLAIN, **OTHERS}[name])
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **{**PLAIN, **OTHERS}[name])
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return found.eval()
+    return network.eval()
 
 
 def pair(count: int, side: int = 32) -> tuple[Tensor, Tensor]:
@@ -80,33 +80,36 @@ class Toy(nn.Module):
 
 def toy() -> Toy:
     torch.manual_seed(0)
-    found = Toy()
+    toy = Toy()
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in toy.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return found
+    return toy
 
 
 @pytest.mark.parametrize("probe", ["embedding", "in_situ"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_it_equals_plain_loops(name: str, probe: Any) -> None:
-    model, (x, y) = network(name), pair(3)
-    found, expected = measure_plasticity(model, x, y, probe, batch_size=2), plain_plasticity(model, x, y, probe)
-    assert set(expected) == set(COMPONENTS) == set(found.mean)
-    assert len(found.blocks) == len(expected["mha"]) == (4 if "swin" in name else 2)
+    model = network(name)
+    x, y = pair(3)
+    measured = measure_plasticity(model, x, y, probe, batch_size=2)
+    expected = plain_plasticity(model, x, y, probe)
+    assert set(expected) == set(COMPONENTS) == set(measured.mean)
+    assert len(measured.blocks) == len(expected["mha"]) == (4 if "swin" in name else 2)
     for kind, rates in expected.items():
-        assert found.per_block[kind] == pytest.approx([float(np.mean(row)) for row in rates], rel=1e-4), kind
-        assert found.mean[kind] == pytest.approx(float(np.mean(rates)), rel=1e-4)
+        assert measured.per_block[kind] == pytest.approx([float(np.mean(row)) for row in rates], rel=1e-4), kind
+        assert measured.mean[kind] == pytest.approx(float(np.mean(rates)), rel=1e-4)
         for name_of, q in (("q05", 0.05), ("q25", 0.25), ("q50", 0.5), ("q75", 0.75), ("q95", 0.95)):
-            assert found.distribution[kind][name_of] == pytest.approx(float(np.quantile(rates, q)), rel=1e-4)
-    assert found.rank == sorted(COMPONENTS, key=lambda kind: -float(np.mean(expected[kind])))
-    assert (found.probe, found.pairs) == (probe, 3)
+            assert measured.distribution[kind][name_of] == pytest.approx(float(np.quantile(rates, q)), rel=1e-4)
+    assert measured.rank == sorted(COMPONENTS, key=lambda kind: -float(np.mean(expected[kind])))
+    assert (measured.probe, measured.pairs) == (probe, 3)
 
 
 @pytest.mark.parametrize("probe", ["embedding", "in_situ"])
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
 def test_it_does_not_depend_on_the_batch_size(name: str, probe: Any) -> None:
-    model, (x, y) = network(name), pair(5, SIDES.get(name, 32))
+    model = network(name)
+    x, y = pair(5, SIDES.get(name, 32))
     single, *others = (measure_plasticity(model, x, y, probe, batch_size=size) for size in (1, 2, 64))
     assert len(single.blocks) == len(find_blocks(model))
     for other in others:
@@ -116,29 +119,31 @@ def test_it_does_not_depend_on_the_batch_size(name: str, probe: Any) -> None:
 
 
 def test_a_linear_map_lies_between_its_extreme_singular_values() -> None:
-    model, (x, y) = toy(), pair(8, side=4)
+    model = toy()
+    x, y = pair(8, side=4)
     for probe in ("embedding", "in_situ"):
-        found = measure_plasticity(model, x, y, probe)
+        measured = measure_plasticity(model, x, y, probe)
         for i, block in enumerate(model.blocks):
             values = torch.linalg.svdvals(block.mlp.fc1.weight.detach())
-            assert float(values[-1]) < found.per_block["fc1"][i] < float(values[0])
+            assert float(values[-1]) < measured.per_block["fc1"][i] < float(values[0])
     # The padding of the embedding probe leaves FC2 its first d columns.
-    found = measure_plasticity(model, x, y, "embedding")
+    measured = measure_plasticity(model, x, y, "embedding")
     for i, block in enumerate(model.blocks):
         values = torch.linalg.svdvals(block.mlp.fc2.weight.detach()[:, :16])
-        assert float(values[-1]) < found.per_block["fc2"][i] < float(values[0])
+        assert float(values[-1]) < measured.per_block["fc2"][i] < float(values[0])
 
 
 def test_a_multiple_of_an_orthogonal_map_has_exactly_this_multiple() -> None:
-    model, (x, y) = toy(), pair(4, side=4)
+    model = toy()
+    x, y = pair(4, side=4)
     orthogonal = torch.linalg.qr(torch.randn(32, 16, generator=torch.Generator().manual_seed(2)))[0]
     with torch.no_grad():
         for block in model.blocks:
             block.mlp.fc1.weight.copy_(3 * orthogonal)
             block.mlp.fc2.weight.copy_(torch.cat([0.5 * torch.eye(16), 100 * torch.ones(16, 16)], dim=1))
-    found = measure_plasticity(model, x, y)
-    assert found.per_block["fc1"] == pytest.approx([3, 3], rel=1e-5)
-    assert found.per_block["fc2"] == pytest.approx([0.5, 0.5], rel=1e-5), "padded with zeros, behind"
+    measured = measure_plasticity(model, x, y)
+    assert measured.per_block["fc1"] == pytest.approx([3, 3], rel=1e-5)
+    assert measured.per_block["fc2"] == pytest.approx([0.5, 0.5], rel=1e-5), "padded with zeros, behind"
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
@@ -149,16 +154,17 @@ def test_layer_norm_of_tokens_of_one_spread_is_at_most_its_inverse(sigma: float)
             nn.init.ones_(norm.weight)
     x, y = (t.flatten(2) for t in pair(16, side=4))
     x, y = ((t - t.mean(-1, keepdim=True)) / t.std(-1, keepdim=True, correction=0) * sigma for t in (x, y))
-    found = measure_plasticity(model, x.unflatten(2, (4, 4)), y.unflatten(2, (4, 4)))
+    measured = measure_plasticity(model, x.unflatten(2, (4, 4)), y.unflatten(2, (4, 4)))
     for kind in ("ln1", "ln2"):
-        assert found.mean[kind] <= 1 / sigma
-        assert found.mean[kind] == pytest.approx(1 / sigma, rel=1e-4)
+        assert measured.mean[kind] <= 1 / sigma
+        assert measured.mean[kind] == pytest.approx(1 / sigma, rel=1e-4)
 
 
 @pytest.mark.parametrize("probe", ["embedding", "in_situ"])
 @pytest.mark.parametrize("kind", COMPONENTS)
 def test_scaling_a_components_weights_scales_its_plasticity(kind: str, probe: Any) -> None:
-    model, (x, y) = toy(), pair(4, side=4)
+    model = toy()
+    x, y = pair(4, side=4)
     before = measure_plasticity(model, x, y, probe)
     block = model.blocks[1]
     outer = {"ln1": block.norm1, "mha": block.attn.proj, "ln2": block.norm2, "fc1": block.mlp.fc1, "fc2": block.mlp.fc2}
@@ -171,17 +177,19 @@ def test_scaling_a_components_weights_scales_its_plasticity(kind: str, probe: An
 
 
 def test_a_gated_unit_counts_both_maps_of_fc1() -> None:
-    model, (x, y) = network("eva02_base_patch14_224"), pair(3)
+    model = network("eva02_base_patch14_224")
+    x, y = pair(3)
     block = find_blocks(model)[0]
     with torch.no_grad():
         for part in block.fc1:
             part.weight.copy_(2 * torch.linalg.qr(torch.randn(part.weight.shape))[0])
-    found = measure_plasticity(model, x, y)
-    assert found.per_block["fc1"][0] == pytest.approx(math.hypot(2, 2), rel=1e-5)
+    measured = measure_plasticity(model, x, y)
+    assert measured.per_block["fc1"][0] == pytest.approx(math.hypot(2, 2), rel=1e-5)
 
 
 def test_the_network_is_left_as_it_was_and_measured_in_eval_mode() -> None:
-    model, (x, y) = network("swin_tiny_patch4_window7_224"), pair(2)
+    model = network("swin_tiny_patch4_window7_224")
+    x, y = pair(2)
     expected = measure_plasticity(model, x, y)
     model.train()
     model.norm.eval()
@@ -199,15 +207,17 @@ def test_the_network_is_left_as_it_was_and_measured_in_eval_mode() -> None:
 
 
 def test_it_is_measured_in_full_precision_whatever_surrounds_it() -> None:
-    model, (x, y) = network("vit_tiny_patch16_224"), pair(3)
+    model = network("vit_tiny_patch16_224")
+    x, y = pair(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = measure_plasticity(model, x, y)
-    assert found == measure_plasticity(model, x, y)
+        measured = measure_plasticity(model, x, y)
+    assert measured == measure_plasticity(model, x, y)
 
 
 @pytest.mark.parametrize("probe", ["embedding", "in_situ"])
 def test_memory_does_not_grow_with_the_number_of_pairs(probe: Any) -> None:
-    model, (x, y) = network("vit_tiny_patch16_224"), pair(4)
+    model = network("vit_tiny_patch16_224")
+    x, y = pair(4)
     live: list[int] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -222,28 +232,30 @@ def test_memory_does_not_grow_with_the_number_of_pairs(probe: Any) -> None:
 
 
 def test_the_report_is_a_curve_metrics_and_plain_json_values() -> None:
-    model, (x, y) = toy(), pair(3, side=4)
-    found = measure_plasticity(model, x, y)
-    assert found.metrics() == {f"plasticity/{kind}": found.mean[kind] for kind in COMPONENTS}
-    assert found.curve().columns == {"block": ["blocks.0", "blocks.1"], **found.per_block}
-    spread = found.distribution_curve().columns
+    model = toy()
+    x, y = pair(3, side=4)
+    measured = measure_plasticity(model, x, y)
+    assert measured.metrics() == {f"plasticity/{kind}": measured.mean[kind] for kind in COMPONENTS}
+    assert measured.curve().columns == {"block": ["blocks.0", "blocks.1"], **measured.per_block}
+    spread = measured.distribution_curve().columns
     assert list(spread) == ["component", "q05", "q25", "q50", "q75", "q95"]
-    assert spread["component"] == found.rank
-    assert spread["q50"] == [found.distribution[kind]["q50"] for kind in found.rank]
-    record = found.record()
+    assert spread["component"] == measured.rank
+    assert spread["q50"] == [measured.distribution[kind]["q50"] for kind in measured.rank]
+    record = measured.record()
     assert {name for name, value in record.items() if isinstance(value, Curve)} == {
         "plasticity",
         "plasticity_distribution",
     }
-    assert PlasticityReport(**found.to_dict()) == found
+    assert PlasticityReport(**measured.to_dict()) == measured
 
 
 def test_pairs_of_equal_images_do_not_count() -> None:
-    model, (x, y) = toy(), pair(4, side=4)
+    model = toy()
+    x, y = pair(4, side=4)
     expected = measure_plasticity(model, x[:3], y[:3])
     y[3] = x[3]
-    found = measure_plasticity(model, x, y)
-    assert found.mean == pytest.approx(expected.mean, rel=1e-6)
+    measured = measure_plasticity(model, x, y)
+    assert measured.mean == pytest.approx(expected.mean, rel=1e-6)
     with pytest.raises(ValueError) as error:
         measure_plasticity(model, x, x)
     assert str(error.value) == (
@@ -273,7 +285,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 def test_attention_that_is_no_function_of_an_images_tokens_is_refused() -> None:
     davit = {"embed_dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
-    model, (x, y) = timm.create_model("davit_tiny", num_classes=0, **davit), pair(2, side=64)
+    model = timm.create_model("davit_tiny", num_classes=0, **davit)
+    x, y = pair(2, side=64)
     assert refusal(model, x, y) == (
         "Plasticity is that of functions of an image's tokens, but mha of stages.0.blocks.0.0 is none: tokens (4, 256, "
         "8) enter the block, which makes them (36, 49, 8) for it. Use probe='in_situ'."

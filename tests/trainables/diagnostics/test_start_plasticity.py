@@ -72,10 +72,10 @@ def test_the_training_fraction_counts(make: Make) -> None:
 def test_it_is_the_plasticity_of_the_pretrained_network_on_these_pairs(make: Make, probe: Any) -> None:
     data = make(plasticity_probe=probe, plasticity_pairs=12)
     expected = measure_plasticity(data.backbone.module, *whole(data), probe)
-    found = plasticity_of(data)
-    assert (found.probe, found.pairs) == (probe, 12)
-    assert found.mean == pytest.approx(expected.mean, rel=1e-6)
-    assert plasticity_after(data.reference, data) == found
+    measured = plasticity_of(data)
+    assert (measured.probe, measured.pairs) == (probe, 12)
+    assert measured.mean == pytest.approx(expected.mean, rel=1e-6)
+    assert plasticity_after(data.reference, data) == measured
 
 
 def test_it_is_measured_once_per_data_and_settings(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ class Listed(Strategy):
 HEAD, SOLVE, ALL = Phase("head", 2), Phase("solve", 1, solve=lambda model, data: {}), Phase("all", 3)
 
 
-def test_every_unit_knows_its_phase_and_the_steps_before_it() -> None:
+def test_every_unit_has_its_phase_and_the_steps_before_it() -> None:
     plan = BudgetPlan.of(Listed(HEAD, SOLVE, ALL), budget=8, unit_steps=10)
     assert plan.units == 6
     assert [plan.at(unit) for unit in range(6)] == [
@@ -37,16 +37,16 @@ def test_every_unit_knows_its_phase_and_the_steps_before_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("phases", "told"),
+    ("phases", "taken"),
     [
         ((HEAD, ALL), "5 (head: 2, all: 3)"),
         ((), "0 (no phase)"),
         ((HEAD, Phase("rest", 0)), "2 (head: 2, rest: 0)"),
     ],
 )
-def test_a_plan_must_fit_the_budget(phases: tuple[Phase, ...], told: str) -> None:
+def test_a_plan_must_fit_the_budget(phases: tuple[Phase, ...], taken: str) -> None:
     with pytest.raises(ValueError) as error:
         BudgetPlan.of(Listed(*phases), budget=4, unit_steps=1)
     assert str(error.value) == (
-        f"The phases of test_budget must take between 1 and 4 units, but they take {told}. Give the trial more epochs."
+        f"The phases of test_budget must take between 1 and 4 units, but they take {taken}. Give the trial more epochs."
     )

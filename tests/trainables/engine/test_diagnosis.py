@@ -65,7 +65,8 @@ def test_d17_test_sets_of_a_few_images_cost_no_trial(
     """A folder with three images per class gives two classes a test split of two images."""
     store = shapes()
     for split in ("val", "test", "ood/inverted", "ood/noisy"):
-        store.pixels[split], store.targets[split] = store.pixels[split][:count], store.targets[split][:count]
+        store.pixels[split] = store.pixels[split][:count]
+        store.targets[split] = store.targets[split][:count]
         store.sources[split] = store.sources[split][:count]
     last = history_of(make(store=store, diagnostics=("shift", "distortion", "cka")))[-1]
     assert measured(last) == {"distortion", "change"}
@@ -143,6 +144,6 @@ def test_plasticity_that_cannot_be_measured_costs_no_trial(
     def refused(model: object, data: object) -> None:
         raise ValueError("Its windows are filled up.")
 
-    monkeypatch.setattr("trainables.diagnostics.plasticity.plasticity_after", refused)
+    monkeypatch.setattr("trainables.engine.diagnosis.plasticity_after", refused)
     assert "test/acc" in history_of(make(diagnostics=("plasticity",)))[-1]
     assert "Plasticity after tuning is left out: Its windows are filled up." in caplog.text

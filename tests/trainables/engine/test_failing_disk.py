@@ -33,7 +33,8 @@ def store(tmp_path: Path) -> CheckpointStore:
 @pytest.fixture(params=["fsync", "replace"])
 def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Refusing:
     """`refusing(n)`: the n-th call from now on fails."""
-    real, name = getattr(os, request.param), request.param
+    real = getattr(os, request.param)
+    name = request.param
     left = [0]
 
     def call(*arguments: Any) -> Any:
@@ -55,7 +56,7 @@ def test_s4_a_checkpoint_that_the_disk_refused_is_not_announced_and_the_next_one
 ) -> None:
     refusing(count)
     store.save_after_unit(lambda: state(2))
-    visible = [found.meta["unit"] for _, found in store.valid_states()]
+    visible = [stored.meta["unit"] for _, stored in store.valid_states()]
     assert visible in ([1], [2, 1])  # a late failure, of the folder's own sync, leaves a whole checkpoint
     assert all("could not be written" not in path.name for path in list_checkpoints(store.folder))
     if visible == [1]:
@@ -63,7 +64,7 @@ def test_s4_a_checkpoint_that_the_disk_refused_is_not_announced_and_the_next_one
         assert store.problems == expected
     refusing(0)
     store.save_after_unit(lambda: state(3))
-    assert [found.meta["unit"] for _, found in store.valid_states()] == [3, visible[0]]
+    assert [stored.meta["unit"] for _, stored in store.valid_states()] == [3, visible[0]]
     assert [path.name for path in store.folder.glob(".*")] == []
 
 
@@ -74,9 +75,9 @@ def test_s4_the_fault_of_the_soak_does_the_same(store: CheckpointStore, monkeypa
     fault_injection.reset_faults()
     try:
         store.save_after_unit(lambda: state(2))
-        assert [found.meta["unit"] for _, found in store.valid_states()] == [1]
+        assert [state.meta["unit"] for _, state in store.valid_states()] == [1]
         store.save_after_unit(lambda: state(3))
     finally:
         fault_injection.reset_faults()
-    assert [found.meta["unit"] for _, found in store.valid_states()] == [3, 1]
+    assert [state.meta["unit"] for _, state in store.valid_states()] == [3, 1]
     assert len(store.problems) == 1

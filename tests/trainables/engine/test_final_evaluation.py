@@ -106,7 +106,8 @@ def test_the_accuracy_that_selects_is_that_of_the_finalised_network(make: Any) -
 
 
 def test_an_early_end_happens_on_a_copy(make: Any) -> None:
-    early, plain = make(Spoiling, evaluate_at=(3,)), None
+    early = make(Spoiling, evaluate_at=(3,))
+    plain = None
     for _ in range(3):
         early.step()
     plain = make(Spoiling)

@@ -46,7 +46,7 @@ def spec(network: Callable[[str], str], tmp_path: Path) -> MakeSpec:
     return make
 
 
-def test_a_trial_runs_on_the_gpu_unless_it_is_told_otherwise(spec: MakeSpec) -> None:
+def test_a_trial_runs_on_the_gpu_unless_it_is_configured_otherwise(spec: MakeSpec) -> None:
     trial = Trial(spec("full", "cnn"), store=shapes())
     assert trial.device.type == "cuda"
     trial.step()

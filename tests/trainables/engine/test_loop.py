@@ -53,11 +53,14 @@ def test_a_unit_equals_the_textbook_loop_bit_for_bit() -> None:
     model, batches = small_problem()
     reference = copy.deepcopy(model)
     config = TrainingConfig(clip_norm=0.5, label_smoothing=0.1)
-    found = train_unit(calling(model), batches, optimizer_for(model, config), config, TASK, first_step=0, total_steps=8)
+    result = train_unit(
+        calling(model), batches, optimizer_for(model, config), config, TASK, first_step=0, total_steps=8
+    )
 
     sgd = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
     cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.5 * (1 + math.cos(math.pi * step / 8)))
-    losses, right = [], 0
+    losses = []
+    right = 0
     for images, labels in batches:
         logits = reference(images)
         loss = functional.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -69,8 +72,8 @@ def test_a_unit_equals_the_textbook_loop_bit_for_bit() -> None:
         losses.append(loss.item() * len(labels))
         right += int((logits.argmax(1) == labels).sum())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
-    assert found.loss == pytest.approx(sum(losses) / 29, rel=1e-6)
-    assert (found.metrics, found.images) == ({"acc": right / 29}, 29)
+    assert result.loss == pytest.approx(sum(losses) / 29, rel=1e-6)
+    assert (result.metrics, result.images) == ({"acc": right / 29}, 29)
 
 
 def test_the_extra_loss_is_added() -> None:

@@ -29,7 +29,8 @@ def test_lambda_1_is_the_tuned_network_bit_for_bit_and_lambda_0_the_source(trial
     images, _ = next(run.data.batches("test"))
     source = copies(run.model)
     finish(run)
-    tuned, model = copies(run.model), run.model.eval()
+    tuned = copies(run.model)
+    model = run.model.eval()
     rescale_layer_norm(model, source, 1.0, "both")
     assert changed(tuned, run) == set()
     rescale_layer_norm(model, source, 0.0, "both")
@@ -48,7 +49,8 @@ def test_lambda_scales_the_shift_of_gamma_and_leaves_beta(trial: MakeLayerNormTr
     run = trial()
     source = copies(run.model)
     finish(run)
-    tuned, model = copies(run.model), run.model
+    tuned = copies(run.model)
+    model = run.model
     rescale_layer_norm(model, source, 1.7)
     for layer in layer_norms(model):
         gamma = f"{layer}.weight"
@@ -81,13 +83,14 @@ def test_what_cannot_be_rescaled(trial: MakeLayerNormTrial, lam: Any, rescale: A
 def test_a_source_that_does_not_fit_changes_nothing(trial: MakeLayerNormTrial) -> None:
     run = trial()
     source = {name: value + 1 for name, value in copies(run.model).items()}
-    last, before = f"{list(layer_norms(run.model))[-1]}.weight", copies(run.model)
-    for wrong, got in (({}, "none"), ({last: torch.ones(3)}, "one of shape (3,)")):
+    last = f"{list(layer_norms(run.model))[-1]}.weight"
+    before = copies(run.model)
+    for wrong, description in (({}, "none"), ({last: torch.ones(3)}, "one of shape (3,)")):
         given = {name: value for name, value in source.items() if name != last} | wrong
         with pytest.raises(ValueError) as error:
             rescale_layer_norm(run.model, given, 0.5)
         assert str(error.value) == (
-            f"Rescaling needs the source tensor {last!r} of shape (16,), but the source has {got}."
+            f"Rescaling needs the source tensor {last!r} of shape (16,), but the source has {description}."
         )
         assert changed(before, run) == set()
 
@@ -133,14 +136,15 @@ class TestLearned:
         finish(run)
         source = source_of(run)
         names = {name: source[name] for group in scaled_names(run.model, "gamma").values() for name in group}
-        found = []
+        values = []
         for size in (5, 32):
             task = dataclasses.replace(run.spec.shared, batch_size=size)
             data = copy.copy(run.data)
             data.spec = dataclasses.replace(run.spec, shared=task)
-            found.append(fitted(run.model, data, names, "gamma", per_layer=False))
-        assert torch.allclose(found[0], found[1], atol=1e-3)
-        sizes, call = [], torch.func.functional_call
+            values.append(fitted(run.model, data, names, "gamma", per_layer=False))
+        assert torch.allclose(values[0], values[1], atol=1e-3)
+        sizes = []
+        call = torch.func.functional_call
 
         def little_memory(model: nn.Module, state: Any, args: tuple[Tensor]) -> Any:
             if len(args[0]) > 8:
@@ -149,7 +153,7 @@ class TestLearned:
             return call(model, state, args)
 
         monkeypatch.setattr(torch.func, "functional_call", little_memory)
-        assert torch.allclose(fitted(run.model, data, names, "gamma", per_layer=False), found[1], atol=1e-3)
+        assert torch.allclose(fitted(run.model, data, names, "gamma", per_layer=False), values[1], atol=1e-3)
         assert set(sizes) == {8}
 
     def test_it_stays_in_the_range_of_the_sweep(self, plain: Trial) -> None:
@@ -158,9 +162,9 @@ class TestLearned:
         tuned = copies(plain.model)
         for away, end in ((0.1, LAMBDA_GRID[-1]), (-1.0, LAMBDA_GRID[0])):
             put_back(plain.model, {name: source[name] + away * (tuned[name] - source[name]) for name in names})
-            found = fitted(plain.model, plain.data, {name: source[name] for name in names}, "gamma", per_layer=False)
-            assert torch.allclose(found, torch.full_like(found, end), atol=1e-2)
-            assert bool(((found >= LAMBDA_GRID[0]) & (found <= LAMBDA_GRID[-1])).all())
+            lams = fitted(plain.model, plain.data, {name: source[name] for name in names}, "gamma", per_layer=False)
+            assert torch.allclose(lams, torch.full_like(lams, end), atol=1e-2)
+            assert bool(((lams >= LAMBDA_GRID[0]) & (lams <= LAMBDA_GRID[-1])).all())
 
     def test_one_per_layer_is_better_still_and_1_where_nothing_moved(
         self, trial: MakeLayerNormTrial, plain: Trial

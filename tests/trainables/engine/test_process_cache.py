@@ -19,12 +19,14 @@ def test_a_store_is_opened_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "stored", "seen"),
+    ("image_size", "stored", "seen"),
     [(None, SIDE, SIDE), (None, SIDE + 8, SIDE), (None, 8, 8), (8, SIDE, 8), (SIDE + 8, SIDE + 8, SIDE + 8)],
 )
-def test_images_are_never_enlarged(network: Callable[[str], str], wanted: int | None, stored: int, seen: int) -> None:
+def test_images_are_never_enlarged(
+    network: Callable[[str], str], image_size: int | None, stored: int, seen: int
+) -> None:
     for kind in ("cnn", "vit"):
-        backbone = pretrained_for(ModelSpec(name=network(kind)), wanted, stored, None)
+        backbone = pretrained_for(ModelSpec(name=network(kind)), image_size, stored, None)
         assert backbone.data_config.image_size == seen
         with torch.no_grad():
             assert backbone.module(torch.zeros(1, 3, seen, seen)).shape == (1, 16)

@@ -1,4 +1,4 @@
-"""A trial that keeps its own checkpoints: killed anywhere, it goes on in another process as if nothing had been."""
+"""A trial with checkpoints of its own: killed anywhere, it resumes bit for bit in another process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def spec(task: SharedTrialSettings) -> TrialSpec:
 @pytest.fixture(scope="module")
 def expected(spec: TrialSpec) -> list[dict[str, Any]]:
     """Every unit's result of the trial without any interruption."""
-    run, history = Trial(spec, device="cpu"), []
+    run = Trial(spec, device="cpu")
+    history = []
     while not run.finished:
         history.append(run.step())
     return history
@@ -85,7 +86,7 @@ def same(results: list[dict[str, Any]], like: list[dict[str, Any]]) -> bool:
     return same_numbers([of_run(r, unit) for r, unit in zip(results, like, strict=True)], like)
 
 
-def test_p2_another_process_says_the_last_result_again_and_goes_on(
+def test_p2_another_process_reports_the_last_result_again_and_resumes(
     config: dict[str, Any], expected: list[dict[str, Any]]
 ) -> None:
     first = TuneTrainable(config)
@@ -96,10 +97,12 @@ def test_p2_another_process_says_the_last_result_again_and_goes_on(
     assert again["training_iteration"] == 2
     rest = train(second)
     assert same(rest, expected[2:])
-    assert same(train(TuneTrainable(config)), expected[3:]), "a trial that is done says its result and computes nothing"
+    assert same(train(TuneTrainable(config)), expected[3:]), (
+        "a finished trial re-reports its result and computes nothing"
+    )
 
 
-def test_a_reused_actor_goes_on_with_a_trial_as_a_fresh_one_does(
+def test_a_reused_actor_continues_with_a_trial_as_a_fresh_one_does(
     config: dict[str, Any], spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     TuneTrainable(config).train()
@@ -111,7 +114,7 @@ def test_a_reused_actor_goes_on_with_a_trial_as_a_fresh_one_does(
 
 
 @pytest.mark.parametrize("broken", ["newest", "both"])
-def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_told(
+def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_reported(
     config: dict[str, Any], expected: list[dict[str, Any]], broken: str
 ) -> None:
     first = TuneTrainable(config)
@@ -122,8 +125,8 @@ def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_told(
         (path / "tensors.safetensors").write_bytes(b"torn")
     results = train(TuneTrainable(config))
     assert same(results, expected[1 if broken == "newest" else 0 :])
-    told = [r["checkpoint_problems"] for r in results if "checkpoint_problems" in r]
-    assert [len(problems) for problems in told] == [1 if broken == "newest" else 2]
+    reports = [r["checkpoint_problems"] for r in results if "checkpoint_problems" in r]
+    assert [len(problems) for problems in reports] == [1 if broken == "newest" else 2]
     assert "checkpoint_problems" in results[0]
 
 
@@ -142,8 +145,9 @@ def test_s10_a_checkpoint_of_other_settings_is_put_aside_and_the_trial_starts_ov
 
 
 def test_p23_a_failure_that_would_happen_again_is_a_result_and_not_an_error(config: dict[str, Any]) -> None:
-    """Tune would try an error again, however often it is told to."""
-    config["strategy"], config["hparams"] = "full", {"lr_backbone": 1e30}
+    """Tune would retry an error as often as its limit allows."""
+    config["strategy"] = "full"
+    config["hparams"] = {"lr_backbone": 1e30}
     results = train(TuneTrainable(config))
     assert results[-1]["done"] is True
     assert "NonFiniteError: The " in results[-1]["failure"].splitlines()[-1]
@@ -180,7 +184,7 @@ while True:
 FAULTS = (
     "unit=1,step=3,phase=step,action=kill",  # nothing is kept yet but the middle of the unit
     "unit=2,phase=in_checkpoint,action=kill",
-    "unit=3,phase=after_checkpoint,action=kill",  # done and kept, nobody was told
+    "unit=3,phase=after_checkpoint,action=kill",  # done and checkpointed, not reported
     "unit=4,step=2,phase=step,action=kill",
     "unit=4,phase=before_checkpoint,action=kill",  # the last unit, with all of its evaluation
 )
@@ -226,7 +230,7 @@ class Restless(Strategy):
 def test_p28_how_many_images_fit_at_once_is_remembered(
     spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out in the second step, once; whoever goes on must halve the batches too."""
+    """Memory runs out in the second step, once; a resumed trial must halve the batches too."""
     monkeypatch.setenv(ENV_FAULTS, "phase=step,step=2,action=oom")
 
     def out_of_memory_again() -> None:
@@ -252,7 +256,7 @@ def test_p28_how_many_images_fit_at_once_is_remembered(
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_p28_every_random_generator_goes_on_in_the_middle_of_a_unit(
+def test_p28_every_random_generator_continues_in_the_middle_of_a_unit(
     task: SharedTrialSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     monkeypatch.setattr(run_module, "strategy_class", lambda name: Restless)
@@ -261,7 +265,8 @@ def test_p28_every_random_generator_goes_on_in_the_middle_of_a_unit(
     spec = TrialSpec(shared=many, strategy="restless", hparams=hparams, seed=1)
 
     def left_and_resumed(left: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        run, steps = Trial(spec, store=shapes(), device="cpu"), 0
+        run = Trial(spec, store=shapes(), device="cpu")
+        steps = 0
 
         def keep() -> None:
             nonlocal steps

@@ -1,4 +1,4 @@
-"""A trial goes on bit for bit from after any of its steps, under settings that touch the order of what is drawn."""
+"""A trial resumes bit for bit after any of its steps, under settings that touch the order of what is drawn."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def make(make_trial: MakeTrial) -> Make:
 def kept_after_every_step(run: Trial, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[int, Path]]]:
     """All results of `run`, and (units done, checkpoint) after each of its steps and units."""
     history: list[dict[str, Any]] = []
-    found: list[tuple[int, Path]] = []
+    checkpoints: list[tuple[int, Path]] = []
 
     def keep() -> None:
-        found.append((len(history), folder / f"{len(found)}"))
-        save_state(found[-1][1], run.state())
+        checkpoints.append((len(history), folder / f"{len(checkpoints)}"))
+        save_state(checkpoints[-1][1], run.state())
 
     run.after_step = keep
     while not run.finished:
         history.append(run.step())
         if not run.finished:
             keep()
-    return history, found
+    return history, checkpoints
 
 
 CASES = [
@@ -56,7 +56,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("strategy", "kind", "hparams", "fields", "fits"), CASES)
-def test_p28_it_goes_on_bit_for_bit_from_after_any_step(
+def test_p28_it_continues_bit_for_bit_from_after_any_step(
     make: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

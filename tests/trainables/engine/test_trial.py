@@ -156,7 +156,8 @@ def test_the_hooks_are_called_in_the_order_of_the_contract(make: Callable[..., T
 
 def test_training_equals_a_loop_written_by_hand(make: Callable[..., Trial]) -> None:
     run = make("Everything", hparams={"lr_head": 0.5, "weight_decay": 0.01}, epochs=2)
-    model, data = copy.deepcopy(run.model), run.data
+    model = copy.deepcopy(run.model)
+    data = run.data
     scale = float((torch.tensor(data.features("train")) ** 2).sum(1).mean())
     sgd = torch.optim.SGD(
         [{"params": model.backbone.parameters(), "lr": 0.02}, {"params": model.head.parameters(), "lr": 0.5 / scale}],
@@ -265,11 +266,11 @@ def test_s10_a_checkpoint_of_another_trial_is_refused_with_every_difference(make
     other.load_state(run.state())
     with pytest.raises(CheckpointError) as error:
         other.step()
-    told = str(error.value)
+    message = str(error.value)
     here = make("Everything", kind="vit").data.backbone.digest
-    assert f"weights: '{run.data.backbone.digest}' in the checkpoint, '{here}' here" in told
-    assert "tensors do not fit: backbone." in told
-    assert "backbone.conv1.1.running_var is float32[8] in the checkpoint, missing here" in told
+    assert f"weights: '{run.data.backbone.digest}' in the checkpoint, '{here}' here" in message
+    assert "tensors do not fit: backbone." in message
+    assert "backbone.conv1.1.running_var is float32[8] in the checkpoint, missing here" in message
 
 
 def test_s10_a_head_of_another_number_of_classes_does_not_fit(make: Callable[..., Trial]) -> None:
@@ -349,7 +350,8 @@ def test_runs_side_by_side_do_not_touch_each_other(make: Callable[..., Trial]) -
 
 def test_dropout_is_drawn_from_the_trial_alone(make: Callable[..., Trial]) -> None:
     def history(noise: int) -> list[dict[str, Any]]:
-        run, units = make("Dropping"), []
+        run = make("Dropping")
+        units = []
         while not run.finished:
             torch.manual_seed(noise)
             units.append(run.step())

@@ -102,7 +102,7 @@ def test_fresh_and_reused_trainables_give_the_numbers_of_a_plain_run(
 def test_a_reused_trainable_loads_neither_network_nor_store_again(
     specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first batch of its next trials waits for neither; `benchmarks.overhead` measures what is left."""
+    """The first batch of its next trials waits for neither; `benchmarks.overhead` measures the remainder."""
     trial = TuneTrainable(specs[0].to_dict())
     trial.train()
 
@@ -124,7 +124,7 @@ def test_an_unknown_strategy_raises_instead_of_stalling_tune(specs: list[TrialSp
     assert str(error.value).endswith("but got 'dart'. Did you mean 'daft'?")
 
 
-def test_a_saved_trial_goes_on_in_another_trainable(
+def test_a_saved_trial_continues_in_another_trainable(
     specs: list[TrialSpec], expected: list[list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     trial = TuneTrainable(specs[1].to_dict())
@@ -233,18 +233,18 @@ def test_numbers_depend_neither_on_the_actor_nor_on_the_neighbours(
     at_once: int,
     trials: int,
 ) -> None:
-    found = tuned(specs[:trials], tmp_path, reuse=reuse, at_once=at_once)
-    for results, history in zip(found, expected[:trials], strict=True):
+    outcome = tuned(specs[:trials], tmp_path, reuse=reuse, at_once=at_once)
+    for results, history in zip(outcome, expected[:trials], strict=True):
         assert same_numbers(shared(results, history), history)
-    assert len({results[0]["pid"] for results in found}) == (at_once if reuse else trials)
+    assert len({results[0]["pid"] for results in outcome}) == (at_once if reuse else trials)
 
 
 @pytest.mark.ray
 def test_the_first_batch_on_a_reused_actor_comes_sooner_than_on_a_new_one(
     cluster: None, specs: list[TrialSpec], tmp_path: Path
 ) -> None:
-    found = tuned(specs[:1] * 4, tmp_path, reuse=True, at_once=1)
-    cold, *warm = [results[0]["cost/first_batch_seconds"] for results in found]
+    outcome = tuned(specs[:1] * 4, tmp_path, reuse=True, at_once=1)
+    cold, *warm = [results[0]["cost/first_batch_seconds"] for results in outcome]
     assert 0 < min(warm) < cold / 2
 
 
@@ -272,7 +272,7 @@ def test_a_strategy_can_be_handed_to_a_tuner_of_ones_own(
 def test_a_stopped_and_restored_tune_trial_continues_bit_for_bit(
     cluster: None, specs: list[TrialSpec], expected: list[list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """An actor that dies in the middle: the trial goes on from its checkpoint in a new process."""
+    """An actor that dies in the middle: the trial resumes from its checkpoint in a new process."""
     configs = [specs[1].to_dict() | {"_number": 0, "_die_once": str(tmp_path / "died")}]
     histories = Histories()
     tuner = tune.Tuner(
@@ -288,9 +288,9 @@ def test_a_stopped_and_restored_tune_trial_continues_bit_for_bit(
         ),
     )
     assert tuner.fit().errors == []
-    found = histories.units[0]
-    assert same_numbers(shared(found, expected[1]), expected[1])
-    assert len({result["pid"] for result in found}) == 2
+    units = histories.units[0]
+    assert same_numbers(shared(units, expected[1]), expected[1])
+    assert len({result["pid"] for result in units}) == 2
 
 
 class Mortal(TuneTrainable):

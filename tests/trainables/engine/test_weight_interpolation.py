@@ -79,7 +79,9 @@ def test_the_sweep_is_that_of_networks_made_by_hand(trial: Callable[..., Trial],
 
 
 @pytest.mark.parametrize(("strategy", "kind"), [("daft", "cnn"), ("lora", "vit")])
-def test_a_resumed_trial_knows_its_start(trial: Callable[..., Trial], tmp_path: Path, strategy: str, kind: str) -> None:
+def test_a_resumed_trial_restores_its_start(
+    trial: Callable[..., Trial], tmp_path: Path, strategy: str, kind: str
+) -> None:
     whole = trial(strategy, kind, wise="sweep")
     history = [whole.step(), whole.step()]
     first = trial(strategy, kind, wise="sweep")

@@ -45,7 +45,8 @@ class TestFamilies:
         assert {n.partition(".")[0] for n, _ in model.named_parameters()} == {"backbone", "head"}
         images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            features, logits = model.features(images), model(images)
+            features = model.features(images)
+            logits = model(images)
             torch.testing.assert_close(logits, features @ model.head.weight.T + model.head.bias)
             whole = timm.create_model(name, num_classes=5, **({"img_size": side} if has_size(name) else {})).eval()
             whole.load_state_dict(backbone.module.state_dict(), strict=False)
@@ -69,10 +70,11 @@ def has_size(name: str) -> bool:
 
 def test_the_data_config_is_that_of_timm() -> None:
     for name in ("resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0"):
-        found, expected = backbone_data_config(ModelSpec(name=name)), timm.get_pretrained_cfg(name)
-        assert (found.mean, found.std) == (expected.mean, expected.std)
-        assert (found.interpolation, found.crop_pct) == (expected.interpolation, expected.crop_pct)
-        assert found.image_size == expected.input_size[-1]
+        config = backbone_data_config(ModelSpec(name=name))
+        expected = timm.get_pretrained_cfg(name)
+        assert (config.mean, config.std) == (expected.mean, expected.std)
+        assert (config.interpolation, config.crop_pct) == (expected.interpolation, expected.crop_pct)
+        assert config.image_size == expected.input_size[-1]
     assert backbone_data_config(ModelSpec(name="vit_tiny_patch16_224"), 64).image_size == 64
     assert backbone_data_config(ModelSpec(name="resnet18"), 64).image_size == 64
 
@@ -111,7 +113,7 @@ class TestCopies:
         second = create("test_resnet", pretrained=False, image_size=None).state_dict()
         assert all(torch.equal(v, second[k]) for k, v in first.items())
 
-    def test_the_digest_knows_weights_and_structure(self, tmp_path: Path) -> None:
+    def test_the_digest_covers_weights_and_structure(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = timm.create_model("test_resnet", num_classes=0)
         digests = set()

@@ -90,8 +90,8 @@ def test_components_where_they_are_defined(network: str, finer: set[str]) -> Non
     ],
 )
 def test_blocks(network: str, names: list[str], count: int) -> None:
-    found = list(blocks(build(network)))
-    assert [found[0], found[-1], len(found)] == [*names, count]
+    prefixes = list(blocks(build(network)))
+    assert [prefixes[0], prefixes[-1], len(prefixes)] == [*names, count]
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_blocks(network: str, names: list[str], count: int) -> None:
 )
 def test_stages(network: str, expected: list[str]) -> None:
     model = build(network)
-    found = stages(model)
-    assert list(dict.fromkeys(found.values())) == expected
-    assert found.keys() == {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    groups = stages(model)
+    assert list(dict.fromkeys(groups.values())) == expected
+    assert groups.keys() == {*dict(model.named_parameters()), *dict(model.named_buffers())}
 
 
 def test_statistics_are_those_of_batch_norm() -> None:
-    found = statistics(build("resnet18"))
-    assert Counter(found.values()) == {"bn_mean": 20, "bn_var": 20}
-    assert found["layer1.0.bn1.running_var"] == "bn_var"
+    names = statistics(build("resnet18"))
+    assert Counter(names.values()) == {"bn_mean": 20, "bn_var": 20}
+    assert names["layer1.0.bn1.running_var"] == "bn_var"
     assert statistics(build("vit_tiny_patch16_224")) == {}
     assert statistics(nn.BatchNorm1d(3, track_running_stats=False)) == {}
 

@@ -1,4 +1,4 @@
-"""Out of memory: the gradient and the scores are those of the whole batch, and the record says what happened."""
+"""Out of memory: the gradient and the scores are those of the whole batch, and the record states what happened."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_the_step_is_that_of_the_whole_batch() -> None:
 
 
 def test_predictions_are_those_of_the_whole_batch_and_nothing_is_seen_twice() -> None:
-    model, seen = nn.Linear(4, 3), list[int]()
+    model = nn.Linear(4, 3)
+    seen = list[int]()
     inputs, labels = batch()
     logits, targets = predict(small_memory(model, seen), [(inputs, labels)])
     assert torch.allclose(logits, model(inputs), atol=1e-6)
@@ -88,7 +89,7 @@ def test_pieces() -> None:
     assert [(p.start, p.stop) for p in micro.pieces(5)] == [(0, 2), (2, 4), (4, 5)]
 
 
-def test_p21_a_trial_that_runs_out_of_memory_goes_on_and_says_so(
+def test_p21_a_trial_that_runs_out_of_memory_continues_and_records_it(
     network: Callable[[str], str], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trainables.specs import fault_injection

@@ -43,11 +43,11 @@ def classes() -> Iterator[type[nn.Module]]:
 
 def test_layers_of_timm_derive_from_torchs_public_classes() -> None:
     """The sets that private base classes of torch give, for every network of timm."""
-    known = set(classes())
-    assert len(known) > 500, "timm's classes were not found"
+    names = set(classes())
+    assert len(names) > 500, "timm's classes were not found"
     public = {_BatchNorm: BATCH_NORMS, _NormBase: (*BATCH_NORMS, *INSTANCE_NORMS), _ConvNd: CONVOLUTIONS}
     for private, classes_of_torch in public.items():
-        differing = [c.__qualname__ for c in known if issubclass(c, private) != issubclass(c, classes_of_torch)]
+        differing = [c.__qualname__ for c in names if issubclass(c, private) != issubclass(c, classes_of_torch)]
         assert differing == [], changed(f"{private.__name__} has subclasses that {classes_of_torch} miss")
 
 
@@ -61,8 +61,8 @@ def test_layers_of_timm_derive_from_torchs_public_classes() -> None:
     ],
 )
 def test_attention_has_the_class_names_that_are_looked_for(name: str, attention: str) -> None:
-    found = {type(module).__name__ for module in create(name).modules() if timm_internals.is_attention(module)}
-    assert attention in found, changed(f"attention of {name} is no {attention} but one of {sorted(found)}")
+    kinds = {type(module).__name__ for module in create(name).modules() if timm_internals.is_attention(module)}
+    assert attention in kinds, changed(f"attention of {name} is no {attention} but one of {sorted(kinds)}")
 
 
 def test_pooling_by_attention_is_no_attention() -> None:

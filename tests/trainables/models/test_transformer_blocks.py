@@ -125,8 +125,8 @@ def test_components_of_well_known_networks(
 ) -> None:
     network = on_meta(name)
     assert len(find_blocks(network)) == count
-    found = paths(name)
-    assert (found["mha"], found["fc1"]) == ([attention], fc1)
+    names = paths(name)
+    assert (names["mha"], names["fc1"]) == ([attention], fc1)
     assert list(final_norms(network)) == final
 
 
@@ -145,8 +145,8 @@ def test_components_of_well_known_networks(
     ],
 )
 def test_norms_before_their_part_and_after_it(name: str, norms: tuple[str, str]) -> None:
-    found = paths(name)
-    assert (found["ln1"], found["ln2"]) == ([norms[0]], [norms[1]])
+    names = paths(name)
+    assert (names["ln1"], names["ln2"]) == ([norms[0]], [norms[1]])
 
 
 def test_parallel_parts_of_one_block_are_blocks_of_their_own() -> None:
@@ -221,7 +221,7 @@ def test_every_parameter_of_a_classifier_has_its_kind(network: Callable[[str], s
         r"backbone\.(norm|fc_norm)\..*": "final_norm",
     }
     for name, kind in kinds.items():
-        matching = [wanted for pattern, wanted in expected.items() if re.fullmatch(pattern, name)]
+        matching = [owner for pattern, owner in expected.items() if re.fullmatch(pattern, name)]
         assert matching == [kind], name
     assert set(kinds.values()) == set(expected.values())
 
@@ -242,7 +242,9 @@ def test_adapters_around_a_component_belong_to_it() -> None:
     class Adapter(nn.Module):
         def __init__(self, base_layer: nn.Module) -> None:
             super().__init__()
-            self.base_layer, self.lora_a, self.lora_b = base_layer, nn.Linear(192, 2), nn.Linear(2, 768)
+            self.base_layer = base_layer
+            self.lora_a = nn.Linear(192, 2)
+            self.lora_b = nn.Linear(2, 768)
 
     with torch.device("meta"):
         network = timm.create_model("vit_tiny_patch16_224", num_classes=0)

@@ -38,42 +38,44 @@ def test_they_agree_with_the_definitions(count: int, classes: int, scale: float)
     assert classification_metrics(logits, labels) == pytest.approx(plain(logits, labels), rel=1e-5, abs=1e-6)
 
 
-def test_a_predictor_that_is_right_as_often_as_it_says_is_calibrated() -> None:
+def test_a_predictor_whose_accuracy_equals_its_confidence_is_calibrated() -> None:
     logits = torch.tensor([[math.log(0.7), math.log(0.3)]]).repeat(10, 1)
     labels = torch.tensor([0] * 7 + [1] * 3)
-    found = classification_metrics(logits, labels)
-    assert found["acc"] == pytest.approx(0.7)
-    assert found["nll"] == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), rel=1e-6)
-    assert found["ece"] == pytest.approx(0, abs=1e-6)
+    metrics = classification_metrics(logits, labels)
+    assert metrics["acc"] == pytest.approx(0.7)
+    assert metrics["nll"] == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), rel=1e-6)
+    assert metrics["ece"] == pytest.approx(0, abs=1e-6)
 
 
 def test_d18_a_class_without_images_leaves_numbers_over_those_that_are_there() -> None:
     random = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(40, 5, generator=random), torch.tensor([0, 3]).repeat(20)
-    found = classification_metrics(logits, labels)
-    assert found == pytest.approx(plain(logits, labels), rel=1e-5, abs=1e-6)
-    assert all(math.isfinite(value) for value in found.values())
+    logits = torch.randn(40, 5, generator=random)
+    labels = torch.tensor([0, 3]).repeat(20)
+    metrics = classification_metrics(logits, labels)
+    assert metrics == pytest.approx(plain(logits, labels), rel=1e-5, abs=1e-6)
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_one_that_is_sure_and_always_wrong() -> None:
-    found = classification_metrics(torch.tensor([[50.0, -50.0]]).repeat(4, 1), torch.ones(4, dtype=torch.int64))
-    assert found == pytest.approx({"acc": 0.0, "nll": 100.0, "ece": 1.0})
+    metrics = classification_metrics(torch.tensor([[50.0, -50.0]]).repeat(4, 1), torch.ones(4, dtype=torch.int64))
+    assert metrics == pytest.approx({"acc": 0.0, "nll": 100.0, "ece": 1.0})
 
 
 def test_low_precision_and_not_a_number() -> None:
-    logits, labels = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+    logits = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % 3
     half = classification_metrics(logits.bfloat16(), labels)
     assert half == pytest.approx(classification_metrics(logits.bfloat16().float(), labels), rel=1e-6)
-    found = classification_metrics(torch.full((2, 3), math.nan), torch.tensor([0, 1]))
-    assert math.isnan(found["nll"])
-    assert math.isnan(found["ece"])
+    metrics = classification_metrics(torch.full((2, 3), math.nan), torch.tensor([0, 1]))
+    assert math.isnan(metrics["nll"])
+    assert math.isnan(metrics["ece"])
 
 
 def test_nothing_to_measure() -> None:
-    for logits, labels, got in (
+    for logits, labels, counts in (
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), "0 rows and 0 labels"),
         (torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), "2 rows and 1 labels"),
     ):
         with pytest.raises(ValueError) as error:
             classification_metrics(logits, labels)
-        assert str(error.value) == f"Metrics need one row of logits per label and at least one, but got {got}."
+        assert str(error.value) == f"Metrics need one row of logits per label and at least one, but got {counts}."

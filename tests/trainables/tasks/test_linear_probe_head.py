@@ -42,7 +42,8 @@ def test_zeros(model: TaskModel, data: Any) -> None:
 
 
 def test_the_linear_probes_solution(model: TaskModel, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, bias = torch.arange(12.0).reshape(3, 4), torch.arange(3.0)
+    weight = torch.arange(12.0).reshape(3, 4)
+    bias = torch.arange(3.0)
     probe = Probe(weight.numpy(), bias.numpy(), C=0.25, val_accuracy=0.5)
     monkeypatch.setattr(classification, "best_linear_probe", lambda given, path: probe if given is data else None)
     assert TASK.initialise_head(model, data, "linear_probe") == {"linear_probe/C": 0.25, "linear_probe/val_acc": 0.5}
