@@ -343,6 +343,10 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None, metrics: Tas
             f"{head} reaches {reached.text(metric)} on the ID test; full fine-tuning itself gains nothing over linear "
             f"probing ({full.text(metric)} against {probe.text(metric)}), so that there is no share of a gain to tell"
         )
+    reached_gain = metric.score(reached.mean - probe.mean)
+    if reached_gain <= 0:
+        numbers = f"ID test {reached.text(metric)} against {probe.text(metric)}"
+        return f"{head} gains nothing over linear probing ({numbers})"
     # Also without a conclusion: a share of a difference that may be chance means nothing.
     comparison = compare(full_entry, probe_entry, metrics.test)
     if comparison is None or not comparison.over_both or comparison.difference.contains_zero:
@@ -351,10 +355,6 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None, metrics: Tas
             f"{head} reaches {reached.text(metric)} on the ID test; full fine-tuning's own gain over linear probing "
             f"({metric.difference(gain)}) is not certain ({reason}), so that there is no share of it to tell"
         )
-    reached_gain = metric.score(reached.mean - probe.mean)
-    if reached_gain <= 0:
-        numbers = f"ID test {reached.text(metric)} against {probe.text(metric)}"
-        return f"{head} gains nothing over linear probing ({numbers})"
     share = f"{100 * reached_gain / gain:.0f} % of full fine-tuning's gain over linear probing"
     numbers = f"ID test {reached.text(metric)} against {full.text(metric)}"
     return f"{head} reaches {share} ({numbers}; {_certainty(alone, full_entry, metrics)})"
