@@ -165,8 +165,6 @@ def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[
 
 def solved_in_closed_form(strategy: str, hparams: Mapping[str, Any], epochs: int) -> bool:
     """Whether every phase of a configuration is solved, not trained, so that all seeds give the same trial."""
-    from trainables import strategy_class
-
     try:
         phases = strategy_class(strategy).from_hparams(hparams).phases(epochs)
     except ValueError:  # the trial itself will fail with this error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.ingest.pipeline import IngestRequest, survey
-from orchestrator.planning.build import LODO_CANDIDATES, entries_of, ingest_request
+from orchestrator.planning.build import LODO_CANDIDATES, entries_of, ingest_request, solved_in_closed_form
 from orchestrator.search.space import SearchSpace
 from orchestrator.study_file.rules import DIGITS_DOMAINS
 
@@ -49,8 +49,6 @@ def count_trials(spec: StudySpec, space: SearchSpace | None = None) -> TrialCoun
 
 def _confirmations(spec: StudySpec, search: int) -> int:
     """Trials of the confirmation: the best of every entry first, closed-form entries on one seed."""
-    from orchestrator.planning.build import solved_in_closed_form
-
     count = min(spec.confirm.count(len(spec.strategies)), search)  # no more can be confirmed than were searched
     if not spec.confirm.seeds:
         return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.intervals import Floats, estimate_mean
@@ -23,7 +24,6 @@ from trainables.specs.metrics import TEST, VAL, TaskMetrics, ood, ood_domain
 from trainables.storage.arrow_files import footer_problem
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from numpy.typing import NDArray
 
 COLUMNS = ("split", "name", "target", "output")
@@ -53,8 +53,6 @@ def read_predictions(path: Path) -> pa.Table:
     Raises:
         PredictionsError: the file is missing, damaged, or has other columns.
     """
-    import pyarrow as pa
-
     try:
         problem = footer_problem(path)
         if problem is not None:
@@ -112,7 +110,7 @@ class SampleTable:
     @property
     def size(self) -> int:
         """Number of samples."""
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
 
 class SampleTables:
