@@ -63,13 +63,16 @@ class MeanEstimate:
         (Cochran and Cox, 1957, "Experimental Designs", section 4.14), covers too much (97 %). Their mean covers
         between 94 and 96 % at any ratio of the two parts (benchmarks/intervals.py).
         """
+        return self._quantile(level, self.freedom, self.samples - 1)
+
+    def _quantile(self, level: float | Floats, freedom: Floats, of_samples: float) -> Floats:
+        """`quantile`, given the degrees of freedom of the whole variance and of the samples' part."""
         probability = (1 + np.asarray(level)) / 2
-        satterthwaite = student_t.ppf(probability, self.freedom)
+        satterthwaite = student_t.ppf(probability, freedom)
         if self.seeds == 1:
             return np.asarray(satterthwaite)
         of_seeds = student_t.ppf(probability, self.seed_freedom)
-        of_samples = student_t.ppf(probability, self.samples - 1)
-        weighted = self.seed_share * of_seeds + (1 - self.seed_share) * of_samples
+        weighted = self.seed_share * of_seeds + (1 - self.seed_share) * student_t.ppf(probability, of_samples)
         return np.asarray((satterthwaite + weighted) / 2)
 
     def interval(self, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -88,12 +91,14 @@ class MeanEstimate:
         spread = self.mean * (1 - self.mean)
         with np.errstate(divide="ignore", invalid="ignore"):
             effective = np.where(self.variance > 0, spread / self.variance, self.samples)
-        effective = np.clip(effective, 1.0, self.samples * self.seeds)
+        # The unbiased variance of the samples divides by n - 1; Wilson's interval has n.
+        effective = np.clip(effective * self.samples / (self.samples - 1), 1.0, self.samples * self.seeds)
         if self.seeds == 1:
-            # The unbiased variance divides by n - 1; Wilson's interval has n.
-            unbiased = self.samples / (self.samples - 1)
-            return wilson(self.mean, np.minimum(effective * unbiased, self.samples), norm.ppf((1 + level) / 2))
-        return wilson(self.mean, effective, self.quantile(level))
+            return wilson(self.mean, np.minimum(effective, self.samples), norm.ppf((1 + level) / 2))
+        # A share determines the variance of its samples, so that only the seeds' is estimated.
+        with np.errstate(divide="ignore"):
+            freedom = self.seed_freedom / self.seed_share**2
+        return wilson(self.mean, effective, self._quantile(level, freedom, math.inf))
 
     def p_value(self) -> Floats:
         """Two-sided p value of the hypothesis that the mean is 0, the level at which `interval` touches it.

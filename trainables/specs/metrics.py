@@ -386,10 +386,16 @@ FIRST_BATCH_SECONDS = Quantity(
 TRAINABLE_PARAMETERS = Quantity("cost/trainable_parameters", "min", "", "Parameters that the optimiser may move.")
 PARAMETERS = Quantity("cost/parameters", "min", "", "Parameters of the network with its head.")
 PEAK_HOST_BYTES = Quantity(
-    "cost/peak_host_bytes", "min", "bytes", "Largest resident memory of the trial's process within its units."
+    "cost/peak_host_bytes",
+    "min",
+    "bytes",
+    "Peak resident memory of the trial's process, of its latest attempt (Linux).",
 )
 PEAK_GPU_BYTES = Quantity(
-    "cost/peak_gpu_bytes", "min", "bytes", "Largest memory that PyTorch allocated on the GPU within the trial's units."
+    "cost/peak_gpu_bytes",
+    "min",
+    "bytes",
+    "Peak memory that PyTorch allocated on the GPU, in the trial's latest attempt.",
 )
 TRAINING_IMAGES = Quantity("cost/training_images", "min", "images", "Size of the training sample.")
 

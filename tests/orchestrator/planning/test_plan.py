@@ -107,7 +107,7 @@ class TestShown:
             "At most 216 units in all. Each trial gets 1 CPU and a GPU if there is one.",
             "Chosen by id_val.",
             "Measured beside accuracy: shift, distortion of each trial.",
-            "Disk: about 6 MB for data and records, and a few checkpoints per trial.",
+            "Disk: about 5 MB for data and records, and a few checkpoints per trial.",
             f"Study folder: {plan.folder}",
         ]
 
