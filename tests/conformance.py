@@ -43,7 +43,10 @@ AT_THE_END = {
 }
 DIAGNOSED = ("distortion/", "change/", "ln_shift/", "bn_shift/", "cka/", "grad_norm/")
 """First parts of the names that the base's own diagnostics report; which ones depends on the network."""
-ONCE = {"cost/trainable_parameters", "cost/training_images", "cost/total_seconds", "cost/first_batch_seconds"}
+ONCE = {
+    "cost/parameters", "cost/trainable_parameters", "cost/training_images", "cost/total_seconds",
+    "cost/first_batch_seconds", "cost/peak_host_bytes", "cost/peak_gpu_bytes",
+}  # fmt: skip
 
 Whole = tuple[Trial, list[dict[str, Any]]]
 """A finished trial and the metrics of its units."""
