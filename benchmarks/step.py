@@ -67,6 +67,9 @@ class NoiseStore:
     def domain_ids(self, split: str) -> NDArray[np.int64]:
         return np.zeros(self.count, dtype=np.int64)
 
+    def names(self, split: str) -> list[str]:
+        return [str(index) for index in range(len(self.labels(split)))]
+
     def fraction(self, split: str, f: float) -> int:
         return self.count
 

@@ -12,7 +12,8 @@
 12
 
 `study.plan()` shows what a run would do, `study.run()` runs it and returns its `Results`, and `study.results()` reads
-them again later. Names are imported on first use, so that `import luthier` takes neither torch nor ray.
+them again later. `load(folder)` opens what `luthier export` has written, a `Model`: `model.predict("pictures")`. Names
+are imported on first use, so that `import luthier` takes neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orchestrator.export.model import Model, load
     from orchestrator.results.study_results import Results
     from orchestrator.study import Study
     from trainables.engine.contract import Strategy
 
     __version__: str
 
-__all__ = ["Results", "Strategy", "Study", "__version__"]
+__all__ = ["Model", "Results", "Strategy", "Study", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,6 +36,14 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("luthier")
+    if name == "Model":
+        from orchestrator.export.model import Model
+
+        return Model
+    if name == "load":
+        from orchestrator.export.model import load
+
+        return load
     if name == "Results":
         from orchestrator.results.study_results import Results
 

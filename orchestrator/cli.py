@@ -11,10 +11,10 @@ import typer
 from orchestrator.commands.command_group import Commands
 from orchestrator.commands.console import Output
 from orchestrator.commands.data import data_app
-from orchestrator.commands.exit_status import FAILED, OK, of_trials, worst
+from orchestrator.commands.exit_status import FAILED, OK, PARTIAL, of_trials, worst
 
 EXIT_CODES = (
-    "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials failed), "
+    "Exit codes: 0 ok, 1 failed, 2 usage (command line or study file), 3 partial (some trials or images failed), "
     "4 preflight (the study could not run here), 130 interrupted, 143 terminated."
 )
 
@@ -186,6 +186,55 @@ def report(
 
 
 @app.command()
+def export(
+    context: typer.Context,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; new or empty.")],
+    study: StudyFileOrFolder = Path("study.yaml"),
+    trial: Annotated[int | None, typer.Option(metavar="N", help="Number of a trial. Default: the chosen one.")] = None,
+    entry: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="The chosen configuration of this entry of the study.")
+    ] = None,
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="timm, onnx, torch_export, mlflow, peft.")
+    ] = "timm",
+) -> None:
+    """Export a trained model with its classes, preprocessing and model card; compared before it counts."""
+    from orchestrator.commands.export import export_study
+
+    exported = export_study(study, to, trial=trial, entry=entry, format_name=format_name)
+    context.obj.result(exported.to_dict(), exported.render)
+
+
+@app.command()
+def predict(
+    context: typer.Context,
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `luthier export` has written.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files, folders, or a data store.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .csv or .parquet.")],
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data store.")] = "test",
+    domain_report: Annotated[
+        bool, typer.Option("--domain-report", help="Compare with the classes that the folders are named after.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass; changes nothing else.")] = 64,
+    progress: Progress = True,
+) -> None:
+    """Predict the classes of images with an exported model. Exit code 3 if some cannot be read."""
+    from orchestrator.commands.predict import predict as predict_images
+
+    predicted = predict_images(
+        model,
+        images,
+        output,
+        split=split,
+        domain_report=domain_report,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    context.obj.result(predicted.to_dict(), predicted.render)
+    raise typer.Exit(OK if predicted.complete else PARTIAL)
+
+
+@app.command()
 def sync(
     context: typer.Context,
     study: StudyFileOrFolder = Path("study.yaml"),
@@ -206,6 +255,19 @@ def sync(
     delivered = deliver(study, tracking_uri, verify, give_up, pictures)
     context.obj.result(delivered.to_dict(), delivered.render)
     raise typer.Exit(OK if delivered.whole else FAILED)
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    study: StudyFileOrFolder = Path("study.yaml"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
+) -> None:
+    """Remove the kept weights and predictions of a study. Its record, results and report stay."""
+    from orchestrator.commands.prune import prune as remove
+
+    removed = remove(study, dry_run)
+    context.obj.result(removed.to_dict(), removed.render)
 
 
 @app.command()

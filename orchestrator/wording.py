@@ -35,3 +35,17 @@ def listed(words: Sequence[str], most: int = 3) -> str:
         rest = len(words) - most + 1
         shown = [*words[: most - 1], f"{rest} others"]
     return f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def bytes_text(size: int) -> str:
+    """A size in decimal units.
+
+    Example:
+        >>> bytes_text(999), bytes_text(61_000_000)
+        ('999 B', '61 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size //= 1000
+    return f"{size} TB"

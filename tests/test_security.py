@@ -37,6 +37,7 @@ from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, load_state, save_state
 from trainables.storage.checkpoint_store import CheckpointStore
+from trainables.storage.kept_weights import KeptWeights, WeightsError, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 RAY_OBJECTS = "ray.data.arrow_pickled_object"
@@ -154,6 +155,26 @@ class TestWeights:
         torch.save([1, 2], tmp_path / "list.pth")
         with pytest.raises(ValueError, match="cannot be read"):
             load_pretrained(ModelSpec(name="test_resnet", weights=str(tmp_path / "list.pth")))
+
+
+class TestKeptWeights:
+    @pytest.mark.parametrize("file", ["tensors.safetensors", "manifest.json"])
+    def test_s7_a_pickle_in_place_of_a_file_of_kept_weights(self, evil: bytes, file: str, tmp_path: Path) -> None:
+        folder = tmp_path / "weights" / "trial-0000"
+        save_weights(folder, KeptWeights({"head.bias": torch.ones(2)}, {}, {"number": 0}))
+        (folder / file).write_bytes(evil)
+        if file == "tensors.safetensors":
+            digested(folder)
+        with pytest.raises(WeightsError, match=re.escape(str(folder))):
+            load_weights(folder)
+
+    def test_s7_a_torch_archive_under_the_name_of_kept_tensors(self, marker: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "weights" / "trial-0000"
+        save_weights(folder, KeptWeights({"head.bias": torch.ones(2)}, {}, {"number": 0}))
+        torch.save({"head.bias": Canary(marker)}, folder / "tensors.safetensors")
+        digested(folder)
+        with pytest.raises(WeightsError, match="Kept weights have a readable tensors"):
+            load_weights(folder)
 
 
 def objects(values: list[bytes]) -> tuple[pa.Field, Any]:

@@ -87,6 +87,12 @@ class Components(Strategy):
         parameters = [parameter for name, parameter in model.named_parameters() if owners[name] in moving]
         return [ParamGroup("backbone", parameters, self.config.lr_backbone), self.head_group(model)]
 
+    def moving_parameters(self, model: TaskModel) -> int:
+        """All of the blocks, where plasticity chooses the components."""
+        chosen = COMPONENTS if self.config.kinds == AUTO else self.config.kinds.split("+")
+        moving = self.param_groups(model, frozenset(chosen))
+        return sum(parameter.numel() for group in moving for parameter in group.parameters)
+
     def _selected(self, data: TrialData) -> frozenset[str]:
         if self.config.kinds != AUTO:
             return frozenset(self.config.kinds.split("+"))

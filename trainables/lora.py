@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig, Tuned
+from trainables.models.low_rank import LowRankUpdate
 from trainables.models.transformer_blocks import Block, find_blocks, linear_width
 from trainables.specs.metrics import LORA_MAPS
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
     from trainables.models.task_model import TaskModel
+
+ADAPTER = "default"
+"""peft's name of the only adapter of a network."""
 
 
 class LoRA(Strategy):
@@ -60,20 +64,17 @@ class LoRA(Strategy):
         adapters = [p for name, p in model.backbone.named_parameters() if ".lora_" in name]
         return [ParamGroup("adapters", adapters, self.config.lr_backbone), self.head_group(model)]
 
+    def moving_parameters(self, model: TaskModel) -> int:
+        """A and B of every target and the head; the whole maps where WiSE-FT interpolates what was merged."""
+        names = target_names(model.backbone, self.config.targets)
+        weights = [model.backbone.get_parameter(f"{name}.weight") for name in names]
+        whole = self.config.wise is not None
+        count = sum(weight.numel() if whole else self.config.rank * sum(weight.shape) for weight in weights)
+        return count + sum(int(parameter.numel()) for parameter in model.head.parameters())
+
     def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
         """Merge the adapters: the network has its plain structure again."""
-        merge(model.backbone)
-        return Tuned()
-
-    def undo_finalize(self, model: TaskModel) -> None:
-        """Let every adapter take part in the forward pass again.
-
-        A merged adapter is skipped in the forward pass. Subtracting its product from the weight rounds, but the engine
-        restores the weight's bits afterwards.
-        """
-        for _, adapter in adapters_of(model.backbone):
-            if adapter.merged:
-                adapter.unmerge()
+        return Tuned(merged=merge(model))
 
 
 def inject(backbone: nn.Module, config: LoRA.Config, image: Tensor) -> int:
@@ -158,19 +159,30 @@ def _maps(block: Block, kind: str) -> tuple[nn.Module, ...]:
     return tuple(m for m in block.mha.children() if (width := linear_width(m)) and max(width) >= entering[0])
 
 
-def merge(backbone: nn.Module) -> None:
-    """Fold every adapter into its map, and put the plain map in its place."""
-    for name, module in adapters_of(backbone):
-        module.merge()
+@torch.no_grad()
+def merge(model: nn.Module) -> LowRankUpdate:
+    """Fold every adapter into its map, put the plain map in its place, and return what was folded."""
+    adapters = adapters_of(model)
+    tensors = {}
+    for name, module in adapters.items():
+        tensors[f"{name}.lora_A"] = module.lora_A[ADAPTER].weight.detach()
+        tensors[f"{name}.lora_B"] = module.lora_B[ADAPTER].weight.detach()
+    one = next(iter(adapters.values()))  # all have the same rank and scale
+    update = LowRankUpdate(one.r[ADAPTER], float(one.lora_alpha[ADAPTER]), tuple(adapters), tensors)
+    for name, module in adapters.items():
+        plain = module.get_base_layer()
+        # Not by peft's own `merge`, whose matrix product has other bits on another device.
+        plain.weight.copy_(update.merged(name, plain.weight))
         parent, _, child = name.rpartition(".")
-        setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+        setattr(model.get_submodule(parent), child, plain)
+    return update
 
 
-def adapters_of(backbone: nn.Module) -> list[tuple[str, Any]]:
-    """Names and modules of all adapters."""
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """All adapters, by the path of the map that each one wraps."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(name, module) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _peft() -> Any:

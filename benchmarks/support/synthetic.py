@@ -52,6 +52,9 @@ class MemoryStore:
     def domain_ids(self, split: str) -> NDArray[np.int64]:
         return self.sources[split]
 
+    def names(self, split: str) -> list[str]:
+        return [f"{split}/{index}" for index in range(len(self.targets[split]))]
+
     def fraction(self, split: str, f: float) -> int:
         """Labels cycle through the classes, so that any multiple of four is a stratified prefix."""
         return max(len(CLASSES), round(len(self.targets[split]) * f))

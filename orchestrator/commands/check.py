@@ -16,12 +16,14 @@ from orchestrator.planning.build import metric_of
 from orchestrator.record.changes import changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Event, JournalError, read_from
+from orchestrator.record.kept_files import kept_problems
 from orchestrator.record.records import TrialRecord, fold, study_header
 from orchestrator.running.study_run import plain_spec
 from orchestrator.running.tracking_process import study_backlog
 from orchestrator.search.optuna_store import History, disagreement
 from orchestrator.tracking.follower import undelivered_events
 from orchestrator.tracking.study_tracking import backlog_text, settings_of, sync_command
+from orchestrator.wording import counted
 from trainables.data.store import MANIFEST, Store, StoreError
 from trainables.storage.checkpoint_format import CheckpointError, load_state
 from trainables.storage.checkpoint_store import QUARANTINE, list_checkpoints
@@ -40,7 +42,7 @@ class Finding:
     """Result of one check."""
 
     what: str
-    """`journal`, `study`, `data`, `search`, `checkpoints` or `tracking`."""
+    """`journal`, `study`, `data`, `search`, `checkpoints`, `weights` or `tracking`."""
     level: Level
     message: str
 
@@ -104,6 +106,7 @@ def _findings(study: Study) -> Iterator[Finding]:
     yield from _data(study, events)
     yield from _search(study, events)
     yield from _checkpoints(study.folder, fold(events))
+    yield from _kept(study.folder, fold(events))
     yield from _tracking(study, path)
 
 
@@ -207,6 +210,19 @@ def _checkpoint(path: Path) -> Finding:
     if meta["step"]:
         position += f", step {meta['step']}"
     return Finding("checkpoints", "ok", f"{path} is intact: {position}")
+
+
+def _kept(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
+    """Kept weights and predictions, against the digests in the journal."""
+    intact = 0
+    for record in records:
+        problems = kept_problems(folder, record)
+        for problem in problems:
+            yield Finding("weights", "problem", problem)
+        if not problems and (record.weights is not None or record.predictions is not None):
+            intact += 1
+    if intact:
+        yield Finding("weights", "ok", f"kept files of {counted(intact, 'trial')} are intact")
 
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:

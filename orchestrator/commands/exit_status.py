@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import StudyError, Terminated
+from orchestrator.export.errors import RefusedExportError
 
 if TYPE_CHECKING:
     from orchestrator.record.records import TrialRecord
@@ -30,6 +31,7 @@ PREFLIGHT_ERRORS = frozenset(
         "trainables.data.store.StoreError",
         "orchestrator.cluster.auth.ClusterError",
         "orchestrator.cluster.resources.ResourceError",
+        "orchestrator.export.errors.ModelFolderError",
     }
 )
 """Classes by name, because importing their modules takes seconds (torch, ray)."""
@@ -44,7 +46,7 @@ def of_error(error: BaseException) -> int:
     class_names = {f"{class_.__module__}.{class_.__qualname__}" for class_ in type(error).__mro__}
     if class_names & PREFLIGHT_ERRORS:
         return PREFLIGHT
-    return USAGE if isinstance(error, StudyError | FileExistsError) else FAILED
+    return USAGE if isinstance(error, StudyError | FileExistsError | RefusedExportError) else FAILED
 
 
 def of_trials(records: Sequence[TrialRecord]) -> int:

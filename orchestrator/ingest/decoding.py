@@ -48,6 +48,8 @@ class DecodeJob:
     """File for the pixels; None = decode only."""
     offsets: NDArray[np.int64] | None = None
     """Byte offset in the target of each sample of the source."""
+    crop: int | None = None
+    """See `orchestrator.ingest.images.square`."""
 
     def offset(self, position: int) -> int | None:
         """Byte offset of a sample's pixels; None = not written."""
@@ -205,7 +207,8 @@ class _DecoderProcess:
             env=environment,
         )
         target = str(self._job.target) if self._job.target is not None else None
-        first_line = {"target": target, "side": self._job.side, "interpolation": self._job.interpolation}
+        job = self._job
+        first_line = {"target": target, "side": job.side, "interpolation": job.interpolation, "crop": job.crop}
         if not _exchange(process, first_line):
             self._errors.seek(0)
             text = self._errors.read().decode(errors="replace")
@@ -241,7 +244,7 @@ def _decode_arrays(
             notes = ("sixteen_bit",)
         image = Image.fromarray(eight_bit).convert("RGB")
         offset = job.offset(position)
-        stored = square(image, job.side, job.interpolation)
+        stored = square(image, job.side, job.interpolation, job.crop)
         if descriptor is not None and offset is not None:
             write_at(descriptor, stored.tobytes(), offset)
         # With type and shape: the same bytes may be another picture.

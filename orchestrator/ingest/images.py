@@ -55,7 +55,7 @@ class DecodedImage:
     """Any of `animated`, `sixteen_bit`, `transparent`, `cmyk`, `rotated_by_exif`."""
 
 
-def decode(data: bytes, side: int, interpolation: str) -> DecodedImage:
+def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) -> DecodedImage:
     """Decode, rotate upright, flatten to RGB, resize the shorter side and crop the centre square.
 
     Transparency is composited on white; 16-bit values are scaled by their declared range (v / 257), not clipped; of an
@@ -65,6 +65,7 @@ def decode(data: bytes, side: int, interpolation: str) -> DecodedImage:
         data: the whole file.
         side: of the result, in pixels.
         interpolation: one of `INTERPOLATIONS`.
+        crop: see `square`.
 
     Raises:
         BadImageError: the bytes are no image that can be used.
@@ -76,7 +77,7 @@ def decode(data: bytes, side: int, interpolation: str) -> DecodedImage:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            return _convert(image, side, interpolation)
+            return _convert(image, side, interpolation, crop)
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -105,8 +106,14 @@ def pixels_digest(image: Image.Image) -> bytes:
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
 
 
-def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
-    """Resize the shorter side to `side` and crop the centre square; rounds as torchvision's `Resize`, `CenterCrop`."""
+def square(image: Image.Image, side: int, interpolation: str, crop: int | None = None) -> Image.Image:
+    """Resize the shorter side to `side` and crop the centre square; rounds as torchvision's `Resize`, `CenterCrop`.
+
+    Args:
+        crop: side of the crop that an evaluation will take from the centre of this square. That crop then has the
+            pixels that `CenterCrop(crop)` takes from the resized image: two crops in a row round twice, and may
+            otherwise end up one pixel away. None = `side`.
+    """
     width, height = image.size
     short = min(width, height)
     long = max(width, height)
@@ -116,8 +123,21 @@ def square(image: Image.Image, side: int, interpolation: str) -> Image.Image:
         image = image.resize(size, INTERPOLATIONS[interpolation])
     if image.size == (side, side):
         return image
-    left, top = (round((length - side) / 2.0) for length in image.size)
+    inner = side if crop is None else crop
+    margin = round((side - inner) / 2.0)
+    left, top = (round((length - inner) / 2.0) - margin for length in image.size)
     return image.crop((left, top, left + side, top + side))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as `decode` sees it before it is resized: upright, in 8-bit RGB.
+
+    Raises:
+        BadImageError: its pixels have no declared range of values.
+    """
+    file_format = str(image.format)
+    image.load()
+    return _to_rgb(_upright(image), file_format)[0]
 
 
 def _check_header(image: Image.Image) -> None:
@@ -134,7 +154,7 @@ def _too_many_pixels(count: int) -> BadImageError:
     return BadImageError(f"{count / 1e6:.0f} megapixels are over the limit of {MAX_PIXELS // 10**6}")
 
 
-def _convert(image: Image.Image, side: int, interpolation: str) -> DecodedImage:
+def _convert(image: Image.Image, side: int, interpolation: str, crop: int | None) -> DecodedImage:
     notes = []
     if getattr(image, "n_frames", 1) > 1:
         notes.append("animated")
@@ -149,7 +169,7 @@ def _convert(image: Image.Image, side: int, interpolation: str) -> DecodedImage:
     rgb, note = _to_rgb(upright, file_format)
     if note is not None:
         notes.append(note)
-    pixels = np.asarray(square(rgb, side, interpolation))
+    pixels = np.asarray(square(rgb, side, interpolation, crop))
     return DecodedImage(pixels, pixels_digest(rgb), *upright.size, file_format, tuple(notes))
 
 

@@ -121,6 +121,8 @@ def _store_key(source: Source, request: IngestRequest) -> str:
     fields = dataclasses.asdict(request)
     for name in ("root", "on_bad", "on_leak"):
         del fields[name]
+    if request.crop_size is None:
+        del fields["crop_size"]  # stores from before there was one keep their names
     return short_hash([FORMAT, MANIFEST_VERSION, source.digest, fields], digits=16)
 
 

@@ -33,6 +33,9 @@ class IngestRequest:
     """Domains that are only evaluated; empty = those that the source marks itself (`root/ood/…`, shifted digits)."""
     image_size: int = 224
     """Side of the stored squares, in pixels."""
+    crop_size: int | None = None
+    """Side of the crop that evaluations take from the centre of a stored square, where rounding makes it matter (see
+    `orchestrator.ingest.images.square`)."""
     interpolation: str = "bicubic"
     """One of `orchestrator.ingest.images.INTERPOLATIONS`."""
     val_fraction: float = 0.15

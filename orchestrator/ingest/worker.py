@@ -3,7 +3,7 @@
 Untrusted images are decoded here and not in the driver: a crash or a decompression bomb ends this process alone, its
 memory is limited, and no object is pickled. It imports neither torch nor ray, and pyarrow for Parquet only.
 
-First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic"}
+First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic", "crop": null}
 Reply:          {"ready": true}
 Each request:   {"reader": "files", "root": …, "items": [[path, offset or null], …]}
                 {"reader": "parquet", "file": …, "column": …, "group": …, "items": [[row, offset or null], …]}
@@ -51,7 +51,8 @@ def main() -> None:
         request = json.loads(line)
         try:
             outcomes = [
-                _outcome(data, offset, target, job["side"], job["interpolation"]) for data, offset in _contents(request)
+                _outcome(data, offset, target, (job["side"], job["interpolation"], job["crop"]))
+                for data, offset in _contents(request)
             ]
         except OSError as error:  # the store could not be written, which no image is to blame for
             _reply(replies, {"error": f"{type(error).__name__}: {error}"})
@@ -123,14 +124,14 @@ def _parquet_contents(request: dict[str, Any]) -> Contents:
 
 
 def _outcome(
-    data: bytes | BadImageError, offset: int | None, target: int | None, side: int, interpolation: str
+    data: bytes | BadImageError, offset: int | None, target: int | None, square: tuple[int, str, int | None]
 ) -> list[Any]:
     """Decode one item and write its pixels; the fields of `orchestrator.ingest.source.Outcome` as JSON values."""
     if isinstance(data, BadImageError):
         return [str(data), "", "", 0, 0, "", []]
     digest = hashlib.sha256(data).hexdigest()
     try:
-        image = decode(data, side, interpolation)
+        image = decode(data, *square)
     except BadImageError as error:
         return [str(error), digest, "", 0, 0, "", []]
     if target is not None and offset is not None:

@@ -72,7 +72,7 @@ def write_store(
     started = time.perf_counter()
     with atomic_folder(folder) as partial:
         offsets = _lay_out(partial / DATA, source, request, assignment)
-        job = DecodeJob(request.image_size, request.interpolation, partial / DATA, offsets)
+        job = DecodeJob(request.image_size, request.interpolation, partial / DATA, offsets, request.crop_size)
         outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)
         bad = [position for position, outcome in outcomes.items() if outcome.reason is not None]
         if bad:

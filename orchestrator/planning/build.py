@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from orchestrator.ingest.pipeline import IngestRequest
 from orchestrator.planning.fsr import STRATEGY, ReferenceStage
+from orchestrator.record.kept_files import Retention
 from orchestrator.record.records import metrics_of
 from orchestrator.results.selection import top_candidates
 from orchestrator.search.asha import StudyScheduler, rungs
@@ -49,7 +49,8 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
         root=data.root,
         id=tuple(data.id),
         ood=tuple(data.ood),
-        image_size=math.floor(view.image_size / view.crop_pct),
+        image_size=view.stored_size,
+        crop_size=view.image_size if view.crop_rounds else None,
         interpolation=view.interpolation,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
@@ -116,6 +117,12 @@ def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, 
         objectives=(metric_of(spec),),
         hints=hints,
     )
+
+
+def retention_of(spec: StudySpec) -> Retention:
+    """Which trials retain their weights and predictions."""
+    folds = spec.search.objective == "leave_one_domain_out"
+    return Retention(spec.keep, metric_of(spec), metrics_of(spec), LODO_CANDIDATES if folds else 0)
 
 
 def rungs_of(spec: StudySpec) -> tuple[int, ...]:

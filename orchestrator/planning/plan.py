@@ -19,9 +19,10 @@ import search_spaces
 from orchestrator.ingest.errors import first_few
 from orchestrator.planning.build import rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
+from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.preflight import layer_kinds
 from orchestrator.record.records import metrics_of
-from orchestrator.wording import counted
+from orchestrator.wording import bytes_text, counted
 from trainables.specs.metrics import ood_domain
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.schema import StudySpec
     from search_spaces import Hyperparameter
+
+_KEPT = {
+    "best": "each entry's best search trial and every confirmed trial",
+    "confirmed": "every confirmed trial",
+    "all": "every trial that uses its whole budget",
+}
+"""Value of `keep` in words."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class Plan:
     id_domains: tuple[str, ...]
     disk_bytes: int
     """Estimated size of the data store plus records, without checkpoints."""
+    kept_bytes: int
+    """Size of the kept weights and predictions at the end of the study, at most."""
+    keep: str
+    """Whose weights and predictions are kept, see `StudySpec.keep`."""
     resources: str
     train_fraction: float = 1.0
     selection: str = "accuracy"
@@ -126,7 +138,9 @@ class Plan:
             f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
             f"Chosen by {self.objective}.",
             self._diagnostics(),
-            f"Disk: about {_bytes(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
+            f"Disk: about {bytes_text(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
+            f"Kept (keep: {self.keep}): at most {bytes_text(self.kept_bytes)} of weights and predictions, of "
+            f"{_KEPT[self.keep]}.",
             f"Study folder: {self.folder}",
         ]
 
@@ -154,6 +168,7 @@ def make_plan(spec: StudySpec) -> Plan:
     domains = {"id": assignment.id_domains, "ood": assignment.ood_domains}
     counts = count_trials(spec.model_copy(update={"data": data.model_copy(update=domains)}), space)
     images = len(source.samples)
+    splits = {name: len(rows) for name, rows in assignment.splits.items()}
     resources = spec.resources
     gpus = "a GPU if there is one" if resources.gpus == "auto" else counted(resources.gpus, "GPU")
     return Plan(
@@ -175,10 +190,12 @@ def make_plan(spec: StudySpec) -> Plan:
         plasticity=spec.diagnostics.plasticity and "transformer_block" in layer_kinds(spec.model.name),
         images=images,
         classes=len(assignment.classes),
-        splits={name: len(rows) for name, rows in assignment.splits.items()},
+        splits=splits,
         id_domains=tuple(assignment.id_domains),
         train_fraction=data.train_fraction,
         disk_bytes=store_bytes(spec, images, counts.total),
+        kept_bytes=kept_bytes_of(spec, counts, space, splits, len(assignment.classes)),
+        keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
         selection=metrics_of(spec).selection.title,
     )
@@ -219,11 +236,3 @@ def _or_unknown(count: int | None) -> str:
 
 def _units(rungs: tuple[int, ...]) -> str:
     return f"unit {rungs[0]}" if len(rungs) == 1 else f"units {', '.join(map(str, rungs))}"
-
-
-def _bytes(size: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size //= 1000
-    return f"{size} TB"

@@ -142,7 +142,7 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
     """Budgets that a strategy rejects, at its default point or at a choice of the search."""
     for index, entry in enumerate(spec.strategies):
-        for hparams in _points(entry):
+        for hparams in points(entry):
             try:
                 BudgetPlan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
             except ValueError as error:
@@ -150,7 +150,7 @@ def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
                 break
 
 
-def _points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
+def points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
     """Configurations of an entry: those of its preset, or default point, choices and ends of integer ranges."""
     if entry.preset is not None:
         preset = search_spaces.preset(entry.name, entry.preset)

@@ -55,7 +55,7 @@ def code_digest() -> str:
 log = logging.getLogger("luthier")
 
 HARMLESS = (
-    "name", "storage", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
+    "name", "storage", "keep", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # additional measurements
     "data.root", "data.on_bad", "data.on_leak", "data.label",  # the images themselves are covered by their digest
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",

@@ -9,10 +9,12 @@ Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decr
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
     trial_suggested{trial_id, number, seed, role, held_out, sample, strategy, label, hparams, config_hash,
                     search_values}
-    trial_started{trial_id, node, pid}     result{trial_id, unit, metrics, curves?}
+    trial_started{trial_id, node, pid}
+    result{trial_id, unit, metrics, curves?, weights?, predictions?}: SHA-256 and size of the latter where they are kept
     trial_finished{trial_id, state: "complete"|"pruned"}
     trial_retried{trial_id, reason, error}     trial_failed{trial_id, reason, error}
-    checkpoint_problem{trial_id, problem}
+    checkpoint_problem{trial_id, problem}: of its checkpoints, or of keeping its weights and predictions
+    weights_discarded{trial_id, why: "superseded"|"pruned"}: its weights and predictions are kept no longer
     proposal_repeated{number, search_values, values, state}: the sampler proposed the configuration of that trial again
 
 Older journals may also hold `checkpoint` events, which are ignored. Numbers that are not finite are stored as null, so

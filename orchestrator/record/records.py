@@ -47,6 +47,10 @@ class TrialRecord:
     """Metrics per unit in order, each with its number under `unit`."""
     curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Last value of every curve, by name: `columns` (name → values, the x axis first) and `note`."""
+    weights: Mapping[str, Any] | None = None
+    """`sha256` and `bytes` of the trial's kept weights; None = not kept, or discarded."""
+    predictions: Mapping[str, Any] | None = None
+    """`sha256` and `bytes` of the trial's kept predictions; None = not kept, or discarded."""
     reason: str | None = None
     """Why the trial failed: `nan`, `oom`, `host_oom`, `stalled`, `data`, `user`, `infra` or `interrupted`."""
     error: str | None = None
@@ -132,31 +136,46 @@ def declared_metrics(result: Mapping[str, Any]) -> dict[str, float]:
 _IDENTITY = ("number", "config_hash", "seed", "role", "held_out", "sample")
 
 
-def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
-    """Trial records from a journal's events, in order of their numbers.
+class LiveRecords:
+    """Trial records of a journal, kept up to date event by event.
 
     A unit that is reported again (an actor died and the trial was resumed from a checkpoint) replaces the results from
     that unit on. A trial that is suggested again under another id, but with the same number, configuration, seed and
     role, is the same trial resumed: it keeps its history. Events of unknown kinds or unknown trials are ignored, so
     that journals of earlier versions can be read.
     """
-    trials: dict[str, TrialRecord] = {}
-    same: dict[tuple[Any, ...], str] = {}
-    for event in events:
+
+    def __init__(self, events: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._trials: dict[str, TrialRecord] = {}
+        self._latest: dict[tuple[Any, ...], str] = {}
+        """Identity → id of the trial's latest attempt."""
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take in one more event."""
         if event["kind"] == "trial_suggested":
             record = suggested(event)
             identity = tuple(event.get(name) for name in _IDENTITY)
-            earlier = trials.pop(same[identity], None) if identity in same else None
-            same[identity] = record.trial_id
+            earlier = self._trials.pop(self._latest[identity], None) if identity in self._latest else None
+            self._latest[identity] = record.trial_id
             if earlier is not None:
                 # Tune gives a resumed trial a new id.
                 record = dataclasses.replace(earlier, trial_id=record.trial_id, state="suggested")
-            trials[record.trial_id] = record
-            continue
+            self._trials[record.trial_id] = record
+            return
         trial_id = str(event.get("trial_id"))
-        if trial_id in trials:
-            trials[trial_id] = advance(trials[trial_id], event)
-    return sorted(trials.values(), key=lambda record: record.number)
+        if trial_id in self._trials:
+            self._trials[trial_id] = advance(self._trials[trial_id], event)
+
+    def all(self) -> list[TrialRecord]:
+        """The records, in order of their numbers."""
+        return sorted(self._trials.values(), key=lambda record: record.number)
+
+
+def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
+    """Trial records from a journal's events, in order of their numbers, see `LiveRecords`."""
+    return LiveRecords(events).all()
 
 
 def unfinished(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
@@ -234,6 +253,8 @@ def advance(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         return dataclasses.replace(
             record, state="failed", reason=event.get("reason"), error=event.get("error"), ended=time
         )
+    if kind == "weights_discarded":
+        return dataclasses.replace(record, weights=None, predictions=None)
     return record
 
 
@@ -251,6 +272,8 @@ def _add_result(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         history=tuple(history),
         metrics=metrics,
         curves={**record.curves, **(event.get("curves") or {})},
+        weights=event.get("weights"),
+        predictions=event.get("predictions"),
         node=event.get("node") or record.node,
     )
 

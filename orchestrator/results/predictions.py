@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from orchestrator.record.kept_files import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.intervals import Floats, estimate_mean
 from trainables.specs.metrics import TEST, VAL, TaskMetrics, ood, ood_domain
@@ -40,11 +41,6 @@ TOLERANCE = 1e-5
 
 class PredictionsError(ValueError):
     """No predictions, or a file that is not one of them."""
-
-
-def predictions_file(study: Path, number: int) -> Path:
-    """File of the predictions of the trial with this number."""
-    return study / "predictions" / f"trial-{number:04d}.arrow"
 
 
 def read_predictions(path: Path) -> pa.Table:

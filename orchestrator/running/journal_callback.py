@@ -16,7 +16,8 @@ from ray.tune import Callback
 
 from orchestrator.record.checkpoints import discard
 from orchestrator.record.journal import Journal, JournalWriteError
-from orchestrator.record.records import INTERRUPTED, RESUMED, declared_metrics, fold, interruption, unfinished
+from orchestrator.record.kept_files import Retention, discard_kept
+from orchestrator.record.records import INTERRUPTED, RESUMED, LiveRecords, declared_metrics, interruption, unfinished
 from orchestrator.running.failure_policy import classify, error_line
 from orchestrator.running.progress import Progress
 from trainables.specs.metrics import is_cost
@@ -66,6 +67,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         folder: of the study; checkpoints of trials that have ended are removed from it. None = there are none.
         verdicts: trial id → why the watchdog killed its process; removed as failures are recorded.
         errors: trial id → text of its last failure in Tune.
+        retention: whose weights and predictions are retained; None = nothing is removed.
     """
 
     def __init__(
@@ -75,18 +77,22 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         folder: Path | None = None,
         verdicts: dict[str, str] | None = None,
         errors: Mapping[str, str] | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self.journal = journal
         self.folder = folder
         self._verdicts = {} if verdicts is None else verdicts
         self._errors = {} if errors is None else errors
+        self._retention = retention
         if progress is not None:
             journal.subscribe(progress.event)
         self.problems: list[str] = []
         """Events that could not be journalled, as error texts; empty after a healthy run."""
         self._finished: dict[str, bool] = {}
         self._failures: dict[str, str] = {}
-        self._histories = {record.number: list(record.history) for record in fold(journal.events())}
+        self._records = LiveRecords(journal.events())
+        journal.subscribe(self._records.add)
+        self._histories = {record.number: list(record.history) for record in self._records.all()}
         self._located: set[str] = set()
         """Trials whose present attempt has its node and process in the journal."""
 
@@ -121,8 +127,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         if trial.trial_id not in self._located:  # node and process are in the results of an attempt, not in its start
             details = {"node": result.get("hostname") or result.get("node_ip"), "pid": result.get("pid")}
             self._located.add(trial.trial_id)
-        if result.get("curves"):
-            details["curves"] = result["curves"]
+        details |= {kind: result[kind] for kind in ("curves", "weights", "predictions") if result.get(kind)}
         self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=metrics, **details)
         history.append({"unit": float(unit), **metrics})
 
@@ -136,6 +141,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         finished = self._finished.get(trial.trial_id, bool((trial.last_result or {}).get("finished")))
         self.journal.append("trial_finished", trial_id=trial.trial_id, state="complete" if finished else "pruned")
         self._discard(trial)
+        self._discard_superseded()
 
     @_never_raises
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -163,6 +169,16 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         self.journal.append("trial_failed", trial_id=trial.trial_id, **reason)
         if reason["reason"] not in RESUMED:
             self._discard(trial)
+
+    def _discard_superseded(self) -> None:
+        """Remove weights and predictions that are no longer retained. The trial that is better has its end in the
+        journal by now: a driver killed in between removes them at its next start."""
+        if self.folder is None or self._retention is None:
+            return
+        for record in self._retention.superseded(self._records.all()):
+            if record.weights is not None or record.predictions is not None:
+                self.journal.append("weights_discarded", trial_id=record.trial_id, why="superseded")
+                discard_kept(self.folder, record.number)
 
     def _discard(self, trial: Trial) -> None:
         if self.folder is not None and "_number" in trial.config:

@@ -17,7 +17,7 @@ from ray import tune
 
 from orchestrator.cluster.connection import connect
 from orchestrator.errors import redact
-from orchestrator.planning.build import make_scheduler, planned_units, settings_of
+from orchestrator.planning.build import make_scheduler, planned_units, retention_of, settings_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
 from orchestrator.ray_internals import (
@@ -28,6 +28,7 @@ from orchestrator.ray_internals import (
 from orchestrator.record.changes import check_changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
 from orchestrator.record.journal import Journal, fold
+from orchestrator.record.kept_files import tidy_kept
 from orchestrator.running.cluster_watch import ClusterWatch
 from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory, report_disk_errors
 from orchestrator.running.journal_callback import RecordCallback, close_open_trials
@@ -90,6 +91,8 @@ class StudyRun:
             concurrent = cluster.concurrency(self.spec.resources.concurrent, request["cpu"], request["gpu"])
             close_open_trials(journal)  # left open by a driver that crashed
             tidy(self.folder, fold(journal.events()))
+            for record in tidy_kept(self.folder, fold(journal.events()), retention_of(self.spec)):
+                journal.append("weights_discarded", trial_id=record.trial_id, why="superseded")
             with self._followed(journal) as progress, self._ending(journal):
                 resources = {**request, "concurrent": concurrent}
                 changes = {change.key: [change.was, change.now] for change in changed}
@@ -112,7 +115,8 @@ class StudyRun:
         limits = self.spec.failures
         watchdog = Watchdog(limits, asdict(self.task), history)
         errors: dict[str, str] = {}
-        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors)
+        retention = retention_of(self.spec)
+        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors, retention)
         breaker = CircuitBreaker(limits.stop_after, limits.stop_share)
         journal.subscribe(breaker.event)
         tuner = tune.Tuner(
@@ -162,6 +166,7 @@ class StudyRun:
             journal=journal,
             searching=self.search,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
+            kept=functools.partial(retention_of(spec).paths, self.folder),
             changed=changed,
         )
 

@@ -80,6 +80,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         stages: what follows the search, in order.
         journal: gets `trial_suggested` before Tune gets the trial; it takes precedence over Optuna's storage.
         checkpoints: number → checkpoint folder of that trial; None = trials keep none.
+        kept: record → keys of its trial's config for the weights and predictions that it keeps; None = none.
         changed: whether a change of the study since its last run was allowed.
         searching: False = only the stages run.
 
@@ -98,6 +99,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         stages: Sequence[Stage] = (),
         journal: Journal | None = None,
         checkpoints: Callable[[int], Path] | None = None,
+        kept: Callable[[TrialRecord], Mapping[str, str]] | None = None,
         changed: bool = False,
         searching: bool = True,
     ) -> None:
@@ -121,6 +123,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self.ledger = Ledger(storage, journal)
         self._journal = journal
         self._checkpoints = checkpoints
+        self._kept = kept
         self._stages = deque(stages)
         self._queue: deque[TrialSpec] = deque()
         self._configs: dict[str, dict[str, Any]] = {}
@@ -158,6 +161,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._configs[trial_id] = {**spec.to_dict(), "_number": record.number}
         if self._checkpoints is not None:
             self._configs[trial_id]["_checkpoints"] = str(self._checkpoints(record.number))
+        if self._kept is not None:
+            self._configs[trial_id] |= self._kept(record)
         return self._configs[trial_id]
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:

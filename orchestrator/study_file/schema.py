@@ -250,6 +250,10 @@ class StudySpec(Section):
     resources: ResourcesSpec = ResourcesSpec()
     failures: FailuresSpec = FailuresSpec()
     tracking: TrackingSpec = TrackingSpec()
+    keep: Literal["best", "confirmed", "all"] = "best"
+    """Whose weights and predictions are kept: `best` = each entry's best search trial so far and every confirmed trial;
+    `confirmed` = confirmed trials only; `all` = every trial that used its whole budget. What is no longer kept is
+    removed from the disk; `luthier plan` says the size, `luthier prune` removes the rest."""
     storage: Annotated[str, BeforeValidator(rules.check_storage)] = "studies"
     """Folder of all studies: journals, results, the data store, the tracking database. Shared by all machines of a
     cluster. A relative path counts from the study file's folder."""

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import pytest
 
 import luthier
+from orchestrator.export.model import Model, load
 from orchestrator.results.study_results import Results
 from orchestrator.study import Study
 from tests.support.source_tree import ROOT, imported, parsed
@@ -19,8 +20,9 @@ HEAVY = ("torch", "ray", "mlflow", "optuna", "pandas", "numpy", "timm", "sklearn
 
 
 def test_the_names_are_those_of_the_packages_below() -> None:
-    assert luthier.__all__ == ["Results", "Strategy", "Study", "__version__"]
+    assert luthier.__all__ == ["Model", "Results", "Strategy", "Study", "__version__", "load"]
     assert (luthier.Study, luthier.Results, luthier.Strategy) == (Study, Results, Strategy)
+    assert (luthier.Model, luthier.load) == (Model, load)
     assert set(luthier.__all__) <= set(dir(luthier))
 
 
@@ -29,7 +31,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error_that_lists_the_names() -> None:
-    with pytest.raises(AttributeError, match=r"^module 'luthier' has no attribute 'study'\. It has Results, Strategy"):
+    with pytest.raises(AttributeError, match=r"^module 'luthier' has no attribute 'study'\. It has Model, Results"):
         luthier.study  # noqa: B018
 
 

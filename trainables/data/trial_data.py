@@ -225,6 +225,14 @@ class TrialData:
         """Labels (n,) int64 in the order of `batches` without shuffling."""
         return np.concatenate([self.store.labels(source)[indices] for source, indices in self._part(split)])
 
+    def names(self, split: str) -> list[str]:
+        """Origin of each sample within the source, in the order of `batches` without shuffling."""
+        names: list[str] = []
+        for source, indices in self._part(split):
+            stored = self.store.names(source)
+            names += [stored[index] for index in indices.tolist()]
+        return names
+
     def batches(
         self,
         split: str,

@@ -18,8 +18,8 @@ Calls, once per trial and in this order (`trainables.engine.trial.Trial`):
 8. `curves(model, data, tuned)`: on the finalized network of the last unit, before WiSE-FT interpolates it; evaluates
    the network at other points and restores every tensor.
 
-At units of `evaluate_at` before the last, 7 happens in between: afterwards the engine restores replaced modules, calls
-`undo_finalize`, and restores all tensors.
+At units of `evaluate_at` before the last, 7 happens in between: afterwards the engine restores replaced modules and all
+tensors; `finalize` must change nothing else.
 
 A strategy keeps no state between hooks: `prepare` returns it as `Prepared.state`, an argument of `param_groups` and
 `finalize`; `finalize` returns it as `Tuned.state`, an argument of `curves`. A resumed trial calls `prepare` again,
@@ -39,7 +39,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from trainables.models.batch_norm import convert_batch_norm
+from trainables.models.batch_norm import BATCH_NORMS, convert_batch_norm
+from trainables.models.low_rank import LowRankUpdate
 from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
 from trainables.specs.suggestions import did_you_mean
@@ -147,6 +148,8 @@ class Tuned:
     """Metrics to record once."""
     state: Any = None
     """Given to `curves`."""
+    merged: LowRankUpdate | None = None
+    """Low-rank update that was merged into the network; kept in place of the merged weights."""
 
 
 class Strategy:
@@ -212,6 +215,19 @@ class Strategy:
             self.head_group(model),
         ]
 
+    def moving_parameters(self, model: TaskModel) -> int:
+        """Number of parameters that training changes, at most, from structure alone: the size of kept weights at plan
+        time. Default: those of `param_groups` before `prepare`, and those of BatchNorm where it is converted.
+
+        Args:
+            model: its tensors may be on the meta device.
+        """
+        moving = {id(p): p.numel() for group in self.param_groups(model) for p in group.parameters}
+        if getattr(self.config, "bn_conversion", False):
+            layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+            moving |= {id(p): p.numel() for module in layers for p in module.parameters(recurse=False)}
+        return sum(moving.values())
+
     def head_group(self, model: TaskModel) -> ParamGroup:
         """The head at η_w, or at η_θ where the configuration has none."""
         config = self.config
@@ -235,9 +251,6 @@ class Strategy:
             prepared: state that `prepare` returned.
         """
         return Tuned()
-
-    def undo_finalize(self, model: TaskModel) -> None:
-        """Undo what `finalize` changed beside tensors and modules that it replaced; the engine restores those."""
 
     def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
         """Measurements by evaluation alone, such as accuracy over λ; every tensor is left as it was.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,25 +23,38 @@ FeatureWatch = Callable[[Tensor], None]
 """Called with the features (B, …) of every batch of a split, in order and without shuffling."""
 Watch = Callable[[str], FeatureWatch]
 """Split → its `FeatureWatch`."""
+OutputWatch = Callable[[str, Tensor, Tensor, Mapping[str, Tensor]], None]
+"""Called once per split with its name, outputs (N, …) float32, targets (N, …) and the statistics of each sample
+(`MetricAccumulator.per_sample`), all on the CPU and in the order of `TrialData.names`."""
 
 
 def score(
-    model: TaskModel, data: TrialData, split: str, cached: bool, watch: FeatureWatch | None = None
+    model: TaskModel,
+    data: TrialData,
+    split: str,
+    cached: bool,
+    watch: FeatureWatch | None = None,
+    outputs: OutputWatch | None = None,
 ) -> dict[str, float]:
     """Metrics of the model in eval mode on one split, by metric key.
 
     Args:
         cached: take the pretrained backbone's features from the cache, see `uses_cached_features`.
         watch: called with the features of the pass that gives the predictions.
+        outputs: called with the predictions.
     """
     task = task_of(data)
     accumulator = task.accumulator()
+    recorded = None if outputs is None else _Recorded(accumulator)
+    counted = accumulator if recorded is None else recorded
     model.eval()
     if cached:
-        _evaluate_cached(task, model, data, split, accumulator, watch)
+        _evaluate_cached(task, model, data, split, counted, watch)
     else:
         dtype = resolve_precision(data.spec.shared.precision, data.device)
-        evaluate(_prediction(task, model, watch), data.batches(split), accumulator, dtype)
+        evaluate(_prediction(task, model, watch), data.batches(split), counted, dtype)
+    if outputs is not None and recorded is not None:
+        outputs(split, *recorded.collected(), accumulator.per_sample())
     return accumulator.compute()
 
 
@@ -69,7 +82,9 @@ def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
     return {TRAIN_LOSS.name: values[metrics.loss.key], **trained}
 
 
-def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
+def final_scores(
+    model: TaskModel, data: TrialData, watch: Watch | None = None, outputs: OutputWatch | None = None
+) -> dict[str, float]:
     """Every reported metric on ID test and on every OOD domain.
 
     With mean and worst of the selection metric over the domains, and the selection metric on the held-out domain if
@@ -77,16 +92,17 @@ def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) 
 
     Args:
         watch: watches the features on ID test and OOD domains, in the same passes.
+        outputs: gets the outputs on ID test and OOD domains.
     """
     metrics = task_of(data).metrics
     # Once for all splits: the check compares every tensor of the backbone.
     cached = uses_cached_features(model, data)
-    test = score(model, data, TEST, cached, watch and watch(TEST))
+    test = score(model, data, TEST, cached, watch and watch(TEST), outputs)
     scores = {metric.on(TEST): test[metric.key] for metric in metrics.reported}
     selection = []
     for domain in data.ood_domains:
         split = ood(domain)
-        values = score(model, data, split, cached, watch and watch(split))
+        values = score(model, data, split, cached, watch and watch(split), outputs)
         scores |= {metric.on(split): values[metric.key] for metric in metrics.reported}
         selection.append(values[metrics.selection.key])
     if selection:
@@ -95,6 +111,30 @@ def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) 
     if data.spec.held_out is not None:
         scores[metrics.held_out] = score(model, data, HELD_OUT, cached)[metrics.selection.key]
     return scores
+
+
+class _Recorded:
+    """An accumulator that keeps the outputs and targets that it gets."""
+
+    def __init__(self, accumulator: MetricAccumulator) -> None:
+        self._accumulator = accumulator
+        self._outputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def compute(self) -> dict[str, float]:
+        return self._accumulator.compute()
+
+    def per_sample(self) -> dict[str, Tensor]:
+        return self._accumulator.per_sample()
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self._accumulator.update(outputs, targets)
+        self._outputs.append(outputs.float())
+        self._targets.append(targets)
+
+    def collected(self) -> tuple[Tensor, Tensor]:
+        """Outputs (N, …) float32 and targets (N, …), on the CPU."""
+        return torch.cat(self._outputs).cpu(), torch.cat(self._targets).cpu()
 
 
 @torch.no_grad()

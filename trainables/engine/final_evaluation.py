@@ -12,14 +12,22 @@ from trainables.diagnostics.norm_shift import norm_parameters
 from trainables.engine.best_weights import Best, Snapshot, put_back, take
 from trainables.engine.contract import Strategy
 from trainables.engine.diagnosis import Diagnosis
-from trainables.engine.evaluation import Watch, final_scores, validation_scores
+from trainables.engine.evaluation import (
+    OutputWatch,
+    Watch,
+    final_scores,
+    score,
+    uses_cached_features,
+    validation_scores,
+)
 from trainables.engine.weight_interpolation import WiseFt
 from trainables.specs.measurements import Curve, split_report
-from trainables.specs.metrics import BEST_EPOCH
+from trainables.specs.metrics import BEST_EPOCH, VAL
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
+    from trainables.models.low_rank import LowRankUpdate
     from trainables.models.task_model import TaskModel
 
 
@@ -32,6 +40,8 @@ class FinalEvaluation:
     report: dict[str, float] = field(default_factory=dict)
     """Metrics of `finalize`, of `curves` and of the diagnostics."""
     curves: dict[str, Curve] = field(default_factory=dict)
+    merged: LowRankUpdate | None = None
+    """Low-rank update that `finalize` merged into the network."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +77,17 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
             report |= split_report(wise.apply())[0]
         return FinalEvaluation(_scores(trial), report, curves)
     finally:
-        # In this order: adapters must be back in the network before they are unmerged, and unmerging rounds, so that
-        # the tensors' own bits come last.
+        # In this order: tensors are written by the names that they have in the restored structure.
         snapshot.restore_modules()
-        trial.strategy.undo_finalize(model)
         snapshot.restore_tensors(model)
 
 
-def final(trial: TrialContext) -> FinalEvaluation:
-    """Restore the best unit's weights, finalize, score and diagnose them; `trial.model` is the trial's result then."""
+def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvaluation:
+    """Restore the best unit's weights, finalize, score and diagnose them; `trial.model` is the trial's result then.
+
+    Args:
+        outputs: gets the outputs on validation, test and every OOD domain; validation is evaluated for it.
+    """
     model, strategy, data = trial.model, trial.strategy, trial.data
     # Of the last unit, only what FSR compares: a copy of every tensor would be a network more.
     last = take(model, norm_parameters(data.reference) & trial.best.tensors.keys())
@@ -86,7 +98,9 @@ def final(trial: TrialContext) -> FinalEvaluation:
     wise = _wise_ft(trial)
     alpha = wise.apply() if wise is not None else {}
     diagnosis = Diagnosis(strategy, data, model)
-    scores = _scores(trial, diagnosis.watch)
+    scores = _scores(trial, diagnosis.watch, outputs)
+    if outputs is not None:
+        score(model, data, VAL, uses_cached_features(model, data), outputs=outputs)
     diagnosed = diagnosis.report(model, trial.start, trial.best.tensors, last)
     wise_curve = wise.curve() if wise is not None else {}
     report: dict[str, float] = {}
@@ -95,7 +109,7 @@ def final(trial: TrialContext) -> FinalEvaluation:
         metrics, tables = split_report(part)
         report |= metrics
         curves |= tables
-    return FinalEvaluation(scores, report, curves)
+    return FinalEvaluation(scores, report, curves, tuned.merged)
 
 
 def _wise_ft(trial: TrialContext) -> WiseFt | None:
@@ -103,7 +117,7 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
     return None if alpha is None else WiseFt(trial.model, trial.data, trial.start, alpha)
 
 
-def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]:
+def _scores(trial: TrialContext, watch: Watch | None = None, outputs: OutputWatch | None = None) -> dict[str, float]:
     """Test and OOD scores, with `best/…` of the tested weights.
 
     What `finalize` did to them counts.
@@ -114,5 +128,5 @@ def _scores(trial: TrialContext, watch: Watch | None = None) -> dict[str, float]
     # Validated again only where something has changed the best unit's weights since they were scored.
     if changed or getattr(trial.strategy.config, "wise", None) is not None:
         value = validation_scores(trial.model, trial.data)[metrics.validation]
-    scores = final_scores(trial.model, trial.data, watch)
+    scores = final_scores(trial.model, trial.data, watch, outputs)
     return {**scores, metrics.best_validation: value, BEST_EPOCH.name: float(trial.best.unit)}

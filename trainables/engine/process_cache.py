@@ -32,13 +32,17 @@ def open_store(path: str) -> StoreLike:
 
 
 def pretrained_for(spec: ModelSpec, image_size: int | None, stored_side: int, cache: str | None) -> Backbone:
-    """The pristine backbone, on the CPU, at its input side.
+    """The pristine backbone, on the CPU, at its input side (`requested_side`)."""
+    return load_pretrained(spec, requested_side(spec, image_size, stored_side), Path(cache) if cache else None)
 
-    The side is `image_size`, else the network's own, or the stored side where that is smaller (images are never
-    enlarged; timm interpolates position embeddings).
+
+def requested_side(spec: ModelSpec, image_size: int | None, stored_side: int) -> int | None:
+    """Image side that a network is built for; None = its own.
+
+    It is `image_size`, else the network's own, or the stored side where that is smaller (images are never enlarged;
+    timm interpolates position embeddings).
     """
-    side = image_size or (stored_side if stored_side < _native_side(spec) else None)
-    return load_pretrained(spec, side, Path(cache) if cache else None)
+    return image_size or (stored_side if stored_side < _native_side(spec) else None)
 
 
 def on_device(backbone: Backbone, device: torch.device) -> Backbone:

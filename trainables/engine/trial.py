@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ from trainables.engine.loop import check_finite
 from trainables.engine.optim import current_rates
 from trainables.engine.peak_memory import PeakMemory
 from trainables.engine.phase_trainer import PhaseTrainer, load_optimizer_state
-from trainables.engine.process_cache import on_device, open_store, pretrained_for
+from trainables.engine.process_cache import on_device, open_store, pretrained_for, requested_side
 from trainables.engine.registry import strategy_class
 from trainables.engine.rng_state import isolated_randomness
 from trainables.engine.trial_state import (
@@ -35,6 +37,7 @@ from trainables.engine.trial_state import (
     under_its_names,
     unpack,
 )
+from trainables.engine.tuned_network import take_weights
 from trainables.models.device import training_device
 from trainables.models.precision import resolve_precision
 from trainables.models.task_model import TaskModel
@@ -42,6 +45,7 @@ from trainables.specs.measurements import Report, split_report
 from trainables.specs.metrics import (
     FIRST_BATCH_SECONDS,
     IMAGES_PER_SECOND,
+    LAYERNORM_LAMBDA,
     PARAMETERS,
     TOTAL_SECONDS,
     TRAIN,
@@ -50,15 +54,19 @@ from trainables.specs.metrics import (
     TRAINING_IMAGES,
     UNIT_SECONDS,
     VAL,
+    WISE_ALPHA,
 )
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import RunState
+from trainables.storage.kept_predictions import SplitPredictions
 from trainables.tasks.base import TargetSpec, Task
 from trainables.tasks.registry import task_class, task_for
 
 if TYPE_CHECKING:
     from trainables.data.store import StoreLike
+    from trainables.models.low_rank import LowRankUpdate
+    from trainables.storage.kept_weights import KeptWeights
 
 
 class Trial:
@@ -99,6 +107,8 @@ class Trial:
         """What the last `step` returned; part of the state."""
         self.after_step: Callable[[], object] | None = None
         """Called after every optimiser step; `state` then is that of the middle of the unit."""
+        self.keeps_predictions = False
+        """Whether the final evaluation collects `predictions`."""
         self._store = store
         self._started = time.perf_counter() if started is None else started
         self._seconds = 0.0
@@ -114,6 +124,9 @@ class Trial:
         self._built: _Built | None = None
         self._trainer: PhaseTrainer | None = None
         self._restored: RunState | None = None
+        self._merged: LowRankUpdate | None = None
+        """Of a finished trial: what `finalize` merged into the network."""
+        self._predictions: dict[str, SplitPredictions] = {}
 
     @property
     def model(self) -> TaskModel:
@@ -186,6 +199,26 @@ class Trial:
         # A copy: callers add keys to what they get, and the result is part of the trial's state.
         return dict(self.result)
 
+    def kept_weights(self, number: int) -> KeptWeights:
+        """Weights of the trial's result; its tensors are the network's own, not copies.
+
+        Args:
+            number: of the trial in its study.
+
+        Raises:
+            RuntimeError: the trial was not finished by this process.
+        """
+        built = self._built
+        if built is None or built.plan is None or not self.finished or self.result is None:
+            raise RuntimeError("Weights are kept by the process that finishes their trial, but this one has not.")
+        return take_weights(built.model, built.pristine, self._merged, self._meta(built, number))
+
+    @property
+    def predictions(self) -> Mapping[str, SplitPredictions]:
+        """Predictions of the trial's result on validation, test and every OOD domain; empty where they were not
+        collected (`keeps_predictions`) or the task's cannot be kept."""
+        return self._predictions
+
     def state(self) -> RunState:
         """Everything that the rest of the trial depends on, between two steps or, from `after_step`, inside one."""
         # Nothing has run since `load_state`: the state is the restored one, and no network needs to be built for it.
@@ -236,6 +269,49 @@ class Trial:
         self._built = None
         self._trainer = None
         self._restored = state
+
+    def _meta(self, built: _Built, number: int) -> dict[str, Any]:
+        """What kept weights say of their trial, as JSON values."""
+        spec = self.spec
+        shared = spec.shared
+        store = built.data.store
+        backbone = built.data.backbone
+        config = backbone.data_config
+        result = self.result or {}
+        return {
+            "number": number,
+            "strategy": spec.strategy,
+            "label": spec.label or spec.strategy,
+            "config_hash": spec.config_hash,
+            "seed": spec.seed,
+            "role": spec.role,
+            "sample": spec.sample,
+            "held_out": spec.held_out,
+            "hparams": dict(spec.hparams),
+            "task": shared.task,
+            "classes": list(store.classes),
+            "model": dataclasses.asdict(shared.model),
+            "pretrained_digest": backbone.digest,
+            "requested_image_size": requested_side(shared.model, shared.image_size, store.image_size),
+            "image_size": config.image_size,
+            "stored_image_size": store.image_size,
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": config.interpolation,
+            "crop_pct": config.crop_pct,
+            "interpolated": interpolation_of(result),
+            "store_digest": store.digest,
+            "result": flat_metrics(result),
+        }
+
+    def _collect(self, split: str, outputs: Tensor, targets: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        assert self._built is not None
+        self._predictions[split] = SplitPredictions(
+            names=self._built.data.names(split),
+            targets=targets.numpy(),
+            outputs=outputs.numpy(),
+            statistics={name: value.numpy() for name, value in statistics.items()},
+        )
 
     def _stream(self, *names: str | int) -> int:
         return stream_seed(self.spec.seed, *names)
@@ -350,8 +426,12 @@ class Trial:
             built.model.zero_grad(set_to_none=True)
         with isolated_randomness(self._stream("finalize"), self.device):
             if self.finished:
-                evaluation = final(trial)
+                collects = self.keeps_predictions and built.task.keeps_predictions
+                evaluation = final(trial, self._collect if collects else None)
                 self._once |= evaluation.report
+                self._merged = evaluation.merged
+                order = {split: index for index, split in enumerate(built.data.store.splits)}
+                self._predictions = dict(sorted(self._predictions.items(), key=lambda row: order[row[0]]))
             else:
                 evaluation = interim(trial, under_its_names(built.model, built.pristine))
         return self._metrics_of({**evaluation.report, **evaluation.curves}) | evaluation.scores
@@ -403,3 +483,19 @@ class _Built:
     def digests(self) -> dict[str, str]:
         """Of the pretrained weights and the data, for the identity of a checkpoint."""
         return {"weights": self.data.backbone.digest, "data": self.data.store.digest}
+
+
+def interpolation_of(result: Mapping[str, Any]) -> str | None:
+    """Which interpolation of weights made a finished network, by its metrics: `alpha` (WiSE-FT), `lambda`, or None.
+
+    λ = 1 and α = 1 leave the tuned weights as they are.
+    """
+    if result.get(WISE_ALPHA.name, 1.0) != 1.0:
+        return "alpha"
+    return "lambda" if result.get(LAYERNORM_LAMBDA.name, 1.0) != 1.0 else None
+
+
+def flat_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of a result, as strict JSON: None = not finite."""
+    metrics = {name: value for name, value in result.items() if isinstance(value, float)}
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import re
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +21,10 @@ from trainables.specs.redaction import redact
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import CheckpointError, RunState, load_newest, save_state
 from trainables.storage.checkpoint_store import MID_UNIT_INTERVAL_S, CheckpointStore
+from trainables.storage.kept_predictions import save_predictions
+from trainables.storage.kept_weights import save_weights
+
+log = logging.getLogger("luthier")
 
 
 class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
@@ -25,12 +32,14 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
 
     Config: `TrialSpec.to_dict()` (`shared`, `strategy`, `hparams`, `seed`, …) and the orchestrator's keys: `_number`,
     the trial's number in its study; `_checkpoints`, folder of the trial's own checkpoints (None = only where Tune asks
-    for one); `_checkpoint_seconds`, see `trainables.storage.checkpoint_store`.
+    for one); `_checkpoint_seconds`, see `trainables.storage.checkpoint_store`; with checkpoints of its own also
+    `_weights` and `_predictions`, where a finished trial keeps them (None = nowhere).
 
     Results: the metrics of `Trial.step` with `unit`, `finished` (the whole budget was used) and `done`. Resumes from
     the newest valid checkpoint and re-reports its result, in case the driver crashed before recording it. Non-retryable
     errors (`trainables.specs.errors`) are returned as a final result `{"done": True, "failure": traceback}`, so that
-    Tune does not retry. Problems with checkpoints are reported as `checkpoint_problems`.
+    Tune does not retry. Problems with checkpoints and kept files are reported as `checkpoint_problems`. The last result
+    has `weights` and `predictions`, SHA-256 and size of each, where they were kept.
 
     `setup` only keeps the config: Ray may build a second actor for a trial that then runs elsewhere. The network is
     built at the first `step`; pretrained weights and opened data stay in the process for later trials.
@@ -126,11 +135,51 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
             if self._checkpoint_store is not None:
                 fault_point("before_checkpoint")
                 if trial.finished:
+                    # Before the final checkpoint: a process that is killed in between repeats the unit and the writing.
+                    metrics |= self._keep(trial, self._checkpoint_store)
+                    trial.result = dict(metrics)
+                    fault_point("after_kept")
                     self._checkpoint_store.save_result(trial.state_without_tensors())
                 else:
                     self._checkpoint_store.save_after_unit(trial.state)
                 fault_point("after_checkpoint")
         return metrics
+
+    def _keep(self, trial: Trial, checkpoint_store: CheckpointStore) -> dict[str, Any]:
+        """Keep weights and predictions; a full or failing disk loses them, not the trial.
+
+        Returns:
+            The additional fields of the trial's result.
+
+        Raises:
+            FencedError: another process owns the trial.
+        """
+        paths = {kind: self._config.get(f"_{kind}") for kind in ("weights", "predictions")}
+        if not any(paths.values()):
+            return {}
+        number = int(self._config.get("_number", -1))
+        weights = trial.kept_weights(number)
+        meta = {key: weights.meta[key] for key in ("number", "config_hash", "seed", "task", "classes")}
+        writers: dict[str, Callable[[str], Any]] = {
+            "weights": lambda path: save_weights(path, weights),
+            "predictions": lambda path: save_predictions(path, trial.predictions, meta) if trial.predictions else None,
+        }
+        kept: dict[str, Any] = {}
+        for kind, path in paths.items():
+            if path is None:
+                continue
+            checkpoint_store.check_owner()
+            try:
+                file = writers[kind](path)
+            except (OSError, ModuleNotFoundError) as error:
+                checkpoint_store.check_owner()  # a lost token, and not the disk, where the next owner is at work
+                problem = f"No {kind} could be kept in {path}: {error}"
+                checkpoint_store.problems.append(problem)
+                log.warning("%s. The trial's result does not depend on them.", problem)
+                continue
+            if file is not None:
+                kept[kind] = dataclasses.asdict(file)
+        return kept
 
     def _built_trial(self) -> Trial:
         if self._trial is None:
@@ -167,6 +216,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
                 checkpoint_store.quarantine(path, f"{path}: {error}")
                 trial = self._new_trial()
         trial.after_step = lambda: checkpoint_store.save_after_step(trial.state)
+        trial.keeps_predictions = self._config.get("_predictions") is not None
         return trial
 
     def _take_resources(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,17 @@ class DataConfig:
     """Side of the evaluation crop as a share of the resized image's side."""
     image_size: int
     """Side of the input images in pixels."""
+
+    @property
+    def stored_size(self) -> int:
+        """Side of the square that the evaluation crop is taken from, in pixels; rounded as timm rounds it."""
+        return math.floor(self.image_size / self.crop_pct)
+
+    @property
+    def crop_rounds(self) -> bool:
+        """Whether cropping twice, to `stored_size` and to `image_size`, may differ from cropping once by a pixel."""
+        # Half the margin is a whole and even number otherwise, which commutes with rounding half to even.
+        return (self.stored_size - self.image_size) % 4 != 0
 
 
 @dataclass(frozen=True)

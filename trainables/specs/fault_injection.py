@@ -34,6 +34,9 @@ PHASES = {
     "after_checkpoint": "after a checkpoint, before the unit is reported",
     "before_event": "before the driver writes an event to the journal",
     "after_event": "after the event is synced, before any consumer reads it",
+    "in_weights": "after the tensors of kept weights, before their manifest",
+    "in_predictions": "after the rows of kept predictions, before the file has its name",
+    "after_kept": "after a trial's weights and predictions were kept, before its final checkpoint",
     "finalize": "after a trial's last unit, before its final evaluation",
 }
 FIELDS = ("trial", "unit", "step", "event", "seq")

@@ -80,17 +80,17 @@ def save_state(folder: str | Path, state: RunState) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as partial:
         # The tensors before the manifest, which holds their digest.
-        save_file({name: _portable(tensor) for name, tensor in state.tensors.items()}, partial / TENSORS)
+        save_file({name: portable(tensor) for name, tensor in state.tensors.items()}, partial / TENSORS)
         fault_point("in_checkpoint")
         manifest = {
             "format": FORMAT,
-            "sha256": _file_digest(partial / TENSORS),
+            "sha256": file_digest(partial / TENSORS),
             "bytes": (partial / TENSORS).stat().st_size,
             "state": state.meta,
         }
         # Through JSON and back: tuples become lists and integer keys strings, and the digest is of what will be read.
         plain = json.loads(json.dumps(manifest))
-        text = json.dumps({**plain, "digest": _manifest_digest(plain)}, indent=1, sort_keys=True)
+        text = json.dumps({**plain, "digest": manifest_digest(plain)}, indent=1, sort_keys=True)
         (partial / MANIFEST).write_text(text)
 
 
@@ -106,18 +106,18 @@ def load_state(folder: str | Path) -> RunState:
         version = manifest["format"]
         expected = manifest["sha256"]
         meta = manifest["state"]
-        manifest_digest = manifest.pop("digest", None)
+        digest = manifest.pop("digest", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"A checkpoint has a readable {MANIFEST}, but {source} has not: {error}") from error
     if version != FORMAT:
         raise CheckpointError(f"Checkpoints of format {FORMAT} can be read, but {source} has format {version!r}.")
-    if manifest_digest != _manifest_digest(manifest):
+    if digest != manifest_digest(manifest):
         raise CheckpointError(
             f"A checkpoint's {MANIFEST} must match its own digest, but that of {source} does not: the file is damaged. "
             "Use an earlier checkpoint."
         )
     try:
-        actual = _file_digest(source / TENSORS)
+        actual = file_digest(source / TENSORS)
         if actual != expected:
             raise CheckpointError(
                 f"A checkpoint's tensors must match their SHA-256 {expected[:12]}…, but those of {source} have "
@@ -151,15 +151,17 @@ def load_newest(folder: str | Path) -> RunState | None:
     return None
 
 
-def _portable(tensor: Tensor) -> Tensor:
-    # safetensors stores contiguous memory and refuses tensors that share it.
+def portable(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that safetensors stores: contiguous, and sharing its memory with no other tensor."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own digest, in hex."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

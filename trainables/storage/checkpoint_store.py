@@ -136,6 +136,14 @@ class CheckpointStore:
         """
         self._write(lambda: RunState({}, meta))
 
+    def check_owner(self) -> None:
+        """Raise unless this process may write files of the trial.
+
+        Raises:
+            FencedError: another process owns the trial.
+        """
+        self._check_token()
+
     def _is_due(self, interval_s: float) -> bool:
         elapsed = self._clock() - self._last_write
         return elapsed >= max(interval_s, MIN_INTERVAL_FACTOR * self._write_seconds) or self._is_requested()

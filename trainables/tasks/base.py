@@ -108,6 +108,8 @@ class Task(ABC):
     """Row of the metric table; its `task` is the task's name."""
     label_smoothing: ClassVar[bool] = False
     """Whether `loss` knows label smoothing. Where it does not, a strategy that asks for it is refused."""
+    keeps_predictions: ClassVar[bool] = False
+    """Whether a trial's predictions can be kept: outputs are (N, K), targets integers (N,)."""
 
     def __init__(self, targets: TargetSpec) -> None:
         self.targets = targets

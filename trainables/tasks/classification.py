@@ -28,6 +28,7 @@ class Classification(Task):
 
     metrics: ClassVar[TaskMetrics] = CLASSIFICATION
     label_smoothing: ClassVar[bool] = True
+    keeps_predictions: ClassVar[bool] = True
 
     def build_model(self, backbone: Backbone, seed: int) -> TaskModel:
         """A copy of the backbone under a linear head, see `new_classifier`."""

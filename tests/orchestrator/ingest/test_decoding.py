@@ -19,11 +19,11 @@ CRASHER = """
 import sys
 from orchestrator.ingest import worker
 real = worker.decode
-def decode(data, side, interpolation):
+def decode(data, *square):
     if b"CRASH" in data:
         import os, signal
         os.kill(os.getpid(), signal.SIGSEGV)
-    return real(data, side, interpolation)
+    return real(data, *square)
 worker.decode = decode
 worker.main()
 """

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from orchestrator.ingest.images import INTERPOLATIONS, BadImageError, decode
+from orchestrator.ingest.images import INTERPOLATIONS, BadImageError, decode, square
 from tests.orchestrator.ingest.pictures import encoded, picture, png_claiming
 
 
@@ -31,6 +31,17 @@ class TestPlainPictures:
         decoded = decode(encoded(image), 24, interpolation)
         assert np.array_equal(decoded.pixels, np.asarray(reference(image)))
         assert (decoded.width, decoded.height, decoded.format, decoded.notes) == (*size, "PNG", ())
+
+    @pytest.mark.parametrize(("side", "crop"), [(33, 32), (34, 32), (35, 32), (36, 32), (235, 224), (40, 40)])
+    def test_cropped_again_it_is_what_one_crop_gives(self, side: int, crop: int) -> None:
+        """Two crops in a row round twice: of 47 x 33 pixels the crop of 32 would lie one pixel to the left."""
+        for number, long in enumerate(range(side, side + 20)):
+            for size in ((long, side), (side, long)):
+                image = picture(number, *size)
+                stored = square(image, side, "bilinear", crop)
+                assert stored.size == (side, side)
+                once = transforms.CenterCrop(crop)(image)
+                assert np.array_equal(np.asarray(transforms.CenterCrop(crop)(stored)), np.asarray(once)), size
 
     def test_an_image_of_the_requested_size_is_unchanged(self) -> None:
         image = picture(2, 16, 16)

@@ -1,0 +1,397 @@
+"""`luthier export`: the model of one trial of a study, as a folder that needs neither the study nor Luthier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+
+from orchestrator.commands.status import find_study, read_journal
+from orchestrator.errors import Problem, StudyError
+from orchestrator.export.card import CardFacts, Score
+from orchestrator.export.errors import ExportError, RefusedExportError
+from orchestrator.export.export import Exported, TunedModel, check_target, export_model
+from orchestrator.export.formats import BACKBONE
+from orchestrator.ingest.errors import DataError
+from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.records import TrialRecord, fold, metrics_of, validation_score
+from orchestrator.results.leaderboard import mean_interval, reported_trials
+from orchestrator.results.study_results import Results
+from orchestrator.wording import counted
+from trainables.data.store import MANIFEST, Store, StoreError
+from trainables.data.transforms import BatchTransform
+from trainables.engine.tuned_network import HEAD, tuned_network
+from trainables.models.backbone import DataConfig, load_pretrained
+from trainables.models.low_rank import LowRankUpdate
+from trainables.models.task_model import TaskModel
+from trainables.specs.metrics import TEST, TaskMetrics, ood
+from trainables.specs.trial_spec import ModelSpec
+from trainables.storage.checkpoint_format import bitwise_equal
+from trainables.storage.kept_weights import KeptWeights, WeightsError, load_weights
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.study_file.schema import StudySpec
+
+BATCH = 256
+"""Pictures per forward pass of the comparison with the record, as in a trial's evaluation."""
+RECORD_TOLERANCE = 0.01
+"""Share of test pictures whose class may differ from the recorded accuracy: trials on a GPU compute in bfloat16, this
+comparison in float32. On the CPU none differs."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The trial that is exported, and why."""
+
+    record: TrialRecord
+    reason: str
+
+
+@dataclass(frozen=True)
+class StudyExport:
+    """Outcome of the command."""
+
+    exported: Exported
+    selected: Selected
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        proof = self.exported.proof
+        return {
+            "folder": str(self.exported.folder),
+            "format": self.exported.format,
+            "trial": self.selected.record.number,
+            "label": self.selected.record.label,
+            "reason": self.selected.reason,
+            "proof": {"pictures": proof.pictures, "difference": proof.difference, "tolerance": proof.tolerance},
+        }
+
+    def render(self, console: Console) -> None:
+        """Print what was exported and how it was compared."""
+        lines = [self.selected.reason, self.exported.proof.sentence(), f"Wrote {self.exported.folder}"]
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def export_study(
+    study: Path, folder: Path, *, trial: int | None = None, entry: str | None = None, format_name: str = "timm"
+) -> StudyExport:
+    """Export the model of one trial.
+
+    Args:
+        study: study file or folder.
+        folder: to write; new or empty.
+        trial: number of a trial; None = chosen, see `select_trial`.
+        entry: label of an entry whose chosen configuration is exported; None = the study's best.
+        format_name: a key of `orchestrator.export.formats.FORMATS`.
+
+    Raises:
+        StudyError: both a trial and an entry, or one that the study does not have.
+        WeightsError: the trial's weights are not kept, or damaged.
+        DataError: the data store of the trial is gone.
+        ExportError: the network does not give the recorded accuracy, or see `export_model`.
+    """
+    check_target(folder, format_name)
+    spec, study_folder = find_study(study)
+    records = fold(read_journal(spec, study_folder))
+    selected = select_trial(records, spec, trial, entry)
+    kept = read_kept(study_folder, selected.record)
+    model = ModelSpec(**kept.meta["model"])
+    pretrained = load_pretrained(model, kept.meta["requested_image_size"])
+    if format_name == "peft":
+        check_adapter(kept, pretrained.module.state_dict())
+    store = find_store(study_folder.parent / "data", str(kept.meta["store_digest"]))
+    network = tuned_network(kept, pretrained)
+    metrics = metrics_of(spec)
+    preprocessing = preprocessing_of(kept)
+    sentence = compare_with_record(network, store, preprocessing, selected.record, metrics)
+    tuned = TunedModel(
+        network=network,
+        spec=model,
+        preprocessing=preprocessing,
+        classes=list(kept.meta["classes"]),
+        facts=card_facts(spec, kept, selected, records, store, network),
+        pictures=np.asarray(store.images(TEST)),
+        update=update_of(kept),
+        pretrained=pretrained.module,
+        proof=[sentence],
+    )
+    return StudyExport(export_model(tuned, folder, format_name), selected)
+
+
+def select_trial(
+    records: Sequence[TrialRecord], spec: StudySpec, trial: int | None = None, entry: str | None = None
+) -> Selected:
+    """The trial that is exported.
+
+    Of the configuration that the study's selection rule chooses (over all entries or in one), the confirmed trial whose
+    validation score is the median over the seeds, the lower one of two; without confirmed trials the search trial.
+
+    Raises:
+        StudyError: both a trial and an entry, or one that the study does not have.
+        ValueError: no trial is complete.
+    """
+    if trial is not None and entry is not None:
+        raise _usage("trial", "give either --trial or --entry, but got both.")
+    if trial is not None:
+        return _numbered(records, trial)
+    labels = [strategy.label for strategy in spec.strategies]
+    if entry is not None and entry not in labels:
+        raise _usage("entry", f"an entry of this study is one of {', '.join(labels)}, but got {entry!r}.")
+    results = Results(records, spec)
+    choice = results.best(results.rule, entry)
+    metrics = metrics_of(spec)
+    among = f"entry {choice.record.label}" if entry is not None else f"all entries, of {choice.record.label},"
+    reported = [r for r in reported_trials(records, choice.record.config_hash) if r.role == "confirm"]
+    scored = [(score, r) for r in reported if (score := validation_score(r, metrics)) is not None]
+    if not scored:
+        return Selected(
+            choice.record,
+            f"Trial {choice.record.number}: the search trial that the rule {choice.rule} chooses among {among} whose "
+            "configuration was not confirmed on fresh seeds.",
+        )
+    ordered = sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
+    value, median = ordered[(len(ordered) - 1) // 2]
+    text = metrics.selection.text
+    return Selected(
+        median,
+        f"Trial {median.number}: of the {counted(len(ordered), 'confirmed seed')} of the configuration that the rule "
+        f"{choice.rule} chooses among {among} the median on validation, {text(value)} "
+        f"(all: {', '.join(text(score) for score, _ in ordered)}).",
+    )
+
+
+def read_kept(study_folder: Path, record: TrialRecord) -> KeptWeights:
+    """The kept weights of a trial.
+
+    Raises:
+        WeightsError: none are kept, or they are damaged or not those of the record.
+    """
+    folder = weights_folder(study_folder, record.number)
+    if not folder.is_dir():
+        raise WeightsError(
+            f"An export needs a trial's kept weights, but trial {record.number} ({record.label}, {record.role}) has "
+            f"none in {folder}. `keep: all` keeps those of every trial; the default keeps each entry's best search "
+            "trial and every confirmed trial."
+        )
+    kept = load_weights(folder)
+    if kept.meta["config_hash"] != record.config_hash or kept.meta["seed"] != record.seed:
+        raise WeightsError(f"{folder} must hold the weights of trial {record.number}, but holds those of another one.")
+    return kept
+
+
+def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> None:
+    """Refuse peft for weights that no adapter gives, before anything is computed.
+
+    Args:
+        pristine: the pretrained tensors, by the backbone's names.
+
+    Raises:
+        RefusedExportError: the trial has no low-rank update, or its weights were interpolated after it.
+    """
+    interpolated = kept.meta.get("interpolated")
+    if interpolated is not None:
+        raise RefusedExportError(
+            f"A peft adapter is added to the pretrained weights, but those of trial {kept.meta['number']} were "
+            f"interpolated after training ({interpolated}), which no adapter expresses. Use --format timm, merged."
+        )
+    rest = [
+        name
+        for name, value in kept.tensors.items()
+        if not name.startswith(HEAD) and not bitwise_equal(value, pristine.get(name.removeprefix(BACKBONE)))
+    ]
+    if not kept.adapter or rest:
+        raise RefusedExportError(
+            f"A peft adapter holds low-rank updates and the head, but trial {kept.meta['number']} "
+            f"({kept.meta['strategy']}) tuned {'other tensors' if rest else 'the head alone'}"
+            f"{f', such as {rest[0]}' if rest else ''}. Use --format timm."
+        )
+
+
+def update_of(kept: KeptWeights) -> LowRankUpdate | None:
+    """The low-rank update of a trial, where one gives its weights."""
+    adapter = kept.meta.get("adapter")
+    if adapter is None:
+        return None
+    return LowRankUpdate(adapter["r"], adapter["alpha"], tuple(adapter["targets"]), kept.adapter)
+
+
+def preprocessing_of(kept: KeptWeights) -> DataConfig:
+    """Preprocessing of a trial: the crop share is that of its data store, whatever the network's own is."""
+    meta = kept.meta
+    side = int(meta["image_size"])
+    stored = int(meta["stored_image_size"])
+    crop_pct = float(meta["crop_pct"])
+    if math.floor(side / crop_pct) != stored:
+        crop_pct = side / stored
+        # A quotient that was rounded up would give one pixel less.
+        while math.floor(side / crop_pct) < stored:
+            crop_pct = math.nextafter(crop_pct, 0.0)
+    mean, std = (tuple(float(value) for value in meta[name]) for name in ("mean", "std"))
+    return DataConfig(
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        interpolation=str(meta["interpolation"]),
+        crop_pct=crop_pct,
+        image_size=side,
+    )
+
+
+def find_store(stores: Path, digest: str) -> Store:
+    """The data store with a digest.
+
+    Raises:
+        DataError: it is gone or damaged.
+    """
+    for manifest in sorted(stores.glob(f"*/{MANIFEST}")):
+        store = Store(manifest.parent)
+        try:
+            if store.digest == digest:
+                store.verify()
+                return store
+        except StoreError as error:
+            raise DataError(str(error)) from error
+    raise DataError(
+        f"An export is compared with the record on the test pictures of its data store, of SHA-256 {digest[:12]}…, but "
+        f"{stores} has no such store. `luthier run` reads the data again, if they have not changed."
+    )
+
+
+@torch.no_grad()
+def compare_with_record(
+    network: TaskModel, store: Store, preprocessing: DataConfig, record: TrialRecord, metrics: TaskMetrics
+) -> str:
+    """Compare the network's accuracy on the test split with the recorded one; the comparison in a sentence.
+
+    Raises:
+        ExportError: they differ.
+    """
+    transform = BatchTransform(preprocessing.mean, preprocessing.std, preprocessing.image_size, ())
+    pixels = store.images(TEST)
+    labels = torch.tensor(store.labels(TEST))
+    starts = range(0, len(pixels), BATCH)
+    logits = torch.cat([network(transform(torch.tensor(pixels[start : start + BATCH]))) for start in starts])
+    right = int((logits.argmax(1) == labels).sum())
+    recorded = record.metric(metrics.test)
+    if recorded is None:
+        return f"{right} of {len(labels)} test pictures are classified right; the record has no {metrics.test}."
+    expected = round(recorded * len(labels))
+    allowed = math.ceil(RECORD_TOLERANCE * len(labels))
+    if abs(right - expected) > allowed:
+        raise ExportError(
+            f"A trial's weights must give the recorded {metrics.test} of {recorded:.4f} ({expected} of {len(labels)}), "
+            f"but they classify {right} right. Nothing was written."
+        )
+    return (
+        f"The tested network classifies {right} of {len(labels)} test pictures right; the record's {metrics.test} of "
+        f"{recorded:.4f} is {expected}."
+    )
+
+
+def card_facts(
+    spec: StudySpec,
+    kept: KeptWeights,
+    selected: Selected,
+    records: Sequence[TrialRecord],
+    store: Store,
+    network: TaskModel,
+) -> CardFacts:
+    """Facts for the model card."""
+    meta = kept.meta
+    metrics = metrics_of(spec)
+    source = dict(getattr(network.backbone, "pretrained_cfg", {}) or {})
+    model = ModelSpec(**meta["model"])
+    origin = f" from {source['origin_url']}" if source.get("origin_url") else ""
+    pretrained = f"{model.name}{origin}" if model.pretrained else f"none: {model.name} from random weights"
+    if model.weights is not None:
+        pretrained = f"{model.name}, weights of {Path(model.weights).name}"
+    return CardFacts(
+        study=spec.name,
+        trial=selected.record.number,
+        label=selected.record.label,
+        strategy=selected.record.strategy,
+        choice=selected.reason,
+        hparams=dict(meta["hparams"]),
+        seed=int(meta["seed"]),
+        scores=scores_of(selected.record, records, store, metrics),
+        data_digest=str(meta["store_digest"]),
+        pretrained=pretrained,
+        pretrained_digest=str(meta["pretrained_digest"]),
+        licence=source.get("license") if model.weights is None else None,
+        limits=_limits(kept, selected.record, store),
+    )
+
+
+def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store, metrics: TaskMetrics) -> list[Score]:
+    """Selection metric of the exported trial on every split, with Wilson's 95 % interval over the pictures where it is
+    a share; and its mean over the configuration's seeds on ID test."""
+    scores = []
+    validation = validation_score(record, metrics)
+    if validation is not None:
+        scores.append(_score(metrics.validation, validation, len(store.labels("val")), metrics))
+    splits = {metrics.test: TEST}
+    splits |= {metrics.of_domain(name): ood(name) for name in metrics.domains(record.metrics)}
+    for name, split in splits.items():
+        value = record.metric(name)
+        if value is not None and split in store.splits:
+            scores.append(_score(name, value, len(store.labels(split)), metrics))
+    seeds = [r.metric(metrics.test) for r in reported_trials(records, record.config_hash) if r.role == "confirm"]
+    values = [value for value in seeds if value is not None]
+    if len(values) > 1:
+        mean, half = mean_interval(values)
+        text = f"{metrics.selection.text(mean, half)} (mean of {len(values)} seeds, 95 % interval over seeds)"
+        scores.append(Score(metrics.test, text, len(store.labels(TEST))))
+    return scores
+
+
+def _score(name: str, value: float, samples: int, metrics: TaskMetrics) -> Score:
+    text = metrics.selection.text(value)
+    if 0 <= value <= 1 and samples:
+        interval = binomtest(round(value * samples), samples).proportion_ci(method="wilson")
+        text += f" (95 % interval over pictures: {interval.low:.3f} to {interval.high:.3f})"
+    return Score(name, text, samples)
+
+
+def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
+    limits = [
+        "The numbers hold for pictures like those of the study's test split and OOD domains. Nothing was measured on "
+        "others, and a picture of none of the classes gets one of them all the same.",
+        "The intervals of single splits are over pictures; they do not cover training again with another seed.",
+    ]
+    if record.role != "confirm":
+        limits.append("The trial was chosen for its validation score, which is therefore too high on average.")
+    interpolated = kept.meta.get("interpolated")
+    if interpolated is not None:
+        limits.append(f"Its weights are an interpolation between the pretrained and the tuned ones ({interpolated}).")
+    few = [f"{name} ({count})" for name, count in _training_counts(store).items() if count < 10]
+    if few:
+        limits.append(f"Classes with fewer than ten training pictures: {', '.join(few)}.")
+    return limits
+
+
+def _training_counts(store: Store) -> dict[str, int]:
+    counts = np.bincount(store.labels("train"), minlength=len(store.classes))
+    return {name: int(count) for name, count in zip(store.classes, counts, strict=True)}
+
+
+def _numbered(records: Sequence[TrialRecord], number: int) -> Selected:
+    record = next((r for r in records if r.number == number), None)
+    if record is None:
+        last = max((r.number for r in records), default=None)
+        numbers = "it has none" if last is None else f"they are 0 to {last}"
+        raise _usage("trial", f"the study has no trial {number}; {numbers}.")
+    if record.state != "complete":
+        raise _usage("trial", f"trial {number} must be complete, but it is {record.state}.")
+    return Selected(record, f"Trial {number} ({record.label}, {record.role}): asked for by its number.")
+
+
+def _usage(option: str, text: str) -> StudyError:
+    return StudyError([Problem((option,), text)], "The command", "cannot export")

@@ -1,0 +1,144 @@
+"""The model card: what a model is, what its numbers stand on, and what its format cannot say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainables.models.backbone import DataConfig
+
+UNKNOWN_LICENCE = "not stated by timm's table of weights; see where the weights come from before you pass them on"
+
+PIXEL_RULES = (
+    "A picture is turned upright by its EXIF orientation.",
+    "Transparency is composited on white.",
+    "16-bit values are scaled by v / 257, not clipped.",
+    "Of an animation the first frame is used; CMYK is converted to RGB.",
+)
+"""How pictures become RGB in training and in `luthier predict`: no setting of timm can say it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of the record."""
+
+    name: str
+    """Recorded name, such as `test/acc`."""
+    value: str
+    """As text, with its unit and, where there is one, its interval."""
+    samples: int | None = None
+    """Pictures behind it; None = unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """Facts about a model that its tensors do not hold. Everything is text of a study, so untrusted."""
+
+    study: str
+    trial: int | None
+    label: str
+    strategy: str
+    choice: str
+    """Why this trial and no other, in a sentence."""
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    scores: Sequence[Score] = ()
+    data_digest: str = ""
+    pretrained: str = ""
+    """Name and origin of the pretrained weights."""
+    pretrained_digest: str = ""
+    licence: str | None = None
+    """Of the pretrained weights; None = unknown."""
+    limits: Sequence[str] = ()
+    """Sentences on what the numbers do not show."""
+
+
+def render_card(
+    facts: CardFacts, classes: Sequence[str], preprocessing: DataConfig, usage: str, proof: Sequence[str]
+) -> str:
+    """The card as Markdown, with the front matter that model hubs read.
+
+    Args:
+        usage: Python code that loads the model, of its format.
+        proof: sentences on the comparisons that were made when it was exported.
+    """
+    lines = [
+        "---",
+        "tags:",
+        "- image-classification",
+        "- timm",
+        "- luthier",
+        "pipeline_tag: image-classification",
+        "library_name: timm",
+        "license: other",
+        "---",
+        f"# {_text(facts.study)}: {_text(facts.label)}",
+        "",
+        f"{_text(facts.choice)}",
+        "",
+        *_section("Model", _model_lines(facts)),
+        *_section("Classes", [f"{index}. {_text(name)}" for index, name in enumerate(classes)], bullet=""),
+        *_section("Pictures", _pixel_lines(preprocessing)),
+        *_scores(facts.scores),
+        *_section("Comparisons at export", proof),
+        *_section("Limits", [_text(limit) for limit in facts.limits]),
+        "## Use",
+        "",
+        "```python",
+        usage.strip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _model_lines(facts: CardFacts) -> list[str]:
+    hparams = json.dumps(dict(facts.hparams), sort_keys=True, ensure_ascii=False)
+    trial = "none" if facts.trial is None else str(facts.trial)
+    seed = "unknown" if facts.seed is None else str(facts.seed)
+    return [
+        f"Strategy: {_text(facts.strategy)}",
+        f"Trial: {trial}, seed {seed}",
+        f"Hyperparameters: {_code(hparams)}",
+        f"Pretrained weights: {_text(facts.pretrained or 'unknown')}",
+        f"SHA-256 of the pretrained network: {_code(facts.pretrained_digest or 'unknown')}",
+        f"Licence of the pretrained weights: {_text(facts.licence or UNKNOWN_LICENCE)}",
+        f"SHA-256 of the training data: {_code(facts.data_digest or 'unknown')}",
+    ]
+
+
+def _pixel_lines(preprocessing: DataConfig) -> list[str]:
+    stored = preprocessing.stored_size
+    side = preprocessing.image_size
+    return [
+        *PIXEL_RULES,
+        f"The shorter side is resized to {stored} pixels ({preprocessing.interpolation}), and the centre square of "
+        f"{side} pixels is cropped.",
+        f"Normalised by mean {list(preprocessing.mean)} and standard deviation {list(preprocessing.std)}.",
+        "The first two rules are not part of timm's settings: another program has to follow them itself.",
+    ]
+
+
+def _scores(scores: Sequence[Score]) -> list[str]:
+    if not scores:
+        return []
+    rows = [f"| {_code(s.name)} | {_text(s.value)} | {'' if s.samples is None else s.samples} |" for s in scores]
+    return ["## Numbers of the record", "", "| metric | value | pictures |", "|---|---|---|", *rows, ""]
+
+
+def _section(title: str, lines: Sequence[str], bullet: str = "- ") -> list[str]:
+    if not lines:
+        return []
+    return [f"## {title}", "", *(f"{bullet}{line}" for line in lines), ""]
+
+
+def _text(text: str) -> str:
+    """One line of Markdown that shows the text as it is: it may hold names of files, which are untrusted."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"

@@ -1,0 +1,148 @@
+"""Pictures to predict: which there are, in which order, and their pixels as the training data store would hold them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.ingest.decoding import DecodeJob, decode_all
+from orchestrator.ingest.errors import DataError, existing, first_few, printable
+from orchestrator.ingest.folder import EXTENSIONS, FolderSource, walk
+from orchestrator.ingest.source import Sample, SkippedEntry
+from trainables.models.backbone import DataConfig
+
+CHUNK_BYTES = 2**28
+"""Pixels that are decoded at a time, in a temporary file."""
+
+Progress = Callable[[int, int, int], None]
+"""Called with (pictures done, pictures in all, unreadable pictures)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that was asked for."""
+
+    name: str
+    """Its path below the folder that was given, or as it was given."""
+    location: str
+    """Absolute path."""
+
+
+@dataclass
+class Listing:
+    """The pictures of a command, each once, in their order."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    ignored: list[SkippedEntry] = field(default_factory=list)
+    """Files in folders that are no pictures by their name."""
+
+
+@dataclass(frozen=True)
+class DecodedChunk:
+    """Pictures that were decoded together."""
+
+    names: list[str]
+    """Of the readable ones, in order."""
+    pixels: NDArray[np.uint8]
+    """(n, H, H, 3), of the readable ones."""
+    unreadable: list[SkippedEntry]
+
+
+def list_pictures(paths: Sequence[Path]) -> Listing:
+    """The pictures of files and folders.
+
+    Files are taken in the order given, whatever their names end in. A folder's pictures (by the endings of
+    `orchestrator.ingest.folder.EXTENSIONS`) come in the order of their paths, compared folder by folder and code point
+    by code point, which is the same on every system. With one folder alone names are relative to it; else they begin
+    with the path as it was given. A file that is named twice is taken once.
+
+    Raises:
+        DataError: nothing at a path, no permission to list a folder, or a folder without pictures.
+    """
+    listing = Listing()
+    taken: set[str] = set()
+    for path in paths:
+        if not path.is_dir():
+            if not path.exists():
+                existing(path)
+            _add(listing, taken, os.fspath(path), path)
+            continue
+        tree = walk(existing(path), EXTENSIONS)
+        if not tree.files:
+            others = first_few(entry.name for entry in tree.ignored) or "nothing"
+            raise DataError(
+                f"A folder to predict must hold pictures, but {printable(str(path))} holds none (only {others}). "
+                f"Pictures end in {first_few(sorted(EXTENSIONS), 8)}; name other files one by one."
+            )
+        prefix = "" if len(paths) == 1 else f"{os.fspath(path).rstrip(os.sep)}/"
+        for file in tree.files:
+            _add(listing, taken, f"{prefix}{file.path}", path / file.path)
+        listing.ignored += [SkippedEntry(f"{prefix}{entry.name}", entry.reason) for entry in tree.ignored]
+    return listing
+
+
+def decoded(
+    pictures: Sequence[Picture], preprocessing: DataConfig, progress: Progress | None = None
+) -> Iterator[DecodedChunk]:
+    """Decode pictures as training's data were decoded, in processes of their own, a chunk at a time.
+
+    Raises:
+        OSError: the temporary file cannot be written.
+    """
+    side = preprocessing.stored_size
+    row_bytes = side * side * 3
+    size = max(1, CHUNK_BYTES // row_bytes)
+    unreadable = 0
+    for start in range(0, len(pictures), size):
+        chunk = _decode(pictures[start : start + size], preprocessing)
+        unreadable += len(chunk.unreadable)
+        if progress is not None:
+            progress(min(start + size, len(pictures)), len(pictures), unreadable)
+        yield chunk
+
+
+def _decode(pictures: Sequence[Picture], preprocessing: DataConfig) -> DecodedChunk:
+    side = preprocessing.stored_size
+    row_bytes = side * side * 3
+    source = FolderSource(
+        kind="folder",
+        layout="",
+        samples=[Sample(picture.name, "", "", None, picture.location) for picture in pictures],
+        digest="",
+        root=Path("/"),
+    )
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(len(pictures) * row_bytes)
+        offsets = np.arange(len(pictures), dtype=np.int64) * row_bytes
+        job = DecodeJob(side, preprocessing.interpolation, Path(file.name), offsets, preprocessing.image_size)
+        outcomes = decode_all(source, range(len(pictures)), job)
+        readable = [position for position, outcome in outcomes.items() if outcome.reason is None]
+        pixels = np.fromfile(file.name, np.uint8).reshape(-1, side, side, 3)[readable]
+    failures = [
+        SkippedEntry(pictures[position].name, outcome.reason)
+        for position, outcome in outcomes.items()
+        if outcome.reason is not None
+    ]
+    return DecodedChunk([pictures[position].name for position in readable], pixels, failures)
+
+
+def _add(listing: Listing, taken: set[str], name: str, path: Path) -> None:
+    location = os.path.abspath(path)
+    if location not in taken:
+        taken.add(location)
+        listing.pictures.append(Picture(_encodable(name), location))
+
+
+def _encodable(name: str) -> str:
+    """The name itself, escaped only where it is no valid Unicode text and no file could hold it."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return printable(name)
+    return name

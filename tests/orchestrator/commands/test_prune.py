@@ -1,0 +1,101 @@
+"""`luthier prune`: kept files go, the record says so; a running study and unfinished trials are left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from orchestrator import Study
+from orchestrator.cli import app
+from orchestrator.commands.exit_status import FAILED, OK
+from orchestrator.commands.prune import prune
+from orchestrator.record.journal import Journal, JournalError
+from orchestrator.record.kept_files import numbers_on_disk, predictions_file, weights_folder
+from orchestrator.record.records import fold
+from orchestrator.running.study_run import plain_spec
+from orchestrator.study_file.yaml_text import write_yaml
+from trainables.storage.kept_weights import KeptWeights, save_weights
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Trials 0 (search) and 1 (confirm) are complete and kept; trial 2 wrote files and was interrupted."""
+    made = Study(
+        name="s", data={"source": "digits"}, model={"name": "digits_vit"}, strategies=["full"], storage=str(tmp_path)
+    )
+    with Journal(made.folder / "journal.jsonl") as journal:
+        journal.append("study_started", study="s", spec=plain_spec(made.spec))
+        for number, role in enumerate(("search", "confirm", "search")):
+            trial_id = f"t{number}"
+            folder = weights_folder(made.folder, number)
+            file = save_weights(folder, KeptWeights({"head.bias": torch.ones(1000)}, {}, {"number": number}))
+            predictions = predictions_file(made.folder, number)
+            predictions.parent.mkdir(exist_ok=True)
+            predictions.write_bytes(b"arrow")
+            kept = {"weights": {"sha256": file.sha256, "bytes": file.bytes}}
+            journal.append("trial_suggested", trial_id=trial_id, number=number, strategy="full", role=role)
+            journal.append("trial_started", trial_id=trial_id)
+            if number < 2:
+                journal.append("result", trial_id=trial_id, unit=1, metrics={"val/acc": 0.5}, **kept)
+                journal.append("trial_finished", trial_id=trial_id, state="complete")
+    (made.folder / "study.yaml").write_text(write_yaml(plain_spec(made.spec)))
+    return made
+
+
+def records(study: Study) -> dict[int, Any]:
+    return {r.number: r for r in fold(Journal.read(study.folder / "journal.jsonl"))}
+
+
+def test_files_go_and_the_record_stays(study: Study) -> None:
+    pruned = prune(study.folder)
+    assert [(t.number, t.label, t.role) for t in pruned.trials] == [(0, "full", "search"), (1, "full", "confirm")]
+    assert pruned.bytes > 2 * 4000
+    assert numbers_on_disk(study.folder) == [2], "an unfinished trial reports its files with its result"
+    after = records(study)
+    assert [after[number].weights for number in (0, 1)] == [None, None]
+    assert [after[number].metrics for number in (0, 1)] == [{"val/acc": 0.5}] * 2
+    assert prune(study.folder).trials == ()
+
+
+def test_a_dry_run_changes_nothing(study: Study) -> None:
+    before = (study.folder / "journal.jsonl").read_bytes()
+    assert [t.number for t in prune(study.folder, dry_run=True).trials] == [0, 1]
+    assert numbers_on_disk(study.folder) == [0, 1, 2]
+    assert (study.folder / "journal.jsonl").read_bytes() == before
+
+
+def test_a_running_study_is_refused(study: Study) -> None:
+    with Journal(study.folder / "journal.jsonl"):
+        with pytest.raises(JournalError, match="A study is written by one process at a time"):
+            prune(study.folder)
+        assert [t.number for t in prune(study.folder, dry_run=True).trials] == [0, 1]
+    assert numbers_on_disk(study.folder) == [0, 1, 2]
+
+
+def test_on_the_command_line(study: Study) -> None:
+    shown = runner.invoke(app, ["prune", str(study.folder), "--dry-run"])
+    assert shown.exit_code == OK
+    assert shown.stdout.splitlines() == [
+        "  trial 0 full (search): 4 kB",
+        "  trial 1 full (confirm): 4 kB",
+        f"Would remove the weights and predictions of 2 trials, 8 kB, from {study.folder}",
+    ]
+    done = runner.invoke(app, ["prune", str(study.folder), "--json"])
+    document = json.loads(done.stdout)
+    assert (document["study"], document["dry_run"], [t["number"] for t in document["trials"]]) == ("s", False, [0, 1])
+    again = runner.invoke(app, ["prune", str(study.folder)])
+    assert again.stdout.strip() == f"No trial of s has kept weights or predictions in {study.folder}"
+
+
+def test_a_study_that_was_never_run(tmp_path: Path, study: Study) -> None:
+    (study.folder / "journal.jsonl").unlink()
+    result = runner.invoke(app, ["prune", str(study.folder)])
+    assert result.exit_code == FAILED
+    assert "has no journal at" in result.stderr

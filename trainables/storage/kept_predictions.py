@@ -1,0 +1,104 @@
+"""Kept predictions of a finished trial: outputs and targets of every evaluated sample, as one Arrow IPC file.
+
+Rows are in the order of the data store, split by split: `split` (dictionary of strings: `val`, `test`, `ood/<domain>`),
+`name` (string), `target` (int64), `output` (fixed-size list of K float32), and `stat/<key>` for each statistic of a
+sample (`trainables.tasks.base.MetricAccumulator.per_sample`). The schema's metadata name the trial. Written atomically.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainables.specs.fault_injection import fault_point
+from trainables.storage.atomic_files import atomic_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATISTIC = "stat/"
+"""Beginning of the names of the samples' statistics."""
+
+
+@dataclass(frozen=True)
+class SplitPredictions:
+    """Predictions on the N samples of one split, in the store's order."""
+
+    names: Sequence[str]
+    targets: NDArray[np.int64]
+    """(N,)"""
+    outputs: NDArray[np.float32]
+    """(N, K), for classification logits."""
+    statistics: Mapping[str, NDArray[Any]]
+    """(N,) or (N, m), by name."""
+
+
+@dataclass(frozen=True)
+class PredictionsFile:
+    """Identity of stored predictions, for the study's record."""
+
+    sha256: str
+    """Of the file, in hex."""
+    bytes: int
+
+
+def save_predictions(
+    path: str | Path, splits: Mapping[str, SplitPredictions], meta: Mapping[str, Any]
+) -> PredictionsFile:
+    """Write predictions atomically, in place of those of an earlier attempt.
+
+    Args:
+        splits: by name, in the order of the rows.
+        meta: of the trial, for the schema's metadata; values that are no strings are stored as JSON.
+
+    Raises:
+        OSError: the disk refused a write.
+        ModuleNotFoundError: pyarrow is not installed.
+    """
+    import pyarrow as pa
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of an attempt whose process was killed
+        leftover.unlink(missing_ok=True)
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
+    table = _table(splits).replace_schema_metadata(metadata)
+    with atomic_file(target) as partial:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        fault_point("in_predictions")
+        content = partial.read_bytes()
+    return PredictionsFile(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def _table(splits: Mapping[str, SplitPredictions]) -> pa.Table:
+    import pyarrow as pa
+
+    counts = [len(split.targets) for split in splits.values()]
+    codes = np.repeat(np.arange(len(splits), dtype=np.int32), counts)
+    columns: dict[str, Any] = {
+        "split": pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(list(splits), pa.string())),
+        "name": pa.array([name for split in splits.values() for name in split.names], pa.string()),
+        "target": pa.array(np.concatenate([split.targets for split in splits.values()]), pa.int64()),
+        "output": _rows(np.concatenate([split.outputs for split in splits.values()])),
+    }
+    for key in next(iter(splits.values())).statistics:
+        columns[f"{STATISTIC}{key}"] = _rows(np.concatenate([split.statistics[key] for split in splits.values()]))
+    return pa.table(columns)
+
+
+def _rows(values: NDArray[Any]) -> pa.Array:
+    """An array of N numbers, or of N fixed-size lists."""
+    import pyarrow as pa
+
+    flat = pa.array(values.reshape(-1))
+    if values.ndim == 1:
+        return flat
+    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))

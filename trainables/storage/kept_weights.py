@@ -1,0 +1,157 @@
+"""Kept weights of a finished trial: what differs from the pretrained network, with digests.
+
+    <study>/weights/trial-0007/tensors.safetensors   tensors `tensors/<name>` and `adapter/<name>`
+                               manifest.json         format, SHA-256 and size of the former, `meta`, own digest
+
+The folder is written atomically, so one that has its final name is complete; damage done later is detected by the
+digests. No pickle. `trainables.engine.tuned_network` takes these out of a network and puts them back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainables.specs.fault_injection import fault_point
+from trainables.storage.atomic_files import atomic_folder
+from trainables.storage.checkpoint_format import MANIFEST, TENSORS, file_digest, manifest_digest, portable
+
+FORMAT = 1
+PARTS = ("tensors", "adapter")
+"""First parts of the stored names."""
+
+
+class WeightsError(ValueError):
+    """Kept weights are missing, damaged, of another format, or of another network."""
+
+
+@dataclass(frozen=True)
+class KeptWeights:
+    """Weights of one finished trial, without the pretrained network that they belong to."""
+
+    tensors: Mapping[str, Tensor]
+    """By state-dict name of the trial's model (`backbone.…`, `head.…`): everything that differs from the pretrained
+    network, the whole head and every buffer of BatchNorm. Weights that merging `adapter` gives are left out."""
+    adapter: Mapping[str, Tensor]
+    """Low-rank updates before merging, by module path: `<path>.lora_A` (r, in) and `<path>.lora_B` (out, r). Empty
+    where `tensors` holds everything."""
+    meta: Mapping[str, Any]
+    """JSON values: the trial, its network, its preprocessing and its result; see
+    `trainables.engine.trial.Trial.kept_weights`."""
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """Identity of stored weights, for the study's record."""
+
+    sha256: str
+    """Of the tensors, in hex."""
+    bytes: int
+    """Size of the tensors."""
+
+
+def save_weights(folder: str | Path, weights: KeptWeights) -> WeightsFile:
+    """Write weights atomically, in place of those of an earlier attempt.
+
+    Raises:
+        OSError: the disk refused a write.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of an attempt whose process was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    parts = dict(zip(PARTS, (weights.tensors, weights.adapter), strict=True))
+    stored = {f"{part}/{name}": portable(value) for part, group in parts.items() for name, value in group.items()}
+    with atomic_folder(target) as partial:
+        _save_tensors(stored, partial / TENSORS)
+        fault_point("in_weights")
+        file = WeightsFile(file_digest(partial / TENSORS), (partial / TENSORS).stat().st_size)
+        manifest = {"format": FORMAT, "sha256": file.sha256, "bytes": file.bytes, "meta": weights.meta}
+        # Through JSON and back: tuples become lists and integer keys strings, and the digest is of what will be read.
+        plain = json.loads(json.dumps(manifest))
+        text = json.dumps({**plain, "digest": manifest_digest(plain)}, indent=1, sort_keys=True)
+        (partial / MANIFEST).write_text(text)
+        discard_weights(target)
+    return file
+
+
+def load_weights(folder: str | Path) -> KeptWeights:
+    """Read and verify weights; the tensors are on the CPU.
+
+    Raises:
+        WeightsError: missing, damaged, or of another format.
+    """
+    source = Path(folder)
+    manifest = _read_manifest(source)
+    try:
+        actual = WeightsFile(file_digest(source / TENSORS), (source / TENSORS).stat().st_size)
+        expected = WeightsFile(manifest["sha256"], manifest["bytes"])
+        if actual != expected:
+            raise WeightsError(
+                f"Kept weights must match their SHA-256 {str(expected.sha256)[:12]}… and size {expected.bytes}, but "
+                f"{source / TENSORS} has {actual.sha256[:12]}… and {actual.bytes} bytes: the file is damaged. Restore "
+                "it from a copy, or train the configuration again."
+            )
+        stored = load_file(source / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"Kept weights have a readable {TENSORS}, but {source} has none ({error}).") from error
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for name, tensor in stored.items():
+        part, _, rest = name.partition("/")
+        if part not in parts:
+            raise WeightsError(f"Kept tensors belong to {' or '.join(PARTS)}, but {source} has one named {name!r}.")
+        parts[part][rest] = tensor
+    return KeptWeights(parts["tensors"], parts["adapter"], manifest["meta"])
+
+
+def discard_weights(folder: str | Path) -> None:
+    """Remove weights, if there are any; in one step, so that no half of them is left under their name."""
+    target = Path(folder)
+    hidden = target.with_name(f".{target.name}-discarded-{os.getpid()}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        os.rename(target, hidden)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # safetensors' own type for a full or failing disk
+        raise OSError(str(error)) from error
+
+
+def _read_manifest(source: Path) -> dict[str, Any]:
+    """The verified manifest without its digest."""
+    path = source / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+        digest = manifest.pop("digest", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(
+            f"Kept weights are a folder with {TENSORS} and {MANIFEST}, but {source} is none "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if version != FORMAT:
+        raise WeightsError(
+            f"Kept weights of format {FORMAT} can be read, but {source} has format {version!r}. Use the Luthier that "
+            "wrote them."
+        )
+    if digest != manifest_digest(manifest) or not isinstance(manifest.get("meta"), dict):
+        raise WeightsError(
+            f"{path} must match its own digest, but it does not: the file is damaged. Restore it from a copy, or train "
+            "the configuration again."
+        )
+    return manifest
