@@ -108,7 +108,7 @@ class TestShown:
             "Chosen by id_val.",
             "Measured beside accuracy: shift, distortion of each trial.",
             "Disk: about 5 MB for data and records, and a few checkpoints per trial.",
-            "Kept (keep: best): at most 447 MB of weights and predictions, of each entry's best search trial and every "
+            "Kept (keep: best): at most 224 MB of weights and predictions, of each entry's best search trial and every "
             "confirmed trial.",
             f"Study folder: {plan.folder}",
         ]
