@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import Study
 from orchestrator.cluster.connection import connect
-from orchestrator.results.leaderboard import mean_interval, reported_trials
+from orchestrator.results.intervals import mean_interval
+from orchestrator.results.selection import reported_trials
 from orchestrator.study_file.load import load_study
 
 if TYPE_CHECKING:

@@ -155,14 +155,14 @@ def status(context: typer.Context, study: StudyFileOrFolder = Path("study.yaml")
 
 @app.command()
 def results(context: typer.Context, study: StudyFileOrFolder = Path("study.yaml")) -> None:
-    """Show leaderboard, findings and warnings, from the journal alone; with --json also every trial."""
+    """Show leaderboard, findings and warnings, from the study's folder alone; with --json also every trial."""
     from orchestrator.commands.status import find_study, read_journal
     from orchestrator.record.records import fold, measurements
     from orchestrator.results.study_results import Results
 
     spec, folder = find_study(study)
     events = read_journal(spec, folder)
-    study_results = Results(fold(events), spec, measurements=measurements(events))
+    study_results = Results(fold(events), spec, measurements=measurements(events), folder=folder)
     context.obj.result({**study_results.to_dict(), "folder": str(folder)}, study_results.render)
 
 
@@ -180,7 +180,7 @@ def report(
 
     spec, folder = find_study(study)
     file = output or folder / REPORT
-    write_report(read_journal(spec, folder), file)
+    write_report(read_journal(spec, folder), file, folder)
     sentence = f"Wrote {file}"
     context.obj.result({"report": str(file)}, lambda console: console.print(sentence, markup=False, soft_wrap=True))
 

@@ -133,14 +133,14 @@ class Study:
         from orchestrator.record.records import fold, measurements
         from orchestrator.results.study_results import Results
 
-        return Results(fold(events), self.spec, measurements=measurements(events))
+        return Results(fold(events), self.spec, measurements=measurements(events), folder=self.folder)
 
     def _report(self, events: list[Event]) -> None:
         """Write the HTML page; failing to do so is only a warning, because the study's results are complete."""
         from orchestrator.report.page import REPORT, write_report
 
         try:
-            write_report(events, self.folder / REPORT)
+            write_report(events, self.folder / REPORT, self.folder)
         except Exception as error:
             logger.warning(
                 "The report was not written (%s: %s). To write it again: luthier report %s",

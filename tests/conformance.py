@@ -46,7 +46,12 @@ AT_THE_END = {
 }
 DIAGNOSED = ("distortion/", "change/", "ln_shift/", "bn_shift/", "cka/", "grad_norm/")
 """First parts of the names that the base's own diagnostics report; which ones depends on the network."""
-ONCE = {"cost/trainable_parameters", "cost/training_images", "cost/total_seconds", "cost/first_batch_seconds"}
+ONCE = {
+    "cost/parameters", "cost/trainable_parameters", "cost/training_images", "cost/total_seconds",
+    "cost/first_batch_seconds",
+}  # fmt: skip
+PEAKS = {"cost/peak_host_bytes", "cost/peak_gpu_bytes"}
+"""Recorded once where the system reports them."""
 
 Whole = tuple[Trial, list[dict[str, Any]]]
 """A finished trial and the metrics of its units."""
@@ -286,7 +291,7 @@ class StrategyConformance:
             last = number == len(history)
             expected = EVERY_UNIT | (AT_THE_END if last else set())
             assert expected <= unit.keys()
-            extra = unit.keys() - expected - {"curves"} - (ONCE if last or number == 1 else set())
+            extra = unit.keys() - expected - {"curves"} - (ONCE | PEAKS if last or number == 1 else set())
             assert {n for n in extra if not self.is_declared(n) and not n.startswith(DIAGNOSED)} == set()
             assert unit["unit"] == number
             assert unit["finished"] is last

@@ -21,7 +21,8 @@ from orchestrator.export.formats import BACKBONE
 from orchestrator.ingest.errors import DataError
 from orchestrator.record.kept_files import weights_folder
 from orchestrator.record.records import TrialRecord, fold, metrics_of, validation_score
-from orchestrator.results.leaderboard import mean_interval, reported_trials
+from orchestrator.results.intervals import mean_interval
+from orchestrator.results.selection import reported_trials
 from orchestrator.results.study_results import Results
 from orchestrator.wording import counted
 from trainables.data.store import MANIFEST, Store, StoreError

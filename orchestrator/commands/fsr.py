@@ -16,7 +16,7 @@ from orchestrator.planning.build import make_task, references_of
 from orchestrator.planning.fsr import STRATEGY
 from orchestrator.planning.preflight import layer_kinds, preflight
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, reference_samples, suggested
-from orchestrator.results.leaderboard import mean_interval
+from orchestrator.results.intervals import mean_interval
 from orchestrator.running.study_run import StudyRun
 
 if TYPE_CHECKING:

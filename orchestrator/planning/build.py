@@ -172,11 +172,22 @@ def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[
     if rule == "leave_one_domain_out":
         domains = tuple(domain for domain in store.domains if ood(domain) not in store.splits)
         stages.append(FoldStage(task, _best_by(spec, LODO_CANDIDATES, "id_val"), domains, seed))
-    if spec.confirm.top_k and spec.confirm.seeds:
-        stages.append(ConfirmStage(task, _best_by(spec, spec.confirm.top_k, rule), spec.confirm.seeds, seed))
+    count = spec.confirm.count(len(spec.strategies))
+    if count and spec.confirm.seeds:
+        alike = functools.partial(solved_in_closed_form, epochs=task.epochs)
+        stages.append(ConfirmStage(task, _best_by(spec, count, rule), spec.confirm.seeds, seed, deterministic=alike))
     if spec.diagnostics.fsr:
         stages.append(references_of(spec, task, store, spec.diagnostics.fsr))
     return stages
+
+
+def solved_in_closed_form(strategy: str, hparams: Mapping[str, Any], epochs: int) -> bool:
+    """Whether every phase of a configuration is solved, not trained, so that all seeds give the same trial."""
+    try:
+        phases = strategy_class(strategy).from_hparams(hparams).phases(epochs)
+    except ValueError:  # the trial itself will fail with this error
+        return False
+    return all(phase.solve is not None for phase in phases)
 
 
 def _best_by(spec: StudySpec, count: int, rule: str) -> Choose:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.ingest.pipeline import IngestRequest, survey
-from orchestrator.planning.build import LODO_CANDIDATES, entries_of, ingest_request
+from orchestrator.planning.build import LODO_CANDIDATES, entries_of, ingest_request, solved_in_closed_form
 from orchestrator.search.space import SearchSpace
 from orchestrator.study_file.rules import DIGITS_DOMAINS
 
@@ -44,9 +44,18 @@ def count_trials(spec: StudySpec, space: SearchSpace | None = None) -> TrialCoun
     """
     space = space or space_of(spec)
     search = spec.search.trials if space.searched else space.prescribed
-    # No more configurations can be confirmed than were searched.
-    confirm = min(spec.confirm.top_k, search) * spec.confirm.seeds
-    return TrialCounts(search, _folds(spec, search), confirm, _references(spec))
+    return TrialCounts(search, _folds(spec, search), _confirmations(spec, search), _references(spec))
+
+
+def _confirmations(spec: StudySpec, search: int) -> int:
+    """Trials of the confirmation: the best of every entry first, closed-form entries on one seed."""
+    count = min(spec.confirm.count(len(spec.strategies)), search)  # no more can be confirmed than were searched
+    if not spec.confirm.seeds:
+        return 0
+    alike = [solved_in_closed_form(entry.name, entry.fixed, spec.search.epochs) for entry in spec.strategies]
+    # Which entries are confirmed, where they are not all, and whose the runners-up are, is not known before.
+    single = sum(alike) if count >= len(alike) else 0
+    return (count - single) * spec.confirm.seeds + single
 
 
 def space_of(spec: StudySpec) -> SearchSpace:

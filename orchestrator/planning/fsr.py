@@ -116,7 +116,8 @@ class ReferenceStage:
         return self.store.fraction("train", share)
 
     def _recipe(self, history: Sequence[TrialRecord]) -> tuple[str, dict[str, Any]]:
-        best = self._best([r for r in history if r.role != "reference" and r.strategy == STRATEGY])
+        # By search trials alone: a confirmation that ends later must not change the recipe of trials that ran before.
+        best = self._best([r for r in history if r.role in ("search", "fold") and r.strategy == STRATEGY])
         label, hparams = self._default() if best is None else (best.label, dict(best.hparams))
         return label, {key: value for key, value in hparams.items() if key not in DROPPED} | PLAIN
 

@@ -14,8 +14,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.curve_plot import BLACK, GREY, PALETTE
-from orchestrator.results.leaderboard import INTERVAL, reported_trials
-from orchestrator.results.selection import Choice
+from orchestrator.results.leaderboard import ENDS
+from orchestrator.results.selection import Choice, reported_trials
 from trainables.specs.metrics import CLASSIFICATION, Metric, TaskMetrics
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def id_and_ood(rows: Sequence[Row], colour: Mapping[str, str], metrics: TaskMetr
     axes = figure.subplots()
     for row in points:
         x, y = (metric.scale * row[name] for name in names)
-        x_half, y_half = (_half(row[f"{name}{INTERVAL}"], metric) for name in names)
+        x_sides, y_sides = (_sides(row, name, metric) for name in names)
         style: dict[str, Any] = {"fmt": "o", "markersize": 7, "linewidth": 1.2, "capsize": 2}
-        axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=colour[row["label"]], label=row["label"], **style)
+        axes.errorbar(x, y, xerr=x_sides, yerr=y_sides, color=colour[row["label"]], label=row["label"], **style)
     axes.set_xlabel(f"ID test {metric.axis}")
     axes.set_ylabel(f"mean OOD {metric.axis}")
     axes.margins(0.12)
@@ -185,8 +185,12 @@ def _curve(record: TrialRecord, metrics: TaskMetrics) -> list[tuple[float, float
     return points if len(points) > 1 else []
 
 
-def _half(value: float, metric: Metric) -> float | None:
-    return metric.scale * value if math.isfinite(value) else None
+def _sides(row: Row, name: str, metric: Metric) -> list[list[float]] | None:
+    """Lengths of an interval below and above its mean, as matplotlib takes them; None without an interval."""
+    low, high = (float(row[f"{name}{suffix}"]) for suffix in ENDS)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
+    return [[metric.scale * (row[name] - low)], [metric.scale * (high - row[name])]]
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -25,7 +25,18 @@ from orchestrator.record.records import TrialRecord, fold, measurements, study_h
 from orchestrator.report import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
-from orchestrator.results.leaderboard import GAIN_TITLES, cells, describe, gains, has_gains, score_note, score_titles
+from orchestrator.results.leaderboard import (
+    COST_TITLES,
+    COUNT_TITLE,
+    GAIN_TITLES,
+    cells,
+    costs,
+    describe,
+    gains,
+    has_gains,
+    score_note,
+    score_titles,
+)
 from orchestrator.results.selection import Choice
 from orchestrator.results.study_results import Results
 from trainables.specs.metrics import TaskMetrics
@@ -46,18 +57,19 @@ WIDE = 8.0
 """Width, in inches, from which on a picture has a row of its own."""
 
 
-def write_report(events: Sequence[Event], path: Path) -> None:
+def write_report(events: Sequence[Event], path: Path, folder: Path | None = None) -> None:
     """Write the page of a study, and the folder of `path` (arguments and errors: see `report_html`)."""
-    page = report_html(events)
+    page = report_html(events, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
 
 
-def report_html(events: Sequence[Event]) -> str:
+def report_html(events: Sequence[Event], folder: Path | None = None) -> str:
     """The page of a study.
 
     Args:
         events: its journal (`orchestrator.record.journal.Journal.read`), also of a running study.
+        folder: of the study, for its predictions; None = where its journal says that it was run.
 
     Raises:
         ValueError: the journal has no study, or the study's task is unknown.
@@ -65,11 +77,14 @@ def report_html(events: Sequence[Event]) -> str:
     header = study_header(events)
     if not header:
         raise ValueError("A report needs a study, but this journal does not tell of one. Run the study first.")
-    return page_of(header, fold(events), measurements(events))
+    return page_of(header, fold(events), measurements(events), folder)
 
 
 def page_of(
-    header: Mapping[str, Any], records: Sequence[TrialRecord], measured: Mapping[str, Mapping[str, Any]]
+    header: Mapping[str, Any],
+    records: Sequence[TrialRecord],
+    measured: Mapping[str, Mapping[str, Any]],
+    folder: Path | None = None,
 ) -> str:
     """The page of a study from its folded journal.
 
@@ -77,9 +92,10 @@ def page_of(
         header: `orchestrator.record.records.study_header`.
         records: its trials, by number.
         measured: `orchestrator.record.records.measurements`.
+        folder: as `report_html`.
     """
     spec = header.get("spec") or {}
-    results = Results(records, {**spec, "name": header["study"]}, measurements=measured)
+    results = Results(records, {**spec, "name": header["study"]}, measurements=measured, folder=folder)
     table, rows, chosen = _leaderboard(results)
     script = _source("sorting.js")
     return _template().render(
@@ -109,18 +125,18 @@ def _leaderboard(results: Results) -> tuple[dict[str, Any], list[dict[Any, Any]]
     except ValueError as error:
         return {"problem": str(error)}, [], {}
     gain_titles = GAIN_TITLES if has_gains(rows) else ()
-    titles = ["strategy", "seeds", *score_titles(metrics), *gain_titles, "chosen configuration"]
+    titles = ["strategy", COUNT_TITLE, *score_titles(metrics), *gain_titles, *COST_TITLES, "chosen configuration"]
     lines = []
     for row in rows:
         label, hparams, *numbers = cells(row, metrics)
         configuration = f"trial {row['number']}: {hparams}" if row["seeds"] else "–"
-        lines.append([label, *numbers, *gains(row), configuration])
-    note = score_note(metrics)
+        lines.append([label, *numbers, *gains(row), *costs(row), configuration])
+    note = score_note(metrics, rows)
     table = {
         "titles": titles,
         "rows": lines,
         "note": f"{note[0].upper()}{note[1:]}.",
-        "line": results.regret_line(),
+        "line": f"{results.decision().sentence} {results.regret_line()}",
     }
     return table, rows, chosen
 

@@ -1,6 +1,7 @@
 """Findings of a study as sentences: pure functions on its records and measurements.
 
-Each sentence appears only where the records support it, and states where 95 % intervals do not separate two entries.
+Each sentence appears only where the records support it, and states where two entries cannot be told apart: "ahead" is
+kept for a leader that is better than every rival by paired tests over samples and seeds, adjusted for their number.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any
 from scipy.stats import kendalltau
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.comparison import Competitor, Score, certainty, competitors, overlap
+from orchestrator.results.comparison import Competitor, Score, Standing, compare, competitors, standing
 from orchestrator.results.curves import chosen_at
 from orchestrator.results.fsr import ORACLE, FsrEstimate, estimates, suggested
 from orchestrator.results.leaderboard import PROBE, relative_gain
-from orchestrator.wording import listed
+from orchestrator.results.predictions import SampleTables
 from trainables.specs.metrics import (
     CLASSIFICATION,
     COMPONENT,
@@ -45,6 +46,7 @@ def findings(
     rule: str,
     measurements: Measurements | None = None,
     metrics: TaskMetrics = CLASSIFICATION,
+    tables: SampleTables | None = None,
 ) -> list[str]:
     """All findings, the most general first.
 
@@ -52,9 +54,10 @@ def findings(
 
     Args:
         rule: the study's own selection rule.
+        tables: per-sample results; None = there are none.
     """
     try:
-        entries = competitors(records, rule, metrics)
+        entries = competitors(records, rule, metrics, tables)
     except ValueError:
         entries = []
     return [
@@ -71,35 +74,28 @@ def findings(
 
 
 def best_findings(entries: Sequence[Competitor], metrics: TaskMetrics) -> Iterator[str]:
-    """The best entry on ID test and on OOD, and the entries that its interval does not separate from it."""
-    metric = metrics.selection
+    """The best entry on ID test and on OOD, and whether it is ahead of every other one."""
     for name, where, split in (
         (metrics.test, "in distribution", "test"),
         (metrics.ood_mean, "out of distribution", "OOD mean"),
     ):
-        ranked = _ranked(entries, name, metrics)
-        if len(ranked) < 2:
-            continue
-        best, top = ranked[0]
-        second, runner_up = ranked[1]
-        lead = metric.difference(metric.score(top.mean - runner_up.mean), signed=False)
-        yield (
-            f"Best {where}: {best.label} ({split} {top.text(metric)}), {lead} ahead of {second.label} "
-            f"({runner_up.text(metric)}); {_separation(ranked)}."
-        )
+        ranked = standing(entries, name, metrics)
+        if ranked is not None:
+            yield f"Best {where}: {_lead(ranked, split, metrics)}; {ranked.clause()}."
 
 
-def _separation(ranked: Sequence[tuple[Competitor, Score]]) -> str:
-    """Clause on the entries whose intervals overlap that of the first."""
-    top = ranked[0][1]
-    if not (top.has_interval and ranked[1][1].has_interval):
-        return "one seed has no interval, so that the order may be chance"
-    near = [entry.label for entry, score in ranked[1:] if overlap(top, score)]
-    if not near:
-        return "no other 95 % interval reaches its own"
-    if len(near) == 1:
-        return f"the 95 % interval of {near[0]} overlaps its own, so that the order may be chance"
-    return f"the 95 % intervals of {listed(near)} overlap its own, so that the order may be chance"
+def _lead(ranked: Standing, split: str, metrics: TaskMetrics) -> str:
+    """The leader, the next entry, and the difference of the two."""
+    metric = metrics.selection
+    second = ranked.rivals[0]
+    difference = second.comparison.difference
+    oriented = metric.score(difference.mean)
+    lead = metric.difference(oriented, difference.half if second.comparison.over_both else math.nan, signed=False)
+    leader = f"{ranked.leader.label} ({split} {ranked.score.text(metric)}, {ranked.score.n})"
+    if ranked.ahead:
+        others = "" if len(ranked.rivals) == 1 else " of every other entry, of the next"
+        return f"{leader}, ahead{others} by {lead}: {second.entry.label} ({second.score.text(metric)})"
+    return f"{leader}, then {second.entry.label} ({second.score.text(metric)}), with a difference of {lead}"
 
 
 def gain_findings(entries: Sequence[Competitor], metrics: TaskMetrics) -> Iterator[str]:
@@ -113,7 +109,7 @@ def gain_findings(entries: Sequence[Competitor], metrics: TaskMetrics) -> Iterat
         others = [(entry, score) for entry, score in _ranked(entries, name, metrics) if entry.strategy != PROBE]
         if base is None or not base.mean or not others:
             continue
-        gains = [f"{entry.label} {_gain(score, base, metrics)}" for entry, score in others]
+        gains = [f"{entry.label} {_gain(entry, probe, name, metrics)}" for entry, _ in others]
         if len(gains) == 1:
             parts.append(f"{where} {gains[0]}")
         else:
@@ -122,12 +118,15 @@ def gain_findings(entries: Sequence[Competitor], metrics: TaskMetrics) -> Iterat
         yield f"Relative gain over linear probing ({probe.label}): {'; '.join(parts)}."
 
 
-def _gain(score: Score, base: Score, metrics: TaskMetrics) -> str:
-    text = f"{100 * relative_gain(score.mean, base.mean, metrics.selection):+.1f} %"
-    shared = overlap(score, base)
-    if shared is None:
-        return f"{text} (one seed)"
-    return f"{text} (within the intervals)" if shared else text
+def _gain(entry: Competitor, probe: Competitor, name: str, metrics: TaskMetrics) -> str:
+    """Relative gain, and whether the paired difference to the probe may be chance."""
+    score = entry.score(name)
+    base = probe.score(name)
+    comparison = compare(entry, probe, name)
+    assert score is not None
+    assert base is not None
+    assert comparison is not None
+    return f"{100 * relative_gain(score.mean, base.mean, metrics.selection):+.1f} %{comparison.mark()}"
 
 
 def _ranked(entries: Sequence[Competitor], name: str, metrics: TaskMetrics) -> list[tuple[Competitor, Score]]:
@@ -280,15 +279,22 @@ def _best_component(most: str, alone: Mapping[str, Competitor], metrics: TaskMet
         yield (
             f"Of the components trained alone, the most plastic one is also the best on the ID test: "
             f"{COMPONENTS[best]} ({top.text(metric)}), then {COMPONENTS[second]} ({runner_up.text(metric)}); "
-            f"{certainty(top, runner_up)}."
+            f"{_certainty(alone[best], alone[second], metrics)}."
         )
         return
     most_plastic = scores[most]
     if most_plastic is not None:
         yield (
             f"Of the components trained alone, {COMPONENTS[best]} is the best on the ID test ({top.text(metric)}), not "
-            f"the most plastic one, {COMPONENTS[most]} ({most_plastic.text(metric)}); {certainty(top, most_plastic)}."
+            f"the most plastic one, {COMPONENTS[most]} ({most_plastic.text(metric)}); "
+            f"{_certainty(alone[best], alone[most], metrics)}."
         )
+
+
+def _certainty(first: Competitor, second: Competitor, metrics: TaskMetrics) -> str:
+    comparison = compare(first, second, metrics.test)
+    assert comparison is not None
+    return comparison.clause()
 
 
 def trained_alone(entries: Sequence[Competitor]) -> dict[str, Competitor]:
@@ -324,10 +330,12 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None, metrics: Tas
     if reached is None:
         return ""
     full_entries = [e for e in entries if e.strategy == "full" and e.chosen.hparams.get("wise") is None]
-    full = _first_score(full_entries, metrics.test)
-    probe = _first_score([e for e in entries if e.strategy == PROBE], metrics.test)
+    full_entry = _first_with(full_entries, metrics.test)
+    probe_entry = _first_with([e for e in entries if e.strategy == PROBE], metrics.test)
+    full = full_entry.score(metrics.test) if full_entry is not None else None
+    probe = probe_entry.score(metrics.test) if probe_entry is not None else None
     head = " and, trained alone,"
-    if full is None or probe is None:
+    if full_entry is None or probe_entry is None or full is None or probe is None or alone is None:
         return f"{head} reaches {reached.text(metric)} on the ID test"
     gain = metric.score(full.mean - probe.mean)
     if gain <= 0:
@@ -335,32 +343,26 @@ def _share(entries: Sequence[Competitor], alone: Competitor | None, metrics: Tas
             f"{head} reaches {reached.text(metric)} on the ID test; full fine-tuning itself gains nothing over linear "
             f"probing ({full.text(metric)} against {probe.text(metric)}), so that there is no share of a gain to tell"
         )
-    # Also without intervals (None): a share of a difference that may be chance means nothing.
-    if overlap(full, probe) is not False:
-        return (
-            f"{head} reaches {reached.text(metric)} on the ID test; full fine-tuning's own gain over linear probing "
-            f"({metric.difference(gain)}) is within the intervals, so that there is no share of it to tell"
-        )
     reached_gain = metric.score(reached.mean - probe.mean)
     if reached_gain <= 0:
         numbers = f"ID test {reached.text(metric)} against {probe.text(metric)}"
         return f"{head} gains nothing over linear probing ({numbers})"
+    # Also without a conclusion: a share of a difference that may be chance means nothing.
+    comparison = compare(full_entry, probe_entry, metrics.test)
+    if comparison is None or not comparison.over_both or comparison.difference.contains_zero:
+        reason = comparison.mark().strip(" ()") if comparison is not None else "no value"
+        return (
+            f"{head} reaches {reached.text(metric)} on the ID test; full fine-tuning's own gain over linear probing "
+            f"({metric.difference(gain)}) is not certain ({reason}), so that there is no share of it to tell"
+        )
     share = f"{100 * reached_gain / gain:.0f} % of full fine-tuning's gain over linear probing"
     numbers = f"ID test {reached.text(metric)} against {full.text(metric)}"
-    return f"{head} reaches {share} ({numbers}; {_separated(reached, full)})"
+    return f"{head} reaches {share} ({numbers}; {_certainty(alone, full_entry, metrics)})"
 
 
-def _first_score(entries: Sequence[Competitor], name: str) -> Score | None:
-    """The score of the first entry that has the metric."""
-    scores = (entry.score(name) for entry in entries)
-    return next((score for score in scores if score is not None), None)
-
-
-def _separated(a: Score, b: Score) -> str:
-    shared = overlap(a, b)
-    if shared is None:
-        return "one seed has no interval"
-    return "their 95 % intervals overlap" if shared else "their 95 % intervals are apart"
+def _first_with(entries: Sequence[Competitor], name: str) -> Competitor | None:
+    """The first entry that has the metric."""
+    return next((entry for entry in entries if entry.score(name) is not None), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.leaderboard import mean_interval
+from orchestrator.results.intervals import mean_interval
 from trainables.specs.metrics import FSR, FSR_HIGH, FSR_LAMBDA, FSR_LOW, LN_SHIFT_LAST, TRAINING_IMAGES
 
 Floats = NDArray[np.float64]

@@ -6,23 +6,51 @@ As a data frame, on a terminal, in Markdown, and as plain JSON values. Pure func
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich import box
 from rich.table import Table
-from scipy.stats import t as student_t
 
 from orchestrator.record.records import TrialRecord
+from orchestrator.results.comparison import Competitor, Score, competitor
+from orchestrator.results.predictions import SampleTables
 from orchestrator.results.selection import Choice, per_label, without_validation_domain
-from trainables.specs.metrics import CLASSIFICATION, GAIN, GAIN_OOD, TEST, Metric, TaskMetrics
+from trainables.specs.metrics import (
+    CLASSIFICATION,
+    GAIN,
+    GAIN_OOD,
+    PARAMETERS,
+    PEAK_GPU_BYTES,
+    PEAK_HOST_BYTES,
+    TEST,
+    TOTAL_SECONDS,
+    TRAINABLE_PARAMETERS,
+    UNIT_SECONDS,
+    Metric,
+    TaskMetrics,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 INTERVAL = "/ci95"
-"""Suffix of the columns with the half-width of a metric's 95 % interval."""
+"""Suffix of the columns with the longer side of a metric's 95 % interval."""
+ENDS = ("/low", "/high")
+"""Suffixes of the columns with the ends of the interval, which may be asymmetric."""
+SAMPLES = "/n"
+"""Suffix of the columns with the number of samples that a metric is measured on; 0 = not known."""
+BASIS = "/interval"
+"""Suffix of the columns with what the interval is over: `samples and seeds`, `samples`, `seeds` or `none`."""
+TRAINED_SHARE = "trained_share"
+"""Column of the share of the network's parameters that are trained."""
+DEVICE_HOURS = "device_hours"
+"""Column of the hours that all trials of an entry together held their device."""
+COSTS = (TRAINABLE_PARAMETERS.name, TRAINED_SHARE, PEAK_HOST_BYTES.name, PEAK_GPU_BYTES.name, TOTAL_SECONDS.name,
+         DEVICE_HOURS)  # fmt: skip
+"""Columns of what an entry costs; NaN where it was not recorded."""
+COST_TITLES = ("trained parameters", "share", "host memory", "GPU memory", "seconds", "device-hours")
 GAINS = (GAIN.name, GAIN_OOD.name)
 """Columns of the relative gain over linear probing, on ID test and on OOD."""
 PROBE = "linear_probe"
@@ -50,57 +78,31 @@ def summary_names(metrics: TaskMetrics) -> list[str]:
     return [metrics.validation, *reported_metrics(metrics), *GAINS]
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of its two-sided Student-t interval, t(n-1) · s / √n with the sample standard deviation s.
-
-    The half-width is NaN for fewer than two values, and both are NaN for none.
-
-    Example:
-        >>> mean, half = mean_interval([1.0, 2.0, 3.0])
-        >>> f"{mean:.1f} ± {half:.2f}"
-        '2.0 ± 2.48'
-    """
-    n = len(values)
-    if n == 0:
-        return math.nan, math.nan
-    # Exact sums, so that the order of the trials does not change the last bit.
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, math.nan
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(student_t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
-
-
-def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[TrialRecord]:
-    """The trials that report a configuration: its complete confirmations, one per seed.
-
-    The search trial is not among them, because it was chosen for being good; it stands in only where there is no
-    confirmation.
-    """
-    complete = [r for r in records if r.config_hash == config_hash and r.state == "complete"]
-    complete.sort(key=lambda r: r.number)
-    # Reversed, so that the earliest trial of a seed is the one that stays in the dict.
-    confirmed = {r.seed: r for r in reversed(complete) if r.role == "confirm"}
-    if confirmed:
-        return sorted(confirmed.values(), key=lambda r: r.number)
-    # Chosen for being good, so its numbers flatter; the column `confirmed` shows that.
-    return [r for r in complete if r.role == "search"][:1]
-
-
 def leaderboard(
-    records: Sequence[TrialRecord], rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION
+    records: Sequence[TrialRecord],
+    rule: str = "id_val",
+    metrics: TaskMetrics = CLASSIFICATION,
+    tables: SampleTables | None = None,
+    devices: float = 1.0,
 ) -> pd.DataFrame:
-    """One row per label, best first by the criterion of its chosen configuration.
+    """One row per label, best first by the criterion of its chosen configuration; confirmed ones before the others.
 
     Labels without a complete trial come last, with NaN. Where a linear probe is among the labels, `gain` and `gain/ood`
     are the relative gains over it (see `relative_gain`) of the means on ID test and over the OOD domains.
 
     Columns: `label, strategy, rule, criterion` (value that the rule ranked by)`, number, config_hash, hparams, seeds`
-    (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then mean and
-    `/ci95` half-width of each of `reported_metrics`, then `trials, complete, pruned, failed` of the search. Metric
-    names are those of the task; here of classification.
+    (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then of each of
+    `reported_metrics` the mean, the longer side `/ci95` and the ends `/low` and `/high` of its interval, the number of
+    samples `/n`, and what the interval is over, `/interval`; the `COSTS`; and `trials, complete, pruned, failed` of the
+    search. Metric names are those of the task; here of classification.
+
+    Costs are means over the trials that the numbers are of; `device_hours` is the sum over all trials of the label.
 
     Under `val_domain:<name>` that domain counts as validation: OOD mean and worst are those of the others.
+
+    Args:
+        tables: per-sample results; None = there are none, and intervals are over seeds alone.
+        devices: share of a device that one trial holds: GPUs, or 1 for the CPUs of a trial without one.
 
     Raises:
         ValueError: no complete search trial, or the rule lacks what it needs.
@@ -113,9 +115,21 @@ def leaderboard(
         [{'label': 'full', 'val/acc': 0.9, 'test/acc': 0.8, 'seeds': 1}]
     """
     records = without_validation_domain(records, rule, metrics)
+    tables = tables or SampleTables()
     chosen = per_label(records, rule, metrics)
     unranked = [label for label in dict.fromkeys(r.label for r in records) if label not in chosen]
-    rows = [_row(records, label, chosen.get(label), rule, metrics) for label in [*chosen, *unranked]]
+    rows = []
+    for label in [*chosen, *unranked]:
+        choice = chosen.get(label)
+        entry = competitor(records, choice, metrics, tables) if choice is not None else None
+        searched = [r for r in records if r.label == label and r.role == "search"]
+        row = _identity(label, next(r.strategy for r in records if r.label == label), rule, choice, entry)
+        row |= _scores(entry, metrics)
+        row |= _costs(entry, [r for r in records if r.label == label], devices)
+        row["trials"] = len(searched)
+        for state in ("complete", "pruned", "failed"):
+            row[state] = sum(r.state == state for r in searched)
+        rows.append(row)
     probe = next((row for row in rows if row["strategy"] == PROBE and row["seeds"]), None)
     if probe is not None:
         for row in rows:
@@ -137,40 +151,71 @@ def relative_gain(value: float, probe: float, metric: Metric = CLASSIFICATION.se
     return metric.score(value - probe) / abs(probe) if probe else math.nan
 
 
-def _row(
-    records: Sequence[TrialRecord], label: str, choice: Choice | None, rule: str, metrics: TaskMetrics
-) -> dict[str, Any]:
-    search = [r for r in records if r.label == label and r.role == "search"]
-    runs = reported_trials(records, choice.record.config_hash) if choice else []
-    row: dict[str, Any] = {
+def _identity(label: str, strategy: str, rule: str, choice: Choice | None, entry: Competitor | None) -> dict[str, Any]:
+    return {
         "label": label,
-        "strategy": next(r.strategy for r in records if r.label == label),
+        "strategy": strategy,
         "rule": rule,
         "criterion": choice.value if choice else math.nan,
         "number": choice.record.number if choice else -1,
         "config_hash": choice.record.config_hash if choice else "",
         "hparams": dict(choice.record.hparams) if choice else {},
-        "seeds": len(runs),
-        "confirmed": any(r.role == "confirm" for r in runs),
-        metrics.validation: _value(choice.record, metrics.best_validation) if choice else math.nan,
+        "seeds": len(entry.runs) if entry else 0,
+        "confirmed": bool(choice and choice.seeds),
     }
+
+
+def _scores(entry: Competitor | None, metrics: TaskMetrics) -> dict[str, Any]:
+    """Validation, and the columns of each of `reported_metrics`."""
+    validation = entry.score(metrics.best_validation) if entry else None
+    if validation is None and entry is not None:
+        value = entry.chosen.metric(metrics.best_validation)
+        validation = None if value is None else Score(value)
+    columns: dict[str, Any] = {metrics.validation: validation.mean if validation else math.nan}
     for name in reported_metrics(metrics):
-        values = [run.metric(name) for run in runs]
-        row[name], row[f"{name}{INTERVAL}"] = mean_interval([value for value in values if value is not None])
-    row["trials"] = len(search)
-    for state in ("complete", "pruned", "failed"):
-        row[state] = sum(r.state == state for r in search)
-    return row
+        score = (entry.score(name) if entry else None) or Score(math.nan)
+        columns[name] = score.mean
+        columns[f"{name}{INTERVAL}"] = score.half
+        for suffix, end in zip(ENDS, (score.low, score.high), strict=True):
+            columns[f"{name}{suffix}"] = end
+        columns[f"{name}{SAMPLES}"] = score.samples or 0
+        columns[f"{name}{BASIS}"] = score.basis
+    return columns
 
 
-def _value(record: TrialRecord, name: str) -> float:
-    value = record.metric(name)
-    return math.nan if value is None else value
+def _costs(entry: Competitor | None, trials: Sequence[TrialRecord], devices: float) -> dict[str, Any]:
+    """Means over the reported trials, and the device-hours of all trials of the label."""
+
+    def mean(name: str) -> float:
+        values = [run.metric(name) for run in entry.runs] if entry else []
+        present = [value for value in values if value is not None]
+        return math.fsum(present) / len(present) if present else math.nan
+
+    trained = mean(TRAINABLE_PARAMETERS.name)
+    seconds = [trial_seconds(trial) for trial in trials]
+    return {
+        TRAINABLE_PARAMETERS.name: trained,
+        TRAINED_SHARE: trained / mean(PARAMETERS.name),
+        PEAK_HOST_BYTES.name: mean(PEAK_HOST_BYTES.name),
+        PEAK_GPU_BYTES.name: mean(PEAK_GPU_BYTES.name),
+        TOTAL_SECONDS.name: mean(TOTAL_SECONDS.name),
+        DEVICE_HOURS: devices * math.fsum(seconds) / 3600,
+    }
+
+
+def trial_seconds(trial: TrialRecord) -> float:
+    """Seconds inside a trial's units; of one that did not end, the sum of those that it reported."""
+    total = trial.metric(TOTAL_SECONDS.name)
+    if total is not None:
+        return total
+    units = [unit.get(UNIT_SECONDS.name, 0.0) for unit in trial.history]
+    return math.fsum(seconds for seconds in units if math.isfinite(seconds))
 
 
 Row = Mapping[Any, Any]
 """One row of `leaderboard`."""
 
+COUNT_TITLE = "seeds × n"
 GAIN_TITLES = ("gain", "gain OOD")
 WIDE = 100
 """Terminal width, in columns, from which on the gains are columns of the table."""
@@ -192,39 +237,55 @@ def score_titles(metrics: TaskMetrics) -> list[str]:
     return [f"{title} ({unit})" if unit else title for title, unit in zip(titles, units, strict=True)]
 
 
-def score_note(metrics: TaskMetrics) -> str:
-    """Caption of a table of scores: the unit that all of them share, and their meaning."""
+def score_note(metrics: TaskMetrics, rows: Sequence[Row] = ()) -> str:
+    """Caption of a table of scores: the unit that all of them share, their meaning, and what the intervals are over."""
     units = {metric.unit for metric in (metrics.selection, *metrics.leaderboard)}
     shared = units.pop() if len(units) == 1 else ""
-    unit = "per cent" if shared == "fraction" else shared
-    meaning = "mean ± 95 % interval over fresh seeds, or the search trial where there is one seed"
-    return f"{unit}; {meaning}" if unit else meaning
+    unit = "per cent; " if shared == "fraction" else f"{shared}; " if shared else ""
+    meaning = "mean over fresh seeds (one seed that was not confirmed: the search trial) ± 95 % interval"
+    return f"{unit}{meaning}{_bases(metrics, rows)}"
+
+
+def _bases(metrics: TaskMetrics, rows: Sequence[Row]) -> str:
+    """Clauses on what the intervals of each column are over, and on the numbers of samples."""
+    titles = dict(zip(reported_metrics(metrics), score_titles(metrics)[1:], strict=True))
+    over: dict[str, list[str]] = {}
+    sizes: dict[int, list[str]] = {}
+    for name, title in titles.items():
+        for basis in dict.fromkeys(row[f"{name}{BASIS}"] for row in rows if row["seeds"]):
+            over.setdefault(basis, []).append(title)
+        for size in dict.fromkeys(row[f"{name}{SAMPLES}"] for row in rows if row[f"{name}{SAMPLES}"]):
+            sizes.setdefault(size, []).append(title)
+    parts = [f"over {basis}: {', '.join(columns)}" for basis, columns in over.items() if basis != "none"]
+    parts += [f"n = {size:,}: {', '.join(columns)}" for size, columns in sizes.items()]
+    return "".join(f"; {part}" for part in parts)
 
 
 def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
     """The leaderboard's lines in Markdown."""
     gain_titles = GAIN_TITLES if has_gains(rows) else ()
-    titles = ["strategy", "hyperparameters", "seeds", *score_titles(metrics), *gain_titles]
+    titles = ["strategy", "hyperparameters", COUNT_TITLE, *score_titles(metrics), *gain_titles, *COST_TITLES]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
-        lines.append("| " + " | ".join([*cells(row, metrics), *gains(row)]) + " |")
+        lines.append("| " + " | ".join([*cells(row, metrics), *gains(row), *costs(row)]) + " |")
     return lines
 
 
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
-    """Print the leaderboard, and the configuration of each row below it."""
+    """Print the leaderboard, the costs, and the configuration of each row below it."""
     wide = has_gains(rows) and console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold")
-    for title in ("seeds", *score_titles(metrics), *(GAIN_TITLES if wide else ())):
+    for title in (COUNT_TITLE, *score_titles(metrics), *(GAIN_TITLES if wide else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         label, _, *numbers = cells(row, metrics)
         table.add_row(label, *numbers, *(gains(row) if wide else ()))
-    table.caption = score_note(metrics)
+    table.caption = score_note(metrics, rows)
     if wide:
         table.caption += f"; gain = {metrics.selection.title} relative to linear probing's"
     console.print(table)
+    _print_costs(console, rows)
     for row in rows:
         if row["seeds"]:
             parts = [f"trial {row['number']}", describe(row["hparams"])]
@@ -232,6 +293,44 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
                 texts = zip(gains(row), ("", " OOD"), strict=True)
                 parts.insert(1, "gain " + ", ".join(f"{text}{split}" for text, split in texts if text != "-"))
             console.print(f"{row['label']}: {', '.join(parts)}", markup=False, highlight=False)
+
+
+def _print_costs(console: Console, rows: Sequence[Row]) -> None:
+    """Print what each entry costs; columns that no entry has a number for are left out."""
+    texts = [costs(row) for row in rows]
+    present = [index for index in range(len(COST_TITLES)) if any(line[index] != "-" for line in texts)]
+    if not present:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("cost", style="bold", overflow="fold")
+    for index in present:
+        table.add_column(COST_TITLES[index], justify="right")
+    for row, line in zip(rows, texts, strict=True):
+        table.add_row(str(row["label"]), *(line[index] for index in present))
+    console.print(table)
+
+
+def costs(row: Row) -> list[str]:
+    """What an entry costs, as text in the order of `COST_TITLES`; "-" where it was not recorded.
+
+    Example:
+        >>> costs({"cost/trainable_parameters": 84000.0, "trained_share": 0.0038, "cost/peak_host_bytes": 1.2e9,
+        ...        "cost/peak_gpu_bytes": math.nan, "cost/total_seconds": 35.2, "device_hours": 0.25})
+        ['84.0 k', '0.38 %', '1.2 GB', '-', '35', '0.25']
+    """
+    trained, share, host, gpu, seconds, hours = (float(row[name]) for name in COSTS)
+    texts = [_size(trained), f"{100 * share:.2g} %", f"{_size(host)}B", f"{_size(gpu)}B", f"{seconds:,.0f}"]
+    shown = [*texts, f"{hours:.2g}"]
+    numbers = (trained, share, host, gpu, seconds, hours or math.nan)
+    return [text if math.isfinite(number) else "-" for text, number in zip(shown, numbers, strict=True)]
+
+
+def _size(number: float) -> str:
+    """A number with a decimal prefix and three digits: `84.0 k`, `1.2 G`."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f} {prefix}"
+    return f"{number:.0f} "
 
 
 def has_gains(rows: Sequence[Row]) -> bool:
@@ -246,11 +345,17 @@ def gains(row: Row) -> list[str]:
 
 
 def cells(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
-    """Label, hyperparameters, seeds and scores of a row as text; "-" where there is no number."""
+    """Label, hyperparameters, counts and scores of a row as text; "-" where there is no number."""
     scores = [_number(row[metrics.validation], math.nan, metrics.selection)]
     for name, metric in reported_metrics(metrics).items():
         scores.append(_number(row[name], row[f"{name}{INTERVAL}"], metric))
-    return [str(row["label"]), describe(row["hparams"]), str(row["seeds"]), *scores]
+    return [str(row["label"]), describe(row["hparams"]), counts(row, metrics), *scores]
+
+
+def counts(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> str:
+    """Seeds and ID test samples behind a row: `3 × 360`; the seeds alone where the samples are not known."""
+    samples = row[f"{metrics.test}{SAMPLES}"]
+    return f"{row['seeds']} × {samples:,}" if samples else str(row["seeds"])
 
 
 def describe(hparams: Mapping[str, Any]) -> str:

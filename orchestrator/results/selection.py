@@ -3,8 +3,11 @@
 The criteria are those of Gulrajani and Lopez-Paz (2021), "In Search of Lost Domain Generalization", section 3. A rule
 ranks configurations by the selection metric of the study's task, best first. Only trials of the search that used their
 whole budget (`complete`) are candidates: a pruned trial was stopped because it was behind, its validation score belongs
-to a smaller budget, and its test numbers may be missing; counting it would compare unequal budgets. Trials with role
-`fold` or `confirm` are never candidates themselves.
+to a smaller budget, and its test numbers may be missing; counting it would compare unequal budgets.
+
+A confirmed configuration is ranked by the mean over its fresh seeds, and before every one that was not confirmed: the
+search trial's own value is the maximum of many, so that it flatters (the winner's curse), and only decides which
+configurations are confirmed. Trials with role `fold` or `confirm` are never candidates themselves.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ class Choice:
     record: TrialRecord
     """The search trial of the configuration."""
     value: float
-    """The rule's criterion, as recorded."""
+    """The rule's criterion: the mean over the confirmed seeds, or the search trial's own value."""
     criterion: str
     """Recorded name of the metric behind `value`."""
+    seeds: int = 0
+    """Confirmed seeds of the configuration; 0 = it was not confirmed."""
 
     @property
     def oracle(self) -> bool:
@@ -50,13 +55,15 @@ class Regret:
     """Score of the oracle's configuration less that of the chosen one: 0 or more, in the metric's unit."""
     metric: Metric
     """Table entry of `criterion`."""
+    confirmed: bool = False
+    """Whether both are means over fresh seeds; False = nothing was confirmed, and search trials are compared."""
 
 
 Rule = Callable[[Iterable[TrialRecord], TaskMetrics], list[Choice]]
 
 
 def id_val(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
-    """Rank by the best score on ID validation; ties: the task's tie-breaker on ID validation, then the earlier trial.
+    """Rank by the score on ID validation; ties: the task's tie-breaker on ID validation, then the earlier trial.
 
     Example:
         >>> from orchestrator.record.records import TrialRecord
@@ -68,8 +75,7 @@ def id_val(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION
         >>> [choice.record.label for choice in id_val(trials)]
         ['lora', 'full']
     """
-    name = metrics.best_validation
-    return _ranked("id_val", name, [(record, record.metric(name)) for record in candidates(records)], metrics)
+    return _by_metric("id_val", metrics.best_validation, list(records), metrics)
 
 
 def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
@@ -95,19 +101,25 @@ def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = 
             "List two or more domains under data.id and set search.objective to leave_one_domain_out, or select by "
             "id_val."
         )
-    scored: list[tuple[TrialRecord, float | None]] = [
-        # A mean of means: every domain counts once, however many folds it has.
-        (record, _mean(_mean(values) for values in folds[record.config_hash].values()))
+    choices = [
+        Choice(
+            rule="leave_one_domain_out",
+            record=record,
+            # A mean of means: every domain counts once, however many folds it has.
+            value=_mean(_mean(values) for values in folds[record.config_hash].values()),
+            criterion=metrics.held_out,
+            seeds=len(confirmations(records, record.config_hash)),
+        )
         for record in candidates(records)
         if set(folds.get(record.config_hash, ())) == domains
     ]
-    if not scored:
+    if not choices:
         raise ValueError(
             "leave_one_domain_out needs a configuration with a complete fold for each of "
             f"{', '.join(sorted(domains))}, but none has them all. Run the study again to continue it, or select by "
             "id_val."
         )
-    return _ranked("leave_one_domain_out", metrics.held_out, scored, metrics)
+    return _ordered(choices, records, metrics)
 
 
 def oracle(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
@@ -115,17 +127,14 @@ def oracle(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION
 
     It looks at test data, so it is only an upper bound to measure regret with.
     """
-    complete = candidates(records)
-    has_ood = any(record.metric(metrics.ood_mean) is not None for record in complete)
-    name = metrics.ood_mean if has_ood else metrics.test
-    return _ranked("oracle", name, [(record, record.metric(name)) for record in complete], metrics)
+    records = list(records)
+    has_ood = any(record.metric(metrics.ood_mean) is not None for record in candidates(records))
+    return _by_metric("oracle", metrics.ood_mean if has_ood else metrics.test, records, metrics)
 
 
 def val_domain(records: Iterable[TrialRecord], domain: str, metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
     """Rank by the score on one OOD domain that the study gave up as a test domain (`val_domain:<name>`)."""
-    name = metrics.of_domain(domain)
-    scored = [(record, record.metric(name)) for record in candidates(records)]
-    return _ranked(f"{VAL_DOMAIN}{domain}", name, scored, metrics)
+    return _by_metric(f"{VAL_DOMAIN}{domain}", metrics.of_domain(domain), list(records), metrics)
 
 
 RULES: dict[str, Rule] = {"id_val": id_val, "leave_one_domain_out": leave_one_domain_out, "oracle": oracle}
@@ -181,14 +190,29 @@ def per_label(
     return _best_of_each_label(rank(records, rule, metrics))
 
 
-def regret(records: Iterable[TrialRecord], rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION) -> Regret:
-    """Loss of the rule's choice against the oracle's, both measured on their search trials (errors: see `rank`)."""
+def regret(
+    records: Iterable[TrialRecord],
+    rule: str = "id_val",
+    metrics: TaskMetrics = CLASSIFICATION,
+    chosen: Choice | None = None,
+) -> Regret:
+    """Loss of the study's choice against the oracle's, both as means over the seeds of their confirmation.
+
+    Where nothing was confirmed, both are measured on their search trials.
+
+    Args:
+        chosen: the study's choice, where it is not the first of the rule's ranking.
+
+    Raises:
+        ValueError: see `rank`.
+    """
     records = without_validation_domain(records, rule, metrics)
+    chosen = chosen or select(records, rule, metrics=metrics)
     best = select(records, "oracle", metrics=metrics)
-    chosen = select(records, rule, metrics=metrics)
     metric = metrics.selection
-    reached = chosen.record.metrics.get(best.criterion, math.nan)
-    return Regret(best.criterion, chosen, best, metric.score(best.value) - metric.score(reached), metric)
+    reached = reported_value(records, chosen.record, best.criterion)
+    lost = math.nan if reached is None else metric.score(best.value) - metric.score(reached)
+    return Regret(best.criterion, chosen, best, lost, metric, confirmed=bool(best.seeds))
 
 
 def top_candidates(
@@ -196,12 +220,14 @@ def top_candidates(
 ) -> list[TrialRecord]:
     """Up to `k` distinct configurations for confirmation: the best of every label first, then the rest, each ranked.
 
+    They are ranked by their search trials alone, whether or not some were confirmed before.
+
     Raises:
         ValueError: negative `k`; or see `rank`.
     """
     if k < 0:
         raise ValueError(f"The number of candidates must be 0 or more, but got {k}.")
-    ranked = rank(records, rule, metrics)
+    ranked = rank([record for record in records if record.role != "confirm"], rule, metrics)
     first = {id(choice) for choice in _best_of_each_label(ranked).values()}
     # Every label gets a confirmation before any gets a second one: a table of one strategy compares nothing.
     ordered = sorted(ranked, key=lambda choice: id(choice) not in first)  # stable: keeps the ranks
@@ -227,24 +253,74 @@ def candidates(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     return sorted(distinct.values(), key=lambda r: r.number)
 
 
-def _ranked(
-    rule: str, criterion: str, scored: Sequence[tuple[TrialRecord, float | None]], metrics: TaskMetrics
-) -> list[Choice]:
-    choices = [Choice(rule, record, value, criterion) for record, value in scored if value is not None]
+def confirmations(records: Iterable[TrialRecord], config_hash: str) -> list[TrialRecord]:
+    """The complete confirmations of a configuration, one per seed (the earliest), in order of their numbers."""
+    of_configuration = [r for r in records if r.config_hash == config_hash and r.role == "confirm"]
+    complete = sorted((r for r in of_configuration if r.state == "complete"), key=lambda r: r.number)
+    # Reversed, so that the earliest trial of a seed is the one that stays in the dict.
+    by_seed = {r.seed: r for r in reversed(complete)}
+    return sorted(by_seed.values(), key=lambda r: r.number)
+
+
+def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[TrialRecord]:
+    """The trials that report a configuration: its complete confirmations, one per seed.
+
+    The search trial is not among them, because it was chosen for being good; it stands in only where there is no
+    confirmation.
+    """
+    records = list(records)
+    confirmed = confirmations(records, config_hash)
+    if confirmed:
+        return confirmed
+    search = [r for r in records if r.config_hash == config_hash and r.state == "complete" and r.role == "search"]
+    return sorted(search, key=lambda r: r.number)[:1]
+
+
+def reported_value(records: Iterable[TrialRecord], record: TrialRecord, name: str) -> float | None:
+    """Mean of a metric over the trials that report a configuration.
+
+    The search trial's own value stands in where no confirmation has the metric; None where that has none either.
+
+    Args:
+        record: the search trial of the configuration.
+    """
+    values = [run.metric(name) for run in confirmations(records, record.config_hash)]
+    present = [value for value in values if value is not None]
+    return _mean(present) if present else record.metric(name)
+
+
+def _by_metric(rule: str, name: str, records: Sequence[TrialRecord], metrics: TaskMetrics) -> list[Choice]:
+    """Rank by a recorded metric.
+
+    Raises:
+        ValueError: no complete trial has it.
+    """
+    complete = candidates(records)
+    choices = []
+    for record in complete:
+        value = reported_value(records, record, name)
+        if value is not None:
+            choices.append(Choice(rule, record, value, name, len(confirmations(records, record.config_hash))))
     if not choices:
         raise ValueError(
-            f"The rule {rule} needs the metric {criterion}, but none of the {len(scored)} complete trials has a finite "
+            f"The rule {rule} needs the metric {name}, but none of the {len(complete)} complete trials has a finite "
             "one. Choose another rule."
         )
+    return _ordered(choices, records, metrics)
 
-    def order(choice: Choice) -> tuple[float, float, int]:
-        return -metrics.selection.score(choice.value), -_tie_score(choice.record, metrics), choice.record.number
+
+def _ordered(choices: Sequence[Choice], records: Sequence[TrialRecord], metrics: TaskMetrics) -> list[Choice]:
+    """Confirmed configurations first, then by value, tie-breaker and number."""
+
+    def order(choice: Choice) -> tuple[bool, float, float, int]:
+        tie = _tie_score(choice.record, records, metrics)
+        return choice.seeds == 0, -metrics.selection.score(choice.value), -tie, choice.record.number
 
     return sorted(choices, key=order)
 
 
-def _tie_score(record: TrialRecord, metrics: TaskMetrics) -> float:
-    value = record.metric(metrics.tie_breaker.on(VAL))
+def _tie_score(record: TrialRecord, records: Sequence[TrialRecord], metrics: TaskMetrics) -> float:
+    value = reported_value(records, record, metrics.tie_breaker.on(VAL))
     return -math.inf if value is None else metrics.tie_breaker.score(value)
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import search_spaces
 from orchestrator.record.records import INTERRUPTED, TrialRecord, metrics_of
 from orchestrator.results import selection
+from orchestrator.results.choice import Decision, decide
+from orchestrator.results.comparison import DETERMINISTIC
 from orchestrator.results.findings import findings
-from orchestrator.results.leaderboard import (
-    choice_values,
-    finite,
-    leaderboard,
-    markdown_table,
-    print_table,
-    reported_trials,
-)
+from orchestrator.results.leaderboard import choice_values, finite, leaderboard, markdown_table, print_table, score_note
+from orchestrator.results.predictions import SampleTables
+from orchestrator.study_file.rules import VAL_DOMAIN
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +36,8 @@ class Results:
         spec: the study, or its fields as a mapping; `name`, `task`, `search.objective` and the `label`, `fixed` and
             `preset` of its strategies are read.
         measurements: study-level measurements (`orchestrator.record.records.measurements`).
+        folder: of the study, for the predictions that it keeps; None = `storage` and `name` of `spec`, where it has
+            them. Without predictions, intervals are over seeds alone, and `warnings` says so.
 
     Raises:
         ValueError: the study's task is unknown.
@@ -63,6 +63,7 @@ class Results:
         records: Sequence[TrialRecord],
         spec: StudySpec | Mapping[str, Any] | None = None,
         measurements: Mapping[str, Mapping[str, Any]] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.records = list(records)
         self.measurements = dict(measurements or {})
@@ -73,35 +74,53 @@ class Results:
         objective = _field(_field(spec, "search"), "objective")
         self.rule = str(objective or "id_val")
         """The study's own selection rule."""
+        storage = _field(spec, "storage")
+        if folder is None and storage:
+            folder = Path(str(storage)).absolute() / self.name
+        self.folder = folder
+        """Folder of the study; None = not known."""
+        self._tables: dict[str | None, SampleTables] = {}
 
     def leaderboard(self, rule: str | None = None) -> pd.DataFrame:
         """One row per label, by a rule or the study's own.
 
         Columns and errors: see `orchestrator.results.leaderboard.leaderboard`.
         """
-        return leaderboard(self.records, rule or self.rule, self.metrics)
+        rule = rule or self.rule
+        return leaderboard(self.records, rule, self.metrics, self._samples(rule), self._devices())
 
     def best(self, rule: str = "id_val", label: str | None = None) -> selection.Choice:
-        """The best configuration by a rule, of all or of one label (ValueError: no complete trial)."""
-        return selection.select(self.records, rule, label, self.metrics)
+        """The chosen configuration by a rule, of all or of one label (see `decision`)."""
+        return self.decision(rule, label).choice
+
+    def decision(self, rule: str | None = None, label: str | None = None) -> Decision:
+        """The choice by a rule or the study's own, and the reason: the best mean validation of the confirmed
+        configurations, or an equal with fewer trained parameters.
+
+        Raises:
+            ValueError: no complete trial, or the rule lacks what it needs.
+        """
+        rule = rule or self.rule
+        return decide(self.records, rule, self.metrics, self._samples(rule), label)
 
     def per_label(self, rule: str | None = None) -> dict[str, selection.Choice]:
         """The best configuration of every label that has one, best label first (ValueError: no complete trial)."""
         return selection.per_label(self.records, rule or self.rule, self.metrics)
 
     def regret(self, rule: str | None = None) -> selection.Regret:
-        """Loss of a rule's choice against the oracle's (ValueError: no complete trial)."""
-        return selection.regret(self.records, rule or self.rule, self.metrics)
+        """Loss of the choice by a rule against the oracle's (ValueError: no complete trial)."""
+        rule = rule or self.rule
+        return selection.regret(self.records, rule, self.metrics, self.best(rule))
 
     def findings(self) -> list[str]:
         """Findings as sentences; none before a trial is complete."""
-        return findings(self.records, self.rule, self.measurements, self.metrics)
+        return findings(self.records, self.rule, self.measurements, self.metrics, self._samples(self.rule))
 
     def warnings(self) -> list[str]:
         """Reasons to doubt the leaderboard, one sentence each."""
         sentences = list(_trouble(self.records))
         if any(r.role == "search" and r.state == "complete" for r in self.records):
-            sentences += self._edges() + self._few_seeds()
+            sentences += self._edges() + self._few_seeds() + self._without_samples()
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +134,7 @@ class Results:
             "problem": None,
             "leaderboard": [],
             "best": None,
+            "choice": None,
             "regret": None,
             "findings": self.findings(),
             "warnings": self.warnings(),
@@ -123,17 +143,23 @@ class Results:
             "records": [finite(_trial_values(record)) for record in self.records],
         }
         try:
-            best = self.best(self.rule)
+            decision = self.decision()
             regret = self.regret()
             table = self.leaderboard()
         except ValueError as error:
             return values | {"problem": str(error)}
         values["leaderboard"] = finite(table.to_dict("records"))
-        values["best"] = finite(choice_values(best))
+        values["best"] = finite(choice_values(decision.choice))
+        values["choice"] = {
+            "sentence": decision.sentence,
+            "best_mean": finite(choice_values(decision.best)),
+            "equal": [finite(choice_values(choice)) for choice in decision.equal],
+        }
         values["regret"] = finite(
             {
                 "metric": regret.criterion,
                 "value": regret.value,
+                "confirmed": regret.confirmed,
                 "chosen": choice_values(regret.chosen),
                 "oracle": choice_values(regret.oracle),
             }
@@ -141,13 +167,14 @@ class Results:
         return values
 
     def render(self, console: Console) -> None:
-        """Print leaderboard, regret line, findings and warnings."""
+        """Print leaderboard, choice, regret, findings and warnings."""
         try:
             title = f"{self.name}: leaderboard by {self.rule}{self._oracle_mark()}"
             rows = self.leaderboard().to_dict("records")
             console.print(title, markup=False, highlight=False, style="bold", soft_wrap=True)
             print_table(console, rows, self.metrics)
-            console.print(self.regret_line(), markup=False, highlight=False)
+            for line in (self.decision().sentence, self.regret_line()):
+                console.print(line, markup=False, highlight=False)
         except ValueError as error:
             console.print(str(error), markup=False)
         for sentence in self.findings():
@@ -156,24 +183,26 @@ class Results:
             console.print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
 
     def regret_line(self) -> str:
-        """One sentence: the rule's choice, and the oracle's (ValueError: no complete trial)."""
+        """One sentence: what the choice lost against the oracle's (ValueError: no complete trial)."""
         regret = self.regret()
-        chosen = regret.chosen.record
         best = regret.oracle.record
         lost = regret.metric.difference(regret.value, signed=False)
-        head = f"Selection by {regret.chosen.rule}: {chosen.label} (trial {chosen.number}). Regret {lost}"
+        measured = "confirmed configurations" if regret.confirmed else "search trials: nothing was confirmed"
+        head = f"Regret {lost} of {regret.criterion} ({measured})"
         if regret.value == 0:
-            return f"{head} of {regret.criterion}: the oracle, which looks at test data, finds none better."
+            return f"{head}: the oracle, which looks at test data, finds none better."
         return (
-            f"{head} of {regret.criterion}: the oracle, which looks at test data, would choose {best.label} "
-            f"(trial {best.number}), {regret.metric.text(regret.oracle.value)}."
+            f"{head}: the oracle, which looks at test data, would choose {best.label} (trial {best.number}), "
+            f"{regret.metric.text(regret.oracle.value)}."
         )
 
     def markdown(self) -> str:
-        """Leaderboard, regret, findings and warnings as Markdown (the note of the study's run in MLflow)."""
+        """Leaderboard, choice, regret, findings and warnings as Markdown (the note of the study's run in MLflow)."""
         lines = [f"# {self.name}", "", f"Selection by `{self.rule}`{self._oracle_mark()}.", ""]
         try:
-            lines += [*markdown_table(self.leaderboard().to_dict("records"), self.metrics), "", self.regret_line()]
+            rows = self.leaderboard().to_dict("records")
+            lines += [*markdown_table(rows, self.metrics), "", f"Scores: {score_note(self.metrics, rows)}.", ""]
+            lines += [self.decision().sentence, "", self.regret_line()]
         except ValueError as error:
             lines += [str(error)]
         sentences = self.findings()
@@ -204,14 +233,53 @@ class Results:
         return {label: choice.record for label, choice in choices.items()}
 
     def _few_seeds(self) -> list[str]:
-        runs = {label: len(reported_trials(self.records, r.config_hash)) for label, r in self._chosen().items()}
-        few = [f"{label} ({count})" for label, count in runs.items() if count < ENOUGH_SEEDS]
+        counts = {
+            label: len(selection.reported_trials(self.records, record.config_hash))
+            for label, record in self._chosen().items()
+            if record.strategy not in DETERMINISTIC
+        }
+        few = [f"{label} ({count})" for label, count in counts.items() if count < ENOUGH_SEEDS]
         if not few:
             return []
         return [
             f"Fewer than {ENOUGH_SEEDS} seeds stand behind {', '.join(few)}: differences between these rows may be "
             "chance. Raise confirm.seeds, and confirm.top_k to at least the number of strategies."
         ]
+
+    def _without_samples(self) -> list[str]:
+        """Reasons why intervals are over seeds alone."""
+        tables = self._samples(self.rule)
+        runs = [
+            run
+            for record in self._chosen().values()
+            for run in selection.reported_trials(self.records, record.config_hash)
+        ]
+        lacking = [run for run in runs if tables.of([run], self.metrics.test, self.metrics) is None]
+        sentences = list(tables.problems.values())
+        if len(lacking) == len(runs):
+            sentences.append(
+                "No per-sample results are kept of the trials in the leaderboard: intervals are over seeds alone, "
+                "without the part of the test samples, and no entry can be called ahead."
+            )
+        elif lacking:
+            numbers = ", ".join(str(run.number) for run in lacking)
+            sentences.append(
+                f"No per-sample results are kept of trials {numbers}: intervals of their entries are over seeds alone, "
+                "without the part of the test samples."
+            )
+        return sentences
+
+    def _samples(self, rule: str) -> SampleTables:
+        """Per-sample results; a domain that the rule validates on is left out of means over OOD domains."""
+        domain = rule.removeprefix(VAL_DOMAIN) if rule.startswith(VAL_DOMAIN) else None
+        if domain not in self._tables:
+            self._tables[domain] = SampleTables(self.folder, domain)
+        return self._tables[domain]
+
+    def _devices(self) -> float:
+        """Share of a device that one trial holds: its GPUs, or 1 for the CPUs of a trial without one."""
+        gpus = _field(_field(self.spec, "resources"), "gpus")
+        return float(gpus) if isinstance(gpus, int | float) and gpus > 0 else 1.0
 
 
 def _trial_values(record: TrialRecord) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class ConfirmStage:
     seed: int
     """The study's seed."""
     name: str = "confirm"
+    deterministic: Callable[[str, Mapping[str, Any]], bool] = lambda strategy, hparams: False
+    """(strategy, hparams) → whether all seeds give the same trial: one seed is enough then."""
 
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
         """Seed by seed, so that an interrupted confirmation has covered all configurations equally often."""
@@ -99,6 +101,7 @@ class ConfirmStage:
             trial(self.task, configuration, confirm_seed(self.seed, number), "confirm")
             for number in range(self.seeds)
             for configuration in chosen
+            if number == 0 or not self.deterministic(configuration[1], configuration[2])
         ]
 
 

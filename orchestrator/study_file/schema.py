@@ -166,10 +166,15 @@ class LossSpec(Section):
 class ConfirmSpec(Section):
     """The best configurations again on fresh seeds, for the intervals of the leaderboard."""
 
-    top_k: Annotated[int, Field(ge=0)] = 3
-    """How many configurations to confirm: the best of each strategy first, then the runners-up. 0 = none."""
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    """How many configurations to confirm: the best of each entry first, then the runners-up. null = the best of every
+    entry; 0 = none."""
     seeds: Annotated[int, Field(ge=0)] = 3
-    """Fresh seeds per configuration. 0 = none."""
+    """Fresh seeds per configuration; one where all seeds would give the same trial (linear probing). 0 = none."""
+
+    def count(self, entries: int) -> int:
+        """Configurations to confirm in a study of this many entries."""
+        return entries if self.top_k is None else self.top_k
 
 
 class DiagnosticsSpec(Section):

@@ -19,7 +19,10 @@ from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpe
 MakeLayerNormTrial = Callable[..., Trial]
 """`trial(kind="vit", epochs=2, **hparams)`"""
 
-CLOCK = ("cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds")
+CLOCK = (
+    "cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds",
+    "cost/peak_host_bytes", "cost/peak_gpu_bytes",
+)  # fmt: skip
 """Metrics that measure time: the only ones that may differ between two runs of one trial."""
 
 LAYERNORM_RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
@@ -101,7 +104,7 @@ def finish(run: Trial) -> dict[str, Any]:
 
 
 def same_numbers(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
-    """Bit equality of two histories, clocks aside."""
+    """Bit equality of two histories, clocks and peaks of memory aside."""
     return _without_clocks(a) == _without_clocks(b)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainables.data.splits import fraction_size
+from trainables.storage.arrow_files import footer_problem
 
 Indices = NDArray[np.int64]
 Number = TypeVar("Number", np.uint8, np.int64)
@@ -26,9 +26,6 @@ DATA = "data.arrow"
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of the layout; a store of another version is refused."""
-
-_MAGIC = b"ARROW1"
-"""An Arrow file ends with its footer, the footer's length (4 bytes, little-endian) and this."""
 
 
 class StoreLike(Protocol):
@@ -208,18 +205,9 @@ class Store:
             raise self._not_plain(f"cannot be read as one ({error})") from error
 
     def _check_no_extension_types(self) -> None:
-        """Search the raw footer for extension types, before Arrow parses the schema."""
-        # Parsing a type that a library has registered, as ray does in every trial, may run code from the file.
-        with open(self.path / DATA, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - len(_MAGIC) - 4))
-            tail = file.read()
-            length = int.from_bytes(tail[:4], "little")
-            if tail[4:] != _MAGIC or length > size:
-                raise self._not_plain("does not end like one")
-            file.seek(max(0, size - len(_MAGIC) - 4 - length))
-            if b"ARROW:extension:name" in file.read(length):
-                raise self._not_plain("has an extension type, which could run code when it is read")
+        problem = footer_problem(self.path / DATA)
+        if problem is not None:
+            raise self._not_plain(problem)
 
     def _not_plain(self, problem: str) -> StoreError:
         return StoreError(

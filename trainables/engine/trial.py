@@ -19,6 +19,7 @@ from trainables.engine.evaluation import training_scores, validation_scores
 from trainables.engine.final_evaluation import TrialContext, final, interim
 from trainables.engine.loop import check_finite
 from trainables.engine.optim import current_rates
+from trainables.engine.peak_memory import PeakMemory
 from trainables.engine.phase_trainer import PhaseTrainer, load_optimizer_state
 from trainables.engine.process_cache import on_device, open_store, pretrained_for, requested_side
 from trainables.engine.registry import strategy_class
@@ -45,6 +46,7 @@ from trainables.specs.metrics import (
     FIRST_BATCH_SECONDS,
     IMAGES_PER_SECOND,
     LAYERNORM_LAMBDA,
+    PARAMETERS,
     TOTAL_SECONDS,
     TRAIN,
     TRAIN_LOSS,
@@ -113,6 +115,7 @@ class Trial:
         self._store = store
         self._started = time.perf_counter() if started is None else started
         self._seconds = 0.0
+        self._peaks = PeakMemory(self.device)
         """Of all units done."""
         self._elapsed = 0.0
         """Of a unit that was interrupted, before it continues."""
@@ -191,6 +194,7 @@ class Trial:
             metrics |= self._once
         if self.finished:
             metrics[TOTAL_SECONDS.name] = self._seconds
+            metrics |= self._peaks.metrics()
         self.result = {**metrics, "finished": self.finished, "unit": self.unit}
         if self._curves:
             self.result["curves"] = self._curves
@@ -356,6 +360,7 @@ class Trial:
         self._once = {
             **self._metrics_of(prepared.report),
             TRAINABLE_PARAMETERS.name: float(sum(moving.values())),
+            PARAMETERS.name: float(sum(parameter.numel() for parameter in model.parameters())),
             TRAINING_IMAGES.name: float(data.train_size),
         }
 

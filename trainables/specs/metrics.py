@@ -484,6 +484,19 @@ FIRST_BATCH_SECONDS = Quantity(
     "cost/first_batch_seconds", "min", "s", "Time from the trial's start to its first batch."
 )
 TRAINABLE_PARAMETERS = Quantity("cost/trainable_parameters", "min", "", "Parameters that the optimiser may move.")
+PARAMETERS = Quantity("cost/parameters", "min", "", "Parameters of the network with its head.")
+PEAK_HOST_BYTES = Quantity(
+    "cost/peak_host_bytes",
+    "min",
+    "bytes",
+    "Peak resident memory of the trial's process, of its latest attempt (Linux).",
+)
+PEAK_GPU_BYTES = Quantity(
+    "cost/peak_gpu_bytes",
+    "min",
+    "bytes",
+    "Peak memory that PyTorch allocated on the GPU, in the trial's latest attempt.",
+)
 TRAINING_IMAGES = Quantity("cost/training_images", "min", "images", "Size of the training sample.")
 
 SHIFT_PARTS = ("gamma", "beta", "total")
@@ -592,7 +605,7 @@ TRIALS = Quantity(
 QUANTITIES: tuple[Quantity, ...] = (
     TRAIN_LOSS, BEST_EPOCH, LR_BACKBONE, LR_HEAD,
     UNIT_SECONDS, IMAGES_PER_SECOND, MICRO_BATCH, TOTAL_SECONDS, FIRST_BATCH_SECONDS, TRAINABLE_PARAMETERS,
-    TRAINING_IMAGES,
+    PARAMETERS, PEAK_HOST_BYTES, PEAK_GPU_BYTES, TRAINING_IMAGES,
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
     LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,

@@ -43,9 +43,9 @@ def planned(tmp_path: Path, network: Callable[[str], str]) -> Callable[..., Plan
 class TestCounts:
     def test_trials_and_units(self, planned: Callable[..., Plan]) -> None:
         plan = planned()
-        assert (plan.search_trials, plan.confirm_trials, plan.fold_trials) == (20, 9, 0)
+        assert (plan.search_trials, plan.confirm_trials, plan.fold_trials) == (20, 4, 0)
         assert plan.rungs == (1, 3)
-        assert plan.max_units == (20 + 9) * 9
+        assert plan.max_units == (20 + 4) * 9
 
     def test_without_a_scheduler_nothing_is_stopped(self, planned: Callable[..., Plan]) -> None:
         assert planned(search={"scheduler": "none"}).rungs == ()
@@ -67,7 +67,7 @@ class TestCounts:
     def test_disk_is_pixels_and_records(self, planned: Callable[..., Plan]) -> None:
         plan = planned()
         assert plan.images == 16
-        assert plan.disk_bytes == int(16 * 32 * 32 * 3 * 1.05) + 29 * TRIAL_BYTES
+        assert plan.disk_bytes == int(16 * 32 * 32 * 3 * 1.05) + 24 * TRIAL_BYTES
 
 
 class TestEntries:
@@ -102,13 +102,13 @@ class TestShown:
         assert plan.lines() == [
             f"Network: resnet18. Data: {plan.data}, 16 images in 2 classes.",
             "Images of photo: 4 to train on, 2 for validation, 2 for the ID test; OOD: 8 of sketch.",
-            "Trials: 20 search (tpe), 9 confirmation.",
+            "Trials: 20 search (tpe), 4 confirmation.",
             "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
-            "At most 261 units in all. Each trial gets 1 CPU and a GPU if there is one.",
+            "At most 216 units in all. Each trial gets 1 CPU and a GPU if there is one.",
             "Chosen by id_val.",
             "Measured beside accuracy: shift, distortion of each trial.",
-            "Disk: about 6 MB for data and records, and a few checkpoints per trial.",
-            "Kept (keep: best): at most 447 MB of weights and predictions, of each entry's best search trial and every "
+            "Disk: about 5 MB for data and records, and a few checkpoints per trial.",
+            "Kept (keep: best): at most 224 MB of weights and predictions, of each entry's best search trial and every "
             "confirmed trial.",
             f"Study folder: {plan.folder}",
         ]
@@ -117,18 +117,18 @@ class TestShown:
         diagnostics = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}
         plan = planned(diagnostics=diagnostics)
         assert plan.reference_trials == 2 * (1 + 2 + 1)  # the own sample, two shares, one OOD domain
-        assert plan.max_units == (20 + 9 + 8) * 9
-        assert "Trials: 20 search (tpe), 9 confirmation, 8 reference (FSR)." in plan.lines()
+        assert plan.max_units == (20 + 4 + 8) * 9
+        assert "Trials: 20 search (tpe), 4 confirmation, 8 reference (FSR)." in plan.lines()
         assert (
             "Measured beside accuracy: nothing of each trial; plasticity of the pretrained network, once at the start."
             in plan.lines()
         )
         unknown = planned(data={"ood": []}, diagnostics=diagnostics)
-        assert unknown.lines()[2].endswith("9 confirmation, an unknown number of reference (FSR).")
+        assert unknown.lines()[2].endswith("4 confirmation, an unknown number of reference (FSR).")
 
     def test_as_json(self, planned: Callable[..., Plan]) -> None:
         fields = json.loads(json.dumps(planned().to_dict()))
-        assert fields["max_units"] == 261
+        assert fields["max_units"] == 216
         assert fields["entries"][1]["searched"]["lr_backbone"] == range_in_words(
             search_spaces.space("full")["lr_backbone"]
         )

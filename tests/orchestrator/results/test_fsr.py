@@ -13,7 +13,8 @@ from benchmarks.support.synthetic import shapes
 from orchestrator.planning.fsr import ReferenceStage
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates, study_metrics, suggested
-from orchestrator.results.leaderboard import leaderboard, mean_interval
+from orchestrator.results.intervals import mean_interval
+from orchestrator.results.leaderboard import leaderboard
 from orchestrator.results.selection import rank
 from orchestrator.search.stages import Entry
 from trainables.engine.trial import Trial

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,16 +102,18 @@ class TestTables:
         assert "Regret 2.000 of ood/mean/dist" in text
 
     def test_scores_and_differences_have_the_unit_of_their_metric(self) -> None:
-        score = Score(1.25, 0.5)
+        score = Score.symmetric(1.25, 0.5, seeds=3)
         assert (score.text(ERROR), score.difference(ERROR)) == ("1.250 ± 0.500", "+1.250 ± 0.500")
-        assert Score(0.5, math.nan).text(OVERLAP) == "50.0 %"
+        assert Score(0.5).text(OVERLAP) == "50.0 %"
 
 
 class TestSentences:
     def test_the_best_entry_has_the_smallest_error(self) -> None:
         first, second, gain, *_ = findings(STUDY, "id_val", metrics=TOY)
-        assert first.startswith("Best in distribution: lora (test 1.000), 2.000 ahead of full (3.000); one seed")
-        assert second.startswith("Best out of distribution: lora (OOD mean 2.000), 2.000 ahead of full (4.000)")
+        assert first.startswith(
+            "Best in distribution: lora (test 1.000, 1 seed), then full (3.000), with a difference of 2.000; one seed"
+        )
+        assert second.startswith("Best out of distribution: lora (OOD mean 2.000, 1 seed), then full (4.000)")
         assert "in distribution from full +25.0 %" in gain
         assert "to lora +75.0 %" in gain
 

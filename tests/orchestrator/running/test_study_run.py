@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning.build import planned_units
+from orchestrator.planning.build import planned_units, solved_in_closed_form
 from orchestrator.planning.estimates import TrialCounts, count_trials
 from orchestrator.record.journal import Journal, JournalError
 from orchestrator.record.records import TrialRecord
+from orchestrator.results.comparison import DETERMINISTIC
 from orchestrator.running.study_run import StudyRun
 from orchestrator.study_file.schema import StudySpec
+from search_spaces import default_point
 from tests.support.driving import task
+from trainables import strategies
 
 
 def spec(**sections: Any) -> StudySpec:
@@ -53,8 +56,8 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
 class TestCounts:
     def test_a_search_and_its_confirmation(self) -> None:
         counts = count_trials(spec(search={"trials": 30}, confirm={"top_k": 4, "seeds": 2}))
-        assert counts == TrialCounts(search=30, folds=0, confirm=8)
-        assert counts.total == 38
+        assert counts == TrialCounts(search=30, folds=0, confirm=7)  # linear probing on one seed
+        assert counts.total == 37
 
     def test_sweeps_alone_take_their_own_number_of_trials(self) -> None:
         swept = {"strategies": ["full", "daft"], "search": {"trials": 50, "sampler": "paper"}}
@@ -62,22 +65,31 @@ class TestCounts:
 
     def test_no_more_is_confirmed_than_was_searched(self) -> None:
         alone = count_trials(spec(strategies=["linear_probe"], search={"trials": 9}))
-        assert (alone.search, alone.confirm) == (1, 1 * 3)
+        assert (alone.search, alone.confirm) == (1, 1)
+
+    def test_every_entry_is_confirmed_and_closed_form_ones_on_one_seed(self) -> None:
+        assert count_trials(spec(search={"trials": 20})).confirm == 1 + 3
+        assert count_trials(spec(search={"trials": 20}, confirm={"top_k": 1})).confirm == 3
+        assert count_trials(spec(search={"trials": 20}, confirm={"seeds": 0})).confirm == 0
+
+    def test_the_closed_form_strategies_are_those_that_results_take_for_deterministic(self) -> None:
+        alike = {name for name in strategies() if solved_in_closed_form(name, default_point(name), epochs=4)}
+        assert alike == DETERMINISTIC
 
     def test_folds_count(self) -> None:
         data = {"source": "folder", "root": "/data", "id": ["photo", "art"], "ood": ["sketch"]}
         counts = count_trials(spec(data=data, search={"trials": 20, "objective": "leave_one_domain_out"}))
-        assert (counts.folds, counts.total) == (5 * 2, 20 + 10 + 9)
+        assert (counts.folds, counts.total) == (5 * 2, 20 + 10 + 4)
         data["id"] = []
         unknown = count_trials(spec(data=data, search={"trials": 20, "objective": "leave_one_domain_out"}))
-        assert (unknown.folds, unknown.total) == (None, 20 + 9)
+        assert (unknown.folds, unknown.total) == (None, 20 + 4)
 
     def test_reference_trials_count_their_samples(self) -> None:
         diagnostics: dict[str, Any] = {"fsr": ["full", "extrapolated", "oracle"], "fsr_seeds": 2}
         data = {"source": "digits", "train_fraction": 0.1}
         counts = count_trials(spec(data=data, diagnostics=diagnostics, search={"trials": 20}))
         assert counts.references == 2 * (1 + 1 + 2 + 5)  # the own sample, the pool, two shares, five domains
-        assert counts.total == 20 + 9 + 18
+        assert counts.total == 20 + 4 + 18
         data = {"source": "folder", "root": "/data", "train_fraction": 0.1}
         assert count_trials(spec(data=data, diagnostics=diagnostics)).references is None
 

@@ -56,6 +56,14 @@ def test_the_best_configurations_run_again_on_fresh_seeds(tmp_path: Path) -> Non
     assert [c["_number"] for c in proposed] == list(range(16))
 
 
+def test_a_deterministic_configuration_is_confirmed_once() -> None:
+    records = [TrialRecord(trial_id=name, number=n, strategy=name, label=name) for n, name in enumerate(("lp", "full"))]
+    stage = ConfirmStage(
+        task(), lambda history: history, seeds=3, seed=0, deterministic=lambda strategy, hparams: strategy == "lp"
+    )
+    assert [trial.label for trial in stage.next(records)] == ["lp", "full", "full", "full"]
+
+
 def test_confirmations_start_only_when_the_search_has_ended(tmp_path: Path) -> None:
     search = searcher(tmp_path, trials=4, stages=[ConfirmStage(task(), best(1), seeds=1, seed=3)])
     configs = {name: search.suggest(name) for name in "abcd"}

@@ -205,7 +205,7 @@ def test_the_summary_of_a_study_has_gains_and_findings() -> None:
     assert made.metrics["gain/ood"] == pytest.approx(-0.09 / 0.5)
     note = made.tags["mlflow.note.content"]
     assert note == texts(made)["leaderboard.md"]
-    assert "## Findings\n\n- Best in distribution: full (test 97.0 ± 2.5 %)" in note
+    assert "## Findings\n\n- Best in distribution: full (test 97.0 ± 2.5 %, 3 seeds)" in note
     assert "- MHA is the most plastic component (P 2.00; FC1 1.00).\n" in note
 
 
