@@ -47,8 +47,10 @@ LAZY_BOUNDARIES = {
     "luthier/__init__.py", "orchestrator/__init__.py", "orchestrator/cli.py", "orchestrator/commands/console.py",
     "orchestrator/commands/data.py", "orchestrator/study.py", "orchestrator/study_file/entries.py",
     "trainables/__init__.py",
-    # Only the tracking process loads mlflow and the summaries; matplotlib where something is drawn.
-    "orchestrator/results/curves.py", "orchestrator/running/tracking_process.py", "orchestrator/tracking/client.py",
+    # Only the tracking process loads mlflow and the summaries; matplotlib where something is drawn, timm where a model
+    # is restored.
+    "orchestrator/results/curves.py", "orchestrator/results/study_results.py",
+    "orchestrator/running/tracking_process.py", "orchestrator/tracking/client.py",
     "orchestrator/tracking/local_database.py", "orchestrator/tracking/writer.py",
     # A private name that a release has moved breaks the one function that uses it.
     "orchestrator/ray_internals.py", "orchestrator/tracking/mlflow_internals.py",

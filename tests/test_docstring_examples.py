@@ -14,6 +14,7 @@ WITH_EXAMPLES = (
     "orchestrator.commands.metric_reference",
     "orchestrator.commands.reference",
     "orchestrator.errors",
+    "orchestrator.export.columns",
     "orchestrator.record.records",
     "orchestrator.results.comparison",
     "orchestrator.results.curve_plot",

@@ -19,10 +19,10 @@ from orchestrator.export.errors import ExportError, RefusedExportError
 from orchestrator.export.export import Exported, TunedModel, check_target, export_model
 from orchestrator.export.formats import BACKBONE
 from orchestrator.ingest.errors import DataError
-from orchestrator.record.kept_files import weights_folder
 from orchestrator.record.records import TrialRecord, fold, metrics_of, validation_score
 from orchestrator.results.intervals import mean_interval
-from orchestrator.results.selection import reported_trials
+from orchestrator.results.kept_model import preprocessing_of, read_kept
+from orchestrator.results.selection import reported_trials, representative
 from orchestrator.results.study_results import Results
 from orchestrator.wording import counted
 from trainables.data.store import MANIFEST, Store, StoreError
@@ -33,7 +33,7 @@ from trainables.models.task_model import TaskModel
 from trainables.specs.metrics import TEST, TaskMetrics, ood
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import bitwise_equal
-from trainables.storage.kept_weights import KeptWeights, WeightsError, load_weights
+from trainables.storage.kept_weights import KeptWeights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,42 +150,20 @@ def select_trial(
     choice = results.best(results.rule, entry)
     metrics = metrics_of(spec)
     among = f"entry {choice.record.label}" if entry is not None else f"all entries, of {choice.record.label},"
-    reported = [r for r in reported_trials(records, choice.record.config_hash) if r.role == "confirm"]
-    scored = [(score, r) for r in reported if (score := validation_score(r, metrics)) is not None]
-    if not scored:
+    chosen = representative(records, choice, metrics)
+    if not chosen.scores:
         return Selected(
             choice.record,
             f"Trial {choice.record.number}: the search trial that the rule {choice.rule} chooses among {among} whose "
             "configuration was not confirmed on fresh seeds.",
         )
-    ordered = sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
-    value, median = ordered[(len(ordered) - 1) // 2]
     text = metrics.selection.text
     return Selected(
-        median,
-        f"Trial {median.number}: of the {counted(len(ordered), 'confirmed seed')} of the configuration that the rule "
-        f"{choice.rule} chooses among {among} the median on validation, {text(value)} "
-        f"(all: {', '.join(text(score) for score, _ in ordered)}).",
+        chosen.record,
+        f"Trial {chosen.record.number}: of the {counted(len(chosen.scores), 'confirmed seed')} of the configuration "
+        f"that the rule {choice.rule} chooses among {among} the median on validation, {text(chosen.value)} "
+        f"(all: {', '.join(text(score) for score in chosen.scores)}).",
     )
-
-
-def read_kept(study_folder: Path, record: TrialRecord) -> KeptWeights:
-    """The kept weights of a trial.
-
-    Raises:
-        WeightsError: none are kept, or they are damaged or not those of the record.
-    """
-    folder = weights_folder(study_folder, record.number)
-    if not folder.is_dir():
-        raise WeightsError(
-            f"An export needs a trial's kept weights, but trial {record.number} ({record.label}, {record.role}) has "
-            f"none in {folder}. `keep: all` keeps those of every trial; the default keeps each entry's best search "
-            "trial and every confirmed trial."
-        )
-    kept = load_weights(folder)
-    if kept.meta["config_hash"] != record.config_hash or kept.meta["seed"] != record.seed:
-        raise WeightsError(f"{folder} must hold the weights of trial {record.number}, but holds those of another one.")
-    return kept
 
 
 def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> None:
@@ -214,27 +192,6 @@ def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> No
             f"({kept.meta['strategy']}) tuned {'other tensors' if rest else 'the head alone'}"
             f"{f', such as {rest[0]}' if rest else ''}. Use --format timm."
         )
-
-
-def preprocessing_of(kept: KeptWeights) -> DataConfig:
-    """Preprocessing of a trial: the crop share is that of its data store, whatever the network's own is."""
-    meta = kept.meta
-    side = int(meta["image_size"])
-    stored = int(meta["stored_image_size"])
-    crop_pct = float(meta["crop_pct"])
-    if math.floor(side / crop_pct) != stored:
-        crop_pct = side / stored
-        # A quotient that was rounded up would give one pixel less.
-        while math.floor(side / crop_pct) < stored:
-            crop_pct = math.nextafter(crop_pct, 0.0)
-    mean, std = (tuple(float(value) for value in meta[name]) for name in ("mean", "std"))
-    return DataConfig(
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        interpolation=str(meta["interpolation"]),
-        crop_pct=crop_pct,
-        image_size=side,
-    )
 
 
 def find_store(stores: Path, digest: str) -> Store:

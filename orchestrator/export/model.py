@@ -17,6 +17,7 @@ from orchestrator.export.pictures import list_pictures
 from orchestrator.export.predictions import Predictions, predict_pictures, refuse_unreadable
 from orchestrator.export.timm_folder import load_network, read_folder
 from orchestrator.ingest.images import BadImageError, square, upright_rgb
+from orchestrator.wording import listed
 from trainables.data.transforms import BatchTransform
 from trainables.models.backbone import DataConfig
 from trainables.models.device import training_device
@@ -47,6 +48,10 @@ class Model:
         self.classes = tuple(classes)
         self.preprocessing = preprocessing
         self._transform = BatchTransform(preprocessing.mean, preprocessing.std, preprocessing.image_size, ())
+
+    def __repr__(self) -> str:
+        names = listed(self.classes, most=5)
+        return f"<Model of {len(self.classes)} classes ({names}), {self.preprocessing.image_size} px, on {self.device}>"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from orchestrator.export.columns import free_name
 from orchestrator.export.pictures import Listing, Progress, decoded
 from orchestrator.ingest.errors import DataError, first_few, printable
 from orchestrator.ingest.source import SkippedEntry
@@ -63,7 +64,7 @@ class Predictions:
     def columns(self) -> tuple[str, str, str]:
         """Names of the columns for path, predicted class and its probability: `path`, `class` and `confidence`, with
         underscores added where a class has that name."""
-        path, prediction, confidence = (_free(name, self.classes) for name in ("path", "class", "confidence"))
+        path, prediction, confidence = (free_name(name, self.classes) for name in ("path", "class", "confidence"))
         return path, prediction, confidence
 
     def to_frame(self) -> pd.DataFrame:
@@ -164,9 +165,3 @@ def refuse_unreadable(unreadable: Sequence[SkippedEntry]) -> None:
 def describe(entries: Sequence[SkippedEntry]) -> str:
     """The first entries with their reasons."""
     return first_few(f"{printable(entry.name)} ({entry.reason})" for entry in entries)
-
-
-def _free(name: str, classes: Sequence[str]) -> str:
-    while name in classes:
-        name += "_"
-    return name

@@ -43,9 +43,9 @@ class TrialRecord:
     state: State = "suggested"
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Last value of every metric."""
-    history: tuple[Mapping[str, float], ...] = ()
+    history: tuple[Mapping[str, float], ...] = field(default=(), repr=False)
     """Metrics per unit in order, each with its number under `unit`."""
-    curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     """Last value of every curve, by name: `columns` (name → values, the x axis first) and `note`."""
     weights: Mapping[str, Any] | None = None
     """`sha256` and `bytes` of the trial's kept weights; None = not kept, or discarded."""
@@ -57,7 +57,7 @@ class TrialRecord:
     attempts: int = 0
     """How often the trial was started."""
     node: str | None = None
-    search_values: Mapping[str, Any] = field(default_factory=dict)
+    search_values: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The point under Optuna's parameter names; empty for folds and confirmations."""
     started: float | None = None
     """First start, wall-clock seconds since the epoch."""

@@ -22,7 +22,7 @@ from jinja2 import Environment
 
 from orchestrator.errors import redact
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header
-from orchestrator.report import figures
+from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
 from orchestrator.results.leaderboard import (

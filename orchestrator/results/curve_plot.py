@@ -56,6 +56,15 @@ STYLES: Mapping[str, dict[str, Any]] = {
 """Styles of the splits that every sweep has, the same in all pictures."""
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows without pyplot, whose global state nothing here uses."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+        return out.getvalue()
+
+
 def draw(
     name: str, curve: Mapping[str, Any], chosen: float | None = None, metrics: TaskMetrics = CLASSIFICATION
 ) -> bytes:
@@ -90,7 +99,7 @@ def figure_of(
     names = without_shared_path([str(value) for value in x]) if named else []
     note = textwrap.wrap(str(curve.get("note") or ""), 110)
     page = _Page(panels, names, len(note))
-    figure = Figure(figsize=(page.width, page.height), dpi=100)
+    figure = NotebookFigure(figsize=(page.width, page.height), dpi=100)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=page.rows)[:, 0]
     figure.subplots_adjust(*page.margins, hspace=0.12)
     for axes, panel in zip(rows, panels, strict=True):

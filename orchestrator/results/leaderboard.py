@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -269,6 +270,19 @@ def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -
     for row in rows:
         lines.append("| " + " | ".join([*cells(row, metrics), *gains(row), *costs(row)]) + " |")
     return lines
+
+
+def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as HTML, for a notebook; all texts are escaped.
+
+    Example:
+        >>> html_table(["entry"], [["<full>"]])
+        '<table><thead><tr><th>entry</th></tr></thead><tbody><tr><td>&lt;full&gt;</td></tr></tbody></table>'
+    """
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:

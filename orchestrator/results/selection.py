@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, validation_score
 from orchestrator.study_file.rules import VAL_DOMAIN
 from trainables.specs.metrics import CLASSIFICATION, VAL, Metric, TaskMetrics
 from trainables.specs.suggestions import did_you_mean
@@ -287,6 +287,34 @@ def reported_value(records: Iterable[TrialRecord], record: TrialRecord, name: st
     values = [run.metric(name) for run in confirmations(records, record.config_hash)]
     present = [value for value in values if value is not None]
     return _mean(present) if present else record.metric(name)
+
+
+@dataclass(frozen=True)
+class Representative:
+    """The run whose network stands for a configuration."""
+
+    record: TrialRecord
+    scores: Sequence[float] = ()
+    """Selection metric on validation of every confirmed seed, worst first; empty = nothing was confirmed."""
+
+    @property
+    def value(self) -> float:
+        """The median of the scores, of two the lower one."""
+        return self.scores[(len(self.scores) - 1) // 2]
+
+
+def representative(records: Iterable[TrialRecord], choice: Choice, metrics: TaskMetrics) -> Representative:
+    """Of a configuration's confirmed trials the one with the median validation score, of two the lower one.
+
+    The search trial where nothing was confirmed.
+    """
+    confirmed = confirmations(records, choice.record.config_hash)
+    scored = [(score, run) for run in confirmed if (score := validation_score(run, metrics)) is not None]
+    if not scored:
+        return Representative(choice.record)
+    ordered = sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
+    _, median = ordered[(len(ordered) - 1) // 2]
+    return Representative(median, [score for score, _ in ordered])
 
 
 def _by_metric(rule: str, name: str, records: Sequence[TrialRecord], metrics: TaskMetrics) -> list[Choice]:

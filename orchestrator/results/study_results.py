@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +17,91 @@ from orchestrator.results import selection
 from orchestrator.results.choice import Decision, decide
 from orchestrator.results.comparison import DETERMINISTIC
 from orchestrator.results.findings import findings
-from orchestrator.results.leaderboard import choice_values, finite, leaderboard, markdown_table, print_table, score_note
+from orchestrator.results.leaderboard import (
+    COUNT_TITLE,
+    cells,
+    choice_values,
+    describe,
+    finite,
+    html_table,
+    leaderboard,
+    markdown_table,
+    print_table,
+    score_note,
+    score_titles,
+)
 from orchestrator.results.predictions import SampleTables
+from orchestrator.results.run_predictions import RunPredictions, predictions_frame, read_runs
 from orchestrator.study_file.rules import VAL_DOMAIN
+from orchestrator.wording import counted
+from trainables.specs.metrics import TEST
+from trainables.specs.suggestions import did_you_mean
+from trainables.storage.kept_weights import WeightsError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from rich.console import Console
 
+    from orchestrator.export.model import Model
+    from orchestrator.results.plots import Plots
     from orchestrator.study_file.schema import StudySpec
 
 ENOUGH_SEEDS = 3
 """Below this many seeds a leaderboard row is warned about: the 95 % interval of two seeds is 12.7 standard errors."""
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class BestConfiguration(selection.Choice):
+    """The chosen configuration, and the run whose network stands for it."""
+
+    run: TrialRecord
+    """Of the confirmed trials the one with the median validation score; the search trial where nothing was confirmed.
+    `luthier export` exports the same."""
+    folder: Path | None = None
+    """Of the study; None = not known."""
+
+    def model(self, device: torch.device | str | None = None) -> Model:
+        """The network of `run`, restored from the study's kept weights: `model.predict("pictures")`.
+
+        Args:
+            device: where the network computes; None = the GPU if there is one, else the CPU.
+
+        Raises:
+            WeightsError: its weights are not kept, or damaged.
+        """
+        from orchestrator.results.kept_model import kept_model
+
+        if self.folder is None:
+            raise WeightsError(
+                "A model is restored from the weights in its study's folder, but the folder is not known here. Read "
+                "the results with `Study.results()`."
+            )
+        return kept_model(self.folder, self.run, device)
+
+    def summary(self) -> str:
+        """Entry, trial, criterion and hyperparameters on one line."""
+        confirmed = f", mean of {counted(self.seeds, 'fresh seed')}" if self.seeds else ", its search trial alone"
+        score = f"{self.criterion} {self.value:.4g}{confirmed}"
+        return f"{self.record.label}, trial {self.record.number}, {score}, {describe(self.record.hparams)}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} by {self.rule}: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        """A table of the choice, for a notebook. Names are untrusted, and escaped."""
+        record = self.record
+        seeds = f"{self.seeds} confirmed" if self.seeds else "none confirmed"
+        rows = [
+            ["entry", record.label],
+            ["strategy", record.strategy],
+            ["rule", self.rule],
+            [self.criterion, f"{self.value:.4g}"],
+            ["seeds", seeds],
+            ["configuration", f"trial {record.number}: {describe(record.hparams)}"],
+            ["model()", f"trial {self.run.number} ({self.run.role}, seed {self.run.seed})"],
+        ]
+        return html_table(["choice", ""], rows)
 
 
 class Results:
@@ -89,9 +165,12 @@ class Results:
         rule = rule or self.rule
         return leaderboard(self.records, rule, self.metrics, self._samples(rule), self._devices())
 
-    def best(self, rule: str = "id_val", label: str | None = None) -> selection.Choice:
-        """The chosen configuration by a rule, of all or of one label (see `decision`)."""
-        return self.decision(rule, label).choice
+    def best(self, rule: str | None = None, label: str | None = None) -> BestConfiguration:
+        """The chosen configuration by a rule or the study's own, of all or of one label (see `decision`)."""
+        choice = self.decision(rule, label).choice
+        fields = {field.name: getattr(choice, field.name) for field in dataclasses.fields(choice)}
+        return BestConfiguration(**fields, run=selection.representative(self.records, choice, self.metrics).record,
+                                 folder=self.folder)  # fmt: skip
 
     def decision(self, rule: str | None = None, label: str | None = None) -> Decision:
         """The choice by a rule or the study's own, and the reason: the best mean validation of the confirmed
@@ -107,10 +186,39 @@ class Results:
         """The best configuration of every label that has one, best label first (ValueError: no complete trial)."""
         return selection.per_label(self.records, rule or self.rule, self.metrics)
 
+    def predictions(self, entry: str, split: str = TEST) -> pd.DataFrame:
+        """Predictions of the runs behind an entry's row of the leaderboard: its confirmed trials, one per seed.
+
+        One row per run and sample: `trial, seed, role, name, target, target_label, predicted, predicted_label,
+        confidence`, then the probability of every class under its name. Where nothing was confirmed, the rows are those
+        of the search trial (`role`). A name that a class has as well gets underscores added.
+
+        Args:
+            entry: label of the entry.
+            split: `val`, `test` or `ood/<domain>`.
+
+        Raises:
+            PredictionsError: no predictions of the entry are kept, or a file is damaged.
+            ValueError: no such entry or split; the message lists what there is.
+        """
+        return predictions_frame(self._run_predictions(entry, split))
+
+    @property
+    def plot(self) -> Plots:
+        """Figures of the study, such as `results.plot.leaderboard()`.
+
+        Raises:
+            ValueError: no complete trial.
+        """
+        from orchestrator.results.plots import Plots
+
+        rows = self.leaderboard().to_dict("records")
+        return Plots(self.records, self.metrics, rows, self.per_label(), self.measurements, self._run_predictions)
+
     def regret(self, rule: str | None = None) -> selection.Regret:
         """Loss of the choice by a rule against the oracle's (ValueError: no complete trial)."""
         rule = rule or self.rule
-        return selection.regret(self.records, rule, self.metrics, self.best(rule))
+        return selection.regret(self.records, rule, self.metrics, self.decision(rule).choice)
 
     def findings(self) -> list[str]:
         """Findings as sentences; none before a trial is complete."""
@@ -181,6 +289,34 @@ class Results:
             console.print(f"- {sentence}", markup=False, highlight=False)
         for warning in self.warnings():
             console.print(f"Warning: {warning}", markup=False, highlight=False, style="yellow")
+
+    def __repr__(self) -> str:
+        return f"<Results of {self.name!r}: {self._trial_counts()}; {self._best_line()}>"
+
+    def _repr_html_(self) -> str:
+        """Leaderboard, choice and warnings, for a notebook. Names are untrusted, and escaped."""
+        title = f"<p><b>{escape(self.name)}</b>: leaderboard by {escape(self.rule)}, {escape(self._trial_counts())}</p>"
+        try:
+            rows = self.leaderboard().to_dict("records")
+            sentences = [self.decision().sentence, self.regret_line()]
+        except ValueError as error:
+            return f"<div>{title}<p>{escape(str(error))}</p></div>"
+        heads = ["strategy", "configuration", COUNT_TITLE, *score_titles(self.metrics)]
+        table = html_table(heads, [cells(row, self.metrics) for row in rows])
+        notes = [f"<p>{escape(text)}</p>" for text in (score_note(self.metrics, rows), *sentences)]
+        warnings = [f"<li>Warning: {escape(text)}</li>" for text in self.warnings()]
+        return f"<div>{title}{table}{''.join(notes)}<ul>{''.join(warnings)}</ul></div>"
+
+    def _trial_counts(self) -> str:
+        states = Counter(record.state for record in self.records)
+        parts = ", ".join(f"{count} {state}" for state, count in states.most_common())
+        return f"{counted(len(self.records), 'trial')} ({parts})" if parts else "no trials"
+
+    def _best_line(self) -> str:
+        try:
+            return f"best by {self.rule}: {self.best().summary()}"
+        except ValueError:
+            return "no choice yet"
 
     def regret_line(self) -> str:
         """One sentence: what the choice lost against the oracle's (ValueError: no complete trial)."""
@@ -268,6 +404,18 @@ class Results:
                 "without the part of the test samples."
             )
         return sentences
+
+    def _run_predictions(self, entry: str, split: str) -> list[RunPredictions]:
+        """Kept predictions of the runs behind an entry's row (errors: see `predictions`)."""
+        choices = self.per_label()
+        if entry not in choices:
+            labels = list(choices)
+            raise ValueError(
+                f"An entry with a complete trial is one of {', '.join(labels)}, but got {entry!r}."
+                f"{did_you_mean(entry, labels)}"
+            )
+        runs = selection.reported_trials(self.records, choices[entry].record.config_hash)
+        return read_runs(runs, self.folder, entry, split, self.records)
 
     def _samples(self, rule: str) -> SampleTables:
         """Per-sample results; a domain that the rule validates on is left out of means over OOD domains."""

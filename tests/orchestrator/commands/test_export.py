@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.commands.export import check_adapter, preprocessing_of, select_trial
+from orchestrator.commands.export import check_adapter, select_trial
 from orchestrator.errors import StudyError
 from orchestrator.export.errors import RefusedExportError
 from orchestrator.export.timm_folder import file_digest
 from orchestrator.record.kept_files import weights_folder
 from orchestrator.record.records import TrialRecord, fold
+from orchestrator.results.kept_model import preprocessing_of
 from orchestrator.study import Study, read_journal
 from tests.support.exports import finished_study, fresh, pictures
 from trainables.engine.tuned_network import tuned_network
@@ -127,7 +128,8 @@ def test_weights_that_are_not_kept(study: Study, tmp_path: Path) -> None:
     finally:
         hidden.rename(folder)
     assert code == 1
-    assert "An export needs a trial's kept weights, but trial 0 (full, search) has none" in " ".join(err.split())
+    message = "A trial's model is restored from its kept weights, but trial 0 (full, search) has none"
+    assert message in " ".join(err.split())
 
 
 def test_damaged_weights_are_refused(study: Study, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import fold, measurements
-from orchestrator.report import figures, page
+from orchestrator.report import page
 from orchestrator.report.page import report_html, write_report
+from orchestrator.results import figures
 from orchestrator.results.leaderboard import cells
 from orchestrator.results.study_results import Results
 

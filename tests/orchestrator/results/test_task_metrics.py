@@ -13,9 +13,8 @@ from rich.console import Console
 
 from orchestrator.commands.status import Status
 from orchestrator.record.records import TrialRecord, declared_metrics, metrics_of, validation_score
-from orchestrator.report import figures
 from orchestrator.report.page import page_of
-from orchestrator.results import selection
+from orchestrator.results import figures, selection
 from orchestrator.results.comparison import Score
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.findings import findings

@@ -1,4 +1,4 @@
-"""Figures of a report, as SVG, without matplotlib's global state or settings."""
+"""Figures of a study, for its report and for notebooks, without matplotlib's global state or settings."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.curve_plot import BLACK, GREY, PALETTE
+from orchestrator.results.curve_plot import BLACK, BLUE, GREY, PALETTE, NotebookFigure
+from orchestrator.results.fsr import FsrEstimate
 from orchestrator.results.leaderboard import ENDS
 from orchestrator.results.selection import Choice, reported_trials
 from trainables.specs.metrics import CLASSIFICATION, Metric, TaskMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
 Row = Mapping[Any, Any]
 
 RATES = ("lr_head", "lr_backbone")
 RATE_NAMES = {"lr_head": "head learning rate", "lr_backbone": "backbone learning rate"}
 PANELS_PER_ROW = 4
+CONFIDENCE_BINS = 15
+"""Bins of a reliability diagram, as of the calibration error (`trainables.tasks.classification_metrics`)."""
+MOST_NUMBERS = 20
+"""Classes up to which the cells of a confusion matrix have their counts written in them."""
+MOST_NAMES = 60
+"""Classes up to which a confusion matrix has their names on its axes."""
 
 
 def data_uri(figure: Figure) -> str:
@@ -62,6 +71,117 @@ def id_and_ood(rows: Sequence[Row], colour: Mapping[str, str], metrics: TaskMetr
     axes.margins(0.12)
     _legend(axes)
     _plain(axes)
+    return figure
+
+
+def intervals(rows: Sequence[Row], colour: Mapping[str, str], metrics: TaskMetrics = CLASSIFICATION) -> Figure | None:
+    """Selection metric of every entry on ID test and over the OOD domains, best entry on top, with 95 % intervals.
+
+    None without an entry that has an ID test score.
+    """
+    metric = metrics.selection
+    entries = [row for row in rows if math.isfinite(row[metrics.test])]
+    if not entries:
+        return None
+    titles = {metrics.test: "ID test", metrics.ood_mean: "mean OOD", metrics.ood_worst: "worst OOD domain"}
+    present = [name for name in titles if any(math.isfinite(row[name]) for row in entries)]
+    figure = _figure(1.6 + 2.6 * len(present), 0.9 + 0.36 * len(entries))
+    panels = figure.subplots(1, len(present), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, present, strict=True):
+        for position, row in enumerate(entries):
+            if not math.isfinite(row[name]):
+                continue
+            style: dict[str, Any] = {"fmt": "o", "markersize": 6, "linewidth": 1.4, "capsize": 2}
+            value = metric.scale * row[name]
+            axes.errorbar(value, position, xerr=_sides(row, name, metric), color=colour[row["label"]], **style)
+        axes.set_xlabel(f"{titles[name]} {metric.axis}", fontsize=8.5)
+        _plain(axes)
+    panels[0].set_yticks(range(len(entries)), [str(row["label"]) for row in entries], parse_math=False)
+    panels[0].set_ylim(len(entries) - 0.5, -0.5)
+    return figure
+
+
+def shift_ratios(ratios: Sequence[FsrEstimate]) -> Figure | None:
+    """FSR against every reference, with 95 % intervals; the line is FSR = 1. None where no FSR is determined."""
+    known = [ratio for ratio in ratios if math.isfinite(ratio.value)]
+    if not known:
+        return None
+    figure = _figure(5.4, 1.1 + 0.4 * len(known))
+    axes = figure.subplots()
+    end = max(value for ratio in known for value in (ratio.value, ratio.high) if math.isfinite(value))
+    for position, ratio in enumerate(known):
+        color = GREY if ratio.is_oracle else BLUE
+        axes.plot([ratio.value], [position], "o", color=color, markersize=7)
+        if math.isfinite(ratio.low):
+            # An open interval reaches the edge of the picture.
+            high = ratio.high if math.isfinite(ratio.high) else 2 * end
+            axes.plot([ratio.low, high], [position, position], color=color, linewidth=1.4)
+    axes.axvline(1.0, color=BLACK, linewidth=1.0, linestyle=":")
+    axes.set_xlim(0, 1.1 * max(end, 1.0))
+    axes.set_yticks(range(len(known)), [ratio.reference for ratio in known], parse_math=False)
+    axes.set_ylim(len(known) - 0.5, -0.5)
+    axes.set_xlabel("fine-tuning shift ratio")
+    _plain(axes)
+    return figure
+
+
+def reliability(
+    probabilities: NDArray[np.float64], targets: NDArray[np.int64], scaled: NDArray[np.float64] | None = None
+) -> Figure:
+    """Share of right predictions over their confidence in equal bins, with the count of images in each bin.
+
+    Args:
+        probabilities: (n, K), n ≥ 1.
+        targets: (n,) classes.
+        scaled: (n, K) after temperature scaling; None = not drawn.
+    """
+    figure = _figure(4.6, 4.8)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    top.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle=":", label="perfectly calibrated")
+    series = [("as trained", probabilities, BLUE)]
+    if scaled is not None:
+        series.append(("temperature-scaled", scaled, PALETTE[3]))
+    for name, values, color in series:
+        confidences, shares = _bins(values, targets)
+        top.plot(confidences, shares, "o-", color=color, linewidth=1.4, markersize=5, label=name)
+    edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
+    bottom.hist(probabilities.max(1), bins=edges.tolist(), color=BLUE, alpha=0.6)
+    bottom.set_xlabel("confidence")
+    bottom.set_ylabel("images")
+    top.set_ylabel("share of right predictions")
+    top.set_xlim(0, 1)
+    top.set_ylim(0, 1.02)
+    top.legend(frameon=False, fontsize=8.5, loc="upper left")
+    _plain(top)
+    _plain(bottom)
+    return figure
+
+
+def confusion(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
+    """Confusion matrix: rows are labels, columns predictions; the colour is the share of the row.
+
+    Args:
+        counts: (K, K) images.
+        classes: names, in that order.
+    """
+    number = len(classes)
+    side = min(max(3.2, 0.42 * number), 12.0)
+    figure = _figure(side + 1.4, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(labelsize=7.5)
+    bar.set_label("share of the label's images", fontsize=8.5)
+    if number <= MOST_NUMBERS:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[row, column] > 0.5 else BLACK
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7.5, color=color)
+    if number <= MOST_NAMES:
+        axes.set_xticks(range(number), list(classes), rotation=90, fontsize=7.5, parse_math=False)
+        axes.set_yticks(range(number), list(classes), fontsize=7.5, parse_math=False)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
     return figure
 
 
@@ -193,8 +313,20 @@ def _sides(row: Row, name: str, metric: Metric) -> list[list[float]] | None:
     return [[metric.scale * (row[name] - low)], [metric.scale * (high - row[name])]]
 
 
+def _bins(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Mean confidence and share of right predictions of each bin of confidence that has images."""
+    confidence = probabilities.max(1)
+    right = probabilities.argmax(1) == targets
+    bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+    members = [np.flatnonzero(bins == index) for index in range(CONFIDENCE_BINS)]
+    filled = [rows for rows in members if len(rows)]
+    confidences = [float(confidence[rows].mean()) for rows in filled]
+    shares = [float(right[rows].mean()) for rows in filled]
+    return confidences, shares
+
+
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height))
+    return NotebookFigure(figsize=(width, height))
 
 
 def _log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
