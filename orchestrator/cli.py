@@ -197,11 +197,22 @@ def export(
     format_name: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="timm, onnx, torch_export, mlflow, peft.")
     ] = "timm",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Train the configuration once more, on training and validation pictures.")
+    ] = False,
 ) -> None:
     """Export a trained model with its classes, preprocessing and model card; compared before it counts."""
     from orchestrator.commands.export import export_study
 
-    exported = export_study(study, to, trial=trial, entry=entry, format_name=format_name)
+    exported = export_study(
+        study,
+        to,
+        trial=trial,
+        entry=entry,
+        format_name=format_name,
+        refit=refit,
+        on_unit=lambda unit, units: typer.echo(f"Refit: unit {unit} of {units}", err=True),
+    )
     context.obj.result(exported.to_dict(), exported.render)
 
 

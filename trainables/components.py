@@ -96,6 +96,9 @@ class Components(Strategy):
     def _selected(self, data: TrialData) -> frozenset[str]:
         if self.config.kinds != AUTO:
             return frozenset(self.config.kinds.split("+"))
+        if not data.has_validation:
+            # A refit trains what its trial trained: plasticity on more images may rank the components differently.
+            return frozenset(kind for kind in COMPONENTS if data.recorded_choice(COMPONENT.of(kind)))
         return frozenset(plasticity_of(data).rank[: self.config.k or TOP])
 
 

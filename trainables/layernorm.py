@@ -173,6 +173,14 @@ class LayerNorm(Strategy):
         note = f"λ is chosen on {task_of(data).metrics.validation}."
         return {"lambda": Curve({name: [row[name] for row in rows] for name in rows[0]}, note)}
 
+    def refit_problem(self) -> str | None:
+        """A λ per layer or per cycle is in no metric of the record."""
+        config = self.config
+        if config.lam_choice == "fixed" or (config.lam_scope == "global" and not config.cycles):
+            return None
+        several = "a λ for each layer" if config.lam_scope == "layer" else f"a λ in each of {config.cycles} cycles"
+        return f"lam_choice={config.lam_choice!r} chose {several} on validation"
+
     def _finish_cycle(self, model: TaskModel, data: TrialData) -> Report:
         return self._rescale(model, data).report
 
@@ -183,19 +191,21 @@ class LayerNorm(Strategy):
         norms = take(model, source)
         scores: dict[float, dict[str, float]] = {}
         lam: float | Tensor = config.lam
-        if config.lam_choice == "sweep":
+        if not data.has_validation:
+            lam = config.lam if config.lam_choice == "fixed" else data.recorded_choice(LAYERNORM_LAMBDA.name)
+        elif config.lam_choice == "sweep":
             scores = grid_scores(model, data, source, config.rescale)
             lam = best_lambda(scores, metrics)
         elif config.lam_choice == "learned":
             lam = fitted(model, data, source, config.rescale, config.lam_scope == "layer")
-        # Before rescaling: what λ = 1 scores is the value that the chosen λ is compared with.
-        at_one = scores.get(1.0) or validation_scores(model, data)
+        report: dict[str, float | Curve] = {}
+        if data.has_validation:
+            # Before rescaling: what λ = 1 scores is the value that the chosen λ is compared with.
+            at_one = scores.get(1.0) or validation_scores(model, data)
+            report[LAYERNORM_VAL_AT_ONE.of(metrics.selection.key)] = at_one[metrics.validation]
         rescale_layer_norm(model, source, lam, config.rescale)
         values = torch.as_tensor(lam, dtype=torch.float64).reshape(-1)
-        report: dict[str, float | Curve] = {
-            LAYERNORM_LAMBDA.name: float(values.mean()),
-            LAYERNORM_VAL_AT_ONE.of(metrics.selection.key): at_one[metrics.validation],
-        }
+        report[LAYERNORM_LAMBDA.name] = float(values.mean())
         if config.lam_scope == "layer":
             columns: dict[str, Sequence[float | str | None]] = {
                 "layer": list(layer_norms(model)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ from orchestrator.export.errors import ExportError, RefusedExportError
 from orchestrator.export.export import Exported, TunedModel, check_target, export_model
 from orchestrator.export.formats import BACKBONE
 from orchestrator.ingest.errors import DataError
-from orchestrator.record.records import TrialRecord, fold, metrics_of, validation_score
+from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
 from orchestrator.results.intervals import mean_interval
 from orchestrator.results.kept_model import preprocessing_of, read_kept
 from orchestrator.results.selection import reported_trials, representative
 from orchestrator.results.study_results import Results
+from orchestrator.running.refit import REFIT, OnUnit
+from orchestrator.running.refit import refit as train_again
+from orchestrator.study_file.load import load_study
 from orchestrator.wording import counted
 from trainables.data.store import MANIFEST, Store, StoreError
 from trainables.data.transforms import BatchTransform
@@ -38,8 +43,12 @@ from trainables.storage.kept_weights import KeptWeights
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.record.journal import Event
     from orchestrator.study_file.schema import StudySpec
 
+COMPARED = "An export is compared with the record on the test pictures of"
+TRAINED = "A refit trains on"
+"""Purposes of a data store, for `find_store`."""
 BATCH = 256
 """Pictures per forward pass of the comparison with the record, as in a trial's evaluation."""
 RECORD_TOLERANCE = 0.01
@@ -61,6 +70,8 @@ class StudyExport:
 
     exported: Exported
     selected: Selected
+    refit: bool = False
+    """Whether the configuration was trained once more, on training and validation images."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -70,6 +81,7 @@ class StudyExport:
             "format": self.exported.format,
             "trial": self.selected.record.number,
             "label": self.selected.record.label,
+            "refit": self.refit,
             "reason": self.selected.reason,
             "proof": {"pictures": proof.pictures, "difference": proof.difference, "tolerance": proof.tolerance},
         }
@@ -82,9 +94,16 @@ class StudyExport:
 
 
 def export_study(
-    study: Path, folder: Path, *, trial: int | None = None, entry: str | None = None, format_name: str = "timm"
+    study: Path,
+    folder: Path,
+    *,
+    trial: int | None = None,
+    entry: str | None = None,
+    format_name: str = "timm",
+    refit: bool = False,
+    on_unit: OnUnit | None = None,
 ) -> StudyExport:
-    """Export the model of one trial.
+    """Export the model of one trial, or of its configuration trained once more.
 
     Args:
         study: study file or folder.
@@ -92,23 +111,30 @@ def export_study(
         trial: number of a trial; None = chosen, see `select_trial`.
         entry: label of an entry whose chosen configuration is exported; None = the study's best.
         format_name: a key of `orchestrator.export.formats.FORMATS`.
+        refit: train the configuration on training and validation images (`orchestrator.running.refit`).
+        on_unit: reports the progress of a refit.
 
     Raises:
         StudyError: both a trial and an entry, or one that the study does not have.
         WeightsError: the trial's weights are not kept, or damaged.
         DataError: the data store of the trial is gone.
+        RefusedExportError: the configuration cannot be trained again.
         ExportError: the network does not give the recorded accuracy, or see `export_model`.
     """
     check_target(folder, format_name)
     spec, study_folder = find_study(study)
-    records = fold(read_journal(spec, study_folder))
+    events = read_journal(spec, study_folder)
+    records = fold(events)
     selected = select_trial(records, spec, trial, entry)
-    kept = read_kept(study_folder, selected.record)
+    if refit:
+        selected, kept, store = _refitted(study_folder, events, selected, on_unit)
+    else:
+        kept = read_kept(study_folder, selected.record)
+        store = find_store(study_folder.parent / "data", str(kept.meta["store_digest"]), COMPARED)
     model = ModelSpec(**kept.meta["model"])
     pretrained = load_pretrained(model, kept.meta["requested_image_size"])
     if format_name == "peft":
         check_adapter(kept, pretrained.module.state_dict())
-    store = find_store(study_folder.parent / "data", str(kept.meta["store_digest"]))
     network = tuned_network(kept, pretrained)
     metrics = metrics_of(spec)
     preprocessing = preprocessing_of(kept)
@@ -124,7 +150,47 @@ def export_study(
         pretrained=pretrained.module,
         proof=[sentence],
     )
-    return StudyExport(export_model(tuned, folder, format_name), selected)
+    return StudyExport(export_model(tuned, folder, format_name), selected, refit)
+
+
+def _refitted(
+    study_folder: Path, events: Sequence[Event], selected: Selected, on_unit: OnUnit | None
+) -> tuple[Selected, KeptWeights, Store]:
+    """The refit in place of the selected trial, its weights and its data.
+
+    Raises:
+        DataError: the trial's data store is gone.
+        RefusedExportError: see `orchestrator.running.refit.refit`.
+    """
+    record = selected.record
+    store = find_store(study_folder.parent / "data", _digest_of_data(study_folder, events, record), TRAINED)
+    # As the study last ran: a study file may have been edited since.
+    spec = load_study(study_folder / "study.yaml")
+    kept = train_again(study_folder, spec, record, store, on_unit)
+    images = len(store.labels("val")) + store.fraction("train", spec.data.train_fraction)
+    reason = (
+        f"Trained once more on training and validation pictures together ({images}); no validation number stands "
+        f"behind it. The configuration and the seed are those of the following. {selected.reason}"
+    )
+    metrics = {name: math.nan if value is None else value for name, value in kept.meta["result"].items()}
+    return Selected(dataclasses.replace(record, metrics=metrics, role="refit"), reason), kept, store
+
+
+def _digest_of_data(study_folder: Path, events: Sequence[Event], record: TrialRecord) -> str:
+    """Digest of the data that a trial was trained on: of its kept weights, else of the study.
+
+    Raises:
+        DataError: neither has one.
+    """
+    if weights_folder(study_folder, record.number).is_dir():
+        return str(read_kept(study_folder, record).meta["store_digest"])
+    digest = study_header(events).get("dataset_digest")
+    if digest is None:
+        raise DataError(
+            f"A refit needs the data of trial {record.number}, but neither kept weights nor the journal of "
+            f"{study_folder} name them. Run the study again."
+        )
+    return str(digest)
 
 
 def select_trial(
@@ -194,8 +260,11 @@ def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> No
         )
 
 
-def find_store(stores: Path, digest: str) -> Store:
+def find_store(stores: Path, digest: str, purpose: str) -> Store:
     """The data store with a digest.
+
+    Args:
+        purpose: the sentence that says what it is needed for, up to its name.
 
     Raises:
         DataError: it is gone or damaged.
@@ -209,8 +278,7 @@ def find_store(stores: Path, digest: str) -> Store:
         except StoreError as error:
             raise DataError(str(error)) from error
     raise DataError(
-        f"An export is compared with the record on the test pictures of its data store, of SHA-256 {digest[:12]}…, but "
-        f"{stores} has no such store. `luthier run` reads the data again, if they have not changed."
+        f"{purpose} its data store, of SHA-256 {digest[:12]}…, but {stores} has no such store. `luthier run` reads the data again, if they have not changed."
     )
 
 
@@ -276,6 +344,7 @@ def card_facts(
         pretrained_digest=str(meta["pretrained_digest"]),
         licence=source.get("license") if model.weights is None else None,
         limits=_limits(kept, selected.record, store),
+        taken_over=meta[REFIT]["taken_over"] if REFIT in meta else None,
     )
 
 
@@ -296,7 +365,8 @@ def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store,
     values = [value for value in seeds if value is not None]
     if len(values) > 1:
         mean, half = mean_interval(values)
-        text = f"{metrics.selection.text(mean, half)} (mean of {len(values)} seeds, 95 % interval over seeds)"
+        without = ", trained without the validation pictures" if record.role == "refit" else ""
+        text = f"{metrics.selection.text(mean, half)} (mean of {len(values)} seeds, 95 % interval over seeds{without})"
         scores.append(Score(metrics.test, text, len(store.labels(TEST))))
     return scores
 
@@ -315,7 +385,12 @@ def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
         "others, and a picture of none of the classes gets one of them all the same.",
         "The intervals of single splits are over pictures; they do not cover training again with another seed.",
     ]
-    if record.role != "confirm":
+    if record.role == "refit":
+        limits.append(
+            "A refit: its validation pictures were trained on, so no validation number stands behind these weights. The "
+            "search chose the configuration; it did not see this network. A fitted temperature is that of the trial."
+        )
+    elif record.role != "confirm":
         limits.append("The trial was chosen for its validation score, which is therefore too high on average.")
     interpolated = kept.meta.get("interpolated")
     if interpolated is not None:

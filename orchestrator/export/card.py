@@ -54,6 +54,8 @@ class CardFacts:
     """Of the pretrained weights; None = unknown."""
     limits: Sequence[str] = ()
     """Sentences on what the numbers do not show."""
+    taken_over: Mapping[str, float] | None = None
+    """Of a refit: recorded name → value of what the search chose or fitted on validation; None = no refit."""
 
 
 def render_card(
@@ -82,7 +84,7 @@ def render_card(
         *_section("Model", _model_lines(facts)),
         *_section("Classes", [f"{index}. {_text(name)}" for index, name in enumerate(classes)], bullet=""),
         *_section("Pictures", _pixel_lines(preprocessing)),
-        *_scores(facts.scores),
+        *_scores(facts.scores, "Numbers of the record" if facts.taken_over is None else "Numbers of the refit"),
         *_section("Comparisons at export", proof),
         *_section("Limits", [_text(limit) for limit in facts.limits]),
         "## Use",
@@ -105,9 +107,17 @@ def _model_lines(facts: CardFacts) -> list[str]:
         f"Hyperparameters: {_code(hparams)}",
         f"Pretrained weights: {_text(facts.pretrained or 'unknown')}",
         f"SHA-256 of the pretrained network: {_code(facts.pretrained_digest or 'unknown')}",
+        *_taken_over_lines(facts.taken_over),
         f"Licence of the pretrained weights: {_text(facts.licence or UNKNOWN_LICENCE)}",
         f"SHA-256 of the training data: {_code(facts.data_digest or 'unknown')}",
     ]
+
+
+def _taken_over_lines(taken_over: Mapping[str, float] | None) -> list[str]:
+    if not taken_over:
+        return []
+    values = ", ".join(f"{_code(name)} = {value:.6g}" for name, value in taken_over.items())
+    return [f"Chosen or fitted on validation in the search, and taken over: {values}"]
 
 
 def _pixel_lines(preprocessing: DataConfig) -> list[str]:
@@ -122,11 +132,11 @@ def _pixel_lines(preprocessing: DataConfig) -> list[str]:
     ]
 
 
-def _scores(scores: Sequence[Score]) -> list[str]:
+def _scores(scores: Sequence[Score], title: str) -> list[str]:
     if not scores:
         return []
     rows = [f"| {_code(s.name)} | {_text(s.value)} | {'' if s.samples is None else s.samples} |" for s in scores]
-    return ["## Numbers of the record", "", "| metric | value | pictures |", "|---|---|---|", *rows, ""]
+    return [f"## {title}", "", "| metric | value | pictures |", "|---|---|---|", *rows, ""]
 
 
 def _section(title: str, lines: Sequence[str], bullet: str = "- ") -> list[str]:

@@ -127,6 +127,13 @@ def _facts(tuned: TunedModel, format_name: str, proof: Proof) -> dict[str, Any]:
     return {
         "model_format": format_name,
         "classes": list(tuned.classes),
-        "card": {**dataclasses.asdict(tuned.facts), "hparams": dict(tuned.facts.hparams)},
+        "card": _card_values(tuned.facts),
         "proof": dataclasses.asdict(proof),
     }
+
+
+def _card_values(facts: CardFacts) -> dict[str, Any]:
+    values = {**dataclasses.asdict(facts), "hparams": dict(facts.hparams)}
+    if facts.taken_over is None:
+        del values["taken_over"]
+    return values

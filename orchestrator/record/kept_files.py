@@ -2,6 +2,7 @@
 
     <study>/weights/trial-0007/              see `trainables.storage.kept_weights`
     <study>/predictions/trial-0007.arrow     see `trainables.storage.kept_predictions`
+    <study>/weights/refit-<config>-<seed>/   see `orchestrator.running.refit`
 
 A trial writes them before its last result is reported. Which of them are retained follows from the records alone, so
 that a driver that was killed before it removed some removes them when it is started again.
@@ -35,6 +36,26 @@ _ROLES: Mapping[str, frozenset[str]] = {
 def weights_folder(study: Path, number: int) -> Path:
     """Folder of the weights of the trial with this number."""
     return study / "weights" / f"trial-{number:04d}"
+
+
+def refit_folder(study: Path, config_hash: str, seed: int) -> Path:
+    """Folder of the weights of a configuration that was trained once more on training and validation images."""
+    return study / "weights" / f"refit-{config_hash}-{seed}"
+
+
+def refit_folders(study: Path) -> list[Path]:
+    """Folders of all refits on the disk, by name."""
+    return sorted(path for path in (study / "weights").glob("refit-*") if path.is_dir())
+
+
+def discard_refit(folder: Path) -> None:
+    """Remove the weights of a refit and its lock.
+
+    Raises:
+        OSError: the disk refused it.
+    """
+    discard_weights(folder)
+    folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 
 
 def predictions_file(study: Path, number: int) -> Path:

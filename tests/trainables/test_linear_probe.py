@@ -146,6 +146,7 @@ class Data:
     solution_folder: Path
     num_classes: int = 10
     device: str = "cpu"
+    has_validation: bool = True
     spec: TrialSpec = field(default_factory=lambda: spec())
 
     def features(self, split: str) -> NDArray[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,7 +132,8 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
     """Samples of each split, as a list of (split of the store, ascending positions in it).
 
     `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and validation images of a
-    held-out domain move from `train` and `val` to the split `held_out`, on which a fold is scored.
+    held-out domain move from `train` and `val` to the split `held_out`, on which a fold is scored. Of a refit, `train`
+    has the validation images, too, and there is no split `val`.
 
     Raises:
         ValueError: the held-out domain is not an ID domain, or the only one; `train_on` is not an OOD domain.
@@ -143,6 +144,9 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
     # The training split is stored in nested order: each prefix is a stratified sample.
     used = store.fraction("train", spec.shared.train_fraction)
     parts["train"] = [("train", np.arange(used, dtype=np.int64))]
+    if spec.role == "refit":
+        parts["train"] += parts.pop("val")
+        return parts
     if spec.held_out is None:
         return parts
     id_domains = [store.domains[i] for i in np.unique(store.domain_ids("train"))]
@@ -183,6 +187,9 @@ def _labels_unchanged(
     return image_transform(pixels, generator), labels
 
 
+_Batch = list[tuple[str, Indices, Indices]]
+"""Per split of the store that a batch has images of: its name, positions in it, and their rows in the batch."""
+
 _SCALE_SAMPLES = 1024
 """Number of training images for the mean squared feature norm. The training split is stored in nested stratified
 order, so that any prefix is a stratified sample."""
@@ -201,6 +208,7 @@ class TrialData:
         device: device of the batches.
         reference: the pristine network on `device`, unless it is `backbone.module`.
         transform: the task's `trainables.tasks.base.Task.transform`; None = labels unchanged.
+        recorded: of a refit, the metrics of the trial whose configuration is trained again; see `recorded_choice`.
 
     Raises:
         ValueError: `spec.held_out` is not an ID domain, or leaves no training image.
@@ -214,6 +222,7 @@ class TrialData:
         device: torch.device | str,
         reference: nn.Module | None = None,
         transform: SampleTransform | None = None,
+        recorded: Mapping[str, float] | None = None,
     ) -> None:
         self.spec = spec
         self.store = store
@@ -225,8 +234,28 @@ class TrialData:
         self._augmentation = BatchTransform(config.mean, config.std, config.image_size, tuple(spec.shared.augment))
         self._transform = _labels_unchanged if transform is None else transform
         self._parts = select_samples(spec, store)
+        self._recorded = recorded
         self._cache = FeatureCache(spec.shared.cache)
         self.first_delivery: float | None = None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether validation images are kept apart; False for a refit, whose choices are `recorded_choice`."""
+        return "val" in self._parts
+
+    def recorded_choice(self, name: str) -> float:
+        """What an earlier trial of the configuration chose on validation, by its recorded name.
+
+        Raises:
+            ValueError: it has none on record.
+        """
+        value = (self._recorded or {}).get(name)
+        if value is None:
+            raise ValueError(
+                f"A refit has no validation images to choose on and takes over {name} from the record of a trial, but "
+                "that trial has none. Export the trial's own weights, without a refit."
+            )
+        return value
 
     @property
     def classes(self) -> list[str]:
@@ -302,12 +331,11 @@ class TrialData:
         shared = self.spec.shared
         size = batch_size or (shared.batch_size if training else shared.eval_batch_size)
         generator = torch.Generator(self.device) if augment_seed is not None and shared.augment else None
-        for number, (source, indices) in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
+        for number, batch in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
             # Counted all the same: a batch's number seeds its augmentation.
             if number < start:
                 continue
-            pixels = gather_images(self.store, source, indices, self.device)
-            labels = to_device(self.store.labels(source)[indices], self.device)
+            pixels, labels = self._gather(batch)
             if generator is None or augment_seed is None:
                 images, targets = self._transform(pixels, labels, self._center_crop, None)
             else:
@@ -331,7 +359,7 @@ class TrialData:
 
         The same samples in the same order as `batches("train", shuffle_seed=…, drop_last=True)`.
         """
-        balance = self._balance("train", self.labels("train"))
+        balance = self._balance("train")
         plan = batch_positions(len(features), self.spec.shared.batch_size, shuffle_seed, True, balance)
         for positions in plan[start:]:
             rows = to_device(positions, features.device)
@@ -353,7 +381,7 @@ class TrialData:
         digest = hashlib.sha256()
         for name in (self.backbone.digest, self.store.digest, repr(self.backbone.data_config)):
             digest.update(name.encode() + b"\n")
-        for source, indices in self._part("train") + self._part("val"):
+        for source, indices in self._part("train") + self._parts.get("val", []):
             # The header delimits the indices, so that different selections never give the same bytes.
             digest.update(f"{source} {len(indices)}\n".encode() + indices.tobytes())
         return digest.hexdigest()[:16]
@@ -368,19 +396,36 @@ class TrialData:
             raise ValueError(f"A split is one of {', '.join(self._parts)}, but got {split!r}.")
         return self._parts[split]
 
-    def _plan(self, split: str, size: int, seed: int | None, drop_last: bool) -> list[tuple[str, Indices]]:
-        """Batches as (split of the store, positions in it); none mixes two splits of the store."""
-        return [
-            (source, indices[positions])
-            for source, indices in self._part(split)
-            for positions in batch_positions(
-                len(indices), size, seed, drop_last, self._balance(split, self.store.labels(source)[indices])
-            )
-        ]
+    def _plan(self, split: str, size: int, seed: int | None, drop_last: bool) -> Iterator[_Batch]:
+        """Batches of a split. Only a shuffled one mixes two splits of the store."""
+        parts = self._part(split)
+        if seed is None:
+            for source, indices in parts:
+                for positions in batch_positions(len(indices), size, None, drop_last):
+                    yield [(source, indices[positions], np.arange(len(positions)))]
+            return
+        ends = np.cumsum([len(indices) for _, indices in parts])
+        for positions in batch_positions(int(ends[-1]), size, seed, drop_last, self._balance(split)):
+            owners = np.searchsorted(ends, positions, side="right")
+            rows = [np.flatnonzero(owners == owner) for owner in range(len(parts))]
+            yield [
+                (source, indices[positions[row] - (end - len(indices))], row)
+                for (source, indices), end, row in zip(parts, ends, rows, strict=True)
+                if len(row)
+            ]
 
-    def _balance(self, split: str, labels: Indices) -> Indices | None:
+    def _gather(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Pixels (B, H, W, 3) uint8 and labels (B,) of a batch, on the device."""
+        pixels = [gather_images(self.store, source, indices, self.device) for source, indices, _ in batch]
+        labels = [to_device(self.store.labels(source)[indices], self.device) for source, indices, _ in batch]
+        if len(batch) == 1:
+            return pixels[0], labels[0]
+        order = to_device(np.argsort(np.concatenate([rows for _, _, rows in batch])), self.device)
+        return torch.cat(pixels).index_select(0, order), torch.cat(labels).index_select(0, order)
+
+    def _balance(self, split: str) -> Indices | None:
         """The labels by which a split is balanced where it is shuffled; None = it is not."""
-        return labels if split == "train" and self.spec.shared.sampling == "balanced" else None
+        return self.labels(split) if split == "train" and self.spec.shared.sampling == "balanced" else None
 
     def _cached_features(self, source: str, indices: Indices) -> NDArray[np.float32]:
         # The cache holds prefixes of a split: a small fraction needs no features of the rest.

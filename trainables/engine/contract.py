@@ -191,6 +191,14 @@ class Strategy:
             return "head_init='linear_probe'"
         return None
 
+    def refit_problem(self) -> str | None:
+        """What keeps the configuration from being trained again without validation images; None = nothing.
+
+        A strategy that chooses something on validation, where `data.has_validation` is false, takes over the choice of
+        an earlier trial from `data.recorded_choice`.
+        """
+        return None
+
     def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
         """Freeze, inject, convert, initialise the head.
 
@@ -319,6 +327,20 @@ def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None) -> 
                 f"{name} needs a strategy that trains by gradient, but {strategy.name()} solves in closed form, and "
                 f"got {value!r}. {way}"
             )
+
+
+def check_refit(strategy: Strategy) -> None:
+    """Refuse a configuration that cannot be trained again without validation images, before anything is computed.
+
+    Raises:
+        ValueError: see `Strategy.refit_problem`.
+    """
+    problem = strategy.refit_problem()
+    if problem is not None:
+        raise ValueError(
+            f"A refit takes over what validation chose, as one recorded number each, but {strategy.name()} with "
+            f"{problem}. Export the trial's own weights, without a refit."
+        )
 
 
 def _is_share(value: object) -> bool:

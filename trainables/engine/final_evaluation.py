@@ -105,6 +105,16 @@ def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvalu
     return FinalEvaluation(scores, report, curves, tuned.merged)
 
 
+def final_of_refit(trial: TrialContext) -> FinalEvaluation:
+    """Finalize and test the network after the last unit; nothing is measured on validation."""
+    tuned = trial.strategy.finalize(trial.model, trial.data, trial.prepared)
+    report, curves = split_report(tuned.report)
+    wise = _wise_ft(trial)
+    if wise is not None:
+        report |= split_report(wise.apply())[0]
+    return FinalEvaluation(final_scores(trial.model, trial.data), report, curves, tuned.merged)
+
+
 def _wise_ft(trial: TrialContext) -> WiseFt | None:
     alpha = getattr(trial.strategy.config, "wise", None)
     return None if alpha is None else WiseFt(trial.model, trial.data, trial.start, alpha)

@@ -14,9 +14,9 @@ from torch import Tensor
 from trainables.data.trial_data import TrialData
 from trainables.engine.best_weights import Best, changed_start, movable_names, take
 from trainables.engine.budget import BudgetPlan, UnitPosition
-from trainables.engine.contract import ParamGroup, Phase, check_loss, check_task
+from trainables.engine.contract import ParamGroup, Phase, check_loss, check_refit, check_task
 from trainables.engine.evaluation import training_scores, validation_scores
-from trainables.engine.final_evaluation import TrialContext, final, interim
+from trainables.engine.final_evaluation import TrialContext, final, final_of_refit, interim
 from trainables.engine.loop import check_finite
 from trainables.engine.optim import current_rates
 from trainables.engine.peak_memory import PeakMemory
@@ -47,6 +47,7 @@ from trainables.specs.metrics import (
     IMAGES_PER_SECOND,
     LAYERNORM_LAMBDA,
     PARAMETERS,
+    TEST,
     TOTAL_SECONDS,
     TRAIN,
     TRAIN_LOSS,
@@ -81,6 +82,9 @@ class Trial:
         store: an opened store; None = the one at `spec.shared.store`, opened once per process.
         device: None = the GPU if there is one.
         started: `time.perf_counter()` at the trial's start, for `cost/first_batch_seconds`; None = now.
+        recorded: of a refit (`spec.role`), the metrics of the trial whose configuration is trained again, for what that
+            trial chose on validation. A refit trains on training and validation images together, validates nothing, and
+            ends with the weights of its last unit.
 
     Raises:
         ValueError: unknown strategy, hyperparameter, task or metric, a value out of range, a strategy that the task
@@ -94,12 +98,16 @@ class Trial:
         store: StoreLike | None = None,
         device: torch.device | str | None = None,
         started: float | None = None,
+        recorded: Mapping[str, float] | None = None,
     ) -> None:
         self.spec = spec
+        self._recorded = recorded
         self.strategy = strategy_class(spec.strategy).from_hparams(spec.hparams)
         # Before data and network are loaded: a combination that cannot train is refused at once.
         check_task(self.strategy, task_class(spec.shared.task), spec.shared.loss)
         check_loss(self.strategy, spec.shared.loss, spec.shared.sampling)
+        if self._is_refit:
+            check_refit(self.strategy)
         task_metrics(spec.shared.task).selecting(spec.shared.metric)  # refuses a metric that cannot select
         self.device = training_device() if device is None else torch.device(device)
         self.unit = 0
@@ -130,6 +138,10 @@ class Trial:
         self._merged: LowRankUpdate | None = None
         """Of a finished trial: what `finalize` merged into the network."""
         self._predictions: dict[str, SplitPredictions] = {}
+
+    @property
+    def _is_refit(self) -> bool:
+        return self.spec.role == "refit"
 
     @property
     def model(self) -> TaskModel:
@@ -177,11 +189,13 @@ class Trial:
         # Seeded by the unit's number: a resumed trial draws what an uninterrupted one would have drawn.
         with isolated_randomness(self._stream("unit", self.unit), self.device):
             metrics = self._advance(built, built.plan.at(self.unit))
-        metrics |= self._validate(built)
+        if not self._is_refit:
+            metrics |= self._validate(built)
         self.unit += 1
         self.finished = self.unit == built.plan.units
-        # Before the evaluation, which puts the best unit's weights into the network.
-        self._keep_best(built, metrics)
+        if not self._is_refit:
+            # Before the evaluation, which puts the best unit's weights into the network.
+            self._keep_best(built, metrics)
         if self.finished or self.unit in self.spec.shared.evaluate_at:
             metrics |= self._evaluate(built)
         seconds = time.perf_counter() - began
@@ -328,7 +342,15 @@ class Trial:
         task = task_of_trial(self.spec, store)
         backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache)
         local = on_device(backbone, self.device)
-        data = TrialData(self.spec, store, backbone, self.device, reference=local.module, transform=task.transform)
+        data = TrialData(
+            self.spec,
+            store,
+            backbone,
+            self.device,
+            reference=local.module,
+            transform=task.transform,
+            recorded=self._recorded,
+        )
         model = task.build_model(local, self._stream("head"))
         pristine = {f"backbone.{name}": value for name, value in local.module.state_dict().items()}
         built = _Built(task, data, model, pristine)
@@ -428,7 +450,13 @@ class Trial:
             self._trainer = None
             built.model.zero_grad(set_to_none=True)
         with isolated_randomness(self._stream("finalize"), self.device):
-            if self.finished:
+            if self.finished and self._is_refit:
+                evaluation = final_of_refit(trial)
+                self._merged = evaluation.merged
+                tie_breaker = built.task.metrics.tie_breaker
+                # Weights may overflow in the last step; nothing is validated that would show it.
+                check_finite(evaluation.scores[tie_breaker.on(TEST)], f"test {tie_breaker.title}", "after the refit")
+            elif self.finished:
                 collects = self.keeps_predictions and built.task.keeps_predictions
                 evaluation = final(trial, self._collect if collects else None)
                 self._once |= evaluation.report

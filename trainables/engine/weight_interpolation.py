@@ -283,8 +283,11 @@ class WiseFt:
         self._tuned = take(model, model.state_dict())
 
     def apply(self) -> Report:
-        """Set the network to its α."""
-        alpha = self._best() if self._alpha == "sweep" else float(self._alpha)
+        """Set the network to its α; a refit takes over the α that the sweep of its trial chose."""
+        if self._alpha != "sweep":
+            alpha = float(self._alpha)
+        else:
+            alpha = self._best() if self._data.has_validation else self._data.recorded_choice(WISE_ALPHA.name)
         self._set(alpha)
         return {WISE_ALPHA.name: alpha}
 

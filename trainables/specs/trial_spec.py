@@ -132,9 +132,9 @@ class TrialSpec:
     seed: int = 0
     label: str = ""
     """Name of the entry of the study file (two entries may use one strategy); empty = the strategy's name."""
-    role: Literal["search", "fold", "confirm", "reference"] = "search"
-    """Why the trial runs: proposed by the search, a leave-one-domain-out fold, a re-run on a fresh seed, or a reference
-    for FSR on another sample of training images."""
+    role: Literal["search", "fold", "confirm", "reference", "refit"] = "search"
+    """Why the trial runs: proposed by the search, a leave-one-domain-out fold, a re-run on a fresh seed, a reference
+    for FSR on another sample of training images, or a refit on training and validation images together."""
     held_out: str | None = None
     """ID domain left out of training and validation (role `fold`); its accuracy is reported as `held_out/acc`."""
     sample: str | None = None

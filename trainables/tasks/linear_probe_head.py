@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class Probe:
     """(K,)"""
     C: float
     validation: float
-    """Selection metric on ID validation, as recorded."""
+    """Selection metric on ID validation, as recorded; NaN = not measured."""
     metric: str = ACCURACY.key
     """Key of the selection metric."""
 
@@ -104,7 +105,8 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     """Probe with the best selection metric on ID validation along an ascending path of C.
 
     Ties go to the tie-breaker, then to the smaller C. Computed once per data, path and settings and cached on disk, so
-    that LP and LP-FT share it. With class weights, the objective has them as sample weights.
+    that LP and LP-FT share it. With class weights, the objective has them as sample weights. A refit, which has no
+    validation images, takes over the C of its trial.
 
     Args:
         data: the trial's data; fitted on `train`, C selected on `val`.
@@ -113,6 +115,8 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     Raises:
         ValueError: a feature is not finite, all features are alike, or fewer than two classes have training images.
     """
+    if not data.has_validation:
+        return _at(data, data.recorded_choice(PROBE_C.name))
     path = regularisation_path(100) if path is None else path
     identity: list[Any] = [FORMAT, list(path)]
     shared = data.spec.shared
@@ -121,6 +125,12 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     file = data.solution_folder / f"linear_probe-{name}.safetensors"
     return compute_once(file, _load, lambda: _choose(data, path), _save)
+
+
+def _at(data: TrialData, C: float) -> Probe:
+    """The solution of one C, without a validation score."""
+    (_, weight, bias), *_ = _solutions(data, [C])
+    return Probe(weight.astype(np.float32), bias.astype(np.float32), C, math.nan)
 
 
 def _choose(data: TrialData, path: Sequence[float]) -> Probe:
@@ -240,7 +250,8 @@ def _load(file: Path) -> Probe | None:
 
 @torch.no_grad()
 def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
-    """Copy a probe's solution into the head; returns its C and its selection metric on validation."""
+    """Copy a probe's solution into the head; returns its C and, where it has one, its validation score."""
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
-    return {PROBE_C.name: probe.C, PROBE_VAL.of(probe.metric): probe.validation}
+    validation = {} if math.isnan(probe.validation) else {PROBE_VAL.of(probe.metric): probe.validation}
+    return {PROBE_C.name: probe.C, **validation}
