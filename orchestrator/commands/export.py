@@ -278,7 +278,8 @@ def find_store(stores: Path, digest: str, purpose: str) -> Store:
         except StoreError as error:
             raise DataError(str(error)) from error
     raise DataError(
-        f"{purpose} its data store, of SHA-256 {digest[:12]}…, but {stores} has no such store. `luthier run` reads the data again, if they have not changed."
+        f"{purpose} its data store, of SHA-256 {digest[:12]}…, but {stores} has no such store. "
+        "`luthier run` reads the data again, if they have not changed."
     )
 
 
@@ -387,22 +388,24 @@ def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
     ]
     if record.role == "refit":
         limits.append(
-            "A refit: its validation pictures were trained on, so no validation number stands behind these weights. The "
-            "search chose the configuration; it did not see this network. A fitted temperature is that of the trial."
+            "A refit: the validation pictures were trained on, so no validation number stands behind these weights. "
+            "The search chose the configuration and did not see this network. A fitted temperature is the trial's."
         )
     elif record.role != "confirm":
         limits.append("The trial was chosen for its validation score, which is therefore too high on average.")
     interpolated = kept.meta.get("interpolated")
     if interpolated is not None:
         limits.append(f"Its weights are an interpolation between the pretrained and the tuned ones ({interpolated}).")
-    few = [f"{name} ({count})" for name, count in _training_counts(store).items() if count < 10]
+    splits = ("train", "val") if record.role == "refit" else ("train",)
+    few = [f"{name} ({count})" for name, count in _training_counts(store, splits).items() if count < 10]
     if few:
         limits.append(f"Classes with fewer than ten training pictures: {', '.join(few)}.")
     return limits
 
 
-def _training_counts(store: Store) -> dict[str, int]:
-    counts = np.bincount(store.labels("train"), minlength=len(store.classes))
+def _training_counts(store: Store, splits: Sequence[str]) -> dict[str, int]:
+    labels = np.concatenate([store.labels(split) for split in splits])
+    counts = np.bincount(labels, minlength=len(store.classes))
     return {name: int(count) for name, count in zip(store.classes, counts, strict=True)}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import discard_kept, kept_bytes, numbers_on_disk
+from orchestrator.record.kept_files import discard_kept, discard_refit, kept_bytes, numbers_on_disk, refit_folders
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.wording import bytes_text, counted
 
@@ -28,6 +28,15 @@ class PrunedTrial:
 
 
 @dataclass(frozen=True)
+class PrunedRefit:
+    """Weights of a configuration that was trained once more for an export."""
+
+    name: str
+    """Of the folder."""
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Pruned:
     """Outcome of a removal."""
 
@@ -36,11 +45,12 @@ class Pruned:
     trials: tuple[PrunedTrial, ...]
     dry_run: bool
     """Nothing was removed."""
+    refits: tuple[PrunedRefit, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Size of everything that was, or would be, removed."""
-        return sum(trial.bytes for trial in self.trials)
+        return sum(trial.bytes for trial in self.trials) + sum(refit.bytes for refit in self.refits)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -50,14 +60,19 @@ class Pruned:
             "dry_run": self.dry_run,
             "bytes": self.bytes,
             "trials": [{"number": t.number, "label": t.label, "role": t.role, "bytes": t.bytes} for t in self.trials],
+            "refits": [{"name": refit.name, "bytes": refit.bytes} for refit in self.refits],
         }
 
     def render(self, console: Console) -> None:
         """Print a line per trial, and the sum."""
         lines = [f"  trial {t.number} {t.label} ({t.role}): {bytes_text(t.bytes)}" for t in self.trials]
+        lines += [f"  {refit.name}: {bytes_text(refit.bytes)}" for refit in self.refits]
         action = "Would remove" if self.dry_run else "Removed"
-        if self.trials:
-            total = f"{counted(len(self.trials), 'trial')}, {bytes_text(self.bytes)}"
+        if self.trials or self.refits:
+            groups = counted(len(self.trials), "trial")
+            if self.refits:
+                groups += f" and {counted(len(self.refits), 'refit')}"
+            total = f"{groups}, {bytes_text(self.bytes)}"
             lines.append(f"{action} the weights and predictions of {total}, from {self.folder}")
         else:
             lines.append(f"No trial of {self.study} has kept weights or predictions in {self.folder}")
@@ -80,7 +95,7 @@ def prune(study: Path, dry_run: bool = False) -> Pruned:
     spec, folder = find_study(study)
     records = fold(read_journal(spec, folder))
     if dry_run:
-        return Pruned(spec.name, folder, tuple(_kept(folder, records)), dry_run)
+        return Pruned(spec.name, folder, tuple(_kept(folder, records)), dry_run, _refits(folder))
     # The journal's lock: no driver runs whose trials write while these are removed.
     with Journal(folder / "journal.jsonl") as journal:
         records = fold(journal.events())
@@ -91,7 +106,16 @@ def prune(study: Path, dry_run: bool = False) -> Pruned:
             if record is not None:
                 journal.append("weights_discarded", trial_id=record.trial_id, why="pruned")
             discard_kept(folder, trial.number)
-    return Pruned(spec.name, folder, trials, dry_run)
+        refits = _refits(folder)
+        for path in refit_folders(folder):
+            discard_refit(path)
+    return Pruned(spec.name, folder, trials, dry_run, refits)
+
+
+def _refits(folder: Path) -> tuple[PrunedRefit, ...]:
+    """Refits on the disk with their sizes."""
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in refit_folders(folder)}
+    return tuple(PrunedRefit(path.name, size) for path, size in sizes.items())
 
 
 def _kept(folder: Path, records: list[TrialRecord]) -> list[PrunedTrial]:

@@ -8,6 +8,7 @@ The weights appear whole or not at all; those that are there are used again if t
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,38 +99,37 @@ def _trial(spec: StudySpec, record: TrialRecord, store: Store, device: torch.dev
             f"({record.label}) is a {record.role} on others. Choose a search trial or a confirmed one."
         )
     shared = dataclasses.replace(make_task(spec, store), evaluate_at=(), diagnostics=())
+    trial_spec = TrialSpec(
+        shared=shared,
+        strategy=record.strategy,
+        hparams=dict(record.hparams),
+        seed=record.seed,
+        label=record.label,
+        role="refit",
+    )
+    try:
+        trial = Trial(trial_spec, store=store, device=device, recorded=dict(record.metrics))
+    except (ValueError, ImportError) as error:
+        raise RefusedExportError(
+            f"A refit trains with the code and the hyperparameters of its trial, but {record.strategy} of trial "
+            f"{record.number} cannot be trained here: {error}"
+        ) from error
     units = planned_units(shared)(record)
     if units != record.unit:
         raise RefusedExportError(
             f"A refit repeats the budget of its trial, but trial {record.number} took {record.unit} units and the "
             f"study's settings give {units} today. Run the study as it is now, or export the trial's own weights."
         )
-    fields = {"strategy": record.strategy, "hparams": dict(record.hparams), "label": record.label, "seed": record.seed}
-    try:
-        return Trial(
-            TrialSpec(shared=shared, role="refit", **fields), store=store, device=device, recorded=dict(record.metrics)
-        )
-    except (ValueError, ImportError) as error:
-        raise RefusedExportError(
-            f"A refit trains with the code and the hyperparameters of its trial, but {record.strategy} of trial "
-            f"{record.number} cannot be trained here: {error}"
-        ) from error
+    return trial
 
 
 def _settings(spec: TrialSpec) -> dict[str, Any]:
     """Everything in a trial's specification that its numbers depend on, as JSON values."""
     values = spec.to_dict()
     shared = {name: value for name, value in values["shared"].items() if name not in ("store", "cache")}
-    return _plain({**values, "shared": shared})
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON returns it: tuples are lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    # As JSON returns them: tuples are lists.
+    settings: dict[str, Any] = json.loads(json.dumps({**values, "shared": shared}))
+    return settings
 
 
 def _load(folder: Path, basis: Mapping[str, Any]) -> KeptWeights | None:

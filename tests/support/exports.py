@@ -124,6 +124,7 @@ def finished_study(
     model: Mapping[str, Any],
     trials: Sequence[Mapping[str, Any]] = ({"strategy": "full"},),
     image_size: int | None = 32,
+    epochs: int = 1,
 ) -> Study:
     """A study whose trials were trained in this process: store, journal and kept weights, without a cluster.
 
@@ -131,6 +132,7 @@ def finished_study(
         folder: of all studies.
         root: pictures.
         trials: fields of each trial's `TrialSpec`.
+        epochs: of each trial that trains by gradient.
     """
     labels = list(dict.fromkeys(str(trial["strategy"]) for trial in trials))
     study = Study(
@@ -138,7 +140,7 @@ def finished_study(
         data={"root": str(root), **({} if image_size is None else {"image_size": image_size})},
         model=dict(model),
         strategies=labels,
-        search={"trials": len(labels), "epochs": 1, "batch_size": 16},
+        search={"trials": len(labels), "epochs": epochs, "batch_size": 16},
         confirm={"top_k": 1, "seeds": 1},
         diagnostics={"measure": [], "plasticity": False},
         storage=str(folder),
@@ -165,6 +167,7 @@ def finished_study(
                 hparams=dict(spec.hparams),
                 seed=spec.seed,
                 role=spec.role,
+                sample=spec.sample,
                 config_hash=spec.config_hash,
             )
             journal.append("trial_started", trial_id=trial_id)
@@ -172,7 +175,7 @@ def finished_study(
             journal.append(
                 "result",
                 trial_id=trial_id,
-                unit=1,
+                unit=trial.unit,
                 metrics=declared_metrics(numbers),
                 weights={"sha256": kept.sha256, "bytes": kept.bytes},
             )
