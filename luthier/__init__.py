@@ -12,8 +12,10 @@
 12
 
 `study.plan()` shows what a run would do, `study.run()` runs it and returns its `Results`, and `study.results()` reads
-them again later. `load(folder)` opens what `luthier export` has written, a `Model`: `model.predict("pictures")`. Names
-are imported on first use, so that `import luthier` takes neither torch nor ray.
+them again later. Of the results, `results.best().model()` is the chosen `Model`, `results.predictions("daft", "test")`
+a data frame, `results.plot.leaderboard()` a figure. `load(folder)` opens what `luthier export` has written, a `Model`
+as well: `model.predict("pictures")`. Names are imported on first use, so that `import luthier` takes neither torch nor
+ray. docs/python.md has more.
 """
 
 from __future__ import annotations

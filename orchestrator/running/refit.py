@@ -20,6 +20,7 @@ from orchestrator.export.errors import RefusedExportError
 from orchestrator.planning.build import make_task, planned_units
 from orchestrator.record.kept_files import refit_folder
 from orchestrator.record.records import TrialRecord
+from orchestrator.wording import counted
 from trainables.engine.trial import Trial
 from trainables.specs.errors import NonFiniteError
 from trainables.specs.metrics import LAYERNORM_LAMBDA, PROBE_C, TEMPERATURE, WISE_ALPHA
@@ -117,8 +118,8 @@ def _trial(spec: StudySpec, record: TrialRecord, store: Store, device: torch.dev
     units = planned_units(shared)(record)
     if units != record.unit:
         raise RefusedExportError(
-            f"A refit repeats the budget of its trial, but trial {record.number} took {record.unit} units and the "
-            f"study's settings give {units} today. Run the study as it is now, or export the trial's own weights."
+            f"A refit repeats the budget of its trial, but trial {record.number} took {counted(record.unit, 'unit')} "
+            f"and the study's settings give {units} today. Run the study again, or export the trial's own weights."
         )
     return trial
 

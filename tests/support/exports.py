@@ -19,12 +19,13 @@ from orchestrator.export.card import CardFacts
 from orchestrator.export.export import TunedModel
 from orchestrator.planning.build import make_task
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.kept_files import predictions_file, weights_folder
 from orchestrator.record.records import declared_metrics
 from orchestrator.study import Study
 from trainables.engine.trial import Trial
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec, TrialSpec
+from trainables.storage.kept_predictions import save_predictions
 from trainables.storage.kept_weights import save_weights
 from trainables.tasks.classification import new_classifier
 
@@ -154,9 +155,12 @@ def finished_study(
         for number, fields in enumerate(trials):
             spec = TrialSpec(shared=shared, **fields)
             trial = Trial(spec, device="cpu")
+            trial.keeps_predictions = True
             while not trial.finished:
                 metrics = trial.step()
             kept = save_weights(weights_folder(study.folder, number), trial.kept_weights(number))
+            meta = {"number": number, "classes": store.classes}
+            predictions = save_predictions(predictions_file(study.folder, number), trial.predictions, meta)
             trial_id = f"t{number}"
             journal.append(
                 "trial_suggested",
@@ -178,6 +182,7 @@ def finished_study(
                 unit=trial.unit,
                 metrics=declared_metrics(numbers),
                 weights={"sha256": kept.sha256, "bytes": kept.bytes},
+                predictions={"sha256": predictions.sha256, "bytes": predictions.bytes},
             )
             journal.append("trial_finished", trial_id=trial_id, state="complete")
         journal.append("study_finished", state="complete")

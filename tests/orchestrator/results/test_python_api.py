@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import logging
 from pathlib import Path
@@ -21,6 +22,7 @@ from orchestrator.results.predictions import PredictionsError
 from tests.support.exports import finished_study, pictures
 from tests.support.predictions import correctness, write_predictions
 from tests.support.records import FULL, PROBE, shift_ratio
+from tests.support.source_tree import ROOT
 from trainables.engine.tuned_network import tuned_network
 from trainables.storage.kept_weights import WeightsError, load_weights
 
@@ -84,7 +86,24 @@ class TestModel:
             Results(FULL).best().model()
 
 
+@pytest.mark.usefixtures("cpu_only")
+def test_the_examples_of_the_page(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the study at studies/pets and its pictures in pictures."""
+    monkeypatch.chdir(study.folder.parent.parent)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, attempted = doctest.testfile(str(ROOT / "docs/python.md"), module_relative=False, optionflags=flags)
+    assert (failed, attempted > 10) == (0, True)
+
+
 class TestPredictions:
+    def test_the_rows_of_a_trained_study_give_the_recorded_accuracy(self, study: Study) -> None:
+        results = study.results()
+        table = results.predictions("full", "test")
+        assert table["trial"].unique().tolist() == [1]
+        recorded = next(record for record in results.records if record.number == 1).metrics["test/acc"]
+        assert float((table["target"] == table["predicted"]).mean()) == recorded
+        assert table["name"].tolist() == study.prepare().names("test")
+
     def test_a_row_per_seed_and_sample(self, results: Results) -> None:
         table = results.predictions("full", "ood/sketch")
         columns = ["trial", "seed", "role", "name", "target", "target_label", "predicted", "predicted_label"]
