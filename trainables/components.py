@@ -1,5 +1,6 @@
-"""Plasticity-guided tuning (Odonnat et al., 2026): one kind of transformer component moves across all blocks, or a
-chosen set."""
+"""Plasticity-guided tuning of transformer components (Odonnat et al., 2026).
+One kind of component moves across all blocks, or a chosen set.
+"""
 
 from __future__ import annotations
 

@@ -94,9 +94,9 @@ def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:
 
 
 def fraction_size(labels: Integers, fraction: float) -> int:
-    """Length of the prefix with a fraction of each class in nested order: Σ_c |{r : r / n_c < fraction}|.
+    """Length of the nested-order prefix with a fraction of each class.
 
-    At least one sample per class.
+    Σ_c |{r : r / n_c < fraction}|; at least one sample per class.
 
     Args:
         labels: (n,) class of each sample, in any order.
@@ -117,7 +117,10 @@ def fraction_size(labels: Integers, fraction: float) -> int:
 
 
 def _split_sizes(count: int, val_fraction: float, test_fraction: float, label: int) -> tuple[int, int]:
-    """Sizes of validation and test of a class with `count` samples; at least one sample remains for training."""
+    """Sizes of validation and test of a class with `count` samples.
+
+    At least one sample remains for training.
+    """
     sizes = [max(1, round(count * fraction)) if fraction > 0 else 0 for fraction in (val_fraction, test_fraction)]
     parts = 1 + sum(size > 0 for size in sizes)
     if count < parts:
@@ -125,12 +128,16 @@ def _split_sizes(count: int, val_fraction: float, test_fraction: float, label: i
             f"A class to be split into {parts} parts needs {parts} samples, but class {label} has {count}."
         )
     while sum(sizes) >= count:
+        # At equal sizes the first, validation, gives way.
         sizes[int(np.argmax(sizes))] -= 1
     return sizes[0], sizes[1]
 
 
 def _spread(domains: Integers, seed: int) -> Integers:
-    """A random order of one class in which any stretch has each domain in proportion, to within one sample."""
+    """A random order of one class, stratified by domain.
+
+    Any stretch of it has each domain in proportion, to within one sample.
+    """
     generator = np.random.default_rng(seed)
     keys = np.empty(len(domains))
     for domain in np.unique(domains):

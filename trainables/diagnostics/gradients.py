@@ -68,6 +68,7 @@ class GradientNorms:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the sums that `state` returned."""
+        # A copy: the sums grow in place, which would change the caller's checkpoint.
         self._sums = state["sums"].to(self._sums.device, copy=True)
         self._steps = int(state["steps"])
 

@@ -271,6 +271,7 @@ def _load(file: Path) -> PlasticityReport | None:
         return PlasticityReport(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    # TypeError: valid JSON with other fields.
     except (OSError, ValueError, TypeError) as error:
         log.warning("The stored plasticity %s is damaged (%s) and is measured again.", file, error)
         return None

@@ -30,7 +30,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Changes of a task's loss, for all trials of one study. The default is the loss as it is."""
+    """Changes of a task's loss, for all trials of one study.
+
+    The default is the loss as it is.
+    """
 
     class_weights: Literal["balanced"] | None = None
     """balanced = the loss of a sample times N / (C · n_c), for n_c of the N training samples in its class, one of C; in

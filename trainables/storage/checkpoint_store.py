@@ -1,4 +1,6 @@
-"""Checkpoint store of one trial: rate-limited writes, digests verified on read, a single writer by fencing token.
+"""Checkpoint store of one trial.
+
+Rate-limited writes, digests verified on read, a single writer by fencing token.
 
     <study>/checkpoints/trial-0007/owner.json              fencing token of the process that may write
                                    unit-000003/            after three units
@@ -83,6 +85,7 @@ class CheckpointStore:
         write_text(self.folder / OWNER_FILE, json.dumps(fields))
         self._token = token
         (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
+        # After the token: the former owner begins no further file.
         for leftover in self.folder.glob(".*"):  # temporary folders of a process that was killed
             _remove(leftover)
         self._last_write = self._clock()
@@ -150,6 +153,7 @@ class CheckpointStore:
 
     def _is_requested(self) -> bool:
         now = self._clock()
+        # Not at every step: the folder may lie on a network file system.
         if now - self._last_poll < POLL_INTERVAL_S:
             return False
         self._last_poll = now
