@@ -142,7 +142,10 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
-    """Budgets that a strategy rejects, at its default point or at a choice of the search."""
+    """Budgets that a strategy rejects.
+
+    At its default point, or at a choice of the search.
+    """
     for index, entry in enumerate(spec.strategies):
         for hparams in points(entry):
             try:
@@ -169,7 +172,10 @@ def _loss_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
-    """Configurations of an entry: those of its preset, or default point, choices and ends of integer ranges."""
+    """Configurations of an entry that are checked.
+
+    Those of its preset, or default point, choices and ends of integer ranges.
+    """
     if entry.preset is not None:
         preset = search_spaces.preset(entry.name, entry.preset)
         fixed = {**preset.fixed, **entry.fixed}
