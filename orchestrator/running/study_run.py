@@ -71,7 +71,9 @@ class StudyRun:
     """Keys that may differ from the last run (`orchestrator.record.changes`)."""
 
     def run(self) -> None:
-        """Run or continue the study until its trials are done; after Ctrl-C it can be continued.
+        """Run or continue the study until its trials are done.
+
+        After Ctrl-C it can be continued.
 
         Raises:
             JournalError: another process runs this study; nothing was written.
