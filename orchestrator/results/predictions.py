@@ -50,11 +50,13 @@ def read_predictions(path: Path) -> pa.Table:
         PredictionsError: the file is missing, damaged, or has other columns.
     """
     try:
+        # Before Arrow parses the schema, which may run code of an extension type.
         problem = footer_problem(path)
         if problem is not None:
             raise _not_predictions(path, problem)
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
+            # Offsets of a damaged file may point outside of its buffers.
             table.validate()
     except FileNotFoundError as error:
         raise PredictionsError(
@@ -81,7 +83,10 @@ def _digest(table: pa.Table, splits: NDArray[np.str_], order: NDArray[np.int64])
 
 @dataclass(frozen=True)
 class SampleColumn:
-    """Per-sample values of a metric of one run. Their weighted mean over strata is the metric."""
+    """Per-sample values of a metric of one run.
+
+    Their weighted mean over strata is the metric.
+    """
 
     values: Floats
     """(n,)"""
