@@ -26,7 +26,10 @@ STRATEGIES: dict[str, list[object]] = {
 
 
 def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) -> dict[str, object]:
-    """The fields of one of the demo's studies; `luthier demo` runs one for each network of `STRATEGIES`."""
+    """The fields of one of the demo's studies.
+
+    `luthier demo` runs one for each network of `STRATEGIES`.
+    """
     diagnostics: dict[str, object] = {"plasticity_source": "printed"}
     if backbone == "digits_vit":
         diagnostics |= {"fsr": ["extrapolated"], "fsr_seeds": 2}
