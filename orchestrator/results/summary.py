@@ -57,7 +57,9 @@ class Summarizer:
     all_pictures: bool = False
     """Draw the curves of every complete trial."""
 
-    def curves(self, header: Mapping[str, Any], curves: Curves, record: TrialRecord | None = None) -> dict[str, Render]:
+    def curve_files(
+        self, header: Mapping[str, Any], curves: Curves, record: TrialRecord | None = None
+    ) -> dict[str, Render]:
         """Artifacts of the curves of one event.
 
         Numbers as JSON, and pictures of a study's own curves.
