@@ -83,6 +83,7 @@ class Components(Strategy):
         Args:
             prepared: set of the selected components.
         """
+        # The paper tunes the final norm and the head with every component.
         moving = prepared | {"final_norm"}
         owners = component_kinds(model)
         parameters = [parameter for name, parameter in model.named_parameters() if owners[name] in moving]

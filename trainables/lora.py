@@ -119,6 +119,7 @@ def _check_called(backbone: nn.Module, names: list[str], image: Tensor) -> None:
     # Module by module: `train()` afterwards would also wake modules that were in eval mode before.
     modes = {module: module.training for module in backbone.modules()}
     try:
+        # In eval mode: BatchNorm would count this image in its statistics.
         backbone.eval()(image)
     finally:
         for hook in hooks:

@@ -23,8 +23,7 @@ def stratified_split(
     """Assign every sample to train, val or test, with the same shares in each class.
 
     Of a class with n samples, max(1, round(n · fraction)) go to test, and likewise to val; the rest, at least one, is
-    for training. Within a class the domains are spread evenly over the three. Each class has a random stream of its
-    own, so that other classes never change where its samples go.
+    for training. Within a class the domains are spread evenly over the three.
 
     Args:
         labels: (n,) class of each sample.
@@ -54,6 +53,7 @@ def stratified_split(
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         val_size, test_size = _split_sizes(len(members), val_fraction, test_fraction, int(label))
+        # A random stream per class: other classes never change where its samples go.
         order = members[_spread(domains[members], stream_seed(seed, "split", int(label)))]
         # Test first: another share for validation leaves the test split as it is (except in the smallest classes).
         codes[order[:test_size]] = TEST

@@ -203,6 +203,7 @@ class Store:
         names = self.splits
         self._check_no_extension_types()
         try:
+            # Never closed: the columns are views of the mapped file.
             reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
             return {name: reader.get_batch(index) for index, name in enumerate(names)}
         except pa.ArrowException as error:

@@ -34,6 +34,7 @@ def gram(activations: Tensor) -> Tensor:
         rows = activations.detach().flatten(1).float()
         # The unbiased HSIC does not depend on the mean; subtracting it avoids cancellation in its sums.
         centred = rows - rows.mean(0)
+        # The rounding of activations that do not depend on the image would otherwise count as a pattern of the images.
         alike = centred.norm() <= 4 * torch.finfo(torch.float32).eps * rows.norm()
         return torch.where(alike, 0.0, (centred @ centred.T).double())
 

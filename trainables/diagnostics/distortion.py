@@ -92,6 +92,7 @@ class FeatureDistortion:
 
         def add(after: Tensor) -> None:
             nonlocal position
+            # Cached features are in the order of the batches.
             rows = to_device(before[position : position + len(after)], after.device)
             distances.append(feature_distortion(rows, after.detach()))
             position += len(after)

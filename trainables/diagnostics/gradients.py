@@ -48,6 +48,7 @@ class GradientNorms:
         self._steps += 1
         if not present:
             return
+        # In float64: the square of a large float32 norm overflows.
         squares = tensor_norms(present).double().square()
         kind_index = self._kind_index
         if len(present) < len(gradients):

@@ -244,6 +244,7 @@ def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
         available = min(data.train_size, data.size(ood(source)))
     if available == 0:
         raise ValueError(f"Plasticity needs two different images for a pair, but there are {data.train_size} to train.")
+    # A generator of its own, so that the errors above are raised at the call and not at the first pair.
     return _batches(data, source, min(requested, available))
 
 

@@ -66,6 +66,7 @@ class Probes:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for probe in self._probes:
+            # The method of the class is visible again.
             delattr(probe.owner, probe.method)
         self._clear()
 

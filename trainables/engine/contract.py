@@ -285,6 +285,7 @@ def check_task(strategy: Strategy, task: type[Task], loss: LossSettings = PLAIN_
     asked = strategy.solves_in_closed_form()
     if asked is not None and task.closed_form_probe() is None:
         raise ValueError(no_closed_form(task.name(), asked))
+    # The Config of a strategy without gradient steps need not have the field.
     smoothing = getattr(strategy.config, "label_smoothing", 0.0)
     if smoothing and not task.label_smoothing:
         raise ValueError(

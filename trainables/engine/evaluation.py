@@ -242,6 +242,7 @@ class _ByDomain:
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         self._whole.update(outputs, targets)
+        # By position: batches, and their micro-batches, come in the order of the samples.
         batch = self._of_samples[self._done : self._done + len(outputs)]
         self._done += len(outputs)
         for split, accumulator in self._domains.items():

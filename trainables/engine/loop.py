@@ -161,6 +161,7 @@ def train_unit(
             _accumulate_gradient, batch_loss, task, inputs, targets, optimizer, micro_batch, progress.steps + 1
         )
         loss, metrics = micro_batch.attempt(attempt, len(inputs), "training on")
+        # Outside of the attempt: an optimiser step that has changed weights must not be repeated.
         _update(optimizer, parameters, config.clip_norm, observer)
         # Sums stay tensors on the device: `float(loss)` would make the host wait for a GPU at every step.
         progress.loss_sum += loss * len(inputs)

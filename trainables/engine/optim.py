@@ -98,6 +98,7 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(table, betas=betas, weight_decay=config.weight_decay, fused=fused)
     else:
         optimizer = torch.optim.SGD(table, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    # In every trial: a rate that is not applied makes a search over it meaningless, and nothing else shows it.
     check_rates(optimizer, groups, scale)
     return optimizer
 

@@ -79,6 +79,7 @@ class PhaseTrainer:
         self.config: TrainingConfig = strategy.config
         smoothing = data.spec.shared.loss.label_smoothing
         if smoothing is not None:
+            # Replaces no choice: `check_loss` refuses a strategy that smooths labels by itself.
             self.config = dataclasses.replace(self.config, label_smoothing=smoothing)
         self.unit_steps = unit_steps
         self.total_steps = unit_steps * phase.units

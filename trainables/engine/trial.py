@@ -358,6 +358,7 @@ class Trial:
         with isolated_randomness(self._stream("prepare"), self.device):
             prepared = self.strategy.prepare(model, data)
         built.prepared = prepared.state
+        # After `prepare`: shifts and WiSE-FT count from what it converted or initialised.
         built.start = changed_start(model, built.pristine)
         built.plan = BudgetPlan.of(self.strategy, shared.epochs, shared.steps_per_unit or data.steps_per_epoch)
         groups = self.strategy.param_groups(model, prepared.state)
@@ -443,6 +444,7 @@ class Trial:
                 evaluation = final(trial, self._collect if collects else None)
                 self._once |= evaluation.report
                 self._merged = evaluation.merged
+                # Rows of kept predictions are in the store's order, not in that of the passes.
                 order = {split: index for index, split in enumerate(built.data.store.splits)}
                 self._predictions = dict(sorted(self._predictions.items(), key=lambda row: order[row[0]]))
             else:

@@ -101,6 +101,7 @@ def pack(
         training: the phase under way, if it trains by gradient.
     """
     pristine = under_its_names(model, pristine)
+    # Copies: training changes the network and the optimiser's tensors in place.
     tensors = {f"model/{k}": v.detach().clone() for k, v in changed_tensors(model.state_dict(), pristine).items()}
     if best is not None:
         tensors |= {f"best/{k}": v for k, v in changed_tensors(best.tensors, pristine).items()}

@@ -41,8 +41,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
     Tune does not retry. Problems with checkpoints and kept files are reported as `checkpoint_problems`. The last result
     has `weights` and `predictions`, SHA-256 and size of each, where they were kept.
 
-    `setup` only keeps the config: Ray may build a second actor for a trial that then runs elsewhere. The network is
-    built at the first `step`; pretrained weights and opened data stay in the process for later trials.
+    The network is built at the first `step`; pretrained weights and opened data stay in the process for later trials.
     """
 
     _trial: Trial | None
@@ -55,6 +54,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def setup(self, config: dict[str, Any]) -> None:
         """Set up the actor for its first trial."""
+        # Only keeps the config: Ray may build a second actor for a trial that then runs elsewhere.
         self._reset(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -174,6 +174,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         for kind, path in paths.items():
             if path is None:
                 continue
+            # Before each file: writing the one before may have taken long enough to lose the trial.
             checkpoint_store.check_owner()
             try:
                 file = writers[kind](path)

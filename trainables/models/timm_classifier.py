@@ -90,6 +90,7 @@ def timm_classifier(model: TaskModel, spec: ModelSpec, image_size: int) -> TimmC
     source = architecture_of(spec)
     module, arguments = _build(source, head.out_features, image_size)
     state, heads = _renamed(model, module, source.name)
+    # Strict: no tensor may keep its random value.
     module.load_state_dict(state, strict=True)
     return TimmClassifier(module.eval().requires_grad_(False), Architecture(source.name, arguments), heads)
 

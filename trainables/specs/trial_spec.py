@@ -148,6 +148,7 @@ class TrialSpec:
     def config_hash(self) -> str:
         """Twelve hex digits that name strategy, label and hyperparameters; seeds and roles of one
         configuration share it."""
+        # Sorted: the order in which values were sampled is no difference.
         text = json.dumps([self.strategy, self.label or self.strategy, dict(self.hparams)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -92,6 +92,7 @@ class CheckpointStore:
 
     def valid_states(self) -> Iterator[tuple[Path, RunState]]:
         """The valid checkpoints, newest first; damaged ones are moved to the quarantine."""
+        # Lazily: where the newest is valid, no other is read.
         for path in reversed(list_checkpoints(self.folder)):
             try:
                 yield path, load_state(path)
@@ -188,6 +189,7 @@ class CheckpointStore:
             self.problems.append(f"No checkpoint could be written to {target}: {error}")
             log.warning("%s. The trial continues without it.", self.problems[-1])
         (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
+        # After a failure, too: a full disk is not tried at every step.
         self._last_write = self._clock()
         self._write_seconds = self._last_write - began
 

@@ -71,11 +71,13 @@ def classification_metrics(
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose top class is their label."""
+    # In float64, in which equal counts give equal numbers: ties are decided by another metric.
     return float((logits.argmax(1) == labels).double().mean())
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     """Mean cross-entropy in nats."""
+    # In float64: float32 cannot tell the likelihoods of confident predictions from 1.
     return float(functional.cross_entropy(logits.double(), labels))
 
 
