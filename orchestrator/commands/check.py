@@ -133,6 +133,7 @@ def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
     if not before:
         yield Finding("study", "note", "The last run ended before the study began: there is nothing to compare.")
         return
+    # With the data's digest of the last run: reading the source again is left to the next one.
     now = {**before, "spec": plain_spec(study.spec), "versions": versions()}
     differences = changes(before, now)
     for change in differences:

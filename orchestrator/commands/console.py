@@ -129,6 +129,7 @@ def _reserved_stdout() -> Iterator[IO[str]]:
     saved = os.dup(descriptor)
     os.dup2(2, descriptor)
     try:
+        # `closefd=False`: the descriptor is needed once more, to restore stdout.
         with contextlib.redirect_stdout(sys.stderr), open(saved, "w", encoding="utf-8", closefd=False) as stream:
             yield stream
     finally:

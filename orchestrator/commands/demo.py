@@ -57,6 +57,7 @@ def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Co
     """
     console = console or Console()
     all_results = []
+    # Once for both studies, which use a connection that exists: starting a cluster takes seconds.
     with connect():
         for backbone in STRATEGIES:
             study = Study(**demo_study(backbone, storage, trials))

@@ -102,6 +102,7 @@ def export_study(
         DataError: the data store of the trial is gone.
         ExportError: the network does not give the recorded accuracy, or see `export_model`.
     """
+    # First: reading weights and comparing the network take minutes.
     check_target(folder, format_name)
     spec, study_folder = find_study(study)
     records = fold(read_journal(spec, study_folder))
@@ -359,6 +360,7 @@ def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store,
 def _score(name: str, value: float, samples: int, metrics: TaskMetrics) -> Score:
     text = metrics.selection.text(value)
     if 0 <= value <= 1 and samples:
+        # The recorded share times the samples is the number of hits, but for rounding.
         interval = binomtest(round(value * samples), samples).proportion_ci(method="wilson")
         text += f" (95 % interval over pictures: {interval.low:.3f} to {interval.high:.3f})"
     return Score(name, text, samples)

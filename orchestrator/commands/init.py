@@ -178,6 +178,7 @@ def _unusable_strategies(model: str) -> dict[str, str]:
 
     Empty if only a download would tell.
     """
+    # `local-dir:` and `hf-hub:` names, whose architecture is in a file.
     if ":" in model:
         return {}
     try:

@@ -113,6 +113,7 @@ def status(path: str | Path) -> Status:
         # The clock of the driver's machine may be ahead of this one's.
         seconds_since_last_event=max(0.0, time.time() - events[-1]["time"]) if events else 0.0,
         planned=spec.search.trials,
+        # The study as it ran: its file may have changed since.
         metrics=metrics_of(header.get("spec") or spec),
     )
 

@@ -153,7 +153,7 @@ class _DecoderProcess:
     def __init__(self, job: DecodeJob) -> None:
         self._job = job
         self._exit_status = 0
-        # A file, not a pipe: a full pipe that nobody reads would block the process.
+        # A file, not a pipe: a pipe that is never read fills up and blocks the process.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self._process = self._start()
 

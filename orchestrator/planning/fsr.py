@@ -205,6 +205,7 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     lam_range = search_spaces.space(STRATEGY)["lam"].distribution
     low = getattr(lam_range, "low", estimate.lam)
     high = getattr(lam_range, "high", estimate.lam)
+    # Optuna accepts no value outside of the searched range.
     lam = round(min(max(estimate.lam, low), high), 3)
     reason = f"{source.name}: {estimate.sentence()}"
     log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), reason)

@@ -59,6 +59,7 @@ def decide(
             best, best, (), f"{head} of its search trial: nothing was confirmed, and the best of many trials flatters."
         )
     head = f"{head} on average over {_seeds(best.seeds)}"
+    # Per-sample results are those of validation, by which the other rules do not choose.
     if not (rule == "id_val" or rule.startswith(VAL_DOMAIN)):
         return Decision(best, best, (), f"{head}.")
     confirmed = [choice for choice in ranked if choice.seeds]

@@ -91,6 +91,7 @@ def figure_of(
     names = without_shared_path([str(value) for value in x]) if named else []
     note = textwrap.wrap(str(curve.get("note") or ""), 110)
     page = _Page(panels, names, len(note))
+    # Not by `pyplot`, whose global state is not safe between threads.
     figure = Figure(figsize=(page.width, page.height), dpi=100)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=page.rows)[:, 0]
     figure.subplots_adjust(*page.margins, hspace=0.12)

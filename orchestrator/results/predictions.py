@@ -193,6 +193,7 @@ class SampleTables:
             classes = np.unique(targets[part]) if by_class else [None]
             groups += [part if label is None else part[targets[part] == label] for label in classes]
             weights += [1 / (len(rows) * len(classes))] * len(classes)
+        # A stratum of one sample has no variance.
         if not groups or any(len(group) < 2 for group in groups):
             return None
         order = np.concatenate(groups)
@@ -200,6 +201,7 @@ class SampleTables:
         strata = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         column = SampleColumn(values, strata, np.asarray(weights), _digest(table, in_file, order))
         mean = float(estimate_mean(values[None], strata, column.weights))
+        # A file of another attempt or version would put an interval around another number.
         if abs(mean - recorded) > TOLERANCE * max(1.0, abs(recorded)):
             self.problems[run.number] = (
                 f"Predictions and record of a trial must agree, but trial {run.number} has {name} {recorded:.6g} on "

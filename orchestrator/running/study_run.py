@@ -149,6 +149,7 @@ class StudyRun:
                 tuner.fit()
         except KeyboardInterrupt:
             running = [record.number for record in fold(journal.events()) if record.state == "running"]
+            # Actors are still alive here, and write what they trained since their last checkpoint.
             keep_now(self.folder, running, CHECKPOINT_WAIT_S)
             raise
         finally:
