@@ -159,6 +159,7 @@ def _report(probe: str, blocks: Sequence[str], rates: NDArray[np.float64]) -> Pl
             "Plasticity needs pairs of different images, but source and target images give the same tokens in every "
             "pair. Take them from different samples."
         )
+    # Without the pairs of equal tokens, which have no rate of change.
     mean = {kind: float(np.nanmean(rates[i])) for i, kind in enumerate(COMPONENTS)}
     per_block = {kind: [float(v) for v in np.nanmean(rates[i], axis=1)] for i, kind in enumerate(COMPONENTS)}
     distribution = {

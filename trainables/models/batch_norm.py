@@ -63,6 +63,7 @@ class _Moments:
         if count < 2:
             return  # one element has no variance
         width = max(1, CHUNK // count)
+        # Along the channels, so that the moments of each chunk are final.
         chunks = torch.split(inputs.detach(), width, dim=1)
         moments = [torch.var_mean(chunk.to(torch.float64), reduced_dims, correction=1) for chunk in chunks]
         # Weighted by elements: a last, smaller batch must not count as much as a whole one.

@@ -75,6 +75,7 @@ def save_predictions(
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         fault_point("in_predictions")
+        # pyarrow writes the file by itself: its digest can only be taken afterwards.
         content = partial.read_bytes()
     return PredictionsFile(hashlib.sha256(content).hexdigest(), len(content))
 

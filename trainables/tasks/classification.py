@@ -72,6 +72,7 @@ class Classification(Task):
         if gamma is not None:
             losses = focal_factor(losses, gamma) * losses
         if self._weights is not None:
+            # Not by torch's `weight`, which divides the mean by the sum of the weights.
             losses = self._weights_on(losses.device)[targets] * losses
         return losses.mean() if reduction == "mean" else losses.sum()
 

@@ -104,6 +104,7 @@ class _Problem:
                 # loose, and another run starts from here.
                 if relative > 0.8:
                     break
+        # The last two, through which the next warm start is extrapolated.
         self.solved = [*self.solved[-1:], (math.log(c), self.state)]
 
     def _extrapolate(self, c: float, ridge: Tensor) -> None:
