@@ -51,7 +51,10 @@ def read_kept(study_folder: Path, record: TrialRecord) -> KeptWeights:
 
 
 def preprocessing_of(kept: KeptWeights) -> DataConfig:
-    """Preprocessing of a trial: the crop share is that of its data store, whatever the network's own is."""
+    """Preprocessing of a trial.
+
+    The crop share is that of its data store, whatever the network's own is.
+    """
     meta = kept.meta
     side = int(meta["image_size"])
     stored = int(meta["stored_image_size"])
