@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, validation_score
 from orchestrator.study_file.rules import VAL_DOMAIN
 from trainables.specs.metrics import CLASSIFICATION, VAL, Metric, TaskMetrics
 from trainables.specs.suggestions import did_you_mean
