@@ -121,8 +121,8 @@ def error_section(results: Results, dataset_digest: str, similarities: Similarit
 
 def _not_kept(labels: Sequence[str]) -> str:
     return (
-        f"Errors of {listed(labels, most=8)} are not shown, because their predictions are not kept: a study keeps those "
-        "of each entry's best search trial and of every confirmed trial (`keep: best`, the default) until "
+        f"Errors of {listed(labels, most=8)} are not shown, because their predictions are not kept: a study keeps "
+        "those of each entry's best search trial and of every confirmed trial (`keep: best`, the default) until "
         "`luthier prune` removes them; run it again under another name to have them."
     )
 
@@ -212,7 +212,10 @@ def _class_table(splits: Sequence[_Split], classes: Sequence[str], order: Sequen
     for label in order:
         cells = []
         for count in counts:
-            cells += [str(int(count.images[label])), *(_percent(m[label]) for m in (count.recall, count.precision, count.f1))]
+            cells += [
+                str(int(count.images[label])),
+                *(_percent(m[label]) for m in (count.recall, count.precision, count.f1)),
+            ]
         rows.append([classes[label], *cells])
     return {"groups": [split.title for split in splits], "rows": rows}
 

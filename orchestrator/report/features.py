@@ -132,9 +132,7 @@ class _Features:
         self.parts.append(outputs.float().cpu())
 
 
-def similarities(
-    records: Sequence[TrialRecord], measure: FeatureSimilarities
-) -> dict[int, FeatureSimilarity | str]:
+def similarities(records: Sequence[TrialRecord], measure: FeatureSimilarities) -> dict[int, FeatureSimilarity | str]:
     """Similarities by number of the trial; the reason where one cannot be measured."""
     measured: dict[int, FeatureSimilarity | str] = {}
     for record in records:

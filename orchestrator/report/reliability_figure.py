@@ -47,7 +47,9 @@ def reliability_figure(splits: Sequence[SplitReliability]) -> Figure:
     for axes in grid[len(splits) :]:
         axes.set_visible(False)
     handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1 - 0.02))
+    figure.legend(
+        handles, names, frameon=False, fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1 - 0.02)
+    )
     return figure
 
 

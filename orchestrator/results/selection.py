@@ -276,6 +276,26 @@ def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[Tr
     return sorted(search, key=lambda r: r.number)[:1]
 
 
+def confirmed_by_validation(
+    records: Iterable[TrialRecord], config_hash: str, metrics: TaskMetrics = CLASSIFICATION
+) -> list[tuple[float, TrialRecord]]:
+    """The complete confirmations of a configuration with their validation metric, worst first; of equals the later."""
+    runs = confirmations(records, config_hash)
+    scored = [(score, run) for run in runs if (score := validation_score(run, metrics)) is not None]
+    return sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
+
+
+def representative(
+    records: Iterable[TrialRecord], choice: Choice, metrics: TaskMetrics = CLASSIFICATION
+) -> TrialRecord:
+    """The trial that stands for a configuration: of its confirmed seeds the median on validation, the lower one of two.
+
+    The search trial stands in where none was confirmed.
+    """
+    scored = confirmed_by_validation(records, choice.record.config_hash, metrics)
+    return scored[(len(scored) - 1) // 2][1] if scored else choice.record
+
+
 def reported_value(records: Iterable[TrialRecord], record: TrialRecord, name: str) -> float | None:
     """Mean of a metric over the trials that report a configuration.
 
