@@ -32,7 +32,7 @@ from orchestrator.results.errors import (
     top_classes,
 )
 from orchestrator.results.predictions import PredictionsError, read_predictions
-from orchestrator.results.selection import representative
+from orchestrator.results.selection import confirmations, representative
 from orchestrator.wording import counted, listed
 from trainables.specs.metrics import CLASSIFICATION, ECE, ECE_SCALED, TEMPERATURE, TEST, ood_domain
 
@@ -158,7 +158,7 @@ def _entry(
     order, classes_note = _class_order(splits, len(classes))
     return {
         "label": record.label,
-        "title": _title(record, splits),
+        "title": _title(results, record, splits),
         "open": False,
         "reliability": _reliability(record, splits, temperature),
         "classes": _class_table(splits, classes, order),
@@ -168,10 +168,20 @@ def _entry(
     }
 
 
-def _title(record: TrialRecord, splits: Sequence[_Split]) -> str:
-    wrong = [f"{int((~split.top.right).sum())} of {len(split.top.targets)} on {split.title}" for split in splits]
-    role = "median on validation of its confirmed seeds" if record.role == "confirm" else "search trial, not confirmed"
-    return f"trial {record.number} ({role}): wrong are {', '.join(wrong)}"
+def _title(results: Results, record: TrialRecord, splits: Sequence[_Split]) -> str:
+    role = "search trial, not confirmed"
+    if record.role == "confirm":
+        seeds = len(confirmations(results.records, record.config_hash))
+        role = f"of {seeds} confirmed seeds the median on validation" if seeds > 1 else "confirmed"
+    groups = {"ID test": [split for split in splits if split.key == TEST]}
+    groups["OOD"] = [split for split in splits if split.key != TEST]
+    wrong = [
+        f"{sum(int((~split.top.right).sum()) for split in members):,} of "
+        f"{sum(len(split.top.targets) for split in members):,} on {name}"
+        for name, members in groups.items()
+        if members
+    ]
+    return f"trial {record.number} ({role}); wrong: {', '.join(wrong)}"
 
 
 def _reliability(record: TrialRecord, splits: Sequence[_Split], temperature: float | None) -> dict[str, str] | None:
@@ -298,13 +308,14 @@ def _tiles(
         source = thumbnails.uri(split.key, position)
         if source is None:
             return
-        number = f"{100 * top.confidence[position]:.1f} %"
         yield {
             "source": source,
             "label": classes[top.targets[position]],
             "predicted": classes[top.predicted[position]],
             "right": bool(top.right[position]),
-            "number": f"confidence {number}" if cosines is None else f"cosine {cosines[position]:.3f}",
+            "number": f"{100 * top.confidence[position]:.1f}\N{NO-BREAK SPACE}%"
+            if cosines is None
+            else f"cosine {cosines[position]:.3f}",
             "name": top.names[position],
         }
 

@@ -40,16 +40,14 @@ def reliability_figure(splits: Sequence[SplitReliability]) -> Figure:
     across = min(PER_ROW, len(splits))
     down = math.ceil(len(splits) / across)
     figure = Figure(figsize=(2.6 * across + 0.4, 2.75 * down + 0.3))
-    figure.subplots_adjust(wspace=0.3, hspace=0.55)
+    figure.subplots_adjust(wspace=0.3, hspace=0.6)
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, split in zip(grid, splits, strict=False):
         _panel(axes, split)
     for axes in grid[len(splits) :]:
         axes.set_visible(False)
     handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, frameon=False, fontsize=8.5, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1 - 0.02)
-    )
+    figure.legend(handles, names, frameon=False, fontsize=8.5, ncols=3, loc="lower left", bbox_to_anchor=(0.1, 0.95))
     return figure
 
 
@@ -63,14 +61,15 @@ def _panel(axes: Axes, split: SplitReliability) -> None:
         total = max(1, int(curve.count.sum()))
         areas = [max(SMALLEST_POINT, LARGEST_POINT * int(count) / total) for count in curve.count]
         x, y = 100 * curve.confidence, 100 * curve.accuracy
-        axes.plot(x, y, color=colour, linewidth=1.1)
+        # Faint: a bin of a few samples says little, and lines between bins are as long as they are.
+        axes.plot(x, y, color=colour, linewidth=1.0, alpha=0.35)
         axes.scatter(x, y, s=areas, color=colour, alpha=0.75, linewidths=0, label=name)
         if error is not None:
             errors.append(f"{100 * error:.1f}")
-    axes.set_title(split.title, loc="left", fontsize=9.5, fontweight="bold", parse_math=False)
+    axes.set_title(split.title, loc="left", fontsize=9.5, fontweight="bold", pad=17, parse_math=False)
     if errors:
-        text = f"ECE {' → '.join(errors)} %"
-        axes.text(0.04, 0.95, text, transform=axes.transAxes, fontsize=8, color=GREY, va="top")
+        text = f"calibration error {' → '.join(errors)} %"
+        axes.text(0, 1.05, text, transform=axes.transAxes, fontsize=7.5, color=GREY)
     axes.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
     axes.set_xlabel("confidence (%)", fontsize=8)
     axes.set_ylabel("accuracy (%)", fontsize=8)
