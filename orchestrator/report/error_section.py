@@ -277,10 +277,14 @@ def _pairs(top: TopClasses, classes: Sequence[str]) -> list[list[str]]:
 
 
 def _moved(split: _Split, cosines: Floats, classes: Sequence[str], thumbnails: Thumbnails) -> list[dict[str, Any]]:
-    groups = (("Features moved most", False), ("Features moved least", True))
+    groups = (
+        ("Features moved most", "lowest cosine similarity", False),
+        ("Features moved least", "highest cosine similarity", True),
+    )
     return [
         {
             "title": title,
+            "note": note,
             "tiles": list(
                 _tiles(
                     split,
@@ -291,7 +295,7 @@ def _moved(split: _Split, cosines: Floats, classes: Sequence[str], thumbnails: T
                 )
             ),
         }
-        for title, largest in groups
+        for title, note, largest in groups
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -49,7 +50,7 @@ def predictions(chunks: int = 1) -> pa.Table:
         }
     )
     parts = np.linspace(0, len(table), chunks + 1).astype(int)
-    table = pa.concat_tables([table.slice(a, b - a) for a, b in zip(parts, parts[1:], strict=False)])
+    table = pa.concat_tables([table.slice(a, b - a) for a, b in itertools.pairwise(parts)])
     return table.replace_schema_metadata({"classes": json.dumps([f"class {k}" for k in range(CLASSES)])})
 
 
