@@ -42,7 +42,7 @@ class TopClasses:
     @property
     def right(self) -> NDArray[np.bool_]:
         """(n,) whether the predicted class is the label."""
-        return self.predicted == self.targets
+        return np.equal(self.predicted, self.targets)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ def extremes_by_class(values: Floats, labels: Integers, most: int, largest: bool
 
 
 def _ratio(part: Integers, whole: Integers) -> Floats:
-    return np.divide(part, whole, out=np.full(len(whole), math.nan), where=whole > 0)
+    ratio: Floats = np.divide(part, whole, out=np.full(len(whole), math.nan), where=whole > 0)
+    return ratio
 
 
 def _matrix(column: pa.ChunkedArray, rows: int) -> NDArray[Any]:
