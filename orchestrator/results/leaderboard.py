@@ -45,7 +45,7 @@ BASIS = "/interval"
 """Suffix of the columns with what the interval is over: `samples and seeds`, `samples`, `seeds` or `none`."""
 TRAINED_SHARE = "trained_share"
 """Column of the share of the network's parameters that are trained."""
-DEVICE_HOURS = "device_hours"
+DEVICE_HOURS = "cost/device_hours"
 """Column of the hours that all trials of an entry together held their device."""
 COSTS = (TRAINABLE_PARAMETERS.name, TRAINED_SHARE, PEAK_HOST_BYTES.name, PEAK_GPU_BYTES.name, TOTAL_SECONDS.name,
          DEVICE_HOURS)  # fmt: skip
@@ -96,7 +96,8 @@ def leaderboard(
     samples `/n`, and what the interval is over, `/interval`; the `COSTS`; and `trials, complete, pruned, failed` of the
     search. Metric names are those of the task; here of classification.
 
-    Costs are means over the trials that the numbers are of; `device_hours` is the sum over all trials of the label.
+    Costs are means over the trials that the numbers are of; `cost/device_hours` is the sum over all trials of the
+    label.
 
     Under `val_domain:<name>` that domain counts as validation: OOD mean and worst are those of the others.
 
@@ -315,7 +316,7 @@ def costs(row: Row) -> list[str]:
 
     Example:
         >>> costs({"cost/trainable_parameters": 84000.0, "trained_share": 0.0038, "cost/peak_host_bytes": 1.2e9,
-        ...        "cost/peak_gpu_bytes": math.nan, "cost/total_seconds": 35.2, "device_hours": 0.25})
+        ...        "cost/peak_gpu_bytes": math.nan, "cost/total_seconds": 35.2, "cost/device_hours": 0.25})
         ['84.0 k', '0.38 %', '1.2 GB', '-', '35', '0.25']
     """
     trained, share, host, gpu, seconds, hours = (float(row[name]) for name in COSTS)

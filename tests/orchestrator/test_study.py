@@ -82,11 +82,16 @@ def test_a_study_runs_its_search_and_confirms_the_best_of_each_strategy(first: t
     )
 
 
+def without_costs(table: pd.DataFrame) -> pd.DataFrame:
+    return table.loc[:, ~table.columns.str.startswith("cost/")]
+
+
 def test_one_seed_one_trial_at_a_time_gives_the_same_study_twice(
     make: Callable[..., Study], first: tuple[Study, Results]
 ) -> None:
     again = make().run(progress=False)
-    pd.testing.assert_frame_equal(again.leaderboard(), first[1].leaderboard(), check_exact=True)
+    tables = [without_costs(results.leaderboard()) for results in (again, first[1])]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert numbers(again) == numbers(first[1])
 
 
