@@ -13,14 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from orchestrator.commands.status import find_study, read_journal
+from orchestrator.errors import Problem, StudyError
 from orchestrator.ingest.errors import DataError
-from orchestrator.record.records import fold, measurements, study_header
+from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.records import fold, measurements, metrics_of, study_header
 from orchestrator.report.error_section import representatives
 from orchestrator.report.features import FeatureSimilarities, Progress, similarities
 from orchestrator.report.page import REPORT, write_report
 from orchestrator.report.similarity import FeatureSimilarity
 from orchestrator.report.thumbnails import find_store
 from orchestrator.results.study_results import Results
+from trainables.specs.metrics import CLASSIFICATION
 
 Features = Literal["chosen", "all"]
 """Entries whose features are compared with the pretrained network's."""
@@ -59,6 +62,7 @@ def report_study(
 
     Raises:
         FileNotFoundError: the study has not been run.
+        StudyError: features are to be compared, and the task is not classification.
         DataError: features are to be compared, and the study's data store is gone.
         ValueError: features are to be compared, and no trial is complete.
     """
@@ -68,6 +72,10 @@ def report_study(
     if features is None:
         write_report(events, file, folder)
         return Reported(file)
+    metrics = metrics_of(spec)
+    if metrics.task != CLASSIFICATION.task:
+        text = f"pictures by their features are shown for {CLASSIFICATION.task}, but the task is {metrics.task}."
+        raise StudyError([Problem(("features",), text)], "The command", "cannot compare features")
     header = study_header(events)
     fields = {**(header.get("spec") or {}), "name": header.get("study")}
     trials = representatives(Results(fold(events), fields, measurements=measurements(events), folder=folder))
@@ -79,8 +87,12 @@ def report_study(
             f"Features are compared on the pictures of the study's data store, of SHA-256 {digest[:12]}…, but "
             f"{folder.parent / 'data'} has no such store. `luthier run` reads the data again, if they have not changed."
         )
-    with _feature_progress() as shown:
-        measured = similarities(records, FeatureSimilarities(folder, store, progress=shown if progress else None))
+    shown = [record for record in records if predictions_file(folder, record.number).exists()]
+    measured: dict[int, FeatureSimilarity | str] = {
+        record.number: "its predictions, which name the pictures, are not kept." for record in records
+    }
+    with _feature_progress() as report:
+        measured |= similarities(shown, FeatureSimilarities(folder, store, progress=report if progress else None))
     write_report(events, file, folder, measured)
     names = {record.number: f"trial {record.number}, {record.label}" for record in records}
     return Reported(

@@ -21,10 +21,13 @@ from typer.testing import CliRunner
 from benchmarks.support.synthetic import CLASSES, write_images
 from orchestrator.cli import app
 from orchestrator.commands.prune import prune
+from orchestrator.commands.report import report_study
+from orchestrator.errors import StudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.kept_files import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.report import error_section, thumbnails
+from orchestrator.report import page as page_module
 from orchestrator.report.error_section import representatives
 from orchestrator.report.features import FeatureSimilarities, similarities
 from orchestrator.report.page import report_html
@@ -255,6 +258,10 @@ def test_the_command_compares_features_of_the_chosen_entry_or_of_all(study: Stud
     assert result.exit_code == 0, result.output
     (problem,) = json.loads(result.stdout)["problems"]
     assert problem.startswith(f"Features of trial {next(iter(chosen.values())).number}, {next(iter(chosen))}: ")
+    predictions_file(study.folder, next(iter(chosen.values())).number).unlink()
+    result = runner.invoke(app, ["report", str(study.folder), "--features", "chosen", "--json"])
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem.endswith(": its predictions, which name the pictures, are not kept.")
     shutil.rmtree(study.folder.parent / "data")
     result = runner.invoke(app, ["report", str(study.folder), "--features", "chosen"])
     assert result.exit_code != 0
@@ -285,6 +292,28 @@ def test_damaged_predictions_cost_their_entry_and_not_the_page(study: Study) -> 
     page = Page(html(study))
     assert page.count("details") == 1 + 3
     assert any(str(path) in text for text in page.texts)
+
+
+def test_a_section_that_cannot_be_made_costs_itself_alone(
+    study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(page_module, "error_section", lambda *_: 1 / 0)
+    page = Page(html(study))
+    assert page.texts == ["Looking at errors", "The errors cannot be shown (ZeroDivisionError)."]
+    assert "without its section on errors (ZeroDivisionError: division by zero)" in caplog.text
+
+
+def test_features_of_another_task_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    register(InkMasks)
+    (tmp_path / "study.yaml").write_text(
+        "name: masks\ntask: ink_masks\ndata: {source: digits}\nmodel: {name: digits_vit}\nstrategies: [full]\n"
+    )
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.append("study_started", study="masks", spec={"name": "masks", "task": "ink_masks"})
+    with pytest.raises(StudyError, match="shown for classification, but the task is ink_masks"):
+        report_study(tmp_path, features="all")
+    written = report_study(tmp_path)
+    assert "the task of this study is ink_masks." in written.file.read_text(encoding="utf-8")
 
 
 def test_without_the_data_store_there_are_tables_and_no_pictures(study: Study) -> None:
