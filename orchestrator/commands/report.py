@@ -13,17 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from orchestrator.commands.status import find_study, read_journal
-from orchestrator.errors import Problem, StudyError
 from orchestrator.ingest.errors import DataError
 from orchestrator.record.kept_files import predictions_file
-from orchestrator.record.records import fold, measurements, metrics_of, study_header
+from orchestrator.record.records import fold, measurements, study_header
 from orchestrator.report.error_section import representatives
 from orchestrator.report.features import FeatureSimilarities, Progress, similarities
 from orchestrator.report.page import REPORT, write_report
 from orchestrator.report.similarity import FeatureSimilarity
 from orchestrator.report.thumbnails import find_store
 from orchestrator.results.study_results import Results
-from trainables.specs.metrics import CLASSIFICATION
 
 Features = Literal["chosen", "all"]
 """Entries whose features are compared with the pretrained network's."""
@@ -62,20 +60,15 @@ def report_study(
 
     Raises:
         FileNotFoundError: the study has not been run.
-        StudyError: features are to be compared, and the task is not classification.
         DataError: features are to be compared, and the study's data store is gone.
         ValueError: features are to be compared, and no trial is complete.
     """
-    spec, folder = find_study(study)
+    _, folder = find_study(study)
     events = read_journal(spec, folder)
     file = output or folder / REPORT
     if features is None:
         write_report(events, file, folder)
         return Reported(file)
-    metrics = metrics_of(spec)
-    if metrics.task != CLASSIFICATION.task:
-        text = f"pictures by their features are shown for {CLASSIFICATION.task}, but the task is {metrics.task}."
-        raise StudyError([Problem(("features",), text)], "The command", "cannot compare features")
     header = study_header(events)
     fields = {**(header.get("spec") or {}), "name": header.get("study")}
     trials = representatives(Results(fold(events), fields, measurements=measurements(events), folder=folder))

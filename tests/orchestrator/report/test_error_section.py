@@ -21,8 +21,6 @@ from typer.testing import CliRunner
 from benchmarks.support.synthetic import CLASSES, write_images
 from orchestrator.cli import app
 from orchestrator.commands.prune import prune
-from orchestrator.commands.report import report_study
-from orchestrator.errors import StudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.kept_files import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord, fold
@@ -34,7 +32,6 @@ from orchestrator.report.page import report_html
 from orchestrator.report.similarity import FeatureSimilarity
 from orchestrator.results.errors import confident_errors, top_classes
 from orchestrator.results.predictions import read_predictions
-from orchestrator.results.study_results import Results
 from orchestrator.study import Study
 from tests.support.reports import reported_study
 from tests.support.toy_tasks import InkMasks
@@ -303,19 +300,6 @@ def test_a_section_that_cannot_be_made_costs_itself_alone(
     assert "without its section on errors (ZeroDivisionError: division by zero)" in caplog.text
 
 
-def test_features_of_another_task_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    register(InkMasks)
-    (tmp_path / "study.yaml").write_text(
-        "name: masks\ntask: ink_masks\ndata: {source: digits}\nmodel: {name: digits_vit}\nstrategies: [full]\n"
-    )
-    with Journal(tmp_path / "journal.jsonl") as journal:
-        journal.append("study_started", study="masks", spec={"name": "masks", "task": "ink_masks"})
-    with pytest.raises(StudyError, match="shown for classification, but the task is ink_masks"):
-        report_study(tmp_path, features="all")
-    written = report_study(tmp_path)
-    assert "the task of this study is ink_masks." in written.file.read_text(encoding="utf-8")
-
-
 def test_without_the_data_store_there_are_tables_and_no_pictures(study: Study) -> None:
     shutil.rmtree(study.folder.parent / "data")
     page = Page(html(study))
@@ -350,9 +334,13 @@ def test_of_many_classes_the_pairs_that_are_confused_most(study: Study, monkeypa
 
 def test_a_task_other_than_classification_gets_one_sentence() -> None:
     register(InkMasks)
-    values = error_section.error_section(Results([], {"name": "masks", "task": "ink_masks"}), "none")
-    assert values["entries"] == []
-    assert values["problem"].endswith("are shown for classification; the task of this study is ink_masks.")
+    spec = {"name": "masks", "task": "ink_masks"}
+    page = Page(report_html([{"kind": "study_started", "time": 0.0, "study": "masks", "spec": spec}]))
+    assert page.texts == [
+        "Looking at errors",
+        "Confusion, results per class and pictures of errors are shown for classification; the task of this study is "
+        "ink_masks.",
+    ]
 
 
 def test_c8_names_of_classes_and_samples_are_text_and_nothing_else(
