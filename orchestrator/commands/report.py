@@ -63,7 +63,7 @@ def report_study(
         DataError: features are to be compared, and the study's data store is gone.
         ValueError: features are to be compared, and no trial is complete.
     """
-    _, folder = find_study(study)
+    spec, folder = find_study(study)
     events = read_journal(spec, folder)
     file = output or folder / REPORT
     if features is None:
