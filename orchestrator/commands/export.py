@@ -25,7 +25,7 @@ from orchestrator.ingest.errors import DataError
 from orchestrator.record.kept_files import weights_folder
 from orchestrator.record.records import TrialRecord, fold, metrics_of, validation_score
 from orchestrator.results.intervals import mean_interval
-from orchestrator.results.selection import confirmed_by_validation, reported_trials
+from orchestrator.results.selection import reported_trials
 from orchestrator.results.study_results import Results
 from orchestrator.wording import counted
 from trainables.data.store import MANIFEST, Store, StoreError
@@ -154,13 +154,15 @@ def select_trial(
     choice = results.best(results.rule, entry)
     metrics = metrics_of(spec)
     among = f"entry {choice.record.label}" if entry is not None else f"all entries, of {choice.record.label},"
-    ordered = confirmed_by_validation(records, choice.record.config_hash, metrics)
-    if not ordered:
+    reported = [r for r in reported_trials(records, choice.record.config_hash) if r.role == "confirm"]
+    scored = [(score, r) for r in reported if (score := validation_score(r, metrics)) is not None]
+    if not scored:
         return Selected(
             choice.record,
             f"Trial {choice.record.number}: the search trial that the rule {choice.rule} chooses among {among} whose "
             "configuration was not confirmed on fresh seeds.",
         )
+    ordered = sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
     value, median = ordered[(len(ordered) - 1) // 2]
     text = metrics.selection.text
     return Selected(

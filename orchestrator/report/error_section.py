@@ -79,7 +79,7 @@ def representatives(results: Results) -> dict[str, TrialRecord]:
     """
     first = results.decision().choice
     choices = {first.record.label: first, **{k: v for k, v in results.per_label().items() if k != first.record.label}}
-    return {label: representative(results.records, choice, results.metrics) for label, choice in choices.items()}
+    return {label: representative(results.records, choice, results.metrics).record for label, choice in choices.items()}
 
 
 def error_section(results: Results, dataset_digest: str, similarities: Similarities | None = None) -> dict[str, Any]:

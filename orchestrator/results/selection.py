@@ -287,26 +287,6 @@ def reported_trials(records: Iterable[TrialRecord], config_hash: str) -> list[Tr
     return sorted(search, key=lambda r: r.number)[:1]
 
 
-def confirmed_by_validation(
-    records: Iterable[TrialRecord], config_hash: str, metrics: TaskMetrics = CLASSIFICATION
-) -> list[tuple[float, TrialRecord]]:
-    """The complete confirmations of a configuration with their validation metric, worst first; of equals the later."""
-    runs = confirmations(records, config_hash)
-    scored = [(score, run) for run in runs if (score := validation_score(run, metrics)) is not None]
-    return sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
-
-
-def representative(
-    records: Iterable[TrialRecord], choice: Choice, metrics: TaskMetrics = CLASSIFICATION
-) -> TrialRecord:
-    """The trial that stands for a configuration: of its confirmed seeds the median on validation, the lower one of two.
-
-    The search trial stands in where none was confirmed.
-    """
-    scored = confirmed_by_validation(records, choice.record.config_hash, metrics)
-    return scored[(len(scored) - 1) // 2][1] if scored else choice.record
-
-
 def reported_value(records: Iterable[TrialRecord], record: TrialRecord, name: str) -> float | None:
     """Mean of a metric over the trials that report a configuration.
 
@@ -318,6 +298,34 @@ def reported_value(records: Iterable[TrialRecord], record: TrialRecord, name: st
     values = [run.metric(name) for run in confirmations(records, record.config_hash)]
     present = [value for value in values if value is not None]
     return _mean(present) if present else record.metric(name)
+
+
+@dataclass(frozen=True)
+class Representative:
+    """The run whose network stands for a configuration."""
+
+    record: TrialRecord
+    scores: Sequence[float] = ()
+    """Selection metric on validation of every confirmed seed, worst first; empty = nothing was confirmed."""
+
+    @property
+    def value(self) -> float:
+        """The median of the scores, of two the lower one."""
+        return self.scores[(len(self.scores) - 1) // 2]
+
+
+def representative(records: Iterable[TrialRecord], choice: Choice, metrics: TaskMetrics) -> Representative:
+    """Of a configuration's confirmed trials the one with the median validation score, of two the lower one.
+
+    The search trial where nothing was confirmed.
+    """
+    confirmed = confirmations(records, choice.record.config_hash)
+    scored = [(score, run) for run in confirmed if (score := validation_score(run, metrics)) is not None]
+    if not scored:
+        return Representative(choice.record)
+    ordered = sorted(scored, key=lambda pair: (metrics.selection.score(pair[0]), -pair[1].number))
+    _, median = ordered[(len(ordered) - 1) // 2]
+    return Representative(median, [score for score, _ in ordered])
 
 
 def _by_metric(rule: str, name: str, records: Sequence[TrialRecord], metrics: TaskMetrics) -> list[Choice]:
