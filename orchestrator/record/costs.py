@@ -29,11 +29,11 @@ class Cost:
     """Recorded names; the first that a trial has is its cost."""
 
     def text(self, value: float) -> str:
-        """A value with three digits, a decimal prefix and its unit; "-" where it is not finite.
+        """A value with a decimal prefix and its unit; "-" where it is not finite.
 
         Example:
             >>> COSTS["trainable_parameters"].text(84000), COSTS["peak_memory"].text(1.2e9)
-            ('84 k', '1.2 GB')
+            ('84.0 k', '1.2 GB')
             >>> COSTS["device_seconds"].text(3600.4)
             '3,600 s'
         """
@@ -43,7 +43,7 @@ class Cost:
             return f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s"
         for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if value >= factor:
-                return f"{value / factor:.3g} {prefix}{self.unit}"
+                return f"{value / factor:.1f} {prefix}{self.unit}"
         return f"{value:.0f} {self.unit}".rstrip()
 
 

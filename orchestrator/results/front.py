@@ -228,7 +228,7 @@ def front_cells(front: Front, metrics: TaskMetrics = CLASSIFICATION) -> list[lis
     for member in front.members:
         choice = member.choice
         costs = [COSTS[name].text(value) for name, value in member.costs.items()]
-        score = metrics.selection.number(choice.value)
+        score = metrics.selection.text(choice.value)
         record = choice.record
         lines.append(
             [record.label, str(record.number), str(choice.seeds or "-"), score, *costs, describe(record.hparams)]
