@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
-    """Configurations of an entry: those of its preset, or default point, choices and ends of integer ranges."""
+    """Configurations of an entry that are checked.
+
+    Those of its preset, or default point, choices and ends of integer ranges.
+    """
     if entry.preset is not None:
         preset = search_spaces.preset(entry.name, entry.preset)
         fixed = {**preset.fixed, **entry.fixed}
@@ -37,5 +40,6 @@ def structure(spec: StudySpec, classes: int) -> TaskModel:
         network: Any = (
             architecture(name) if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
         )
+        # timm: a network with a layer between pooling and classifier has that layer's width.
         width = getattr(network, "head_hidden_size", None) or network.num_features
         return TaskModel(network, nn.Linear(int(width), classes))

@@ -27,7 +27,10 @@ _HOST_MEMORY = Path("/proc/self/status")
 
 
 def metric_of(spec: StudySpec) -> str:
-    """First objective of the search: the study's selection metric on ID validation, or on a validation domain."""
+    """First objective of the search.
+
+    The study's selection metric on ID validation, or on a validation domain.
+    """
     metrics = metrics_of(spec)
     domain = spec.search.validation_domain
     return metrics.of_domain(domain) if domain else metrics.validation

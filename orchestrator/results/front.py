@@ -1,4 +1,4 @@
-"""Pareto front of a study: the configurations of which no other is at least as good in every objective.
+"""Pareto front of a study: configurations that no other beats in all objectives.
 
 The objectives are the rule's criterion (the selecting metric on validation) and costs. As for the choice, a confirmed
 configuration counts with the means over its fresh seeds, and search trials stand in only where nothing was confirmed:
