@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.record.costs import COSTS
 from orchestrator.report import figures
 from orchestrator.results.front import front_cells, front_titles
 from orchestrator.results.front_plot import front_figure
@@ -26,15 +27,20 @@ def front_section(results: Results, colour: Mapping[str, str]) -> dict[str, Any]
         front = results.trade_offs()
     except ValueError:  # no complete trial, which the leaderboard reports
         return None
-    source = None
-    try:
-        figure = front_figure(front, results.metrics, colour)
-        source = None if figure is None else figures.data_uri(figure)
-    except Exception as error:  # a picture that cannot be drawn must not cost the page
-        logger.warning("The report is made without the Pareto front's picture (%s: %s)", type(error).__name__, error)
+    pictures = []
+    for cost in front.costs:
+        try:
+            figure = front_figure(front, cost, results.metrics, colour)
+        except Exception as error:  # a picture that cannot be drawn must not cost the page
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("The report is made without the Pareto front's picture of %s (%s)", cost, reason)
+            continue
+        if figure is not None:
+            title = f"Validation against {COSTS[cost].title}, the Pareto front ringed"
+            pictures.append({"title": title, "source": figures.data_uri(figure)})
     return {
         "sentence": front.sentence(results.metrics),
         "titles": front_titles(front),
         "rows": front_cells(front, results.metrics),
-        "source": source,
+        "pictures": pictures,
     }

@@ -65,7 +65,8 @@ class Front:
         titles = listed([f"validation {metrics.selection.title}", *(COSTS[name].title for name in self.costs)], 4)
         behind = "means over the confirmed seeds" if self.confirmed else "search trials, because nothing was confirmed"
         count = f"{len(self.members)} of {len(self.configurations)} configurations"
-        text = f"Pareto front of {titles} ({behind}): {count}, of which none is beaten in all of these at once."
+        text = f"Pareto front of {titles} ({behind}): {count}."
+        text += " No other is at least as good in all of these and better in one."
         if self.left_out:
             numbers = ", ".join(str(choice.record.number) for choice in self.left_out)
             text += f" Left out, because a cost was not recorded: trials {numbers}."

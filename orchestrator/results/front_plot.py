@@ -1,4 +1,4 @@
-"""Picture of a Pareto front: score on validation against each cost, as a figure of matplotlib."""
+"""Picture of a Pareto front: score on validation against a cost, as a figure of matplotlib."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ WIDE_RANGE = 20.0
 
 
 def front_figure(
-    front: Front, metrics: TaskMetrics = CLASSIFICATION, colour: Mapping[str, str] | None = None
+    front: Front, cost: str, metrics: TaskMetrics = CLASSIFICATION, colour: Mapping[str, str] | None = None
 ) -> Figure | None:
-    """Score against each cost, one panel per cost: every compared configuration, those on the front ringed.
+    """Score against one cost: every compared configuration, those on the front ringed.
 
-    With one cost the front is drawn as a line: the best score that a budget reaches. With several it is a surface, of
-    which each panel shows one side, so that ringed points may lie below others. None without two configurations.
+    With one cost among the objectives the front is drawn as a line: the best score that a budget reaches. With several
+    it is a surface, of which the picture shows one side, so that ringed points may lie below others. None without two
+    configurations.
 
     Args:
+        cost: one of the front's.
         colour: label → colour; None = in the order of appearance.
     """
     if len(front.configurations) < 2:
         return None
     labels = dict.fromkeys(configuration.choice.record.label for configuration in front.configurations)
     colour = dict(zip(labels, _cycle(len(labels)), strict=True)) | dict(colour or {})
-    count = len(front.costs)
-    figure = Figure(figsize=(4.6 * count + 0.8, 4.0))
-    panels = figure.subplots(1, count, squeeze=False, sharey=True)[0]
-    for axes, name in zip(panels, front.costs, strict=True):
-        _panel(axes, front, name, metrics, colour)
-    panels[0].set_ylabel(f"validation {metrics.selection.axis}")
-    legend = panels[-1].legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure = Figure(figsize=(5.4, 4.0))
+    axes = figure.subplots()
+    _panel(axes, front, cost, metrics, colour)
+    axes.set_ylabel(f"validation {metrics.selection.axis}")
+    legend = axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     for text in legend.get_texts():
         text.set_parse_math(False)  # a label may contain a $
     return figure
