@@ -64,15 +64,15 @@ def _panel(axes: Axes, front: Front, name: str, metrics: TaskMetrics, colour: Ma
     if len(front.costs) == 1:
         axes.step(x, y, where="post", color=BLACK, linewidth=1.0, zorder=2)
     cost = COSTS[name]
-    _axis(axes, [configuration.costs[name] for configuration in front.configurations])
-    axes.set_xlabel(f"{cost.title} ({cost.unit})" if cost.unit else cost.title)
+    _axis(axes, [configuration.costs[name] for configuration in front.configurations], cost.unit)
+    axes.set_xlabel(cost.title)
     axes.grid(color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=GREY, labelcolor=BLACK)
 
 
-def _axis(axes: Axes, values: Sequence[float]) -> None:
+def _axis(axes: Axes, values: Sequence[float], unit: str) -> None:
     """A logarithmic axis over whole decades where the costs differ much, else a linear one."""
     low = min(values)
     high = max(values)
@@ -80,7 +80,7 @@ def _axis(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(10.0 ** math.floor(math.log10(low) - 0.05), 10.0 ** math.ceil(math.log10(high) + 0.05))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
+    axes.xaxis.set_major_formatter(EngFormatter(unit, sep="\N{NARROW NO-BREAK SPACE}"))
     axes.margins(0.12)
 
 
