@@ -24,6 +24,7 @@ from orchestrator.errors import redact
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header
 from orchestrator.report import figures
 from orchestrator.report.error_section import error_section
+from orchestrator.report.front import front_section
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
 from orchestrator.results.leaderboard import (
@@ -112,6 +113,7 @@ def page_of(
         findings=results.findings(),
         warnings=results.warnings(),
         table=table,
+        front=front_section(results, figures.colours([row["label"] for row in rows])),
         pictures=list(_pictures(rows, results, chosen)),
         errors=_errors(results, header, similarities),
         trials=[_trial(record, results.metrics) for record in records[:MOST_TRIALS]],
