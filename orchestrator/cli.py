@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -173,16 +173,20 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write. Default: report.html in the folder.")
     ] = None,
+    features: Annotated[
+        Literal["chosen", "all"] | None,
+        typer.Option(
+            help="Show the pictures whose features moved most and least from the pretrained network; computes the "
+            "features of ID test and OOD, of the chosen entry or of all."
+        ),
+    ] = None,
+    progress: Progress = True,
 ) -> None:
-    """Write a study as one self-contained HTML page, from the journal alone."""
-    from orchestrator.commands.status import find_study, read_journal
-    from orchestrator.report.page import REPORT, write_report
+    """Write a study as one self-contained HTML page, from its folder alone."""
+    from orchestrator.commands.report import report_study
 
-    spec, folder = find_study(study)
-    file = output or folder / REPORT
-    write_report(read_journal(spec, folder), file, folder)
-    sentence = f"Wrote {file}"
-    context.obj.result({"report": str(file)}, lambda console: console.print(sentence, markup=False, soft_wrap=True))
+    written = report_study(study, output, features, progress)
+    context.obj.result(written.to_dict(), written.render)
 
 
 @app.command()

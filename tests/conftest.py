@@ -30,6 +30,7 @@ THOROUGH = (
     "tests/orchestrator/results/test_shift_limit.py::TestInterval::test_it_covers_the_truth_as_often_as_it_states",
     "tests/orchestrator/running/test_circuit_breaker.py::test_p20_a_study_without_one_good_trial_has_failed",
     "tests/orchestrator/running/test_watchdog.py",
+    "tests/orchestrator/search/test_objectives.py",
     "tests/orchestrator/search/test_paper_sweep.py",
     "tests/orchestrator/search/test_replay.py",
     "tests/orchestrator/search/test_searcher.py",

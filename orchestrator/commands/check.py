@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.planning.build import metric_of
+from orchestrator.planning.objectives import objectives_of
 from orchestrator.record.changes import changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Event, JournalError, read_from
@@ -178,7 +178,7 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
         for file in study.folder.glob("optuna.db*"):
             if not file.name.endswith(".replaced"):
                 shutil.copy(file, folder)
-        history = History.of(events, (metric_of(study.spec),))
+        history = History.of(events, objectives_of(study.spec))
         problem = disagreement(f"sqlite:///{folder}/optuna.db", study.spec.name, history)
     if problem is None:
         yield Finding("search", "ok", f"{database} agrees with the journal")

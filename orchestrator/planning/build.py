@@ -11,8 +11,10 @@ from ray.tune.schedulers import FIFOScheduler
 
 from orchestrator.ingest.pipeline import IngestRequest
 from orchestrator.planning.fsr import STRATEGY, ReferenceStage
+from orchestrator.planning.objectives import metric_of, objectives_of
 from orchestrator.record.kept_files import Retention
 from orchestrator.record.records import metrics_of
+from orchestrator.results.front import front_candidates
 from orchestrator.results.selection import top_candidates
 from orchestrator.search.asha import StudyScheduler, rungs
 from orchestrator.search.searcher import SearchSettings
@@ -110,16 +112,6 @@ def entries_of(spec: StudySpec) -> list[Entry]:
     return [Entry(label=s.label, strategy=s.name, fixed=dict(s.fixed), preset=s.preset) for s in spec.strategies]
 
 
-def metric_of(spec: StudySpec) -> str:
-    """Objective of the search.
-
-    The study's selection metric on ID validation, or on a validation domain.
-    """
-    metrics = metrics_of(spec)
-    domain = spec.search.validation_domain
-    return metrics.of_domain(domain) if domain else metrics.validation
-
-
 def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, Mapping[str, Any]]) -> SearchSettings:
     """The search of a study.
 
@@ -134,7 +126,7 @@ def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, 
         sampler=spec.search.sampler,
         seed=spec.search.seed,
         metrics=metrics_of(spec),
-        objectives=(metric_of(spec),),
+        objectives=objectives_of(spec),
         hints=hints,
     )
 
@@ -185,10 +177,14 @@ def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[
     if rule == "leave_one_domain_out":
         domains = tuple(domain for domain in store.domains if ood(domain) not in store.splits)
         stages.append(FoldStage(task, _best_by(spec, LODO_CANDIDATES, "id_val"), domains, seed))
-    count = spec.confirm.count(len(spec.strategies))
+    costs = spec.search.costs
+    count = spec.confirm.count(len(spec.strategies), bool(costs))
     if count and spec.confirm.seeds:
         alike = functools.partial(solved_in_closed_form, epochs=task.epochs)
-        stages.append(ConfirmStage(task, _best_by(spec, count, rule), spec.confirm.seeds, seed, deterministic=alike))
+        choose = _best_by(spec, count, rule)
+        if costs:
+            choose = functools.partial(front_candidates, k=count, costs=costs, rule=rule, metrics=metrics_of(spec))
+        stages.append(ConfirmStage(task, choose, spec.confirm.seeds, seed, deterministic=alike))
     if spec.diagnostics.fsr:
         stages.append(references_of(spec, task, store, spec.diagnostics.fsr))
     return stages

@@ -49,7 +49,9 @@ def count_trials(spec: StudySpec, space: SearchSpace | None = None) -> TrialCoun
 
 def _confirmations(spec: StudySpec, search: int) -> int:
     """Trials of the confirmation: the best of every entry first, closed-form entries on one seed."""
-    count = min(spec.confirm.count(len(spec.strategies)), search)  # no more can be confirmed than were searched
+    count = min(
+        spec.confirm.count(len(spec.strategies), bool(spec.search.costs)), search
+    )  # no more can be confirmed than were searched
     if not spec.confirm.seeds:
         return 0
     alike = [solved_in_closed_form(entry.name, entry.fixed, spec.search.epochs) for entry in spec.strategies]

@@ -6,16 +6,11 @@ From the networks' structure: no weights are read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-import timm
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from orchestrator.planning.build import LODO_CANDIDATES
-from orchestrator.planning.preflight import points
+from orchestrator.planning.configurations import points, structure
 from trainables import strategy_class
-from trainables.demo.backbones import NETWORKS, architecture
 from trainables.engine.tuned_network import batch_norm_buffers
 from trainables.models.task_model import TaskModel
 
@@ -42,18 +37,6 @@ def weight_bytes(spec: StudySpec, classes: int) -> dict[str, int]:
         moving = max(strategy.moving_parameters(model) for strategy in configurations)
         sizes[entry.label] = VALUE_BYTES * moving + _statistics_bytes(model)
     return sizes
-
-
-def structure(spec: StudySpec, classes: int) -> TaskModel:
-    """The study's network under a linear head, on the meta device."""
-    name = spec.model.name
-    with torch.device("meta"):
-        network: Any = (
-            architecture(name) if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
-        )
-        # timm: a network with a layer between pooling and classifier has that layer's width.
-        width = getattr(network, "head_hidden_size", None) or network.num_features
-        return TaskModel(network, nn.Linear(int(width), classes))
 
 
 def prediction_bytes(splits: Mapping[str, int], classes: int) -> int:

@@ -20,9 +20,11 @@ from orchestrator.ingest.errors import first_few
 from orchestrator.planning.build import rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
+from orchestrator.planning.objectives import objectives_of
 from orchestrator.planning.preflight import layer_kinds
+from orchestrator.record.costs import COSTS
 from orchestrator.record.records import metrics_of
-from orchestrator.wording import bytes_text, counted
+from orchestrator.wording import bytes_text, counted, listed
 from trainables.specs.metrics import ood_domain
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Plan:
     entries: tuple[PlannedEntry, ...]
     sampler: str
     objective: str
+    objectives: tuple[str, ...]
+    """What the search optimises: the selecting metric, then the costs."""
     search_trials: int
     epochs: int
     """Budget of one trial, in units."""
@@ -136,13 +140,20 @@ class Plan:
             f"{references}.",
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
             f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
-            f"Chosen by {self.objective}.",
+            f"Chosen by {self.objective}.{self._front()}",
             self._diagnostics(),
             f"Disk: about {bytes_text(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Kept (keep: {self.keep}): at most {bytes_text(self.kept_bytes)} of weights and predictions, of "
             f"{_KEPT[self.keep]}.",
             f"Study folder: {self.folder}",
         ]
+
+    def _front(self) -> str:
+        """The costs beside the selecting metric; empty without any."""
+        if len(self.objectives) == 1:
+            return ""
+        costs = listed([COSTS[name].title for name in self.objectives[1:]])
+        return f" The search also minimises {costs}; the best trade-offs are in the Pareto front."
 
     def _images(self) -> str:
         domains = {ood_domain(split): count for split, count in self.splits.items()}
@@ -179,6 +190,7 @@ def make_plan(spec: StudySpec) -> Plan:
         entries=tuple(_planned(entry.label, entry.name, entry.fixed, space) for entry in spec.strategies),
         sampler=search.sampler,
         objective=search.objective,
+        objectives=objectives_of(spec),
         search_trials=counts.search,
         epochs=search.epochs,
         unit="one epoch" if search.steps_per_unit is None else f"{search.steps_per_unit} optimiser steps",

@@ -10,19 +10,19 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 
-import search_spaces
 from orchestrator.cluster.resources import check_resources
 from orchestrator.errors import PreflightError, Problem, did_you_mean
 from orchestrator.planning.build import loss_of, model_of
+from orchestrator.planning.configurations import points
 from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
+from orchestrator.planning.objectives import cost_problems
 from orchestrator.study_file.rules import DIGITS_DOMAINS, domain_problems, network_problems
-from orchestrator.study_file.schema import StrategyEntry, StudySpec
+from orchestrator.study_file.schema import StudySpec
 from orchestrator.tracking.client import access_problems
 from trainables import strategy_class
 from trainables.data.transforms import AUGMENTATIONS
@@ -39,9 +39,10 @@ def preflight(spec: StudySpec) -> None:
 
     Raises:
         PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
-            layers, domains or packages that it needs; a budget too small for the strategies or their phases; settings
-            of the loss that a strategy cannot honour; a storage folder that cannot be written; a tracking server that
-            rejects the credentials; more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster).
+            layers, domains or packages that it needs; a cost that is the same for every trial; a budget too small for
+            the strategies or their phases; settings of the loss that a strategy cannot honour; a storage folder that
+            cannot be written; a tracking server that rejects the credentials; more CPUs or GPUs than this machine has
+            (unless RAY_ADDRESS names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -51,6 +52,7 @@ def preflight(spec: StudySpec) -> None:
         _phase_problems,
         _loss_problems,
         hint_problems,
+        cost_problems,
         _machine_problems,
         _storage_problems,
         _tracking_problems,
@@ -171,22 +173,6 @@ def _loss_problems(spec: StudySpec) -> Iterator[Problem]:
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break
-
-
-def points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
-    """Configurations of an entry that are checked.
-
-    Those of its preset, or default point, choices and ends of integer ranges.
-    """
-    if entry.preset is not None:
-        preset = search_spaces.preset(entry.name, entry.preset)
-        fixed = {**preset.fixed, **entry.fixed}
-        yield from ({**fixed, **point} for step in range(len(preset.steps)) for point in preset.points(step))
-        return
-    yield search_spaces.default_point(entry.name, entry.fixed)
-    for key in search_spaces.searched(entry.name, entry.fixed):
-        for value in search_spaces.space(entry.name)[key].discrete_ends():
-            yield search_spaces.default_point(entry.name, {**entry.fixed, key: value})
 
 
 def _machine_problems(spec: StudySpec) -> Iterator[Problem]:

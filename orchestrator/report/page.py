@@ -1,4 +1,4 @@
-"""Report of a study: one self-contained HTML page, from its journal alone.
+"""Report of a study: one self-contained HTML page, from its journal and the predictions that it keeps.
 
 Untrusted strings of study files, data sets and failing trials (names, messages, paths) are escaped by the template, and
 the page's content security policy forbids loading anything and running any script but its own.
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment
+from jinja2 import Environment, FunctionLoader
 
 from orchestrator.errors import redact
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header
+from orchestrator.report.error_section import error_section
+from orchestrator.report.front import front_section
 from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from orchestrator.record.journal import Event
+    from orchestrator.report.error_section import Similarities
 
 logger = logging.getLogger("luthier")
 
@@ -57,19 +60,23 @@ WIDE = 8.0
 """Width, in inches, from which on a picture has a row of its own."""
 
 
-def write_report(events: Sequence[Event], path: Path, folder: Path | None = None) -> None:
+def write_report(
+    events: Sequence[Event], path: Path, folder: Path | None = None, similarities: Similarities | None = None
+) -> None:
     """Write the page of a study, and the folder of `path` (arguments and errors: see `report_html`)."""
-    page = report_html(events, folder)
+    page = report_html(events, folder, similarities)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
 
 
-def report_html(events: Sequence[Event], folder: Path | None = None) -> str:
+def report_html(events: Sequence[Event], folder: Path | None = None, similarities: Similarities | None = None) -> str:
     """The page of a study.
 
     Args:
         events: its journal (`orchestrator.record.journal.Journal.read`), also of a running study.
         folder: of the study, for its predictions; None = where its journal says that it was run.
+        similarities: of features before and after fine-tuning, by number of the trial
+            (`orchestrator.report.features`); None = not measured.
 
     Raises:
         ValueError: the journal has no study, or the study's task is unknown.
@@ -77,7 +84,7 @@ def report_html(events: Sequence[Event], folder: Path | None = None) -> str:
     header = study_header(events)
     if not header:
         raise ValueError("A report needs a study, but this journal does not tell of one. Run the study first.")
-    return page_of(header, fold(events), measurements(events), folder)
+    return page_of(header, fold(events), measurements(events), folder, similarities)
 
 
 def page_of(
@@ -85,6 +92,7 @@ def page_of(
     records: Sequence[TrialRecord],
     measured: Mapping[str, Mapping[str, Any]],
     folder: Path | None = None,
+    similarities: Similarities | None = None,
 ) -> str:
     """The page of a study from its folded journal.
 
@@ -92,7 +100,7 @@ def page_of(
         header: `orchestrator.record.records.study_header`.
         records: its trials, by number.
         measured: `orchestrator.record.records.measurements`.
-        folder: as `report_html`.
+        folder, similarities: as `report_html`.
     """
     spec = header.get("spec") or {}
     results = Results(records, {**spec, "name": header["study"]}, measurements=measured, folder=folder)
@@ -105,7 +113,9 @@ def page_of(
         findings=results.findings(),
         warnings=results.warnings(),
         table=table,
+        front=front_section(results, figures.colours([row["label"] for row in rows])),
         pictures=list(_pictures(rows, results, chosen)),
+        errors=_errors(results, header, similarities),
         trials=[_trial(record, results.metrics) for record in records[:MOST_TRIALS]],
         left_out=max(0, len(records) - MOST_TRIALS),
         failures=_failures(records),
@@ -164,11 +174,13 @@ def _pictures(
     metrics = results.metrics
     records = results.records
     colour = figures.colours([row["label"] for row in rows])
+    cost = functools.partial(figures.cost_and_score, rows, colour, metrics)
     scatter = functools.partial(figures.id_and_ood, rows, colour, metrics)
     training = functools.partial(figures.training, records, chosen, colour, metrics)
     rates = functools.partial(figures.learning_rates, records, chosen, metrics)
     pictures: list[tuple[str, str, Callable[[], Figure | None]]] = [
         ("In and out of distribution", "mean, 95 % interval", scatter),
+        ("Cost and score", "mean, 95 % interval", cost),
         ("Training", "all runs of the chosen configurations", training),
         ("Learning rates", "search trials; ring: the chosen one", rates),
     ]
@@ -186,6 +198,14 @@ def _pictures(
         if figure is not None:
             wide = figure.get_figwidth() > WIDE
             yield {"title": title, "note": note, "source": figures.data_uri(figure), "wide": wide}
+
+
+def _errors(results: Results, header: Mapping[str, Any], similarities: Similarities | None) -> dict[str, Any]:
+    try:
+        return error_section(results, str(header.get("dataset_digest")), similarities)
+    except Exception as error:  # files that cannot be read must not cost the page
+        logger.warning("The report is made without its section on errors (%s: %s)", type(error).__name__, error)
+        return {"problem": f"The errors cannot be shown ({type(error).__name__}).", "entries": []}
 
 
 def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
@@ -217,7 +237,8 @@ def _spec_text(spec: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _template() -> Template:
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_source("report.html"))
+    environment = Environment(loader=FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html")
 
 
 @functools.cache

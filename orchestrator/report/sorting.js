@@ -1,8 +1,9 @@
 for (const table of document.querySelectorAll("table.sortable")) {
-  table.querySelectorAll("th").forEach((head, column) => {
+  const heads = [...table.tHead.rows].at(-1).querySelectorAll("th");
+  heads.forEach((head, column) => {
     head.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") !== "descending";
-      table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const body = table.tBodies[0];
       const key = (row) => row.cells[column].textContent.trim();

@@ -18,7 +18,7 @@ from orchestrator.results.curve_plot import BLACK, BLUE, GREY, PALETTE, Notebook
 from orchestrator.results.fsr import FsrEstimate
 from orchestrator.results.leaderboard import ENDS
 from orchestrator.results.selection import Choice, reported_trials
-from trainables.specs.metrics import CLASSIFICATION, Metric, TaskMetrics
+from trainables.specs.metrics import CLASSIFICATION, TOTAL_SECONDS, TRAINABLE_PARAMETERS, Metric, TaskMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,6 +183,57 @@ def confusion(counts: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     return figure
+
+
+def cost_and_score(
+    rows: Sequence[Row], colour: Mapping[str, str], metrics: TaskMetrics = CLASSIFICATION
+) -> Figure | None:
+    """Selection metric over what an entry's trial costs, with 95 % intervals; a panel per cost and kind of test data.
+
+    Costs are the trained parameters and the seconds of a trial; test data are ID test and, below, the mean over the OOD
+    domains. None where no panel has two entries.
+    """
+    scores = [(metrics.test, "ID test"), (metrics.ood_mean, "mean OOD")]
+    costs = [(TRAINABLE_PARAMETERS.name, "trained parameters"), (TOTAL_SECONDS.name, "seconds of a trial")]
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for name, _ in scores:
+        for cost, _ in costs:
+            points = [row for row in rows if math.isfinite(row[name]) and _positive(row.get(cost))]
+            if len(points) > 1:
+                panels[name, cost] = points
+    scores = [(name, title) for name, title in scores if any(key[0] == name for key in panels)]
+    costs = [(cost, title) for cost, title in costs if any(key[1] == cost for key in panels)]
+    if not panels:
+        return None
+    figure = _figure(4.1 * len(costs) + 0.4, 3.1 * len(scores) + 0.2)
+    figure.subplots_adjust(wspace=0.3, hspace=0.35)
+    grid = figure.subplots(len(scores), len(costs), squeeze=False)
+    for axes_row, (name, score_title) in zip(grid, scores, strict=True):
+        for axes, (cost, cost_title) in zip(axes_row, costs, strict=True):
+            _cost_panel(axes, panels.get((name, cost), []), name, cost, colour, metrics)
+            axes.set_xlabel(cost_title, fontsize=9)
+            axes.set_ylabel(f"{score_title} {metrics.selection.axis}", fontsize=9)
+    _legend(grid[0][-1])
+    return figure
+
+
+def _cost_panel(
+    axes: Axes, points: Sequence[Row], name: str, cost: str, colour: Mapping[str, str], metrics: TaskMetrics
+) -> None:
+    metric = metrics.selection
+    if points:
+        _log_axis(axes, "x", [float(row[cost]) for row in points])
+    for row in points:
+        style: dict[str, Any] = {"fmt": "o", "markersize": 7, "linewidth": 1.2, "capsize": 2}
+        sides = _sides(row, name, metric)
+        value = metric.scale * row[name]
+        axes.errorbar(float(row[cost]), value, yerr=sides, color=colour[row["label"]], label=row["label"], **style)
+    axes.margins(y=0.12)
+    _plain(axes)
+
+
+def _positive(value: Any) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
 
 
 def learning_rates(

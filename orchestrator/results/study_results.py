@@ -17,6 +17,7 @@ from orchestrator.results import selection
 from orchestrator.results.choice import Decision, decide
 from orchestrator.results.comparison import DETERMINISTIC
 from orchestrator.results.findings import findings
+from orchestrator.results.front import Front, cost_warnings, front, front_frame, front_markdown, front_rows, print_front
 from orchestrator.results.leaderboard import (
     COUNT_TITLE,
     cells,
@@ -109,8 +110,8 @@ class Results:
 
     Args:
         records: the study's trials (`orchestrator.record.records.fold`).
-        spec: the study, or its fields as a mapping; `name`, `task`, `search.objective` and the `label`, `fixed` and
-            `preset` of its strategies are read.
+        spec: the study, or its fields as a mapping; `name`, `task`, `search.objective`, `search.objectives` and the
+            `label`, `fixed` and `preset` of its strategies are read.
         measurements: study-level measurements (`orchestrator.record.records.measurements`).
         folder: of the study, for the predictions that it keeps; None = `storage` and `name` of `spec`, where it has
             them. Without predictions, intervals are over seeds alone, and `warnings` says so.
@@ -219,6 +220,40 @@ class Results:
         rows = self.leaderboard().to_dict("records")
         return Plots(self.records, self.metrics, rows, self.per_label(), self.measurements, self._run_predictions)
 
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The costs among the study's objectives (`search.objectives`); empty without any."""
+        objectives = _field(_field(self.spec, "search"), "objectives") or ()
+        return tuple(str(name) for name in objectives[1:])
+
+    def front(self, *costs: str) -> pd.DataFrame:
+        """Configurations by score and costs, with those on the Pareto front marked and first.
+
+        Columns: see `orchestrator.results.front.front_frame`; `on_front` marks those that none beats in everything.
+
+        Args:
+            costs: any of `trainable_parameters`, `device_seconds` and `peak_memory`; none = the study's objectives, or
+                `trainable_parameters` where it has no costs among them.
+
+        Raises:
+            ValueError: an unknown cost, or no complete trial.
+
+        Example:
+            >>> from orchestrator.record.records import TrialRecord
+            >>> trials = [
+            ...     TrialRecord(trial_id=name, number=number, strategy=name, label=name, config_hash=name,
+            ...                 state="complete", metrics={"best/val/acc": val, "cost/trainable_parameters": size})
+            ...     for number, (name, val, size) in enumerate([("full", 0.91, 1e6), ("lora", 0.93, 1e4)])
+            ... ]
+            >>> Results(trials).front()[["label", "val/acc", "trainable_parameters", "on_front"]].values.tolist()
+            [['lora', 0.93, 10000.0, True], ['full', 0.91, 1000000.0, False]]
+        """
+        return front_frame(self.trade_offs(*costs), self.metrics)
+
+    def trade_offs(self, *costs: str) -> Front:
+        """The same as an object, for tables and pictures (arguments and errors: see `front`)."""
+        return front(self.records, costs or self.costs or ("trainable_parameters",), self.rule, self.metrics)
+
     def regret(self, rule: str | None = None) -> selection.Regret:
         """Loss of the choice by a rule against the oracle's (ValueError: no complete trial)."""
         rule = rule or self.rule
@@ -233,6 +268,7 @@ class Results:
         sentences = list(_trouble(self.records))
         if any(r.role == "search" and r.state == "complete" for r in self.records):
             sentences += self._edges() + self._few_seeds() + self._without_samples()
+            sentences += cost_warnings(self.records, self.costs)
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,6 +284,7 @@ class Results:
             "best": None,
             "choice": None,
             "regret": None,
+            "front": None,
             "findings": self.findings(),
             "warnings": self.warnings(),
             "measurements": finite(self.measurements),
@@ -276,6 +313,14 @@ class Results:
                 "oracle": choice_values(regret.oracle),
             }
         )
+        if self.costs:
+            trade_offs = self.trade_offs()
+            values["front"] = {
+                "costs": list(self.costs),
+                "confirmed": trade_offs.confirmed,
+                "sentence": trade_offs.sentence(self.metrics),
+                "configurations": finite(front_rows(trade_offs, self.metrics)),
+            }
         return values
 
     def render(self, console: Console) -> None:
@@ -287,6 +332,8 @@ class Results:
             print_table(console, rows, self.metrics)
             for line in (self.decision().sentence, self.regret_line()):
                 console.print(line, markup=False, highlight=False)
+            if self.costs:
+                print_front(console, self.trade_offs(), self.metrics)
         except ValueError as error:
             console.print(str(error), markup=False)
         for sentence in self.findings():
@@ -346,6 +393,8 @@ class Results:
             rows = self.leaderboard().to_dict("records")
             lines += [*markdown_table(rows, self.metrics), "", f"Scores: {score_note(self.metrics, rows)}.", ""]
             lines += [self.decision().sentence, "", self.regret_line()]
+            if self.costs:
+                lines += ["", "## Accuracy and cost", "", *front_markdown(self.trade_offs(), self.metrics)]
         except ValueError as error:
             lines += [str(error)]
         sentences = self.findings()

@@ -131,16 +131,33 @@ def _leaderboard_summary(results: Results) -> Summary:
     with contextlib.suppress(ValueError):  # without numbers on test data there is no oracle to compare with
         metrics[REGRET.name] = results.regret().value
     csv: str = table.to_csv(index=False)
+    front_tags, front_files = _front(results)
     return Summary(
         tags={
             "best.label": best.record.label,
             "best.config_hash": best.record.config_hash,
             "best.rule": best.rule,
             "mlflow.note.content": note,
+            **front_tags,
         },
         metrics=metrics,
-        files={"leaderboard.md": note.encode, "leaderboard.csv": csv.encode},
+        files={"leaderboard.md": note.encode, "leaderboard.csv": csv.encode, **front_files},
     )
+
+
+def _front(results: Results) -> tuple[dict[str, str], dict[str, Render]]:
+    """Tags and artifacts of the Pareto front; none for a study without costs among its objectives."""
+    if not results.costs:
+        return {}, {}
+    trade_offs = results.trade_offs()
+    members = [member.choice.record for member in trade_offs.members]
+    tags = {
+        "front.objectives": ", ".join([results.metrics.validation, *results.costs]),
+        "front.trials": ", ".join(str(record.number) for record in members),
+        "front.labels": ", ".join(dict.fromkeys(record.label for record in members)),
+    }
+    csv: str = results.front().to_csv(index=False)
+    return tags, {"front.csv": csv.encode}
 
 
 def _note_without_leaderboard(results: Results, reason: str) -> str:

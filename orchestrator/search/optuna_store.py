@@ -29,10 +29,10 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.exc import SQLAlchemyError
 
+from orchestrator.record.costs import objective_value
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.search.sampling import LEARNING
 from orchestrator.search.space import SearchError, SearchSpace
-from trainables.specs.metrics import best_or_last
 
 if TYPE_CHECKING:
     from orchestrator.record.journal import Event
@@ -58,7 +58,7 @@ class History:
     order: Mapping[int, int]
     """Number of a trial → sequence number of its first event."""
     objectives: Sequence[str]
-    """Recorded names of the objectives."""
+    """As `orchestrator.search.searcher.SearchSettings.objectives`."""
 
     @classmethod
     def of(cls, events: Sequence[Event], objectives: Sequence[str]) -> History:
@@ -97,7 +97,7 @@ class History:
         if record.state == "pruned":
             steps = self.intermediate(record)
             return "PRUNED", (steps[max(steps)],) if steps else ()
-        reported = [best_or_last(record.metrics, name) for name in self.objectives]
+        reported = [objective_value(record.metrics, name) for name in self.objectives]
         values = tuple(value for value in reported if value is not None and math.isfinite(value))
         if record.state == "complete" and len(values) == len(reported):
             return "COMPLETE", values

@@ -128,7 +128,7 @@ class Proposals:
             # Interrupted trials do not count, so that a continued study proposes what an uninterrupted one would have.
             number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
             sampler = self.space.sampler if attempt < ATTEMPTS // 2 else "random"
-            study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number), self.trials)
+            study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number))
             # Once: enqueued again, the same point would be the same duplicate.
             if fixed and attempt == 0:
                 study.enqueue_trial(dict(fixed))

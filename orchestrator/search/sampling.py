@@ -6,13 +6,14 @@ import warnings
 
 import optuna
 
+from orchestrator.record.costs import COSTS
 from trainables.specs.metrics import CLASSIFICATION, TOTAL_SECONDS, VAL, TaskMetrics, quantity
 from trainables.specs.suggestions import did_you_mean
 
-SAMPLERS = ("tpe", "gp", "random", "nsga2", "paper")
-LEARNING = frozenset({"tpe", "gp", "nsga2"})
+SAMPLERS = ("tpe", "gp", "random", "paper")
+LEARNING = frozenset({"tpe", "gp"})
 """Samplers whose proposals depend on results."""
-FLAT = frozenset({"gp", "nsga2"})
+FLAT = frozenset({"gp"})
 """Samplers without conditional parameters: every trial samples the parameters of all entries, and uses those of the
 entry that it chose."""
 STARTUP = 10
@@ -24,11 +25,10 @@ def check_sampler(name: str, objectives: int) -> None:
     if name not in SAMPLERS:
         hint = did_you_mean(name, SAMPLERS)
         raise ValueError(f"A sampler is one of {', '.join(SAMPLERS)}, but got {name!r}.{hint}")
-    if name == "nsga2" and objectives < 2:
-        raise ValueError("nsga2 is for two or more objectives, but got 1. Use tpe, or name more metrics.")
-    if name == "paper" and objectives > 1:
+    if objectives > 1 and name not in LEARNING:
         raise ValueError(
-            f"The papers' sweeps follow one metric, but got {objectives}. Use tpe or nsga2, or one metric."
+            f"Several objectives need a sampler that learns from results, but got {name} and {objectives} objectives. "
+            f"Use {' or '.join(sorted(LEARNING, reverse=True))}, or one objective."
         )
 
 
@@ -36,7 +36,8 @@ def maximised(name: str, metrics: TaskMetrics = CLASSIFICATION) -> bool:
     """Whether a higher value of an objective is better.
 
     Args:
-        name: recorded name, of a metric of the task or of a quantity with a direction.
+        name: one of `orchestrator.record.costs.COSTS`, or the recorded name of a metric of the task or of a quantity
+            with a direction.
         metrics: of the study's task.
 
     Raises:
@@ -47,6 +48,8 @@ def maximised(name: str, metrics: TaskMetrics = CLASSIFICATION) -> bool:
         >>> maximised("val/acc"), maximised("val/nll"), maximised("cost/images_per_second")
         (True, False, True)
     """
+    if name in COSTS:
+        return False
     if metrics.tests(name):
         alternatives = dict.fromkeys((metrics.validation, metrics.tie_breaker.on(VAL)))
         raise ValueError(
@@ -65,15 +68,14 @@ def maximised(name: str, metrics: TaskMetrics = CLASSIFICATION) -> bool:
     )
 
 
-def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
-    """A fresh sampler.
+def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """A fresh sampler, for one objective or several.
 
     The seed must differ from proposal to proposal, since no sampler state is kept between them.
 
     Args:
         name: one of `SAMPLERS`.
         seed: any non-negative integer.
-        trials: budget of the study, which sets NSGA-II's population.
     """
     seed %= 2**32
     with warnings.catch_warnings():
@@ -82,7 +84,4 @@ def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampl
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP)
         if name == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
-        if name == "nsga2":
-            # Optuna's population of 50 would leave most studies without a second generation.
-            return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(50, max(8, trials // 5)))
         return optuna.samplers.RandomSampler(seed=seed)

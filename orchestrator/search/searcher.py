@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from orchestrator.record.costs import objective_value
 from orchestrator.search.ledger import Ledger, identity
 from orchestrator.search.optuna_store import History, OptunaStorage, Replay
 from orchestrator.search.proposals import Proposals
 from orchestrator.search.sampling import check_sampler, maximised
 from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
-from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, best_or_last
+from trainables.specs.metrics import CLASSIFICATION, TaskMetrics
 from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class SearchSettings:
     metrics: TaskMetrics = CLASSIFICATION
     """Of the study's task."""
     objectives: tuple[str, ...] = ()
-    """Recorded names of the objectives; empty = the task's selection metric on ID validation."""
+    """What is optimised, the selecting metric first: recorded names, or costs (`orchestrator.record.costs.COSTS`).
+    Empty = the task's selection metric on ID validation alone."""
     hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Label → values of a trial after the default points, with the others at their defaults."""
 
@@ -71,7 +73,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     Only trials that use their whole budget (`finished`) are told to Optuna as COMPLETE; early-stopped ones as PRUNED,
     and those that raised or whose objective is missing or not finite as FAIL. The objective is `best/<metric>` where a
-    trial reports it, since a trial is worth the weights of its best unit.
+    trial reports it, since a trial is worth the weights of its best unit. With several objectives Optuna accepts no
+    values per unit.
 
     Args:
         settings: what is searched.
@@ -212,7 +215,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return self._queue.popleft() if self._queue else None
 
     def _values(self, result: Mapping[str, Any]) -> list[float] | None:
-        reported = [best_or_last(result, name) for name in self.objectives]
+        reported = [objective_value(result, name) for name in self.objectives]
         values = [float(value) for value in reported if isinstance(value, int | float) and math.isfinite(value)]
         return values if len(values) == len(reported) else None
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orchestrator.errors import KeyPath, did_you_mean
+from orchestrator.record.costs import COSTS
 from trainables.specs.metrics import CLASSIFICATION
 
 RESERVED = frozenset({"data", "cache", "mlartifacts", "mlflow.db"})
@@ -181,6 +182,51 @@ def grace_problems(grace: int, epochs: int) -> Iterator[RuleProblem]:
     """A grace period longer than the budget."""
     if grace > epochs:
         yield ("grace",), f"1 <= grace <= epochs must hold, but got grace {grace} and epochs {epochs}."
+
+
+def objectives_problems(
+    objectives: Sequence[str] | None, objective: str, sampler: str, scheduler: str
+) -> Iterator[RuleProblem]:
+    """Objectives that are none, or that the rest of `search` cannot honour."""
+    if objectives is None:
+        return
+    got = f"[{', '.join(map(str, objectives))}]"
+    options = ", ".join(COSTS)
+    if objective == "leave_one_domain_out":
+        yield (
+            ("objective",),
+            "leave_one_domain_out compares a few configurations that are best on ID validation, so that cheap ones "
+            f"would get no folds, but got objectives {got}. Use id_val, or leave objectives out.",
+        )
+    elif objectives and objectives[0] != objective:
+        yield (
+            ("objectives", 0),
+            f"the first objective is that of search.objective, {objective}, but got {objectives[0]!r}. Write "
+            f"[{objective}, …] with costs after it.",
+        )
+    if len(objectives) < 2:
+        yield (
+            ("objectives",),
+            f"objectives are search.objective and one or more of {options}, but got {got}. Add a cost, or leave "
+            "objectives out.",
+        )
+    for index, name in enumerate(objectives[1:], 1):
+        if name not in COSTS:
+            yield ("objectives", index), f"a cost is one of {options}, but got {name!r}.{did_you_mean(name, COSTS)}"
+        elif name in objectives[1:index]:
+            yield ("objectives", index), f"the cost {name!r} is listed twice."
+    if sampler in ("random", "paper"):
+        yield (
+            ("sampler",),
+            f"objectives steer a sampler that learns from results, but {sampler} proposes the same without them. Use "
+            "tpe or gp, or leave objectives out: the costs of every configuration are recorded anyway.",
+        )
+    if scheduler == "asha":
+        yield (
+            ("scheduler",),
+            f"asha stops trials by {objective} alone, cheap ones before their cost could count, but got objectives "
+            f"{got}. Set scheduler: none, or leave objectives out.",
+        )
 
 
 def objective_problems(objective: str, source: str, id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:

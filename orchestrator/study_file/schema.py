@@ -131,6 +131,10 @@ class SearchSpec(Section):
     """How the winner is chosen: `id_val` (`metric` on ID validation), `leave_one_domain_out` (needs two or more ID
     domains), or `val_domain:<name>` (`metric` on one OOD domain, which is then validation data, not a test). Within a
     trial, the best epoch and the interpolation weights λ and α are chosen on ID validation under all three."""
+    objectives: list[str] | None = None
+    """Optimise accuracy and costs together: `objective` first, then one or more of `trainable_parameters`,
+    `device_seconds` and `peak_memory` (GPU memory where a trial has a GPU, else the host's). Needs `scheduler: none`
+    and a sampler that learns; the results then have a Pareto front. null = `objective` alone."""
     metric: Annotated[str, BeforeValidator(rules.check_metric)] | None = None
     """What selects wherever something is chosen: epochs, C, λ and α within a trial, early stopping, the sampler, the
     winner and the leaderboard. `acc`, `balanced_acc`, `macro_f1`, `auroc`, `ap`, `nll` or `brier` (docs/metrics.md).
@@ -142,8 +146,16 @@ class SearchSpec(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        rules.raise_if_any(*rules.grace_problems(self.grace, self.epochs))
+        rules.raise_if_any(
+            *rules.grace_problems(self.grace, self.epochs),
+            *rules.objectives_problems(self.objectives, self.objective, self.sampler, self.scheduler),
+        )
         return self
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The costs that are minimised beside the selecting metric."""
+        return tuple((self.objectives or ())[1:])
 
     @property
     def validation_domain(self) -> str | None:
@@ -175,14 +187,16 @@ class ConfirmSpec(Section):
     """The best configurations again on fresh seeds, for the intervals of the leaderboard."""
 
     top_k: Annotated[int, Field(ge=0)] | None = None
-    """How many configurations to confirm: the best of each entry first, then the runners-up. null = the best of every
-    entry; 0 = none."""
+    """How many configurations to confirm: the best of each entry first, with `search.objectives` then the search's
+    Pareto front from its best score down, then the runners-up. null = one per entry, two with `search.objectives`;
+    0 = none."""
     seeds: Annotated[int, Field(ge=0)] = 3
     """Fresh seeds per configuration; one where all seeds would give the same trial (linear probing). 0 = none."""
 
-    def count(self, entries: int) -> int:
-        """Configurations to confirm in a study of this many entries."""
-        return entries if self.top_k is None else self.top_k
+    def count(self, entries: int, costs: bool = False) -> int:
+        """Configurations to confirm in a study of this many entries, with or without costs among its objectives."""
+        per_entry = 2 if costs else 1
+        return entries * per_entry if self.top_k is None else self.top_k
 
 
 class DiagnosticsSpec(Section):

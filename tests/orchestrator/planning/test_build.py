@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.planning import build
+from orchestrator.record.records import TrialRecord
 from orchestrator.search.sampling import maximised
 from orchestrator.study_file.schema import StudySpec
 from trainables.specs.trial_spec import LossSettings, ModelSpec
@@ -68,6 +69,27 @@ def test_the_metric_steers_trials_search_and_early_stopping(
     assert maximised(objective, settings.metrics) == (mode == "max")
     monkeypatch.setattr("orchestrator.planning.build.StudyScheduler", lambda *arguments: arguments)
     assert build.make_scheduler(spec)[:2] == (objective, mode == "max")
+
+
+def test_objectives_reach_the_search_and_the_confirmation() -> None:
+    objectives = ["id_val", "trainable_parameters", "peak_memory"]
+    spec = study(search={"objectives": objectives, "scheduler": "none", "metric": "nll"})
+    task = build.make_task(spec, SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    settings = build.settings_of(spec, task, {})
+    assert settings.objectives == ("val/nll", "trainable_parameters", "peak_memory")
+    assert [maximised(name, settings.metrics) for name in settings.objectives] == [False, False, False]
+    (stage,) = build.stages_of(spec, task, SimpleNamespace(domains=(), splits={}))  # type: ignore[arg-type]
+    values = {0.1: (0.1, 1e6), 0.2: (0.2, 1e6), 0.3: (0.3, 1e4), 0.4: (0.4, 1e5)}
+    records = [
+        TrialRecord(
+            trial_id=f"t{rate}", number=int(10 * rate), strategy="full", label="full", state="complete",
+            config_hash=f"h{rate}", hparams={"lr_backbone": rate},
+            metrics={"best/val/nll": nll, "cost/trainable_parameters": size, "cost/peak_host_bytes": 1e9},
+        )
+        for rate, (nll, size) in values.items()
+    ]  # fmt: skip
+    confirmed = {trial.hparams["lr_backbone"] for trial in stage.next(records)}
+    assert confirmed == {0.1, 0.3}, "the best of the entry, and the other one on the front"
 
 
 def test_loss_and_sampling_reach_the_trials() -> None:

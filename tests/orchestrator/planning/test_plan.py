@@ -47,6 +47,17 @@ class TestCounts:
         assert plan.rungs == (1, 3)
         assert plan.max_units == (20 + 4) * 9
 
+    def test_with_costs_among_the_objectives_two_are_confirmed_per_entry(self, planned: Callable[..., Plan]) -> None:
+        objectives = ["id_val", "trainable_parameters", "device_seconds"]
+        plan = planned(search={"objectives": objectives, "scheduler": "none"})
+        assert plan.objectives == ("val/acc", "trainable_parameters", "device_seconds")
+        assert plan.confirm_trials == 1 + 3 * 3
+        assert (
+            "Chosen by id_val. The search also minimises trained parameters and seconds; the best trade-offs are in "
+            "the Pareto front." in plan.lines()
+        )
+        assert "Chosen by id_val." in planned().lines()
+
     def test_without_a_scheduler_nothing_is_stopped(self, planned: Callable[..., Plan]) -> None:
         assert planned(search={"scheduler": "none"}).rungs == ()
 

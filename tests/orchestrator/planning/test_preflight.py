@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -181,3 +181,41 @@ def test_everything_at_once(problems: Problems, tmp_path: Path) -> None:
         search={"trials": 1},
     )
     assert [message.partition(":")[0] for message in messages] == ["data", "model", "search.trials", "resources"]
+
+
+class TestObjectives:
+    SEARCH: ClassVar = {"objectives": ["id_val", "trainable_parameters"], "scheduler": "none"}
+
+    @pytest.mark.parametrize("strategies", [
+        ["linear_probe", "full"], ["lora"], ["components"], ["full", "bitfit"],
+        [{"name": "components", "fixed": {"kinds": "auto"}}],
+    ])  # fmt: skip
+    def test_entries_that_differ_in_their_parameters(self, problems: Problems, strategies: list[Any]) -> None:
+        assert problems(strategies=strategies, search=self.SEARCH) == []
+
+    @pytest.mark.parametrize(("strategies", "labels"), [
+        (["full"], "full"),
+        (["full", "lp_ft"], "full, lp_ft"),
+        (["layernorm"], "layernorm"),
+        ([{"name": "lora", "fixed": {"rank": 4}}], "lora"),
+    ])  # fmt: skip
+    def test_entries_that_do_not(self, problems: Problems, strategies: list[Any], labels: str) -> None:
+        assert problems(strategies=strategies, search=self.SEARCH) == [
+            "search.objectives[1]: the number of trained parameters is an objective where configurations differ in it, "
+            f"but it is the same for all of {labels}. Add an entry that trains fewer or more, free a hyperparameter "
+            "that changes it (such as lora's rank), or leave trainable_parameters out."
+        ]
+        assert problems(strategies=strategies) == []
+
+    def test_memory_on_a_machine_that_does_not_report_it(
+        self, problems: Problems, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        search = {"objectives": ["id_val", "peak_memory"], "scheduler": "none"}
+        assert problems(search=search) == []
+        monkeypatch.setattr("orchestrator.planning.objectives._HOST_MEMORY", tmp_path / "none")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        (message,) = problems(search=search)
+        assert message.startswith("search.objectives[1]: peak_memory is that of the GPU, or of the host")
+        assert message.endswith("Run the study elsewhere, or leave peak_memory out.")
+        monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
+        assert problems(search=search) == []

@@ -31,6 +31,7 @@ from tests.support.driving import EPOCHS, accuracy, optuna_trials, searcher, tas
 from trainables.specs import fault_injection
 
 TRIALS = 14
+COSTS = ("val/acc", "trainable_parameters", "device_seconds")
 Checkpoints = dict[int, int]
 """Number of a trial → units that its newest checkpoint holds."""
 
@@ -42,7 +43,9 @@ def result(config: dict[str, Any], unit: int) -> dict[str, Any]:
     value = accuracy(config) * (0.5 + 0.5 * unit / EPOCHS) + 0.05 * noise
     ends = unit == EPOCHS or config["strategy"] == "linear_probe"
     best = {"best/val/acc": value} if ends else {}
-    return {"val/acc": value, **best, "unit": unit, "training_iteration": unit, "finished": ends, "done": ends}
+    rates = [rate for rate in config["hparams"].values() if isinstance(rate, float)]
+    costs = {"cost/trainable_parameters": float(len(rates)), "cost/total_seconds": unit + sum(rates)}
+    return {"val/acc": value, **best, **costs, "unit": unit, "training_iteration": unit, "finished": ends, "done": ends}
 
 
 class Driver:
@@ -196,6 +199,17 @@ def test_p5_trials_whose_checkpoints_are_old_or_lost_change_nothing_either(
     test_p5_p6_a_driver_killed_at_any_event_changes_nothing(whole, fault, tmp_path, OFTEN)
 
 
+@pytest.mark.parametrize("deaths", [f"{DEATHS[9]},action=interrupt", OFTEN])
+def test_p5_p6_with_several_objectives(fault: Callable[[str], None], tmp_path: Path, deaths: str) -> None:
+    """The same proposals after any death: the journal has the values of every objective, measured seconds included."""
+    records = study(tmp_path / "whole", objectives=COSTS)
+    fault(deaths)
+    assert shown(study(tmp_path / "s", objectives=COSTS)) == shown(records)
+    assert known_to_optuna(tmp_path / "s") == known_to_optuna(tmp_path / "whole")
+    assert len({r.number for r in records}) == len(records)
+    assert any(t.values and len(t.values) == 3 for t in optuna_trials(tmp_path / "s"))
+
+
 def interrupted_copy(folder: Path, source: Path, seq: int) -> Path:
     """A study's folder with nothing in it but the journal up to an event."""
     folder.mkdir()
@@ -214,9 +228,12 @@ def test_p30_the_journal_alone_gives_the_same_table_and_the_same_next_suggestion
     assert known_to_optuna(copy) == known_to_optuna(whole[0])
 
 
-@pytest.mark.parametrize("sampler", ["gp", "random", "paper"])
-def test_p30_under_every_sampler(tmp_path: Path, sampler: str) -> None:
-    fields: dict[str, Any] = {"sampler": sampler, "entries": [Entry("", "linear_probe"), Entry("", "full")]}
+@pytest.mark.parametrize("fields", [
+    {"sampler": "gp"}, {"sampler": "random"}, {"sampler": "paper"}, {"objectives": COSTS},
+    {"objectives": COSTS, "sampler": "gp"},
+], ids=str)  # fmt: skip
+def test_p30_under_every_sampler(tmp_path: Path, fields: dict[str, Any]) -> None:
+    fields = {"entries": [Entry("", "linear_probe"), Entry("", "full")], **fields}
     records = study(tmp_path / "whole", **fields)
     copy = interrupted_copy(tmp_path / "s", tmp_path / "whole", events_of(tmp_path / "whole", "trial_finished")[8])
     assert shown(study(copy, **fields)) == shown(records)

@@ -23,7 +23,6 @@ from orchestrator.search.searcher import Entry, StudySearcher
 from orchestrator.search.space import SearchError
 from tests.support.driving import (
     EPOCHS,
-    Config,
     accuracy,
     complete,
     drive,
@@ -316,7 +315,12 @@ def test_a_study_of_another_program_is_refused(tmp_path: Path) -> None:
         ({"entries": []}, r"^A study needs entries with distinct labels, but got no entry\. Add or change `label`\.$"),
         ({"entries": [Entry("a", "full"), Entry("a", "daft")]}, r"but got a twice\."),
         ({"sampler": "tpee"}, r"^A sampler is one of tpe, gp, random, .*, but got 'tpee'\. Did you mean 'tpe'\?$"),
-        ({"sampler": "nsga2"}, r"^nsga2 is for two or more objectives, but got 1\."),
+        (
+            {"sampler": "random", "objectives": ("val/acc", "trainable_parameters")},
+            r"^Several objectives need a sampler that learns from results, but got random and 2 objectives\. Use tpe "
+            r"or gp, or one objective\.$",
+        ),
+        ({"sampler": "paper", "objectives": ("val/acc", "device_seconds"), "trials": 40}, r"but got paper and 2 obj"),
         ({"objectives": ("test/acc",)}, r"^A search never looks at test data, but got the metric 'test/acc'\."),
         ({"objectives": ("ood/mean/acc",)}, r"never looks at test data"),
         ({"objectives": ("calib/ece",)}, r"never looks at test data"),
@@ -338,34 +342,25 @@ def test_what_cannot_be_searched_is_an_error(tmp_path: Path, fields: dict[str, A
         searcher(tmp_path, **fields)
 
 
-def test_several_objectives(tmp_path: Path) -> None:
-    def outcome(config: Config) -> dict[str, Any]:
-        return {**finished(config), "cost/total_seconds": 100 * config["hparams"].get("lr_backbone", 0.0)}
-
-    objectives = ("val/acc", "cost/total_seconds")
-    search = searcher(tmp_path, ("full", "daft"), objectives=objectives, sampler="nsga2", trials=26)
-    proposed = drive(search, outcome, concurrent=3)
-    trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]  # children may equal a parent
-    study = optuna.load_study(study_name="s", storage=url(tmp_path))
-    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
-    assert len(proposed) == len(trials) == 26
-    assert trials[0].values == [accuracy(proposed[0]), pytest.approx(1.0)]
-    generations = {v for t in trials for k, v in t.system_attrs.items() if "generation" in k}
-    assert generations >= {0, 1, 2}  # populations of 8: it does breed
-    search.on_trial_complete("none", outcome(proposed[0]))
-
-
-@pytest.mark.parametrize("sampler", ["gp", "nsga2"])
-def test_samplers_without_conditions_draw_all_entries_and_use_one(tmp_path: Path, sampler: str) -> None:
-    objectives = ("val/acc",) if sampler == "gp" else ("val/acc", "val/nll")
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_samplers_of_one_objective_or_two_draw_new_configurations(tmp_path: Path, sampler: str) -> None:
+    objectives = ("val/acc", "val/nll")
     search = searcher(tmp_path, ("linear_probe", "full", "daft"), sampler=sampler, objectives=objectives, trials=14)
     proposed = drive(search, lambda c: {**finished(c), "val/nll": 1 - accuracy(c)})
     trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]
+    assert all(t.values == [pytest.approx(accuracy(c)), pytest.approx(1 - accuracy(c))] for t, c in zip(
+        trials, proposed[1:], strict=True
+    ))  # fmt: skip
+    assert all(set(c["hparams"]) == {"lr_backbone", "lr_head"} for c in proposed[1:])
+    assert len(optuna_trials(tmp_path, "s/given")) == 1  # what has nothing to learn from lies beside
+
+
+def test_a_sampler_without_conditions_draws_all_entries_and_uses_one(tmp_path: Path) -> None:
+    drive(searcher(tmp_path, ("linear_probe", "full", "daft"), sampler="gp", trials=14))
+    trials = [t for t in optuna_trials(tmp_path) if "duplicate_of" not in t.user_attrs]
     full = {"strategy", "full.lr_backbone", "full.lr_head", "daft.lr_backbone", "daft.lr_head"}
     assert all(set(trial.params) == full for trial in trials)
-    assert all(set(c["hparams"]) == {"lr_backbone", "lr_head"} for c in proposed[1:])
-    assert len(trials) == 13  # what has nothing to learn from lies beside
-    assert len(optuna_trials(tmp_path, "s/given")) == 1
+    assert len(trials) == 13
 
 
 def test_tune_may_pickle_it_but_not_restore_it(tmp_path: Path) -> None:

@@ -111,9 +111,19 @@ class TestAccepted:
     def test_domains_of_the_built_in_data(self) -> None:
         assert set(DIGITS_DOMAINS) == set(OOD_DOMAINS)
 
-    def test_samplers_are_those_that_fit_one_objective(self) -> None:
+    def test_objectives(self) -> None:
+        costs = ["trainable_parameters", "device_seconds", "peak_memory"]
+        spec = study(search={"objectives": ["id_val", *costs], "scheduler": "none"})
+        assert spec.search.costs == tuple(costs)
+        assert spec.confirm.count(3, bool(spec.search.costs)) == 6
+        assert study(confirm={"top_k": 2}).confirm.count(3, True) == 2
+        assert study().search.costs == ()
+        domain = {"objective": "val_domain:sketch", "objectives": ["val_domain:sketch", "peak_memory"]}
+        assert study(search={**domain, "scheduler": "none", "sampler": "gp"}).search.costs == ("peak_memory",)
+
+    def test_samplers_are_those_of_the_search(self) -> None:
         choices = SearchSpec.model_json_schema()["properties"]["sampler"]["enum"]
-        assert set(choices) == set(SAMPLERS) - {"nsga2"}
+        assert set(choices) == set(SAMPLERS)
 
     @pytest.mark.parametrize("gpus", ["auto", 0, 0.25, 1])
     def test_gpus(self, gpus: Any) -> None:
@@ -231,6 +241,49 @@ class TestRefused:
                 "search.objective: leave_one_domain_out needs at least 2 ID domains, but data.id has 1: photo. List "
                 "more "
                 "domains there, or use id_val.",
+            ),
+            (
+                {"search": {"objectives": ["id_val", "trainable_parameter"], "scheduler": "none"}},
+                "search.objectives[1]: a cost is one of trainable_parameters, device_seconds, peak_memory, but got "
+                "'trainable_parameter'. Did you mean 'trainable_parameters'?",
+            ),
+            (
+                {"search": {"objectives": ["id_val", "peak_memory", "peak_memory"], "scheduler": "none"}},
+                "search.objectives[2]: the cost 'peak_memory' is listed twice.",
+            ),
+            (
+                {"search": {"objectives": ["device_seconds", "peak_memory"], "scheduler": "none"}},
+                "search.objectives[0]: the first objective is that of search.objective, id_val, but got "
+                "'device_seconds'. Write [id_val, …] with costs after it.",
+            ),
+            (
+                {"search": {"objectives": ["id_val"], "scheduler": "none"}},
+                "search.objectives: objectives are search.objective and one or more of trainable_parameters, "
+                "device_seconds, peak_memory, but got [id_val]. Add a cost, or leave objectives out.",
+            ),
+            (
+                {"search": {"objectives": ["id_val", "device_seconds"]}},
+                "search.scheduler: asha stops trials by id_val alone, cheap ones before their cost could count, but "
+                "got objectives [id_val, device_seconds]. Set scheduler: none, or leave objectives out.",
+            ),
+            (
+                {"search": {"objectives": ["id_val", "device_seconds"], "scheduler": "none", "sampler": "random"}},
+                "search.sampler: objectives steer a sampler that learns from results, but random proposes the same "
+                "without them. Use tpe or gp, or leave objectives out: the costs of every configuration are recorded "
+                "anyway.",
+            ),
+            (
+                {
+                    "data": {"id": ["photo", "art"]},
+                    "search": {
+                        "objective": "leave_one_domain_out",
+                        "objectives": ["id_val", "device_seconds"],
+                        "scheduler": "none",
+                    },
+                },
+                "search.objective: leave_one_domain_out compares a few configurations that are best on ID validation, "
+                "so that cheap ones would get no folds, but got objectives [id_val, device_seconds]. Use id_val, or "
+                "leave objectives out.",
             ),
             (
                 {"data": {"ood": ["photo"]}},
