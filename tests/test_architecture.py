@@ -49,7 +49,8 @@ LAZY_BOUNDARIES = {
     "trainables/__init__.py",
     # Only the tracking process loads mlflow and the summaries; matplotlib where something is drawn.
     "orchestrator/results/curves.py", "orchestrator/running/tracking_process.py", "orchestrator/tracking/client.py",
-    "orchestrator/tracking/local_database.py", "orchestrator/tracking/writer.py",
+    "orchestrator/tracking/local_database.py", "orchestrator/tracking/model_registry.py",
+    "orchestrator/tracking/writer.py",
     # A private name that a release has moved breaks the one function that uses it.
     "orchestrator/ray_internals.py", "orchestrator/tracking/mlflow_internals.py",
     # Probes of a cluster take milliseconds without Ray; a decoder process takes pyarrow for Parquet only.
