@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from orchestrator.commands import sync as sync_command
 from orchestrator.commands.sync import sync
@@ -337,7 +338,7 @@ def test_a_server_that_will_never_take_a_model_ends_the_delivery(
     write_study(journal)
 
     def refuse(self: MlflowClient, *arguments: Any, **options: Any) -> Any:
-        raise MlflowException(f"token {SECRET}: no", error_code=7)  # PERMISSION_DENIED
+        raise MlflowException(f"token {SECRET}: no", error_code=PERMISSION_DENIED)
 
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
     monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
