@@ -63,7 +63,8 @@ def record_trial(journal: Journal, number: int, role: str) -> None:
         "val/acc": 0.5 + number / 100, "best/val/acc": 0.5, "test/acc": 0.5, "cost/cpu_use": 1.5,
         "cost/host_bytes": 5e8, "cost/gpu_use": 0.25, "cost/gpu_bytes": 2e9, "cost/unit_seconds": 3.0,
     }  # fmt: skip
-    journal.append("result", trial_id=trial_id, unit=1, metrics=metrics, node="n1", predictions=kept)
+    journal.append("result", trial_id=trial_id, unit=1, metrics={"val/acc": 0.4}, node="n1")
+    journal.append("result", trial_id=trial_id, unit=2, metrics=metrics, node="n1", predictions=kept)
     journal.append("trial_finished", trial_id=trial_id, state="complete")
 
 
@@ -167,9 +168,9 @@ def test_the_use_of_the_machine_is_among_mlflows_system_metrics(study: Journal, 
         ).fetchall()
     points = {key: (value, step) for key, value, step in rows}
     assert {key: value for key, value in points.items() if key.startswith("system/")} == {
-        "system/process_cpu_utilization_percentage": (150.0, 1),
-        "system/process_memory_usage_megabytes": (500.0, 1),
-        "system/gpu_utilization_percentage": (25.0, 1),
-        "system/process_gpu_memory_usage_megabytes": (2000.0, 1),
+        "system/process_cpu_utilization_percentage": (150.0, 2),
+        "system/process_memory_usage_megabytes": (500.0, 2),
+        "system/gpu_utilization_percentage": (25.0, 2),
+        "system/process_gpu_memory_usage_megabytes": (2000.0, 2),
     }
     assert [key for key in points if key.startswith("cost/")] == ["cost/unit_seconds"]
