@@ -58,6 +58,14 @@ def discard_kept(study: Path, number: int) -> None:
     predictions_file(study, number).unlink(missing_ok=True)
 
 
+def remove_leftovers(study: Path) -> None:
+    """Remove files without their final name, of processes that were killed while they wrote or removed them."""
+    for leftover in (study / "weights").glob(".trial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (study / "predictions").glob(".trial-*"):
+        leftover.unlink(missing_ok=True)
+
+
 def numbers_on_disk(study: Path) -> list[int]:
     """Numbers of the trials that have weights or predictions on the disk, ascending."""
     named = [*(study / "weights").glob("trial-*"), *(study / "predictions").glob("trial-*.arrow")]
@@ -157,8 +165,5 @@ def tidy_kept(study: Path, records: Iterable[TrialRecord], retention: Retention)
             discard_kept(study, record.number)
         if record.weights is not None or record.predictions is not None:
             removed.append(record)
-    for leftover in (study / "weights").glob(".trial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in (study / "predictions").glob(".trial-*"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(study)
     return removed
