@@ -97,7 +97,7 @@ def test_they_are_not_sent_where_the_study_does_not_want_it(study: Journal, data
     assert with_predictions(database) == []
 
 
-def test_predictions_that_were_removed_are_left_out_and_damaged_ones_with_a_word(
+def test_s13_predictions_that_were_removed_are_left_out_and_damaged_ones_with_a_word(
     study: Journal, database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     discard_kept(study.path.parent, 1)
@@ -112,7 +112,7 @@ def test_predictions_that_were_removed_are_left_out_and_damaged_ones_with_a_word
     ]
 
 
-def test_s2_a_file_that_a_server_cannot_store_holds_nothing_else_back(
+def test_s13_a_file_that_a_server_cannot_store_holds_nothing_else_back(
     study: Journal, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = MlflowClient.log_artifact
@@ -131,7 +131,7 @@ def test_s2_a_file_that_a_server_cannot_store_holds_nothing_else_back(
     assert with_predictions(database) == BOTH
 
 
-def test_p14_a_file_that_is_too_large_for_a_server_is_refused_and_the_delivery_ends(
+def test_s13_a_file_that_is_too_large_for_a_server_is_refused_and_the_delivery_ends(
     study: Journal, database: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = MlflowClient.log_artifact

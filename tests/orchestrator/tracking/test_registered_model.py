@@ -139,7 +139,9 @@ class TestARealModel:
         assert [path for path in written if path.suffix in (".pkl", ".pickle", ".pt", ".pth")] == []
 
     @pytest.mark.timeout(300)
-    def test_the_end_of_a_study_waits_for_the_export_but_not_for_a_server(self, study: Study, database: Path) -> None:
+    def test_p31_the_end_of_a_study_waits_for_the_export_but_not_for_a_server(
+        self, study: Study, database: Path
+    ) -> None:
         process = tracking_process(study.folder / "journal.jsonl", database, registered_model="pets").start()
         wait_until(lambda: bool(list(study.folder.glob(".mlflow-model-*"))), 120)
         # Less than an export takes: its seconds are not the server's.
@@ -147,7 +149,7 @@ class TestARealModel:
         assert registered(database)["versions"] == [("pets", 1, "1")]
 
     @pytest.mark.timeout(300)
-    def test_p15_an_export_ends_with_its_driver(self, study: Study, database: Path) -> None:
+    def test_p31_an_export_ends_with_its_driver(self, study: Study, database: Path) -> None:
         command = [sys.executable, "-c", DRIVER, str(study.folder / "journal.jsonl"), str(database)]
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         try:
@@ -244,7 +246,7 @@ def test_a_study_that_is_not_complete_registers_nothing(
      "finalize_logged_model", "create_registered_model", "create_model_version", "set_registered_model_alias",
      "set_model_version_tag"],
 )  # fmt: skip
-def test_p12_a_request_that_fails_anywhere_doubles_nothing(
+def test_p31_a_request_that_fails_anywhere_doubles_nothing(
     journal: Journal, exporter: FakeExporter, database: Path, monkeypatch: pytest.MonkeyPatch, call: str, lost: str
 ) -> None:
     write_study(journal)
@@ -260,7 +262,7 @@ def test_p12_a_request_that_fails_anywhere_doubles_nothing(
 
 
 @pytest.mark.parametrize("call", ["create_logged_model", "create_model_version"])
-def test_p13_what_a_server_makes_late_is_not_there_twice(
+def test_p31_a_model_that_a_server_makes_late_is_not_there_twice(
     journal: Journal, exporter: FakeExporter, database: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """The request times out, is sent again, and the server does both in the end."""
@@ -284,7 +286,7 @@ def test_p13_what_a_server_makes_late_is_not_there_twice(
     assert registered(database) == ONE_VERSION
 
 
-def test_p15_a_delivery_that_was_killed_is_completed_by_the_next_one(
+def test_p31_a_delivery_that_was_killed_is_completed_by_the_next_one(
     journal: Journal, exporter: FakeExporter, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_study(journal)
@@ -328,7 +330,7 @@ def test_a_continued_study_adds_a_version_only_for_another_choice(
     assert registered(elsewhere)["versions"] == [("pets", 1, "9")], "the latest choice alone"
 
 
-def test_a_server_that_will_never_take_a_model_ends_the_delivery(
+def test_p31_a_server_that_will_never_take_a_model_ends_the_delivery(
     journal: Journal,
     exporter: FakeExporter,
     database: Path,
