@@ -13,8 +13,6 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
-
 from benchmarks.support.killed_study import count_events, start
 from benchmarks.support.soak_machines import Machines, machines
 from trainables.specs.fault_injection import ENV_FAULT_LOG, ENV_FAULTS
@@ -48,7 +46,11 @@ def _machine_of(cluster: Machines, log: Path) -> int:
     pause = threading.Event()
     while "pid=" not in log.read_text():
         pause.wait(0.02)
-    ancestors = {process.pid for process in psutil.Process(int(log.read_text().rpartition("pid=")[2])).parents()}
+    pid = int(log.read_text().rpartition("pid=")[2])
+    ancestors = set[int]()
+    while pid > 1:
+        ancestors.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return next(
         index
         for index, node in enumerate(cluster.nodes)

@@ -139,9 +139,7 @@ class TestARealModel:
         assert [path for path in written if path.suffix in (".pkl", ".pickle", ".pt", ".pth")] == []
 
     @pytest.mark.timeout(300)
-    def test_p31_the_end_of_a_study_waits_for_the_export_but_not_for_a_server(
-        self, study: Study, database: Path
-    ) -> None:
+    def test_p31_the_end_of_a_study_waits_for_the_export(self, study: Study, database: Path) -> None:
         process = tracking_process(study.folder / "journal.jsonl", database, registered_model="pets").start()
         wait_until(lambda: bool(list(study.folder.glob(".mlflow-model-*"))), 120)
         # Less than an export takes: its seconds are not the server's.
