@@ -32,6 +32,7 @@ __all__ = ["Model", "Results", "Strategy", "Study", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
+    # Called for names that the module has not (PEP 562): torch and ray are imported with the first that needs them.
     if name == "__version__":
         from importlib.metadata import version
 

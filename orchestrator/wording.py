@@ -43,9 +43,12 @@ def bytes_text(size: int) -> str:
     Example:
         >>> bytes_text(999), bytes_text(61_000_000)
         ('999 B', '61 MB')
+        >>> bytes_text(223_790_000)
+        '224 MB'
     """
+    amount = float(size)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size //= 1000
-    return f"{size} TB"
+        if round(amount) < 1000:
+            return f"{amount:.0f} {unit}"
+        amount /= 1000
+    return f"{amount:.0f} TB"

@@ -1,4 +1,6 @@
-"""Search spaces: one public file per strategy, with the same stem as in `trainables`; imports optuna only.
+"""Search spaces: one public file per strategy.
+
+With the same stem as in `trainables`; imports optuna only.
 
 A file holds `SPACE`, name → `Hyperparameter` (default beside range), and `PRESETS`, name → `Preset` (the papers' own
 sweeps). Keys are fields of the strategy's `Config`. The folder is the registry: a new strategy is a new file here.
@@ -35,7 +37,9 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """Names of all strategies that have a search space, sorted: the public modules of this package.
+    """Names of all strategies that have a search space, sorted.
+
+    The public modules of this package.
 
     >>> "full" in names()
     True
@@ -82,7 +86,9 @@ def preset(name: str, which: str) -> Preset:
 
 
 def searched(name: str, fixed: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of the hyperparameters that are sampled beside the `fixed` ones; empty = there is a single point.
+    """Names of the hyperparameters that are sampled beside the `fixed` ones.
+
+    Empty = there is a single point.
 
     >>> searched("full", {"lr_head": 10.0})
     ['lr_backbone']
@@ -104,7 +110,9 @@ def default_point(name: str, fixed: Mapping[str, Any] | None = None) -> dict[str
 
 
 def suggest(trial: BaseTrial, name: str, prefix: str = "", fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The `fixed` hyperparameters, and a sampled value of every other one that exists beside them (define-by-run).
+    """The `fixed` hyperparameters, and a sampled value of every other one.
+
+    Of those that exist beside the decided ones (define-by-run).
 
     Args:
         trial: an Optuna trial; its parameters are named `<prefix>.<hyperparameter>`.
@@ -127,7 +135,9 @@ def suggest(trial: BaseTrial, name: str, prefix: str = "", fixed: Mapping[str, A
 def near_edge(
     name: str, hparams: Mapping[str, Any], fixed: Collection[str] = (), preset: str | None = None
 ) -> list[str]:
-    """Warnings about values at an edge of what was searched: a better value may lie outside.
+    """Warnings about values at an edge of what was searched.
+
+    A better value may lie outside.
 
     Args:
         name: the strategy.

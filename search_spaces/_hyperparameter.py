@@ -90,9 +90,10 @@ class Hyperparameter:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published sweep: one or several grids, each run at the best point of the grids before it.
+    """A published sweep: one or several grids.
 
-    With two or more grids the sweep is sequential: the second grid needs the results of the first.
+    Each is run at the best point of the grids before it: with two or more the sweep is sequential, because the second
+    grid needs the results of the first.
 
     >>> preset = Preset(steps=({"lr_backbone": (0.1, 0.01)}, {"lr_head": (1.0, 10.0, 100.0)}))
     >>> preset.size
@@ -139,7 +140,10 @@ class Preset:
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether a distribution can take `value`: a choice, or a number within the bounds and on the step grid."""
+    """Whether a distribution can take `value`.
+
+    A choice, or a number within the bounds and on the step grid.
+    """
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, FloatDistribution | IntDistribution)

@@ -1,4 +1,7 @@
-"""DAFT: BatchNorm conversion, a head from zero, and two rates of their own for backbone and head."""
+"""DAFT: BatchNorm conversion, a head from zero, and two rates.
+
+Backbone and head have a rate of their own.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""LayerNorm tuning: the rates of norms and head, and λ where it is fixed for a trial.
+"""LayerNorm tuning: the rates of norms and head, and λ.
 
-The number of cycles is not searched: a cycle takes at least two units, and the budget may have fewer. Fix `cycles`, or
-use the preset `cyclic`.
+λ where it is fixed for a trial. The number of cycles is not searched: a cycle takes at least two units, and the budget
+may have fewer. Fix `cycles`, or use the preset `cyclic`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from search_spaces import Hyperparameter, Preset
 
 
 def _has_fixed_lambda(hparams: Mapping[str, Any]) -> bool:
-    """Whether λ is a single value per trial, and a trained parameter is scaled by it."""
+    """Whether λ is a single value per trial, and has an effect.
+
+    It has where a trained parameter is scaled by it.
+    """
     has_no_effect = hparams.get("train") == "beta" and hparams.get("rescale", "gamma") == "gamma"
     return hparams.get("lam_choice", "fixed") == "fixed" and not has_no_effect
 

@@ -1,4 +1,6 @@
-"""What runs inside one trial. The public files of this folder are the strategies; the folder is the registry.
+"""Everything that runs inside one trial.
+
+The public files of this folder are the strategies; the folder is the registry.
 
 The packages are layers, each importing only those before it: `specs`, `storage`, `demo`, `models`, `data`, `tasks`,
 `diagnostics`, `engine`, and the strategies at the root. Nothing here imports ray, mlflow, optuna or the orchestrator,

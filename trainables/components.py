@@ -1,5 +1,6 @@
-"""Plasticity-guided tuning (Odonnat et al., 2026): one kind of transformer component moves across all blocks, or a
-chosen set."""
+"""Plasticity-guided tuning of transformer components (Odonnat et al., 2026).
+One kind of component moves across all blocks, or a chosen set.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +83,7 @@ class Components(Strategy):
         Args:
             prepared: set of the selected components.
         """
+        # The paper tunes the final norm and the head with every component.
         moving = prepared | {"final_norm"}
         owners = component_kinds(model)
         parameters = [parameter for name, parameter in model.named_parameters() if owners[name] in moving]

@@ -1,5 +1,7 @@
-"""DAFT, domain-aware fine-tuning (Ha, Jeong and Lee, 2024): BatchNorm layers are converted to the statistics
-of the target data, the head starts from zero, backbone and head move together at rates of their own."""
+"""DAFT, domain-aware fine-tuning (Ha, Jeong and Lee, 2024).
+BatchNorm layers are converted to the statistics of the target data, the head starts from zero, backbone and head move
+together at rates of their own.
+"""
 
 from __future__ import annotations
 

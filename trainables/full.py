@@ -12,7 +12,10 @@ class Full(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):
-        """FT's row of Ha et al. (2024), Table 1: one rate for backbone and head unless `lr_head` is given."""
+        """FT's row of Ha et al. (2024), Table 1.
+
+        One rate for backbone and head unless `lr_head` is given.
+        """
 
 
 STRATEGY = Full

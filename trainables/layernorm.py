@@ -1,4 +1,5 @@
-"""LayerNorm tuning (Tan et al., 2025): γ, β and the head train, λ rescales how far γ moved, also in cycles.
+"""LayerNorm tuning (Tan et al., 2025): γ, β and the head train.
+λ rescales how far γ moved, also in cycles.
 
 Label information goes to the head, domain information to the norms. λ costs no training: one tuned network is
 evaluated at γ_S + λ·(γ_T − γ_S). β converges sooner than γ and keeps its tuned value unless `rescale: both`. Which
@@ -47,7 +48,10 @@ __all__ = ["LAMBDA_GRID", "LayerNorm", "rescale_layer_norm"]
 
 
 class LayerNorm(Strategy):
-    """Trains the norms' γ and β with the head; everything else stays bit for bit as pretrained."""
+    """Trains the norms' γ and β with the head.
+
+    Everything else stays bit for bit as pretrained.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"layer_norm"})
 
@@ -140,7 +144,10 @@ class LayerNorm(Strategy):
         return super().prepare(model, data)
 
     def finalize(self, model: TaskModel, data: TrialData, prepared: Any = None) -> Tuned:
-        """Choose λ and rescale; in the cyclic framework that has happened at the end of each cycle."""
+        """Choose λ and rescale.
+
+        In the cyclic framework that has happened at the end of each cycle.
+        """
         return Tuned() if self.config.cycles else self._rescale(model, data)
 
     def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:

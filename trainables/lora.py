@@ -1,4 +1,6 @@
-"""LoRA (Hu et al., 2022) through peft: low-rank updates beside frozen linear maps, merged at the end."""
+"""LoRA (Hu et al., 2022) through peft.
+Low-rank updates beside frozen linear maps, merged at the end.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +57,7 @@ class LoRA(Strategy):
 
     def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
         """Inject the adapters into the network as it starts (errors: see `inject`)."""
+        # First: a probe for the head is solved on the network without adapters.
         report = super().prepare(model, data).report
         image, _ = next(data.batches("train", batch_size=1))
         return Prepared({**report, LORA_MAPS.name: float(inject(model.backbone, self.config, image))})
@@ -65,7 +68,10 @@ class LoRA(Strategy):
         return [ParamGroup("adapters", adapters, self.config.lr_backbone), self.head_group(model)]
 
     def moving_parameters(self, model: TaskModel) -> int:
-        """A and B of every target and the head; the whole maps where WiSE-FT interpolates what was merged."""
+        """A and B of every target, and the head.
+
+        The whole maps where WiSE-FT interpolates what was merged.
+        """
         names = target_names(model.backbone, self.config.targets)
         weights = [model.backbone.get_parameter(f"{name}.weight") for name in names]
         whole = self.config.wise is not None
@@ -113,6 +119,7 @@ def _check_called(backbone: nn.Module, names: list[str], image: Tensor) -> None:
     # Module by module: `train()` afterwards would also wake modules that were in eval mode before.
     modes = {module: module.training for module in backbone.modules()}
     try:
+        # In eval mode: BatchNorm would count this image in its statistics.
         backbone.eval()(image)
     finally:
         for hook in hooks:
@@ -161,7 +168,10 @@ def _maps(block: Block, kind: str) -> tuple[nn.Module, ...]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> LowRankUpdate:
-    """Fold every adapter into its map, put the plain map in its place, and return what was folded."""
+    """Fold every adapter into its map and return the update.
+
+    The plain map takes the adapter's place.
+    """
     adapters = adapters_of(model)
     tensors = {}
     for name, module in adapters.items():

@@ -1,4 +1,6 @@
-"""LP-FT (Kumar et al., 2022): fine-tuning at a small rate from the linear probe's solution, BatchNorm frozen."""
+"""LP-FT (Kumar et al., 2022): fine-tuning from the linear probe's solution.
+At a small rate, BatchNorm frozen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from trainables.engine.contract import Strategy, TrainingConfig
 
 
 class LpFt(Strategy):
-    """LP-FT; `bn_conversion: true` is the paper's "LP-FT + BN conversion" (Ha et al., 2024, Table 5)."""
+    """Fine-tuning from the linear probe's solution.
+
+    `bn_conversion: true` is the paper's "LP-FT + BN conversion" (Ha et al., 2024, Table 5).
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TrainingConfig):

@@ -24,6 +24,7 @@ import yaml
 from benchmarks.support.synthetic import write_images, write_network
 from orchestrator import Study
 from orchestrator.record.journal import Journal, fold
+from orchestrator.results.leaderboard import COSTS
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = ("status.attempts", "status.node", "tune_trial_id", "luthier.study_uid", "luthier.trial_uid")
@@ -129,7 +130,7 @@ def read_contents(file: Path) -> StudyContents:
     """Read leaderboard, journal, Optuna storage and MLflow runs."""
     study = Study.from_yaml(file)
     table = study.results().leaderboard()
-    csv = table[[name for name in table.columns if "cost" not in name]].to_csv(index=False, float_format="%r")
+    csv = table.drop(columns=list(COSTS)).to_csv(index=False, float_format="%r")
     trials = [
         {
             "number": r.number, "label": r.label, "role": r.role, "seed": r.seed, "hparams": dict(r.hparams),

@@ -70,7 +70,9 @@ def token_file() -> Path:
 
 
 def ensure_token() -> str:
-    """This machine's token, created at first use in a file that only its owner can read (Ray writes mode 0644).
+    """This machine's token, created at first use.
+
+    In a file that only its owner can read (Ray writes mode 0644).
 
     Raises:
         ClusterError: there is no token yet, and the file cannot be written.
@@ -90,6 +92,7 @@ def ensure_token() -> str:
                 "Set RAY_AUTH_TOKEN to a secret of your own."
             ) from error
     if file.is_file() and file.stat().st_uid == os.getuid() and stat.S_IMODE(file.stat().st_mode) & 0o077:
+        # A token that Ray has created here is readable by everybody.
         file.chmod(0o600)
     return token
 
@@ -111,7 +114,10 @@ def is_loopback(host: str) -> bool:
 
 
 def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access:
-    """Probe the head of a cluster (`host:6379`) with one request, first without the token, then with it."""
+    """Probe the head of a cluster (`host:6379`) with one request.
+
+    First without the token, then with it.
+    """
     import grpc  # type: ignore[import-untyped]
 
     from orchestrator.ray_internals import CHECK_ALIVE
@@ -138,7 +144,10 @@ def probe_gcs(address: str, token: str | None, timeout_s: float = 5.0) -> Access
 
 
 def probe_dashboard(url: str, token: str | None, timeout_s: float = 10.0) -> Access:
-    """Probe a Ray dashboard (`http://host:8265`) by its job list, first without the token, then with it."""
+    """Probe a Ray dashboard (`http://host:8265`) by its job list.
+
+    First without the token, then with it.
+    """
 
     def status_of(headers: dict[str, str]) -> int:
         """HTTP status; 0 = no answer."""

@@ -131,7 +131,10 @@ def connect(
 
 @contextlib.contextmanager
 def _local(cpus: int | None, gpus: int | None, dashboard: bool, common: dict[str, Any]) -> Iterator[None]:
-    """Start a local cluster; the caller shuts it down. Its folder is deleted unless the block failed."""
+    """Start a local cluster; the caller shuts it down.
+
+    Its folder is deleted unless the block failed.
+    """
     # Ray puts Unix sockets there, whose paths have at most 107 bytes: macOS's own temporary folder is too long.
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 24 else "/tmp"
     folder = tempfile.mkdtemp(prefix="luthier-", dir=parent)
@@ -185,9 +188,13 @@ def _joined(address: str, insecure: bool, common: dict[str, Any]) -> Iterator[No
 
 @contextlib.contextmanager
 def _authentication(mode: Literal["token", "disabled"]) -> Iterator[None]:
-    """Set Ray's authentication mode for the duration of a block; Ray looks for the token as `find_token` does."""
+    """Set Ray's authentication mode for the duration of a block.
+
+    Ray looks for the token as `find_token` does.
+    """
     try:
         with environment({"RAY_AUTH_MODE": mode}, override=True):
+            # Ray reads the variable once per process and caches mode and token.
             refresh_ray_auth()
             yield
     finally:
@@ -213,7 +220,10 @@ def _gcs_address(address: str) -> str:
 
 
 def _shipped_packages() -> dict[str, Any] | None:
-    """Runtime environment that ships this checkout's packages to every worker; None for an installed Luthier."""
+    """Runtime environment that ships this checkout's packages to every worker.
+
+    None for an installed Luthier.
+    """
     if not shipping.is_checkout():
         return None
     folders = shipping.package_folders()

@@ -1,4 +1,7 @@
-"""Changes to the driver's own process, undone afterwards: environment variables, signal handlers; a free port."""
+"""Changes to the driver's own process, undone afterwards.
+
+Environment variables and signal handlers; a free port.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ def _apply(values: Mapping[str, str | None]) -> None:
 @contextlib.contextmanager
 def sigterm_restored() -> Iterator[None]:
     """Restore the SIGTERM handler after the block (`ray.init` installs one)."""
+    # Python sets signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,14 +52,16 @@ def sigterm_restored() -> Iterator[None]:
     try:
         yield
     finally:
+        # None: the former handler was not set by Python, and cannot be set from it.
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM as SIGINT within the block, so that `finally` clauses run; the block then raises `Terminated`.
+    """Handle SIGTERM as SIGINT within the block.
 
-    To be entered after `ray.init`; `sigterm_restored` undoes it.
+    `finally` clauses then run, and the block raises `Terminated`. To be entered after `ray.init`; `sigterm_restored`
+    undoes it.
     """
     received = False
 
@@ -92,6 +98,7 @@ def second_interrupt_exits() -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         nonlocal received
         if received:
+            # Not `print`, whose buffer the interrupted code may hold; `_exit` flushes none either.
             os.write(2, b"Stopped at once. Run the same command again to continue.\n")
             os._exit(128 + signal.SIGINT)
         received = True

@@ -1,4 +1,7 @@
-"""Following a Ray job from another machine: its output as it is written, then its exit code."""
+"""Following a Ray job from another machine.
+
+Its output as it is written, then its exit code.
+"""
 
 from __future__ import annotations
 

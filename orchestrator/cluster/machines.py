@@ -37,7 +37,10 @@ class Cluster:
     """Whether `connect` started it, and stops it at the end."""
 
     def nodes(self) -> list[dict[str, float]]:
-        """Resources of each machine that is up, and of each node type that a `ray up` autoscaler may start."""
+        """Resources of each machine that is up or may be started.
+
+        One entry per machine that is up, and per node type that a `ray up` autoscaler may start.
+        """
         return self._alive_nodes() + [kind.resources for kind in self._kinds()]
 
     def trial_resources(self, cpus: float, gpus: float | Literal["auto"]) -> dict[str, float]:
@@ -51,11 +54,11 @@ class Cluster:
         return resources.trial_resources(cpus, gpus, nodes)
 
     def concurrency(self, requested: int | None, cpus: float, gpus: float) -> int:
-        """Number of concurrent trials: `requested`, but at most as many as can fit at once, and at least 1.
+        """Number of concurrent trials.
 
-        Machines that a `ray up` autoscaler may still start count, because it starts them only when trials are pending.
-        On Kubernetes their number is unknown here: `requested` is not limited, and None = what fits on the machines
-        that are up.
+        `requested`, but at most as many as can fit at once, and at least 1. Machines that a `ray up` autoscaler may
+        still start count, because it starts them only when trials are pending. On Kubernetes their number is unknown
+        here: `requested` is not limited, and None = what fits on the machines that are up.
         """
         fitting = max(1, self.trial_slots(cpus, gpus))
         if requested is None:
@@ -63,7 +66,10 @@ class Cluster:
         return requested if self._on_kubernetes() else min(requested, fitting)
 
     def trial_slots(self, cpus: float, gpus: float) -> int:
-        """Number of trials that fit at once, on the machines that are up or on all that the autoscaler may start."""
+        """Number of trials that fit at once.
+
+        On the machines that are up, or on all that the autoscaler may start.
+        """
         slots = [resources.trial_slots(cpus, gpus, self._alive_nodes())]
         for kind in self._kinds():
             slots.append(kind.max_count * resources.trial_slots(cpus, gpus, [kind.resources]))
@@ -79,9 +85,9 @@ class Cluster:
         return not self.started and os.environ.get(KUBERAY_VARIABLE) == "1"
 
     def check_shared(self, *paths: str | Path) -> None:
-        """Refuse paths that do not exist on some machine of the cluster, before any trial needs them.
+        """Refuse paths that do not exist on some machine of the cluster.
 
-        Covers the machines that are up; an autoscaler's later ones are not checked.
+        Before any trial needs them. Covers the machines that are up; an autoscaler's later ones are not checked.
 
         Raises:
             ClusterError: names each machine and path.
@@ -96,7 +102,9 @@ class Cluster:
 
 
 def autoscaled_kinds(config: Path | None = None) -> list[MachineKind]:
-    """The node types that `ray up` may start, from the configuration file that it writes to the head's home folder.
+    """The node types that `ray up` may start.
+
+    From the configuration file that it writes to the head's home folder.
 
     Args:
         config: path of a cluster file; None = that file.
@@ -121,6 +129,7 @@ def _unseen(paths: list[str]) -> list[tuple[str, str]]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     pending = []
     for node in nodes:
+        # Not soft: Ray would otherwise run the look-up on another machine.
         on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         pending.append(find_missing.options(scheduling_strategy=on_node).remote(paths))
     unseen = []

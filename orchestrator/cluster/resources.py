@@ -45,10 +45,10 @@ def check_resources(cpus: float, gpus: float, nodes: Sequence[Resources]) -> Non
 
 
 def trial_resources(cpus: float, gpus: float | Literal["auto"], nodes: Sequence[Resources]) -> dict[str, float]:
-    """The request of one trial as Tune takes it, `{"cpu": …, "gpu": …}`, checked with `check_resources`.
+    """A trial's request as Tune takes it: `{"cpu": …, "gpu": …}`.
 
-    `gpus="auto"` is one GPU if any machine has one, else none. Ray does not divide a GPU's memory: a share such as 0.25
-    only says that several trials fit on one GPU.
+    Checked with `check_resources`. `gpus="auto"` is one GPU if any machine has one, else none. Ray does not divide a
+    GPU's memory: a share such as 0.25 only says that several trials fit on one GPU.
 
     >>> trial_resources(2, "auto", [{"CPU": 4.0, "GPU": 1.0}])
     {'cpu': 2.0, 'gpu': 1.0}

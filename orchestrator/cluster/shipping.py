@@ -31,7 +31,10 @@ def package_folders() -> list[Path]:
 
 
 def is_checkout() -> bool:
-    """Whether Luthier runs from a source folder (a clone, an editable install) rather than from site-packages."""
+    """Whether Luthier runs from a source folder.
+
+    A clone or an editable install, rather than site-packages.
+    """
     return not {"site-packages", "dist-packages"} & set(package_folders()[0].parts)
 
 

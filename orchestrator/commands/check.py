@@ -1,6 +1,7 @@
-"""`luthier check`: verifies a study's folder and reports what the next run would do with it.
+"""`luthier check`: verifies a study's folder.
 
-Changes nothing: the search's database is opened as a copy, checkpoints are only read.
+Reports what the next run would do with it. Changes nothing: the search's database is opened as a copy, checkpoints are
+only read.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
     if not before:
         yield Finding("study", "note", "The last run ended before the study began: there is nothing to compare.")
         return
+    # With the data's digest of the last run: reading the source again is left to the next one.
     now = {**before, "spec": plain_spec(study.spec), "versions": versions()}
     differences = changes(before, now)
     for change in differences:
@@ -144,7 +146,10 @@ def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
 
 
 def _data(study: Study, events: list[Event]) -> Iterator[Finding]:
-    """The store with the digest that the study ran on; a changed source is only noticed by the next run."""
+    """The store with the digest that the study ran on.
+
+    A changed source is only noticed by the next run.
+    """
     digest = study_header(events).get("dataset_digest")
     if digest is None:
         return
@@ -226,7 +231,10 @@ def _kept(folder: Path, records: list[TrialRecord]) -> Iterator[Finding]:
 
 
 def _tracking(study: Study, journal: Path) -> Iterator[Finding]:
-    """The backlog of undelivered events, from the stored read offset alone; the server is not asked."""
+    """The backlog of undelivered events.
+
+    From the stored read offset alone; the server is not asked.
+    """
     offset = settings_of(study.spec, journal).position_file().load(journal).offset
     if not undelivered_events(journal, offset):
         yield Finding("tracking", "ok", "MLflow has everything")

@@ -1,4 +1,7 @@
-"""Behaviour of all commands: global options in any position, and errors as one paragraph with an exit status."""
+"""Behaviour of all commands.
+
+Global options in any position, and errors as one paragraph with an exit status.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ class Commands(TyperGroup):
         try:
             with second_interrupt_exits():
                 return super().invoke(ctx)
+        # typer ends the process for these itself, without a message where the reader of a pipe has gone.
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:

@@ -36,7 +36,10 @@ class Output:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Set up logging and, for JSON, reserve stdout for the result, for the duration of a command."""
+        """Set up logging and output for the duration of a command.
+
+        For JSON, stdout is reserved for the result.
+        """
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Redacting("%(levelname)s: %(message)s"))
         loggers = [logging.getLogger(name) for name in _LOGGERS]
@@ -110,7 +113,10 @@ class _Redacting(logging.Formatter):
 
 @contextlib.contextmanager
 def _reserved_stdout() -> Iterator[IO[str]]:
-    """A stream to the real stdout; prints of this process and its children go to stderr meanwhile."""
+    """A stream to the real stdout.
+
+    Prints of this process and its children go to stderr meanwhile.
+    """
     stdout = sys.stdout
     try:
         descriptor = stdout.fileno()
@@ -123,6 +129,7 @@ def _reserved_stdout() -> Iterator[IO[str]]:
     saved = os.dup(descriptor)
     os.dup2(2, descriptor)
     try:
+        # `closefd=False`: the descriptor is needed once more, to restore stdout.
         with contextlib.redirect_stdout(sys.stderr), open(saved, "w", encoding="utf-8", closefd=False) as stream:
             yield stream
     finally:

@@ -26,7 +26,10 @@ STRATEGIES: dict[str, list[object]] = {
 
 
 def demo_study(backbone: str, storage: Path, trials: int = 12, epochs: int = 4) -> dict[str, object]:
-    """The fields of one of the demo's studies; `luthier demo` runs one for each network of `STRATEGIES`."""
+    """The fields of one of the demo's studies.
+
+    `luthier demo` runs one for each network of `STRATEGIES`.
+    """
     diagnostics: dict[str, object] = {"plasticity_source": "printed"}
     if backbone == "digits_vit":
         diagnostics |= {"fsr": ["extrapolated"], "fsr_seeds": 2}
@@ -54,6 +57,7 @@ def run_demo(storage: Path, trials: int = 12, progress: bool = True, console: Co
     """
     console = console or Console()
     all_results = []
+    # Once for both studies, which use a connection that exists: starting a cluster takes seconds.
     with connect():
         for backbone in STRATEGIES:
             study = Study(**demo_study(backbone, storage, trials))

@@ -50,9 +50,10 @@ def of_error(error: BaseException) -> int:
 
 
 def of_trials(records: Sequence[TrialRecord]) -> int:
-    """The exit status of a run: 0 if no trial failed, 3 if some did, 1 if none is complete.
+    """The exit status of a run.
 
-    A trial that was left unfinished by an earlier run, and that this one no longer needs, has not failed.
+    0 if no trial failed, 3 if some did, 1 if none is complete. A trial that was left unfinished by an earlier run, and
+    that this one no longer needs, has not failed.
     """
     if not any(record.state == "complete" for record in records):
         return FAILED

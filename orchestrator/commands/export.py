@@ -1,4 +1,7 @@
-"""`luthier export`: the model of one trial of a study, as a folder that needs neither the study nor Luthier."""
+"""`luthier export`: the model of one trial of a study.
+
+As a folder that needs neither the study nor Luthier.
+"""
 
 from __future__ import annotations
 
@@ -99,6 +102,7 @@ def export_study(
         DataError: the data store of the trial is gone.
         ExportError: the network does not give the recorded accuracy, or see `export_model`.
     """
+    # First: reading weights and comparing the network take minutes.
     check_target(folder, format_name)
     spec, study_folder = find_study(study)
     records = fold(read_journal(spec, study_folder))
@@ -203,6 +207,7 @@ def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> No
             f"A peft adapter is added to the pretrained weights, but those of trial {kept.meta['number']} were "
             f"interpolated after training ({interpolated}), which no adapter expresses. Use --format timm, merged."
         )
+    # Buffers of BatchNorm are kept also where nothing moved them.
     rest = [
         name
         for name, value in kept.tensors.items()
@@ -217,7 +222,10 @@ def check_adapter(kept: KeptWeights, pristine: Mapping[str, torch.Tensor]) -> No
 
 
 def preprocessing_of(kept: KeptWeights) -> DataConfig:
-    """Preprocessing of a trial: the crop share is that of its data store, whatever the network's own is."""
+    """Preprocessing of a trial.
+
+    The crop share is that of its data store, whatever the network's own is.
+    """
     meta = kept.meta
     side = int(meta["image_size"])
     stored = int(meta["stored_image_size"])
@@ -261,7 +269,9 @@ def find_store(stores: Path, digest: str) -> Store:
 def compare_with_record(
     network: TaskModel, store: Store, preprocessing: DataConfig, record: TrialRecord, metrics: TaskMetrics
 ) -> str:
-    """Compare the network's accuracy on the test split with the recorded one; the comparison in a sentence.
+    """Compare the network's accuracy on the test split with the record.
+
+    Returns the comparison in a sentence.
 
     Raises:
         ExportError: they differ.
@@ -323,8 +333,11 @@ def card_facts(
 
 
 def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store, metrics: TaskMetrics) -> list[Score]:
-    """Selection metric of the exported trial on every split, with Wilson's 95 % interval over the pictures where it is
-    a share; and its mean over the configuration's seeds on ID test."""
+    """Selection metric of the exported trial on every split.
+
+    With Wilson's 95 % interval over the pictures where it is a share; and its mean over the configuration's seeds on ID
+    test.
+    """
     scores = []
     validation = validation_score(record, metrics)
     if validation is not None:
@@ -347,6 +360,7 @@ def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store,
 def _score(name: str, value: float, samples: int, metrics: TaskMetrics) -> Score:
     text = metrics.selection.text(value)
     if 0 <= value <= 1 and samples:
+        # The recorded share times the samples is the number of hits, but for rounding.
         interval = binomtest(round(value * samples), samples).proportion_ci(method="wilson")
         text += f" (95 % interval over pictures: {interval.low:.3f} to {interval.high:.3f})"
     return Score(name, text, samples)

@@ -1,4 +1,7 @@
-"""`luthier fsr`: the FSR reference trials of a study without its search, and the estimates from them."""
+"""`luthier fsr`: the FSR reference trials of a study.
+
+Without its search; and the estimates from them.
+"""
 
 from __future__ import annotations
 
@@ -111,11 +114,11 @@ class FsrReport:
 
 
 def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[str] = ()) -> FsrReport:
-    """Run the missing reference trials of a study, in its own folder and journal, and estimate FSR from all of them.
+    """Run the missing reference trials of a study, and estimate FSR.
 
-    References are those of the study file; if it names none, `extrapolated`, and `full` if the study trains on a
-    fraction of its pool. Neither a second call nor `luthier run` repeats them, as long as the same LayerNorm
-    configuration is the best.
+    In its own folder and journal; the estimates are from all of its reference trials. References are those of the study
+    file; if it names none, `extrapolated`, and `full` if the study trains on a fraction of its pool. Neither a second
+    call nor `luthier run` repeats them, as long as the same LayerNorm configuration is the best.
 
     Args:
         study: the study.

@@ -74,6 +74,7 @@ def write_study(
     fields["name"] = name or fields["name"]
     unusable = _unusable_strategies(fields["model"]["name"])
     fields["strategies"] = [strategy for strategy in strategies() if strategy not in unusable]
+    # Refused here, before a file is written.
     StudySpec.from_fields(fields)
     text = render(fields, output, unusable)
     try:
@@ -94,7 +95,9 @@ def announced(result: Mapping[str, Any]) -> Callable[[Console], None]:
 
 
 def render(fields: Mapping[str, Any], file: Path, unusable: Mapping[str, str]) -> str:
-    """The text of a study file: every key with its meaning, at the chosen value or its default.
+    """The text of a study file.
+
+    Every key with its meaning, at the chosen value or its default.
 
     Args:
         fields: the chosen fields.
@@ -149,7 +152,10 @@ def _fields_of_digits(model: str | None) -> dict[str, Any]:
 
 
 def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[str, Any]:
-    """Fields for real data. OOD = the domains that the source marks so, else all but the largest (to be reviewed)."""
+    """Fields for real data.
+
+    OOD = the domains that the source marks so, else all but the largest (to be reviewed).
+    """
     source = scan(IngestRequest(source=detect(data), root=str(data), label=label))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
@@ -168,7 +174,11 @@ def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[st
 
 
 def _unusable_strategies(model: str) -> dict[str, str]:
-    """Strategies that cannot tune this network here → the reason; empty if only a download would tell."""
+    """Strategies that cannot tune this network here → the reason.
+
+    Empty if only a download would tell.
+    """
+    # `local-dir:` and `hf-hub:` names, whose architecture is in a file.
     if ":" in model:
         return {}
     try:

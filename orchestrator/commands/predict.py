@@ -45,7 +45,10 @@ class Predicted:
         }
 
     def render(self, console: Console) -> None:
-        """Print what was left out and why, the report, and the counts on the last line."""
+        """Print what was left out, the report and the counts.
+
+        What was left out has its reason; the counts are on the last line.
+        """
         predictions = self.predictions
         lines = [f"Unreadable: {printable(entry.name)}: {entry.reason}" for entry in predictions.unreadable]
         lines += [f"Ignored: {printable(entry.name)}: {entry.reason}" for entry in predictions.ignored]
@@ -86,6 +89,7 @@ def predict(
         ModelFolderError: no exported model.
         DataError: see `list_pictures`, `predict_pictures` and `folder_classes`.
     """
+    # Before the model is loaded and hours are spent.
     _check_output(output)
     model = load(model_folder)
     if len(paths) == 1 and _is_store(paths[0]):

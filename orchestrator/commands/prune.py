@@ -1,4 +1,7 @@
-"""`luthier prune`: remove the kept weights and predictions of a study; its record and results stay."""
+"""`luthier prune`: remove a study's kept weights and predictions.
+
+Its record and results stay.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,7 @@ def prune(study: Path, dry_run: bool = False) -> Pruned:
         for trial in trials:
             record = by_number.get(trial.number)
             if record is not None:
+                # Before the removal: a record never lists files that are gone.
                 journal.append("weights_discarded", trial_id=record.trial_id, why="pruned")
             discard_kept(folder, trial.number)
         remove_leftovers(folder)
@@ -96,7 +100,10 @@ def prune(study: Path, dry_run: bool = False) -> Pruned:
 
 
 def _kept(folder: Path, records: list[TrialRecord]) -> list[PrunedTrial]:
-    """Kept files on the disk, without those of trials that a run resumes: these report them with their result."""
+    """Kept files on the disk.
+
+    Without those of trials that a run resumes: these report them with their result.
+    """
     by_number = {record.number: record for record in records}
     trials = []
     for number in numbers_on_disk(folder):

@@ -45,7 +45,10 @@ class Row:
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """The parts of a study file by their key; `study` is the top level, `strategies` one entry of that list."""
+    """The parts of a study file by their key.
+
+    `study` is the top level, `strategies` one entry of that list.
+    """
     parts: dict[str, type[BaseModel]] = {"study": StudySpec}
     for key, info in StudySpec.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -107,7 +110,10 @@ def strategy_table() -> str:
 
 
 def filled(document: str) -> str:
-    """A Markdown document with regenerated tables between its `<!-- fields: … -->` and `<!-- strategies -->` marks."""
+    """A Markdown document with regenerated tables.
+
+    Between its `<!-- fields: … -->` and `<!-- strategies -->` marks.
+    """
     document = _FIELDS.sub(lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", document)
     return _STRATEGIES.sub(lambda match: f"{match[1]}{strategy_table()}\n{match[2]}", document)
 

@@ -1,4 +1,7 @@
-"""`luthier status`: progress of a study, from its journal alone; needs no cluster and changes nothing."""
+"""`luthier status`: progress of a study.
+
+From its journal alone; needs no cluster and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ class Status:
         }
 
     def best(self) -> TrialRecord | None:
-        """The search trial with the best validation score so far (the earliest of equals), finished or not."""
+        """The search trial with the best validation score so far.
+
+        The earliest of equals, finished or not.
+        """
         scored = [(validation_score(r, self.metrics), r) for r in self.records if r.role == "search"]
         ranked = [(self.metrics.selection.score(value), -r.number, r) for value, r in scored if value is not None]
         return max(ranked, key=lambda row: row[:2])[2] if ranked else None
@@ -83,7 +89,10 @@ class Status:
 
 
 def find_study(path: str | Path) -> tuple[StudySpec, Path]:
-    """A study's spec and folder, from the path of its study file or of that folder (errors: see `load_study`)."""
+    """A study's spec and folder, from a path.
+
+    The path is that of its study file or of that folder (errors: see `load_study`).
+    """
     file_or_folder = Path(path)
     if file_or_folder.is_dir():
         return load_study(file_or_folder / "study.yaml"), file_or_folder.resolve()
@@ -101,8 +110,10 @@ def status(path: str | Path) -> Status:
         journal=folder / "journal.jsonl",
         state=str(header.get("state", "not started")),
         records=fold(events),
+        # The clock of the driver's machine may be ahead of this one's.
         seconds_since_last_event=max(0.0, time.time() - events[-1]["time"]) if events else 0.0,
         planned=spec.search.trials,
+        # The study as it ran: its file may have changed since.
         metrics=metrics_of(header.get("spec") or spec),
     )
 

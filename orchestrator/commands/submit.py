@@ -124,7 +124,10 @@ def cautions(study: Mapping[str, Any], url: str) -> list[str]:
 
 
 def submission_id(fields: Mapping[str, Any], attempt: int) -> str:
-    """The job's id. Equal for equal studies, so that a study cannot run twice at the same time."""
+    """The job's id.
+
+    Equal for equal studies, so that a study cannot run twice at the same time.
+    """
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(fields["name"]))
     return f"luthier-{name}-{digest}-{attempt}"
@@ -157,6 +160,7 @@ def _start(client: JobSubmissionClient, fields: Mapping[str, Any], entrypoint: s
     jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     attempt = 1
     while (job := jobs.get(submission_id(fields, attempt))) and job.status.value in ENDED:
+        # Ray accepts an id once, also when its job has ended.
         attempt += 1
     name = submission_id(fields, attempt)
     if job:

@@ -220,6 +220,7 @@ def _refuse_own_server(spec: StudySpec, journal: Path, target: str, summaries: S
 
 
 def _is_running(journal: Path) -> bool:
+    # A driver holds the journal's lock from its start to its end.
     lock = FileLock(f"{journal}.lock", timeout=0, thread_local=False)
     try:
         lock.acquire()

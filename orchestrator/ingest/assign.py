@@ -213,7 +213,10 @@ def _split_codes(
 
 
 def _check_class_sizes(labels: Integers, classes: list[str], purposes: list[str], note: str) -> None:
-    """Raise DataError unless every class has an image for training and for each split that is drawn from it."""
+    """Raise DataError unless every class has enough images.
+
+    One for training and one for each split that is drawn from it.
+    """
     counts = np.bincount(labels, minlength=len(classes))
     needed = 1 + len(purposes)
     small = np.flatnonzero(counts < needed)

@@ -205,7 +205,9 @@ def _leaks(report: DataReport) -> list[str]:
 
 
 def detect(path: Path) -> str:
-    """The kind of source at a path, by its suffix or by the files in the folder.
+    """The kind of source at a path.
+
+    By its suffix, or by the files in the folder.
 
     Raises:
         DataError: nothing there, or a file of no known kind.
@@ -254,9 +256,9 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
 
 
 def _default_splits(source: Source, request: IngestRequest, bad: list[int]) -> tuple[dict[int, str], list[str]]:
-    """The split of each sample in a study with default settings, and why such a study would refuse the data.
+    """Split of each sample in a study with default settings, and problems.
 
-    If it would, the splits are the source's own.
+    Problems: why such a study would refuse the data. If it would, the splits are the source's own.
     """
     if len(bad) == len(source.samples):
         return {}, [f"Images must be readable, but none of {len(bad)} is."]

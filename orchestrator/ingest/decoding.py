@@ -1,4 +1,6 @@
-"""Decoding of all samples, once and in parallel, each written to its row of the store.
+"""Decoding of all samples, once and in parallel.
+
+Each is written to its row of the store.
 
 Encoded images are decoded in worker processes (`orchestrator.ingest.worker`), one thread of this process per worker;
 pixel arrays are converted by threads.
@@ -99,6 +101,7 @@ def decode_all(
         if progress is not None:
             progress(*counts)
 
+    # A process takes longer to start than to decode a few hundred images.
     count = max(1, min(workers or available_cpus(), -(-len(positions) // SAMPLES_PER_WORKER)))
     if isinstance(source, ArraySource):
         _decode_arrays(source, set(positions), job, collect, count)
@@ -150,11 +153,15 @@ class _DecoderProcess:
     def __init__(self, job: DecodeJob) -> None:
         self._job = job
         self._exit_status = 0
+        # A file, not a pipe: a pipe that is never read fills up and blocks the process.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self._process = self._start()
 
     def outcomes(self, request: dict[str, Any], items: list[list[Any]]) -> Iterator[Outcome]:
-        """The outcome of each item; an item that kills the process is quarantined, its neighbours are decoded."""
+        """The outcome of each item.
+
+        An item that kills the process is quarantined, its neighbours are decoded.
+        """
         reply = self._request({**request, "items": items})
         if reply is None and len(items) > 1:
             # One of them killed the process: each alone, to find out which.
@@ -179,6 +186,7 @@ class _DecoderProcess:
 
     def _request(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """The reply; None = the process died, and has been replaced."""
+        # A timer, because `readline` has no time limit; the kill closes the pipe and ends the read.
         watchdog = threading.Timer(REQUEST_TIMEOUT_S, self._process.kill)
         watchdog.start()
         try:
@@ -221,6 +229,7 @@ def _exchange(process: subprocess.Popen[str], message: dict[str, Any]) -> str:
     """Send one line and read one; empty if the process has died."""
     assert process.stdin is not None
     assert process.stdout is not None
+    # A process that has died: `readline` then returns the empty line of its closed pipe.
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(json.dumps(message) + "\n")
         process.stdin.flush()

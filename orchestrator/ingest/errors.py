@@ -16,9 +16,9 @@ class DataError(ValueError):
 
 
 def printable(name: str) -> str:
-    r"""A name with backslashes, control characters and invalid UTF-8 escaped, for logs, lists and Arrow files.
+    r"""A name with characters escaped that could mislead a reader.
 
-    Different names stay different.
+    Backslashes, control characters and invalid UTF-8, for logs, lists and Arrow files. Different names stay different.
 
     Example:
         >>> print(printable("cat\n.png"))

@@ -101,7 +101,10 @@ def walk(root: Path, suffixes: frozenset[str]) -> Tree:
 def _list_folder(
     tree: Tree, real_root: str, path: str, folders: tuple[str, ...], suffixes: frozenset[str]
 ) -> list[tuple[str, ...]]:
-    """Add the entries of one folder to the tree's files and skipped entries; returns the folders to enter."""
+    """Add one folder's entries to the tree; returns the folders to enter.
+
+    They become files or skipped entries.
+    """
     to_enter = []
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
@@ -124,7 +127,10 @@ def _list_folder(
 
 
 def _reason_to_skip(entry: os.DirEntry[str], real_root: str, suffixes: frozenset[str]) -> str | None:
-    """Why an entry is skipped; None = a folder, or a file with one of the suffixes."""
+    """Why an entry is skipped.
+
+    None = a folder, or a file with one of the suffixes.
+    """
     if entry.name.startswith("."):
         return "hidden"
     if entry.is_symlink():
@@ -178,6 +184,7 @@ def scan_folder(root: Path) -> FolderSource:
     tree = walk(root, EXTENSIONS)
     digest = hashlib.sha256()
     for file in tree.files:
+        # Sizes and times, not contents: the scan reads no image.
         digest.update(f"{file.path}\0{file.size}\0{file.modified}\n".encode("utf-8", "surrogateescape"))
     placed = _place_files(root, tree)
     has_domains = _has_domains(root, placed)
@@ -235,7 +242,10 @@ def _no_images(root: Path, tree: Tree) -> DataError:
 
 
 def _roles_of_top_folders(files: Collection[File]) -> dict[str, str]:
-    """Top folder → role. Folders called val or test are splits only beside one for training."""
+    """Top folder → role.
+
+    Folders called val or test are splits only beside one for training.
+    """
     tops = sorted({file.folders[0] for file in files})
     splits = {top: SPLIT_NAMES[top.casefold()] for top in tops if top.casefold() in SPLIT_NAMES}
     if "train" not in splits.values():

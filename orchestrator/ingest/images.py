@@ -81,6 +81,7 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow raises before it returns an image: its size is in the message alone.
         raise _too_many_pixels(int("".join(re.findall(r"\((\d+) pixels\)", str(error))) or 0)) from error
     except BadImageError:
         raise
@@ -107,7 +108,9 @@ def pixels_digest(image: Image.Image) -> bytes:
 
 
 def square(image: Image.Image, side: int, interpolation: str, crop: int | None = None) -> Image.Image:
-    """Resize the shorter side to `side` and crop the centre square; rounds as torchvision's `Resize`, `CenterCrop`.
+    """Resize the shorter side to `side` and crop the centre square.
+
+    Rounds as torchvision's `Resize` and `CenterCrop`.
 
     Args:
         crop: side of the crop that an evaluation will take from the centre of this square. That crop then has the

@@ -67,7 +67,9 @@ class Duplicates:
 
 
 def in_words(group: Mapping[str, Any]) -> str:
-    """A group in words: `a.png (train) = b.bmp (test)`, and a note where only the pixels are equal.
+    """A group in words: `a.png (train) = b.bmp (test)`.
+
+    With a note where only the pixels are equal.
 
     Example:
         >>> in_words({"names": ["a.png", "b.bmp"], "places": ["train", "test"], "same": "pixels"})
@@ -189,9 +191,11 @@ def _statistics(path: Path, batch: int) -> tuple[list[float], list[float]]:
         count = min(len(images), STATISTICS_IMAGES) * images.type.list_size
         pixels = np.frombuffer(images.values.buffers()[1], np.uint8, count=count).reshape(-1, 3)
         counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])
+        # Both are views of the file, which is unmapped here.
         del pixels, images
     # By histogram: exact counts, and no copy of the images as floats.
     values = np.arange(256) / 255
     mean = counts @ values / counts.sum(1)
     variance = counts @ values**2 / counts.sum(1) - mean**2
+    # Rounding may leave the variance of a constant channel below zero.
     return mean.round(6).tolist(), np.sqrt(np.maximum(variance, 0)).round(6).tolist()

@@ -42,7 +42,10 @@ class _Part:
 
 @dataclass
 class NpzSource(ArraySource):
-    """Image arrays, read from the archive a few megabytes at a time; no pickle is loaded."""
+    """Image arrays, read from the archive a few megabytes at a time.
+
+    No pickle is loaded.
+    """
 
     parts: list[_Part] = field(default_factory=list)
 
@@ -55,6 +58,7 @@ class NpzSource(ArraySource):
                 _header(stream)
                 for start in range(0, part.shape[0], rows):
                     count = min(rows, part.shape[0] - start)
+                    # With the last block zipfile compares the member's CRC.
                     data = stream.read(count * row_bytes)
                     if len(data) < count * row_bytes:
                         raise EOFError("it ends too early")

@@ -41,7 +41,9 @@ _SHARD = re.compile(r"(?i)^([a-z]+)(?:-\d+-of-\d+|-\d+)?$")
 
 
 def open_checked(file: Path, name: str) -> Any:
-    """Open a Parquet file, verifying page checksums, after a check that it has no extension type.
+    """Open a Parquet file, verifying page checksums.
+
+    After a check that it has no extension type.
 
     Returns:
         A `pyarrow.parquet.ParquetFile`.
@@ -101,9 +103,9 @@ _EXTENSION_MARKS = _encodings(b"ARROW:extension:name")
 
 
 def encoded_images(file: str, column: str, group: int, rows: Sequence[int]) -> Iterator[bytes | None]:
-    """The encoded images of some rows of a row group; None where a row has none.
+    """The encoded images of some rows of a row group.
 
-    A few at a time are in memory.
+    None where a row has none. A few at a time are in memory.
 
     Args:
         file: path of the file.
@@ -114,6 +116,7 @@ def encoded_images(file: str, column: str, group: int, rows: Sequence[int]) -> I
     selected = set(rows)
     first = 0
     reader = open_checked(Path(file), file)
+    # One thread: there is a decoder process per CPU.
     for batch in reader.iter_batches(batch_size=32, row_groups=[group], columns=[column], use_threads=False):
         values = batch.column(0)
         if pa.types.is_struct(values.type):
@@ -280,6 +283,7 @@ class ParquetSource(EncodedSource):
     """The image column of each file."""
 
     def chunks(self, positions: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        # Positions ascend, so that each row group is one run.
         by_row_group = groupby(positions, key=lambda i: self.samples[i].location[:2])
         for (file, group), members in by_row_group:
             rows = list(members)
@@ -355,7 +359,10 @@ def _samples(table: Table, file_number: int, file_split: str | None) -> list[Sam
 
 
 def _splits_of_names(files: Sequence[Path]) -> list[str] | None:
-    """The split that each file is named after; None unless all are and one of them is for training."""
+    """The split that each file is named after.
+
+    None unless all are and one of them is for training.
+    """
     splits = []
     for file in files:
         match = _SHARD.match(file.stem)

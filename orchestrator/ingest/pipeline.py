@@ -47,7 +47,9 @@ SPACE_MARGIN = 1.05
 
 
 def survey(request: IngestRequest) -> tuple[Source, Assignment]:
-    """Scan and assign without writing: what a plan shows of the data; no image is opened.
+    """Scan and assign without writing.
+
+    What a plan shows of the data; no image is opened.
 
     Raises:
         DataError: see `ingest`, except for what only decoding shows.
@@ -93,7 +95,9 @@ def ingest(
 
 
 def verify(store: Store, request: IngestRequest, just_written: bool = False) -> None:
-    """Check a store's digest and the request's rules for unreadable and leaked images, and log warnings.
+    """Check a store's digest and the request's rules.
+
+    The rules are those for unreadable and leaked images; warnings are logged.
 
     Args:
         store: the store of the request.
@@ -117,7 +121,10 @@ def verify(store: Store, request: IngestRequest, just_written: bool = False) -> 
 
 
 def _store_key(source: Source, request: IngestRequest) -> str:
-    """Sixteen hex digits. The source's path does not matter, nor how unreadable and leaked images are treated."""
+    """Sixteen hex digits that name a store.
+
+    The source's path does not matter, nor how unreadable and leaked images are treated.
+    """
     fields = dataclasses.asdict(request)
     for name in ("root", "on_bad", "on_leak"):
         del fields[name]
@@ -127,7 +134,10 @@ def _store_key(source: Source, request: IngestRequest) -> str:
 
 
 def _store_exists(folder: Path) -> bool:
-    """Whether the folder holds a store; raises StoreError for a damaged one, which is never silently replaced."""
+    """Whether the folder holds a store.
+
+    Raises StoreError for a damaged one, which is never silently replaced.
+    """
     return (folder / MANIFEST).exists() and bool(Store(folder).manifest)
 
 
@@ -135,6 +145,7 @@ def _check_space(folder: Path, size: int) -> None:
     """Create the folder of the stores; raise DataError unless `size` bytes fit into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # By trying: a network file system may refuse what the permission bits allow.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -151,7 +162,9 @@ def _check_space(folder: Path, size: int) -> None:
 
 
 def verify_digest(store: Store) -> None:
-    """Compare the store's SHA-256 with its manifest; skipped for a large store that this machine has verified.
+    """Compare the store's SHA-256 with its manifest.
+
+    Skipped for a large store that this machine has verified.
 
     Raises:
         StoreError: the file has changed since it was written; the message names the way out.

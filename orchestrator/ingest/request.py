@@ -1,4 +1,4 @@
-"""What a study asks of its data, and the scan of the source that it names."""
+"""Data request of a study, and the scan of its source."""
 
 from __future__ import annotations
 

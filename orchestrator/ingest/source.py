@@ -1,4 +1,7 @@
-"""Interface of the kinds of source: a list of samples, with pixels either encoded or as arrays."""
+"""Interface of the kinds of source.
+
+A list of samples, with pixels either encoded or as arrays.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,9 @@ class EncodedSource(Source):
 
     @abstractmethod
     def chunks(self, positions: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Requests to decoder processes: JSON values without the items, and the positions that each is for.
+        """Requests to decoder processes, with the positions that each is for.
+
+        Requests are JSON values, without the items.
 
         Args:
             positions: in `samples`, ascending.
@@ -101,4 +106,7 @@ class ArraySource(Source):
 
     @abstractmethod
     def arrays(self) -> Iterator[tuple[int, NDArray[np.uint8] | NDArray[np.uint16]]]:
-        """Blocks of samples: position of the first in `samples`, and pixels (n, H, W) or (n, H, W, 3)."""
+        """Blocks of samples: position of the first, and pixels.
+
+        The position is in `samples`; pixels are (n, H, W) or (n, H, W, 3).
+        """

@@ -1,7 +1,8 @@
-"""A decoder process: `python -m orchestrator.ingest.worker`, JSON lines on stdin and stdout, one reply per request.
+"""A decoder process: `python -m orchestrator.ingest.worker`.
 
-Untrusted images are decoded here and not in the driver: a crash or a decompression bomb ends this process alone, its
-memory is limited, and no object is pickled. It imports neither torch nor ray, and pyarrow for Parquet only.
+JSON lines on stdin and stdout, one reply per request. Untrusted images are decoded here and not in the driver: a crash
+or a decompression bomb ends this process alone, its memory is limited, and no object is pickled. It imports neither
+torch nor ray, and pyarrow for Parquet only.
 
 First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic", "crop": null}
 Reply:          {"ready": true}
@@ -115,6 +116,7 @@ def _parquet_contents(request: dict[str, Any]) -> Contents:
     failure: BadImageError | None = None
     for _, offset in items:
         data = None
+        # A generator that has raised is finished: one error costs all later rows of the group.
         if failure is None:
             try:
                 data = next(images)

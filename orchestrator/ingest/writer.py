@@ -1,8 +1,9 @@
-"""Writing a data store: an Arrow file laid out with blank pixels, then filled in place by the decoders.
+"""Writing a data store.
 
-The whole file is written before decoding begins, so that decoders write each row where it belongs, in any order, and a
-disk that is too small fails at once. If images turn out unreadable, the splits are assigned again without them and the
-decoded rows are copied into a new layout.
+An Arrow file is laid out with blank pixels, then filled in place by the decoders. The whole file is written before
+decoding begins, so that decoders write each row where it belongs, in any order, and a disk that is too small fails at
+once. If images turn out unreadable, the splits are assigned again without them and the decoded rows are copied into a
+new layout.
 """
 
 from __future__ import annotations

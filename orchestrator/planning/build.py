@@ -41,7 +41,10 @@ def model_of(spec: StudySpec) -> ModelSpec:
 
 
 def ingest_request(spec: StudySpec) -> IngestRequest:
-    """The images to read, at the side that the backbone's evaluation crop is taken from (image size / crop share)."""
+    """The images to read, at the side that they are stored at.
+
+    The backbone's evaluation crop is taken from that side (image size / crop share).
+    """
     data = spec.data
     view = backbone_data_config(model_of(spec), data.image_size)
     return IngestRequest(
@@ -62,7 +65,10 @@ def ingest_request(spec: StudySpec) -> IngestRequest:
 
 
 def make_built_in(model: ModelSpec) -> None:
-    """Pretrain a built-in network in the driver, where its progress is visible, not in the first trial."""
+    """Pretrain a built-in network in the driver.
+
+    Its progress is visible there, unlike in the first trial.
+    """
     if is_pretrained_here(model):
         pretrained_folder(model.name)
 
@@ -105,7 +111,10 @@ def entries_of(spec: StudySpec) -> list[Entry]:
 
 
 def metric_of(spec: StudySpec) -> str:
-    """Objective of the search: the study's selection metric on ID validation, or on a validation domain."""
+    """Objective of the search.
+
+    The study's selection metric on ID validation, or on a validation domain.
+    """
     metrics = metrics_of(spec)
     domain = spec.search.validation_domain
     return metrics.of_domain(domain) if domain else metrics.validation
@@ -143,7 +152,10 @@ def rungs_of(spec: StudySpec) -> tuple[int, ...]:
 
 
 def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
-    """Trial → its units of budget: the task's, or fewer if its strategy needs fewer (linear probing takes one)."""
+    """Trial → its units of budget.
+
+    The task's, or fewer if its strategy needs fewer (linear probing takes one).
+    """
 
     @functools.cache
     def units(strategy: str, hparams: str) -> int:
@@ -152,6 +164,7 @@ def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
         except ValueError:  # the trial itself will fail with this error
             return task.epochs
 
+    # As JSON: a mapping cannot be a key of the cache.
     return lambda record: units(record.strategy, json.dumps(dict(record.hparams)))
 
 
@@ -182,7 +195,10 @@ def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[
 
 
 def solved_in_closed_form(strategy: str, hparams: Mapping[str, Any], epochs: int) -> bool:
-    """Whether every phase of a configuration is solved, not trained, so that all seeds give the same trial."""
+    """Whether every phase of a configuration is solved, not trained.
+
+    All seeds then give the same trial.
+    """
     try:
         phases = strategy_class(strategy).from_hparams(hparams).phases(epochs)
     except ValueError:  # the trial itself will fail with this error

@@ -98,7 +98,9 @@ TRIAL_BYTES = 200_000
 
 
 def examine(data: DataSpec) -> tuple[Source, Assignment]:
-    """A source and its assignment to splits, from file names and headers only: no image is decoded.
+    """A source and its assignment to splits.
+
+    From file names and headers only: no image is decoded.
 
     Raises:
         DataError: the source is missing or has no images, a domain is missing or empty, a class is never ID or has too
@@ -119,6 +121,9 @@ def examine(data: DataSpec) -> tuple[Source, Assignment]:
 
 
 def store_bytes(spec: StudySpec, images: int, trials: int) -> int:
-    """Estimated bytes of the data store (uint8 pixels at the stored side) and of the records of all trials."""
+    """Estimated bytes of the data store and of the records.
+
+    The store holds uint8 pixels at the stored side; the records are those of all trials.
+    """
     side = ingest_request(spec).image_size
     return int(images * side * side * 3 * OVERHEAD) + trials * TRIAL_BYTES

@@ -1,8 +1,8 @@
-"""FSR's reference trials, and the first λ of a search from an earlier FSR: λ ≈ 1/FSR (Tan et al., 2025).
+"""FSR's reference trials, and the first λ of a search.
 
-Reference trials repeat one LayerNorm tuning on other samples of training images, after the search. They are recorded in
-the study's own journal only: a search reads them whenever it starts, from this study or from the one that
-`diagnostics.fsr_from` names.
+λ comes from an earlier FSR, λ ≈ 1/FSR (Tan et al., 2025). Reference trials repeat one LayerNorm tuning on other samples
+of training images, after the search. They are recorded in the study's own journal only: a search reads them whenever it
+starts, from this study or from the one that `diagnostics.fsr_from` names.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ DROPPED = ("lam_scope", "wise")
 
 @dataclass(frozen=True)
 class ReferenceStage:
-    """Stage of `seeds` trials per sample: the study's own, nested shares of it, the whole pool, each OOD domain.
+    """Stage of the reference trials: `seeds` trials per sample.
 
-    All run the study's best LayerNorm configuration with λ = 1 and the same number of optimiser steps, whatever the
-    sample's size. Where none was searched, it is the default point of the study's first LayerNorm entry or, without
-    such an entry, of the strategy.
+    Samples are the study's own, nested shares of it, the whole pool and each OOD domain. All run the study's best
+    LayerNorm configuration with λ = 1 and the same number of optimiser steps, whatever the sample's size. Where none
+    was searched, it is the default point of the study's first LayerNorm entry or, without such an entry, of the
+    strategy.
     """
 
     task: SharedTrialSettings
@@ -72,7 +73,10 @@ class ReferenceStage:
             )
 
     def next(self, history: Sequence[TrialRecord]) -> list[TrialSpec]:
-        """Seed by seed over all samples, so that the trials of an interrupted stage can be compared."""
+        """Trials of the stage, seed by seed over all samples.
+
+        In this order the trials of an interrupted stage can be compared.
+        """
         label, hparams = self._recipe(history)
         samples = self.samples()
         recipe = (label, STRATEGY, hparams)
@@ -83,7 +87,10 @@ class ReferenceStage:
         ]
 
     def samples(self) -> dict[str, SharedTrialSettings]:
-        """Sample → settings that its trials share; empty if the study's own has no sample to be compared with."""
+        """Sample → settings that its trials share.
+
+        Empty if the study's own has no sample to be compared with.
+        """
         share = self.task.train_fraction
         steps = self.task.steps_per_unit or max(1, self._size(share) // self.task.batch_size)
         own = dataclasses.replace(self.task, steps_per_unit=steps, evaluate_at=(), diagnostics=("shift",))
@@ -105,9 +112,10 @@ class ReferenceStage:
     def _nested(self) -> list[float]:
         """Shares of the own sample with distinct sizes (with few images per class some coincide).
 
-        None if fewer than two: a curve through fewer points has no limit.
+        Empty if fewer than two: a curve through fewer points has no limit.
         """
         whole = self.task.train_fraction
+        # Reversed: of shares with equal sizes the smallest stays.
         sizes = {self._size(whole * share): share for share in reversed(self._shares)}
         sizes.pop(self._size(whole), None)
         return sorted(sizes.values()) if len(sizes) >= 2 else []
@@ -138,7 +146,10 @@ class ReferenceStage:
 
 
 def reference_seed(seed: int, number: int) -> int:
-    """Seed of the reference trials with this number (0, 1 …), shared by all samples so that trials pair up."""
+    """Seed of the reference trials with this number (0, 1 …).
+
+    Shared by all samples so that trials pair up.
+    """
     return stream_seed(seed, "reference", number)
 
 
@@ -194,6 +205,7 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     lam_range = search_spaces.space(STRATEGY)["lam"].distribution
     low = getattr(lam_range, "low", estimate.lam)
     high = getattr(lam_range, "high", estimate.lam)
+    # Optuna accepts no value outside of the searched range.
     lam = round(min(max(estimate.lam, low), high), 3)
     reason = f"{source.name}: {estimate.sentence()}"
     log.info("λ = %.3g is tried early with %s, because of %s", lam, ", ".join(searched), reason)

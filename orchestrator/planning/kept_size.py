@@ -1,4 +1,7 @@
-"""Estimate of the disk space of kept weights and predictions, from the networks' structure: no weights are read."""
+"""Estimate of the disk space of kept weights and predictions.
+
+From the networks' structure: no weights are read.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ SAMPLE_BYTES = 64
 
 
 def weight_bytes(spec: StudySpec, classes: int) -> dict[str, int]:
-    """Label → bytes of one trial's kept weights, the largest over the default point and the choices of the search."""
+    """Label → bytes of one trial's kept weights.
+
+    The largest over the default point and the choices of the search.
+    """
     model = structure(spec, classes)
     sizes = {}
     for entry in spec.strategies:
@@ -45,6 +51,7 @@ def structure(spec: StudySpec, classes: int) -> TaskModel:
         network: Any = (
             architecture(name) if name in NETWORKS else timm.create_model(name, pretrained=False, num_classes=0)
         )
+        # timm: a network with a layer between pooling and classifier has that layer's width.
         width = getattr(network, "head_hidden_size", None) or network.num_features
         return TaskModel(network, nn.Linear(int(width), classes))
 
@@ -74,7 +81,10 @@ def kept_trials(spec: StudySpec, counts: TrialCounts, space: SearchSpace) -> tup
 def kept_bytes_of(
     spec: StudySpec, counts: TrialCounts, space: SearchSpace, splits: Mapping[str, int], classes: int
 ) -> int:
-    """Bytes of everything that a study keeps, at most: trials that may be of any entry count as the largest."""
+    """Bytes of everything that a study keeps, at most.
+
+    Trials that may be of any entry count as the largest.
+    """
     weights = weight_bytes(spec, classes)
     of_entry, of_any = kept_trials(spec, counts, space)
     trials = sum(of_entry.values()) + of_any

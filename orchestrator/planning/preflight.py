@@ -90,6 +90,7 @@ def _model_problems(spec: StudySpec) -> Iterator[Problem]:
         yield Problem(("model",), str(error))
         return
     needed = {s.name: strategy_class(s.name).needs for s in spec.strategies}
+    # A network is not built, which takes seconds, where nothing depends on its layers.
     if not any(needed.values()) and not spec.diagnostics.fsr:
         return
     kinds = layer_kinds(spec.model.name)
@@ -107,6 +108,7 @@ def _package_problems(spec: StudySpec) -> Iterator[Problem]:
     """Optional packages that a strategy needs and this machine lacks."""
     for index, entry in enumerate(spec.strategies):
         for package, extra in strategy_class(entry.name).packages.items():
+            # Looked up, not imported, which may take seconds.
             if find_spec(package) is None:
                 rule = f"{entry.name} needs the package {package}, which is not installed here."
                 way = f'Install it: pip install "luthier[{extra}]", or leave {entry.name} out.'
@@ -142,7 +144,10 @@ def _budget_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
-    """Budgets that a strategy rejects, at its default point or at a choice of the search."""
+    """Budgets that a strategy rejects.
+
+    At its default point, or at a choice of the search.
+    """
     for index, entry in enumerate(spec.strategies):
         for hparams in points(entry):
             try:
@@ -169,7 +174,10 @@ def _loss_problems(spec: StudySpec) -> Iterator[Problem]:
 
 
 def points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
-    """Configurations of an entry: those of its preset, or default point, choices and ends of integer ranges."""
+    """Configurations of an entry that are checked.
+
+    Those of its preset, or default point, choices and ends of integer ranges.
+    """
     if entry.preset is not None:
         preset = search_spaces.preset(entry.name, entry.preset)
         fixed = {**preset.fixed, **entry.fixed}
@@ -182,6 +190,7 @@ def points(entry: StrategyEntry) -> Iterator[dict[str, Any]]:
 
 
 def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
+    # The machines of a cluster are known once it is joined.
     if os.environ.get("RAY_ADDRESS", "local") != "local":
         return
     gpus = 0.0 if spec.resources.gpus == "auto" else float(spec.resources.gpus)
@@ -194,6 +203,7 @@ def _machine_problems(spec: StudySpec) -> Iterator[Problem]:
 
 def _storage_problems(spec: StudySpec) -> Iterator[Problem]:
     folder = Path(spec.storage).expanduser().absolute() / spec.name
+    # Nothing is created here: the nearest folder that exists decides whether the run can create the others.
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not nearest.is_dir():
         yield Problem(("storage",), f"storage is a folder, but {nearest} is a file. Choose another path.")

@@ -1,8 +1,8 @@
-"""Changes of a study since its last run, and whether it may be continued with them.
+"""Changes of a study since its last run.
 
-A study is one experiment: its finished trials are compared with the remaining ones. A change of anything that a number
-depends on (the study file, the data, packages, Luthier's own code) is therefore refused, with the difference, until it
-is allowed key by key.
+They decide whether it may be continued. A study is one experiment: its finished trials are compared with the remaining
+ones. A change of anything that a number depends on (the study file, the data, packages, Luthier's own code) is
+therefore refused, with the difference, until it is allowed key by key.
 """
 
 from __future__ import annotations

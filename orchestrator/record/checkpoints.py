@@ -47,6 +47,7 @@ def keep_now(study: Path, numbers: Iterable[int], seconds: float) -> int:
             waiting = _pending(waiting)
         return len(open_requests) - len(waiting)
     finally:
+        # A request that no trial has served would cost a later attempt a checkpoint.
         for request in open_requests:
             request.unlink(missing_ok=True)
 

@@ -102,10 +102,10 @@ class JournalWriteError(OSError):
 
 
 class Journal:
-    """Journal of one study: one writing process at a time, any of whose threads may append.
+    """Journal of one study: one writing process at a time.
 
-    Opening truncates a torn last line, left by a crash in the middle of a write. Pickling keeps only the path: the copy
-    opens the file on its first append.
+    Any of its threads may append. Opening truncates a torn last line, left by a crash in the middle of a write.
+    Pickling keeps only the path: the copy opens the file on its first append.
 
     Args:
         path: the file; missing parent folders are created.
@@ -116,6 +116,7 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
+        # Reentrant: a listener may append an event of its own.
         self._mutex = threading.RLock()
         self._descriptor: int | None = None
         self._listeners: list[Listener] = []
@@ -125,7 +126,9 @@ class Journal:
 
     @staticmethod
     def read(path: str | Path) -> list[Event]:
-        """All complete events of a journal file. Read-only, so safe while another thread, process or machine writes.
+        """All complete events of a journal file.
+
+        Read-only, so safe while another thread, process or machine writes.
 
         Raises:
             FileNotFoundError: no such file.
@@ -181,7 +184,7 @@ class Journal:
             self._listeners.append(listener)
 
     def close(self) -> None:
-        """Let go of the file; a later `append` opens it again."""
+        """Close the file; a later `append` opens it again."""
         with self._mutex:
             if self._descriptor is not None:
                 os.close(self._descriptor)
@@ -290,10 +293,14 @@ def read_from(path: str | Path, offset: int, end: int | None = None) -> tuple[li
 
 
 def _plain(value: Any) -> Any:
-    """JSON value: numpy scalars unpacked, tuples as lists, non-finite numbers as null, other types as strings."""
+    """A value as JSON can hold it.
+
+    numpy scalars are unpacked, tuples become lists, non-finite numbers null, values of other types strings.
+    """
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
+        # `float()`: NumPy's float64 is a subclass.
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -74,7 +74,10 @@ def numbers_on_disk(study: Path) -> list[int]:
 
 
 def kept_problems(study: Path, record: TrialRecord) -> list[str]:
-    """What is wrong with the files that a record says are kept: missing, damaged, or others than those recorded."""
+    """Problems of the files that a record lists as kept.
+
+    They are missing, damaged, or others than those recorded.
+    """
     problems = []
     if record.weights is not None:
         try:
@@ -120,7 +123,10 @@ class Retention:
         }
 
     def superseded(self, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-        """Ended trials whose files are not retained, in the given order. Files of trials that a run resumes stay."""
+        """Ended trials whose files are not retained, in the given order.
+
+        Files of trials that a run resumes stay.
+        """
         records = list(records)
         retained = self._retained(records)
         return [record for record in records if not record.resumable and record.number not in retained]

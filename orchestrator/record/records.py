@@ -1,4 +1,7 @@
-"""Trial records, folded from a study's journal, and the metrics that a record keeps. Pure functions."""
+"""Trial records, folded from a study's journal.
+
+With the metrics that a record keeps. Pure functions.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,10 @@ class TrialRecord:
 
     @property
     def resumable(self) -> bool:
-        """True if a repeated run resumes this trial: it is unfinished, or failed only from infrastructure errors."""
+        """True if a repeated run resumes this trial.
+
+        It is unfinished, or failed only from infrastructure errors.
+        """
         return self.unfinished or (self.state == "failed" and self.reason in RESUMED)
 
     def metric(self, name: str) -> float | None:
@@ -210,7 +216,10 @@ def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measurements(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Study-level measurements: name → `metrics` (not finite = NaN) and `curves`; the latest of a name counts."""
+    """Study-level measurements by name.
+
+    Each has `metrics` (not finite = NaN) and `curves`; the latest of a name counts.
+    """
     measured: dict[str, dict[str, Any]] = {}
     for event in events:
         if event["kind"] == "measured":

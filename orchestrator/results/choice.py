@@ -1,7 +1,8 @@
-"""The choice of a study: the confirmed configuration with the best mean validation, or a cheaper one that equals it.
+"""The choice of a study.
 
-Whether another configuration equals the best is decided by a paired bootstrap of the validation results over samples
-and seeds; of equals, the one with the fewest trained parameters is chosen. Test data are never looked at.
+The confirmed configuration with the best mean validation, or a cheaper one that equals it. Whether another
+configuration equals the best is decided by a paired bootstrap of the validation results over samples and seeds; of
+equals, the one with the fewest trained parameters is chosen. Test data are never looked at.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def decide(
             best, best, (), f"{head} of its search trial: nothing was confirmed, and the best of many trials flatters."
         )
     head = f"{head} on average over {_seeds(best.seeds)}"
+    # Per-sample results are those of validation, by which the other rules do not choose.
     if not (rule == "id_val" or rule.startswith(VAL_DOMAIN)):
         return Decision(best, best, (), f"{head}.")
     confirmed = [choice for choice in ranked if choice.seeds]
@@ -74,6 +76,7 @@ def decide(
     equal = [choice for choice in confirmed[1:] if tested[id(choice)]]
     if not equal:
         return Decision(best, best, (), f"{head}; by a paired bootstrap on validation none equals it.")
+    # At equal numbers `min` takes the first, `best`.
     chosen = min([best, *equal], key=lambda choice: _parameters(records, choice))
     if chosen is best:
         names = listed([_named(choice) for choice in equal])
@@ -100,7 +103,10 @@ def _equal(leader: Competitor, other: Competitor, name: str) -> bool | None:
 
 
 def _parameters(records: Sequence[TrialRecord], choice: Choice) -> float:
-    """Trained parameters; infinitely many where the number was not recorded, so that it does not decide."""
+    """Trained parameters; infinitely many where the number was not recorded.
+
+    An unrecorded number then does not decide.
+    """
     value = reported_value(records, choice.record, TRAINABLE_PARAMETERS.name)
     return math.inf if value is None else value
 

@@ -52,7 +52,9 @@ class Score:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Score | None:
-        """Score of one value per seed, with an interval over seeds alone; None without a value.
+        """Score of one value per seed; None without a value.
+
+        With an interval over seeds alone.
 
         Example:
             >>> Score.of([0.5]).has_interval
@@ -72,7 +74,10 @@ class Score:
 
     @classmethod
     def of_table(cls, table: SampleTable, metric: Metric) -> Score:
-        """Score of per-sample results, with an interval over samples, and over seeds where there are several."""
+        """Score of per-sample results.
+
+        With an interval over samples, and over seeds where there are several.
+        """
         measured = estimate(table.values, table.strata, table.weights)
         ends = measured.share_interval() if metric.unit == "fraction" else measured.interval()
         return cls.of_estimate(measured, ends)
@@ -95,7 +100,10 @@ class Score:
 
     @property
     def half(self) -> float:
-        """The longer side of the interval: mean ± half contains it. NaN where there is none."""
+        """The longer side of the interval.
+
+        mean ± half contains it. NaN where there is none.
+        """
         return max(self.high - self.mean, self.mean - self.low)
 
     @property
@@ -120,7 +128,9 @@ class Score:
         return metric.text(self.mean, self.half)
 
     def difference(self, metric: Metric) -> str:
-        """The score as a difference of two values of a metric, and whether its interval contains 0.
+        """The score as a difference of two values of a metric.
+
+        With a note where its interval contains 0.
 
         Example:
             >>> from trainables.specs.metrics import ACCURACY
@@ -161,7 +171,10 @@ class Comparison:
         return f"{missing_part(self.difference.basis)}, so that the order may be chance"
 
     def mark(self) -> str:
-        """Suffix of a number: empty where the comparison is over samples and seeds and has a sign."""
+        """Suffix of a number.
+
+        Empty where the comparison is over samples and seeds and has a sign.
+        """
         if self.over_both:
             return " (within the interval)" if self.difference.contains_zero else ""
         return f" ({missing_part(self.difference.basis)})"
@@ -202,7 +215,10 @@ class Competitor:
         return Score.of(run.metrics[name] for run in runs)
 
     def _measured_as(self, name: str) -> str:
-        """The domain that is the worst one of every run, in place of the worst domain; other names as they are."""
+        """Name of the metric whose per-sample results are read.
+
+        For the worst domain, the domain that is the worst one of every run; other names as they are.
+        """
         if name != self.metrics.ood_worst:
             return name
         domains = self.metrics.domains(self.runs[0].metrics)
@@ -217,9 +233,9 @@ class Competitor:
 
 
 def compare(first: Competitor, second: Competitor, name: str, pooled: SeedVariance | None = None) -> Comparison | None:
-    """Paired comparison of two entries on a recorded metric; None where one of them has no value.
+    """Paired comparison of two entries on a recorded metric.
 
-    A deterministic entry has one run, which stands for every seed.
+    None where one of them has no value. A deterministic entry has one run, which stands for every seed.
 
     Args:
         pooled: variance over seeds of several compared entries; None = that of the two alone.
@@ -236,6 +252,7 @@ def compare(first: Competitor, second: Competitor, name: str, pooled: SeedVarian
     differences = paired(table.values, other.values)
     both_deterministic = first.deterministic and second.deterministic
     if both_deterministic:
+        # All rows are the same, and would count as independent seeds.
         differences = differences[:1]
     measured = estimate(differences, table.strata, table.weights, pooled)
     concludes = len(differences) > 1 or both_deterministic
@@ -243,7 +260,10 @@ def compare(first: Competitor, second: Competitor, name: str, pooled: SeedVarian
 
 
 def paired_tables(first: Competitor, second: Competitor, name: str) -> tuple[SampleTable, SampleTable] | None:
-    """Per-sample results of two entries, row by row of equal seeds; None where they are not of the same samples."""
+    """Per-sample results of two entries, row by row of equal seeds.
+
+    None where they are not of the same samples.
+    """
     pairs = _paired_runs(first, second, name)
     table = first.tables.of([pair[0] for pair in pairs], name, first.metrics)
     other = second.tables.of([pair[1] for pair in pairs], name, second.metrics)
@@ -253,7 +273,10 @@ def paired_tables(first: Competitor, second: Competitor, name: str) -> tuple[Sam
 
 
 def _paired_runs(first: Competitor, second: Competitor, name: str) -> list[tuple[TrialRecord, TrialRecord]]:
-    """Runs of equal seeds; the one run of a deterministic entry is paired with every run of the other."""
+    """Runs of equal seeds.
+
+    The one run of a deterministic entry is paired with every run of the other.
+    """
     ours = [run for run in first.runs if run.metric(name) is not None]
     others = [run for run in second.runs if run.metric(name) is not None]
     if ours and others and first.deterministic:
@@ -307,6 +330,7 @@ class Standing:
         largest = max(rival.adjusted for rival in self.rivals)
         if self.ahead:
             return f"paired over the same samples and seeds, Holm-adjusted p {_p_value(largest)}"
+        # Not `>`: a NaN allows no conclusion either.
         near = [rival.entry.label for rival in self.rivals if not rival.adjusted <= SIGNIFICANT]
         return (
             f"not told apart from {listed(near)} (paired over the same samples and seeds, Holm-adjusted p up to "
@@ -319,7 +343,10 @@ def _p_value(p: float) -> str:
 
 
 def standing(entries: Sequence[Competitor], name: str, metrics: TaskMetrics) -> Standing | None:
-    """Entries that have a metric, best first, and the leader's comparison with every rival; None for fewer than two."""
+    """Entries that have a metric, best first, and the leader's comparisons.
+
+    With every rival; None for fewer than two entries.
+    """
     scored = [(entry, entry.score(name)) for entry in entries]
     present = [(entry, score) for entry, score in scored if score is not None]
     present.sort(key=lambda pair: -metrics.selection.score(pair[1].mean))
@@ -329,6 +356,7 @@ def standing(entries: Sequence[Competitor], name: str, metrics: TaskMetrics) -> 
     pooled = _pooled([entry for entry, _ in present], name)
     comparisons = [compare(leader, entry, name, pooled) for entry, _ in present[1:]]
     usable = [comparison for comparison in comparisons if comparison is not None]
+    # Comparisons without a conclusion count as tests: leaving them out would weaken Holm's adjustment of the others.
     p_values = [1.0 if math.isnan(comparison.p) else comparison.p for comparison in usable]
     rivals = [
         Rival(entry, rival_score, comparison, p if comparison.over_both else math.nan)
@@ -338,9 +366,10 @@ def standing(entries: Sequence[Competitor], name: str, metrics: TaskMetrics) -> 
 
 
 def _pooled(entries: Sequence[Competitor], name: str) -> SeedVariance | None:
-    """Variance over seeds of the entries that have several; None where any of them has no per-sample results.
+    """Variance over seeds of the entries that have several.
 
-    Deterministic entries are left out; a difference from one of them is then given more variance than it has.
+    None where any of them has no per-sample results. Deterministic entries are left out; a difference from one of them
+    is then given more variance than it has.
     """
     estimates = []
     for entry in entries:
@@ -359,7 +388,9 @@ def competitors(
     metrics: TaskMetrics = CLASSIFICATION,
     tables: SampleTables | None = None,
 ) -> list[Competitor]:
-    """All entries with a complete trial, best first by the rule, OOD scores over test domains alone.
+    """All entries with a complete trial, best first by the rule.
+
+    OOD scores are over test domains alone.
 
     Raises:
         ValueError: no complete trial, or the rule lacks what it needs.

@@ -61,6 +61,7 @@ def draw(
 ) -> bytes:
     """A curve as a PNG (arguments and errors: see `figure_of`)."""
     out = io.BytesIO()
+    # Without matplotlib's version, so that equal pictures are equal bytes.
     figure_of(name, curve, chosen, metrics).savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
 
@@ -68,9 +69,9 @@ def draw(
 def figure_of(
     name: str, curve: Mapping[str, Any], chosen: float | None = None, metrics: TaskMetrics = CLASSIFICATION
 ) -> Figure:
-    """A curve as a figure: lines over numbers, dots or boxes over names, one panel per measure.
+    """A curve as a figure, one panel per measure.
 
-    Fractions, such as accuracies, are drawn in per cent.
+    Lines over numbers, dots or boxes over names. Fractions, such as accuracies, are drawn in per cent.
 
     Args:
         name: the curve's, for the title.
@@ -90,6 +91,7 @@ def figure_of(
     names = without_shared_path([str(value) for value in x]) if named else []
     note = textwrap.wrap(str(curve.get("note") or ""), 110)
     page = _Page(panels, names, len(note))
+    # Not by `pyplot`, whose global state is not safe between threads.
     figure = Figure(figsize=(page.width, page.height), dpi=100)
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=page.rows)[:, 0]
     figure.subplots_adjust(*page.margins, hspace=0.12)
@@ -121,7 +123,9 @@ class _Panel:
 
 
 class _Page:
-    """Page layout, in inches. (matplotlib's own layouts measure every text twice: half the time of a picture.)
+    """Page layout, in inches.
+
+    Not one of matplotlib's own layouts, which measure every text twice: half the time of a picture.
 
     Args:
         panels: see `_panels`.
@@ -160,7 +164,10 @@ def _panels(columns: Columns, metrics: TaskMetrics) -> list[_Panel]:
 
 
 def _column(name: str, metrics: TaskMetrics) -> tuple[str, float, str | None]:
-    """Title of the y axis, scale and legend entry of a column; no entry = not drawn."""
+    """Title of the y axis, scale and legend entry of a column.
+
+    No entry = not drawn.
+    """
     split, _, key = name.rpartition("/")
     for metric in metrics.metrics:
         if name == metric.test_name:
@@ -176,7 +183,10 @@ def _column(name: str, metrics: TaskMetrics) -> tuple[str, float, str | None]:
 
 
 def _groups(columns: Columns, x_name: str) -> list[str] | None:
-    """Values of the last column of names beside the x axis; rows of equal name share a colour."""
+    """Values of the last column of names beside the x axis.
+
+    Rows of equal name share a colour.
+    """
     named = [key for key, values in columns.items() if key != x_name and all(isinstance(v, str) for v in values)]
     return [str(value) for value in columns[named[-1]]] if named else None
 

@@ -1,4 +1,7 @@
-"""Curves of a trial or of a study as artifacts: the numbers as JSON, and pictures of them."""
+"""Curves of a trial or of a study as artifacts.
+
+The numbers as JSON, and pictures of them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ class Picture:
 
 
 def curve_texts(curves: Curves, record: TrialRecord | None = None) -> dict[str, str]:
-    """Artifact `curves/<name>.json` → its text: columns, note, and the chosen x where the trial chose one."""
+    """Artifact `curves/<name>.json` → its text.
+
+    Columns, note, and the chosen x where the trial chose one.
+    """
     texts = {}
     for name, curve in curves.items():
         values = {"columns": curve["columns"], "note": curve.get("note", "")}
@@ -66,7 +72,10 @@ def stem(name: str) -> str:
 
 
 def chosen_at(record: TrialRecord | None, name: str) -> float | None:
-    """x of the point that a trial chose on a sweep (`lambda`, `wise`); None where it chose none on this curve."""
+    """x of the point that a trial chose on a sweep.
+
+    Sweeps are `lambda` and `wise`; None where the trial chose no point of this curve.
+    """
     if record is None:
         return None
     if name == "wise":

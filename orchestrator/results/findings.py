@@ -74,7 +74,10 @@ def findings(
 
 
 def best_findings(entries: Sequence[Competitor], metrics: TaskMetrics) -> Iterator[str]:
-    """The best entry on ID test and on OOD, and whether it is ahead of every other one."""
+    """The best entry on ID test and on OOD.
+
+    And whether it is ahead of every other one.
+    """
     for name, where, split in (
         (metrics.test, "in distribution", "test"),
         (metrics.ood_mean, "out of distribution", "OOD mean"),
@@ -215,7 +218,10 @@ def _chosen(entry: Competitor, factor: InterpolationFactor, expected: FsrEstimat
 
 
 def _effect(entry: Competitor, factor: InterpolationFactor, name: str) -> Score | None:
-    """A metric at the chosen point less that at 1, per seed, from the curves; None if all seeds chose 1."""
+    """A metric at the chosen point less that at 1.
+
+    Per seed, from the curves; None if all seeds chose 1.
+    """
     differences = []
     moved = False
     for run in entry.runs:
@@ -298,7 +304,10 @@ def _certainty(first: Competitor, second: Competitor, metrics: TaskMetrics) -> s
 
 
 def trained_alone(entries: Sequence[Competitor]) -> dict[str, Competitor]:
-    """Component → the best entry, by the study's rule, all of whose runs trained that component and no other."""
+    """Component → the best entry that trained it alone.
+
+    The best by the study's rule, of the entries all of whose runs trained that component and no other.
+    """
     best: dict[str, Competitor] = {}
     for entry in entries:
         for kind in COMPONENTS:
@@ -312,7 +321,10 @@ def _trains_only(run: TrialRecord, kind: str) -> bool:
 
 
 def _blocks(kind: str, measured: Mapping[str, Any]) -> str:
-    """Clause on the number of blocks in which a component is the most plastic one; empty without a value per block."""
+    """Clause on the blocks in which a component is the most plastic.
+
+    Their number; empty without a value per block.
+    """
     columns = ((measured.get("curves") or {}).get("plasticity") or {}).get("columns") or {}
     per_component = [columns[name] for name in COMPONENTS if columns.get(name)]
     if kind not in columns or len(per_component) < 2 or len(columns[kind]) < 2:
@@ -324,7 +336,10 @@ def _blocks(kind: str, measured: Mapping[str, Any]) -> str:
 
 
 def _share(entries: Sequence[Competitor], alone: Competitor | None, metrics: TaskMetrics) -> str:
-    """Clause on the share of full fine-tuning's gain over linear probing that a component trained alone reaches."""
+    """Clause on a component's share of full fine-tuning's gain.
+
+    The share of the gain over linear probing that the component, trained alone, reaches.
+    """
     metric = metrics.selection
     reached = alone.score(metrics.test) if alone is not None else None
     if reached is None:
@@ -370,9 +385,13 @@ def _first_with(entries: Sequence[Competitor], name: str) -> Competitor | None:
 
 
 def distortion_findings(entries: Sequence[Competitor], metrics: TaskMetrics) -> Iterator[str]:
-    """The entries that moved the features most and least, and whether distortion goes with the OOD score."""
+    """The entries that moved the features most and least.
+
+    And whether distortion goes with the OOD score.
+    """
     scored = [(entry, entry.score(DISTORTION_COSINE.of(TEST))) for entry in entries]
     measured = [(entry, cosine, _ood_cosine(entry)) for entry, cosine in scored if cosine is not None]
+    # The cosine of equal features is exactly 1: a frozen backbone did not move them.
     moved = sorted((row for row in measured if row[1].mean < 1), key=lambda row: row[1].mean)
     if len(moved) >= 2:
         most, most_test, most_ood = moved[0]

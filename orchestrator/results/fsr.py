@@ -1,4 +1,6 @@
-"""FSR, the fine-tuning shift ratio of Tan et al. (2025), from the records of a study's reference trials.
+"""FSR, the fine-tuning shift ratio of Tan et al. (2025).
+
+It is computed from the records of a study's reference trials.
 
 FSR = Shift(T, S) / Shift(T*, S), where Shift is the sum over LayerNorms of the L2 change of γ and β after the last
 unit. T is tuned on the study's own training sample; T*, with the same recipe and steps on data that represent the
@@ -87,9 +89,10 @@ class ShiftLimit:
         return Fit(float(limits[0]), float(slopes[0]) * self._scale**exponent, exponent)
 
     def share(self, shifts: Floats, index: int) -> Floats:
-        """FSR (d,): the shift of the sample at `index` divided by the limit, for rows of shifts (d, k).
+        """FSR (d,) for rows of shifts (d, k).
 
-        0 where the fit grows without bound, infinite where it falls without bound.
+        The shift of the sample at `index` divided by the limit: 0 where the fit grows without bound, infinite where it
+        falls without bound.
         """
         limits, slopes, exponents = self._solve(shifts)
         unbounded = (exponents <= EXPONENTS[0]) | (limits <= 0)
@@ -131,14 +134,19 @@ class ShiftLimit:
         if not 0 < middle < math.inf:
             return low, math.inf
         ends = [float(middle * (end / middle) ** stretch) for end in (low, high)]
+        # The percentiles need not enclose the estimate from the seeds' mean.
         return min(ends[0], float(middle)), max(ends[1], float(middle))
 
     def _solve(self, shifts: Floats) -> tuple[Floats, Floats, Floats]:
-        """a and b (for powers of n/scale) and c, each (d,), for rows of shifts (d, k)."""
+        """Parameters a, b and c, each (d,), for rows of shifts.
+
+        a and b are those for powers of n/scale; shifts are (d, k).
+        """
         solutions = np.einsum("cik,dk->dci", self._solvers, shifts)
         residuals = np.einsum("cki,dci->dck", self._designs, solutions) - shifts[:, None]
         # Of exponents that fit equally well the largest is taken: `argmax` over the reversed axis finds it.
         errors = np.square(residuals).sum(axis=2)  # (d, c)
+        # To rounding, also where the curve fits exactly and the smallest error is rounding itself.
         tied = errors <= errors.min(axis=1, keepdims=True) * (1 + 1e-9) + 1e-18
         best = len(EXPONENTS) - 1 - np.argmax(tied[:, ::-1], axis=1)
         rows = np.arange(len(shifts))
@@ -146,7 +154,10 @@ class ShiftLimit:
 
 
 def _draws(seeds: int) -> NDArray[np.int64]:
-    """Bootstrap resamples (d, n) of seed indices: all possible ones where they are few, else `BOOTSTRAP` fixed ones."""
+    """Bootstrap resamples (d, n) of seed indices.
+
+    All possible ones where they are few, else `BOOTSTRAP` fixed ones.
+    """
     if seeds**seeds <= BOOTSTRAP:
         return np.array(list(itertools.product(range(seeds), repeat=seeds)))
     return np.random.default_rng(0).integers(0, seeds, size=(BOOTSTRAP, seeds))
@@ -207,7 +218,10 @@ class FsrEstimate:
 
     @property
     def lam_interval(self) -> tuple[float, float]:
-        """1/FSR at the ends of the interval; the upper one is infinite where FSR may be 0."""
+        """1/FSR at the ends of the interval.
+
+        The upper end is infinite where FSR may be 0.
+        """
         lower = 1 / self.high
         if math.isnan(self.low):
             return lower, math.nan
@@ -224,7 +238,10 @@ class FsrEstimate:
         return self.reference.startswith(ORACLE)
 
     def number(self) -> str:
-        """`0.61 ± 0.07`, `0.61 [0.52, 0.75]` where the interval is asymmetric, or `0.61` for one seed."""
+        """The value with its interval, as text.
+
+        `0.61 ± 0.07`, `0.61 [0.52, 0.75]` where the interval is asymmetric, or `0.61` for one seed.
+        """
         below = self.value - self.low
         above = self.high - self.value
         if math.isnan(self.low):
@@ -331,7 +348,10 @@ def _shift(record: TrialRecord) -> float:
 
 
 def _ratio(reference: str, own: Mapping[int, TrialRecord], other: Mapping[int, TrialRecord]) -> FsrEstimate:
-    """Mean over seeds of the ratio of two trials of equal seed, so that effects of the seed cancel."""
+    """Mean over seeds of the ratio of two trials.
+
+    Of trials of equal seed, so that effects of the seed cancel.
+    """
     # Seeds that only one of the two samples has are left out: a pair differs in the sample alone.
     pairs = {seed: (_shift(own[seed]), _shift(other[seed])) for seed in sorted(own.keys() & other.keys())}
     if not pairs:
@@ -391,9 +411,10 @@ def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimat
 
 
 def _unbounded_note(shifts: Floats) -> str:
-    """Why shifts (k, n) of samples, the smallest first, and seeds have no limit, and what continued growth would mean.
+    """Why shifts have no limit, and what further growth would mean.
 
-    The second part is given only where the seeds together distinguish growth from chance.
+    The shifts (k, n) are those of samples, the smallest first, and seeds. The second part is given only where the seeds
+    together distinguish growth from chance.
     """
     change, half = mean_interval((shifts[-1] - shifts[0]).tolist(), LEVEL)
     direction = "falls" if change < 0 else "grows"

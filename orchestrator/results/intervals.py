@@ -38,7 +38,10 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """A mean over samples and seeds with its standard error and degrees of freedom; arrays over the leading axes."""
+    """A mean over samples and seeds with its standard error.
+
+    And degrees of freedom; arrays over the leading axes.
+    """
 
     mean: Floats
     variance: Floats
@@ -81,12 +84,12 @@ class MeanEstimate:
         return self.mean - half, self.mean + half
 
     def share_interval(self, level: float = LEVEL) -> tuple[Floats, Floats]:
-        """Ends of Wilson's interval for a mean of shares in [0, 1], at the effective sample size p(1 − p)/V.
+        """Ends of Wilson's interval for a mean of shares in [0, 1].
 
-        The symmetric interval fails near 0 and 1. The score interval at the effective sample size, with Student's t in
-        place of the normal quantile, is that of Dean and Pagano (2015), "Evaluating Confidence Interval Methods for
-        Binomial Proportions in Clustered Surveys"; for one seed it is Wilson's own. Where all values are equal, the
-        effective size is the number of samples.
+        At the effective sample size p(1 − p)/V. The symmetric interval fails near 0 and 1. The score interval at the
+        effective sample size, with Student's t in place of the normal quantile, is that of Dean and Pagano (2015),
+        "Evaluating Confidence Interval Methods for Binomial Proportions in Clustered Surveys"; for one seed it is
+        Wilson's own. Where all values are equal, the effective size is the number of samples.
         """
         spread = self.mean * (1 - self.mean)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,9 +104,9 @@ class MeanEstimate:
         return wilson(self.mean, effective, self._quantile(level, freedom, math.inf))
 
     def p_value(self) -> Floats:
-        """Two-sided p value of the hypothesis that the mean is 0, the level at which `interval` touches it.
+        """Two-sided p value of the hypothesis that the mean is 0.
 
-        1 where nothing varies and the mean is 0. Values below 1e-12 are 1e-12.
+        The level at which `interval` touches 0; 1 where nothing varies and the mean is 0. Values below 1e-12 are 1e-12.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.abs(self.mean) / np.sqrt(self.variance)
@@ -129,6 +132,7 @@ def wilson(share: Floats, samples: Floats, quantile: Floats | float) -> tuple[Fl
     square = quantile**2
     centre = (share + square / (2 * samples)) / (1 + square / samples)
     half = quantile / (1 + square / samples) * np.sqrt(share * (1 - share) / samples + square / (4 * samples**2))
+    # Rounding may put an end on the wrong side of a share of 0 or 1.
     return np.clip(centre - half, 0.0, share), np.clip(centre + half, share, 1.0)
 
 
@@ -142,7 +146,10 @@ class SeedVariance:
 
     @classmethod
     def pooled(cls, estimates: Sequence[MeanEstimate]) -> SeedVariance:
-        """That of a difference of two of several tables with independent seeds, all of one variance per seed."""
+        """Variance of a difference of two of several tables.
+
+        The tables have independent seeds, all of one variance per seed.
+        """
         several = [one for one in estimates if one.seeds > 1]
         freedom = sum(one.seeds - 1 for one in several)
         return cls(np.asarray(2 * sum((one.seeds - 1) * one.seed_part for one in several) / freedom), freedom)
@@ -192,6 +199,7 @@ def estimate(
         if seeds > 1:
             # Residuals of the two-way table, by the sums of squares: the residuals themselves would be a copy of it.
             total = part.var(axis=-1).sum(axis=-1) / seeds
+            # Rounding may leave a difference of sums of squares below zero.
             within = np.maximum(total - sample_means.var(axis=-1), 0.0) * size * seeds
             freedom = (seeds - 1) * (size - 1)
             rest = weight**2 * within / freedom / (seeds * size)
@@ -228,9 +236,10 @@ def _freedom(variance: Floats, squared: Floats, most: int) -> Floats:
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Mean and half-width of its two-sided Student-t interval, t(n-1) · s / √n with the sample standard deviation s.
+    """Mean and half-width of its two-sided Student-t interval.
 
-    The half-width is NaN for fewer than two values, and both are NaN for none.
+    The half-width is t(n-1) · s / √n with the sample standard deviation s. It is NaN for fewer than two values, and
+    both are NaN for none.
 
     Example:
         >>> mean, half = mean_interval([1.0, 2.0, 3.0])
@@ -248,8 +257,9 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float,
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number, in the order given (Holm, 1979, "A Simple Sequentially Rejective Multiple
-    Test Procedure").
+    """p values adjusted for their number, in the order given.
+
+    After Holm (1979), "A Simple Sequentially Rejective Multiple Test Procedure".
 
     Example:
         >>> holm([0.04, 0.01])
@@ -302,6 +312,7 @@ def bootstrap_interval(
     for index, weight in enumerate(weights):
         part = table[:, strata == index]
         size = part.shape[1]
+        # How often each sample is drawn: a resample's mean is then a matrix product, without a copy of the table.
         draws = generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
         by_seed += weight * (draws @ part.T) / size
     seed_draws = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)

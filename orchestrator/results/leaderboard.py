@@ -1,6 +1,7 @@
-"""Leaderboard: one row per entry of the study, with its chosen configuration and that one's numbers over fresh seeds.
+"""Leaderboard: one row per entry of the study.
 
-As a data frame, on a terminal, in Markdown, and as plain JSON values. Pure functions on records.
+With its chosen configuration and that one's numbers over fresh seeds. As a data frame, on a terminal, in Markdown, and
+as plain JSON values. Pure functions on records.
 """
 
 from __future__ import annotations
@@ -85,10 +86,11 @@ def leaderboard(
     tables: SampleTables | None = None,
     devices: float = 1.0,
 ) -> pd.DataFrame:
-    """One row per label, best first by the criterion of its chosen configuration; confirmed ones before the others.
+    """One row per label, best first.
 
-    Labels without a complete trial come last, with NaN. Where a linear probe is among the labels, `gain` and `gain/ood`
-    are the relative gains over it (see `relative_gain`) of the means on ID test and over the OOD domains.
+    By the criterion of its chosen configuration; confirmed ones before the others. Labels without a complete trial come
+    last, with NaN. Where a linear probe is among the labels, `gain` and `gain/ood` are the relative gains over it (see
+    `relative_gain`) of the means on ID test and over the OOD domains.
 
     Columns: `label, strategy, rule, criterion` (value that the rule ranked by)`, number, config_hash, hparams, seeds`
     (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then of each of
@@ -139,10 +141,10 @@ def leaderboard(
 
 
 def relative_gain(value: float, probe: float, metric: Metric = CLASSIFICATION.selection) -> float:
-    """Improvement over the score of linear probing, relative to it: (value − probe) / probe for an accuracy.
+    """Improvement over the score of linear probing, relative to it.
 
-    After Odonnat et al. (2026), Fig. 2. Positive values are improvements, whatever the metric's direction. NaN where
-    the probe's value is 0 or either is NaN.
+    (value − probe) / probe for an accuracy, after Odonnat et al. (2026), Fig. 2. Positive values are improvements,
+    whatever the metric's direction. NaN where the probe's value is 0 or either is NaN.
 
     Example:
         >>> relative_gain(0.75, 0.5)
@@ -204,7 +206,10 @@ def _costs(entry: Competitor | None, trials: Sequence[TrialRecord], devices: flo
 
 
 def trial_seconds(trial: TrialRecord) -> float:
-    """Seconds inside a trial's units; of one that did not end, the sum of those that it reported."""
+    """Seconds inside a trial's units.
+
+    Of a trial that did not end, the sum of those that it reported.
+    """
     total = trial.metric(TOTAL_SECONDS.name)
     if total is not None:
         return total
@@ -238,7 +243,10 @@ def score_titles(metrics: TaskMetrics) -> list[str]:
 
 
 def score_note(metrics: TaskMetrics, rows: Sequence[Row] = ()) -> str:
-    """Caption of a table of scores: the unit that all of them share, their meaning, and what the intervals are over."""
+    """Caption of a table of scores.
+
+    The unit that all of them share, their meaning, and what the intervals are over.
+    """
     units = {metric.unit for metric in (metrics.selection, *metrics.leaderboard)}
     shared = units.pop() if len(units) == 1 else ""
     unit = "per cent; " if shared == "fraction" else f"{shared}; " if shared else ""
@@ -247,7 +255,10 @@ def score_note(metrics: TaskMetrics, rows: Sequence[Row] = ()) -> str:
 
 
 def _bases(metrics: TaskMetrics, rows: Sequence[Row]) -> str:
-    """Clauses on what the intervals of each column are over, and on the numbers of samples."""
+    """Clauses on what the intervals of each column are over.
+
+    And on the numbers of samples.
+    """
     titles = dict(zip(reported_metrics(metrics), score_titles(metrics)[1:], strict=True))
     over: dict[str, list[str]] = {}
     sizes: dict[int, list[str]] = {}
@@ -296,7 +307,10 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
 
 
 def _print_costs(console: Console, rows: Sequence[Row]) -> None:
-    """Print what each entry costs; columns that no entry has a number for are left out."""
+    """Print what each entry costs.
+
+    Columns that no entry has a number for are left out.
+    """
     texts = [costs(row) for row in rows]
     present = [index for index in range(len(COST_TITLES)) if any(line[index] != "-" for line in texts)]
     if not present:
@@ -311,7 +325,9 @@ def _print_costs(console: Console, rows: Sequence[Row]) -> None:
 
 
 def costs(row: Row) -> list[str]:
-    """What an entry costs, as text in the order of `COST_TITLES`; "-" where it was not recorded.
+    """What an entry costs, as text in the order of `COST_TITLES`.
+
+    "-" where it was not recorded.
 
     Example:
         >>> costs({"cost/trainable_parameters": 84000.0, "trained_share": 0.0038, "cost/peak_host_bytes": 1.2e9,
@@ -321,6 +337,7 @@ def costs(row: Row) -> list[str]:
     trained, share, host, gpu, seconds, hours = (float(row[name]) for name in COSTS)
     texts = [_size(trained), f"{100 * share:.2g} %", f"{_size(host)}B", f"{_size(gpu)}B", f"{seconds:,.0f}"]
     shown = [*texts, f"{hours:.2g}"]
+    # A sum is never missing: no hours means that no unit was recorded.
     numbers = (trained, share, host, gpu, seconds, hours or math.nan)
     return [text if math.isfinite(number) else "-" for text, number in zip(shown, numbers, strict=True)]
 
@@ -339,13 +356,19 @@ def has_gains(rows: Sequence[Row]) -> bool:
 
 
 def gains(row: Row) -> list[str]:
-    """Relative gains over linear probing in per cent, as text; empty where the study has no linear probe."""
+    """Relative gains over linear probing in per cent, as text.
+
+    Empty where the study has no linear probe.
+    """
     values = [float(row[name]) for name in GAINS if name in row]
     return ["-" if math.isnan(value) else f"{100 * value:+.1f} %" for value in values]
 
 
 def cells(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
-    """Label, hyperparameters, counts and scores of a row as text; "-" where there is no number."""
+    """Label, hyperparameters, counts and scores of a row as text.
+
+    "-" where there is no number.
+    """
     scores = [_number(row[metrics.validation], math.nan, metrics.selection)]
     for name, metric in reported_metrics(metrics).items():
         scores.append(_number(row[name], row[f"{name}{INTERVAL}"], metric))
@@ -353,7 +376,10 @@ def cells(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
 
 
 def counts(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> str:
-    """Seeds and ID test samples behind a row: `3 × 360`; the seeds alone where the samples are not known."""
+    """Seeds and ID test samples behind a row: `3 × 360`.
+
+    The seeds alone where the samples are not known.
+    """
     samples = row[f"{metrics.test}{SAMPLES}"]
     return f"{row['seeds']} × {samples:,}" if samples else str(row["seeds"])
 

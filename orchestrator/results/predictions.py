@@ -50,11 +50,13 @@ def read_predictions(path: Path) -> pa.Table:
         PredictionsError: the file is missing, damaged, or has other columns.
     """
     try:
+        # Before Arrow parses the schema, which may run code of an extension type.
         problem = footer_problem(path)
         if problem is not None:
             raise _not_predictions(path, problem)
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
+            # Offsets of a damaged file may point outside of its buffers.
             table.validate()
     except FileNotFoundError as error:
         raise PredictionsError(
@@ -81,7 +83,10 @@ def _digest(table: pa.Table, splits: NDArray[np.str_], order: NDArray[np.int64])
 
 @dataclass(frozen=True)
 class SampleColumn:
-    """Per-sample values of a metric of one run. Their weighted mean over strata is the metric."""
+    """Per-sample values of a metric of one run.
+
+    Their weighted mean over strata is the metric.
+    """
 
     values: Floats
     """(n,)"""
@@ -188,6 +193,7 @@ class SampleTables:
             classes = np.unique(targets[part]) if by_class else [None]
             groups += [part if label is None else part[targets[part] == label] for label in classes]
             weights += [1 / (len(rows) * len(classes))] * len(classes)
+        # A stratum of one sample has no variance.
         if not groups or any(len(group) < 2 for group in groups):
             return None
         order = np.concatenate(groups)
@@ -195,6 +201,7 @@ class SampleTables:
         strata = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
         column = SampleColumn(values, strata, np.asarray(weights), _digest(table, in_file, order))
         mean = float(estimate_mean(values[None], strata, column.weights))
+        # A file of another attempt or version would put an interval around another number.
         if abs(mean - recorded) > TOLERANCE * max(1.0, abs(recorded)):
             self.problems[run.number] = (
                 f"Predictions and record of a trial must agree, but trial {run.number} has {name} {recorded:.6g} on "

@@ -63,7 +63,9 @@ Rule = Callable[[Iterable[TrialRecord], TaskMetrics], list[Choice]]
 
 
 def id_val(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
-    """Rank by the score on ID validation; ties: the task's tie-breaker on ID validation, then the earlier trial.
+    """Rank by the score on ID validation.
+
+    Ties: the task's tie-breaker on ID validation, then the earlier trial.
 
     Example:
         >>> from orchestrator.record.records import TrialRecord
@@ -123,9 +125,10 @@ def leave_one_domain_out(records: Iterable[TrialRecord], metrics: TaskMetrics = 
 
 
 def oracle(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
-    """Rank by the mean score over the OOD test domains (the ID test where a study has none).
+    """Rank by the mean score over the OOD test domains.
 
-    It looks at test data, so it is only an upper bound to measure regret with.
+    By that on the ID test where a study has none. It looks at test data, so it is only an upper bound to measure regret
+    with.
     """
     records = list(records)
     has_ood = any(record.metric(metrics.ood_mean) is not None for record in candidates(records))
@@ -133,7 +136,10 @@ def oracle(records: Iterable[TrialRecord], metrics: TaskMetrics = CLASSIFICATION
 
 
 def val_domain(records: Iterable[TrialRecord], domain: str, metrics: TaskMetrics = CLASSIFICATION) -> list[Choice]:
-    """Rank by the score on one OOD domain that the study gave up as a test domain (`val_domain:<name>`)."""
+    """Rank by the score on one OOD domain.
+
+    The study gave this domain up as a test domain (`val_domain:<name>`).
+    """
     return _by_metric(f"{VAL_DOMAIN}{domain}", metrics.of_domain(domain), list(records), metrics)
 
 
@@ -196,9 +202,10 @@ def regret(
     metrics: TaskMetrics = CLASSIFICATION,
     chosen: Choice | None = None,
 ) -> Regret:
-    """Loss of the study's choice against the oracle's, both as means over the seeds of their confirmation.
+    """Loss of the study's choice against the oracle's.
 
-    Where nothing was confirmed, both are measured on their search trials.
+    Both as means over the seeds of their confirmation. Where nothing was confirmed, both are measured on their search
+    trials.
 
     Args:
         chosen: the study's choice, where it is not the first of the rule's ranking.
@@ -218,9 +225,10 @@ def regret(
 def top_candidates(
     records: Iterable[TrialRecord], k: int, rule: str = "id_val", metrics: TaskMetrics = CLASSIFICATION
 ) -> list[TrialRecord]:
-    """Up to `k` distinct configurations for confirmation: the best of every label first, then the rest, each ranked.
+    """Up to `k` distinct configurations for confirmation.
 
-    They are ranked by their search trials alone, whether or not some were confirmed before.
+    The best of every label first, then the rest, each ranked. They are ranked by their search trials alone, whether or
+    not some were confirmed before.
 
     Raises:
         ValueError: negative `k`; or see `rank`.
@@ -254,7 +262,10 @@ def candidates(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def confirmations(records: Iterable[TrialRecord], config_hash: str) -> list[TrialRecord]:
-    """The complete confirmations of a configuration, one per seed (the earliest), in order of their numbers."""
+    """The complete confirmations of a configuration, one per seed.
+
+    The earliest of a seed, in order of their numbers.
+    """
     of_configuration = [r for r in records if r.config_hash == config_hash and r.role == "confirm"]
     complete = sorted((r for r in of_configuration if r.state == "complete"), key=lambda r: r.number)
     # Reversed, so that the earliest trial of a seed is the one that stays in the dict.

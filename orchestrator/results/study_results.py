@@ -94,8 +94,9 @@ class Results:
         return self.decision(rule, label).choice
 
     def decision(self, rule: str | None = None, label: str | None = None) -> Decision:
-        """The choice by a rule or the study's own, and the reason: the best mean validation of the confirmed
-        configurations, or an equal with fewer trained parameters.
+        """The choice by a rule or the study's own, and the reason.
+
+        The best mean validation of the confirmed configurations, or an equal with fewer trained parameters.
 
         Raises:
             ValueError: no complete trial, or the rule lacks what it needs.
@@ -104,7 +105,10 @@ class Results:
         return decide(self.records, rule, self.metrics, self._samples(rule), label)
 
     def per_label(self, rule: str | None = None) -> dict[str, selection.Choice]:
-        """The best configuration of every label that has one, best label first (ValueError: no complete trial)."""
+        """The best configuration of every label that has one.
+
+        Best label first (ValueError: no complete trial).
+        """
         return selection.per_label(self.records, rule or self.rule, self.metrics)
 
     def regret(self, rule: str | None = None) -> selection.Regret:
@@ -197,7 +201,10 @@ class Results:
         )
 
     def markdown(self) -> str:
-        """Leaderboard, choice, regret, findings and warnings as Markdown (the note of the study's run in MLflow)."""
+        """Leaderboard, choice, regret, findings and warnings as Markdown.
+
+        The note of the study's run in MLflow.
+        """
         lines = [f"# {self.name}", "", f"Selection by `{self.rule}`{self._oracle_mark()}.", ""]
         try:
             rows = self.leaderboard().to_dict("records")
@@ -225,7 +232,10 @@ class Results:
         return sentences
 
     def _chosen(self) -> dict[str, TrialRecord]:
-        """The chosen configuration per label; by ID validation where the study's own rule is not applicable."""
+        """The chosen configuration per label.
+
+        By ID validation where the study's own rule is not applicable.
+        """
         try:
             choices = self.per_label()
         except ValueError:
@@ -270,20 +280,29 @@ class Results:
         return sentences
 
     def _samples(self, rule: str) -> SampleTables:
-        """Per-sample results; a domain that the rule validates on is left out of means over OOD domains."""
+        """Per-sample results for a rule.
+
+        A domain that the rule validates on is left out of means over OOD domains.
+        """
         domain = rule.removeprefix(VAL_DOMAIN) if rule.startswith(VAL_DOMAIN) else None
         if domain not in self._tables:
             self._tables[domain] = SampleTables(self.folder, domain)
         return self._tables[domain]
 
     def _devices(self) -> float:
-        """Share of a device that one trial holds: its GPUs, or 1 for the CPUs of a trial without one."""
+        """Share of a device that one trial holds.
+
+        Its GPUs, or 1 for the CPUs of a trial without one.
+        """
         gpus = _field(_field(self.spec, "resources"), "gpus")
         return float(gpus) if isinstance(gpus, int | float) and gpus > 0 else 1.0
 
 
 def _trial_values(record: TrialRecord) -> dict[str, Any]:
-    """One trial as plain values: its identity, configuration, state, and the last value of every metric."""
+    """One trial as plain values.
+
+    Its identity, configuration, state, and the last value of every metric.
+    """
     return {
         "number": record.number,
         "label": record.label,

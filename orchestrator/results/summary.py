@@ -1,6 +1,7 @@
-"""Summary of a study's results for its tracked runs: tags, metrics and artifacts. Pure; imports no mlflow.
+"""Summary of a study's results for its tracked runs.
 
-It is made from journal records alone, so that a replay of the journal gives the same contents.
+Tags, metrics and artifacts. Pure; imports no mlflow. It is made from journal records alone, so that a replay of the
+journal gives the same contents.
 """
 
 from __future__ import annotations
@@ -56,8 +57,13 @@ class Summarizer:
     all_pictures: bool = False
     """Draw the curves of every complete trial."""
 
-    def curves(self, header: Mapping[str, Any], curves: Curves, record: TrialRecord | None = None) -> dict[str, Render]:
-        """Artifacts of the curves of one event: numbers as JSON, and pictures of a study's own curves."""
+    def curve_files(
+        self, header: Mapping[str, Any], curves: Curves, record: TrialRecord | None = None
+    ) -> dict[str, Render]:
+        """Artifacts of the curves of one event.
+
+        Numbers as JSON, and pictures of a study's own curves.
+        """
         files: dict[str, Render] = {name: text.encode for name, text in curve_texts(curves, record).items()}
         if record is None:
             files |= _drawn(curves, None, _task_metrics(header))
@@ -75,9 +81,10 @@ class Summarizer:
     def study(
         self, header: Mapping[str, Any], records: Sequence[TrialRecord], measurements: Mapping[str, Mapping[str, Any]]
     ) -> Summary:
-        """Contents of the study's run: leaderboard and findings as its note, numbers of the chosen configuration.
+        """Contents of the study's run.
 
-        A study without a complete trial has a note that gives the reason.
+        Leaderboard and findings as its note, numbers of the chosen configuration. A study without a complete trial has
+        a note that gives the reason.
 
         Args:
             header: as `orchestrator.record.records.study_header`.
@@ -152,7 +159,10 @@ def _pictures_of_the_best(results: Results) -> dict[int, dict[str, Render]]:
 
 
 def _best_of_history(record: TrialRecord, task: TaskMetrics | None) -> dict[str, float]:
-    """Best validation score and its earliest unit, for a trial that ended before it reported them."""
+    """Best validation score and its earliest unit.
+
+    For a trial that ended before it reported them.
+    """
     if task is None or task.best_validation in record.metrics:
         return {}
     name = task.validation

@@ -1,1 +1,4 @@
-"""One run of a study: trials under Tune, failure handling, the journal's callback and progress displays."""
+"""One run of a study under Tune.
+
+Trials, failure handling, the journal's callback and progress displays.
+"""

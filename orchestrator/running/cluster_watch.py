@@ -1,7 +1,8 @@
-"""Ends a run whose local cluster has died, where Ray would wait: for a minute, or for ever.
+"""Ends a run whose local cluster has died.
 
-Without its head process (`gcs_server`) Ray ends the driver by itself after `RAY_gcs_rpc_server_reconnect_timeout_s`,
-with a message of its own. Without the raylet it waits for a machine that cannot come back.
+Ray would wait: for a minute, or for ever. Without its head process (`gcs_server`) Ray ends the driver by itself after
+`RAY_gcs_rpc_server_reconnect_timeout_s`, with a message of its own. Without the raylet it waits for a machine that
+cannot come back.
 """
 
 from __future__ import annotations

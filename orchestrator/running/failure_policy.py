@@ -121,10 +121,10 @@ class CircuitBreakerError(ValueError):
 
 
 class CircuitBreaker(Stopper):  # type: ignore[misc]  # ray is untyped
-    """Stops a study when most of its trials fail for the same reason: the rest would fail, too.
+    """Stops a study when most trials fail for the same reason.
 
-    A running trial counts as a success until it fails, so that trials which fail fast do not stop a study whose others
-    are still training. Failures of earlier runs do not count: their cause may be gone.
+    The rest would fail, too. A running trial counts as a success until it fails, so that trials which fail fast do not
+    stop a study whose others are still training. Failures of earlier runs do not count: their cause may be gone.
 
     Args:
         after: failures for one reason that open the circuit; None = never.
@@ -189,7 +189,10 @@ class CircuitBreaker(Stopper):  # type: ignore[misc]  # ray is untyped
 
 
 def _shape(error: str) -> str:
-    """An error without its numbers, so that the same mistake in two trials is the same text."""
+    """An error without its numbers.
+
+    The same mistake in two trials is then the same text.
+    """
     return re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", error)
 
 

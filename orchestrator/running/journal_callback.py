@@ -133,13 +133,18 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
     @_never_raises
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Record that a trial used its budget, was stopped by the scheduler, or reported a failure."""
+        """Record the end of a trial that Tune takes for complete.
+
+        It used its budget, was stopped by the scheduler, or reported a failure.
+        """
+        # An error that no retry cures is returned as a result, which Tune takes for the trial's last one.
         failure = self._failures.pop(trial.trial_id, None)
         if failure is not None:
             self._failed(trial, {"reason": classify(failure), "error": error_line(failure)})
             return
         finished = self._finished.get(trial.trial_id, bool((trial.last_result or {}).get("finished")))
         self.journal.append("trial_finished", trial_id=trial.trial_id, state="complete" if finished else "pruned")
+        # After the event: without it a repeated run resumes from these checkpoints.
         self._discard(trial)
         self._discard_superseded()
 
@@ -171,12 +176,16 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
             self._discard(trial)
 
     def _discard_superseded(self) -> None:
-        """Remove weights and predictions that are no longer retained. The trial that is better has its end in the
-        journal by now: a driver killed in between removes them at its next start."""
+        """Remove weights and predictions that are no longer retained.
+
+        The trial that is better has its end in the journal by now: a driver killed in between removes them at its next
+        start.
+        """
         if self.folder is None or self._retention is None:
             return
         for record in self._retention.superseded(self._records.all()):
             if record.weights is not None or record.predictions is not None:
+                # Before the removal: a record never lists files that are gone.
                 self.journal.append("weights_discarded", trial_id=record.trial_id, why="superseded")
                 discard_kept(self.folder, record.number)
 
@@ -197,6 +206,7 @@ def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
 def _same(past: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
     """Whether two results of a unit are equal, but for its costs; NaN equals NaN."""
     names = {name for name in {*past, *metrics} - {"unit"} if not is_cost(name)}
+    # By `repr`, since NaN differs from itself.
     return all(repr(past.get(name)) == repr(metrics.get(name)) for name in names)
 
 

@@ -75,7 +75,10 @@ FSR = "fsr"
 
 
 def record_fsr(journal: Journal) -> None:
-    """Append the estimates from the reference trials as a `measured` event, unless the journal has the same already."""
+    """Append the estimates from the reference trials as a `measured` event.
+
+    Unless the journal has the same already.
+    """
     events = journal.events()
     fsr = estimates(fold(events))
     metrics = study_metrics(fsr)

@@ -71,7 +71,9 @@ class StudyRun:
     """Keys that may differ from the last run (`orchestrator.record.changes`)."""
 
     def run(self) -> None:
-        """Run or continue the study until its trials are done; after Ctrl-C it can be continued.
+        """Run or continue the study until its trials are done.
+
+        After Ctrl-C it can be continued.
 
         Raises:
             JournalError: another process runs this study; nothing was written.
@@ -147,6 +149,7 @@ class StudyRun:
                 tuner.fit()
         except KeyboardInterrupt:
             running = [record.number for record in fold(journal.events()) if record.state == "running"]
+            # Actors are still alive here, and write what they trained since their last checkpoint.
             keep_now(self.folder, running, CHECKPOINT_WAIT_S)
             raise
         finally:

@@ -35,7 +35,10 @@ def follow(spec: StudySpec, journal: Journal | Path) -> AbstractContextManager[T
 
 
 def study_backlog(spec: StudySpec, folder: Path) -> DeliveryCounts:
-    """What a study's own tracking server lacks of its journal, as far as its folder shows."""
+    """What a study's own tracking server lacks of its journal.
+
+    As far as its folder shows.
+    """
     return study_tracking.study_backlog(spec, folder, summarizer())
 
 

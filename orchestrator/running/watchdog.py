@@ -130,7 +130,9 @@ class _Expected(NamedTuple):
 
 
 class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
-    """Checks every running trial at each step of Tune's loop, which runs whether or not results arrive.
+    """Checks every running trial at each step of Tune's loop.
+
+    The loop runs whether or not results arrive.
 
     Args:
         limits: the study's section `failures`.

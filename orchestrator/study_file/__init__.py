@@ -1,4 +1,5 @@
-"""The study file: its schema, the rules between its keys, reading it, and errors in plain words.
+"""The study file.
 
-Modules, each importing only those before it: `yaml_text`, `rules`, `explain`, `entries`, `schema`, `load`.
+Its schema, the rules between its keys, reading it, and errors in plain words. Modules, each importing only those before
+it: `yaml_text`, `rules`, `explain`, `entries`, `schema`, `load`.
 """

@@ -110,8 +110,12 @@ def _fixed_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Problem
 
 
 def _type_message(hint: Any, value: Any) -> str | None:
-    """None where `value` is of the declared type; lists stand for tuples, and integers for numbers."""
+    """Message for a value of another type; None = it fits.
+
+    Lists stand for tuples, and integers for numbers.
+    """
     try:
+        # Strict: pydantic would otherwise convert "3" to 3.
         TypeAdapter(hint).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
     except ValidationError:
         return wrong_type(_type_in_words(hint), value)

@@ -115,7 +115,10 @@ def _message(kind: str, path: KeyPath, value: Any, context: Mapping[str, Any], m
 
 
 def _way_out(expected: str, value: Any) -> str:
-    """A sentence with a leading space for the common mistakes with quotes, brackets and decimals; else empty."""
+    """Way out of a common mistake, with a leading space; else empty.
+
+    Mistakes with quotes, brackets and decimals.
+    """
     if expected == "a boolean" and isinstance(value, str):
         return " Write true or false without quotes: YAML 1.2 has no other booleans."
     if expected in ("a number", "an integer") and isinstance(value, str) and _parses(float, value):

@@ -1,4 +1,7 @@
-"""Reading a study file: a checked `StudySpec` with absolute paths, or all problems with their lines."""
+"""Reading a study file.
+
+Into a checked `StudySpec` with absolute paths, or all problems with their lines.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ _PREFIXED_PATH_KEYS = (("model", "name", "local-dir:"), ("tracking", "uri", "sql
 
 
 def load_study(path: str | Path) -> StudySpec:
-    """Read a study file; relative paths in it are made absolute, from the file's own folder.
+    """Read a study file.
+
+    Relative paths in it are made absolute, from the file's own folder.
 
     Raises:
         StudyError: all problems at once, with line numbers.
@@ -27,7 +32,9 @@ def load_study(path: str | Path) -> StudySpec:
 
 
 def resolved_study(path: str | Path) -> dict[str, Any]:
-    """The checked fields of a study file with absolute paths, so that it can be read on another machine.
+    """The checked fields of a study file with absolute paths.
+
+    They can be read on another machine.
 
     Raises:
         StudyError: see `load_study`.
@@ -39,6 +46,7 @@ def resolved_study(path: str | Path) -> dict[str, Any]:
     except StudyError as error:
         located = [Problem(p.path, p.message, document.line(p.path)) for p in error.problems]
         raise StudyError(located, str(path)) from None
+    # Without defaults: those of the Luthier that reads the fields count.
     return absolute_paths(spec.model_dump(mode="json", exclude_unset=True), file.resolve().parent)
 
 
@@ -48,6 +56,7 @@ def absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     These are data.root, model.weights, model.name (`local-dir:…`), storage and a SQLite tracking.uri; URLs stay.
     Missing storage becomes `<folder>/studies`: a job's working directory is deleted with the job.
     """
+    # A deep copy, because nested sections are written into.
     study: dict[str, Any] = json.loads(json.dumps(fields))
 
     def absolute(value: str) -> str:

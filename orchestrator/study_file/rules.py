@@ -1,7 +1,7 @@
-"""Rules of a study that its types alone do not express, as functions of plain values.
+"""Rules of a study that its types alone do not express.
 
-`check_…` functions validate one value: they return it, or raise `RuleError`. `…_problems` functions compare several
-keys: they yield one (path, message) per violation.
+Functions of plain values. `check_…` functions validate one value: they return it, or raise `RuleError`. `…_problems`
+functions compare several keys: they yield one (path, message) per violation.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def check_name(value: Any) -> Any:
             "a study's name has 1 to 100 letters, digits, '.', '_' or '-' and starts with a letter or digit, "
             f"but got {value!r:.80}."
         )
+    # In lower case: file systems of macOS and Windows do not tell `Data` from `data`.
     if isinstance(value, str) and value.lower() in RESERVED:
         raise _broken(f"{value!r} is reserved for a folder beside the studies. Choose another name.")
     return value

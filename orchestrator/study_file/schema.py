@@ -18,7 +18,10 @@ from orchestrator.study_file.explain import explain
 
 
 class Section(BaseModel):
-    """A part of a study file: unknown keys and values of another type are errors, never converted."""
+    """A part of a study file.
+
+    Unknown keys and values of another type are errors, never converted.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -26,7 +29,9 @@ class Section(BaseModel):
 
 
 class DataSpec(Section):
-    """Which images, which domains are in distribution (ID) and which are not (OOD), and how they are split."""
+    """Which images, in which domains, and how they are split.
+    Domains are in distribution (ID) or not (OOD).
+    """
 
     source: Literal["folder", "parquet", "npz", "digits"] = "folder"
     """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`), Parquet files,
@@ -87,7 +92,10 @@ class ModelSection(Section):
 
 
 class StrategyEntry(Section):
-    """One competing way of fine-tuning. A name alone, such as `daft`, is short for `{name: daft}`."""
+    """One competing way of fine-tuning.
+
+    A name alone, such as `daft`, is short for `{name: daft}`.
+    """
 
     name: str
     """The strategy: see the table in the README."""
@@ -178,7 +186,9 @@ class ConfirmSpec(Section):
 
 
 class DiagnosticsSpec(Section):
-    """What is measured beside accuracy: of each trial, of the pretrained network, and by reference trials."""
+    """What is measured beside accuracy.
+    Of each trial, of the pretrained network, and by reference trials.
+    """
 
     measure: list[Literal["shift", "distortion", "cka", "plasticity", "gradients"]] = ["shift", "distortion", "cka"]
     """Of each trial: `shift` of the norm layers' γ and β, `distortion` of features and change of parameters, `cka` per
@@ -313,6 +323,7 @@ class StudySpec(Section):
             spec = cls.model_validate(dict(fields))
         except ValidationError as error:
             problems = explain(error, cls)
+        # Of the raw fields, also where the model refused them: all problems are reported at once.
         problems += entry_problems(fields.get("strategies"))
         if problems or spec is None:
             raise StudyError(problems)

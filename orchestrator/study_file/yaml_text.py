@@ -43,7 +43,10 @@ class Document:
     """Line (from 1) of the key or list item at each path."""
 
     def line(self, path: KeyPath) -> int | None:
-        """Line of a path, or of its nearest ancestor in the file (a missing key has no line)."""
+        """Line of a path, or of its nearest ancestor in the file.
+
+        A missing key has no line of its own.
+        """
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
@@ -60,6 +63,7 @@ def read_yaml(path: str | Path) -> Document:
     file = Path(path)
     try:
         with file.open("rb") as stream:
+            # One byte more than allowed shows that a file is too large, whatever its size.
             content = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise _error(file, "there is no such file. `luthier init` writes one for your data.") from None
@@ -70,6 +74,7 @@ def read_yaml(path: str | Path) -> Document:
     if len(content) > MAX_BYTES:
         raise _error(file, f"a study file has at most {MAX_BYTES:,} bytes, but this one has more. Is it a data file?")
     try:
+        # `-sig`: editors on Windows begin a file with a byte order mark.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -108,7 +113,9 @@ def parse_yaml(text: str, source: str = "The study") -> Document:
 
 
 def scalar(value: str) -> Any:
-    """Value of an unquoted YAML scalar by the core schema of YAML 1.2: None, bool, int, float or str.
+    """Value of an unquoted YAML scalar: None, bool, int, float or str.
+
+    By the core schema of YAML 1.2.
 
     Raises:
         ValueError: an integer with leading zeros, which is octal in YAML 1.1.
@@ -165,6 +172,7 @@ class _Reader:
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event)
         self._count(1, event)
+        # "!" makes a scalar a string, and names no type.
         if event.tag is not None and event.tag != "!":
             raise _RefusedError(f"tags are not allowed in a study, but got {event.tag!r}. Remove it.", _line(event))
         if len(path) > MAX_DEPTH:
@@ -252,7 +260,10 @@ def _error(file: Path, message: str, line: int | None = None) -> StudyError:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that YAML 1.2 would read as other values (`1e3`, `012`), which PyYAML leaves plain."""
+    """Quotes strings that YAML 1.2 would read as other values.
+
+    Such as `1e3` and `012`, which PyYAML leaves plain.
+    """
 
 
 def _represent_string(dumper: _Dumper, value: str) -> yaml.ScalarNode:

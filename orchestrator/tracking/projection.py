@@ -166,7 +166,7 @@ class Projection:
         self._measured_events.append(event)
         update = self._study_update()
         update.points = self._points(_finite(event.get("metrics") or {}), milliseconds(event["time"]), step=0)
-        update.files |= self._summarizer.curves(self._header.fields, event.get("curves") or {})
+        update.files |= self._summarizer.curve_files(self._header.fields, event.get("curves") or {})
         return update
 
     def _study_finished(self, event: Mapping[str, Any]) -> list[RunUpdate]:
@@ -295,7 +295,7 @@ class Projection:
         trial.not_finite += len(metrics) - len(finite)
         if trial.not_finite:
             update.tags["metrics_not_finite"] = str(trial.not_finite)
-        update.files |= self._summarizer.curves(self._header.fields, event.get("curves") or {}, trial.record)
+        update.files |= self._summarizer.curve_files(self._header.fields, event.get("curves") or {}, trial.record)
         if event.get("node"):
             update.tags["status.node"] = str(event["node"])
 

@@ -66,7 +66,7 @@ class StudySummary(Summary, Protocol):
 class Summarizer(Protocol):
     """Computes what a record means. Injected, since tracking must not depend on results."""
 
-    def curves(
+    def curve_files(
         self,
         header: Mapping[str, Any],
         curves: Mapping[str, Mapping[str, Any]],

@@ -1,4 +1,7 @@
-"""Pooled features of the pretrained backbone: computed once per weights, data and view, shared by all trials."""
+"""Cache of the pretrained backbone's pooled features.
+
+Computed once per weights, data and view, shared by all trials.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ class FeatureCache:
         view: Callable[[Tensor], Tensor],
         device: torch.device | str = "cpu",
     ) -> NDArray[np.float32]:
-        """Features (count, D) of the first `count` images of a split, in the order of the store; read-only.
+        """Features (count, D) of the first `count` images of a split.
+
+        In the order of the store; read-only.
 
         Args:
             backbone: the pretrained network; it is not moved or changed.
@@ -73,7 +78,8 @@ class FeatureCache:
         if count > total:
             raise ValueError(f"Features of the first {count} images of {split} were asked for, but it has {total}.")
         device = torch.device(device)
-        rows = min(total, -(-count // BATCH) * BATCH)  # whole batches
+        # Whole batches: a matrix product may round differently in a batch of another size.
+        rows = min(total, -(-count // BATCH) * BATCH)
         # With the type of device: a GPU rounds differently from a CPU, and equal requests must get equal bits.
         key = [backbone.digest, store.digest, split, str(backbone.data_config), device.type]
         stem = self.root / "features" / short_hash(key, digits=24)
@@ -114,6 +120,7 @@ def _map(path: Path) -> NDArray[np.float32]:
         # Never a pickle, which an .npy file may hold and which can run code.
         _mapped[path] = np.load(path, mmap_mode="r", allow_pickle=False)
         while len(_mapped) > MAPPED_LIMIT:
+            # Drops the cache's reference alone: an array that is in use stays mapped.
             _mapped.popitem(last=False)
     _mapped.move_to_end(path)
     return _mapped[path]

@@ -23,8 +23,7 @@ def stratified_split(
     """Assign every sample to train, val or test, with the same shares in each class.
 
     Of a class with n samples, max(1, round(n · fraction)) go to test, and likewise to val; the rest, at least one, is
-    for training. Within a class the domains are spread evenly over the three. Each class has a random stream of its
-    own, so that other classes never change where its samples go.
+    for training. Within a class the domains are spread evenly over the three.
 
     Args:
         labels: (n,) class of each sample.
@@ -54,6 +53,7 @@ def stratified_split(
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         val_size, test_size = _split_sizes(len(members), val_fraction, test_fraction, int(label))
+        # A random stream per class: other classes never change where its samples go.
         order = members[_spread(domains[members], stream_seed(seed, "split", int(label)))]
         # Test first: another share for validation leaves the test split as it is (except in the smallest classes).
         codes[order[:test_size]] = TEST
@@ -94,9 +94,9 @@ def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:
 
 
 def fraction_size(labels: Integers, fraction: float) -> int:
-    """Length of the prefix with a fraction of each class in nested order: Σ_c |{r : r / n_c < fraction}|.
+    """Length of the nested-order prefix with a fraction of each class.
 
-    At least one sample per class.
+    Σ_c |{r : r / n_c < fraction}|; at least one sample per class.
 
     Args:
         labels: (n,) class of each sample, in any order.
@@ -117,7 +117,10 @@ def fraction_size(labels: Integers, fraction: float) -> int:
 
 
 def _split_sizes(count: int, val_fraction: float, test_fraction: float, label: int) -> tuple[int, int]:
-    """Sizes of validation and test of a class with `count` samples; at least one sample remains for training."""
+    """Sizes of validation and test of a class with `count` samples.
+
+    At least one sample remains for training.
+    """
     sizes = [max(1, round(count * fraction)) if fraction > 0 else 0 for fraction in (val_fraction, test_fraction)]
     parts = 1 + sum(size > 0 for size in sizes)
     if count < parts:
@@ -125,12 +128,16 @@ def _split_sizes(count: int, val_fraction: float, test_fraction: float, label: i
             f"A class to be split into {parts} parts needs {parts} samples, but class {label} has {count}."
         )
     while sum(sizes) >= count:
+        # At equal sizes the first, validation, gives way.
         sizes[int(np.argmax(sizes))] -= 1
     return sizes[0], sizes[1]
 
 
 def _spread(domains: Integers, seed: int) -> Integers:
-    """A random order of one class in which any stretch has each domain in proportion, to within one sample."""
+    """A random order of one class, stratified by domain.
+
+    Any stretch of it has each domain in proportion, to within one sample.
+    """
     generator = np.random.default_rng(seed)
     keys = np.empty(len(domains))
     for domain in np.unique(domains):

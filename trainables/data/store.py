@@ -105,6 +105,7 @@ class Store:
                 f"A data store of format {FORMAT} is needed, but {self.path} has format {manifest.get('format')!r}. "
                 f"Delete {self.path}: the next run reads the data again."
             )
+        # The size at every start; the digest, which takes a read of the whole file, in `verify` only.
         if size != manifest["bytes"]:
             raise StoreError(
                 f"{self.path / DATA} must have {manifest['bytes']} bytes, but it has {size}. "
@@ -183,7 +184,10 @@ class Store:
             )
 
     def _arrow_metadata(self) -> dict[str, Any]:
-        """Classes, domains, splits and size from the schema of `data.arrow`; empty if another program wrote it."""
+        """Classes, domains, splits and size from the schema of `data.arrow`.
+
+        Empty if another program wrote the file.
+        """
         import pyarrow as pa
 
         self._check_no_extension_types()
@@ -199,12 +203,15 @@ class Store:
         names = self.splits
         self._check_no_extension_types()
         try:
+            # Never closed: the columns are views of the mapped file.
             reader = pa.ipc.open_file(pa.memory_map(str(self.path / DATA)))
             return {name: reader.get_batch(index) for index, name in enumerate(names)}
         except pa.ArrowException as error:
             raise self._not_plain(f"cannot be read as one ({error})") from error
 
     def _check_no_extension_types(self) -> None:
+        # Parsing a schema builds its extension types, and Ray registers one in every worker that unpickles its
+        # metadata.
         problem = footer_problem(self.path / DATA)
         if problem is not None:
             raise self._not_plain(problem)

@@ -1,4 +1,7 @@
-"""Crop, augmentation and normalisation of a batch of uint8 pixels, on the device of the batch."""
+"""Crop, augmentation and normalisation of a batch of uint8 pixels.
+
+Computed on the device of the batch.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +54,9 @@ class BatchTransform:
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels (B, H, W, 3) uint8 → (B, 3, S, S) float32, (x / 255 − mean) / std.
+        """Pixels (B, H, W, 3) uint8 → normalised (B, 3, S, S).
 
-        The input is not modified.
+        The values are (x / 255 − mean) / std, in float32. The input is not modified.
 
         Args:
             images: stored pixels, on any device.
@@ -80,6 +83,7 @@ class BatchTransform:
             # Exchange all bits or none: five times as fast as `torch.where` on a CPU, and as exact.
             pixels = pixels ^ ((pixels ^ pixels.flip(3)) & (flipped.to(torch.uint8) * 255))
         scale, offset = self._scale_and_offset(images.device)
+        # In place: the conversion from uint8 has already made a new tensor.
         return pixels.to(torch.float32).mul_(scale).add_(offset)
 
     def _centre(self, images: Tensor) -> Tensor:
@@ -89,7 +93,10 @@ class BatchTransform:
         return images[:, top : top + side, left : left + side]
 
     def _cropped(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A random window of each image, reflected beyond the edges, by one indexed look-up: (B, 3, S, S) uint8."""
+        """A random window of each image: (B, 3, S, S) uint8.
+
+        Reflected beyond the edges, by one indexed look-up.
+        """
         count, height, width, channels = images.shape
         rows = self._window(count, height, generator)
         columns = self._window(count, width, generator)

@@ -41,6 +41,7 @@ def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.
     """Copy images of a split by index: (B, H, W, 3) uint8 on `device`."""
     images = store.images(split)
     if device.type == "cpu":
+        # `np.take` copies: torch does not respect that the store's memory is read-only.
         return torch.from_numpy(np.take(images, indices, axis=0))
     cached = _cached_split(store, split, device)
     if cached is not None:
@@ -99,7 +100,9 @@ def batch_positions(
 
 
 def balanced_order(labels: Indices, seed: int) -> Indices:
-    """As many positions as there are labels, in random order, every class equally often (to one).
+    """As many positions as there are labels, all classes equally often.
+
+    In random order; the counts of classes differ by one at most.
 
     Images of a small class come several times, equally often (to one); of a large class a random part comes, each
     image at most once.
@@ -119,20 +122,23 @@ def balanced_order(labels: Indices, seed: int) -> Indices:
         members = np.flatnonzero(labels == label)
         rounds = [random.permutation(members) for _ in range(-(-int(share) // len(members)))]
         parts += [np.concatenate(rounds)[:share]] if rounds else []
+    # The parts stand class by class.
     return random.permutation(np.concatenate(parts))
 
 
 def class_counts(spec: TrialSpec, store: StoreLike) -> tuple[int, ...]:
     """Training samples of each class of the store, in a trial."""
     labels = np.concatenate([store.labels(source)[indices] for source, indices in select_samples(spec, store)["train"]])
+    # `minlength`: a class without a training sample counts 0, and keeps its place.
     return tuple(np.bincount(labels, minlength=len(store.classes)).tolist())
 
 
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
-    """Samples of each split, as a list of (split of the store, ascending positions in it).
+    """Samples of each split: (split of the store, ascending positions in it).
 
-    `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and validation images of a
-    held-out domain move from `train` and `val` to the split `held_out`, on which a fold is scored.
+    A list of such pairs per split. `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and
+    validation images of a held-out domain move from `train` and `val` to the split `held_out`, on which a fold is
+    scored.
 
     Raises:
         ValueError: the held-out domain is not an ID domain, or the only one; `train_on` is not an OOD domain.
@@ -286,9 +292,9 @@ class TrialData:
         drop_last: bool = False,
         start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a split: normalised images (B, 3, H, W) float32 and targets, on the device.
+        """Batches of normalised images and targets of a split, on the device.
 
-        Targets are labels (B,) int64, unless the task's transform returns others.
+        Images are (B, 3, H, W) float32, targets labels (B,) int64, unless the task's transform returns others.
 
         Args:
             split: see the class.
@@ -309,6 +315,7 @@ class TrialData:
             pixels = gather_images(self.store, source, indices, self.device)
             labels = to_device(self.store.labels(source)[indices], self.device)
             if generator is None or augment_seed is None:
+                # Also for training without augmentation: nothing is drawn, so no generator is seeded.
                 images, targets = self._transform(pixels, labels, self._center_crop, None)
             else:
                 # Seeded per batch, so that a unit resumed at `start` reproduces its augmentation.
@@ -341,6 +348,7 @@ class TrialData:
         """Mean ‖φ‖² of the pretrained features of (up to 1024) training images of this trial."""
         source, indices = self._part("train")[0]
         sample = self._cached_features(source, indices[:_SCALE_SAMPLES])
+        # In float64: the head's learning rate is a quotient of this number.
         return float(np.square(sample, dtype=np.float64).sum(1).mean())
 
     @property
@@ -369,7 +377,10 @@ class TrialData:
         return self._parts[split]
 
     def _plan(self, split: str, size: int, seed: int | None, drop_last: bool) -> list[tuple[str, Indices]]:
-        """Batches as (split of the store, positions in it); none mixes two splits of the store."""
+        """Batches as (split of the store, positions in it).
+
+        No batch mixes two splits of the store.
+        """
         return [
             (source, indices[positions])
             for source, indices in self._part(split)
@@ -379,7 +390,7 @@ class TrialData:
         ]
 
     def _balance(self, split: str, labels: Indices) -> Indices | None:
-        """The labels by which a split is balanced where it is shuffled; None = it is not."""
+        """Labels by which a shuffled split is balanced; None = not balanced."""
         return labels if split == "train" and self.spec.shared.sampling == "balanced" else None
 
     def _cached_features(self, source: str, indices: Indices) -> NDArray[np.float32]:
@@ -390,6 +401,7 @@ class TrialData:
         return np.asarray(features[indices])
 
     def _memory_format(self, images: Tensor) -> Tensor:
+        # The layout in which cuDNN's convolutions need no transposition.
         return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 
     def _delivered(self) -> None:

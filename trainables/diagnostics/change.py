@@ -1,4 +1,7 @@
-"""Relative change of parameters and BatchNorm statistics, ‖W̃ − W‖₂ / ‖W‖₂ (Ha et al., 2024, eq. 6, Fig. 2)."""
+"""Relative change of parameters and BatchNorm statistics, ‖W̃ − W‖₂ / ‖W‖₂.
+
+Source: Ha et al. (2024), eq. 6 and Fig. 2.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,7 @@ def change_report(changes: list[TensorChange]) -> dict[str, float | Curve]:
     for kind in kinds:
         metrics[CHANGE.of(kind)] = _mean(change for change in changes if change.kind == kind)
     backbone = [change for change in changes if change.kind not in ("head", "bn_mean", "bn_var")]
+    # Norms of the tensors combine to the norm of all of them as one vector; `hypot` cannot overflow on the way.
     moved = math.hypot(*(change.distance for change in backbone))
     reference = math.hypot(*(change.reference for change in backbone))
     metrics[CHANGE.of("total")] = moved / reference if reference else moved
@@ -120,6 +124,7 @@ def change_report(changes: list[TensorChange]) -> dict[str, float | Curve]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
+    # Summed in float64: a sum of millions of squares loses digits in float32.
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return norm
 

@@ -25,17 +25,25 @@ NOTE = "Linear CKA between a block's activations in the pretrained and in the tu
 
 
 def gram(activations: Tensor) -> Tensor:
-    """Gram matrix of centred activations: (B, …) → (B, B) float64; zero where rows differ by rounding only."""
+    """Gram matrix of centred activations: (B, …) → (B, B) float64.
+
+    Zero where rows differ by rounding only.
+    """
+    # Hooks run inside the forward pass's autocast, which would round the product to bfloat16.
     with torch.autocast(activations.device.type, enabled=False):
         rows = activations.detach().flatten(1).float()
         # The unbiased HSIC does not depend on the mean; subtracting it avoids cancellation in its sums.
         centred = rows - rows.mean(0)
+        # The rounding of activations that do not depend on the image would otherwise count as a pattern of the images.
         alike = centred.norm() <= 4 * torch.finfo(torch.float32).eps * rows.norm()
         return torch.where(alike, 0.0, (centred @ centred.T).double())
 
 
 def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """HSIC₁ of two (n, n) Gram matrices, n ≥ 4 (Song et al. 2012, eq. 5; Nguyen et al. 2021, eq. 3)."""
+    """HSIC₁ of two (n, n) Gram matrices, n ≥ 4.
+
+    Song et al. (2012), eq. 5; Nguyen et al. (2021), eq. 3.
+    """
     n = len(k)
     # Zero diagonals: the similarity of an image with itself is what biases the usual estimate.
     k = k - torch.diag(k.diagonal())
@@ -74,6 +82,7 @@ def block_cka(
         for name, k in first.items():
             l = second[name]  # noqa: E741
             hsics = torch.stack([unbiased_hsic(k, l), unbiased_hsic(k, k), unbiased_hsic(l, l)])
+            # Summed over batches before the quotient: a mean of quotients would be biased.
             sums[name] = sums[name] + hsics if name in sums else hsics
     if not sums:
         raise ValueError(f"CKA needs a batch of at least {SMALLEST_BATCH} images, but got none.")
@@ -112,7 +121,10 @@ def _grams(network: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, 
 
 
 def _activations(output: Any, count: int) -> Tensor | None:
-    """The first tensor with one row per image (some blocks return their grid size or several streams)."""
+    """The first tensor with one row per image.
+
+    Some blocks return their grid size or several streams.
+    """
     outputs = output if isinstance(output, (tuple, list)) else [output]
     tensors = (o for o in outputs if isinstance(o, Tensor) and o.ndim > 1 and len(o) == count)
     return next(tensors, None)

@@ -1,4 +1,7 @@
-"""Feature distortion (Ha et al., 2024, Fig. 1): per-image change of the pooled features by fine-tuning."""
+"""Feature distortion: per-image change of the pooled features by fine-tuning.
+
+Source: Ha et al. (2024), Fig. 1.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,11 @@ def feature_distortion(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     a_squared = (a * a).sum(1)
     b_squared = (b * b).sum(1)
     scale = (a_squared * b_squared).sqrt()
+    # Used only where the product is zero: equal norms are both zero there.
     both_zero = (a_squared == b_squared).double()
     # √(‖a‖²‖b‖²), not ‖a‖·‖b‖: for equal rows the root of a square is exact, so that the cosine is exactly 1.
     cosine = torch.where(scale == 0, both_zero, (a * b).sum(1) / scale)
+    # Rounding can leave a cosine just outside [−1, 1].
     return cosine.clamp(-1, 1), torch.linalg.vector_norm(b - a, dim=1)
 
 
@@ -87,6 +92,7 @@ class FeatureDistortion:
 
         def add(after: Tensor) -> None:
             nonlocal position
+            # Cached features are in the order of the batches.
             rows = to_device(before[position : position + len(after)], after.device)
             distances.append(feature_distortion(rows, after.detach()))
             position += len(after)

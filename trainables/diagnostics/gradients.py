@@ -48,6 +48,7 @@ class GradientNorms:
         self._steps += 1
         if not present:
             return
+        # In float64: the square of a large float32 norm overflows.
         squares = tensor_norms(present).double().square()
         kind_index = self._kind_index
         if len(present) < len(gradients):
@@ -68,6 +69,7 @@ class GradientNorms:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore the sums that `state` returned."""
+        # A copy: the sums grow in place, which would change the caller's checkpoint.
         self._sums = state["sums"].to(self._sums.device, copy=True)
         self._steps = int(state["steps"])
 

@@ -1,6 +1,7 @@
-"""Shift of the scale γ and offset β of norm layers, and the Fine-tuning Shift Ratio (FSR).
+"""Shift of norm layers, and the Fine-tuning Shift Ratio (FSR).
 
-LayerNorm shift and FSR: Tan et al. (2025). The same measure of BatchNorm is Luthier's addition.
+Of the scale γ and the offset β. LayerNorm shift and FSR: Tan et al. (2025). The same measure of BatchNorm is Luthier's
+addition.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ class LayerShift:
 
 @dataclass(frozen=True)
 class NormShift:
-    """Shift of a network's norm layers: Σ over layers of ‖p_T − p_S‖₂ for p in γ, β (Tan et al., 2025)."""
+    """Shift of a network's norm layers (Tan et al., 2025).
+
+    Σ over layers of ‖p_T − p_S‖₂ for p in γ, β.
+    """
 
     per_layer: Mapping[str, LayerShift]
 
     @property
     def gamma(self) -> float:
         """Σ ‖γ_T − γ_S‖₂"""
+        # `fsum` rounds once, so that the sum does not depend on the order of the layers.
         return math.fsum(layer.gamma for layer in self.per_layer.values())
 
     @property

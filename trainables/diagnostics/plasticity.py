@@ -159,6 +159,7 @@ def _report(probe: str, blocks: Sequence[str], rates: NDArray[np.float64]) -> Pl
             "Plasticity needs pairs of different images, but source and target images give the same tokens in every "
             "pair. Take them from different samples."
         )
+    # Without the pairs of equal tokens, which have no rate of change.
     mean = {kind: float(np.nanmean(rates[i])) for i, kind in enumerate(COMPONENTS)}
     per_block = {kind: [float(v) for v in np.nanmean(rates[i], axis=1)] for i, kind in enumerate(COMPONENTS)}
     distribution = {
@@ -244,6 +245,7 @@ def image_pairs(data: TrialData) -> Iterator[tuple[Tensor, Tensor]]:
         available = min(data.train_size, data.size(ood(source)))
     if available == 0:
         raise ValueError(f"Plasticity needs two different images for a pair, but there are {data.train_size} to train.")
+    # A generator of its own, so that the errors above are raised at the call and not at the first pair.
     return _batches(data, source, min(requested, available))
 
 
@@ -271,6 +273,7 @@ def _load(file: Path) -> PlasticityReport | None:
         return PlasticityReport(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    # TypeError: valid JSON with other fields.
     except (OSError, ValueError, TypeError) as error:
         log.warning("The stored plasticity %s is damaged (%s) and is measured again.", file, error)
         return None

@@ -66,6 +66,7 @@ class Probes:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for probe in self._probes:
+            # The method of the class is visible again.
             delattr(probe.owner, probe.method)
         self._clear()
 
@@ -89,6 +90,7 @@ class Probes:
         inputs = torch.stack([self._inputs[key] for key in keys]).cpu().numpy()
         outputs = torch.stack([self._outputs[key] for key in keys]).cpu().numpy()
         self._clear()
+        # `np.where` computes the quotient for equal x and y too.
         with np.errstate(invalid="ignore", divide="ignore"):
             rates = np.where(inputs > 0, np.sqrt(outputs / inputs), np.nan)
         return rates.reshape(len(COMPONENTS), len(self._blocks), pairs)

@@ -1,4 +1,7 @@
-"""Weights of a trial's network kept in memory: the best unit's, and snapshots to restore from."""
+"""Weights of a trial's network kept in memory.
+
+The best unit's, and snapshots to restore from.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from trainables.storage.checkpoint_format import bitwise_equal
 
 @dataclass
 class Best:
-    """The unit with the best validation score; ties go to the better tie-breaker, then to the earlier unit."""
+    """The unit with the best validation score so far.
+
+    Ties go to the better tie-breaker, then to the earlier unit.
+    """
 
     unit: int = 0
     """1-based; 0 = no unit is done."""
@@ -38,12 +44,13 @@ class Best:
         """
         if self.unit == 0:
             return True
+        # Strictly better: at a tie the earlier unit stays.
         return metrics.order(value, tie_breaker) > metrics.order(self.value, self.tie_breaker)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network's state, from which it can be restored bit for bit after it was changed.
+    """A network's state, restorable bit for bit after a change.
 
     Keeps copies of the tensors that differ from the pretrained ones only, and of the modules references. So it costs
     what moved: nothing for a frozen network, a few hundred kB for LayerNorm tuning, once the weights for full
@@ -84,7 +91,9 @@ class Snapshot:
 
 
 def movable_names(model: nn.Module, groups: Iterable[ParamGroup]) -> set[str]:
-    """State-dict names of everything that training may change: parameters of any group, all buffers, the head.
+    """State-dict names of everything that training may change.
+
+    Parameters of any group, all buffers, the head.
 
     Raises:
         ValueError: a group holds a parameter that is not the model's.
@@ -113,6 +122,7 @@ def take(model: nn.Module, names: Iterable[str], former: Mapping[str, Tensor] | 
     """
     state = model.state_dict()
     copies = {}
+    # A set's order differs from process to process.
     for name in sorted(names):
         reusable = (former or {}).get(name)
         copies[name] = state[name].clone() if reusable is None else reusable.copy_(state[name])
@@ -146,7 +156,10 @@ def put_back(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def is_pristine(module: nn.Module, reference: nn.Module) -> bool:
-    """Whether `module` still computes what `reference` does: same layers in the same order, same bits, no hooks."""
+    """Whether `module` still computes what `reference` does.
+
+    Same layers in the same order, same bits, no hooks.
+    """
     kinds = [(name, type(child)) for name, child in module.named_modules()]
     if kinds != [(name, type(child)) for name, child in reference.named_modules()]:
         return False

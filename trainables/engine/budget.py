@@ -1,4 +1,7 @@
-"""Budget plan of a trial: the phase of each unit, and the optimiser steps before it."""
+"""Budget plan of a trial.
+
+The phase of each unit, and the optimiser steps before it.
+"""
 
 from __future__ import annotations
 

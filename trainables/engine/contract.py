@@ -56,9 +56,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Hyperparameters of every strategy that trains by gradient; a strategy's `Config` extends it and changes defaults.
+    """Hyperparameters of every strategy that trains by gradient.
 
-    The recipe is that of Ha et al. (2024), "Training Details": SGD, momentum 0.9, cosine schedule, no weight decay.
+    A strategy's `Config` extends it and changes defaults. The recipe is that of Ha et al. (2024), "Training Details":
+    SGD, momentum 0.9, cosine schedule, no weight decay.
     """
 
     lr_backbone: float = 3e-3
@@ -154,7 +155,10 @@ class Tuned:
 
 
 class Strategy:
-    """One way of fine-tuning. Subclasses override the hooks that they need; all have a working default."""
+    """One way of fine-tuning.
+
+    Subclasses override the hooks that they need; all have a working default.
+    """
 
     Config: ClassVar[type[Any]] = TrainingConfig
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -170,7 +174,11 @@ class Strategy:
 
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, Any]) -> Strategy:
-        """Build the strategy from a plain dict; an unknown key is an error that names the nearest one."""
+        """Build the strategy from a plain dict.
+
+        Raises:
+            ValueError: an unknown key (the message gives the nearest one), or a value that the `Config` refuses.
+        """
         names = [f.name for f in dataclasses.fields(cls.Config)]
         for key in hparams:
             if key not in names:
@@ -184,9 +192,10 @@ class Strategy:
         return cls.__module__.rpartition(".")[2]
 
     def solves_in_closed_form(self) -> str | None:
-        """The part of the configuration that needs the task's closed-form probe, for messages; None = no part.
+        """Part of the configuration that needs the task's closed-form probe.
 
-        Default: `head_init: linear_probe`."""
+        For messages; None = no part. Default: `head_init: linear_probe`.
+        """
         if getattr(self.config, "head_init", None) == "linear_probe":
             return "head_init='linear_probe'"
         return None
@@ -217,12 +226,15 @@ class Strategy:
         ]
 
     def moving_parameters(self, model: TaskModel) -> int:
-        """Number of parameters that training changes, at most, from structure alone: the size of kept weights at plan
-        time. Default: those of `param_groups` before `prepare`, and those of BatchNorm where it is converted.
+        """Number of parameters that training changes, at most.
+
+        From structure alone: the size of kept weights at plan time. Default: those of `param_groups` before `prepare`,
+        and those of BatchNorm where it is converted.
 
         Args:
             model: its tensors may be on the meta device.
         """
+        # By identity: a BatchNorm parameter that is in a group as well counts once.
         moving = {id(p): p.numel() for group in self.param_groups(model) for p in group.parameters}
         if getattr(self.config, "bn_conversion", False):
             layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
@@ -254,7 +266,9 @@ class Strategy:
         return Tuned()
 
     def curves(self, model: TaskModel, data: TrialData, tuned: Any = None) -> Report:
-        """Measurements by evaluation alone, such as accuracy over λ; every tensor is left as it was.
+        """Measurements by evaluation alone, such as accuracy over λ.
+
+        Every tensor is left as it was.
 
         Args:
             tuned: state that `finalize` returned.
@@ -271,6 +285,7 @@ def check_task(strategy: Strategy, task: type[Task], loss: LossSettings = PLAIN_
     asked = strategy.solves_in_closed_form()
     if asked is not None and task.closed_form_probe() is None:
         raise ValueError(no_closed_form(task.name(), asked))
+    # The Config of a strategy without gradient steps need not have the field.
     smoothing = getattr(strategy.config, "label_smoothing", 0.0)
     if smoothing and not task.label_smoothing:
         raise ValueError(
@@ -322,6 +337,7 @@ def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None) -> 
 
 
 def _is_share(value: object) -> bool:
+    # `bool` is an `int`: `wise: true` would count as α = 1.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
@@ -334,15 +350,17 @@ def check_choices(config: Any) -> None:
 
 
 def _literal_fields(cls: type[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    # Resolved: with postponed evaluation, `dataclasses.fields` has the hints as strings.
     for name, hint in typing.get_type_hints(cls).items():
         if typing.get_origin(hint) is Literal:
             yield name, typing.get_args(hint)
 
 
 def convert_on_training_data(model: TaskModel, data: TrialData) -> dict[str, float]:
-    """Convert the BatchNorm of a trial's backbone on its training batches, augmented as in training; returns metrics.
+    """Convert the BatchNorm of a trial's backbone; returns metrics.
 
-    The stored order is stratified, so that every batch is a fair sample.
+    On its training batches, augmented as in training. The stored order is stratified, so that every batch is a fair
+    sample.
     """
     shared = data.spec.shared
     seed = stream_seed(data.spec.seed, "bn_conversion") if shared.augment else None

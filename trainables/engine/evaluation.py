@@ -97,7 +97,10 @@ def validation_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
 
 
 def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
-    """`train/loss` and the training metrics of a closed-form solution, which has no training loss of its own."""
+    """`train/loss` and the training metrics of a closed-form solution.
+
+    Scored on the training split: such a solution has no training loss of its own.
+    """
     metrics = task_of(data).metrics
     assert metrics.loss is not None, "a task with a closed-form probe names the metric that is its loss"
     keys = [metric.key for metric in (metrics.loss, *metrics.training)]
@@ -154,6 +157,7 @@ def complete_scores(
     _evaluate(model, data, VAL, cached, validation if outputs is None else recorder)
     if outputs is not None:
         outputs(VAL, *recorder.collected(), validation.per_sample())
+    # Fitted on ID validation alone, and applied to the test splits as it is.
     calibration = task.calibrate(validation)
     measured = tuple(dict.fromkeys((*metrics.reported, *metrics.final)))
     keys = [metric.key for metric in measured]
@@ -182,7 +186,10 @@ def complete_scores(
 def _recorded(
     metrics: TaskMetrics, measured: Collection[Metric], values: dict[str, dict[str, float]]
 ) -> dict[str, float]:
-    """Values by split and key → by recorded name, with mean and worst of the selection metric over OOD domains."""
+    """Values by split and key → by recorded name.
+
+    With mean and worst of the selection metric over OOD domains.
+    """
     scores: dict[str, float] = {}
     selection = []
     for split, by_key in values.items():
@@ -211,7 +218,10 @@ def _held_out(model: TaskModel, data: TrialData, cached: bool) -> dict[str, floa
 
 
 def _domain_accumulators(task: Task, data: TrialData) -> dict[str, MetricAccumulator]:
-    """One for each ID domain in ID test, by the name of its split; none where there is one domain."""
+    """An accumulator for each ID domain in ID test.
+
+    By the name of its split; none where there is one domain.
+    """
     domains = sorted({int(number) for number in data.domain_ids(TEST)})
     if len(domains) < 2:
         return {}
@@ -219,7 +229,10 @@ def _domain_accumulators(task: Task, data: TrialData) -> dict[str, MetricAccumul
 
 
 class _ByDomain:
-    """Accumulator of ID test that passes every sample on to the accumulator of its domain, too."""
+    """Accumulator of ID test as a whole and by domain.
+
+    It passes every sample on to the accumulator of its domain, too.
+    """
 
     def __init__(self, whole: Accumulator, domains: Mapping[str, MetricAccumulator], data: TrialData) -> None:
         self._whole = whole
@@ -229,6 +242,7 @@ class _ByDomain:
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         self._whole.update(outputs, targets)
+        # By position: batches, and their micro-batches, come in the order of the samples.
         batch = self._of_samples[self._done : self._done + len(outputs)]
         self._done += len(outputs)
         for split, accumulator in self._domains.items():
@@ -247,6 +261,7 @@ class _OutputRecorder:
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         self._accumulator.update(outputs, targets)
+        # NumPy, in which predictions are kept, has no bfloat16.
         self._outputs.append(outputs.float())
         self._targets.append(targets)
 

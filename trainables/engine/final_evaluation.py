@@ -76,7 +76,9 @@ def interim(trial: TrialContext, pristine: Mapping[str, Tensor]) -> FinalEvaluat
 
 
 def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvaluation:
-    """Restore the best unit's weights, finalize, score and diagnose them; `trial.model` is the trial's result then.
+    """Restore the best unit's weights, finalize, score and diagnose them.
+
+    `trial.model` is the trial's result then.
 
     Args:
         outputs: gets the outputs on ID validation, ID test and every OOD domain.

@@ -1,6 +1,6 @@
-"""Training loop and evaluation of one unit, in plain torch: no ray, mlflow, optuna or pyarrow.
+"""Training loop and evaluation of one unit, in plain torch.
 
-The loop knows neither a loss nor a metric: both come from the task.
+No ray, mlflow, optuna or pyarrow, and neither a loss nor a metric: both come from the task.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def train_unit(
     after_step: Callable[[], object] | None = None,
     micro_batch: MicroBatch | None = None,
 ) -> UnitResult:
-    """Train one unit: one optimiser step per batch, the device is read once, at the end.
+    """Train one unit: one optimiser step per batch.
 
-    On out-of-memory, falls back to gradient accumulation over micro-batches.
+    The device is read once, at the end. On out-of-memory, falls back to gradient accumulation over micro-batches.
 
     Args:
         forward: a model, or a head where the inputs are cached features.
@@ -161,6 +161,7 @@ def train_unit(
             _accumulate_gradient, batch_loss, task, inputs, targets, optimizer, micro_batch, progress.steps + 1
         )
         loss, metrics = micro_batch.attempt(attempt, len(inputs), "training on")
+        # Outside of the attempt: an optimiser step that has changed weights must not be repeated.
         _update(optimizer, parameters, config.clip_norm, observer)
         # Sums stay tensors on the device: `float(loss)` would make the host wait for a GPU at every step.
         progress.loss_sum += loss * len(inputs)
@@ -260,9 +261,9 @@ def check_finite(value: float, what: str, where: str) -> None:
 def predict(
     forward: Callable[[Tensor], Tensor], batches: Batches, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (N, …) float32 and targets (N, …) on the CPU, in the order of `batches`.
+    """Outputs (N, …) float32 and targets (N, …) of all batches.
 
-    The caller puts the model in eval mode.
+    On the CPU, in the order of `batches`. The caller puts the model in eval mode.
     """
     outputs: list[Tensor] = []
     targets: list[Tensor] = []

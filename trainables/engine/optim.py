@@ -98,6 +98,7 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(table, betas=betas, weight_decay=config.weight_decay, fused=fused)
     else:
         optimizer = torch.optim.SGD(table, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused)
+    # In every trial: a rate that is not applied makes a search over it meaningless, and nothing else shows it.
     check_rates(optimizer, groups, scale)
     return optimizer
 
@@ -130,11 +131,11 @@ def check_rates(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], 
 
 
 def rate_factor(step: int, total: int, config: TrainingConfig) -> float:
-    """Factor in [0, 1] on the base rates at `step` (0-based) of a phase of `total` steps.
+    """Factor in [0, 1] on the base rates at a step.
 
-    Linear warm-up from zero over `config.warmup * total` steps (the first step is already above zero), then constant,
-    or cosine from 1 towards 0 (Loshchilov & Hutter 2017, without restarts). A pure function of the step, so that a
-    resumed trial needs no scheduler state.
+    `step` (0-based) is one of a phase of `total` steps. Linear warm-up from zero over `config.warmup * total` steps
+    (the first step is already above zero), then constant, or cosine from 1 towards 0 (Loshchilov & Hutter 2017, without
+    restarts). A pure function of the step, so that a resumed trial needs no scheduler state.
     """
     warm = round(config.warmup * total)
     if step < warm:

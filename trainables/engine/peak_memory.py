@@ -1,4 +1,7 @@
-"""Peak memory of a trial: of its process on the host and, on a GPU, of PyTorch's allocator."""
+"""Peak memory of a trial.
+
+Of its process on the host and, on a GPU, of PyTorch's allocator.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def metrics(self) -> dict[str, float]:
-        """Peaks in bytes by recorded name; that of the host is left out where the system does not report it."""
+        """Peaks in bytes by recorded name.
+
+        That of the host is left out where the system does not report it.
+        """
         peaks = {}
         host = host_memory("VmHWM")
         if host is not None:
@@ -44,5 +50,6 @@ def host_memory(field: str) -> float | None:
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith(f"{field}:"):
+                # The kernel's kB are 1024 bytes.
                 return 1024 * float(line.split()[1])
     return None

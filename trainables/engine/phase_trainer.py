@@ -79,6 +79,7 @@ class PhaseTrainer:
         self.config: TrainingConfig = strategy.config
         smoothing = data.spec.shared.loss.label_smoothing
         if smoothing is not None:
+            # Replaces no choice: `check_loss` refuses a strategy that smooths labels by itself.
             self.config = dataclasses.replace(self.config, label_smoothing=smoothing)
         self.unit_steps = unit_steps
         self.total_steps = unit_steps * phase.units
@@ -158,9 +159,10 @@ class PhaseTrainer:
         return Progress.from_state(_by_part(self._restored)["progress"], self.task, self.data.device).steps
 
     def unit_state(self) -> dict[str, Tensor]:
-        """Progress of the unit under way, with the random generators; between two units, nothing of both.
+        """Progress of the unit under way, with the random generators.
 
-        Includes the micro-batch size: a different one changes floating-point rounding and the use of random numbers.
+        Between two units, nothing of both. Includes the micro-batch size: a different one changes floating-point
+        rounding and the use of random numbers.
         """
         state = self._progress_state()
         if self._micro_batch.size is not None:
@@ -220,10 +222,12 @@ class PhaseTrainer:
     def _whole_features(self) -> tuple[Tensor, Tensor] | None:
         device = self.data.device
         if is_pristine(self.model.backbone, self.data.reference):
+            # Copied into aligned memory: matrix products on a mapped file may round differently.
             features = torch.tensor(self.data.features("train"))
             return features.to(device), torch.tensor(self.data.labels("train")).to(device)
         if self.total_steps < self.data.steps_per_epoch:
             return None  # the phase does not use every image once
+        # As a frozen backbone is while its head trains: no dropout, BatchNorm with its own statistics.
         self.model.eval()
         computed, targets = predict(self.model.features, self.data.batches("train"), self.dtype)
         return computed.to(device), targets.to(device)

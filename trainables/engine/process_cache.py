@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _replicas: dict[tuple[str, torch.device], Backbone] = {}
 
 
+# Bounded, because every opened store maps its whole file.
 @functools.lru_cache(maxsize=16)
 def open_store(path: str) -> StoreLike:
     """The store at `path`, opened once.

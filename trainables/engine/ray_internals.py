@@ -1,4 +1,7 @@
-"""Every private name of Ray that a trial uses, as read in Ray 2.60 (see `orchestrator/ray_internals.py`)."""
+"""Every private name of Ray that a trial uses.
+
+As read in Ray 2.60 (see `orchestrator/ray_internals.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Plasticity of a study's pretrained network, measured once before its trials, in a process of its own."""
+"""Plasticity of a study's pretrained network.
+
+Measured once before its trials, in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(task.store)
     backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
+    # A spec has a strategy, but what is measured here depends on none.
     spec = TrialSpec(shared=task, strategy="linear_probe")
     data = TrialData(spec, store, backbone, device, reference=on_device(backbone, device).module)
     metrics, curves = split_report(plasticity_of(data).record())

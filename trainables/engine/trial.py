@@ -222,12 +222,18 @@ class Trial:
 
     @property
     def predictions(self) -> Mapping[str, SplitPredictions]:
-        """Predictions of the trial's result on validation, test and every OOD domain; empty where they were not
-        collected (`keeps_predictions`) or the task's cannot be kept."""
+        """Predictions of the trial's result, by split.
+
+        Of validation, test and every OOD domain; empty where they were not collected (`keeps_predictions`) or the
+        task's cannot be kept.
+        """
         return self._predictions
 
     def state(self) -> RunState:
-        """Everything that the rest of the trial depends on, between two steps or, from `after_step`, inside one."""
+        """Everything that the rest of the trial depends on.
+
+        Taken between two steps or, from `after_step`, inside one.
+        """
         # Nothing has run since `load_state`: the state is the restored one, and no network needs to be built for it.
         if self._built is None and self._restored is not None:
             return self._restored
@@ -341,17 +347,22 @@ class Trial:
             self._restore(built, self._restored)
         else:
             self._prepare(built)
+        # Last: after an error on the way, nothing half-built is used.
         self._built = built
         return built
 
     def _prepare(self, built: _Built) -> None:
-        """Let the strategy prepare the network and plan the budget; restore the state that `load_state` was given."""
+        """Prepare the network, plan the budget, and restore a loaded state.
+
+        The strategy prepares; the state is the one that `load_state` was given.
+        """
         shared = self.spec.shared
         data = built.data
         model = built.model
         with isolated_randomness(self._stream("prepare"), self.device):
             prepared = self.strategy.prepare(model, data)
         built.prepared = prepared.state
+        # After `prepare`: shifts and WiSE-FT count from what it converted or initialised.
         built.start = changed_start(model, built.pristine)
         built.plan = BudgetPlan.of(self.strategy, shared.epochs, shared.steps_per_unit or data.steps_per_epoch)
         groups = self.strategy.param_groups(model, prepared.state)
@@ -442,6 +453,7 @@ class Trial:
                 evaluation = final(trial, self._collect if collects else None)
                 self._once |= evaluation.report
                 self._merged = evaluation.merged
+                # Rows of kept predictions are in the store's order, not in that of the passes.
                 order = {split: index for index, split in enumerate(built.data.store.splits)}
                 self._predictions = dict(sorted(self._predictions.items(), key=lambda row: order[row[0]]))
             else:
@@ -460,6 +472,7 @@ class Trial:
         put_weights(built.model, built.pristine, parts["model"])
         inside = state.meta["step"] > 0
         meta = state.meta["best"]
+        # The rule of `state`: right after the best unit, a checkpoint holds its weights once, as the network's.
         best_is_elsewhere = meta is not None and not self.finished and (inside or meta["unit"] != self.unit)
         saved = parts["best"] if best_is_elsewhere else None
         self.best = best_of(meta, built.model, built.movable, built.pristine, saved)
@@ -498,9 +511,9 @@ class _Built:
 
 
 def interpolation_of(result: Mapping[str, Any]) -> str | None:
-    """Which interpolation of weights made a finished network, by its metrics: `alpha` (WiSE-FT), `lambda`, or None.
+    """Which interpolation of weights made a finished network.
 
-    λ = 1 and α = 1 leave the tuned weights as they are.
+    By its metrics: `alpha` (WiSE-FT), `lambda`, or None. λ = 1 and α = 1 leave the tuned weights as they are.
     """
     if result.get(WISE_ALPHA.name, 1.0) != 1.0:
         return "alpha"

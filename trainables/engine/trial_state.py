@@ -37,6 +37,7 @@ def identity(spec: TrialSpec) -> dict[str, Any]:
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
     for name, value in shared.items():
         if name not in _WITHOUT_EFFECT:
+            # As it is read back from a checkpoint: JSON has no tuples.
             fields[f"shared.{name}"] = list(value) if isinstance(value, tuple) else value
     return fields
 
@@ -76,7 +77,10 @@ def check_same(trial: Mapping[str, Any], checkpoint: Mapping[str, Any], misfits:
 
 
 def misfits(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of a checkpoint that the network lacks, or that have another type or shape there."""
+    """Tensors of a checkpoint that do not fit the network.
+
+    The network lacks them, or has them in another type or shape.
+    """
     forms = {name: _form(tensor) for name, tensor in model.state_dict().items()}
     return [
         f"{name} is {_form(tensor)} in the checkpoint, {forms.get(name, 'missing')} here"
@@ -97,6 +101,7 @@ def pack(
         training: the phase under way, if it trains by gradient.
     """
     pristine = under_its_names(model, pristine)
+    # Copies: training changes the network and the optimiser's tensors in place.
     tensors = {f"model/{k}": v.detach().clone() for k, v in changed_tensors(model.state_dict(), pristine).items()}
     if best is not None:
         tensors |= {f"best/{k}": v for k, v in changed_tensors(best.tensors, pristine).items()}

@@ -41,8 +41,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
     Tune does not retry. Problems with checkpoints and kept files are reported as `checkpoint_problems`. The last result
     has `weights` and `predictions`, SHA-256 and size of each, where they were kept.
 
-    `setup` only keeps the config: Ray may build a second actor for a trial that then runs elsewhere. The network is
-    built at the first `step`; pretrained weights and opened data stay in the process for later trials.
+    The network is built at the first `step`; pretrained weights and opened data stay in the process for later trials.
     """
 
     _trial: Trial | None
@@ -55,10 +54,14 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
 
     def setup(self, config: dict[str, Any]) -> None:
         """Set up the actor for its first trial."""
+        # Only keeps the config: Ray may build a second actor for a trial that then runs elsewhere.
         self._reset(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Set up the actor for another trial. Raises where `setup` would; returning False would stall Tune."""
+        """Set up the actor for another trial.
+
+        Raises where `setup` would; returning False would stall Tune.
+        """
         self._reset(new_config)
         rename_actor_in_logs(repr(self))  # Ray names an actor once, when it is created
         return True
@@ -72,6 +75,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         try:
             metrics = self._next()
         except Exception as error:
+            # A failed unit leaves the network halfway: the next attempt starts from a checkpoint.
             self._trial = None
             # Returned, not raised: Tune retries whatever is raised.
             if self._checkpoint_store is not None and not is_retryable(error):
@@ -119,6 +123,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         self._state = None
         self._checkpoint_store = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # Blocks that PyTorch caches are lost to the other processes on this GPU.
             torch.cuda.empty_cache()
 
     def _strategy(self) -> str:
@@ -128,6 +133,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         resumes = self._trial is None
         trial = self._built_trial()
         if resumes and self._checkpoint_store is not None and trial.result is not None:
+            # The driver may have ended before it recorded this result; a repeated one is recorded once.
             return dict(trial.result)
         with fault_context(trial=self._config.get("_number", -1), unit=trial.unit + 1):
             fault_point("before_unit")
@@ -168,6 +174,7 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         for kind, path in paths.items():
             if path is None:
                 continue
+            # Before each file: writing the one before may have taken long enough to lose the trial.
             checkpoint_store.check_owner()
             try:
                 file = writers[kind](path)

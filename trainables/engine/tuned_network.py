@@ -1,4 +1,7 @@
-"""Kept weights of a trial's network: taken out of it, and put back onto the pretrained one, bit for bit."""
+"""Kept weights of a trial's network.
+
+Taken out of it, and put back onto the pretrained one, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,7 @@ def tuned_network(
             "the weights and the version of timm that the trial had."
         )
     task = task_for(meta["task"], TargetSpec(tuple(meta["classes"])))
+    # Any seed: the head's random start is written over.
     model = task.build_model(on_device(backbone, torch.device(device)), seed=0)
     state = model.state_dict()
     tensors = {**_merged(weights, state), **weights.tensors}
@@ -98,7 +102,10 @@ def tuned_network(
 
 
 def low_rank_update(weights: KeptWeights) -> LowRankUpdate | None:
-    """The low-rank update of a trial, before it was merged; None where none gives its weights."""
+    """The low-rank update of a trial, before it was merged.
+
+    None where no update gives the trial's weights.
+    """
     adapter = weights.meta.get("adapter")
     if adapter is None:
         return None
@@ -106,15 +113,20 @@ def low_rank_update(weights: KeptWeights) -> LowRankUpdate | None:
 
 
 def batch_norm_buffers(model: nn.Module) -> set[str]:
-    """Names of the buffers of every BatchNorm: running statistics are part of a tuned network even where no gradient
-    reached its layer."""
+    """Names of the buffers of every BatchNorm.
+
+    Running statistics are part of a tuned network even where no gradient reached its layer.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BATCH_NORMS)}
     buffers = {f"{layer}.{name}" for layer, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
     return buffers & model.state_dict().keys()
 
 
 def _gives(update: LowRankUpdate, state: Mapping[str, Tensor], pristine: Mapping[str, Tensor]) -> bool:
-    """Whether merging the update into the pretrained weights gives those of the network, bit for bit."""
+    """Whether merging the update gives the network's weights bit for bit.
+
+    The update is merged into the pretrained weights.
+    """
     names = {target: f"{target}.weight" for target in update.targets}
     return all(
         name in pristine and bitwise_equal(update.merged(target, pristine[name]), state[name])

@@ -49,9 +49,9 @@ Rescale = Literal["gamma", "both"]
 def rescale_layer_norm(
     model: nn.Module, source_state: Mapping[str, Tensor], lam: float | Tensor, rescale: Rescale = "gamma"
 ) -> None:
-    """γ ← γ_S + λ·(γ_T − γ_S) in every LayerNorm, in place (Tan et al., 2025); with `both`, β likewise.
+    """Scale every LayerNorm's shift by λ, in place (Tan et al., 2025).
 
-    λ = 1 leaves every bit as it is, λ = 0 restores the source's bits.
+    γ ← γ_S + λ·(γ_T − γ_S); with `both`, β likewise. λ = 1 leaves every bit as it is, λ = 0 restores the source's bits.
 
     Args:
         model: the tuned network.
@@ -69,6 +69,7 @@ def rescale_layer_norm(
     if len(values) not in (1, len(names)):
         raise ValueError(f"λ is one number, or one for each of the {len(names)} LayerNorms, but got {len(values)}.")
     parameters = dict(model.named_parameters())
+    # All of them before the first is written, so that an error leaves the model as it was.
     for name in (name for group in names.values() for name in group):
         _check_source(name, parameters[name], source_state)
     for group, value in zip(names.values(), values * (len(names) // len(values)), strict=True):
@@ -118,7 +119,9 @@ def grid_scores(
 
 
 def best_lambda(scores: Mapping[float, Mapping[str, float]], metrics: TaskMetrics) -> float:
-    """The best λ on validation; ties go to the better tie-breaker, then to the λ nearest to 1.
+    """The best λ on validation.
+
+    Ties go to the better tie-breaker, then to the λ nearest to 1.
 
     Example:
         >>> from trainables.specs.metrics import CLASSIFICATION
@@ -168,9 +171,10 @@ def fitted(
 
 
 class _ValidationLoss:
-    """Mean loss on ID validation and its gradient in `angle`; keeps the best λ that it was evaluated at.
+    """Mean loss on ID validation and its gradient in `angle`.
 
-    λ = 1 + sin(angle) keeps λ in 0 to 2 and reaches both ends. On out-of-memory, falls back to micro-batches.
+    Keeps the best λ that it was evaluated at. λ = 1 + sin(angle) keeps λ in 0 to 2 and reaches both ends. On
+    out-of-memory, falls back to micro-batches.
     """
 
     def __init__(
@@ -255,6 +259,7 @@ def interpolate(model: nn.Module, start: Mapping[str, Tensor], tuned: Mapping[st
     """
     state = model.state_dict()
     for name, target in state.items():
+        # The ends are copied: begin + 1·(tuned − begin) may round to other bits than the tuned ones.
         if alpha == 1 or not target.is_floating_point():
             target.copy_(tuned[name])
         elif alpha == 0:

@@ -32,12 +32,18 @@ class DataConfig:
 
     @property
     def stored_size(self) -> int:
-        """Side of the square that the evaluation crop is taken from, in pixels; rounded as timm rounds it."""
+        """Side of the square that the evaluation crop is taken from.
+
+        In pixels; rounded as timm rounds it.
+        """
         return math.floor(self.image_size / self.crop_pct)
 
     @property
     def crop_rounds(self) -> bool:
-        """Whether cropping twice, to `stored_size` and to `image_size`, may differ from cropping once by a pixel."""
+        """Whether cropping twice may differ from cropping once by a pixel.
+
+        Twice: to `stored_size` and to `image_size`.
+        """
         # Half the margin is a whole and even number otherwise, which commutes with rounding half to even.
         return (self.stored_size - self.image_size) % 4 != 0
 
@@ -129,7 +135,10 @@ def _check_timm_name(name: str, needs_weights: bool) -> None:
 
 
 def _timm_architecture(name: str) -> str | None:
-    """timm architecture of a model name; None for a hub model, whose config.json is not local."""
+    """timm architecture of a model name.
+
+    None for a hub model, whose config.json is not local.
+    """
     if name in NETWORKS:
         return NETWORKS[name][0]
     if name.startswith("local-dir:"):
@@ -138,7 +147,10 @@ def _timm_architecture(name: str) -> str | None:
 
 
 def _source(spec: ModelSpec) -> str:
-    """Model name to pass to timm: a folder of weights has a configuration of its own."""
+    """Model name to pass to timm.
+
+    A folder of weights has a configuration of its own.
+    """
     folder = spec.weights is not None and Path(spec.weights).is_dir()
     return f"local-dir:{spec.weights}" if folder else spec.name
 
@@ -174,6 +186,7 @@ def _feature_count(module: nn.Module, name: str, side: int) -> int:
     """Width D of the pooled features, by a forward pass of one image."""
     try:
         shape = tuple(module(torch.zeros(1, 3, side, side)).shape)
+    # timm refuses a side by `assert` where it embeds patches.
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"{name} does not take images of {side} x {side} pixels ({error}). Choose another data.image_size."

@@ -54,12 +54,16 @@ class _Moments:
         self.weight = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Add a batch (N, C, …): its mean, and its unbiased variance (factor m/(m−1) for its m elements)."""
+        """Add a batch (N, C, …).
+
+        Its mean, and its unbiased variance (factor m/(m−1) for its m elements).
+        """
         reduced_dims = [d for d in range(inputs.ndim) if d != 1]
         count = inputs.numel() // inputs.shape[1]
         if count < 2:
             return  # one element has no variance
         width = max(1, CHUNK // count)
+        # Along the channels, so that the moments of each chunk are final.
         chunks = torch.split(inputs.detach(), width, dim=1)
         moments = [torch.var_mean(chunk.to(torch.float64), reduced_dims, correction=1) for chunk in chunks]
         # Weighted by elements: a last, smaller batch must not count as much as a whole one.
@@ -70,10 +74,11 @@ class _Moments:
 
 @torch.no_grad()
 def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> ConversionReport:
-    """Replace BatchNorm statistics by the target data's, preserving the function (Ha et al., 2024, eq. 3-5).
+    """Replace BatchNorm statistics by the target data's, preserving the function.
 
-    γ and β are adapted so that the network in eval mode computes the same function as before. In place; one pass over
-    the data. A layer that is called several times in one forward pass gets the statistics over all its calls.
+    γ and β are adapted so that the network in eval mode computes the same function as before (Ha et al., 2024, eq.
+    3-5). In place; one pass over the data. A layer that is called several times in one forward pass gets the statistics
+    over all its calls.
 
     Args:
         model: any module; its training mode is restored.
@@ -108,6 +113,7 @@ def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Conversio
             shift, ratio = _convert(layer, moments[name])
             shifts.append(shift)
             ratios.append(ratio)
+    # By logarithms: the product over thousands of channels overflows.
     variance_ratio = float(torch.cat(ratios).log().mean().exp())
     return ConversionReport(
         layers=len(shifts),
@@ -134,6 +140,7 @@ def _collect(model: nn.Module, layers: Mapping[str, BatchNorm], batches: Iterabl
 
     hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in layers.items()]
     modes = {module: module.training for module in model.modules()}
+    # In train mode the layers would normalise by the batch, so that later ones get other inputs.
     model.eval()
     try:
         for images in batches:

@@ -1,4 +1,7 @@
-"""Low-rank updates of linear maps (LoRA, Hu et al., 2022): the update by itself, and its merged weight."""
+"""Low-rank updates of linear maps (LoRA, Hu et al., 2022).
+
+The update by itself, and its merged weight.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ class LowRankUpdate:
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale·B·A, with the same bits on every device and with any number of threads.
+    """W + scale·B·A, with the same bits everywhere.
+
+    On every device and with any number of threads.
 
     Args:
         weight: W (out, in).

@@ -55,5 +55,6 @@ class MicroBatch:
                 self.size = (size + 1) // 2
             # Outside of `except`, whose traceback keeps the failed pass's tensors alive.
             if torch.cuda.is_available():
+                # Cached blocks of the size that failed leave no room for others.
                 torch.cuda.empty_cache()
             log.warning("Memory ran out while %s %d images at once; going on with %d at a time.", what, size, self.size)

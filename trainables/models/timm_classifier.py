@@ -1,4 +1,7 @@
-"""A tuned network under timm's own parameter names: one classifier that timm alone can build and load."""
+"""A tuned network under timm's own parameter names.
+
+One classifier that timm alone can build and load.
+"""
 
 from __future__ import annotations
 
@@ -87,14 +90,19 @@ def timm_classifier(model: TaskModel, spec: ModelSpec, image_size: int) -> TimmC
     source = architecture_of(spec)
     module, arguments = _build(source, head.out_features, image_size)
     state, heads = _renamed(model, module, source.name)
+    # Strict: no tensor may keep its random value.
     module.load_state_dict(state, strict=True)
     return TimmClassifier(module.eval().requires_grad_(False), Architecture(source.name, arguments), heads)
 
 
 def _build(source: Architecture, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with random weights, and its arguments with the image size where the architecture has one."""
+    """A network with random weights, and its arguments.
+
+    With the image size where the architecture has such an argument.
+    """
     arguments = {name: value for name, value in source.model_args.items() if name != "num_classes"}
     sized = {**arguments, "img_size": image_size}
+    # timm draws the weights, which are written over, from the global generator.
     with torch.random.fork_rng(devices=[]):
         try:
             return timm.create_model(source.name, num_classes=num_classes, **sized), sized
@@ -106,7 +114,10 @@ def _build(source: Architecture, num_classes: int, image_size: int) -> tuple[nn.
 
 @torch.no_grad()
 def _renamed(model: TaskModel, module: nn.Module, name: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """State dict of `module` that computes what `model` computes, and the paths of its classifier's parts."""
+    """State dict of `module` that computes what `model` computes.
+
+    Returned with the paths of the classifier's parts.
+    """
     expected = module.state_dict()
     backbone = {key: value.detach().cpu().clone() for key, value in model.backbone.state_dict().items()}
     foreign = [key for key, value in backbone.items() if key not in expected or expected[key].shape != value.shape]
@@ -124,8 +135,11 @@ def _renamed(model: TaskModel, module: nn.Module, name: str) -> tuple[dict[str, 
 
 
 def _classifier_tensors(part: nn.Module, head: nn.Linear, name: str, path: str) -> dict[str, Tensor]:
-    """State dict of one part of timm's classifier; where it has two linear maps (distilled networks), each gets the
-    head, whose mean is the head on the mean of their features."""
+    """State dict of one part of timm's classifier.
+
+    Where there are two linear maps (distilled networks), each gets the head, whose mean is the head on the mean of
+    their features.
+    """
     if isinstance(part, nn.Linear | nn.Conv2d) and part.weight.numel() == head.weight.numel() and part.bias is not None:
         weight = head.weight.detach().cpu().reshape(part.weight.shape).clone()
         bias = part.bias.new_zeros(part.bias.shape) if head.bias is None else head.bias.detach().cpu().clone()

@@ -82,7 +82,10 @@ def windowed_attention(block: nn.Module) -> str | None:
 
 
 def is_fused_block(module: nn.Module) -> bool:
-    """Whether a module is a parallel block as in ViT-22B: one linear map is the input of attention and feed-forward."""
+    """Whether a module is a parallel block as in ViT-22B.
+
+    One linear map is the input of attention and feed-forward.
+    """
     return isinstance(getattr(module, "in_proj", None), nn.Linear) and hasattr(module, "mlp_act")
 
 

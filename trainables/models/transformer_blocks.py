@@ -50,9 +50,10 @@ class Block:
         return modules if isinstance(modules, tuple) else (modules,)
 
     def attention(self) -> tuple[nn.Module, str]:
-        """Owner and method name of the attention as a function of all tokens of an image.
+        """Owner and method name of the block's attention.
 
-        `mha.forward`, or the block's method that partitions (and shifts) windows around it.
+        As a function of all tokens of an image: `mha.forward`, or the block's method that partitions (and shifts)
+        windows around it.
         """
         windowed = windowed_attention(self.module)
         return (self.mha, "forward") if windowed is None else (self.module, windowed)

@@ -62,6 +62,7 @@ def load_weight_file(module: nn.Module, path: Path) -> None:
             "this architecture."
         ) from error
     expected = module.state_dict()
+    # By shape as well: torch refuses another one even without `strict`, in a message without a way out.
     usable = {k: v for k, v in state.items() if k in expected and expected[k].shape == v.shape}
     # Not strict: what the file has beyond the backbone (its classifier) is ignored, what it lacks is refused below.
     missing = module.load_state_dict(usable, strict=False).missing_keys

@@ -35,4 +35,5 @@ def is_retryable(error: BaseException) -> bool:
 
 def failure_text(error: BaseException, limit: int = 8000) -> str:
     """The redacted traceback; its last `limit` characters if it is longer."""
+    # Redacted first: a secret that is cut in half is not recognised. The end is kept, where the exception stands.
     return redact("".join(traceback.format_exception(error)))[-limit:]

@@ -123,7 +123,10 @@ def _parsed_faults() -> tuple[Fault, ...]:
 
 
 def _count_firing(fault: Fault, point: dict[str, str]) -> bool:
-    """Whether the fault may fire once more; if so, counts it first, since it may kill this process."""
+    """Whether the fault may fire once more; counts it if so.
+
+    Counted first, since the fault may kill this process.
+    """
     path = os.environ.get(ENV_FAULT_LOG) or None
     count = _fired.get(fault.text, 0) if path is None else _logged_firings(Path(path), fault)
     if fault.times and count >= fault.times:

@@ -1,8 +1,8 @@
-"""Metric table: every metric's name, direction, unit and meaning, and the names under which values are recorded.
+"""Metric table: names, directions, units and meanings of all metrics.
 
-Loop, record, MLflow, leaderboard, report and documents take metric names from here; no other module writes one as a
-literal. A recorded name is `<split>/<key>`: `val/acc`, `test/nll`, `ood/sketch/acc`. Standard library only, so that the
-driver reads the table without torch.
+With the names under which values are recorded. Loop, record, MLflow, leaderboard, report and documents take metric
+names from here; no other module writes one as a literal. A recorded name is `<split>/<key>`: `val/acc`, `test/nll`,
+`ood/sketch/acc`. Standard library only, so that the driver reads the table without torch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def best(name: str) -> str:
 
 
 def best_or_last(values: Mapping[str, Any], name: str) -> Any:
-    """A per-unit metric of the tested weights, or of the last unit where a trial ended before its weights were tested.
+    """A per-unit metric of the tested weights, or of the last unit.
+
+    Of the last unit where a trial ended before its weights were tested.
 
     Example:
         >>> best_or_last({"val/acc": 0.8, "best/val/acc": 0.9}, "val/acc")
@@ -107,7 +109,10 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """Factor from a recorded to a displayed value: 100 for fractions, which are displayed in per cent."""
+        """Factor from a recorded to a displayed value.
+
+        100 for fractions, which are displayed in per cent.
+        """
         return 100.0 if self.unit == "fraction" else 1.0
 
     @property
@@ -117,7 +122,9 @@ class Metric:
         return f"{self.title} ({unit})" if unit else self.title
 
     def text(self, value: float, half: float = float("nan")) -> str:
-        """A value for a reader, with the half-width of its interval where that is a number.
+        """A value for a reader, with its interval.
+
+        The half-width of the interval is left out where it is not a number.
 
         Example:
             >>> ACCURACY.text(0.9712, 0.004), NLL.text(0.25)
@@ -129,6 +136,7 @@ class Metric:
     def number(self, value: float, half: float = float("nan")) -> str:
         """`text` without the unit, for a table whose heading has it."""
         shown = self._digits(value)
+        # NaN, for no interval, differs from itself.
         return f"{shown} ± {self._digits(half)}" if half == half else shown
 
     def difference(self, value: float, half: float = float("nan"), signed: bool = True) -> str:
@@ -228,7 +236,9 @@ class TaskMetrics:
         )
 
     def order(self, value: float, tie_breaker: float) -> tuple[float, float]:
-        """Sort key of two values on the same data: the larger key is the better one.
+        """Sort key of two values on the same data.
+
+        The larger key is the better one.
 
         Args:
             value: of `selection`.
@@ -642,7 +652,9 @@ def quantity(name: str) -> Quantity | None:
 
 
 def is_cost(name: str) -> bool:
-    """Whether a recorded name is a cost: time, throughput or size, which may differ between equal runs.
+    """Whether a recorded name is a cost.
+
+    Costs are times, throughput and sizes, which may differ between equal runs.
 
     Example:
         >>> is_cost("cost/unit_seconds"), is_cost("val/acc")
@@ -652,7 +664,10 @@ def is_cost(name: str) -> bool:
 
 
 def metric_groups() -> frozenset[str]:
-    """First parts of the recorded names that a result may hold, whatever the strategy and over all tasks."""
+    """First parts of the recorded names that a result may hold.
+
+    Whatever the strategy, and over all tasks.
+    """
     groups = {TRAIN, VAL, TEST, HELD_OUT, _OOD.rstrip("/"), _ID.rstrip("/"), _BEST.rstrip("/")}
     groups |= {quantity.group for quantity in QUANTITIES if quantity not in (GAIN, GAIN_OOD, REGRET, TRIALS)}
     for task in _TASKS.values():

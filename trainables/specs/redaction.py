@@ -1,7 +1,7 @@
-"""Redaction of secrets: credentials in URLs, and values of environment variables that are named like secrets.
+"""Redaction of secrets.
 
-Every text of a failure that is printed, logged or stored is redacted: libraries quote URLs and environments in their
-messages.
+Secrets are credentials in URLs, and values of environment variables that are named like secrets. Every text of a
+failure that is printed, logged or stored is redacted: libraries quote URLs and environments in their messages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Whether an environment variable of this name holds a secret, rather than the location of one.
+    """Whether an environment variable of this name holds a secret.
+
+    The location of a secret is none.
 
     Example:
         >>> is_secret("AWS_SECRET_ACCESS_KEY"), is_secret("SSH_KEY_FILE")

@@ -19,4 +19,5 @@ def stream_seed(seed: int, *names: str | int) -> int:
     """
     # JSON keeps names apart: ("split", 1) and ("split", "1") are two streams.
     text = json.dumps([seed, *names])
+    # 63 bits: torch's generators take a signed integer of 64.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -8,10 +8,10 @@ from typing import Any
 
 
 def short_hash(value: Any, digits: int = 12) -> str:
-    """The first hex digits of the SHA-256 of a JSON value; the order of keys does not matter.
+    """First hex digits of the SHA-256 of a JSON value.
 
-    Collisions: among n values the probability is about n² / 2^(4 · digits + 1), for the default of 12 digits and a
-    million values 0.2 %.
+    The order of keys does not matter. Collisions: among n values the probability is about n² / 2^(4 · digits + 1), for
+    the default of 12 digits and a million values 0.2 %.
 
     Args:
         value: anything that `json.dumps` accepts.

@@ -7,9 +7,9 @@ from collections.abc import Collection
 
 
 def did_you_mean(value: object, options: Collection[str]) -> str:
-    """A sentence that suggests the option nearest to `value`, with a leading space; empty if none is near.
+    """A sentence that suggests the option nearest to `value`.
 
-    Upper and lower case count as equal.
+    With a leading space; empty if none is near. Upper and lower case count as equal.
 
     Example:
         >>> did_you_mean("learning_rat", ["learning_rate", "epochs"])

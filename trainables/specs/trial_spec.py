@@ -30,7 +30,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Changes of a task's loss, for all trials of one study. The default is the loss as it is."""
+    """Changes of a task's loss, for all trials of one study.
+
+    The default is the loss as it is.
+    """
 
     class_weights: Literal["balanced"] | None = None
     """balanced = the loss of a sample times N / (C · n_c), for n_c of the N training samples in its class, one of C; in
@@ -145,6 +148,7 @@ class TrialSpec:
     def config_hash(self) -> str:
         """Twelve hex digits that name strategy, label and hyperparameters; seeds and roles of one
         configuration share it."""
+        # Sorted: the order in which values were sampled is no difference.
         text = json.dumps([self.strategy, self.label or self.strategy, dict(self.hparams)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -10,10 +10,10 @@ _MAGIC = b"ARROW1"
 
 
 def footer_problem(path: Path) -> str | None:
-    """Why the footer of an Arrow file is not one of plain columns; None if it is one.
+    """Why an Arrow file's footer is not one of plain columns.
 
-    Parsing a type that a library has registered, as ray does in every trial, may run code from the file. The raw footer
-    is therefore searched for extension types before Arrow parses the schema.
+    None if it is one. Parsing a type that a library has registered, as ray does in every trial, may run code from the
+    file. The raw footer is therefore searched for extension types before Arrow parses the schema.
 
     Raises:
         OSError: the file cannot be read.

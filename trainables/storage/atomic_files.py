@@ -44,6 +44,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         # The rename itself is an entry of the folder, and is lost with the power until that is synced.
         sync(target.parent)
     except BaseException:
+        # On an interrupt, too: a temporary file is of no use to a later attempt.
         temporary.unlink(missing_ok=True)
         raise
 
@@ -71,6 +72,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        # Files, folder, name, in this order: after a power cut a folder with its final name is complete.
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)

@@ -1,8 +1,9 @@
-"""Checkpoint format: the tensors that differ from the pretrained network and plain data, with SHA-256 digests.
+"""Checkpoint format: changed tensors and plain data, with SHA-256 digests.
 
-A checkpoint is a folder of two files: `tensors.safetensors`, and `manifest.json` with the format, the SHA-256 and size
-of the former, the trial's JSON state, and the SHA-256 of all this. The folder is written atomically, so one that has
-its final name is complete; damage done later is detected by the digests. No pickle.
+Stored are the tensors that differ from the pretrained network. A checkpoint is a folder of two files:
+`tensors.safetensors`, and `manifest.json` with the format, the SHA-256 and size of the former, the trial's JSON state,
+and the SHA-256 of all this. The folder is written atomically, so one that has its final name is complete; damage done
+later is detected by the digests. No pickle.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class RunState:
-    """State of a trial between two units or steps, beside its `TrialSpec` and the pretrained weights."""
+    """State of a trial between two units or steps.
+
+    Beside its `TrialSpec` and the pretrained weights.
+    """
 
     tensors: Mapping[str, Tensor]
     """`model/…` and `best/…` (where they differ from the pretrained network), `optimizer/<parameter>/<key>`."""
@@ -139,6 +143,7 @@ def load_newest(folder: str | Path) -> RunState | None:
     older: list[Path] = []
     if stem and number.isdigit() and source.parent.is_dir():
         siblings = source.parent.glob(f"{stem}_*")
+        # By name: Tune's numbers have leading zeros.
         older = sorted((path for path in siblings if path.name < source.name and path.is_dir()), reverse=True)
     for checkpoint in [source, *older]:
         try:

@@ -1,4 +1,6 @@
-"""Checkpoint store of one trial: rate-limited writes, digests verified on read, a single writer by fencing token.
+"""Checkpoint store of one trial.
+
+Rate-limited writes, digests verified on read, a single writer by fencing token.
 
     <study>/checkpoints/trial-0007/owner.json              fencing token of the process that may write
                                    unit-000003/            after three units
@@ -83,12 +85,14 @@ class CheckpointStore:
         write_text(self.folder / OWNER_FILE, json.dumps(fields))
         self._token = token
         (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
+        # After the token: the former owner begins no further file.
         for leftover in self.folder.glob(".*"):  # temporary folders of a process that was killed
             _remove(leftover)
         self._last_write = self._clock()
 
     def valid_states(self) -> Iterator[tuple[Path, RunState]]:
         """The valid checkpoints, newest first; damaged ones are moved to the quarantine."""
+        # Lazily: where the newest is valid, no other is read.
         for path in reversed(list_checkpoints(self.folder)):
             try:
                 yield path, load_state(path)
@@ -150,6 +154,7 @@ class CheckpointStore:
 
     def _is_requested(self) -> bool:
         now = self._clock()
+        # Not at every step: the folder may lie on a network file system.
         if now - self._last_poll < POLL_INTERVAL_S:
             return False
         self._last_poll = now
@@ -184,6 +189,7 @@ class CheckpointStore:
             self.problems.append(f"No checkpoint could be written to {target}: {error}")
             log.warning("%s. The trial continues without it.", self.problems[-1])
         (self.folder / SAVE_REQUEST_FILE).unlink(missing_ok=True)
+        # After a failure, too: a full disk is not tried at every step.
         self._last_write = self._clock()
         self._write_seconds = self._last_write - began
 

@@ -1,8 +1,9 @@
-"""Kept predictions of a finished trial: outputs and targets of every evaluated sample, as one Arrow IPC file.
+"""Kept predictions of a finished trial.
 
-Rows are in the order of the data store, split by split: `split` (dictionary of strings: `val`, `test`, `ood/<domain>`),
-`name` (string), `target` (int64), `output` (fixed-size list of K float32), and `stat/<key>` for each statistic of a
-sample (`trainables.tasks.base.MetricAccumulator.per_sample`). The schema's metadata name the trial. Written atomically.
+Outputs and targets of every evaluated sample, as one Arrow IPC file. Rows are in the order of the data store, split by
+split: `split` (dictionary of strings: `val`, `test`, `ood/<domain>`), `name` (string), `target` (int64), `output`
+(fixed-size list of K float32), and `stat/<key>` for each statistic of a sample
+(`trainables.tasks.base.MetricAccumulator.per_sample`). The schema's metadata name the trial. Written atomically.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def save_predictions(
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         fault_point("in_predictions")
+        # pyarrow writes the file by itself: its digest can only be taken afterwards.
         content = partial.read_bytes()
     return PredictionsFile(hashlib.sha256(content).hexdigest(), len(content))
 
@@ -89,6 +91,7 @@ def _table(splits: Mapping[str, SplitPredictions]) -> pa.Table:
         "target": pa.array(np.concatenate([split.targets for split in splits.values()]), pa.int64()),
         "output": _rows(np.concatenate([split.outputs for split in splits.values()])),
     }
+    # All splits have the statistics of the same task.
     for key in next(iter(splits.values())).statistics:
         columns[f"{STATISTIC}{key}"] = _rows(np.concatenate([split.statistics[key] for split in splits.values()]))
     return pa.table(columns)

@@ -84,6 +84,7 @@ def save_weights(folder: str | Path, weights: KeptWeights) -> WeightsFile:
         file = WeightsFile(file_digest(partial / TENSORS), (partial / TENSORS).stat().st_size)
         manifest = {"format": FORMAT, "sha256": file.sha256, "bytes": file.bytes, "meta": weights.meta}
         write_manifest(manifest, partial / MANIFEST)
+        # Last, right before the rename, which replaces an empty folder only.
         discard_weights(target)
     return file
 
@@ -118,7 +119,10 @@ def load_weights(folder: str | Path) -> KeptWeights:
 
 
 def discard_weights(folder: str | Path) -> None:
-    """Remove weights, if there are any; in one step, so that no half of them is left under their name."""
+    """Remove weights, if there are any.
+
+    In one step, so that no half of them is left under their name.
+    """
     target = Path(folder)
     hidden = target.with_name(f".{target.name}-discarded-{os.getpid()}")
     shutil.rmtree(hidden, ignore_errors=True)

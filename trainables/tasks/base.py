@@ -62,7 +62,10 @@ class TrainingMetrics(Protocol):
         """Count a batch, or a micro-batch of it."""
 
     def merge(self, other: Self) -> None:
-        """Add the counts of another one: those of a batch whose every micro-batch fitted into memory."""
+        """Add the counts of another instance.
+
+        Those of a batch whose every micro-batch fitted into memory.
+        """
 
     def compute(self) -> dict[str, float]:
         """Values by metric key."""
@@ -75,7 +78,10 @@ class TrainingMetrics(Protocol):
 
 
 class MetricAccumulator(Protocol):
-    """Metrics of one split, from the outputs of an evaluation in the order of its samples."""
+    """Metrics of one split.
+
+    Computed from the outputs of an evaluation, in the order of its samples.
+    """
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in a batch, or a micro-batch of it."""
@@ -102,7 +108,10 @@ class MetricAccumulator(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a task fitted on ID validation for the metrics of the tested weights, such as a temperature."""
+    """What a task fitted on ID validation.
+
+    For the metrics of the tested weights, such as a temperature.
+    """
 
     state: Any
     """Given to `MetricAccumulator.compute`."""
@@ -180,7 +189,10 @@ class Task(ABC):
         label_smoothing: float = 0.0,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Tensor:
-        """Loss of a batch, a scalar: mean or sum over its samples. Outputs may be of reduced precision."""
+        """Loss of a batch, a scalar.
+
+        Mean or sum over its samples. Outputs may be of reduced precision.
+        """
 
     @abstractmethod
     def training_metrics(self) -> TrainingMetrics:
@@ -195,7 +207,9 @@ class Task(ABC):
         return None
 
     def tables(self, splits: Mapping[str, MetricAccumulator]) -> Mapping[str, Curve]:
-        """Tables of the predictions on ID test and every OOD domain, by name; none by default.
+        """Tables of the predictions, by name; none by default.
+
+        On ID test and every OOD domain.
 
         Args:
             splits: split → accumulator of this task.

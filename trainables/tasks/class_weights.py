@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
-    """Weight of each class, N / (C · n_c), so that all classes count equally and the mean over samples is 1.
+    """Weight of each class, N / (C · n_c).
 
-    The weights of scikit-learn's `class_weight="balanced"`. A class without samples has weight 1 and is none of the C.
+    All classes count equally, and the mean over samples is 1: the weights of scikit-learn's `class_weight="balanced"`.
+    A class without samples has weight 1 and is none of the C.
 
     Args:
         counts: samples n_c of each class; N is their sum.

@@ -72,11 +72,15 @@ class Classification(Task):
         if gamma is not None:
             losses = focal_factor(losses, gamma) * losses
         if self._weights is not None:
+            # Not by torch's `weight`, which divides the mean by the sum of the weights.
             losses = self._weights_on(losses.device)[targets] * losses
         return losses.mean() if reduction == "mean" else losses.sum()
 
     def _weights_on(self, device: torch.device) -> Tensor:
-        """The class weights on a device; copied once, since a copy at every step would wait for a GPU."""
+        """The class weights on a device.
+
+        Copied once, since a copy at every step would wait for a GPU.
+        """
         assert self._weights is not None
         if device not in self._copies:
             self._copies[device] = self._weights.to(device)
@@ -147,7 +151,9 @@ class TrainingAccuracy:
 
 
 class ClassificationScores:
-    """Logits of a split, kept until all are there: a calibration error is no mean over batches.
+    """Logits of a split, kept until all are there.
+
+    A calibration error is no mean over batches.
 
     Args:
         weights: (K,) of the classes, for `weighted_nll`; None = none.
@@ -188,7 +194,10 @@ class ClassificationScores:
 
 
 class LogisticProbe:
-    """The linear probe: logistic regression along a path of C, the best of which ID validation chooses."""
+    """The linear probe: logistic regression along a path of C.
+
+    ID validation chooses the best C.
+    """
 
     def fit(self, model: TaskModel, data: TrialData, path: Sequence[float] | None = None) -> Report:
         return take_probe(model, best_linear_probe(data, path))

@@ -1,7 +1,8 @@
-"""What is measured on one split: accuracies, likelihood, ranking, calibration, and the same class by class.
+"""Measures of one split's predictions.
 
-torchmetrics computes what it defines in the same way. Macro means are taken here, over the classes that the images
-have: a domain may lack classes, which torchmetrics would count as zero.
+Accuracies, likelihood, ranking and calibration, and the same class by class. torchmetrics computes what it defines in
+the same way. Macro means are taken here, over the classes that the images have: a domain may lack classes, which
+torchmetrics would count as zero.
 """
 
 from __future__ import annotations
@@ -70,16 +71,21 @@ def classification_metrics(
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose top class is their label."""
+    # In float64, in which equal counts give equal numbers: ties are decided by another metric.
     return float((logits.argmax(1) == labels).double().mean())
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     """Mean cross-entropy in nats."""
+    # In float64: float32 cannot tell the likelihoods of confident predictions from 1.
     return float(functional.cross_entropy(logits.double(), labels))
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error of the top class over 15 equal bins of confidence (Guo et al., 2017, eq. 3)."""
+    """Expected calibration error of the top class.
+
+    Over 15 equal bins of confidence (Guo et al., 2017, eq. 3).
+    """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     if not bool(torch.isfinite(logits).all()):
@@ -116,7 +122,10 @@ def macro_f1(logits: Tensor, labels: Tensor) -> float:
 
 
 def auroc(logits: Tensor, labels: Tensor) -> float:
-    """One-vs-rest area under the ROC curve, mean over the classes that are labels; NaN where one class is all."""
+    """One-vs-rest area under the ROC curve.
+
+    Mean over the classes that are labels; NaN where one class is all.
+    """
     from torchmetrics.functional.classification import binary_auroc
 
     return _one_against_rest(
@@ -147,7 +156,10 @@ def _one_against_rest(measure: Callable[[Tensor, Tensor], float], logits: Tensor
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """log p_k − log(1 − p_k) of every class (N, K), exact where a probability is near 1 and would round to it."""
+    """log p_k − log(1 − p_k) of every class (N, K).
+
+    Exact where a probability is near 1 and would round to it.
+    """
     top = logits.argmax(1, keepdim=True)
     highest = logits.gather(1, top)
     shares = (logits - highest).exp()
@@ -177,7 +189,10 @@ _MEASURES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def class_counts(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Counts (K,) float64 of each class: `images` that have it, images `predicted` to have it, and `right` ones."""
+    """Counts (K,) float64 of each class.
+
+    `images` that have it, images `predicted` to have it, and `right` ones.
+    """
     confusion = confusion_matrix(logits, labels).double()
     return {"images": confusion.sum(1), "predicted": confusion.sum(0), "right": confusion.diagonal()}
 
@@ -191,10 +206,10 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Temperature T that minimises the mean cross-entropy of logits / T (Guo et al., 2017, section 4.2).
+    """Temperature T that minimises the mean cross-entropy of logits / T.
 
-    The cross-entropy is convex in 1/T. Newton's method on its derivative, kept inside a bracket that every step
-    narrows, in float64: no learning rate, no random number. NaN where logits are not finite.
+    Guo et al. (2017), section 4.2. The cross-entropy is convex in 1/T. Newton's method on its derivative, kept inside a
+    bracket that every step narrows, in float64: no learning rate, no random number. NaN where logits are not finite.
 
     Args:
         logits: (N, K) of validation images.

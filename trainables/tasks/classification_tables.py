@@ -1,4 +1,7 @@
-"""Tables of a classifier's predictions: recall and precision of every class, and which classes are confused."""
+"""Tables of a classifier's predictions.
+
+Recall and precision of every class, and which classes are confused.
+"""
 
 from __future__ import annotations
 

@@ -117,6 +117,7 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     identity: list[Any] = [FORMAT, list(path)]
     shared = data.spec.shared
     if shared.metric is not None or shared.loss.class_weights is not None:
+        # Left out at their defaults, whose solutions keep the names that they had before these settings.
         identity += [shared.metric, shared.loss.class_weights]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     file = data.solution_folder / f"linear_probe-{name}.safetensors"
@@ -199,6 +200,7 @@ def _with_absent(
 
 def _nll(logits: Doubles, targets: NDArray[Any]) -> float:
     """Mean negative log-likelihood."""
+    # By the largest logit, so that the exponential cannot overflow.
     shifted = logits - logits.max(1, keepdims=True)
     return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(targets)), targets]).mean())
 
@@ -240,7 +242,10 @@ def _load(file: Path) -> Probe | None:
 
 @torch.no_grad()
 def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
-    """Copy a probe's solution into the head; returns its C and its selection metric on validation."""
+    """Copy a probe's solution into the head.
+
+    Returns its C and its selection metric on validation.
+    """
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
     return {PROBE_C.name: probe.C, PROBE_VAL.of(probe.metric): probe.validation}

@@ -42,9 +42,10 @@ def logistic_path(
     device: torch.device | str = "cpu",
     sample_weight: NDArray[np.floating] | None = None,
 ) -> Iterator[tuple[Doubles, Doubles]]:
-    """Solve for each C of an ascending path: weight (K, D) and bias (K,), K = largest label + 1.
+    """Solve for each C of an ascending path.
 
-    For two classes scikit-learn fits one vector of log-odds v with ½‖v‖²; the rows are then −v/2 and v/2.
+    Yields weight (K, D) and bias (K,), K = largest label + 1. For two classes scikit-learn fits one vector of log-odds
+    v with ½‖v‖²; the rows are then −v/2 and v/2.
 
     Args:
         features: (N, D), used without scaling.
@@ -103,10 +104,14 @@ class _Problem:
                 # loose, and another run starts from here.
                 if relative > 0.8:
                     break
+        # The last two, through which the next warm start is extrapolated.
         self.solved = [*self.solved[-1:], (math.log(c), self.state)]
 
     def _extrapolate(self, c: float, ridge: Tensor) -> None:
-        """Warm start: extrapolate the last two solutions linearly in log C, if that lowers the objective."""
+        """Warm start: extrapolate the last two solutions linearly in log C.
+
+        Only if that lowers the objective.
+        """
         if len(self.solved) < 2:
             return
         (log_c0, state0), (log_c1, state1) = self.solved
@@ -174,13 +179,17 @@ class _Problem:
         parts = []
         for features, _, factors in self._blocks():
             probability = torch.softmax(features @ self.state.T, 1)
+            # Never zero: the moments are divided by the mean, and images of certain class have no curvature.
             curvature = (1 - probability.square().sum(1)).clamp(min=1e-9) / (self.classes - 1)
             parts.append(curvature if factors is None else curvature * factors[:, 0])
         weights = torch.cat(parts)
         return weights, float(weights.mean())
 
     def relative_moments(self) -> Tensor:
-        """Second moments (D + 1, D + 1) of the features, weighted by each image's relative curvature."""
+        """Second moments (D + 1, D + 1) of the features.
+
+        Weighted by each image's relative curvature.
+        """
         weights, mean = self.hessian_weights()
         moments = torch.zeros_like(self.penalty).diag()
         for (features, _, _), weight in zip(self._blocks(), torch.split(weights, self.rows), strict=True):

@@ -1,6 +1,7 @@
-"""Registry of tasks: the files of this folder that define `TASK`, and what was registered explicitly.
+"""Registry of tasks.
 
-A name is looked up among the rows of the metric table first, so that no name from outside decides what is imported.
+The files of this folder that define `TASK`, and what was registered explicitly. A name is looked up among the rows of
+the metric table first, so that no name from outside decides what is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _registered: dict[str, type[Task]] = {}
 
 
 def register(task: type[Task]) -> None:
-    """Add a task of a plug-in or a test, with its row of the metric table.
+    """Add a task of a plug-in or a test.
+
+    With its row of the metric table.
 
     Raises:
         ValueError: another task has the name.

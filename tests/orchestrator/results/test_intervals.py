@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.intervals import Setting, simulate
+from benchmarks.intervals import Setting, simulate, tetrachoric
 from orchestrator.results.intervals import (
     bootstrap_interval,
     estimate,
@@ -149,6 +149,17 @@ class TestBootstrap:
 @pytest.mark.parametrize(("samples", "seed_points"), [(36, 1.0), (360, 0.5), (1000, 1.0)])
 def test_coverage_and_false_leaders_in_simulated_studies(samples: int, seed_points: float) -> None:
     """The whole table is docs/intervals.md, from 2,000 studies a line; 500 here scatter by 0.5 points of coverage."""
-    found = simulate(Setting(samples, (0.8,) * 5, seed_points), studies=500)
-    assert 0.92 <= found.coverage <= 0.985
-    assert found.ahead <= 0.06
+    outcome = simulate(Setting(samples, (0.8,) * 5, (seed_points,) * 5, (0.5, 0.2)), studies=500)
+    assert 0.92 <= outcome.coverage <= 0.985
+    assert outcome.ahead <= 0.06
+
+
+@pytest.mark.parametrize("correlation", [-0.3, 0.0, 0.5, 0.9])
+def test_tetrachoric_correlation_of_two_medians(correlation: float) -> None:
+    """Both signs are equal with probability 1/2 + arcsin(ρ)/π (Sheppard, 1899)."""
+    samples = 100_000
+    equal = round(samples * (0.25 + math.asin(correlation) / (2 * math.pi)))
+    first = np.repeat([0.0, 1.0], samples // 2)
+    other = samples // 2 - equal
+    second = np.concatenate([np.repeat([0.0, 1.0], [equal, other]), np.repeat([1.0, 0.0], [equal, other])])
+    assert tetrachoric(first, second) == pytest.approx(correlation, abs=1e-3)
