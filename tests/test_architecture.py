@@ -220,6 +220,12 @@ class TestImports:
         heavy = {"torch", "ray", "mlflow", "optuna", "timm", "pandas", "numpy", "sklearn", "pyarrow"}
         assert heavy & set(loaded.stdout.split()) == set()
 
+    def test_the_tracking_process_loads_no_torch(self) -> None:
+        """It runs beside every study; torch alone would be 400 MiB."""
+        code = "import sys; from orchestrator.running.tracking_process import summarizer; summarizer(); print(*sys.modules)"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert {"torch", "timm", "ray"} & set(loaded.stdout.split()) == set()
+
     def test_the_training_core_needs_only_torch_and_timm(self) -> None:
         """A bare GPU box without ray, mlflow, optuna and pyarrow can still run the loop."""
         code = (

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from trainables.specs.metrics import VAL, TaskMetrics, best_or_last
 from trainables.storage.checkpoint_format import TENSORS, file_digest
@@ -30,16 +31,6 @@ _ROLES: Mapping[str, frozenset[str]] = {
     "all": frozenset({"search", "fold", "confirm", "reference"}),
 }
 """Roles of the trials that write files."""
-
-
-def weights_folder(study: Path, number: int) -> Path:
-    """Folder of the weights of the trial with this number."""
-    return study / "weights" / f"trial-{number:04d}"
-
-
-def predictions_file(study: Path, number: int) -> Path:
-    """File of the predictions of the trial with this number."""
-    return study / "predictions" / f"trial-{number:04d}.arrow"
 
 
 def kept_bytes(study: Path, number: int) -> int:

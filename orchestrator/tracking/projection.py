@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.record.journal import Event, read_from
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import (
     INTERRUPTED,
     TrialRecord,

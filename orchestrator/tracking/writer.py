@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import tempfile
 from collections import defaultdict
@@ -19,7 +20,6 @@ from orchestrator.tracking.model_export import ExportedModel, ModelExportError
 from orchestrator.tracking.model_registry import ModelRegistry
 from orchestrator.tracking.projection import DeliveredItems
 from orchestrator.tracking.run_update import MODEL, KeptFile, ModelRequest, Point, Render, RunUpdate
-from trainables.storage.checkpoint_format import file_digest
 
 UID_TAG = "luthier.trial_uid"
 STUDY_TAG = "luthier.study_uid"
@@ -197,7 +197,8 @@ class MlflowWriter:
         assert self._folder is not None
         path = (self._folder / kept.path).absolute()
         try:
-            digest = file_digest(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:  # removed by `luthier prune`, or superseded
             return None
         except OSError as error:

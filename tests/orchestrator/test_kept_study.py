@@ -17,7 +17,8 @@ from orchestrator import Study
 from orchestrator.commands.check import check_study
 from orchestrator.planning.build import retention_of
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import kept_problems, numbers_on_disk, weights_folder
+from orchestrator.record.kept_files import kept_problems, numbers_on_disk
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.running.study_run import plain_spec
 from orchestrator.study_file.yaml_text import write_yaml

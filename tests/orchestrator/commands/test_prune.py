@@ -19,7 +19,8 @@ from orchestrator.cli import app
 from orchestrator.commands.exit_status import FAILED, OK
 from orchestrator.commands.prune import prune
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.record.kept_files import numbers_on_disk, predictions_file, weights_folder
+from orchestrator.record.kept_files import numbers_on_disk
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import fold
 from orchestrator.running.study_run import plain_spec
 from orchestrator.study_file.yaml_text import write_yaml

@@ -15,7 +15,8 @@ import requests
 from mlflow import MlflowClient
 
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import discard_kept, predictions_file
+from orchestrator.record.kept_files import discard_kept
+from orchestrator.record.kept_paths import predictions_file
 from tests.support.tracking import follower
 
 CONTENT = b"arrow" * 1000

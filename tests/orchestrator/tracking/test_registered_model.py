@@ -96,6 +96,7 @@ ONE_VERSION = {
 }
 
 
+@pytest.mark.slow
 class TestARealModel:
     @pytest.fixture(scope="class")
     def study(self, tmp_path_factory: pytest.TempPathFactory) -> Study:
