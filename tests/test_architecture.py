@@ -222,7 +222,7 @@ class TestImports:
 
     def test_the_tracking_process_loads_no_torch(self) -> None:
         """It runs beside every study; torch alone would be 400 MiB."""
-        code = "import sys; from orchestrator.running.tracking_process import summarizer; summarizer(); print(*sys.modules)"
+        code = "import sys; from orchestrator.running import tracking_process as t; t.summarizer(); print(*sys.modules)"
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         assert {"torch", "timm", "ray"} & set(loaded.stdout.split()) == set()
 
