@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import discard_kept, kept_bytes, numbers_on_disk
+from orchestrator.record.kept_files import discard_kept, kept_bytes, numbers_on_disk, remove_leftovers
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.wording import bytes_text, counted
 
@@ -95,6 +95,7 @@ def prune(study: Path, dry_run: bool = False) -> Pruned:
                 # Before the removal: a record never lists files that are gone.
                 journal.append("weights_discarded", trial_id=record.trial_id, why="pruned")
             discard_kept(folder, trial.number)
+        remove_leftovers(folder)
     return Pruned(spec.name, folder, trials, dry_run)
 
 

@@ -17,7 +17,7 @@ from orchestrator.commands.export import check_adapter, preprocessing_of, select
 from orchestrator.errors import StudyError
 from orchestrator.export.errors import RefusedExportError
 from orchestrator.export.timm_folder import file_digest
-from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.study import Study, read_journal
 from tests.support.exports import finished_study, fresh, pictures
