@@ -19,11 +19,12 @@ from orchestrator.cli import app
 from orchestrator.commands.exit_status import FAILED, OK
 from orchestrator.commands.prune import prune
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.record.kept_files import numbers_on_disk
+from orchestrator.record.kept_files import kept_bytes, numbers_on_disk
 from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import fold
 from orchestrator.running.study_run import plain_spec
 from orchestrator.study_file.yaml_text import write_yaml
+from orchestrator.wording import bytes_text
 from trainables.specs.fault_injection import ENV_FAULTS
 from trainables.storage.kept_weights import KeptWeights, load_weights, save_weights
 
@@ -87,12 +88,13 @@ def test_a_running_study_is_refused(study: Study) -> None:
 
 
 def test_on_the_command_line(study: Study) -> None:
+    size = sum(kept_bytes(study.folder, number) for number in (0, 1))
     shown = runner.invoke(app, ["prune", str(study.folder), "--dry-run"])
     assert shown.exit_code == OK
     assert shown.stdout.splitlines() == [
         "  trial 0 full (search): 4 kB",
         "  trial 1 full (confirm): 4 kB",
-        f"Would remove the weights and predictions of 2 trials, 8 kB, from {study.folder}",
+        f"Would remove the weights and predictions of 2 trials, {bytes_text(size)}, from {study.folder}",
     ]
     done = runner.invoke(app, ["prune", str(study.folder), "--json"])
     document = json.loads(done.stdout)
