@@ -28,7 +28,7 @@ from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import fold
 from orchestrator.results.intervals import Floats, MeanEstimate, SeedVariance, estimate, holm
 from orchestrator.results.predictions import read_predictions

@@ -33,7 +33,7 @@ from trainables.storage.checkpoint_format import load_state, save_state
 
 EVERY_UNIT = {
     *("train/loss", "train/acc", "val/acc", "val/nll", "lr/backbone", "lr/head"),
-    *("cost/unit_seconds", "cost/images_per_second", "finished", "unit"),
+    *("cost/unit_seconds", "cost/images_per_second", "cost/cpu_use", "finished", "unit"),
 }
 MEASURED = ("acc", "nll", "ece", "ece_scaled", "balanced_acc", "macro_f1", "auroc", "ap", "brier")
 DOMAINS = (*(f"ood/{domain}" for domain in OOD_DOMAINS), *(f"id/{domain}" for domain in ID_DOMAINS))
@@ -50,6 +50,8 @@ ONCE = {
     "cost/parameters", "cost/trainable_parameters", "cost/training_images", "cost/total_seconds",
     "cost/first_batch_seconds",
 }  # fmt: skip
+WHERE_REPORTED = {"cost/host_bytes", "cost/gpu_use", "cost/gpu_bytes"}
+"""Recorded with every unit where the system reports them."""
 PEAKS = {"cost/peak_host_bytes", "cost/peak_gpu_bytes"}
 """Recorded once where the system reports them."""
 
@@ -291,7 +293,9 @@ class StrategyConformance:
             last = number == len(history)
             expected = EVERY_UNIT | (AT_THE_END if last else set())
             assert expected <= unit.keys()
-            extra = unit.keys() - expected - {"curves"} - (ONCE | PEAKS if last or number == 1 else set())
+            extra = (
+                unit.keys() - expected - {"curves"} - WHERE_REPORTED - (ONCE | PEAKS if last or number == 1 else set())
+            )
             assert {n for n in extra if not self.is_declared(n) and not n.startswith(DIAGNOSED)} == set()
             assert unit["unit"] == number
             assert unit["finished"] is last

@@ -51,7 +51,8 @@ LAZY_BOUNDARIES = {
     # is restored.
     "orchestrator/results/curves.py", "orchestrator/results/study_results.py",
     "orchestrator/running/tracking_process.py", "orchestrator/tracking/client.py",
-    "orchestrator/tracking/local_database.py", "orchestrator/tracking/writer.py",
+    "orchestrator/tracking/local_database.py", "orchestrator/tracking/model_registry.py",
+    "orchestrator/tracking/writer.py",
     # A private name that a release has moved breaks the one function that uses it.
     "orchestrator/ray_internals.py", "orchestrator/tracking/mlflow_internals.py",
     # Probes of a cluster take milliseconds without Ray; a decoder process takes pyarrow for Parquet only.
@@ -220,6 +221,12 @@ class TestImports:
         loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
         heavy = {"torch", "ray", "mlflow", "optuna", "timm", "pandas", "numpy", "sklearn", "pyarrow"}
         assert heavy & set(loaded.stdout.split()) == set()
+
+    def test_the_tracking_process_loads_no_torch(self) -> None:
+        """It runs beside every study; torch alone would be 400 MiB."""
+        code = "import sys; from orchestrator.running import tracking_process as t; t.summarizer(); print(*sys.modules)"
+        loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert {"torch", "timm", "ray"} & set(loaded.stdout.split()) == set()
 
     def test_the_training_core_needs_only_torch_and_timm(self) -> None:
         """A bare GPU box without ray, mlflow, optuna and pyarrow can still run the loop."""

@@ -160,7 +160,7 @@ def _runs(study: Study) -> list[dict[str, Any]]:
         points = {
             key: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
             for key in run.data.metrics
-            if not key.startswith("cost/")
+            if not key.startswith(("cost/", "system/"))
         }
         tags = {k: v for k, v in run.data.tags.items() if k not in VOLATILE and not k.startswith("mlflow.")}
         name = run.data.tags["mlflow.runName"]

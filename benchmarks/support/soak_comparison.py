@@ -45,7 +45,7 @@ def luthier(study: Path, database: Path, units: int) -> StudyEnd:
     names = dict(_query(database, "select run_uuid, name from runs where {active}"))
     kinds = dict(_query(database, "select run_uuid, value from tags where key = 'luthier.kind'"))
     of_trials = {run: name for run, name in names.items() if kinds.get(run) == "trial"}
-    return _study_end(database, curves, of_trials, lambda key: not key.startswith("cost/"))
+    return _study_end(database, curves, of_trials, lambda key: not key.startswith(("cost/", "system/")))
 
 
 def plain(study: Path, database: Path, units: int) -> StudyEnd:

@@ -23,7 +23,7 @@ from orchestrator.export.errors import ExportError, RefusedExportError
 from orchestrator.export.export import Exported, TunedModel, check_target, export_model
 from orchestrator.export.formats import BACKBONE
 from orchestrator.ingest.errors import DataError
-from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
 from orchestrator.results.intervals import mean_interval
 from orchestrator.results.kept_model import preprocessing_of, read_kept

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import discard_kept, discard_refit, kept_bytes, numbers_on_disk, refit_folders
+from orchestrator.record.kept_files import (
+    discard_kept,
+    discard_refit,
+    kept_bytes,
+    numbers_on_disk,
+    refit_folders,
+    remove_leftovers,
+)
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.wording import bytes_text, counted
 
@@ -113,6 +120,7 @@ def prune(study: Path, dry_run: bool = False) -> Pruned:
         refits = _refits(folder)
         for path in refit_folders(folder):
             discard_refit(path)
+        remove_leftovers(folder)
     return Pruned(spec.name, folder, trials, dry_run, refits)
 
 

@@ -154,7 +154,8 @@ def sync(
             copy_lock.release()
     missing = DeliveryCounts()
     if events:
-        missing = backlog(journal, follower.delivered_offset, spec.name, summaries)
+        uploads = follower.settings.uploads
+        missing = backlog(journal, follower.delivered_offset, spec.name, summaries, uploads)
     return SyncReport(
         study=spec.name,
         uri=redact(target.uri),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from trainables.specs.metrics import VAL, TaskMetrics, best_or_last
 from trainables.storage.checkpoint_format import TENSORS, file_digest
@@ -31,11 +32,6 @@ _ROLES: Mapping[str, frozenset[str]] = {
     "all": frozenset({"search", "fold", "confirm", "reference"}),
 }
 """Roles of the trials that write files."""
-
-
-def weights_folder(study: Path, number: int) -> Path:
-    """Folder of the weights of the trial with this number."""
-    return study / "weights" / f"trial-{number:04d}"
 
 
 def refit_folder(study: Path, config_hash: str, seed: int) -> Path:
@@ -58,11 +54,6 @@ def discard_refit(folder: Path) -> None:
     folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 
 
-def predictions_file(study: Path, number: int) -> Path:
-    """File of the predictions of the trial with this number."""
-    return study / "predictions" / f"trial-{number:04d}.arrow"
-
-
 def kept_bytes(study: Path, number: int) -> int:
     """Size of a trial's weights and predictions on the disk."""
     files = [*weights_folder(study, number).glob("*"), predictions_file(study, number)]
@@ -77,6 +68,14 @@ def discard_kept(study: Path, number: int) -> None:
     """
     discard_weights(weights_folder(study, number))
     predictions_file(study, number).unlink(missing_ok=True)
+
+
+def remove_leftovers(study: Path) -> None:
+    """Remove files without their final name, of processes that were killed while they wrote or removed them."""
+    for leftover in (study / "weights").glob(".trial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (study / "predictions").glob(".trial-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def numbers_on_disk(study: Path) -> list[int]:
@@ -184,8 +183,5 @@ def tidy_kept(study: Path, records: Iterable[TrialRecord], retention: Retention)
             discard_kept(study, record.number)
         if record.weights is not None or record.predictions is not None:
             removed.append(record)
-    for leftover in (study / "weights").glob(".trial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in (study / "predictions").glob(".trial-*"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(study)
     return removed

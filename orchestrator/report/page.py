@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import html
+import itertools
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("luthier")
 
 REPORT = "report.html"
+FIGURES = "figures"
+"""Folder of the page's drawings, where they are files of their own."""
+_DRAWING = re.compile(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)"')
 MOST_TRIALS = 500
 """Rows of the table of trials; more would make the page slow. `luthier results --json` has all trials."""
 WIDE = 8.0
@@ -124,6 +130,25 @@ def page_of(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def artifacts_of(
+    header: Mapping[str, Any], records: Sequence[TrialRecord], measured: Mapping[str, Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """The page of a study and its drawings as files of their own, by path (arguments: see `page_of`).
+
+    Drawings are `figures/<title>.svg`. Photographs stay in the page alone.
+    """
+    page = page_of(header, records, measured)
+    files = {REPORT: page.encode()}
+    for title, content in _DRAWING.findall(page):
+        stem = re.sub(r"[^a-z0-9]+", "_", html.unescape(title).lower()).strip("_")[:80] or "figure"
+        namesakes = itertools.count(2)
+        path = f"{FIGURES}/{stem}.svg"
+        while path in files:
+            path = f"{FIGURES}/{stem}_{next(namesakes)}.svg"
+        files[path] = base64.b64decode(content)
+    return files
 
 
 def _leaderboard(results: Results) -> tuple[dict[str, Any], list[dict[Any, Any]], dict[str, Choice]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.export.model import Model
-from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord
 from trainables.engine.tuned_network import tuned_network
 from trainables.models.backbone import DataConfig

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.intervals import Floats, estimate_mean
 from trainables.specs.metrics import TEST, VAL, TaskMetrics, ood, ood_domain

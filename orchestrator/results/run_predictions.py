@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from orchestrator.export.columns import free_name
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.predictions import PredictionsError, read_predictions
 from orchestrator.wording import listed

@@ -37,7 +37,6 @@ from orchestrator.study_file.rules import VAL_DOMAIN
 from orchestrator.wording import counted
 from trainables.specs.metrics import TEST
 from trainables.specs.suggestions import did_you_mean
-from trainables.storage.kept_weights import WeightsError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +71,7 @@ class BestConfiguration(selection.Choice):
             WeightsError: its weights are not kept, or damaged.
         """
         from orchestrator.results.kept_model import kept_model
+        from trainables.storage.kept_weights import WeightsError
 
         if self.folder is None:
             raise WeightsError(

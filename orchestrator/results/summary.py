@@ -22,10 +22,10 @@ from orchestrator.results.leaderboard import summary_names
 from orchestrator.results.study_results import Results
 from trainables.specs.metrics import BEST_EPOCH, REGRET, TRIALS, TaskMetrics
 
-Render = Callable[[], bytes]
-"""Contents of an artifact; any exception: it cannot be rendered."""
-Page = Callable[[Mapping[str, Any], Sequence[TrialRecord], Mapping[str, Mapping[str, Any]]], str]
-"""(header, records, measurements) → the report as HTML."""
+Render = Callable[[], bytes | Mapping[str, bytes]]
+"""Contents of an artifact, or of several by path; any exception: it cannot be rendered."""
+Page = Callable[[Mapping[str, Any], Sequence[TrialRecord], Mapping[str, Mapping[str, Any]]], Mapping[str, bytes]]
+"""(header, records, measurements) → the report and its figures by artifact path."""
 
 
 logger = logging.getLogger("luthier")
@@ -53,7 +53,7 @@ class Summarizer:
     """
 
     pages: Mapping[str, Page] = field(default_factory=dict)
-    """Artifact path → page about the study."""
+    """Artifact path → page about the study, with the artifacts that it brings with it."""
     all_pictures: bool = False
     """Draw the curves of every complete trial."""
 
@@ -107,7 +107,7 @@ class Summarizer:
             note = f"# {results.name}\n\nThe summary could not be made: {type(error).__name__}: {error}\n"
             summary = Summary(tags={"mlflow.note.content": note})
         pages: dict[str, Render] = {
-            name: functools.partial(_encoded, page, header, records, measurements) for name, page in self.pages.items()
+            name: functools.partial(page, header, records, measurements) for name, page in self.pages.items()
         }
         return dataclasses.replace(
             summary,
@@ -202,7 +202,3 @@ def _drawn(curves: Curves, record: TrialRecord | None, task: TaskMetrics | None)
     if task is None:
         return {}
     return {name: picture.content for name, picture in pictures(curves, record, task).items()}
-
-
-def _encoded(page: Page, *parts: Any) -> bytes:
-    return page(*parts).encode()

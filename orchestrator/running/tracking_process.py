@@ -23,10 +23,10 @@ MODULE = "orchestrator.running.tracking_process"
 
 def summarizer(all_pictures: bool = False) -> Summarizer:
     """Summaries of results and report for the tracked runs (argument: see `orchestrator.results.summary`)."""
-    from orchestrator.report.page import REPORT, page_of
+    from orchestrator.report.page import REPORT, artifacts_of
     from orchestrator.results.summary import Summarizer
 
-    return Summarizer({REPORT: page_of}, all_pictures)
+    return Summarizer({REPORT: artifacts_of}, all_pictures)
 
 
 def follow(spec: StudySpec, journal: Journal | Path) -> AbstractContextManager[TrackingProcess]:

@@ -26,6 +26,7 @@ RuleProblem = tuple[KeyPath, str]
 """Path below the part of the study that was checked, and message."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._ -]{0,248}[A-Za-z0-9_-])?")
 
 
 class RuleError(ValueError):
@@ -67,6 +68,16 @@ def check_storage(value: Any) -> Any:
         )
     if isinstance(value, str) and not value.strip():
         raise _broken("storage is a folder, but got an empty string. Leave the key out for ./studies.")
+    return value
+
+
+def check_model_name(value: Any) -> Any:
+    """Validate the name of a registered model of MLflow."""
+    if isinstance(value, str) and not _MODEL_NAME.fullmatch(value):
+        raise _broken(
+            "the name of a registered model has 1 to 250 letters, digits, spaces, '.', '_' or '-', but got "
+            f"{value!r:.80}. Leave it out to send no weights."
+        )
     return value
 
 

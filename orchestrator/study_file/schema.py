@@ -270,6 +270,11 @@ class TrackingSpec(Section):
     """MLflow tracking URI, such as `http://mlflow:5000`. null = a SQLite file in `storage`."""
     experiment: Annotated[str, Field(min_length=1)] | None = None
     """MLflow experiment. null = the study's name."""
+    predictions: bool = True
+    """Send the predictions of confirmed trials, with the names of their samples, as artifacts of their runs."""
+    registered_model: Annotated[str, BeforeValidator(rules.check_model_name)] | None = None
+    """Name of a model in MLflow's registry, of which the chosen model of the complete study becomes a version. null =
+    no weights are sent."""
 
 
 class StudySpec(Section):

@@ -19,8 +19,9 @@ from orchestrator.record.journal import Event, read_from
 from orchestrator.tracking.client import describe_error, server_name
 from orchestrator.tracking.delivery_state import DeliveryLock, PositionFile
 from orchestrator.tracking.local_database import TrackingFileError
+from orchestrator.tracking.model_export import ExportedModel, Exporter, export_chosen_model
 from orchestrator.tracking.projection import DeliveredItems, DeliveryCounts, Projection, updates_of
-from orchestrator.tracking.run_update import UID_DIGITS, RunUpdate, Summarizer
+from orchestrator.tracking.run_update import UID_DIGITS, ModelRequest, RunUpdate, Summarizer, Uploads
 from orchestrator.tracking.writer import MlflowWriter
 from trainables.specs.short_hash import short_hash
 
@@ -57,6 +58,10 @@ class FollowerSettings:
     """Start with the first event, whatever the position is."""
     task: Mapping[str, Any] | None = None
     """Metrics of the study's task (`TaskMetrics.to_dict`): a task may be registered in the driver's process alone."""
+    predictions: bool = True
+    """As `Uploads.predictions`."""
+    registered_model: str | None = None
+    """As `Uploads.registered_model`."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -67,10 +72,20 @@ class FollowerSettings:
         """Path of the journal."""
         return Path(self.journal)
 
+    @property
+    def uploads(self) -> Uploads:
+        """Which files of the study's folder are sent."""
+        return Uploads(self.predictions, self.registered_model)
+
+    @property
+    def target(self) -> str:
+        """Identifies server and experiment."""
+        return short_hash([server_name(self.uri), self.experiment], UID_DIGITS)
+
     def position_file(self) -> PositionFile:
         """The durable read offset of this delivery."""
         name = self.position or f"{self.path.name}.mlflow.json"
-        return PositionFile(self.path.with_name(name), short_hash([server_name(self.uri), self.experiment], UID_DIGITS))
+        return PositionFile(self.path.with_name(name), self.target)
 
 
 class GiveUp:
@@ -85,6 +100,11 @@ class GiveUp:
         self._start = time.monotonic()
         self._deadline = self._start + timeout_s
         self._patience_s = patience_s
+
+    def extend(self, seconds: float) -> None:
+        """Leave time out that the server is not responsible for."""
+        self._deadline += seconds
+        self._start = time.monotonic()
 
     def is_due(self, problem: str | None, progress: float) -> bool:
         """Whether to stop.
@@ -101,18 +121,20 @@ class GiveUp:
 class SendBuffer:
     """Updates that are not delivered yet, coalesced per run.
 
-    Points are sent before artifacts: an artifact store that is down must not hold back any number.
+    Points are sent before artifacts: an artifact store that is down must not hold back any number. Files of the study's
+    folder and models come last: one that is too large for a server must not hold back any other artifact.
     """
 
     def __init__(self) -> None:
         self._updates: dict[str, RunUpdate] = {}
         self._files: dict[str, RunUpdate] = {}
+        self._kept: dict[str, RunUpdate] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._updates or self._files)
+        return bool(self._updates or self._files or self._kept)
 
     def __iter__(self) -> Iterator[RunUpdate]:
-        return iter([*self._updates.values(), *self._files.values()])
+        return iter([*self._updates.values(), *self._files.values(), *self._kept.values()])
 
     def add(self, updates: Iterable[RunUpdate]) -> None:
         """Add later updates."""
@@ -123,9 +145,16 @@ class SendBuffer:
         """Drop everything."""
         self._updates.clear()
         self._files.clear()
+        self._kept.clear()
 
-    def send(self, writer: MlflowWriter, study_uid: str) -> Iterator[None]:
-        """Write everything, with a yield after each item; what fails stays (errors: as the writer's)."""
+    def send(
+        self, writer: MlflowWriter, study_uid: str, export: Callable[[ModelRequest], ExportedModel]
+    ) -> Iterator[None]:
+        """Write everything, with a yield after each item; what fails stays (errors: as the writer's).
+
+        Args:
+            export: makes the folder of a model that is to be registered.
+        """
         while self._updates:
             uid = next(iter(self._updates))
             try:
@@ -139,7 +168,17 @@ class SendBuffer:
         while self._files:
             uid = next(iter(self._files))
             writer.write_files(self._files[uid])
-            del self._files[uid]
+            _merge(self._kept, self._files.pop(uid))
+            yield
+        while self._kept:
+            uid = next(iter(self._kept))
+            update = self._kept.pop(uid)
+            try:
+                writer.write_kept_files(update)
+                writer.register_model(update, export)
+            except Exception:
+                self._kept[uid] = update  # behind the others
+                raise
             yield
 
 
@@ -150,11 +189,13 @@ class JournalReader:
         journal: its path; the file need not exist yet.
         study: name of the study, until the journal gives one.
         summarizer: computes summaries.
+        uploads: which files of the study's folder are sent.
     """
 
-    def __init__(self, journal: Path, study: str, summarizer: Summarizer) -> None:
+    def __init__(self, journal: Path, study: str, summarizer: Summarizer, uploads: Uploads | None = None) -> None:
         self._journal = journal
         self._study = study
+        self._uploads = uploads
         self._summarizer = summarizer
         self.restart()
 
@@ -162,7 +203,7 @@ class JournalReader:
         """Go back to the first event."""
         self.offset = 0
         self.seq = -1
-        self.projection = Projection(self._study, self._summarizer)
+        self.projection = Projection(self._study, self._summarizer, self._uploads)
 
     def skip(self, events: Iterable[Event], offset: int) -> None:
         """Continue at a byte offset, after events that were delivered before."""
@@ -200,7 +241,8 @@ class MlflowFollower:
         delivered: collects the items that the server lacked; None = they are not counted.
         is_abandoned: whether the study's driver has died, so that its open runs are closed at the end of the journal.
         lock: held while this follower delivers; default: the journal's.
-        on_change: called after each delivered item and each attempt.
+        on_change: called after each delivered item and each attempt, and before and after an export.
+        exporter: exports the chosen model of a study.
     """
 
     def __init__(
@@ -212,6 +254,7 @@ class MlflowFollower:
         is_abandoned: Callable[[], bool] = lambda: False,
         lock: DeliveryLock | None = None,
         on_change: Callable[[MlflowFollower], object] = lambda follower: None,
+        exporter: Exporter = export_chosen_model,
     ) -> None:
         self.settings = settings
         self.problem: str | None = None
@@ -220,11 +263,15 @@ class MlflowFollower:
         """When the server last accepted something (`time.monotonic`)."""
         self.delivered_offset = 0
         """Byte of the journal after the last delivered event."""
+        self.is_exporting = False
+        """Whether the chosen model is being exported, which no server can speed up."""
         self.lock = lock or DeliveryLock(settings.path)
         self._delivered = delivered
         self._is_abandoned = is_abandoned
         self._on_change = on_change
-        self._reader = JournalReader(settings.path, settings.study, summarizer)
+        self._exporter = exporter
+        self._exported: tuple[str, ExportedModel] | None = None
+        self._reader = JournalReader(settings.path, settings.study, summarizer, settings.uploads)
         self._position = settings.position_file()
         self._buffer = SendBuffer()
         self._server = _Connection(settings, delivered)
@@ -292,7 +339,21 @@ class MlflowFollower:
                 else:
                     finishing.wait(min(self.settings.poll_s * 2**failures, MAX_BACKOFF_S))
         finally:
+            if self._exported is not None:
+                self._exported[1].remove()
             self.lock.release()
+
+    def _export(self, request: ModelRequest) -> ExportedModel:
+        """The model of a request, exported once for all attempts to send it."""
+        if self._exported is None or self._exported[0] != request.end:
+            self.is_exporting = True
+            self._on_change(self)
+            try:
+                self._exported = request.end, self._exporter(self.settings.path.parent, self.settings.target)
+            finally:
+                self.is_exporting = False
+                self._on_change(self)
+        return self._exported[1]
 
     def _load_position(self) -> None:
         if self.settings.replay:
@@ -317,7 +378,7 @@ class MlflowFollower:
         study_uid = self._reader.projection.study_uid
         if self._buffer:
             assert study_uid is not None
-            for _ in self._buffer.send(self._server.connected(study_uid), study_uid):
+            for _ in self._buffer.send(self._server.connected(study_uid), study_uid, self._export):
                 self.progress = time.monotonic()
                 self._on_change(self)
         # After the send: a crash in between delivers these events twice, which adds nothing.
@@ -381,7 +442,12 @@ class _Connection:
         if self._writer is None:
             settings = self._settings
             self._writer = MlflowWriter(
-                settings.uri, settings.experiment, study_uid, settings.artifact_location, self._delivered
+                settings.uri,
+                settings.experiment,
+                study_uid,
+                settings.artifact_location,
+                self._delivered,
+                settings.path.parent,
             )
         return self._writer
 
@@ -391,6 +457,8 @@ class _Connection:
             return
         if now or time.monotonic() - self._in_doubt_since > LATE_CREATE_S:
             self._writer.load_runs()
+            if self._settings.registered_model is not None:
+                self._writer.models.drop_duplicates()
             self._in_doubt_since = None
 
     def invalidate(self, error: Exception) -> None:
@@ -398,11 +466,12 @@ class _Connection:
         writer = self._writer
         if writer is None:
             return
-        if writer.create_in_doubt:
+        is_in_doubt = writer.create_in_doubt or writer.models.create_in_doubt
+        if is_in_doubt:
             self._in_doubt_since = time.monotonic()
         code = getattr(error, "error_code", None)
         is_gone = isinstance(error, TrackingFileError) or code == "RESOURCE_DOES_NOT_EXIST"
-        if writer.create_in_doubt or is_gone:
+        if is_in_doubt or is_gone:
             self._refused += writer.refused
             self._writer = None
 

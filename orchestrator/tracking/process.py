@@ -66,6 +66,8 @@ class TrackingProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._mutex = threading.Lock()
         self._closing = threading.Event()
+        self._is_exporting = False
+        """Whether the process exports the chosen model, for which a closing study waits."""
         self._is_killed = False
         """Whether the end of the study gave up waiting for the process."""
         self._supervisor = threading.Thread(target=self._supervise, name="luthier-tracking", daemon=True)
@@ -92,14 +94,21 @@ class TrackingProcess:
         Closing again only counts again.
 
         Args:
-            timeout_s: seconds at most.
+            timeout_s: seconds at most, without those of the model's export.
             patience_s: seconds without progress while the server fails.
         """
         if not self._closing.is_set():
             limit = GiveUp(timeout_s, patience_s)
             try:
                 self._finish()
-                while self._supervisor.is_alive() and not limit.is_due(self.problem, self._progress):
+                last_look = time.monotonic()
+                while self._supervisor.is_alive():
+                    now = time.monotonic()
+                    if self._is_exporting:
+                        limit.extend(now - last_look)
+                    elif limit.is_due(self.problem, self._progress):
+                        break
+                    last_look = now
                     self._supervisor.join(0.05)
             finally:
                 self._kill()
@@ -130,6 +139,7 @@ class TrackingProcess:
                 return
 
     def _report_end(self, reason: str) -> None:
+        self._is_exporting = False
         self.problem = f"the tracking process {reason}"
         if not self._closing.is_set():
             logger.warning("MLflow: %s. It is started again; the journal keeps what is missing.", self.problem)
@@ -176,8 +186,10 @@ class TrackingProcess:
     def _kill(self) -> None:
         with self._mutex:
             self._is_killed = True
-            if self._process is not None:
-                self._process.kill()
+            if self._process is not None and self._process.poll() is None:
+                # Its whole session: an export that it has started ends with it.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self, process: subprocess.Popen[bytes]) -> str:
         """Handle the process's messages until it ends; returns the last line that is not one of them."""
@@ -207,6 +219,7 @@ class TrackingProcess:
         self.problem = message["problem"]
         self.refused = message["refused"]
         self.delivered_offset = message["delivered_offset"]
+        self._is_exporting = message["is_exporting"]
         if message["is_progress"]:
             self._progress = time.monotonic()
 
@@ -245,6 +258,8 @@ def _follow_driver(lines: Iterator[str], finishing: threading.Event) -> None:
         if line == FINISH:
             finishing.set()
     # The driver has died. A restarted driver needs the delivery lock: end at once, whatever request hangs.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # an export that was started here ends, too
     os._exit(1)
 
 
@@ -275,6 +290,7 @@ class _Channel:
             "problem": follower.problem,
             "refused": follower.refused,
             "delivered_offset": follower.delivered_offset,
+            "is_exporting": follower.is_exporting,
         }
         if is_progress or state != self._state:
             self._progress = follower.progress

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.record.journal import Event, read_from
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import (
     INTERRUPTED,
     TrialRecord,
@@ -30,15 +31,19 @@ from orchestrator.record.records import (
 from orchestrator.tracking.run_update import (
     UID_DIGITS,
     Header,
+    KeptFile,
+    ModelRequest,
     Point,
     Render,
     RunUpdate,
     Summarizer,
+    Uploads,
     clean_key,
     milliseconds,
     param_text,
     within_limits,
 )
+from trainables.specs.metrics import CPU_USE, GPU_BYTES, GPU_USE, HOST_BYTES
 from trainables.specs.short_hash import short_hash
 
 logger = logging.getLogger("luthier")
@@ -47,6 +52,16 @@ TRIAL_STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 """State of a trial → MLflow's run status; KILLED = ended before its budget (pruned or interrupted)."""
 STUDY_STATUS = {"failed": "FAILED", "interrupted": "KILLED"}
 """The same for a study; FINISHED otherwise."""
+
+PREDICTIONS = "predictions.arrow"
+"""Artifact with the predictions of a confirmed trial."""
+SYSTEM_METRICS: Mapping[str, tuple[str, float]] = {
+    CPU_USE.name: ("system/process_cpu_utilization_percentage", 100.0),
+    HOST_BYTES.name: ("system/process_memory_usage_megabytes", 1e-6),
+    GPU_USE.name: ("system/gpu_utilization_percentage", 100.0),
+    GPU_BYTES.name: ("system/process_gpu_memory_usage_megabytes", 1e-6),
+}
+"""Recorded name → name among MLflow's system metrics, which have a page of their own, and the factor of its unit."""
 
 
 @dataclass
@@ -67,12 +82,14 @@ class Projection:
     Args:
         study: name of the study, used until its `study_started` event.
         summarizer: computes what results say about trials and study.
+        uploads: which files of the study's folder are sent.
     """
 
-    def __init__(self, study: str, summarizer: Summarizer) -> None:
+    def __init__(self, study: str, summarizer: Summarizer, uploads: Uploads | None = None) -> None:
         self.study_uid: str | None = None
         """Value of the tag `luthier.study_uid`; None before the first event."""
         self._summarizer = summarizer
+        self._uploads = uploads or Uploads()
         self._header = Header(study, {})
         self._start = 0
         self._last_time = 0.0
@@ -178,7 +195,20 @@ class Projection:
             }
             update.points = [(self._key(name), value, update.end, 0) for name, value in new.items()]
             self._summary_metrics |= new
+            update.model = self._model(event)
         return [update, *self._trial_file_updates(summary.trial_files)]
+
+    def _model(self, event: Mapping[str, Any]) -> ModelRequest | None:
+        name = self._uploads.registered_model
+        if name is None:
+            return None
+        weights = {t.record.number: str(t.record.weights["sha256"]) for t in self._trials.values() if t.record.weights}
+        return ModelRequest(
+            name=name,
+            end=short_hash([self.study_uid, event["seq"], event["time"]], UID_DIGITS),
+            run_uids={trial.record.number: trial.uid for trial in self._trials.values()},
+            weights=weights,
+        )
 
     def _trial_file_updates(self, trial_files: Mapping[int, Mapping[str, Render]]) -> list[RunUpdate]:
         updates = []
@@ -286,9 +316,16 @@ class Projection:
         step = trial.unit or record.unit
         update.points = [(self._key(name), value, end, step) for name, value in summary.metrics.items()]
         update.files |= summary.files
+        if self._uploads.predictions and record.role == "confirm" and record.predictions:
+            path = predictions_file(Path(), record.number)
+            update.kept_files[PREDICTIONS] = KeptFile(path, str(record.predictions["sha256"]))
 
     def _points(self, metrics: Mapping[str, Any], time: int, step: int) -> list[Point]:
-        return [(self._key(name), value, time, step) for name, value in declared_metrics(metrics).items()]
+        points = []
+        for recorded, value in declared_metrics(metrics).items():
+            name, factor = SYSTEM_METRICS.get(recorded, (recorded, 1.0))
+            points.append((self._key(name), value * factor, time, step))
+        return points
 
     def _key(self, name: str) -> str:
         """The name as every server accepts it; the original of a changed one is kept for `names.json`."""
@@ -336,7 +373,7 @@ class DeliveredItems:
         artifacts = set(self.artifacts)
         for update in pending:
             points -= {(update.uid, key, time, step) for key, _, time, step in update.points}
-            artifacts -= {(update.uid, name) for name in update.files}
+            artifacts -= {(update.uid, name) for name in update.artifacts}
         return DeliveryCounts(len(self.runs), len(points), len(artifacts))
 
 
@@ -352,7 +389,9 @@ def updates_of(projection: Projection, event: Event, journal: Path) -> list[RunU
         return []
 
 
-def backlog(journal: Path, offset: int, study: str, summarizer: Summarizer) -> DeliveryCounts:
+def backlog(
+    journal: Path, offset: int, study: str, summarizer: Summarizer, uploads: Uploads | None = None
+) -> DeliveryCounts:
     """Upper bound of what the events from byte `offset` on would add to a server that has all earlier ones.
 
     An upper bound, since items that were in flight when the server failed may have arrived.
@@ -362,7 +401,7 @@ def backlog(journal: Path, offset: int, study: str, summarizer: Summarizer) -> D
     pending = read_from(journal, offset)[0]
     if not pending:
         return DeliveryCounts()
-    projection = Projection(study, summarizer)
+    projection = Projection(study, summarizer, uploads)
     delivered_runs = set[str]()
     for event in read_from(journal, 0, end=offset)[0]:
         delivered_runs |= {update.uid for update in updates_of(projection, event, journal)}
@@ -373,7 +412,7 @@ def backlog(journal: Path, offset: int, study: str, summarizer: Summarizer) -> D
         for update in updates_of(projection, event, journal):
             runs.add(update.uid)
             points += len(update.points)
-            artifacts |= {(update.uid, name) for name in update.files}
+            artifacts |= {(update.uid, name) for name in update.artifacts}
     return DeliveryCounts(len(runs - delivered_runs), points, len(artifacts))
 
 

@@ -21,11 +21,14 @@ KEY_LIMIT = 250
 """Characters of a metric's or parameter's name."""
 UID_DIGITS = 16
 """Hexadecimal digits (64 bits) of the hashes that identify a study, a run or a server."""
+MODEL = "registered model"
+"""What a registered model is counted as, among the artifacts of the study's run."""
 LONG_FOLDER = "long"
 """Artifacts with the full text of truncated tags and parameters."""
 
-Render = Callable[[], bytes]
-"""Contents of one artifact, rendered when it is delivered; any exception: it cannot be rendered."""
+Render = Callable[[], bytes | Mapping[str, bytes]]
+"""Contents of one artifact, rendered when it is delivered; any exception: it cannot be rendered. Of an artifact that
+brings others with it, a mapping from artifact path to contents."""
 Files = Mapping[str, Render]
 """Artifact path → its contents."""
 Point = tuple[str, float, int, int]
@@ -94,6 +97,40 @@ class Summarizer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Uploads:
+    """Which files of a study's folder are sent beside its record."""
+
+    predictions: bool = True
+    """Predictions of confirmed trials."""
+    registered_model: str | None = None
+    """Name of the registered model that the chosen model becomes a version of; None = no weights are sent."""
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """A file of a study's folder that becomes an artifact; it may be large, or gone by now."""
+
+    path: PurePath
+    """Below the study's folder."""
+    sha256: str
+    """As recorded, in hex."""
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """The chosen model of a complete study, which is to be a version of a registered model."""
+
+    name: str
+    """Of the registered model."""
+    end: str
+    """Identifies the end of the study that chose it."""
+    run_uids: Mapping[int, str]
+    """Number of a trial → `uid` of its run."""
+    weights: Mapping[int, str]
+    """Number of a trial → SHA-256 of its kept weights."""
+
+
 @dataclass
 class RunUpdate:
     """Additions to one run, which is created first if it does not exist."""
@@ -111,9 +148,17 @@ class RunUpdate:
     dataset: tuple[str, str, str] | None = None
     """(name, digest, source)."""
     files: dict[str, Render] = field(default_factory=dict)
+    kept_files: dict[str, KeptFile] = field(default_factory=dict)
+    """Artifact path → file of the study's folder."""
+    model: ModelRequest | None = None
     status: str | None = None
     """MLflow's run status; None = unchanged."""
     end: int | None = None
+
+    @property
+    def artifacts(self) -> set[str]:
+        """Paths of the run's artifacts, and `MODEL` where there is one to register."""
+        return {*self.files, *self.kept_files} | ({MODEL} if self.model is not None else set())
 
     def merge(self, later: RunUpdate) -> None:
         """Add a later update of the same run."""
@@ -121,6 +166,8 @@ class RunUpdate:
         self.params |= later.params
         self.points += later.points
         self.files |= later.files
+        self.kept_files |= later.kept_files
+        self.model = later.model or self.model
         self.dataset = later.dataset or self.dataset
         if later.status is not None:
             self.status = later.status

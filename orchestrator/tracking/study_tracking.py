@@ -50,6 +50,8 @@ def settings_of(spec: StudySpec, journal: Path, uri: str | None = None, **change
         artifact_location=None if database is None else (database.parent / "mlartifacts").as_uri(),
         # The task's own table: the metric that selects is read from the study file.
         task=task_metrics(metrics_of(spec).task).to_dict(),
+        predictions=spec.tracking.predictions,
+        registered_model=spec.tracking.registered_model,
     )
     return dataclasses.replace(settings, **changes)
 
@@ -73,7 +75,8 @@ def follow(spec: StudySpec, journal: Journal | Path, summarizer: Summarizer, mod
         raise
     finally:
         if process.close(timeout_s):
-            counts = backlog(path.absolute(), process.delivered_offset, spec.name, summarizer)
+            uploads = process.settings.uploads
+            counts = backlog(path.absolute(), process.delivered_offset, spec.name, summarizer, uploads)
             reason = process.problem or "it is slow"
             logger.warning("%s (%s). %s", backlog_text(counts), reason, how_to_sync(spec, path.parent))
 
@@ -82,7 +85,7 @@ def study_backlog(spec: StudySpec, folder: Path, summarizer: Summarizer) -> Deli
     """What a study's own tracking server lacks of its journal, as far as its folder shows."""
     settings = settings_of(spec, folder / "journal.jsonl")
     offset = settings.position_file().load(settings.path).offset
-    return backlog(settings.path, offset, spec.name, summarizer)
+    return backlog(settings.path, offset, spec.name, summarizer, settings.uploads)
 
 
 def backlog_text(counts: DeliveryCounts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import tempfile
 from collections import defaultdict
@@ -15,12 +16,18 @@ from typing import Any
 from orchestrator.errors import redact
 from orchestrator.tracking.client import configure_client, dataset_input, experiment_id, sqlite_path
 from orchestrator.tracking.local_database import TrackingFile
+from orchestrator.tracking.model_export import ExportedModel, ModelExportError
+from orchestrator.tracking.model_registry import ModelRegistry
 from orchestrator.tracking.projection import DeliveredItems
-from orchestrator.tracking.run_update import Point, Render, RunUpdate
+from orchestrator.tracking.run_update import MODEL, KeptFile, ModelRequest, Point, Render, RunUpdate
 
 UID_TAG = "luthier.trial_uid"
 STUDY_TAG = "luthier.study_uid"
 PAGE_SIZE = 1000
+MODEL_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "FEATURE_DISABLED"})
+"""Error codes of a server that will not take a model, however often it is tried."""
+TOO_LARGE = 413
+"""HTTP status of a server or proxy that takes no body of this size."""
 
 logger = logging.getLogger("luthier")
 
@@ -53,6 +60,7 @@ class MlflowWriter:
         study_uid: tag value of the study.
         artifact_location: artifact store of a new experiment; None = the server's default.
         delivered: collects the items that the server lacked; None = they are not counted.
+        folder: of the study, for the files that it keeps; None = there are none.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class MlflowWriter:
         study_uid: str,
         artifact_location: str | None = None,
         delivered: DeliveredItems | None = None,
+        folder: Path | None = None,
     ) -> None:
         configure_client()
         from mlflow import MlflowClient
@@ -76,7 +85,9 @@ class MlflowWriter:
         with self._file.opening() if self._file is not None else contextlib.nullcontext():
             self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             self.experiment_id = experiment_id(self._client, experiment, artifact_location)
+        self.models = ModelRegistry(self._client, self.experiment_id, study_uid)
         self._delivered = delivered
+        self._folder = folder
         self._runs: dict[str, _Run] = {}
         self._deleted: set[str] = set()
         self.load_runs()
@@ -122,18 +133,103 @@ class MlflowWriter:
         if run is None or update.uid in self._deleted or not update.files:
             return
         for name, render in list(update.files.items()):
-            content = _rendered(name, render)
-            if content is None:
-                del update.files[name]
-            else:
-                self._count_artifact(run, update.uid, name)
-                update.files[name] = functools.partial(bytes, content)  # a retry must not draw it again
+            contents = _rendered(name, render)
+            del update.files[name]
+            for path, content in contents.items():
+                self._count_artifact(run, update.uid, path)
+                update.files[path] = functools.partial(bytes, content)  # a retry must not draw it again
         with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
             for name, render in update.files.items():
                 file = Path(folder, name)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(render())
+                rendered = render()
+                assert isinstance(rendered, bytes)
+                file.write_bytes(rendered)
             self._upload(run, Path(folder), update)
+
+    def write_kept_files(self, update: RunUpdate) -> None:
+        """Upload files of the study's folder; one that is gone or another than the recorded one is left out."""
+        run = self._runs.get(update.uid)
+        if run is None or update.uid in self._deleted or self._folder is None:
+            return
+        for name, kept in list(update.kept_files.items()):
+            source = self._intact(kept)
+            if source is not None:
+                self._count_artifact(run, update.uid, name)
+                with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
+                    # Under the name of the artifact: MLflow takes a file's own.
+                    file = Path(folder, PurePosixPath(name).name)
+                    file.symlink_to(source)
+                    self._upload_large(run, file, name)
+            del update.kept_files[name]
+
+    def register_model(self, update: RunUpdate, export: Callable[[ModelRequest], ExportedModel]) -> None:
+        """Make the requested model a version of its registered model, unless it is one.
+
+        A model that cannot be exported, or that the server rejects for good, is left out with a warning.
+
+        Args:
+            export: makes its folder.
+        """
+        from mlflow.exceptions import MlflowException
+
+        request = update.model
+        if request is None or update.uid in self._deleted:
+            return
+        try:
+            if not self.models.has(request):
+                model = export(request)
+                run = self._runs.get(request.run_uids.get(model.trial, ""))
+                if self.models.register(request, model, run.run_id if run is not None else None):
+                    self._count_model(update.uid)
+        except ModelExportError as error:
+            logger.warning(
+                "The chosen model is not registered in MLflow (%s). `luthier sync --verify` tries again.", error
+            )
+        except MlflowException as error:
+            if error.error_code not in MODEL_REFUSALS:
+                raise
+            self.refused += 1
+            logger.warning("MLflow refuses the chosen model: %s", redact(str(error).partition("\n")[0])[:300])
+        update.model = None
+
+    def _intact(self, kept: KeptFile) -> Path | None:
+        assert self._folder is not None
+        path = (self._folder / kept.path).absolute()
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:  # removed by `luthier prune`, or superseded
+            return None
+        except OSError as error:
+            logger.warning("The artifact of %s is left out (%s)", path, error)
+            return None
+        if digest != kept.sha256:
+            logger.warning(
+                "A kept file must have the SHA-256 of its record, but %s has another one: it is not sent to MLflow. "
+                "`luthier check` says more.",
+                path,
+            )
+            return None
+        return path
+
+    def _upload_large(self, run: _Run, file: Path, name: str) -> None:
+        from requests import HTTPError
+
+        parent = str(PurePosixPath(name).parent)
+        try:
+            self._client.log_artifact(run.run_id, str(file), None if parent == "." else parent)
+        except HTTPError as error:
+            if error.response is None or error.response.status_code != TOO_LARGE:
+                raise
+            self.refused += 1
+            logger.warning(
+                "MLflow refuses the artifact %s of %s: it is too large for the server.", name, file.resolve()
+            )
+
+    def _count_model(self, uid: str) -> None:
+        if self._delivered is not None:
+            self._delivered.artifacts.add((uid, MODEL))
 
     def _upload(self, run: _Run, folder: Path, update: RunUpdate) -> None:
         if not run.upload_singly:
@@ -277,12 +373,14 @@ class MlflowWriter:
         return True
 
 
-def _rendered(name: str, render: Render) -> bytes | None:
+def _rendered(name: str, render: Render) -> Mapping[str, bytes]:
+    """Contents by artifact path; empty if they cannot be rendered."""
     try:
-        return render()
+        contents = render()
     except Exception as error:  # nothing in a curve or a record may block the delivery
         logger.warning("The artifact %r is left out (%s: %s)", name, type(error).__name__, error)
-        return None
+        return {}
+    return contents if isinstance(contents, Mapping) else {name: contents}
 
 
 def _item_count(run: Any) -> int:

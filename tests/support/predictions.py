@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 
 Correct = NDArray[np.bool_]
 

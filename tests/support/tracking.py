@@ -113,7 +113,7 @@ def follower(journal: Path, target: Path | str, *, all_pictures: bool = False, *
     Args:
         options: of `FollowerSettings` and `MlflowFollower`.
     """
-    names = ("delivered", "is_abandoned", "lock", "on_change")
+    names = ("delivered", "is_abandoned", "lock", "on_change", "exporter")
     arguments = {name: options.pop(name) for name in names if name in options}
     return MlflowFollower(settings(journal, target, **options), summarizer(all_pictures), **arguments)
 

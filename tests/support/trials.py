@@ -21,9 +21,9 @@ MakeLayerNormTrial = Callable[..., Trial]
 
 CLOCK = (
     "cost/unit_seconds", "cost/images_per_second", "cost/total_seconds", "cost/first_batch_seconds",
-    "cost/peak_host_bytes", "cost/peak_gpu_bytes",
+    "cost/peak_host_bytes", "cost/peak_gpu_bytes", "cost/cpu_use", "cost/host_bytes", "cost/gpu_use", "cost/gpu_bytes",
 )  # fmt: skip
-"""Metrics that measure time: the only ones that may differ between two runs of one trial."""
+"""Metrics that measure time and memory: the only ones that may differ between two runs of one trial."""
 
 LAYERNORM_RATES = {"lr_backbone": 0.1, "lr_head": 3.0}
 """Rates at which LayerNorm tuning learns the synthetic images within two units."""

@@ -33,7 +33,7 @@ class PeakMemory:
         That of the host is left out where the system does not report it.
         """
         peaks = {}
-        host = _host_peak()
+        host = host_memory("VmHWM")
         if host is not None:
             peaks[PEAK_HOST_BYTES.name] = host
         if self._device.type == "cuda":
@@ -41,11 +41,15 @@ class PeakMemory:
         return peaks
 
 
-def _host_peak() -> float | None:
-    """`VmHWM`, the peak resident set size; None where there is no such file."""
+def host_memory(field: str) -> float | None:
+    """A size of this process in bytes by its name in `/proc/self/status`; None where there is no such file.
+
+    Args:
+        field: `VmHWM`, the peak resident set size, or `VmRSS`, the present one (proc(5)).
+    """
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 # The kernel's kB are 1024 bytes.
                 return 1024 * float(line.split()[1])
     return None

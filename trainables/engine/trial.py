@@ -38,6 +38,7 @@ from trainables.engine.trial_state import (
     unpack,
 )
 from trainables.engine.tuned_network import take_weights
+from trainables.engine.unit_usage import UnitUsage
 from trainables.models.device import training_device
 from trainables.models.precision import resolve_precision
 from trainables.models.task_model import TaskModel
@@ -125,6 +126,7 @@ class Trial:
         self._seconds = 0.0
         self._peaks = PeakMemory(self.device)
         """Of all units done."""
+        self._usage = UnitUsage(self.device)
         self._elapsed = 0.0
         """Of a unit that was interrupted, before it continues."""
         self._unit_began = 0.0
@@ -184,6 +186,7 @@ class Trial:
             raise RuntimeError(f"The trial finished after unit {self.unit}; it has no further step.")
         # Shifted by the seconds before an interruption, so that a resumed unit reports its whole duration.
         began = time.perf_counter() - self._elapsed
+        self._usage.start()
         built = self._build()
         assert built.plan is not None
         # Seeded by the unit's number: a resumed trial draws what an uninterrupted one would have drawn.
@@ -200,6 +203,7 @@ class Trial:
             metrics |= self._evaluate(built)
         seconds = time.perf_counter() - began
         metrics[UNIT_SECONDS.name] = seconds
+        metrics |= self._usage.metrics()
         self._seconds += seconds
         self._elapsed = 0.0
         if self.unit == 1 and built.data.first_delivery is not None:
@@ -426,7 +430,7 @@ class Trial:
             if position.unit_in_phase == 0 and (self._trainer is None or not self._trainer.steps_done):
                 self._trainer = self._new_trainer(built, phase)
             assert self._trainer is not None
-            result = self._trainer.unit(self.spec.seed, position.steps_before, position.unit_in_phase, self.after_step)
+            result = self._trainer.unit(self.spec.seed, position.steps_before, position.unit_in_phase, self._after_step)
             seconds = time.perf_counter() - began
             images = result.images
             metrics = {TRAIN_LOSS.name: result.loss, **result.observed}
@@ -435,6 +439,11 @@ class Trial:
         if phase.finish is not None and position.unit_in_phase + 1 == phase.units:
             metrics |= self._metrics_of(phase.finish(built.model, built.data))
         return metrics | {IMAGES_PER_SECOND.name: images / seconds}
+
+    def _after_step(self) -> None:
+        self._usage.sample()
+        if self.after_step is not None:
+            self.after_step()
 
     def _validate(self, built: _Built) -> dict[str, float]:
         table = built.task.metrics

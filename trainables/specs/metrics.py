@@ -507,6 +507,27 @@ PEAK_GPU_BYTES = Quantity(
     "bytes",
     "Peak memory that PyTorch allocated on the GPU, in the trial's latest attempt.",
 )
+CPU_USE = Quantity(
+    "cost/cpu_use", None, "", "CPU time of the trial's process by wall-clock time: 1 is one busy core.", "unit"
+)
+HOST_BYTES = Quantity(
+    "cost/host_bytes", "min", "bytes", "Resident memory of the trial's process at the end of the unit (Linux).", "unit"
+)
+GPU_USE = Quantity(
+    "cost/gpu_use",
+    None,
+    "fraction",
+    "Share of time in which the GPU computed, for any process; mean of a reading per second of training (NVML, where "
+    "nvidia-ml-py is installed).",
+    "unit",
+)
+GPU_BYTES = Quantity(
+    "cost/gpu_bytes",
+    "min",
+    "bytes",
+    "GPU memory that PyTorch held for the trial's process at the end of the unit.",
+    "unit",
+)
 TRAINING_IMAGES = Quantity("cost/training_images", "min", "images", "Size of the training sample.")
 
 SHIFT_PARTS = ("gamma", "beta", "total")
@@ -615,7 +636,7 @@ TRIALS = Quantity(
 QUANTITIES: tuple[Quantity, ...] = (
     TRAIN_LOSS, BEST_EPOCH, LR_BACKBONE, LR_HEAD,
     UNIT_SECONDS, IMAGES_PER_SECOND, MICRO_BATCH, TOTAL_SECONDS, FIRST_BATCH_SECONDS, TRAINABLE_PARAMETERS,
-    PARAMETERS, PEAK_HOST_BYTES, PEAK_GPU_BYTES, TRAINING_IMAGES,
+    PARAMETERS, PEAK_HOST_BYTES, PEAK_GPU_BYTES, CPU_USE, HOST_BYTES, GPU_USE, GPU_BYTES, TRAINING_IMAGES,
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
     LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,

@@ -130,6 +130,7 @@ def discard_weights(folder: str | Path) -> None:
         os.rename(target, hidden)
     except FileNotFoundError:
         return
+    fault_point("in_discard")
     shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from orchestrator.commands.export import check_adapter, select_trial
 from orchestrator.errors import StudyError
 from orchestrator.export.errors import RefusedExportError
 from orchestrator.export.timm_folder import file_digest
-from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.results.kept_model import preprocessing_of
 from orchestrator.study import Study, read_journal

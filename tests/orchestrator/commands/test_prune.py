@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,17 @@ from orchestrator.cli import app
 from orchestrator.commands.exit_status import FAILED, OK
 from orchestrator.commands.prune import prune
 from orchestrator.record.journal import Journal, JournalError
-from orchestrator.record.kept_files import kept_bytes, numbers_on_disk, predictions_file, weights_folder
+from orchestrator.record.kept_files import kept_bytes, numbers_on_disk
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import fold
 from orchestrator.running.study_run import plain_spec
 from orchestrator.study_file.yaml_text import write_yaml
 from orchestrator.wording import bytes_text
-from trainables.storage.kept_weights import KeptWeights, save_weights
+from trainables.specs.fault_injection import ENV_FAULTS
+from trainables.storage.kept_weights import KeptWeights, load_weights, save_weights
 
 runner = CliRunner()
+ROOT = str(Path(__file__).parents[3])
 
 
 @pytest.fixture
@@ -81,14 +88,13 @@ def test_a_running_study_is_refused(study: Study) -> None:
 
 
 def test_on_the_command_line(study: Study) -> None:
-    # The sum of the exact sizes, which depend on how many digits the recorded seconds have.
-    total = bytes_text(sum(kept_bytes(study.folder, number) for number in (0, 1)))
+    size = sum(kept_bytes(study.folder, number) for number in (0, 1))
     shown = runner.invoke(app, ["prune", str(study.folder), "--dry-run"])
     assert shown.exit_code == OK
     assert shown.stdout.splitlines() == [
         "  trial 0 full (search): 4 kB",
         "  trial 1 full (confirm): 4 kB",
-        f"Would remove the weights and predictions of 2 trials, {total}, from {study.folder}",
+        f"Would remove the weights and predictions of 2 trials, {bytes_text(size)}, from {study.folder}",
     ]
     done = runner.invoke(app, ["prune", str(study.folder), "--json"])
     document = json.loads(done.stdout)
@@ -102,3 +108,26 @@ def test_a_study_that_was_never_run(tmp_path: Path, study: Study) -> None:
     result = runner.invoke(app, ["prune", str(study.folder)])
     assert result.exit_code == FAILED
     assert "has no journal at" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "phase=before_event,event=weights_discarded,action=kill",
+        "phase=after_event,event=weights_discarded,action=kill",
+        "phase=in_discard,action=kill",
+    ],
+)
+def test_s12_a_removal_that_was_killed_is_completed_by_the_next_one(study: Study, fault: str) -> None:
+    command = [sys.executable, "-m", "luthier", "prune", str(study.folder)]
+    killed = subprocess.run(command, env={**os.environ, ENV_FAULTS: fault}, cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    for number, record in records(study).items():
+        if record.weights is not None:
+            load_weights(weights_folder(study.folder, number))
+    assert numbers_on_disk(study.folder)[-1] == 2
+    prune(study.folder)
+    assert numbers_on_disk(study.folder) == [2]
+    assert [r.weights for r in records(study).values()] == [None, None, None]
+    names = sorted(path.name for folder in ("weights", "predictions") for path in (study.folder / folder).iterdir())
+    assert names == ["trial-0002", "trial-0002.arrow"], "nothing hidden is left"

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import luthier
 from orchestrator.cli import app
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import refit_folders, weights_folder
+from orchestrator.record.kept_files import refit_folders
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import fold
 from orchestrator.study import Study, read_journal
 from tests.support.exports import finished_study, pictures

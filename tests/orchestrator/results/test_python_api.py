@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from luthier import Model, Results, Study
-from orchestrator.record.kept_files import predictions_file, weights_folder
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.predictions import PredictionsError
 from tests.support.exports import finished_study, pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.predictions import PredictionsError, read_predictions
 from orchestrator.results.study_results import Results

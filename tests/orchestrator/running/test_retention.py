@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import Retention, numbers_on_disk, predictions_file, weights_folder
+from orchestrator.record.kept_files import Retention, numbers_on_disk
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import fold
 from orchestrator.running.journal_callback import RecordCallback
 from trainables.specs.metrics import CLASSIFICATION
