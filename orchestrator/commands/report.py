@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.ingest.errors import DataError
-from orchestrator.record.kept_files import predictions_file
+from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import fold, measurements, study_header
 from orchestrator.report.error_section import representatives
 from orchestrator.report.features import FeatureSimilarities, Progress, similarities

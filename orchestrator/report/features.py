@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from orchestrator.record.kept_files import weights_folder
+from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord
 from orchestrator.report.similarity import FeatureSimilarity
 from trainables.data.store import Store

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.planning.build import make_task
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import predictions_file, weights_folder
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import declared_metrics
 from orchestrator.study import Study
 from trainables.engine.trial import Trial
