@@ -349,8 +349,8 @@ def costs(row: Row) -> list[str]:
         ['84.0 k', '0.38 %', '1.2 GB', '-', '35', '0.25']
     """
     trained, share, host, gpu, seconds, hours = (float(row[name]) for name in COSTS)
-    texts = [_size(trained), f"{100 * share:.2g} %", f"{_size(host)}B", f"{_size(gpu)}B", f"{seconds:,.0f}"]
-    shown = [*texts, f"{hours:.2g}"]
+    texts = [_size(trained), f"{_two_digits(100 * share)} %", f"{_size(host)}B", f"{_size(gpu)}B", f"{seconds:,.0f}"]
+    shown = [*texts, _two_digits(hours)]
     # A sum is never missing: no hours means that no unit was recorded.
     numbers = (trained, share, host, gpu, seconds, hours or math.nan)
     return [text if math.isfinite(number) else "-" for text, number in zip(shown, numbers, strict=True)]
@@ -362,6 +362,19 @@ def _size(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.1f} {prefix}"
     return f"{number:.0f} "
+
+
+def _two_digits(number: float) -> str:
+    """A number with two significant digits, and without an exponent.
+
+    Example:
+        >>> _two_digits(0.384), _two_digits(0.00002), _two_digits(100.0), _two_digits(1234.0)
+        ('0.38', '0.00002', '100', '1,234')
+    """
+    if not number or not math.isfinite(number) or number >= 10:
+        return f"{number:,.0f}"
+    decimals = 1 - math.floor(math.log10(number))
+    return f"{number:.{decimals}f}".rstrip("0").rstrip(".")
 
 
 def has_gains(rows: Sequence[Row]) -> bool:

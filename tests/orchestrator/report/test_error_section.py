@@ -22,7 +22,7 @@ from benchmarks.support.synthetic import CLASSES, write_images
 from orchestrator.cli import app
 from orchestrator.commands.prune import prune
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_files import predictions_file, weights_folder
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.report import error_section, thumbnails
 from orchestrator.report import page as page_module
