@@ -19,8 +19,9 @@ def test_every_unit_records_cores_and_memory(make_trial: MakeTrial) -> None:
         results.append(trial.step())
     for result in results:
         assert 0 < result["cost/cpu_use"] < 64
-        assert 10e6 < result["cost/host_bytes"] <= results[-1]["cost/peak_host_bytes"]
-        assert not any(name.startswith("cost/gpu") for name in result), "there is no GPU"
+        # Not exactly below the peak: the kernel adds up the pages of a process's threads now and then only.
+        assert 10e6 < result["cost/host_bytes"] <= 1.01 * results[-1]["cost/peak_host_bytes"]
+        assert ("cost/gpu_bytes" in result) == (trial.device.type == "cuda")
 
 
 def test_a_busy_core_is_1_and_a_pause_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
