@@ -97,6 +97,7 @@ def test_a_study_keeps_the_best_and_the_confirmed_and_its_folder_is_sound(whole:
     tuned_network(weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fault",
     [
@@ -114,6 +115,7 @@ def test_s12_a_killed_driver_loses_nothing_and_discards_at_its_next_start(study:
     assert_kept(study)
 
 
+@pytest.mark.long
 def test_s12_a_driver_killed_between_the_weights_and_their_record_loses_neither(study: Study, whole: Study) -> None:
     """The files are there, the journal does not have the result that names them."""
     events = Journal.read(whole.folder / "journal.jsonl")
@@ -130,6 +132,7 @@ def test_s12_a_driver_killed_between_the_weights_and_their_record_loses_neither(
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", ["in_weights", "in_predictions", "after_kept"])
 def test_s12_a_process_of_a_trial_killed_while_it_keeps_writes_again(study: Study, whole: Study, phase: str) -> None:
     assert run(study, f"phase={phase},action=kill") == 0
@@ -140,6 +143,7 @@ def test_s12_a_process_of_a_trial_killed_while_it_keeps_writes_again(study: Stud
     assert [r.predictions for r in records(study)] == [r.predictions for r in records(whole)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("lost", "other"), [("weights", "predictions"), ("predictions", "weights")])
 def test_s12_a_full_disk_loses_a_file_with_a_word_and_no_trial(study: Study, lost: str, other: str) -> None:
     assert run(study, f"phase=in_{lost},action=full,times=0") == 0
