@@ -184,7 +184,8 @@ class MlflowWriter:
                     self._count_model(update.uid)
         except ModelExportError as error:
             logger.warning(
-                "The chosen model is not registered in MLflow (%s). `luthier sync --verify` tries again.", error
+                "The chosen model is not registered in MLflow (%s). `luthier sync --verify` tries again.",
+                str(error).rstrip("."),
             )
         except MlflowException as error:
             if error.error_code not in MODEL_REFUSALS:

@@ -172,9 +172,10 @@ class TestARealModel:
         assert registered(database)["models"] == {}
         (warning,) = [r.getMessage() for r in caplog.records if "chosen model" in r.getMessage()]
         assert warning.startswith(
-            "The chosen model is not registered in MLflow (An export needs a trial's kept weights, but trial 1 (full, "
+            "The chosen model is not registered in MLflow (A trial's model is restored from its kept"
         )
-        assert warning.endswith("`luthier sync --verify` tries again.")
+        assert "but trial 1 (full, confirm) has none in" in warning
+        assert warning.endswith("every confirmed trial). `luthier sync --verify` tries again.")
 
 
 DRIVER = """
