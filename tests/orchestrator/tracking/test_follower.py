@@ -85,7 +85,7 @@ def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, da
     assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "d" * 36)
     assert parent.data.tags["mlflow.note.content"].startswith("# pets\n")
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
-        "leaderboard.csv", "leaderboard.md", "report.html", "study.json", "versions.json",
+        "figures", "leaderboard.csv", "leaderboard.md", "report.html", "study.json", "versions.json",
     }  # fmt: skip
     assert parent.data.metrics["test/acc"] == 0.7
 
