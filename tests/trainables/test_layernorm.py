@@ -141,9 +141,9 @@ class TestSweep:
         passes: Counter[str] = Counter()
         score = evaluation.score
 
-        def counted(model: Any, data: Any, split: str, *rest: Any) -> dict[str, float]:
+        def counted(model: Any, data: Any, split: str, *rest: Any, **options: Any) -> dict[str, float]:
             passes[split] += 1
-            return score(model, data, split, *rest)
+            return score(model, data, split, *rest, **options)
 
         monkeypatch.setattr(evaluation, "score", counted)
         finish(trial())
