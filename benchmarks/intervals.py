@@ -31,7 +31,7 @@ from orchestrator.record.journal import Journal
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import fold
 from orchestrator.results.intervals import Floats, MeanEstimate, SeedVariance, estimate, holm
-from orchestrator.results.predictions import read_predictions
+from orchestrator.results.predictions import output_matrix, read_predictions
 
 STUDIES = 2000
 STRATEGIES = 5
@@ -231,8 +231,7 @@ def measured_shares(study: Path) -> dict[str, tuple[float, float]]:
             continue
         table = read_predictions(predictions_file(study, record.number))
         splits = np.asarray(table["split"].to_pylist())
-        output = np.asarray(table["output"].combine_chunks().flatten()).reshape(len(splits), -1)
-        right = (output.argmax(axis=1) == np.asarray(table["target"])).astype(np.float64)
+        right = (output_matrix(table).argmax(axis=1) == np.asarray(table["target"])).astype(np.float64)
         for split in np.unique(splits):
             correct.setdefault(str(split), {}).setdefault(record.label, []).append(right[splits == split])
     shares = {}

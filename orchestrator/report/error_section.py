@@ -253,7 +253,7 @@ def _split(
 
 def _matrix(top: TopClasses, classes: Sequence[str]) -> dict[str, Any]:
     """Rows of (class, cells); a cell has its count, its share of the row in 0 … 1 and whether it is on the diagonal."""
-    counts = confusion_matrix(top, len(classes))
+    counts = confusion_matrix(top.targets, top.predicted, len(classes))
     sums = counts.sum(1)
     rows = []
     for label, name in enumerate(classes):

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from orchestrator.results.predictions import output_matrix
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -119,7 +121,7 @@ def top_classes(table: pa.Table, split: str, temperature: float | None = None) -
     """
     rows = table.filter(pc.equal(table.column("split"), split))
     targets = np.asarray(rows.column("target"), np.int64)
-    logits = _matrix(rows.column("output"), len(targets))
+    logits = output_matrix(rows)
     predicted = np.zeros(len(targets), np.int64)
     confidence = np.zeros(len(targets))
     scaled = None if temperature is None else np.zeros(len(targets))
@@ -140,15 +142,14 @@ def class_counts(top: TopClasses, classes: int) -> ClassCounts:
     return ClassCounts(labels, predicted, right)
 
 
-def confusion_matrix(top: TopClasses, classes: int) -> Integers:
+def confusion_matrix(targets: Integers, predicted: Integers, classes: int) -> Integers:
     """(K, K) counts of samples by label (rows) and predicted class (columns).
 
     Example:
-        >>> top = TopClasses(["a", "b", "c"], np.array([0, 0, 1]), np.array([0, 1, 1]), np.ones(3))
-        >>> confusion_matrix(top, 2).tolist()
+        >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
         [[1, 1], [0, 1]]
     """
-    cells = np.bincount(classes * top.targets + top.predicted, minlength=classes**2)
+    cells = np.bincount(classes * targets + predicted, minlength=classes**2)
     return cells.reshape(classes, classes)
 
 
@@ -217,13 +218,6 @@ def extremes_by_class(values: Floats, labels: Integers, most: int, largest: bool
 def _ratio(part: Integers, whole: Integers) -> Floats:
     ratio: Floats = np.divide(part, whole, out=np.full(len(whole), math.nan), where=whole > 0)
     return ratio
-
-
-def _matrix(column: pa.ChunkedArray, rows: int) -> NDArray[Any]:
-    """(n, K) numbers of a column of fixed-size lists."""
-    parts = [np.asarray(chunk.flatten()) for chunk in column.chunks if len(chunk)]
-    values = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    return values.reshape(rows, column.type.list_size)
 
 
 def _top_probability(logits: NDArray[Any], temperature: float) -> Floats:

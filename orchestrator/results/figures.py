@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from orchestrator.record.records import TrialRecord
+from orchestrator.results import errors
 from orchestrator.results.curve_plot import BLACK, BLUE, GREY, PALETTE, NotebookFigure
 from orchestrator.results.fsr import FsrEstimate
 from orchestrator.results.leaderboard import ENDS
@@ -29,8 +30,6 @@ Row = Mapping[Any, Any]
 RATES = ("lr_head", "lr_backbone")
 RATE_NAMES = {"lr_head": "head learning rate", "lr_backbone": "backbone learning rate"}
 PANELS_PER_ROW = 4
-CONFIDENCE_BINS = 15
-"""Bins of a reliability diagram, as of the calibration error (`trainables.tasks.classification_metrics`)."""
 MOST_NUMBERS = 20
 """Classes up to which the cells of a confusion matrix have their counts written in them."""
 MOST_NAMES = 60
@@ -142,9 +141,9 @@ def reliability(
     if scaled is not None:
         series.append(("temperature-scaled", scaled, PALETTE[3]))
     for name, values, color in series:
-        confidences, shares = _bins(values, targets)
-        top.plot(confidences, shares, "o-", color=color, linewidth=1.4, markersize=5, label=name)
-    edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
+        bins = errors.reliability(values.max(1), values.argmax(1) == targets)
+        top.plot(bins.confidence, bins.accuracy, "o-", color=color, linewidth=1.4, markersize=5, label=name)
+    edges = np.linspace(0, 1, errors.BINS + 1)
     bottom.hist(probabilities.max(1), bins=edges.tolist(), color=BLUE, alpha=0.6)
     bottom.set_xlabel("confidence")
     bottom.set_ylabel("images")
@@ -362,18 +361,6 @@ def _sides(row: Row, name: str, metric: Metric) -> list[list[float]] | None:
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
     return [[metric.scale * (row[name] - low)], [metric.scale * (high - row[name])]]
-
-
-def _bins(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> tuple[list[float], list[float]]:
-    """Mean confidence and share of right predictions of each bin of confidence that has images."""
-    confidence = probabilities.max(1)
-    right = probabilities.argmax(1) == targets
-    bins = np.minimum((confidence * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
-    members = [np.flatnonzero(bins == index) for index in range(CONFIDENCE_BINS)]
-    filled = [rows for rows in members if len(rows)]
-    confidences = [float(confidence[rows].mean()) for rows in filled]
-    shares = [float(right[rows].mean()) for rows in filled]
-    return confidences, shares
 
 
 def _figure(width: float, height: float) -> Figure:

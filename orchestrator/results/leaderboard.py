@@ -250,7 +250,8 @@ def score_note(metrics: TaskMetrics, rows: Sequence[Row] = ()) -> str:
     """
     units = {metric.unit for metric in (metrics.selection, *metrics.leaderboard)}
     shared = units.pop() if len(units) == 1 else ""
-    unit = "per cent; " if shared == "fraction" else f"{shared}; " if shared else ""
+    name = "per cent" if shared == "fraction" else shared
+    unit = f"{name}; " if name else ""
     meaning = "mean over fresh seeds (one seed that was not confirmed: the search trial) ± 95 % interval"
     return f"{unit}{meaning}{_bases(metrics, rows)}"
 

@@ -12,6 +12,7 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY, chosen_at
+from orchestrator.results.errors import confusion_matrix
 from orchestrator.results.fsr import estimates
 from orchestrator.results.run_predictions import RunPredictions
 from orchestrator.results.selection import Choice, reported_trials
@@ -144,9 +145,9 @@ class Plots:
         """
         runs = self._predictions(entry, split)
         classes = runs[0].classes
-        counts = np.zeros((len(classes), len(classes)), np.int64)
-        for run in runs:
-            np.add.at(counts, (run.targets, run.logits.argmax(1)), 1)
+        targets = np.concatenate([run.targets for run in runs])
+        predicted = np.concatenate([run.logits.argmax(1) for run in runs])
+        counts = confusion_matrix(targets, predicted, len(classes))
         figure = figures.confusion(counts, classes)
         _title(figure, entry, split, len(runs))
         return figure

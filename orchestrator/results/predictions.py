@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,6 +68,14 @@ def read_predictions(path: Path) -> pa.Table:
     if missing:
         raise _not_predictions(path, f"has no column {', '.join(missing)}")
     return table
+
+
+def output_matrix(table: pa.Table) -> NDArray[Any]:
+    """(n, K) outputs of kept predictions or of some of their rows, without a copy as Python numbers."""
+    column = table.column("output")
+    parts = [np.asarray(chunk.flatten()) for chunk in column.chunks if len(chunk)]
+    values = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    return values.reshape(table.num_rows, column.type.list_size)
 
 
 def _not_predictions(path: Path, problem: str) -> PredictionsError:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from orchestrator.export.columns import free_name
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.predictions import PredictionsError, read_predictions
+from orchestrator.results.predictions import PredictionsError, output_matrix, read_predictions
 from orchestrator.wording import listed
 from trainables.specs.metrics import TEMPERATURE
 from trainables.specs.suggestions import did_you_mean
@@ -114,7 +114,7 @@ def _read(run: TrialRecord, path: Path, entry: str, split: str) -> RunPrediction
             f"{did_you_mean(split, splits)}"
         )
     rows = table.take(pa.array(np.flatnonzero(np.asarray(in_file) == split)))
-    logits = np.asarray(rows.column("output").to_pylist(), np.float64)
+    logits = output_matrix(rows).astype(np.float64)
     return RunPredictions(
         run=run,
         classes=_classes(table, path, logits.shape[1]),

@@ -83,7 +83,9 @@ def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvalu
     Args:
         outputs: gets the outputs on ID validation, ID test and every OOD domain.
     """
-    model, strategy, data = trial.model, trial.strategy, trial.data
+    model = trial.model
+    strategy = trial.strategy
+    data = trial.data
     # Of the last unit, only what FSR compares: a copy of every tensor would be a network more.
     last = take(model, norm_parameters(data.reference) & trial.best.tensors.keys())
     put_back(model, trial.best.tensors)

@@ -200,8 +200,8 @@ class CheckpointStore:
         _remove(hidden)
 
     def _check_token(self) -> None:
-        # Every write checks the token anew: a process that was stopped for minutes (SIGSTOP, a swapped-out machine)
-        # still believes to own the trial that was meanwhile restarted elsewhere.
+        # Read before every write: the trial of a process that was stopped for minutes (SIGSTOP, a swapped-out machine)
+        # may have been restarted elsewhere.
         try:
             owner = json.loads((self.folder / OWNER_FILE).read_text())
         except (OSError, ValueError):

@@ -101,7 +101,7 @@ def test_counts_of_classes_and_confusion_are_those_of_scikit_learn() -> None:
         np.testing.assert_allclose(counts.recall, recall)
         np.testing.assert_allclose(counts.precision, precision)
         np.testing.assert_allclose(counts.f1, f1)
-        matrix = confusion_matrix(given, CLASSES)
+        matrix = confusion_matrix(given.targets, given.predicted, CLASSES)
         assert (matrix == confusion_of_sklearn(given.targets, given.predicted, labels=labels)).all()
 
 

@@ -51,19 +51,6 @@ def exporter(tmp_path: Path) -> FakeExporter:
     return FakeExporter(tmp_path / "exports")
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking database without runs: MLflow takes seconds to make one."""
-    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(empty_database, tmp_path / "mlflow.db"))
-
-
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
     with Journal(tmp_path / "journal.jsonl") as opened:
@@ -301,7 +288,7 @@ def test_p31_a_delivery_that_was_killed_is_completed_by_the_next_one(
 
 
 def test_a_continued_study_adds_a_version_only_for_another_choice(
-    journal: Journal, exporter: FakeExporter, database: Path, empty_database: Path, tmp_path: Path
+    journal: Journal, exporter: FakeExporter, database: Path, template: Path, tmp_path: Path
 ) -> None:
     write_study(journal)
 
@@ -324,7 +311,7 @@ def test_a_continued_study_adds_a_version_only_for_another_choice(
     after = deliver()
     assert after["versions"] == [("pets", 1, "0"), ("pets", 2, "9")]
     assert after["models"] == {"pets": {"chosen": 2}}
-    elsewhere = Path(shutil.copy(empty_database, tmp_path / "other.db"))
+    elsewhere = Path(shutil.copy(template, tmp_path / "other.db"))
     whole = follower(journal.path, elsewhere, exporter=exporter, registered_model="pets", position="other.json")
     assert whole.finish(30) == 0
     assert registered(elsewhere)["versions"] == [("pets", 1, "9")], "the latest choice alone"
