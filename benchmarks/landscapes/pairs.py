@@ -19,6 +19,8 @@ from trainables.specs.trial_spec import SharedTrialSettings
 CONVOLUTIONAL = ("linear_probe", "full", "daft", "lp_ft", "bitfit")
 TRANSFORMER = ("linear_probe", "full", "lp_ft", "layernorm", "bitfit", "components", "lora")
 
+FOURTEEN_PER_LETTER = Counts(546)
+
 Pictures = Callable[[Path, int, Counts, int], dict[str, dict[str, Pixels]]]
 
 
@@ -36,7 +38,7 @@ class Pair:
     """None = the built-in digits."""
     weights: Callable[[Path], dict[str, Any]] | None = None
     """None = a built-in network."""
-    counts: Counts = Counts(546)
+    counts: Counts = FOURTEEN_PER_LETTER
     side: int = 64
     """Of the stored pictures, in pixels."""
     image_size: int | None = None

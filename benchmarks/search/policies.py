@@ -37,6 +37,9 @@ class Sampler(Protocol):
     def ask(self, strategy: str | None) -> tuple[str, dict[str, Any], Any]:
         """Strategy, hyperparameters and a handle for `tell`; None = the sampler chooses the strategy."""
 
+    def default(self, strategy: str) -> tuple[str, dict[str, Any], Any]:
+        """As `ask`, the default point of a strategy."""
+
     def tell(self, handle: Any, values: Sequence[float], stopped: bool) -> None:
         """The validation accuracy of every epoch of a trial."""
 
@@ -51,18 +54,20 @@ class Shared:
         self._study = optuna.create_study(direction="maximize", sampler=make(seed))
 
     def ask(self, strategy: str | None) -> tuple[str, dict[str, Any], Any]:
-        if strategy is not None:
-            self._study.enqueue_trial({"strategy": strategy})
-        trial = self._study.ask()
-        entry, hparams = self._space.suggest(trial)
-        return entry.strategy, hparams, trial
+        return self._ask({} if strategy is None else {"strategy": strategy})
+
+    def default(self, strategy: str) -> tuple[str, dict[str, Any], Any]:
+        return self._ask(self._space.default(self._space.searched[strategy]))
 
     def tell(self, handle: Any, values: Sequence[float], stopped: bool) -> None:
         _tell(self._study, handle, values, stopped)
 
-    def enqueue(self, strategy: str) -> None:
-        """Make the strategy's default point the next one."""
-        self._study.enqueue_trial(self._space.default(self._space.searched[strategy]))
+    def _ask(self, parameters: dict[str, Any]) -> tuple[str, dict[str, Any], Any]:
+        if parameters:
+            self._study.enqueue_trial(parameters)
+        trial = self._study.ask()
+        entry, hparams = self._space.suggest(trial)
+        return entry.strategy, hparams, trial
 
 
 class PerStrategy:
@@ -83,13 +88,13 @@ class PerStrategy:
         trial = study.ask()
         return strategy, search_spaces.suggest(trial, strategy), (study, trial)
 
+    def default(self, strategy: str) -> tuple[str, dict[str, Any], Any]:
+        self._studies[strategy].enqueue_trial(search_spaces.default_point(strategy))
+        return self.ask(strategy)
+
     def tell(self, handle: Any, values: Sequence[float], stopped: bool) -> None:
         study, trial = handle
         _tell(study, trial, values, stopped)
-
-    def enqueue(self, strategy: str) -> None:
-        """Make the strategy's default point the next one."""
-        self._studies[strategy].enqueue_trial(search_spaces.default_point(strategy))
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, values: Sequence[float], stopped: bool) -> None:

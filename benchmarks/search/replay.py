@@ -52,14 +52,10 @@ def _search(landscape: Landscape, policy: Policy, budget: int, seed: int) -> Out
     scheduler = policy.scheduler(epochs)
     defaults = list(searched) if policy.default_first else []
     while len(tried) < budget:
-        strategy: str | None
         if defaults:
-            strategy = defaults.pop(0)
-            sampler.enqueue(strategy)
-            chosen, hparams, handle = sampler.ask(None if hasattr(sampler, "_space") else strategy)
+            chosen, hparams, handle = sampler.default(defaults.pop(0))
         else:
-            strategy = policy.division(tried[solved:], searched, budget - solved)
-            chosen, hparams, handle = sampler.ask(strategy)
+            chosen, hparams, handle = sampler.ask(policy.division(tried[solved:], searched, budget - solved))
         surrogate = landscape.surrogates[chosen]
         curve = surrogate.draw(hparams, generator)
         values: list[float] = []

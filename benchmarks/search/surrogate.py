@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -142,7 +143,7 @@ class Surrogate:
         """Root mean squared error of the final validation accuracy of left-out configurations."""
         if self._constant is None:
             final = (self.shape[0] - 1) * self.shape[1] + VAL
-            errors = {make: _left_out_error(make, inputs, targets, groups, final) for make in (_process, _trees)}
+            errors = {make: _left_out_error(make, inputs, targets, groups, final) for make in (_Process, _trees)}
             best = min(errors, key=lambda make: errors[make])
             self.error = errors[best]
             self._model = best().fit(inputs, targets)
@@ -184,10 +185,10 @@ def _left_out_error(make: Any, inputs: Array, targets: Array, groups: NDArray[np
     return math.sqrt(float(np.mean(squares)))
 
 
-class _process:  # noqa: N801
+class _Process:
     """A Gaussian process on centred curves, without optimiser restarts."""
 
-    def fit(self, inputs: Array, targets: Array) -> _process:
+    def fit(self, inputs: Array, targets: Array) -> _Process:
         self._mean = targets.mean(axis=0)
         self._scale = targets.std(axis=0) + 1e-6
         kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(
@@ -231,8 +232,6 @@ class Landscape:
 
 
 def _best(surrogate: Surrogate) -> float:
-    import optuna
-
     if not search_spaces.space(surrogate.strategy):
         return float(surrogate.expected([{}])[0, -1, TEST])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
