@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -54,6 +55,7 @@ def _in_processes(name: str, shared: SharedTrialSettings, out: Path, points: lis
 def _train(shared: SharedTrialSettings, file: Path, points: list[Point]) -> None:
     """Train points one after another; each is a line of the file as soon as it is finished."""
     torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     file.parent.mkdir(parents=True, exist_ok=True)
     for point in points:
         began = time.perf_counter()
