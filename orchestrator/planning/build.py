@@ -16,7 +16,8 @@ from orchestrator.record.kept_files import Retention
 from orchestrator.record.records import metrics_of
 from orchestrator.results.front import front_candidates
 from orchestrator.results.selection import top_candidates
-from orchestrator.search.asha import StudyScheduler, rungs
+from orchestrator.search.asha import StudyScheduler
+from orchestrator.search.rungs import rungs
 from orchestrator.search.searcher import SearchSettings
 from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
 from trainables import strategy_class
