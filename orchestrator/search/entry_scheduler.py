@@ -33,7 +33,7 @@ class EntryScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
     """
 
     def __init__(self, metric: str, maximise: bool, epochs: int, grace: int, reduction: float) -> None:
-        self._rung_units = rungs(epochs, grace, reduction)
+        rungs(epochs, grace, reduction)
         super().__init__()
         self._compared = metric
         self._sign = 1.0 if maximise else -1.0
