@@ -212,6 +212,8 @@ class Ledger:
     def _keep_open(self, study: optuna.Study, trial: FrozenTrial) -> None:
         number = int(trial.user_attrs["trial"]["number"])
         self.open[number] = self._open_trials[number]
+        # Of a driver that died between Optuna's entry and the journal's.
+        self.interrupted.pop(identity(self.open[number]), None)
         last_unit = max(trial.intermediate_values, default=-1)
         self._optuna_trials[number] = self._storage.running_trial(study, trial.number), last_unit
         self._next = max(self._next, number + 1)

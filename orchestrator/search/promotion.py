@@ -105,6 +105,8 @@ class Promotions:
         """Trials that waited and have no chance of promotion any more; to be ended."""
         self._entries = {label: _Entry(len(self.rungs), reduction) for label in labels}
         self._label_of: dict[int, str] = {}
+        self._undecided: dict[int, tuple[int, float]] = {}
+        """Trial that was interrupted at a rung → the rung's unit and the trial's score."""
 
     @classmethod
     def replay(
@@ -119,6 +121,7 @@ class Promotions:
         """The state at the end of earlier runs of a study.
 
         The last unit of a trial that was interrupted while it ran is left out: it is reported again, and decided then.
+        Where its checkpoint is newer, it had passed that rung, and its score is entered with its first report.
 
         Args:
             rungs: as for the class.
@@ -162,9 +165,14 @@ class Promotions:
             score: higher is better; one that is not finite counts as the lowest.
         """
         label = self._label_of.get(trial)
-        if label is None or unit not in self.rungs:
+        if label is None:
             return True
         entry = self._entries[label]
+        if trial in self._undecided and unit > self._undecided[trial][0]:
+            passed, earlier_score = self._undecided.pop(trial)
+            entry.scores[self.rungs.index(passed)].setdefault(trial, earlier_score)
+        if unit not in self.rungs:
+            return True
         rung = self.rungs.index(unit)
         if trial in entry.scores[rung]:
             return True
@@ -267,8 +275,13 @@ class Promotions:
         # its last unit.
         decided = waits or (record.state != "complete" and not record.resumable)
         for rung, unit in enumerate(self.rungs):
-            if unit in scores and (unit < record.unit or decided):
-                entry.scores[rung][trial] = scores[unit] if math.isfinite(scores[unit]) else -math.inf
+            if unit not in scores:
+                continue
+            score = scores[unit] if math.isfinite(scores[unit]) else -math.inf
+            if unit < record.unit or decided:
+                entry.scores[rung][trial] = score
+            elif record.resumable:
+                self._undecided[trial] = unit, score
         if waits:
             entry.waiting[trial] = self.rungs.index(record.unit)
         elif record.resumable:

@@ -283,6 +283,15 @@ def test_a_trial_interrupted_at_a_rung_is_decided_when_it_reports_it_again() -> 
     assert promotions.promote_next() == 0
 
 
+def test_a_trial_whose_checkpoint_is_newer_than_the_journal_has_passed_its_rung() -> None:
+    """Its process trained on while the driver died: it reports the unit after the rung first."""
+    promotions = replayed(record(0, [0.5], "paused"), record(1, [0.4], "failed", "interrupted"), units=(1, 4))
+    promotions.add(1, "full")
+    assert promotions.promote_next() is None
+    assert promotions.report(1, 2, 0.9)
+    assert promotions.promote_next() == 0, "the better of two"
+
+
 def test_a_trial_interrupted_past_a_rung_is_not_stopped_there_again() -> None:
     promotions = replayed(record(0, [0.5], "paused"), record(1, [0.9, 0.9], "failed", "interrupted"))
     promotions.add(1, "full")

@@ -60,8 +60,9 @@ class Driver:
         self.promotions = Promotions.replay(
             rungs(EPOCHS, 1, 2), 2, fold(self.journal.events()), "val/acc", True, list(NAMES)
         )
+        fields = {"trials": TRIALS, **fields}
         self.searcher = searcher(
-            folder, NAMES, journal=self.journal, trials=TRIALS, stages=[stage], promotions=self.promotions, **fields
+            folder, NAMES, journal=self.journal, stages=[stage], promotions=self.promotions, **fields
         )
         self.searcher.set_max_concurrency(1)
         self.scheduler = PromotionScheduler(self.promotions, "val/acc", True, EPOCHS, 1, 2)
@@ -200,8 +201,8 @@ def test_optuna_has_a_paused_trial_as_running_and_then_as_pruned(
     assert set(paused) <= set(running)
 
 
-DEATHS = [f"phase={phase},seq={seq}" for seq in range(2, 130, 11) for phase in ("before_event", "after_event")]
-OFTEN = ";".join(f"phase=before_event,seq={seq},action=interrupt" for seq in range(6, 200, 13))
+DEATHS = [f"phase={phase},seq={seq}" for seq in range(2, 115, 14) for phase in ("before_event", "after_event")]
+OFTEN = ";".join(f"phase=before_event,seq={seq},action=interrupt" for seq in range(6, 140, 9))
 
 
 @pytest.mark.parametrize("deaths", [*(f"{death},action=interrupt" for death in DEATHS), OFTEN])
@@ -227,7 +228,7 @@ def test_p5_trials_whose_checkpoints_are_old_change_nothing_either(
     test_p5_p6_a_driver_killed_at_any_event_changes_nothing(whole, fault, tmp_path, OFTEN)
 
 
-@pytest.mark.parametrize("index", [2, 7])
+@pytest.mark.parametrize("index", [0, 2])
 def test_p30_the_journal_alone_gives_the_same_study(
     whole: tuple[Path, list[TrialRecord]], tmp_path: Path, index: int
 ) -> None:
@@ -238,10 +239,12 @@ def test_p30_the_journal_alone_gives_the_same_study(
     assert replay.known_to_optuna(copy) == replay.known_to_optuna(whole[0])
 
 
-@pytest.mark.parametrize("fields", [{"sampler": "gp"}, {"sampler": "random"}, {"sampler": "paper"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"sampler": "gp"}, {"sampler": "random"}, {"sampler": "paper", "trials": 30}], ids=str
+)
 def test_p30_under_every_sampler(fault: Callable[[str], None], tmp_path: Path, fields: dict[str, Any]) -> None:
     records = study(tmp_path / "whole", **fields)
-    fault(f"phase=after_event,seq={replay.events_of(tmp_path / 'whole', 'trial_promoted')[1]},action=interrupt")
+    fault(f"phase=after_event,seq={replay.events_of(tmp_path / 'whole', 'trial_paused')[9]},action=interrupt")
     assert replay.shown(study(tmp_path / "s", **fields)) == replay.shown(records)
 
 
@@ -254,6 +257,5 @@ def test_a_stage_alone_leaves_paused_trials_as_they_are(whole: tuple[Path, list[
     driver.searcher.close()
     driver.die()
     assert [r.number for r in replay.continued(copy) if r.state == "paused"] == before
-    assert replay.shown([r for r in study(copy) if r.role == "search"]) == replay.shown(
-        [r for r in whole[1] if r.role == "search"]
-    )
+    search = [(r.hparams, r.state, r.history) for r in study(copy) if r.role == "search"]
+    assert search == [(r.hparams, r.state, r.history) for r in whole[1] if r.role == "search"]

@@ -113,7 +113,6 @@ def test_a_reused_actor_continues_with_a_trial_as_a_fresh_one_does(
     assert same(train(reused), expected)
 
 
-@pytest.mark.parametrize("broken", ["newest", "both"])
 def test_a_trial_that_pauses_at_a_rung_resumes_there_in_another_process(
     config: dict[str, Any], spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,6 +130,7 @@ def test_a_trial_that_pauses_at_a_rung_resumes_there_in_another_process(
     assert same(results, [*expected[:2], expected[1], *expected[2:]])
 
 
+@pytest.mark.parametrize("broken", ["newest", "both"])
 def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_reported(
     config: dict[str, Any], expected: list[dict[str, Any]], broken: str
 ) -> None:
