@@ -122,7 +122,7 @@ class StudyScheduler(EntryScheduler):
         """Stop or continue. Trials outside the search and non-finite results always continue: a diverged trial fails
         by itself."""
         key = _trial_key(trial)
-        score = self._score(result)
+        score = self.score(result)
         if key not in self._rungs_by_trial or score is None:
             return str(self.CONTINUE)
         unit = result["unit"]
@@ -130,7 +130,7 @@ class StudyScheduler(EntryScheduler):
         if resumed is not None:
             # Its checkpoint may be newer than the last result that the journal has, so `_replay` could not do this.
             self._replay_until(resumed, unit - 1)
-        if unit < self._epochs and not self._rungs_by_trial[key].report(key, unit, score):
+        if unit < self.epochs and not self._rungs_by_trial[key].report(key, unit, score):
             return str(self.CONTINUE)
         self._stopped += 1
         return str(self.STOP)
@@ -143,8 +143,8 @@ class StudyScheduler(EntryScheduler):
         """
         key = _trial_key(trial)
         entry = self._rungs_by_trial.pop(key, None)
-        score = self._score(result)
-        if entry is not None and score is not None and result["unit"] >= self._epochs:
+        score = self.score(result)
+        if entry is not None and score is not None and result["unit"] >= self.epochs:
             entry.report(key, result["unit"], score)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -162,11 +162,11 @@ class StudyScheduler(EntryScheduler):
 
     def _rungs(self, label: str) -> EntryRungs:
         if label not in self._rungs_by_label:
-            self._rungs_by_label[label] = EntryRungs(self._epochs, self._grace, self._reduction)
+            self._rungs_by_label[label] = EntryRungs(self.epochs, self.grace, self.reduction)
         return self._rungs_by_label[label]
 
     def _replay(self, record: TrialRecord) -> None:
-        ended = record.state in ("pruned", "failed") or record.unit >= self._epochs
+        ended = record.state in ("pruned", "failed") or record.unit >= self.epochs
         # The last unit of any other trial was reported but perhaps not decided: the driver ended first.
         decided = ended and not record.resumable
         self._replay_until(record, record.unit if decided else record.unit - 1)
@@ -175,7 +175,7 @@ class StudyScheduler(EntryScheduler):
 
     def _replay_until(self, record: TrialRecord, last_unit: int) -> None:
         history = [
-            (int(past["unit"]), self._sign * past.get(self._compared, math.nan))
+            (int(past["unit"]), self.sign * past.get(self.metric, math.nan))
             for past in record.history
             if past["unit"] <= last_unit
         ]

@@ -36,10 +36,14 @@ class EntryScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         rungs(epochs, grace, reduction)
         super().__init__()
         self._compared = metric
-        self._sign = 1.0 if maximise else -1.0
-        self._epochs = epochs
-        self._grace = grace
-        self._reduction = reduction
+        self.sign = 1.0 if maximise else -1.0
+        """Factor that makes higher better."""
+        self.epochs = epochs
+        """Units of a full trial."""
+        self.grace = grace
+        """Units that every trial gets."""
+        self.reduction = reduction
+        """η."""
 
     @property
     def metric(self) -> str:
@@ -50,12 +54,12 @@ class EntryScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         """Accept whatever Tune's own metric is: the study's was set at construction."""
         return True
 
-    def _score(self, result: Mapping[str, Any]) -> float | None:
+    def score(self, result: Mapping[str, Any]) -> float | None:
         """The signed metric of a result; None where it is missing or not finite."""
         value = result.get(self._compared)
         if "unit" not in result or not isinstance(value, int | float) or not math.isfinite(value):
             return None
-        return self._sign * value
+        return self.sign * value
 
 
 def entry_of(trial: Trial) -> str | None:

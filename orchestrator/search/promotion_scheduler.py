@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
 
+from orchestrator.ray_internals import add_as_paused
 from orchestrator.search.entry_scheduler import EntryScheduler, entry_of
 
 if TYPE_CHECKING:
@@ -48,15 +49,14 @@ class PromotionScheduler(EntryScheduler):
         number = _number(trial)
         self._promotions.add(number, label)
         if self._promotions.waits(number):
-            # Tune sorts the trial in by its status after this call: it gets no process.
-            trial.set_status(Trial.PAUSED)
+            add_as_paused(trial)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """Continue or pause; folds and confirmations always continue."""
         if entry_of(trial) is None:
             return str(self.CONTINUE)
-        score = self._score(result)
-        if result["unit"] >= self._epochs:
+        score = self.score(result)
+        if result["unit"] >= self.epochs:
             return str(self.STOP)
         if self._promotions.report(_number(trial), result["unit"], -math.inf if score is None else score):
             return str(self.CONTINUE)

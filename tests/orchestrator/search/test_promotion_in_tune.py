@@ -145,6 +145,7 @@ def test_paused_trials_free_their_slots_and_the_best_go_on(tmp_path: Path) -> No
     assert len({u["cost/pid"] for r in records for u in r.history if "cost/pid" in u}) <= 2, "processes are reused"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_a_study_that_is_interrupted_again_and_again_is_the_same(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", concurrent=1)

@@ -201,7 +201,7 @@ def test_optuna_has_a_paused_trial_as_running_and_then_as_pruned(
     assert set(paused) <= set(running)
 
 
-DEATHS = [f"phase={phase},seq={seq}" for seq in range(2, 115, 14) for phase in ("before_event", "after_event")]
+DEATHS = [f"phase={phase},seq={seq}" for seq in range(2, 115, 19) for phase in ("before_event", "after_event")]
 OFTEN = ";".join(f"phase=before_event,seq={seq},action=interrupt" for seq in range(6, 140, 9))
 
 
