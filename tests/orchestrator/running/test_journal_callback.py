@@ -120,9 +120,11 @@ def test_what_tune_leaves_open_is_closed_as_interrupted(journal: Journal) -> Non
     assert close_open_trials(journal) == []
 
 
-def test_a_trial_that_pauses_and_is_promoted_is_one_attempt(journal: Journal) -> None:
+def test_a_trial_that_pauses_and_is_promoted_is_one_attempt(journal: Journal, tmp_path: Path) -> None:
     promotions = Promotions((1, 2), 2, ["mine"])
-    callback = RecordCallback(journal, promotions=promotions)
+    callback = RecordCallback(journal, folder=tmp_path, promotions=promotions)
+    for number in range(2):
+        checkpoint_folder(tmp_path, number).mkdir(parents=True)
     for number in range(2):
         callback.on_trial_start(0, [], tune_trial(f"t{number}", config=config(number)))
         promotions.add(number, "mine")
@@ -146,8 +148,11 @@ def test_a_trial_that_pauses_and_is_promoted_is_one_attempt(journal: Journal) ->
     assert [e["kind"] for e in journal.events() if e["trial_id"] == "t0"] == [
         "trial_suggested", "trial_started", "result", "trial_paused", "trial_promoted", "result", "trial_finished",
     ]  # fmt: skip
+    tidy(tmp_path, records)
+    assert [checkpoint_folder(tmp_path, number).exists() for number in range(2)] == [False, True]
     callback.on_trial_complete(0, [], tune_trial("t1", config=config(1)))  # it was withdrawn
     assert fold(journal.events())[1].state == "pruned"
+    assert not checkpoint_folder(tmp_path, 1).exists(), "only what may still be promoted keeps a checkpoint"
 
 
 def test_p2_a_unit_that_is_said_twice_is_written_once(journal: Journal) -> None:

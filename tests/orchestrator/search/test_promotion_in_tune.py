@@ -114,7 +114,7 @@ def run(folder: Path, concurrent: int, results: int | None = None) -> Journal:
     return journal
 
 
-def shown(journal: Journal) -> list[tuple[Any, ...]]:
+def contents(journal: Journal) -> list[tuple[Any, ...]]:
     return [
         (r.number, r.label, r.role, r.state, r.hparams, [(u["unit"], u["val/acc"]) for u in r.history])
         for r in fold(journal.events())
@@ -160,7 +160,7 @@ def test_a_study_that_is_interrupted_again_and_again_is_the_same(tmp_path: Path)
         assert set(waiting) <= set(running)
     journal = run(tmp_path / "s", concurrent=1)
     assert paused > 2
-    assert shown(journal) == shown(whole)
+    assert contents(journal) == contents(whole)
     started = [e["trial_id"] for e in journal.events() if e["kind"] in ("trial_started", "trial_promoted")]
     suggested = [e["trial_id"] for e in journal.events() if e["kind"] == "trial_suggested"]
     assert len(set(started)) < len(suggested), "a paused trial is added to Tune without a process"

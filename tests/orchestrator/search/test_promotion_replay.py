@@ -55,7 +55,6 @@ class Driver:
         close_open_trials(self.journal)
         self.journal.append("study_started", study="s", spec={})
         self.checkpoints = checkpoints
-        self.most_waiting = 0
         stage = ConfirmStage(task(), lambda records: top_candidates(records, 2, "id_val"), seeds=2, seed=3)
         self.promotions = Promotions.replay(
             rungs(EPOCHS, 1, 2), 2, fold(self.journal.events()), "val/acc", True, list(NAMES)
@@ -105,16 +104,17 @@ class Driver:
     def propose(self) -> bool:
         """Ask for trials as Tune does, while none is pending; False = the study is over."""
         while not any(trial.status == Trial.PENDING for trial in self.trials):
-            config = self.searcher.suggest(uuid.uuid4().hex[:8])
+            trial_id = uuid.uuid4().hex[:8]
+            config = self.searcher.suggest(trial_id)
             if config == Searcher.FINISHED:
                 assert not any(trial.status in (Trial.RUNNING, Trial.PAUSED) for trial in self.trials)
                 return False
             if config is None:
                 break
-            trial = FakeTrial(next(id for id, known in self.searcher._configs.items() if known is config), config)
+            assert isinstance(config, dict)
+            trial = FakeTrial(trial_id, config)
             self.trials.append(trial)
             self.scheduler.on_trial_add(self, trial)
-        self.most_waiting = max(self.most_waiting, len(self.promotions.waiting))
         return True
 
     def step(self, trial: FakeTrial) -> None:
