@@ -183,6 +183,16 @@ def _is_worker(pid: int | None) -> bool:
         return False
 
 
+def add_as_paused(trial: Trial) -> None:
+    """Let Tune add a trial as paused, without a process; to be called by a scheduler's `on_trial_add`.
+
+    Public names, but a private order: `TuneController.add_trial` sorts a trial in by its status after it has called
+    `on_trial_add`. Gone: a trial that an earlier run paused is in the wrong set of Tune's, which then stops with an
+    error.
+    """
+    trial.set_status("PAUSED")
+
+
 # --------------------------------------------------------------------------------------------- failed attempts in Tune
 
 

@@ -122,10 +122,14 @@ def _journal(path: Path, events: list[Event], end: int) -> Iterator[Finding]:
     records = fold(events)
     finished = sum(not record.resumable for record in records)
     summary = f"{len(events)} events, {len(records)} trials, {finished} of them finished"
-    resumable = [f"trial {r.number} {r.label} at unit {r.unit}" for r in records if r.resumable]
+    resumable = [f"trial {r.number} {r.label} at unit {r.unit}{_paused(r)}" for r in records if r.resumable]
     if resumable:
         summary += f"; to be resumed: {', '.join(resumable)}"
     yield Finding("journal", "ok", summary)
+
+
+def _paused(record: TrialRecord) -> str:
+    return " (paused)" if record.state == "paused" else ""
 
 
 def _study(study: Study, events: list[Event]) -> Iterator[Finding]:
@@ -178,7 +182,8 @@ def _search(study: Study, events: list[Event]) -> Iterator[Finding]:
         for file in study.folder.glob("optuna.db*"):
             if not file.name.endswith(".replaced"):
                 shutil.copy(file, folder)
-        history = History.of(events, objectives_of(study.spec))
+        promotes = study.spec.search.scheduler == "promote"
+        history = History.of(events, objectives_of(study.spec), promotes)
         problem = disagreement(f"sqlite:///{folder}/optuna.db", study.spec.name, history)
     if problem is None:
         yield Finding("search", "ok", f"{database} agrees with the journal")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Status", "find_study", "read_journal", "status"]
 
 MAX_LISTED = 10
-"""Running or failed trials that are printed; `--json` has all."""
+"""Running, paused or failed trials that are printed; `--json` has all."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Status:
             "roles": dict(Counter(record.role for record in self.records)),
             "best": None if best is None else _trial(best, self.metrics),
             "running": [_trial(r, self.metrics) for r in self.records if r.state == "running"],
+            "paused": [_trial(r, self.metrics) for r in self.records if r.state == "paused"],
             "failed": [{**_trial(r, self.metrics), "reason": r.reason, "error": r.error} for r in self._failed()],
         }
 
@@ -80,6 +81,8 @@ class Status:
             lines.append(f"Best on ID validation so far: {_line(best, self.metrics)}")
         running = [r for r in self.records if r.state == "running"]
         lines += _listed("Running", [_line(r, self.metrics) for r in running])
+        paused = [r for r in self.records if r.state == "paused"]
+        lines += _listed("Paused, each at its rung", [_line(r, self.metrics) for r in paused])
         lines += _listed("Failed", [f"{_line(r, self.metrics)}: {r.reason}: {r.error}" for r in self._failed()])
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,10 @@ from orchestrator.record.kept_files import Retention
 from orchestrator.record.records import metrics_of
 from orchestrator.results.front import front_candidates
 from orchestrator.results.selection import top_candidates
-from orchestrator.search.asha import StudyScheduler, rungs
+from orchestrator.search.asha import StudyScheduler
+from orchestrator.search.promotion import Promotions
+from orchestrator.search.promotion_scheduler import PromotionScheduler
+from orchestrator.search.rungs import rungs
 from orchestrator.search.searcher import SearchSettings
 from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
 from trainables import strategy_class
@@ -139,9 +142,9 @@ def retention_of(spec: StudySpec) -> Retention:
 
 
 def rungs_of(spec: StudySpec) -> tuple[int, ...]:
-    """Units after which the scheduler may stop a trial."""
+    """Units after which the scheduler may stop or pause a trial."""
     search = spec.search
-    return rungs(search.epochs, search.grace, search.reduction) if search.scheduler == "asha" else ()
+    return () if search.scheduler == "none" else rungs(search.epochs, search.grace, search.reduction)
 
 
 def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
@@ -161,13 +164,31 @@ def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
     return lambda record: units(record.strategy, json.dumps(dict(record.hparams)))
 
 
-def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
-    """The study's scheduler: ASHA, or Tune's first-in-first-out; `history` = trials of earlier runs."""
+def make_promotions(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Promotions | None:
+    """Which trials wait at their rungs; None = the study pauses none. `history` = trials of earlier runs."""
+    if spec.search.scheduler != "promote":
+        return None
+    labels = [entry.label for entry in entries_of(spec)]
+    maximise = metrics_of(spec).selection.direction == "max"
+    return Promotions.replay(rungs_of(spec), spec.search.reduction, history, metric_of(spec), maximise, labels)
+
+
+def make_scheduler(
+    spec: StudySpec, history: Sequence[TrialRecord] = (), promotions: Promotions | None = None
+) -> FIFOScheduler:
+    """The study's scheduler: pause and promote, ASHA, or Tune's first-in-first-out.
+
+    Args:
+        spec: the study.
+        history: trials of earlier runs.
+        promotions: `make_promotions` of the study, shared with the searcher.
+    """
     search = spec.search
     if search.scheduler == "none":
         return FIFOScheduler()
     maximise = metrics_of(spec).selection.direction == "max"
-    return StudyScheduler(metric_of(spec), maximise, search.epochs, search.grace, search.reduction, history)
+    rule = (metric_of(spec), maximise, search.epochs, search.grace, search.reduction)
+    return StudyScheduler(*rule, history) if promotions is None else PromotionScheduler(promotions, *rule)
 
 
 def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:

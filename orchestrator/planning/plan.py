@@ -75,7 +75,7 @@ class Plan:
     unit: str
     """What one unit is, in words."""
     rungs: tuple[int, ...]
-    """Units after which a trial may be stopped."""
+    """Units after which a trial may be stopped or paused."""
     fold_trials: int | None
     """Trials of leave-one-domain-out; None = the number of domains is not known before the data are read."""
     confirm_trials: int
@@ -98,6 +98,8 @@ class Plan:
     keep: str
     """Whose weights and predictions are kept, see `StudySpec.keep`."""
     resources: str
+    scheduler: str
+    """As `SearchSpec.scheduler`."""
     train_fraction: float = 1.0
     selection: str = "accuracy"
     """Title of the metric that configurations are chosen by."""
@@ -132,7 +134,7 @@ class Plan:
         """The plan's figures, one sentence each."""
         folds = "" if self.fold_trials == 0 else f", {_or_unknown(self.fold_trials)} leave-one-domain-out"
         references = "" if self.reference_trials == 0 else f", {_or_unknown(self.reference_trials)} reference (FSR)"
-        stop = f"; the scheduler may stop a trial after {_units(self.rungs)}" if self.rungs else "; no trial is stopped"
+        stop = f"; {_EARLY[self.scheduler]} {_units(self.rungs)}" if self.rungs else "; no trial is stopped"
         return [
             f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images in {self.classes} classes.",
             self._images(),
@@ -195,6 +197,7 @@ def make_plan(spec: StudySpec) -> Plan:
         epochs=search.epochs,
         unit="one epoch" if search.steps_per_unit is None else f"{search.steps_per_unit} optimiser steps",
         rungs=rungs_of(spec),
+        scheduler=spec.search.scheduler,
         fold_trials=counts.folds,
         confirm_trials=counts.confirm,
         reference_trials=counts.references,
@@ -244,6 +247,13 @@ def _plain(value: Any) -> str:
 
 def _or_unknown(count: int | None) -> str:
     return "an unknown number of" if count is None else str(count)
+
+
+_EARLY = {
+    "asha": "the scheduler may stop a trial after",
+    "promote": "trials are paused, and the best of their entry promoted, after",
+}
+"""Scheduler → what happens at its rungs."""
 
 
 def _units(rungs: tuple[int, ...]) -> str:

@@ -11,6 +11,7 @@ Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decr
                     search_values}
     trial_started{trial_id, node, pid}
     result{trial_id, unit, metrics, curves?, weights?, predictions?}: SHA-256 and size of the latter where they are kept
+    trial_paused{trial_id}: at a rung, without a process        trial_promoted{trial_id}: it continues
     trial_finished{trial_id, state: "complete"|"pruned"}
     trial_retried{trial_id, reason, error}     trial_failed{trial_id, reason, error}
     checkpoint_problem{trial_id, problem}: of its checkpoints, or of keeping its weights and predictions

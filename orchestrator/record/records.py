@@ -15,7 +15,8 @@ from typing import Any, Literal
 from trainables import strategies
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
 
-State = Literal["suggested", "running", "complete", "pruned", "failed"]
+State = Literal["suggested", "running", "paused", "complete", "pruned", "failed"]
+"""`paused`: it has no process and waits at a rung for its promotion, also while no driver runs the study."""
 
 INTERRUPTED = "interrupted"
 """Failure reason of a trial that was open when its driver ended."""
@@ -75,7 +76,7 @@ class TrialRecord:
     @property
     def unfinished(self) -> bool:
         """True if the trial neither ended nor failed by itself."""
-        return self.state in ("suggested", "running") or self.reason == INTERRUPTED
+        return self.state in ("suggested", "running", "paused") or self.reason == INTERRUPTED
 
     @property
     def resumable(self) -> bool:
@@ -181,6 +182,10 @@ class LiveRecords:
         if trial_id in self._trials:
             self._trials[trial_id] = advance(self._trials[trial_id], event)
 
+    def get(self, trial_id: str) -> TrialRecord | None:
+        """The record of a trial by the id of its latest attempt."""
+        return self._trials.get(trial_id)
+
     def all(self) -> list[TrialRecord]:
         """The records, in order of their numbers."""
         return sorted(self._trials.values(), key=lambda record: record.number)
@@ -192,7 +197,7 @@ def fold(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
 
 
 def unfinished(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
-    """The trials that a repeated run resumes first: suggested, running or interrupted."""
+    """The trials that a repeated run resumes first: suggested, running, paused or interrupted."""
     return [record for record in fold(events) if record.unfinished]
 
 
@@ -261,6 +266,10 @@ def advance(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
             started=time if record.started is None else record.started,
             node=event.get("node") or record.node,
         )
+    if kind == "trial_paused":
+        return dataclasses.replace(record, state="paused", reason=None, error=None, ended=None)
+    if kind == "trial_promoted":  # no further attempt: the trial continues as it was meant to
+        return dataclasses.replace(record, state="running")
     if kind == "result":
         return _add_result(record, event)
     if kind == "trial_finished":

@@ -26,6 +26,8 @@ from trainables.specs.trial_spec import TrialSpec
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
+    from orchestrator.search.promotion import Promotions
+
 logger = logging.getLogger("luthier")
 
 
@@ -56,7 +58,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
     Each trial's `config` is a `TrialSpec.to_dict()` plus `_number`. A trial that the searcher has not journalled is
     journalled when it starts. A trial that ends without a result with `finished=True` was stopped by the scheduler:
     `pruned`. At the end of the experiment every trial still open (Ctrl-C: Tune calls no hook for those) is closed as
-    `interrupted`.
+    `interrupted`; paused ones stay paused, for they have no process that could have been interrupted.
 
     A result with `failure` (a traceback) ends a trial as failed. A unit that the journal has with the same metrics is
     not written again: resumed trials re-report the result of their checkpoint.
@@ -68,6 +70,7 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         verdicts: trial id → why the watchdog killed its process; removed as failures are recorded.
         errors: trial id → text of its last failure in Tune.
         retention: whose weights and predictions are retained; None = nothing is removed.
+        promotions: which trials are paused; None = no trial ever is.
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         verdicts: dict[str, str] | None = None,
         errors: Mapping[str, str] | None = None,
         retention: Retention | None = None,
+        promotions: Promotions | None = None,
     ) -> None:
         self.journal = journal
         self.folder = folder
         self._verdicts = {} if verdicts is None else verdicts
         self._errors = {} if errors is None else errors
         self._retention = retention
+        self._promotions = promotions
         if progress is not None:
             journal.subscribe(progress.event)
         self.problems: list[str] = []
@@ -98,12 +103,16 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
     @_never_raises
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Record that an attempt of a trial starts."""
+        """Record that an attempt of a trial starts, or that a paused trial continues."""
         if not self.journal.knows(trial.trial_id):
             self.journal.append("trial_suggested", **_announcement(trial))
         # A retry may run on another machine.
         self._located.discard(trial.trial_id)
-        self.journal.append("trial_started", trial_id=trial.trial_id, node=None, pid=None)
+        record = self._records.get(trial.trial_id)
+        if record is not None and record.state == "paused":
+            self.journal.append("trial_promoted", trial_id=trial.trial_id)
+        else:
+            self.journal.append("trial_started", trial_id=trial.trial_id, node=None, pid=None)
 
     @_never_raises
     def on_trial_result(
@@ -117,19 +126,10 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
             self._failures[trial.trial_id] = str(result["failure"])
             return
         self._finished[trial.trial_id] = bool(result.get("finished"))
-        unit = int(result.get("unit") or result["training_iteration"])
-        metrics = declared_metrics(result)
-        history = self._histories.setdefault(trial.config.get("_number", trial.trial_id), [])
-        # Costs are left out of the comparison: they differ where a resumed trial repeats the unit itself.
-        if any(past["unit"] == unit and _same(past, metrics) for past in history):
-            return
-        details: dict[str, Any] = {}
-        if trial.trial_id not in self._located:  # node and process are in the results of an attempt, not in its start
-            details = {"node": result.get("hostname") or result.get("node_ip"), "pid": result.get("pid")}
-            self._located.add(trial.trial_id)
-        details |= {kind: result[kind] for kind in ("curves", "weights", "predictions") if result.get(kind)}
-        self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=metrics, **details)
-        history.append({"unit": float(unit), **metrics})
+        self._record_result(trial, result)
+        # Tune has no hook for it; the scheduler has decided before this hook is called.
+        if self._promotions is not None and self._promotions.waits(trial.config.get("_number", -1)):
+            self.journal.append("trial_paused", trial_id=trial.trial_id)
 
     @_never_raises
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -163,6 +163,21 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
         """Close the trials that Tune left open."""
         close_open_trials(self.journal)
 
+    def _record_result(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        unit = int(result.get("unit") or result["training_iteration"])
+        metrics = declared_metrics(result)
+        history = self._histories.setdefault(trial.config.get("_number", trial.trial_id), [])
+        # Costs are left out of the comparison: they differ where a resumed trial repeats the unit itself.
+        if any(past["unit"] == unit and _same(past, metrics) for past in history):
+            return
+        details: dict[str, Any] = {}
+        if trial.trial_id not in self._located:  # node and process are in the results of an attempt, not in its start
+            details = {"node": result.get("hostname") or result.get("node_ip"), "pid": result.get("pid")}
+            self._located.add(trial.trial_id)
+        details |= {kind: result[kind] for kind in ("curves", "weights", "predictions") if result.get(kind)}
+        self.journal.append("result", trial_id=trial.trial_id, unit=unit, metrics=metrics, **details)
+        history.append({"unit": float(unit), **metrics})
+
     def _reason(self, trial: Trial) -> dict[str, Any]:
         verdict = self._verdicts.pop(trial.trial_id, None)
         if verdict is not None:
@@ -195,11 +210,11 @@ class RecordCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
 
 def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
-    """Mark every suggested or running trial as interrupted and return the events.
+    """Mark every suggested or running trial as interrupted and return the events; paused trials stay paused.
 
     Called at the end of an experiment, and before a study is continued whose driver crashed.
     """
-    open_trials = [record for record in unfinished(journal.events()) if record.reason != INTERRUPTED]
+    open_trials = [r for r in unfinished(journal.events()) if r.reason != INTERRUPTED and r.state != "paused"]
     return [journal.append("trial_failed", **interruption(record)) for record in open_trials]
 
 

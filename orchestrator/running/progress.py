@@ -26,8 +26,8 @@ from orchestrator.record.records import TrialRecord, advance, metrics_of, sugges
 from trainables.specs.metrics import UNIT_SECONDS, TaskMetrics, task_metrics
 
 RECENT = 5
-"""Ended trials in the live table."""
-_STYLES = {"complete": "dim", "pruned": "dim", "failed": "red"}
+"""Ended trials in the live table, and paused ones."""
+_STYLES = {"complete": "dim", "pruned": "dim", "paused": "dim", "failed": "red"}
 
 
 class Progress:
@@ -134,26 +134,30 @@ class Progress:
         return (time.monotonic() - self._began) * max(self.trials - ended - running, 0.0) / (ended + running)
 
     def render(self) -> RenderableType:
-        """The live table: running trials, the last ended ones, and a line for the study."""
+        """The live table: running trials, the last ended and paused ones, and a line for the study."""
         records = self._snapshot()
         active = [r for r in records if r.state in ("running", "suggested")]
-        ended = sorted((r for r in records if r not in active), key=lambda r: r.ended or 0.0)[-RECENT:]
+        paused = [r for r in records if r.state == "paused"]
+        ended = sorted((r for r in records if r not in [*active, *paused]), key=lambda r: r.ended or 0.0)[-RECENT:]
         table = Table(box=None, pad_edge=False)
         for header in ("trial", "strategy", "epoch", "val", "spend", "state"):
             table.add_column(header, justify="left" if header in ("strategy", "state") else "right")
-        for record in [*ended, *sorted(active, key=lambda r: r.number)]:
+        waiting = sorted(paused, key=lambda r: r.number)[-RECENT:]
+        for record in [*ended, *waiting, *sorted(active, key=lambda r: r.number)]:
             style = _STYLES.get(record.state)
             table.add_row(*_row(record, self._units(record), self._metrics), style=style)
         return Group(table, Text(self.summary(), style="bold"))
 
     def summary(self) -> str:
-        """The study on one line: trials ended, best validation score, spend and ETA."""
+        """The study on one line: trials ended and paused, best validation score, spend and ETA."""
         records = self._snapshot()
         ended = sum(not r.unfinished for r in records)
         total = "?" if self.trials is None else str(self.trials)
         parts = [f"{ended}/{total} trials"]
         if failed := sum(r.state == "failed" for r in records):
             parts.append(f"{failed} failed")
+        if paused := sum(r.state == "paused" for r in records):
+            parts.append(f"{paused} paused")
         scored = [(validation_score(r, self._metrics), r) for r in records if r.role == "search"]
         searched = [(value, r) for value, r in scored if value is not None]
         if searched:
@@ -184,6 +188,10 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind == "trial_finished":
         length = "1 epoch" if record.unit == 1 else f"{record.unit} epochs"
         return f"{name}: {record.state} after {length}{val}, {duration(spent(record))}"
+    if kind == "trial_paused":
+        return f"{name}: paused after epoch {record.unit}/{epochs or '?'}{val}"
+    if kind == "trial_promoted":
+        return f"{name}: promoted after epoch {record.unit}/{epochs or '?'}{val}"
     if kind in ("trial_failed", "trial_retried"):
         return f"{name}: {kind.removeprefix('trial_')} ({event.get('reason')}) {event.get('error') or ''}".rstrip()
     return ""

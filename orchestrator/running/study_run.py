@@ -17,7 +17,7 @@ from ray import tune
 
 from orchestrator.cluster.connection import connect
 from orchestrator.errors import redact
-from orchestrator.planning.build import make_scheduler, planned_units, retention_of, settings_of
+from orchestrator.planning.build import make_promotions, make_scheduler, planned_units, retention_of, settings_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
 from orchestrator.ray_internals import (
@@ -43,6 +43,7 @@ from trainables.engine.tune_trainable import TuneTrainable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from orchestrator.search.promotion import Promotions
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
@@ -101,14 +102,17 @@ class StudyRun:
                 journal.append("study_started", **self._facts(), resources=resources, changed=changes, **hints.fields())
                 if self.search:
                     measure_start(self.spec, self.task, journal, request)
-                searcher = self._searcher(journal, hints, any(not change.harmless for change in changed))
-                self._tune(journal, searcher, progress, request, concurrent)
+                # One state of the rungs for searcher, scheduler and journal.
+                promotions = make_promotions(self.spec, fold(journal.events()))
+                searcher = self._searcher(journal, hints, any(not change.harmless for change in changed), promotions)
+                self._tune(journal, searcher, promotions, progress, request, concurrent)
                 record_fsr(journal)
 
     def _tune(
         self,
         journal: Journal,
         searcher: StudySearcher,
+        promotions: Promotions | None,
         progress: Progress | None,
         request: dict[str, float],
         concurrent: int,
@@ -118,14 +122,14 @@ class StudyRun:
         watchdog = Watchdog(limits, asdict(self.task), history)
         errors: dict[str, str] = {}
         retention = retention_of(self.spec)
-        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors, retention)
+        callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors, retention, promotions)
         breaker = CircuitBreaker(limits.stop_after, limits.stop_share)
         journal.subscribe(breaker.event)
         tuner = tune.Tuner(
             tune.with_resources(TuneTrainable, request),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=make_scheduler(self.spec, history),
+                scheduler=make_scheduler(self.spec, history, promotions),
                 # No limit for Tune: the searcher ends the run.
                 num_samples=-1,
                 max_concurrent_trials=concurrent,
@@ -159,7 +163,7 @@ class StudyRun:
         # A Stopper that ends a run is no error for Tune: `fit` returns as if the study were complete.
         breaker.check()
 
-    def _searcher(self, journal: Journal, hints: Hints, changed: bool) -> StudySearcher:
+    def _searcher(self, journal: Journal, hints: Hints, changed: bool, promotions: Promotions | None) -> StudySearcher:
         spec = self.spec
         return StudySearcher(
             settings_of(spec, self.task, hints.values),
@@ -168,6 +172,7 @@ class StudyRun:
             stages=self.stages,
             journal=journal,
             searching=self.search,
+            promotions=promotions,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
             kept=functools.partial(retention_of(spec).paths, self.folder),
             changed=changed,

@@ -8,11 +8,13 @@ than held until others have been promoted past it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ray.tune.schedulers import FIFOScheduler
+
+from orchestrator.search.entry_scheduler import EntryScheduler, entry_of
+from orchestrator.search.rungs import milestones
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -35,7 +37,7 @@ class EntryRungs:
         self._scores: dict[float, dict[str, float]] = {
             # Highest rung first, as `report` needs them.
             milestone: {}
-            for milestone in reversed(_milestones(epochs, grace, reduction))
+            for milestone in reversed(milestones(epochs, grace, reduction))
         }
 
     def cutoff(self, milestone: float) -> float | None:
@@ -76,29 +78,20 @@ class EntryRungs:
         return " | ".join(f"unit {milestone:g}: {self.cutoff(milestone)}" for milestone in self._scores)
 
 
-class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
+class StudyScheduler(EntryScheduler):
     """ASHA with rungs per entry, for search trials only.
 
-    Trials start in the order in which they were proposed.
-
-    A trial is compared with trials of its own entry at the same unit. Strategies start from different heads: LP-FT
-    begins at the linear probe's solution, DAFT from zero, so that one common rung would stop the late starters before
-    they had shown anything, and the study could not say which strategy is better. Folds and confirmations run in full.
-
-    A trial is identified by its number in the study: Tune's id of a resumed trial is another one.
+    Trials start in the order in which they were proposed. A trial is identified by its number in the study: Tune's id
+    of a resumed trial is another one.
 
     Args:
-        metric: what is compared, reported with every unit.
-        maximise: whether higher is better.
-        epochs: units of a full trial.
-        grace: units that every trial gets.
-        reduction: η: the top 1/η of the trials at a rung continue.
+        metric, maximise, epochs, grace, reduction: see `EntryScheduler`.
         history: trials of earlier runs, replayed into the rungs that they reached (Tune restores no scheduler). A
             trial that can be resumed is replayed up to the unit before the first one that it reports: its last unit
             is decided when it is reported again, as it would have been in the earlier run.
 
     Raises:
-        ValueError: see `rungs`.
+        ValueError: see `orchestrator.search.rungs.rungs`.
     """
 
     def __init__(
@@ -110,13 +103,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         reduction: float = 3,
         history: Sequence[TrialRecord] = (),
     ) -> None:
-        rungs(epochs, grace, reduction)
-        super().__init__()
-        self._compared = metric
-        self._sign = 1.0 if maximise else -1.0
-        self._epochs = epochs
-        self._grace = grace
-        self._reduction = reduction
+        super().__init__(metric, maximise, epochs, grace, reduction)
         self._stopped = 0
         self._rungs_by_label: dict[str, EntryRungs] = {}
         self._rungs_by_trial: dict[str, EntryRungs] = {}
@@ -125,27 +112,17 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
             if record.role == "search":
                 self._replay(record)
 
-    @property
-    def metric(self) -> str:
-        """What is compared."""
-        return self._compared
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Accept whatever Tune's own metric is: the study's was set at construction."""
-        return True
-
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         """Assign a search trial to the rungs of its entry."""
-        if trial.config.get("role", "search") != "search":
-            return
-        label = str(trial.config.get("label") or trial.config.get("strategy"))
-        self._rungs_by_trial[_trial_key(trial)] = self._rungs(label)
+        label = entry_of(trial)
+        if label is not None:
+            self._rungs_by_trial[_trial_key(trial)] = self._rungs(label)
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
         """Stop or continue. Trials outside the search and non-finite results always continue: a diverged trial fails
         by itself."""
         key = _trial_key(trial)
-        score = self._score(result)
+        score = self.score(result)
         if key not in self._rungs_by_trial or score is None:
             return str(self.CONTINUE)
         unit = result["unit"]
@@ -153,7 +130,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         if resumed is not None:
             # Its checkpoint may be newer than the last result that the journal has, so `_replay` could not do this.
             self._replay_until(resumed, unit - 1)
-        if unit < self._epochs and not self._rungs_by_trial[key].report(key, unit, score):
+        if unit < self.epochs and not self._rungs_by_trial[key].report(key, unit, score):
             return str(self.CONTINUE)
         self._stopped += 1
         return str(self.STOP)
@@ -166,8 +143,8 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         """
         key = _trial_key(trial)
         entry = self._rungs_by_trial.pop(key, None)
-        score = self._score(result)
-        if entry is not None and score is not None and result["unit"] >= self._epochs:
+        score = self.score(result)
+        if entry is not None and score is not None and result["unit"] >= self.epochs:
             entry.report(key, result["unit"], score)
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -185,11 +162,11 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 
     def _rungs(self, label: str) -> EntryRungs:
         if label not in self._rungs_by_label:
-            self._rungs_by_label[label] = EntryRungs(self._epochs, self._grace, self._reduction)
+            self._rungs_by_label[label] = EntryRungs(self.epochs, self.grace, self.reduction)
         return self._rungs_by_label[label]
 
     def _replay(self, record: TrialRecord) -> None:
-        ended = record.state in ("pruned", "failed") or record.unit >= self._epochs
+        ended = record.state in ("pruned", "failed") or record.unit >= self.epochs
         # The last unit of any other trial was reported but perhaps not decided: the driver ended first.
         decided = ended and not record.resumable
         self._replay_until(record, record.unit if decided else record.unit - 1)
@@ -198,39 +175,11 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 
     def _replay_until(self, record: TrialRecord, last_unit: int) -> None:
         history = [
-            (int(past["unit"]), self._sign * past.get(self._compared, math.nan))
+            (int(past["unit"]), self.sign * past.get(self.metric, math.nan))
             for past in record.history
             if past["unit"] <= last_unit
         ]
         self._rungs(record.label).replay(_number_key(record.number), history)
-
-    def _score(self, result: Mapping[str, Any]) -> float | None:
-        """The signed metric of a result; None where it is missing or not finite."""
-        value = result.get(self._compared)
-        if "unit" not in result or not isinstance(value, int | float) or not math.isfinite(value):
-            return None
-        return self._sign * value
-
-
-def rungs(epochs: int, grace: int = 1, reduction: float = 3) -> tuple[int, ...]:
-    """Units after which ASHA may stop a trial, ascending, all below `epochs`: `grace · reduction^k`.
-
-    Raises:
-        ValueError: a grace period outside 1 … epochs, or a reduction of 1 or less.
-    """
-    if not 1 <= grace <= epochs:
-        raise ValueError(f"1 <= grace <= epochs = {epochs} must hold, but got {grace}.")
-    if not reduction > 1:
-        raise ValueError(f"reduction must be greater than 1, but got {reduction}. The usual values are 3 and 4.")
-    units = [math.ceil(milestone) for milestone in _milestones(epochs, grace, reduction)]
-    return tuple(dict.fromkeys(unit for unit in units if unit < epochs))
-
-
-def _milestones(epochs: int, grace: int, reduction: float) -> list[float]:
-    """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one."""
-    # The formula of Ray's ASHA, its floating-point rounding included.
-    count = int(np.log(epochs / grace) / np.log(reduction) + 1)
-    return [grace * reduction**k for k in range(count)]
 
 
 def _trial_key(trial: Trial) -> str:

@@ -42,9 +42,16 @@ class Ledger:
     Args:
         storage: Optuna's.
         journal: journals duplicate proposals, which `Replay` needs.
+        open_trials: `History.open` of the storage; None = the study pauses no trials, and unfinished ones do not stay
+            RUNNING in Optuna.
     """
 
-    def __init__(self, storage: OptunaStorage, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        storage: OptunaStorage,
+        journal: Journal | None = None,
+        open_trials: Mapping[int, TrialRecord] | None = None,
+    ) -> None:
         self._storage = storage
         self._journal = journal
         self.records: dict[str, TrialRecord] = {}
@@ -53,12 +60,18 @@ class Ledger:
         """Objectives of complete trials by Tune's id."""
         self.interrupted: dict[Identity, TrialRecord] = {}
         """Unfinished trials of earlier drivers that have not been proposed again."""
+        self.open: dict[int, TrialRecord] = {}
+        """Number → unfinished trial of an earlier driver that is RUNNING in Optuna and not in Tune yet."""
         self.sampled = storage.sampled
         """Optuna study of the trials that the sampler may learn from."""
         self.fixed = storage.fixed
         """Optuna study of the trials whose configuration was fixed."""
         self._reported: dict[Identity, dict[int, float]] = {}
         """Interrupted trial → unit → objective."""
+        self._keeps_open = open_trials is not None
+        self._open_trials = open_trials or {}
+        self._optuna_trials: dict[int, tuple[Trial, int]] = {}
+        """Those of `open`, each with the last unit that Optuna has a value of."""
         self._live: dict[str, Trial] = {}
         self._last_unit: dict[str, int] = {}
         self._next = 0
@@ -107,6 +120,20 @@ class Ledger:
                 self.report(trial_id, unit, value)
         return record
 
+    def reopen(self, trial_id: str, number: int) -> TrialRecord:
+        """Enter a trial of `open` again, under Tune's new id."""
+        record = dataclasses.replace(self.open.pop(number), trial_id=trial_id, state="running")
+        trial, self._last_unit[trial_id] = self._optuna_trials.pop(number)
+        trial.set_user_attr("tune_trial_id", trial_id)
+        self.records[trial_id] = record
+        self._live[trial_id] = trial
+        return record
+
+    def pause(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Keep the metrics of a trial that pauses, should it end without another result."""
+        record = self.records[trial_id]
+        self.records[trial_id] = dataclasses.replace(record, metrics=declared_metrics(result))
+
     def report(self, trial_id: str, unit: int, value: float) -> None:
         """Report an intermediate value to Optuna; a unit that was reported before is ignored."""
         trial = self._live.get(trial_id)
@@ -122,7 +149,8 @@ class Ledger:
         trial = self._live.pop(trial_id, None)
         if trial is None:
             return
-        metrics = declared_metrics(result or {})
+        # A trial that ends while it is paused has no new result.
+        metrics = declared_metrics(result) if result else dict(self.records[trial_id].metrics)
         # Before `tell`: Optuna accepts no attributes of a trial that has ended.
         trial.set_user_attr("metrics", metrics)
         trial.study.tell(trial, list(values) if values is not None else None, state=state)
@@ -149,10 +177,14 @@ class Ledger:
         trial.study.tell(trial, values, state=state)
 
     def close(self) -> None:
-        """Withdraw the running trials: Optuna gets FAIL, and the next driver proposes them again."""
+        """Withdraw the running trials: Optuna gets FAIL, and the next driver proposes them again.
+
+        Search trials of a study that pauses trials stay RUNNING.
+        """
         for trial_id, trial in list(self._live.items()):
-            trial.set_user_attr("interrupted", True)
-            trial.study.tell(trial, state=TrialState.FAIL)
+            if not (self._keeps_open and self.records[trial_id].role == "search"):
+                trial.set_user_attr("interrupted", True)
+                trial.study.tell(trial, state=TrialState.FAIL)
             del self._live[trial_id]
             del self.records[trial_id]
         self._storage.close()
@@ -165,10 +197,26 @@ class Ledger:
         while any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
             study.ask()  # Optuna cannot end a waiting trial, only a running one
         for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.RUNNING:
+            if trial.state == TrialState.RUNNING and not self._is_open(trial):
                 self._storage.interrupt(study, trial.number)
         for trial in study.get_trials(deepcopy=False):
-            self._take_over(trial)
+            if self._is_open(trial):
+                self._keep_open(study, trial)
+            else:
+                self._take_over(trial)
+
+    def _is_open(self, trial: FrozenTrial) -> bool:
+        number = trial.user_attrs.get("trial", {}).get("number")
+        return trial.state == TrialState.RUNNING and number in self._open_trials
+
+    def _keep_open(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        number = int(trial.user_attrs["trial"]["number"])
+        self.open[number] = self._open_trials[number]
+        # Of a driver that died between Optuna's entry and the journal's.
+        self.interrupted.pop(identity(self.open[number]), None)
+        last_unit = max(trial.intermediate_values, default=-1)
+        self._optuna_trials[number] = self._storage.running_trial(study, trial.number), last_unit
+        self._next = max(self._next, number + 1)
 
     def _take_over(self, trial: FrozenTrial) -> None:
         attrs = trial.user_attrs

@@ -17,7 +17,7 @@ import os
 import sqlite3
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,21 +59,34 @@ class History:
     """Number of a trial → sequence number of its first event."""
     objectives: Sequence[str]
     """As `orchestrator.search.searcher.SearchSettings.objectives`."""
+    open: Mapping[int, TrialRecord] = field(default_factory=dict)
+    """Number → unfinished search trial that stays RUNNING in Optuna between two drivers."""
 
     @classmethod
-    def of(cls, events: Sequence[Event], objectives: Sequence[str]) -> History:
-        """From a journal's events."""
+    def of(cls, events: Sequence[Event], objectives: Sequence[str], promotes: bool = False) -> History:
+        """From a journal's events.
+
+        Args:
+            events: all of them, in order.
+            objectives: see the class.
+            promotes: whether the study pauses trials (`orchestrator.search.promotion`). A paused trial keeps its place
+                among Optuna's trials, in whose order a sampler reads them. Without pauses an unfinished trial gets FAIL
+                and is asked for again: with one trial at a time it is the last one anyway.
+        """
         order: dict[int, int] = {}
         for event in events:
             if event["kind"] == "trial_suggested":
                 order.setdefault(int(event["number"]), int(event["seq"]))
-        return cls(fold(events), [e for e in events if e["kind"] == "proposal_repeated"], order, objectives)
+        records = fold(events)
+        repeats = [e for e in events if e["kind"] == "proposal_repeated"]
+        unfinished = {r.number: r for r in records if promotes and r.role == "search" and r.resumable}
+        return cls(records, repeats, order, objectives, unfinished)
 
     def agrees(self, sampled: Sequence[FrozenTrial], fixed: Sequence[FrozenTrial]) -> bool:
         """Whether Optuna's trials match the journal.
 
-        Every trial of the journal is in the storage, ended trials ended the same way in both, and the duplicate
-        proposals are the same.
+        Every trial of the journal is in the storage, ended trials ended the same way in both, open ones are RUNNING,
+        and the duplicate proposals are the same.
         """
         trials = [trial for trial in (*sampled, *fixed) if "trial" in trial.user_attrs]
         stored = {int(trial.user_attrs["trial"]["number"]) for trial in trials}
@@ -89,7 +102,8 @@ class History:
             if "duplicate_of" in trial.user_attrs
         ]
         journal_repeats = [(e["number"], (e["state"], tuple(e["values"] or ()))) for e in self.repeats]
-        complete = {r.number for r in self.records} <= stored
+        running = {int(t.user_attrs["trial"]["number"]) for t in trials if t.state == TrialState.RUNNING}
+        complete = {r.number for r in self.records} <= stored and self.open.keys() <= running
         return complete and stored_ends == journal_ends and stored_repeats == journal_repeats
 
     def ended(self, record: TrialRecord) -> FinalState:
@@ -178,11 +192,12 @@ class Replay:
             "label": record.label,
             "trial": {name: getattr(record, name) for name in fields},
         }
-        if record.resumable:
+        state: str = "RUNNING"
+        values: tuple[float, ...] = ()
+        if record.resumable and record.number not in self.history.open:
             attrs["interrupted"] = True
-            state: str = "FAIL"
-            values: tuple[float, ...] = ()
-        else:
+            state = "FAIL"
+        elif not record.resumable:
             attrs["metrics"] = dict(record.metrics)
             state, values = self.history.ended(record)
         return create_trial(
@@ -282,6 +297,12 @@ class OptunaStorage:
         trial_id = self._database.get_trial_id_from_study_id_trial_number(study_id, number)
         self._database.set_trial_user_attr(trial_id, "interrupted", True)
         study.tell(number, state=TrialState.FAIL)
+
+    def running_trial(self, study: optuna.Study, number: int) -> optuna.trial.Trial:
+        """A RUNNING trial of an earlier driver, to report to and to end."""
+        assert self._database is not None
+        study_id = self._database.get_study_id_from_name(study.study_name)
+        return optuna.trial.Trial(study, self._database.get_trial_id_from_study_id_trial_number(study_id, number))
 
     def close(self) -> None:
         """Close the database; SQLite then checkpoints its write-ahead log into the database file."""

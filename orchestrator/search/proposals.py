@@ -87,7 +87,7 @@ class Proposals:
         """
         finished = {r.config_hash: r for r in ledger.finished if r.role == "search"}
         running = [r for r in ledger.running if r.role == "search"]
-        if len(finished) + len(running) >= self.trials:
+        if not self.remaining(ledger):
             return None
         for label in self.space.labels:
             if not self._proposed(ledger, label):
@@ -111,6 +111,12 @@ class Proposals:
         if self.space.allocation == "sampler":
             return None if self.exhausted else self._draw(ledger, self._round(ledger))
         return self._allocated(ledger)
+
+    def remaining(self, ledger: Ledger) -> int:
+        """Trials of the budget that have not been proposed; a paused trial has been."""
+        finished = {r.config_hash for r in ledger.finished if r.role == "search"}
+        running = sum(r.role == "search" for r in ledger.running)
+        return max(0, self.trials - len(finished) - running)
 
     def _proposed(self, ledger: Ledger, label: str) -> int:
         return sum(r.label == label and r.role == "search" for r in ledger.records.values())

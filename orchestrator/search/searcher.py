@@ -30,6 +30,7 @@ from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 if TYPE_CHECKING:
     from orchestrator.record.journal import Journal
     from orchestrator.record.records import TrialRecord
+    from orchestrator.search.promotion import Promotions
 
 __all__ = ["Entry", "SearchError", "SearchSettings", "StudySearcher"]
 
@@ -73,7 +74,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     holds the study: a new searcher over the same storage continues it, with unfinished trials of earlier drivers first
     and under their old numbers. With one trial at a time, proposals depend on the seed alone.
 
-    Only trials that use their whole budget (`finished`) are told to Optuna as COMPLETE; early-stopped ones as PRUNED,
+    Only trials that use their whole budget (`finished`) are told to Optuna as COMPLETE; early-stopped ones as PRUNED
+    (a paused trial is RUNNING, since Optuna has no such state, and PRUNED once it can no longer be promoted),
     and those that raised or whose objective is missing or not finite as FAIL. The objective is `best/<metric>` where a
     trial reports it, since a trial is worth the weights of its best unit. With several objectives Optuna accepts no
     values per unit.
@@ -88,6 +90,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         kept: record → keys of its trial's config for the weights and predictions that it keeps; None = none.
         changed: whether a change of the study since its last run was allowed.
         searching: False = only the stages run.
+        promotions: which trials are paused, shared with the scheduler; None = no trial ever is. Trials that an earlier
+            driver left unfinished are then handed to Tune first, paused ones as paused.
 
     Raises:
         ValueError: two entries of one label, unknown sampler, strategy or preset, an objective that is a metric of test
@@ -107,6 +111,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         kept: Callable[[TrialRecord], Mapping[str, str]] | None = None,
         changed: bool = False,
         searching: bool = True,
+        promotions: Promotions | None = None,
     ) -> None:
         self.settings = settings
         self.objectives = settings.objectives
@@ -121,11 +126,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         space = SearchSpace(settings.entries, settings.sampler, settings.allocation)
         self.proposals = Proposals(space, settings.task, settings.seed, settings.trials, maximise[0], settings.hints)
         self._searching = searching
+        # A stage alone (`searching`) leaves the paused trials of the search as they are.
+        self._promotions = promotions if searching else None
+        open_trials: Mapping[int, TrialRecord] | None = None if promotions is None else {}
         replay = None
         if journal is not None:
-            replay = Replay(History.of(journal.events(), self.objectives), space)
+            history = History.of(journal.events(), self.objectives, promotes=promotions is not None)
+            replay = Replay(history, space)
+            open_trials = None if promotions is None else history.open
         storage = OptunaStorage(url, study_name, maximise, _contents(settings), replay, changed)
-        self.ledger = Ledger(storage, journal)
+        self.ledger = Ledger(storage, journal, open_trials)
         self._journal = journal
         self._checkpoints = checkpoints
         self._kept = kept
@@ -143,12 +153,26 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The config of the next trial, None to be asked again later, or `Searcher.FINISHED`."""
+        """The config of the next trial, None to be asked again later, or `Searcher.FINISHED`.
+
+        Where trials pause, this is `get_job` of Li et al. (2020), algorithm 2: a free slot goes to a promotion, else to
+        a new trial.
+        """
         if trial_id in self._configs:
             return self._configs[trial_id]
-        if self.max_concurrent and len(self.ledger.running) >= self.max_concurrent:
+        reopened = self._reopened(trial_id)
+        if reopened is not None:
+            return self._start(*reopened)
+        # The scheduler ends withdrawn trials in the same step of Tune; only then does a sampler see them as ended.
+        if self._promotions is not None and self._promotions.withdraw(self.proposals.remaining(self.ledger)):
+            return None
+        if self._is_full():
+            return None
+        if self._promotions is not None and self._promotions.promote_next() is not None:
             return None
         proposal = self.proposals.next(self.ledger) if self._searching else None
+        if proposal is None and self._closes_rungs():
+            return None
         if proposal is None:
             # A stage chooses among finished trials, so it waits for those that run.
             if self.ledger.running and not self._queue:
@@ -159,22 +183,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             # A study of its own in Optuna: the sampler must not learn from folds and confirmations.
             proposal = self.ledger.fixed.ask(), spec
         trial, spec = proposal
-        record = self.ledger.start(trial_id, trial, spec)
-        # Before Tune gets the trial: a crash in between leaves a trial that the next driver repeats, not one without a
-        # record.
-        self._record(record)
-        self._configs[trial_id] = {**spec.to_dict(), "_number": record.number}
-        if self._checkpoints is not None:
-            self._configs[trial_id]["_checkpoints"] = str(self._checkpoints(record.number))
-        if self._kept is not None:
-            self._configs[trial_id] |= self._kept(record)
-        return self._configs[trial_id]
+        return self._start(self.ledger.start(trial_id, trial, spec), spec)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Report the objective of one unit to Optuna."""
         value = result.get(self.objectives[0])
         if isinstance(value, int | float) and math.isfinite(value):
             self.ledger.report(trial_id, _unit(result), float(value))
+        config = self._configs.get(trial_id)
+        if config is not None and self._waits(config["_number"]):
+            self.ledger.pause(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how a trial ended (see the class)."""
@@ -206,6 +224,59 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         """Nothing: Tune pickles its searcher for `restore`, which this one refuses."""
         return {}
 
+    def _start(self, record: TrialRecord, spec: TrialSpec) -> dict[str, Any]:
+        """Journal a trial and return its config."""
+        # Before Tune gets the trial: a crash in between leaves a trial that the next driver repeats, not one without a
+        # record.
+        self._record(record)
+        config = {**spec.to_dict(), "_number": record.number}
+        if self._checkpoints is not None:
+            config["_checkpoints"] = str(self._checkpoints(record.number))
+        if self._promotions is not None and record.role == "search":
+            config["_checkpoint_at"] = list(self._promotions.rungs)
+        if self._kept is not None:
+            config |= self._kept(record)
+        self._configs[record.trial_id] = config
+        return config
+
+    def _reopened(self, trial_id: str) -> tuple[TrialRecord, TrialSpec] | None:
+        """The next unfinished trial of an earlier driver: paused ones at once, others where a slot is free.
+
+        Trials of entries that the study no longer has stay unfinished.
+        """
+        if self._promotions is None:
+            return None
+        numbers = [n for n, record in self.ledger.open.items() if record.label in self.proposals.space.labels]
+        number = min(numbers, key=lambda n: (not self._waits(n), n), default=None)
+        if number is None or (self._is_full() and not self._waits(number)):
+            return None
+        record = self.ledger.reopen(trial_id, number)
+        spec = TrialSpec(
+            shared=self.settings.task,
+            strategy=record.strategy,
+            label=record.label,
+            hparams=dict(record.hparams),
+            seed=record.seed,
+        )
+        return record, spec
+
+    def _waits(self, number: int) -> bool:
+        return self._promotions is not None and self._promotions.waits(number)
+
+    def _is_full(self) -> bool:
+        """Whether every slot is taken; a paused trial takes none."""
+        active = sum(not self._waits(record.number) for record in self.ledger.running)
+        return bool(self.max_concurrent) and active >= (self.max_concurrent or 0)
+
+    def _closes_rungs(self) -> bool:
+        """Promote or withdraw waiting trials once there is no new one to propose; returns whether any waits."""
+        if self._promotions is None or not self._promotions.waiting:
+            return False
+        promoted = self._promotions.promote_last()
+        if promoted is None and all(self._waits(record.number) for record in self.ledger.running):
+            self._promotions.withdraw_all()
+        return True
+
     def _staged(self) -> TrialSpec | None:
         """The next trial of the stages, once the search is over; None = the study is over."""
         while not self._queue and self._stages:
@@ -224,6 +295,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def _record(self, record: TrialRecord) -> None:
         if self._journal is not None:
             self._journal.append("trial_suggested", **{name: getattr(record, name) for name in _JOURNALLED})
+            if self._waits(record.number):
+                self._journal.append("trial_paused", trial_id=record.trial_id)
 
 
 _JOURNALLED = (

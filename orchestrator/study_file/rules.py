@@ -248,11 +248,11 @@ def objectives_problems(
             f"objectives steer a sampler that learns from results, but {sampler} proposes the same without them. Use "
             "tpe or gp, or leave objectives out: the costs of every configuration are recorded anyway.",
         )
-    if scheduler == "asha":
+    if scheduler != "none":
         yield (
             ("scheduler",),
-            f"asha stops trials by {objective} alone, cheap ones before their cost could count, but got objectives "
-            f"{got}. Set scheduler: none, or leave objectives out.",
+            f"{scheduler} stops trials by {objective} alone, cheap ones before their cost could count, but got "
+            f"objectives {got}. Set scheduler: none, or leave objectives out.",
         )
 
 

@@ -125,12 +125,13 @@ class SearchSpec(Section):
     """How the trials are allocated to the entries. sampler = after two random rounds one sampler over all entries
     chooses the entry, too; equal = to each as many, with a sampler of its own; halving = likewise, but after each third
     of the trials the worse half of the entries gets no more."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """asha stops trials early at the rungs `grace · reduction^k`; none runs every trial to its end."""
+    scheduler: Literal["asha", "promote", "none"] = "asha"
+    """Early stopping at the rungs `grace · reduction^k`. asha stops a trial that reaches a rung below the best of its
+    entry; promote pauses every trial there and continues the best ones first; none runs every trial to its end."""
     grace: Annotated[int, Field(ge=1)] = 1
-    """Units before asha may stop a trial."""
+    """Units before asha may stop a trial, or promote pauses it."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
-    """ASHA's reduction factor η: about one in η trials is promoted at each rung."""
+    """The reduction factor η: about one in η trials of an entry continues at each rung."""
     objective: Annotated[str, BeforeValidator(rules.check_objective)] = "id_val"
     """How the winner is chosen: `id_val` (`metric` on ID validation), `leave_one_domain_out` (needs two or more ID
     domains), or `val_domain:<name>` (`metric` on one OOD domain, which is then validation data, not a test). Within a

@@ -49,7 +49,8 @@ from trainables.specs.short_hash import short_hash
 logger = logging.getLogger("luthier")
 
 TRIAL_STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
-"""State of a trial → MLflow's run status; KILLED = ended before its budget (pruned or interrupted)."""
+"""State of an ended trial → MLflow's run status; KILLED = ended before its budget (pruned or interrupted). A paused
+trial is SCHEDULED, also while no driver runs the study."""
 STUDY_STATUS = {"failed": "FAILED", "interrupted": "KILLED"}
 """The same for a study; FINISHED otherwise."""
 
@@ -245,6 +246,9 @@ class Projection:
             self._add_result(update, trial, event)
         elif kind in ("trial_finished", "trial_failed"):
             self._end_trial(update, trial, event)
+        elif kind in ("trial_paused", "trial_promoted"):
+            update.status = "SCHEDULED" if kind == "trial_paused" else "RUNNING"
+            update.tags["status"] = trial.record.state
         else:
             return []
         return [update]

@@ -29,6 +29,9 @@ MODEL_REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "END
 TOO_LARGE = 413
 """HTTP status of a server or proxy that takes no body of this size."""
 
+OPEN_STATUS = ("RUNNING", "SCHEDULED")
+"""MLflow's statuses of a run that has not ended."""
+
 logger = logging.getLogger("luthier")
 
 
@@ -118,9 +121,9 @@ class MlflowWriter:
             inputs = [dataset_input(*update.dataset)]
             self._send(functools.partial(self._client.log_inputs, run.run_id, inputs))
             update.dataset = None
-        if update.status == "RUNNING":
-            if not is_new:  # a run is created with this status
-                self._send(functools.partial(self._client.update_run, run.run_id, status="RUNNING"))
+        if update.status in OPEN_STATUS:
+            if not (is_new and update.status == "RUNNING"):  # a run is created with this status
+                self._send(functools.partial(self._client.update_run, run.run_id, status=update.status))
         elif update.status is not None:
             self._send(functools.partial(self._client.set_terminated, run.run_id, update.status, update.end))
 

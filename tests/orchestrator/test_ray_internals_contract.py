@@ -151,6 +151,14 @@ def test_a_trial_has_the_attributes_that_are_read_and_set() -> None:
     assert trial.relative_logdir is None, changed("Trial.relative_logdir", "without_tune_files", "begins otherwise")
 
 
+def test_a_trial_is_sorted_in_by_the_status_that_a_scheduler_gave_it() -> None:
+    from ray.tune.execution.tune_controller import TuneController
+
+    source = inspect.getsource(TuneController.add_trial)
+    notified, sorted_in = source.find(".on_trial_add("), source.find("[trial.status].add(trial)")
+    assert 0 < notified < sorted_in, changed("TuneController.add_trial", "add_as_paused", "has another order")
+
+
 def test_a_change_is_reported_in_one_sentence_with_the_way_out() -> None:
     with pytest.raises(pytest.fail.Exception) as failure:
         resolve("ray.tune.experiment:Trial.no_such_name", "without_tune_files")

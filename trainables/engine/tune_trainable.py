@@ -32,8 +32,9 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
 
     Config: `TrialSpec.to_dict()` (`shared`, `strategy`, `hparams`, `seed`, …) and the orchestrator's keys: `_number`,
     the trial's number in its study; `_checkpoints`, folder of the trial's own checkpoints (None = only where Tune asks
-    for one); `_checkpoint_seconds`, see `trainables.storage.checkpoint_store`; with checkpoints of its own also
-    `_weights` and `_predictions`, where a finished trial keeps them (None = nowhere).
+    for one); `_checkpoint_seconds`, see `trainables.storage.checkpoint_store`; `_checkpoint_at`, units after which a
+    checkpoint is written whatever the rate limit, since the trial may lose its process there; with checkpoints of its
+    own also `_weights` and `_predictions`, where a finished trial keeps them (None = nowhere).
 
     Results: the metrics of `Trial.step` with `unit`, `finished` (the whole budget was used) and `done`. Resumes from
     the newest valid checkpoint and re-reports its result, in case the driver crashed before recording it. Non-retryable
@@ -146,6 +147,8 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
                     trial.result = dict(metrics)
                     fault_point("after_kept")
                     self._checkpoint_store.save_result(trial.state_without_tensors())
+                elif trial.unit in self._config.get("_checkpoint_at", ()):
+                    self._checkpoint_store.save(trial.state)
                 else:
                     self._checkpoint_store.save_after_unit(trial.state)
                 fault_point("after_checkpoint")

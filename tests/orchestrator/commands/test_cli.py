@@ -226,6 +226,18 @@ class TestStatus:
             "  trial 1 full, unit 1, val 60.0 %: nan: NonFiniteError: loss",
         ]
 
+    def test_paused_trials_are_listed_with_the_unit_that_they_wait_at(self, study_file: Path) -> None:
+        folder = study_file.parent / "studies/tiny"
+        write_journal(folder)
+        with Journal(folder / "journal.jsonl") as journal:
+            journal.append("trial_paused", trial_id="t2")
+        lines = luthier("status", study_file).stdout.splitlines()
+        assert lines[1] == "Trials: 1 complete, 1 paused, 1 pruned; 40 search trials planned"
+        assert lines[3:] == ["Paused, each at its rung:", "  trial 2 full, unit 1, val 70.0 %"]
+        status = json.loads(luthier("status", study_file, "--json").stdout)
+        assert [trial["number"] for trial in status["paused"]] == [2]
+        assert status["running"] == []
+
     def test_the_folder_of_a_study_will_do(self, study_file: Path) -> None:
         folder = study_file.parent / "studies/tiny"
         write_journal(folder)

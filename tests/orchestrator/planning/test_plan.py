@@ -107,6 +107,13 @@ class TestShown:
     def test_a_range_in_words(self, hyperparameter: Hyperparameter, words: str) -> None:
         assert range_in_words(hyperparameter) == words
 
+    def test_promotion_in_words(self, planned: Callable[..., Plan]) -> None:
+        plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, search={"scheduler": "promote"})
+        assert plan.lines()[3] == (
+            "Budget of a trial: 9 units of one epoch; trials are paused, and the best of their entry promoted, after "
+            "units 1, 3."
+        )
+
     def test_in_words(self, planned: Callable[..., Plan]) -> None:
         measure = {"measure": ["shift", "distortion"]}
         plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, diagnostics=measure)

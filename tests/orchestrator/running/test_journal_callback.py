@@ -18,6 +18,7 @@ from orchestrator.record.checkpoints import checkpoint_folder, tidy
 from orchestrator.record.journal import Journal, JournalWriteError, fold
 from orchestrator.running.journal_callback import RecordCallback, close_open_trials
 from orchestrator.running.progress import Progress
+from orchestrator.search.promotion import Promotions
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 
@@ -117,6 +118,41 @@ def test_what_tune_leaves_open_is_closed_as_interrupted(journal: Journal) -> Non
     ]  # fmt: skip
     assert records[1].error == "The driver ended at unit 1."
     assert close_open_trials(journal) == []
+
+
+def test_a_trial_that_pauses_and_is_promoted_is_one_attempt(journal: Journal, tmp_path: Path) -> None:
+    promotions = Promotions((1, 2), 2, ["mine"])
+    callback = RecordCallback(journal, folder=tmp_path, promotions=promotions)
+    for number in range(2):
+        checkpoint_folder(tmp_path, number).mkdir(parents=True)
+    for number in range(2):
+        callback.on_trial_start(0, [], tune_trial(f"t{number}", config=config(number)))
+        promotions.add(number, "mine")
+        assert not promotions.report(number, 1, 1.0 - number)
+        callback.on_trial_result(0, [], tune_trial(f"t{number}", config=config(number)), result(1))
+    assert [r.state for r in fold(journal.events())] == ["paused", "paused"]
+    assert [r.resumable for r in fold(journal.events())] == [True, True]
+    assert promotions.promote_next() == 0
+    promoted = tune_trial("t0", config=config(0))
+    callback.on_trial_start(0, [], promoted)
+    assert fold(journal.events())[0].state == "running"
+    callback.on_trial_result(0, [], promoted, result(1))  # that of its checkpoint
+    callback.on_trial_result(0, [], promoted, result(2, finished=True))
+    callback.on_trial_complete(0, [], promoted)
+    callback.on_trial_start(0, [], tune_trial("t2", config=config(2)))
+    callback.on_experiment_end([])
+    records = fold(journal.events())
+    assert [(r.state, r.reason, r.unit, r.attempts) for r in records] == [
+        ("complete", None, 2, 1), ("paused", None, 1, 1), ("failed", "interrupted", 0, 1),
+    ]  # fmt: skip
+    assert [e["kind"] for e in journal.events() if e["trial_id"] == "t0"] == [
+        "trial_suggested", "trial_started", "result", "trial_paused", "trial_promoted", "result", "trial_finished",
+    ]  # fmt: skip
+    tidy(tmp_path, records)
+    assert [checkpoint_folder(tmp_path, number).exists() for number in range(2)] == [False, True]
+    callback.on_trial_complete(0, [], tune_trial("t1", config=config(1)))  # it was withdrawn
+    assert fold(journal.events())[1].state == "pruned"
+    assert not checkpoint_folder(tmp_path, 1).exists(), "only what may still be promoted keeps a checkpoint"
 
 
 def test_p2_a_unit_that_is_said_twice_is_written_once(journal: Journal) -> None:

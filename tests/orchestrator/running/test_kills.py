@@ -72,6 +72,29 @@ def test_p5_p6_p15_a_driver_killed_three_times_and_started_again_gives_the_same_
 
 
 @pytest.mark.long
+def test_p5_paused_trials_of_a_killed_driver_wait_again_and_the_study_is_the_same(
+    material: Path, tmp_path: Path
+) -> None:
+    search = {"scheduler": "promote", "trials": 8}
+    undisturbed = write_study(tmp_path / "undisturbed", material, search=search)
+    assert run_killed(undisturbed, []) == 0
+    file = write_study(tmp_path / "killed", material, search=search)
+    hits = run_killed(file, [(12, 0.2), (16, 0.0), (20, 0.4)])
+    assert row(read_contents(undisturbed), read_contents(file), hits, concurrent=1) == {
+        "kills": 3, "trials": 10, "trials_lost": 0, "runs_dup": 0, "points_dup": 0, "points_lost": 0, "zombies": 0,
+        "histories_compared": 10, "bit_exact": True, "differences": [],
+    }  # fmt: skip
+    records = fold(events(file))
+    assert {r.label for r in records if r.state == "complete"} == {"linear_probe", "full", "daft"}
+    assert not list((Study.from_yaml(file).folder / "checkpoints").glob("*"))
+    kinds = [event["kind"] for event in events(file)]
+    restarts = [index for index, kind in enumerate(kinds) if kind == "study_started"][1:]
+    paused_again = [kinds[index + 1 : index + 3] == ["trial_suggested", "trial_paused"] for index in restarts]
+    assert sum(paused_again) >= 2, "trials waited while no driver ran"
+    assert "trial_promoted" in kinds
+
+
+@pytest.mark.long
 def test_p1_p2_p3_trials_killed_anywhere_in_a_unit_give_the_same_study(
     material: Path, whole: StudyContents, tmp_path: Path
 ) -> None:

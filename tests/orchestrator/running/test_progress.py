@@ -102,6 +102,27 @@ def test_the_table_shows_running_trials_and_the_last_ended_ones(clock: Clock) ->
     assert rows[-1].startswith("8/20 trials, best val 0.540 (daft), spend 1 min 08 s, ETA 0.0 s")
 
 
+def test_paused_trials_are_counted_and_stand_before_the_running_ones(clock: Clock) -> None:
+    console = plain()
+    progress = Progress(trials=4, epochs=4, console=console)
+    run_trial(progress, 0, 4)
+    for number in (1, 2):
+        run_trial(progress, number, 1, None)
+        tell(progress, "trial_paused", trial_id=f"t{number}")
+    tell(progress, "trial_promoted", trial_id="t2")
+    assert [line[9:] for line in printed(console).splitlines()][-2:] == [
+        "trial 2 daft: paused after epoch 1/4, val 0.510",
+        "trial 2 daft: promoted after epoch 1/4, val 0.510",
+    ]
+    table = Console(file=io.StringIO(), width=120)
+    table.print(progress.render())
+    rows = printed(table).splitlines()
+    assert [(row.split()[0], row.split()[-1]) for row in rows[1:-1]] == [
+        ("0", "complete"), ("1", "paused"), ("2", "running"),
+    ]  # fmt: skip
+    assert rows[-1].startswith("1/4 trials, 1 paused, best val 0.540 (daft)")
+
+
 def test_a_trial_that_takes_fewer_units_than_its_budget_is_counted_by_its_own(clock: Clock) -> None:
     console = plain()
     progress = Progress(10, 4, console, units=lambda record: 1 if record.label == "linear_probe" else 4)

@@ -94,6 +94,22 @@ def test_p9_p26_a_unit_of_three_times_the_median_is_a_hang(driver: Driver) -> No
     }
 
 
+def test_p9_a_paused_trial_is_no_hang_and_its_first_unit_after_the_promotion_includes_a_start(driver: Driver) -> None:
+    """However long it waits, also where it is promoted into the process that it had before."""
+    trial = driver.trial()
+    for unit, seconds in enumerate((60, 10, 10), start=1):
+        driver.unit(trial, unit, seconds)
+    driver.placed(trial, None)
+    driver.wait(10_000)
+    assert driver.killed == []
+    driver.placed(trial, "p0")
+    driver.unit(trial, 3, 55)  # the result of its checkpoint, once more
+    driver.unit(trial, 4, 50)
+    assert driver.killed == []
+    driver.wait(61)
+    assert driver.killed == ["p0"], "unit 5 took longer than the slowest one"
+
+
 def test_p9_a_unit_shorter_than_the_floor_is_no_hang(driver: Driver) -> None:
     trial = driver.trial()
     for unit in (1, 2, 3):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from orchestrator.record.records import TrialRecord
-from orchestrator.search.asha import StudyScheduler, rungs
+from orchestrator.search.asha import StudyScheduler
+from orchestrator.search.rungs import rungs
 
 CONTROLLER: Any = None
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP

@@ -281,6 +281,11 @@ class TestRefused:
                 "got objectives [id_val, device_seconds]. Set scheduler: none, or leave objectives out.",
             ),
             (
+                {"search": {"objectives": ["id_val", "device_seconds"], "scheduler": "promote"}},
+                "search.scheduler: promote stops trials by id_val alone, cheap ones before their cost could count, but "
+                "got objectives [id_val, device_seconds]. Set scheduler: none, or leave objectives out.",
+            ),
+            (
                 {"search": {"objectives": ["id_val", "device_seconds"], "scheduler": "none", "sampler": "random"}},
                 "search.sampler: objectives steer a sampler that learns from results, but random proposes the same "
                 "without them. Use tpe or gp, or leave objectives out: the costs of every configuration are recorded "

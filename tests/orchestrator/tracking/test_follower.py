@@ -39,6 +39,29 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
         yield opened
 
 
+def test_the_run_of_a_paused_trial_waits_in_mlflow_too(journal: Journal, database: Path) -> None:
+    """Also after the study's driver has ended."""
+    journal.append("study_started", study="pets", spec=SPEC)
+    for number in range(2):
+        suggest(journal, f"t{number}", number)
+        journal.append("trial_started", trial_id=f"t{number}")
+        journal.append("result", trial_id=f"t{number}", unit=1, metrics={"val/acc": 0.5})
+        journal.append("trial_paused", trial_id=f"t{number}")
+    journal.append("trial_promoted", trial_id="t1")
+    journal.append("trial_finished", trial_id="t1", state="complete")
+    journal.append("study_finished", state="interrupted")
+    assert follower(journal.path, database).finish(60) == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("pets")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "pets": "KILLED", "0000-full": "SCHEDULED", "0001-full": "FINISHED",
+    }  # fmt: skip
+    assert runs["0000-full"].data.tags["status"] == "paused"
+
+
 def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, database: Path) -> None:
     write_study(journal)
     following = follower(journal.path, database)

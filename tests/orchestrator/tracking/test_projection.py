@@ -101,6 +101,20 @@ def test_a_resumed_trial_continues_in_its_run() -> None:
     assert (repeated.points, [point[3] for point in new.points]) == ([], [2])
 
 
+def test_the_run_of_a_paused_trial_is_scheduled_and_then_running_again() -> None:
+    study = Study(study="pets")
+    study.suggest()
+    study.start()
+    study.append("result", trial_id="a", unit=1, metrics={"val/acc": 0.5})
+    (paused,) = study.append("trial_paused", trial_id="a")
+    assert (paused.status, paused.end, paused.tags["status"]) == ("SCHEDULED", None, "paused")
+    (promoted,) = study.append("trial_promoted", trial_id="a")
+    assert (promoted.status, promoted.tags["status"]) == ("RUNNING", "running")
+    study.append("trial_paused", trial_id="a")
+    (end,) = study.append("trial_finished", trial_id="a", state="pruned")
+    assert (end.status, end.tags["status"]) == ("KILLED", "pruned")
+
+
 def test_the_best_value_of_a_pruned_trial_is_that_of_its_earliest_best_unit() -> None:
     study = Study(study="pets")
     study.suggest()

@@ -113,6 +113,23 @@ def test_a_reused_actor_continues_with_a_trial_as_a_fresh_one_does(
     assert same(train(reused), expected)
 
 
+def test_a_trial_that_pauses_at_a_rung_resumes_there_in_another_process(
+    config: dict[str, Any], spec: TrialSpec, expected: list[dict[str, Any]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """However short its units were: without the rung, no checkpoint would have been due."""
+    monkeypatch.setattr(checkpoint_store, "MIN_INTERVAL_FACTOR", 1e9)
+    config["_checkpoint_at"] = [1, 2]
+    process = TuneTrainable(config)
+    results = [process.train(), process.train()]
+    assert [path.name for path in list_checkpoints(Path(config["_checkpoints"]))] == ["unit-000001", "unit-000002"]
+    other = dataclasses.replace(spec, seed=6).to_dict() | {"_checkpoints": str(tmp_path / "checkpoints" / "trial-0008")}
+    process.reset(other)  # the process takes another trial, and the paused one is promoted elsewhere
+    process.train()
+    results += train(TuneTrainable(config))
+    assert same(results, [*expected[:2], expected[1], *expected[2:]])
+
+
 @pytest.mark.parametrize("broken", ["newest", "both"])
 def test_s5_a_damaged_checkpoint_costs_a_unit_and_is_reported(
     config: dict[str, Any], expected: list[dict[str, Any]], broken: str
