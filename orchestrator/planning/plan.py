@@ -17,7 +17,7 @@ from rich.table import Table
 
 import search_spaces
 from orchestrator.ingest.errors import first_few
-from orchestrator.planning.build import rungs_of
+from orchestrator.planning.build import evaluated_units, interim_splits, rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
@@ -101,6 +101,10 @@ class Plan:
     train_fraction: float = 1.0
     selection: str = "accuracy"
     """Title of the metric that configurations are chosen by."""
+    evaluated_units: tuple[int, ...] = ()
+    """Units before the last at which search trials are evaluated on test or OOD images, too."""
+    interim_splits: tuple[str, ...] | None = None
+    """Splits that are evaluated there; None = all."""
 
     @property
     def max_units(self) -> int:
@@ -141,6 +145,7 @@ class Plan:
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
             f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
             f"Chosen by {self.objective}.{self._front()}",
+            self._evaluation(),
             self._diagnostics(),
             f"Disk: about {bytes_text(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Kept (keep: {self.keep}): at most {bytes_text(self.kept_bytes)} of weights and predictions, of "
@@ -162,6 +167,14 @@ class Plan:
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
         inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
         return f"Images of {first_few(self.id_domains)}: {inside}; OOD: {ood}."
+
+    def _evaluation(self) -> str:
+        """When test and OOD images are looked at."""
+        end = "ID test and OOD domains are evaluated once per trial, at its end"
+        if not self.evaluated_units:
+            return f"{end}; trials that are stopped before are not." if self.rungs else f"{end}."
+        splits = "all of them" if self.interim_splits is None else listed(list(self.interim_splits))
+        return f"{end}; of search trials {splits} also after {_units(self.evaluated_units)}."
 
     def _diagnostics(self) -> str:
         of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
@@ -210,6 +223,8 @@ def make_plan(spec: StudySpec) -> Plan:
         keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
         selection=metrics_of(spec).selection.title,
+        evaluated_units=evaluated_units(spec),
+        interim_splits=interim_splits(spec),
     )
 
 

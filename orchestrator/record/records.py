@@ -118,11 +118,15 @@ def _field(owner: object, name: str) -> Any:
 def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
     """The selection metric on ID validation, of the weights that count.
 
-    Of the tested weights where there are any, else after the last unit.
+    Of the tested weights where the last unit was followed by an evaluation; else of the best unit so far.
 
     Returns:
         The metric as recorded; None where it is missing or not finite.
     """
+    if record.history and metrics.best_validation not in record.history[-1]:
+        # In the metrics of the record, `best/…` is that of the last rung at which the trial was evaluated.
+        of_units = [past.get(metrics.validation, math.nan) for past in record.history]
+        return max(filter(math.isfinite, of_units), key=metrics.selection.score, default=None)
     value = best_or_last(record.metrics, metrics.validation)
     return value if value is not None and math.isfinite(value) else None
 

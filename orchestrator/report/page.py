@@ -24,7 +24,7 @@ import yaml
 from jinja2 import Environment, FunctionLoader
 
 from orchestrator.errors import redact
-from orchestrator.record.records import TrialRecord, fold, measurements, study_header
+from orchestrator.record.records import TrialRecord, fold, measurements, study_header, validation_score
 from orchestrator.report.error_section import error_section
 from orchestrator.report.front import front_section
 from orchestrator.results import figures
@@ -234,8 +234,7 @@ def _errors(results: Results, header: Mapping[str, Any], similarities: Similarit
 
 
 def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
-    names = (metrics.best_validation, metrics.test, metrics.ood_mean)
-    scores = [record.metric(name) for name in names]
+    validation = validation_score(record, metrics)
     role = record.role if record.held_out is None else f"{record.role} ({record.held_out})"
     seconds = None if record.started is None or record.ended is None else record.ended - record.started
     return [
@@ -243,11 +242,20 @@ def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
         record.label,
         role,
         record.state if record.reason is None else f"{record.state}: {record.reason}",
-        *("–" if score is None else metrics.selection.number(score) for score in scores),
+        "–" if validation is None else metrics.selection.number(validation),
+        *(_tested(record, name, metrics) for name in (metrics.test, metrics.ood_mean)),
         str(record.unit),
         "–" if seconds is None else f"{seconds:.0f}",
         describe(record.hparams),
     ]
+
+
+def _tested(record: TrialRecord, name: str, metrics: TaskMetrics) -> str:
+    """Score on test images; a stopped trial usually has none."""
+    score = record.metric(name)
+    if score is not None:
+        return metrics.selection.number(score)
+    return "not evaluated" if record.state == "pruned" else "–"
 
 
 def _failures(records: Sequence[TrialRecord]) -> list[tuple[str, str]]:

@@ -180,6 +180,8 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind == "trial_started":
         return f"{name}: {'started' if record.attempts == 1 else f'started again (attempt {record.attempts})'}"
     if kind == "result":
+        of_unit = record.history[-1].get(metrics.validation)
+        val = "" if of_unit is None else f", val {of_unit:.3f}"
         return f"{name}: epoch {record.unit}/{epochs or '?'}{val}, {duration(spent(record))}"
     if kind == "trial_finished":
         length = "1 epoch" if record.unit == 1 else f"{record.unit} epochs"

@@ -241,7 +241,7 @@ def _contents(settings: SearchSettings) -> dict[str, Any]:
     Not where the data are stored, but how they are used.
     """
     shared = dataclasses.asdict(settings.task)
-    for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
+    for name in ("store", "cache", "eval_batch_size", "evaluate_at", "interim_splits", "diagnostics", "train_on"):
         del shared[name]
     if shared["task"] == CLASSIFICATION.task:
         del shared["task"]  # searches from before there were other tasks name none

@@ -127,6 +127,10 @@ class SearchSpec(Section):
     """Units before asha may stop a trial."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """ASHA's reduction factor η: about one in η trials is promoted at each rung."""
+    evaluate_at_rungs: bool = False
+    """Evaluate test and OOD domains at every rung, too, so that trials that are stopped there have these numbers, by
+    which nothing is chosen. false = once, at the end of a trial; at rungs only the domain of `val_domain:<name>`, and
+    with `keep: all` all of them."""
     objective: Annotated[str, BeforeValidator(rules.check_objective)] = "id_val"
     """How the winner is chosen: `id_val` (`metric` on ID validation), `leave_one_domain_out` (needs two or more ID
     domains), or `val_domain:<name>` (`metric` on one OOD domain, which is then validation data, not a test). Within a
@@ -148,6 +152,7 @@ class SearchSpec(Section):
     def _rules(self) -> Self:
         rules.raise_if_any(
             *rules.grace_problems(self.grace, self.epochs),
+            *rules.rung_problems(self.evaluate_at_rungs, self.scheduler),
             *rules.objectives_problems(self.objectives, self.objective, self.sampler, self.scheduler),
         )
         return self

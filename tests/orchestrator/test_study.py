@@ -155,6 +155,37 @@ def test_a_validation_domain_steers_the_choice(make: Callable[..., Study]) -> No
     assert results.best(results.rule).record.metrics["ood/noisy/acc"] == best.metrics["ood/noisy/acc"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "of_stopped"),
+    [
+        ({}, set()),
+        ({"search": {"objective": "val_domain:noisy"}}, {"ood/noisy/acc"}),
+        ({"keep": "all"}, {"test/acc", "ood/inverted/acc", "ood/noisy/acc", "ood/mean/acc", "ood/worst/acc"}),
+    ],
+)
+def test_test_images_are_looked_at_once_at_the_end_but_for_what_a_rule_reads(
+    make: Callable[..., Study], changes: dict[str, Any], of_stopped: set[str]
+) -> None:
+    search = {"trials": 5, "epochs": 3, "scheduler": "asha", "reduction": 2, **changes.pop("search", {})}
+    study = make(strategies=["full"], search=search, confirm={"top_k": 1}, diagnostics={"measure": []}, **changes)
+    results = study.run(progress=False)
+    assert results.metrics.test == "test/acc"
+    tested = {
+        (record.role, record.state, unit["unit"]): {n for n in unit if n.startswith(("test/", "ood/")) and "/acc" in n}
+        for record in results.records
+        for unit in record.history
+    }
+    every = {"test/acc", "ood/inverted/acc", "ood/noisy/acc", "ood/mean/acc", "ood/worst/acc"}
+    stopped = [names for (_, state, _), names in tested.items() if state == "pruned"]
+    assert stopped, "a search without stopped trials shows nothing"
+    assert all(names == of_stopped for names in stopped)
+    assert [tested["confirm", "complete", unit] for unit in (1.0, 2.0)] == [set(), set()]
+    assert tested["confirm", "complete", 3.0] >= every
+    assert tested["search", "complete", 3.0] >= every
+    assert results.regret().value >= 0
+    assert results.leaderboard()["pruned"].to_list() == [sum(r.state == "pruned" for r in results.records)]
+
+
 def test_a_failing_configuration_is_recorded_and_the_study_continues(make: Callable[..., Study]) -> None:
     exploding = {"name": "full", "label": "exploding", "fixed": {"lr_backbone": 1e30, "lr_head": 1e30}}
     study = make(strategies=["linear_probe", exploding], search={"trials": 2}, confirm={"top_k": 1})

@@ -87,6 +87,9 @@ class SharedTrialSettings:
     evaluate_at: tuple[int, ...] = ()
     """Units after which test and OOD are evaluated too (the scheduler's rungs, where a trial may be stopped); the
     last unit always is."""
+    interim_splits: tuple[str, ...] | None = None
+    """Splits that are evaluated at `evaluate_at`, `test` or `ood/<domain>`; None = all of them. After the last unit all
+    are."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
     diagnostics: tuple[str, ...] = ("shift", "distortion", "cka")
@@ -119,8 +122,8 @@ class SharedTrialSettings:
         loss = values.get("loss")
         if isinstance(loss, Mapping):
             values["loss"] = LossSettings(**loss)
-        for name in ("augment", "evaluate_at", "diagnostics"):
-            if name in values:
+        for name in ("augment", "evaluate_at", "interim_splits", "diagnostics"):
+            if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls(model=model if isinstance(model, ModelSpec) else ModelSpec(**model), **values)
 

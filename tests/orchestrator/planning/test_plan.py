@@ -117,12 +117,31 @@ class TestShown:
             "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
             "At most 216 units in all. Each trial gets 1 CPU and a GPU if there is one.",
             "Chosen by id_val.",
+            "ID test and OOD domains are evaluated once per trial, at its end; trials that are stopped before are not.",
             "Measured beside accuracy: shift, distortion of each trial.",
             "Disk: about 5 MB for data and records, and a few checkpoints per trial.",
             "Kept (keep: best): at most 224 MB of weights and predictions, of each entry's best search trial and every "
             "confirmed trial.",
             f"Study folder: {plan.folder}",
         ]
+
+    @pytest.mark.parametrize(
+        ("sections", "line"),
+        [
+            ({"search": {"scheduler": "none"}}, "."),
+            ({"search": {"evaluate_at_rungs": True}}, "; of search trials all of them also after units 1, 3."),
+            ({"keep": "all"}, "; of search trials all of them also after units 1, 3."),
+            (
+                {"data": {"ood": ["sketch", "art"]}, "search": {"objective": "val_domain:sketch"}},
+                "; of search trials ood/sketch also after units 1, 3.",
+            ),
+        ],
+    )
+    def test_evaluation_in_words(
+        self, planned: Callable[..., Plan], sections: dict[str, Any], line: str, tmp_path: Path
+    ) -> None:
+        write_plain_images(tmp_path / "pets", {f"art/{name}": 4 for name in ("cat", "dog")})
+        assert f"ID test and OOD domains are evaluated once per trial, at its end{line}" in planned(**sections).lines()
 
     def test_diagnostics_in_words(self, planned: Callable[..., Plan]) -> None:
         diagnostics = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}

@@ -82,6 +82,7 @@ def test_p29_what_a_user_allows_is_let_through_and_nothing_else() -> None:
         ({"spec__storage": "/elsewhere"}, True),
         ({"spec__tracking__uri": "http://mlflow:5000"}, True),
         ({"spec__resources__concurrent": 4}, True),
+        ({"spec__search__evaluate_at_rungs": True}, True),
         ({"spec__confirm__seeds": 9}, True),
         ({"spec__data__root": "/moved"}, True),
         ({"spec__data__seed": 7}, False),
