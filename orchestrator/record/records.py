@@ -15,7 +15,9 @@ from typing import Any, Literal
 from trainables import strategies
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
 
-State = Literal["suggested", "running", "complete", "pruned", "failed"]
+State = Literal["suggested", "running", "complete", "pruned", "failed", "withdrawn"]
+"""`withdrawn`: interrupted, and not proposed by a later, complete run of the study (`confirm.top_k` was lowered). A run
+that proposes the trial again starts it over."""
 
 INTERRUPTED = "interrupted"
 """Failure reason of a trial that was open when its driver ended."""
@@ -201,22 +203,41 @@ def unfinished(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
 
 
 def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Fields of the latest `study_started` event, with `first_started`, `state` and `ended` added.
+    """Fields of the latest `study_started` event, with `first_started`, `state`, `ended` and `changes` added.
 
-    `first_started` and `ended` are seconds since the epoch; `state` is `running`, or that of `study_finished`. Empty if
-    the study never started.
+    `first_started` and `ended` are seconds since the epoch; `state` is `running`, or that of `study_finished`;
+    `changes` is the contents of `SettingChanges`. Empty if the study never started.
     """
     header: dict[str, Any] = {}
     first: float | None = None
+    changes = SettingChanges()
     for event in events:
+        changes.add(event)
         if event["kind"] == "study_started":
             first = event["time"] if first is None else first
             header = {k: v for k, v in event.items() if k not in ("seq", "kind")} | {"state": "running"}
             header["first_started"] = first
+            header["changes"] = list(changes.made)
         elif event["kind"] == "study_finished" and header:
             header["state"] = event.get("state", "complete")
             header["ended"] = event["time"]
     return header
+
+
+class SettingChanges:
+    """Changes of a study between its runs, with the first trial that they may have applied to."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+        """Each with `before` (number of the first trial proposed after it) and `changed` (key → old and new value)."""
+        self._next = 0
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take in one more event."""
+        if event["kind"] == "trial_suggested":
+            self._next = max(self._next, int(event["number"]) + 1)
+        elif event["kind"] == "study_started" and event.get("changed") and self._next:
+            self.made.append({"before": self._next, "changed": dict(event["changed"])})
 
 
 def measurements(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -273,6 +294,8 @@ def advance(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         return dataclasses.replace(
             record, state="failed", reason=event.get("reason"), error=event.get("error"), ended=time
         )
+    if kind == "trial_withdrawn":
+        return dataclasses.replace(record, state="withdrawn", reason=None, error=None)
     if kind == "weights_discarded":
         return dataclasses.replace(record, weights=None, predictions=None)
     return record

@@ -24,6 +24,7 @@ import yaml
 from jinja2 import Environment, FunctionLoader
 
 from orchestrator.errors import redact
+from orchestrator.record.changes import Change
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header, validation_score
 from orchestrator.report.error_section import error_section
 from orchestrator.report.front import front_section
@@ -126,6 +127,7 @@ def page_of(
         left_out=max(0, len(records) - MOST_TRIALS),
         failures=_failures(records),
         spec=_spec_text(spec),
+        changes=list(_changes(header)),
         versions=", ".join(f"{key} {value}" for key, value in (header.get("versions") or {}).items()),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -262,6 +264,13 @@ def _failures(records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
     """(trial, its error) of every failed trial, but those that their driver interrupted."""
     failed = [record for record in records if record.state == "failed" and not record.unfinished]
     return [(f"trial {r.number}, {r.label}: {r.reason}", redact(r.error or "no message")) for r in failed]
+
+
+def _changes(header: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that earlier trials had, one sentence per change."""
+    for change in header.get("changes") or ():
+        for key, (was, now) in change["changed"].items():
+            yield f"Changed before trial {change['before']}: {redact(str(Change(key, was, now, harmless=False)))}"
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:

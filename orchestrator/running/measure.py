@@ -51,7 +51,7 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
         measurement = _on_cluster(task, request)
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
-        reason = str(cause).partition("\n")[0][:300]
+        reason = str(cause).partition("\n")[0]
         log.warning(
             "The plasticity of the pretrained network could not be measured (%s: %s). The study continues without it.",
             type(cause).__name__,

@@ -31,7 +31,7 @@ from orchestrator.record.journal import Journal, fold
 from orchestrator.record.kept_files import tidy_kept
 from orchestrator.running.cluster_watch import ClusterWatch
 from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory, report_disk_errors
-from orchestrator.running.journal_callback import RecordCallback, close_open_trials
+from orchestrator.running.journal_callback import RecordCallback, close_open_trials, withdraw_trials
 from orchestrator.running.measure import measure_start, record_fsr
 from orchestrator.running.progress import Progress
 from orchestrator.running.tracking_process import follow
@@ -103,6 +103,8 @@ class StudyRun:
                     measure_start(self.spec, self.task, journal, request)
                 searcher = self._searcher(journal, hints, any(not change.harmless for change in changed))
                 self._tune(journal, searcher, progress, request, concurrent)
+                if self.search:  # the stages alone ask for none of the search's trials
+                    withdraw_trials(journal, self.folder)
                 record_fsr(journal)
 
     def _tune(

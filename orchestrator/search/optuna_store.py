@@ -82,7 +82,7 @@ class History:
             for trial in trials
             if trial.state.is_finished() and "interrupted" not in trial.user_attrs
         }
-        journal_ends = {r.number: self.ended(r) for r in self.records if not r.resumable}
+        journal_ends = {r.number: self.ended(r) for r in self.records if not _may_be_repeated(r)}
         stored_repeats = [
             (trial.user_attrs["duplicate_of"], _final_state(trial))
             for trial in sampled
@@ -178,7 +178,7 @@ class Replay:
             "label": record.label,
             "trial": {name: getattr(record, name) for name in fields},
         }
-        if record.resumable:
+        if _may_be_repeated(record):
             attrs["interrupted"] = True
             state: str = "FAIL"
             values: tuple[float, ...] = ()
@@ -193,6 +193,11 @@ class Replay:
             user_attrs=attrs,
             intermediate_values=self.history.intermediate(record),
         )
+
+
+def _may_be_repeated(record: TrialRecord) -> bool:
+    """Whether a later run may propose the trial again under its number."""
+    return record.resumable or record.state == "withdrawn"
 
 
 def set_aside(database: Path) -> None:

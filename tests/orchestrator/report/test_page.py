@@ -191,6 +191,25 @@ def test_the_rings_stand_at_the_chosen_rates(tmp_path: Path) -> None:
         assert ring.get_offsets().tolist() == [[3.0, 3e-4]]
 
 
+def test_settings_that_earlier_trials_had_stand_beside_the_study_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pets")
+    with Journal(folder / "journal.jsonl") as journal:
+        changed = {"search.batch_size": [64, 32], "strategies.full.fixed.lr": [None, SCRIPT]}
+        journal.append(
+            "study_started", study="pets", spec=SPEC, dataset="pets", dataset_digest="d" * 64, changed=changed
+        )
+    page = Elements(report_html(Journal.read(folder / "journal.jsonl")))
+    texts = [text.strip() for text in page.texts]
+    assert "the study file, as of the last run" in texts
+    assert "Changed before trial 13: search.batch_size: 64 -> 32" in texts
+    assert f"Changed before trial 13: strategies.full.fixed.lr: none -> {SCRIPT}" in texts
+    assert "the study file" in [text.strip() for text in Elements(report_html(_events(tmp_path))).texts]
+
+
+def _events(tmp_path: Path) -> list[Any]:
+    return list(Journal.read(write(tmp_path / "unchanged") / "journal.jsonl"))
+
+
 def test_a_stopped_trial_has_its_validation_and_no_test(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets", finish=False)
     with Journal(folder / "journal.jsonl") as journal:
