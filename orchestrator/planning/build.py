@@ -90,6 +90,8 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         evaluate_at=evaluated_units(spec),
         interim_splits=interim_splits(spec),
         precision=search.precision,
+        # `auto` is decided when the study starts on its machines (`orchestrator.running.measure`).
+        channels_last=None if spec.resources.channels_last == "auto" else spec.resources.channels_last,
         diagnostics=tuple(spec.diagnostics.measure),
         plasticity_probe=spec.diagnostics.plasticity_probe,
         plasticity_source=spec.diagnostics.plasticity_source,

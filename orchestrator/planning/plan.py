@@ -6,6 +6,7 @@ No compute is spent on it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,10 @@ class Plan:
     train_fraction: float = 1.0
     selection: str = "accuracy"
     """Title of the metric that configurations are chosen by."""
+    channels_last: bool | str = "auto"
+    """Memory layout of images and convolutions, see `ResourcesSpec.channels_last`."""
+    nice: int | None = None
+    """Niceness of trials, see `ResourcesSpec.nice`."""
     evaluated_units: tuple[int, ...] = ()
     """Units before the last at which search trials are evaluated on test or OOD images, too."""
     interim_splits: tuple[str, ...] | None = None
@@ -144,6 +149,7 @@ class Plan:
             f"{references}.",
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
             f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
+            f"Memory layout: {self._layout()}. Niceness: {self._niceness()}.",
             f"Chosen by {self.objective}.{self._front()}",
             self._evaluation(),
             self._diagnostics(),
@@ -167,6 +173,22 @@ class Plan:
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
         inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
         return f"Images of {first_few(self.id_domains)}: {inside}; OOD: {ood}."
+
+    def _layout(self) -> str:
+        if self.channels_last == "auto":
+            return "channels last on a GPU, and on a CPU if a measurement at the start finds it faster"
+        return "channels last" if self.channels_last else "contiguous"
+
+    def _niceness(self) -> str:
+        """Niceness of the trials where they would run."""
+        if (os.environ.get("RAY_ADDRESS") or "local") == "local":
+            return f"{self.nice or 0} above that of this process"
+        if self.nice is None:
+            return "that of the cluster's workers (15, unless it was started with another)"
+        return (
+            f"{self.nice} where the cluster's workers have less (15, unless it was started with another); trials "
+            "cannot lower it"
+        )
 
     def _evaluation(self) -> str:
         """When test and OOD images are looked at."""
@@ -223,6 +245,8 @@ def make_plan(spec: StudySpec) -> Plan:
         keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
         selection=metrics_of(spec).selection.title,
+        channels_last=resources.channels_last,
+        nice=resources.nice,
         evaluated_units=evaluated_units(spec),
         interim_splits=interim_splits(spec),
     )

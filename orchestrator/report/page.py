@@ -185,6 +185,9 @@ def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterato
     yield "data", f"{header.get('dataset')} (digest {str(header.get('dataset_digest'))[:12]})"
     if header.get("images_left_out"):
         yield "images left out", str(header["images_left_out"])
+    layout = header.get("memory_layout")
+    if layout is not None:
+        yield "memory layout", "channels last" if layout["channels_last"] else "contiguous"
     states = Counter(record.state for record in records)
     yield "trials", ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"
     again = sum(max(0, record.attempts - 1) for record in records)

@@ -129,6 +129,8 @@ def _settings(spec: TrialSpec) -> dict[str, Any]:
     values = spec.to_dict()
     without_effect = ("store", "cache", "interim_splits")
     shared = {name: value for name, value in values["shared"].items() if name not in without_effect}
+    if shared["channels_last"] is None:
+        del shared["channels_last"]  # refits from before it could be set do not have it
     # As JSON returns them: tuples are lists.
     settings: dict[str, Any] = json.loads(json.dumps({**values, "shared": shared}))
     return settings

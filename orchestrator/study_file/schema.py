@@ -242,6 +242,14 @@ class ResourcesSpec(Section):
     gpus: Annotated[float | Literal["auto"], BeforeValidator(rules.check_gpus)] = "auto"
     """GPUs of one trial: 1, 0, or a share such as 0.25 where several trials fit on one GPU. auto = one where the
     cluster has any, else none."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Memory layout of images and convolutions. auto = channels last on a GPU, and on a CPU where it is faster: one
+    training step and one evaluation batch are measured when the study starts, and the answer holds for all its runs.
+    The last bits of a trial's numbers depend on it: give true or false where a study must repeat those of another."""
+    nice: Annotated[int, Field(ge=0, le=19)] | None = None
+    """Niceness of trials beside other processes of the machine, added to that of `luthier run`: 0 = as any other
+    process, 19 = only what others leave. null = 0, where Ray's own is 15. In a cluster that is joined, workers have the
+    niceness that it was started with (`RAY_worker_niceness`), which a trial can raise to this value, not lower."""
     concurrent: Annotated[int, Field(ge=1)] | None = None
     """Concurrent trials. null = as many as fit. 1 makes the search itself reproducible."""
 

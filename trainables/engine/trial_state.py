@@ -34,6 +34,8 @@ def identity(spec: TrialSpec) -> dict[str, Any]:
     """
     shared = dataclasses.asdict(spec.shared)
     del shared["model"]  # its weights are what counts, wherever they lie
+    if shared["channels_last"] is None:
+        del shared["channels_last"]  # checkpoints from before it could be set do not have it
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
     for name, value in shared.items():
         if name not in _WITHOUT_EFFECT:

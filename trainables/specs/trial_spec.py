@@ -92,6 +92,9 @@ class SharedTrialSettings:
     are."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
+    channels_last: bool | None = None
+    """Whether the network's weights and images lie in memory channel by channel within a pixel, which changes the last
+    bits of a trial's numbers; None = on a GPU."""
     diagnostics: tuple[str, ...] = ("shift", "distortion", "cka")
     """What each trial measures beside its scores, any of `DIAGNOSTICS`. On by default is what never costs more than a
     tenth of a trial and is of use for every strategy (benchmarks/diagnostics.py)."""

@@ -116,6 +116,8 @@ class TestShown:
             "Trials: 20 search (tpe), 4 confirmation.",
             "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
             "At most 216 units in all. Each trial gets 1 CPU and a GPU if there is one.",
+            "Memory layout: channels last on a GPU, and on a CPU if a measurement at the start finds it faster. "
+            "Niceness: 0 above that of this process.",
             "Chosen by id_val.",
             "ID test and OOD domains are evaluated once per trial, at its end; trials that are stopped before are not.",
             "Measured beside accuracy: shift, distortion of each trial.",
@@ -124,6 +126,34 @@ class TestShown:
             "confirmed trial.",
             f"Study folder: {plan.folder}",
         ]
+
+    @pytest.mark.parametrize(
+        ("address", "resources", "line"),
+        [
+            ("local", {"channels_last": True, "nice": 5}, "channels last. Niceness: 5 above that of this process."),
+            (
+                "10.0.0.1:6379",
+                {"channels_last": False},
+                "contiguous. Niceness: that of the cluster's workers (15, unless it was started with another).",
+            ),
+            (
+                "10.0.0.1:6379",
+                {"channels_last": False, "nice": 18},
+                "contiguous. Niceness: 18 where the cluster's "
+                "workers have less (15, unless it was started with another); trials cannot lower it.",
+            ),
+        ],
+    )
+    def test_layout_and_niceness_in_words(
+        self,
+        planned: Callable[..., Plan],
+        address: str,
+        resources: dict[str, Any],
+        line: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"Memory layout: {line}" in planned(resources=resources).lines()
 
     @pytest.mark.parametrize(
         ("sections", "line"),

@@ -45,7 +45,7 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
         journal.append("study_started", study="tiny")
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
         with pytest.raises(JournalError) as refused:
-            StudyRun(spec(), folder, store, task(), stages=[], progress=False).run()
+            StudyRun(spec(), folder, store, task(), stages=lambda task: [], progress=False).run()
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert str(refused.value) == (
         f"A study is written by one process at a time, but another one holds {folder}/journal.jsonl. Wait until it "
