@@ -251,7 +251,8 @@ class ResourcesSpec(Section):
     process, 19 = only what others leave. null = 0, where Ray's own is 15. In a cluster that is joined, workers have the
     niceness that it was started with (`RAY_worker_niceness`), which a trial can raise to this value, not lower."""
     concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Concurrent trials. null = as many as fit. 1 makes the search itself reproducible."""
+    """Concurrent trials. null = as many as fit. 1 makes the search itself reproducible (on a CPU with
+    `channels_last` given)."""
 
 
 class FailuresSpec(Section):
