@@ -108,7 +108,7 @@ def write_images(folder: Path) -> Path:
 def fields(name: str, storage: Path, images: Path) -> dict[str, Any]:
     """Fields of one of `STUDIES`, with its storage and data folder."""
     study = {"name": name, **STUDIES[name], "storage": str(storage)}
-    study["resources"] = {"cpus": 1, "gpus": 0, "concurrent": 1}
+    study["resources"] = {"cpus": 1, "gpus": 0, "concurrent": 1, "channels_last": False}
     if "source" in study["data"]:
         return study
     return study | {"data": {**study["data"], "root": str(images)}}

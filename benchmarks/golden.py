@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -154,6 +155,8 @@ def retrained(trial: TrialRecord, task: SharedTrialSettings) -> dict[str, Any]:
 def spec_of(trial: TrialRecord, task: SharedTrialSettings) -> TrialSpec:
     """Specification of a journalled trial."""
     names = ("strategy", "seed", "label", "role", "held_out", "sample")
+    if trial.role != "search":  # trials of the stages have no rungs
+        task = dataclasses.replace(task, evaluate_at=(), interim_splits=None)
     return TrialSpec(shared=task, hparams=dict(trial.hparams), **{name: getattr(trial, name) for name in names})
 
 

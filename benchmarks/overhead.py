@@ -31,7 +31,7 @@ def luthier_side(trials: int, storage: Path) -> dict[str, float]:
         strategies=[{"name": "linear_probe", "preset": "grid"}],
         search={"trials": trials, "epochs": 1, "sampler": "random", "scheduler": "none"},
         confirm={"top_k": 0},
-        resources={"cpus": 1, "concurrent": 1},
+        resources={"cpus": 1, "concurrent": 1, "channels_last": False},
         storage=str(storage),
     )
     study.prepare()

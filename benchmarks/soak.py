@@ -56,7 +56,7 @@ def study_fields(args: argparse.Namespace, storage: Path, uri: str) -> dict[str,
         },
         "confirm": {"top_k": 0},
         "failures": {"stall_floor": 20},
-        "resources": {"cpus": 1, "concurrent": 2},
+        "resources": {"cpus": 1, "concurrent": 2, "channels_last": False},
         "tracking": {"uri": uri, "experiment": STUDY},
         "storage": str(storage),
     }  # fmt: skip

@@ -6,6 +6,7 @@ spec → store → search → trial → record → MLflow → selection → resu
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shlex
 from collections.abc import Collection
@@ -115,7 +116,7 @@ class Study:
 
         store = self.prepare(progress)
         task = make_task(self.spec, store)
-        stages = stages_of(self.spec, task, store)
+        stages = functools.partial(stages_of, self.spec, store=store)
         StudyRun(self.spec, self.folder, store, task, stages, progress=progress, allow_change=allow_change).run()
         events = read_journal(self.spec, self.folder)
         self._report(events)

@@ -37,7 +37,7 @@ def run(network: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory)
             search=search,
             confirm={"top_k": 1, "seeds": 1},
             diagnostics={"measure": [], "plasticity": False},
-            resources={"concurrent": 1},
+            resources={"concurrent": 1, "channels_last": False},
             storage=str(storage),
             **sections,
         )

@@ -47,7 +47,7 @@ def write_study(folder: Path, material: Path, **changes: Any) -> Path:
         "strategies": ["linear_probe", "full", "daft"],
         "search": {"trials": 6, "epochs": 4, "reduction": 2, "seed": 3, "batch_size": 16},
         "confirm": {"top_k": 2, "seeds": 1},
-        "resources": {"concurrent": 1},
+        "resources": {"concurrent": 1, "channels_last": False},
         "storage": str(folder / "studies"),
     }
     for key, value in changes.items():

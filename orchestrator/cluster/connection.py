@@ -77,6 +77,8 @@ KNOBS: Mapping[str, str] = {
 }
 """Environment variables of Ray and Tune while connected; the user's own values take precedence."""
 
+NICENESS = "RAY_worker_niceness"
+"""Environment variable of the process that starts a cluster's machine: niceness that its workers add to its own."""
 LOCAL_KNOBS: Mapping[str, str] = {
     # Seconds after which Ray ends a process that lost its head node; a local head never returns.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
@@ -93,6 +95,7 @@ def connect(
     dashboard: bool = True,
     insecure: bool = False,
     log_to_driver: bool = False,
+    nice: int | None = None,
 ) -> Iterator[Cluster]:
     """Connect this process to a Ray cluster for the duration of a `with` block.
 
@@ -108,13 +111,18 @@ def connect(
         dashboard: whether a local cluster serves the Ray dashboard.
         insecure: join even a network cluster without authentication.
         log_to_driver: print what trials write to stdout and stderr.
+        nice: niceness of a local cluster's workers, added to that of this process; None = Ray's own, 15. Ignored when
+            joining.
 
     Raises:
         ClusterError: the cluster cannot or must not be joined.
     """
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     started = target == "local"
-    with environment({**KNOBS, **(LOCAL_KNOBS if started else {})}), sigterm_restored():
+    knobs = {**KNOBS, **(LOCAL_KNOBS if started else {})}
+    if started and nice is not None:
+        knobs[NICENESS] = str(nice)
+    with environment(knobs), sigterm_restored():
         keep_aws_keys_private()
         if ray.is_initialized():
             yield _describe(started=False)

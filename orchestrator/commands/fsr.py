@@ -5,6 +5,7 @@ Without its search; and the estimates from them.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -25,9 +26,12 @@ from orchestrator.running.study_run import StudyRun
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.planning.fsr import ReferenceStage
     from orchestrator.record.records import TrialRecord
     from orchestrator.study import Study
     from orchestrator.study_file.schema import StudySpec
+    from trainables.data.store import Store
+    from trainables.specs.trial_spec import SharedTrialSettings
 
 log = logging.getLogger("luthier")
 
@@ -144,10 +148,14 @@ def measure_fsr(study: Study, progress: bool = True, allow_change: Collection[st
         way_out = "List other diagnostics.fsr_fractions, or train on more images."
         problem = Problem(("diagnostics", "fsr_fractions"), f"{rule} {way_out}")
         raise PreflightError([problem], f"The study {spec.name!r}")
-    run = StudyRun(spec, study.folder, store, task, [stage], search=False, progress=progress, allow_change=allow_change)
-    run.run()
+    stages = functools.partial(_stage, spec, store, names)
+    StudyRun(spec, study.folder, store, task, stages, search=False, progress=progress, allow_change=allow_change).run()
     records = [r for r in study.results().records if r.role == "reference"]
     return FsrReport(spec.name, estimates(records), records)
+
+
+def _stage(spec: StudySpec, store: Store, references: Sequence[str], task: SharedTrialSettings) -> list[ReferenceStage]:
+    return [references_of(spec, task, store, references)]
 
 
 def _check_network(spec: StudySpec) -> None:

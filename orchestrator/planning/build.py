@@ -90,8 +90,11 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         batch_size=search.batch_size,
         train_fraction=spec.data.train_fraction,
         augment=tuple(spec.data.augment),
-        evaluate_at=rungs_of(spec),
+        evaluate_at=evaluated_units(spec),
+        interim_splits=interim_splits(spec),
         precision=search.precision,
+        # `auto` is decided when the study starts on its machines (`orchestrator.running.measure`).
+        channels_last=None if spec.resources.channels_last == "auto" else spec.resources.channels_last,
         diagnostics=tuple(spec.diagnostics.measure),
         plasticity_probe=spec.diagnostics.plasticity_probe,
         plasticity_source=spec.diagnostics.plasticity_source,
@@ -145,6 +148,24 @@ def rungs_of(spec: StudySpec) -> tuple[int, ...]:
     """Units after which the scheduler may stop or pause a trial."""
     search = spec.search
     return () if search.scheduler == "none" else rungs(search.epochs, search.grace, search.reduction)
+
+
+def evaluated_units(spec: StudySpec) -> tuple[int, ...]:
+    """Units before the last at which search trials are evaluated on test or OOD images.
+
+    They are the rungs, where the study asks for it or its objective is measured there. With `keep: all`, too: whether a
+    trial is stopped is decided when its process has reported the unit, so that its scores must be there by then.
+    """
+    needed = spec.search.evaluate_at_rungs or spec.keep == "all" or spec.search.validation_domain is not None
+    return rungs_of(spec) if needed else ()
+
+
+def interim_splits(spec: StudySpec) -> tuple[str, ...] | None:
+    """Splits that are evaluated at `evaluated_units`; None = all."""
+    domain = spec.search.validation_domain
+    if domain is None or spec.search.evaluate_at_rungs or spec.keep == "all":
+        return None
+    return (ood(domain),)
 
 
 def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:

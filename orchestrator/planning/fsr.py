@@ -93,7 +93,7 @@ class ReferenceStage:
         """
         share = self.task.train_fraction
         steps = self.task.steps_per_unit or max(1, self._size(share) // self.task.batch_size)
-        own = dataclasses.replace(self.task, steps_per_unit=steps, evaluate_at=(), diagnostics=("shift",))
+        own = dataclasses.replace(self.task, steps_per_unit=steps, diagnostics=("shift",))
         references: dict[str, SharedTrialSettings] = {}
         if EXTRAPOLATED in self.references:
             for fraction in self._nested():

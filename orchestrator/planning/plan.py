@@ -6,6 +6,7 @@ No compute is spent on it.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 
 import search_spaces
 from orchestrator.ingest.errors import first_few
-from orchestrator.planning.build import rungs_of
+from orchestrator.planning.build import evaluated_units, interim_splits, rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
@@ -103,6 +104,14 @@ class Plan:
     train_fraction: float = 1.0
     selection: str = "accuracy"
     """Title of the metric that configurations are chosen by."""
+    channels_last: bool | str = "auto"
+    """Memory layout of images and convolutions, see `ResourcesSpec.channels_last`."""
+    nice: int | None = None
+    """Niceness of trials, see `ResourcesSpec.nice`."""
+    evaluated_units: tuple[int, ...] = ()
+    """Units before the last at which search trials are evaluated on test or OOD images, too."""
+    interim_splits: tuple[str, ...] | None = None
+    """Splits that are evaluated there; None = all."""
 
     @property
     def max_units(self) -> int:
@@ -142,7 +151,9 @@ class Plan:
             f"{references}.",
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
             f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
+            f"Memory layout: {self._layout()}. Niceness: {self._niceness()}.",
             f"Chosen by {self.objective}.{self._front()}",
+            self._evaluation(),
             self._diagnostics(),
             f"Disk: about {bytes_text(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Kept (keep: {self.keep}): at most {bytes_text(self.kept_bytes)} of weights and predictions, of "
@@ -164,6 +175,30 @@ class Plan:
         share = "" if self.train_fraction == 1 else f" (train_fraction {self.train_fraction:g} of them is used)"
         inside = f"{train} to train on{share}, {val} for validation, {test} for the ID test"
         return f"Images of {first_few(self.id_domains)}: {inside}; OOD: {ood}."
+
+    def _layout(self) -> str:
+        if self.channels_last == "auto":
+            return "channels last on a GPU, and on a CPU if a measurement at the start finds it faster"
+        return "channels last" if self.channels_last else "contiguous"
+
+    def _niceness(self) -> str:
+        """Niceness of the trials where they would run."""
+        if (os.environ.get("RAY_ADDRESS") or "local") == "local":
+            return f"{self.nice or 0} above that of this process"
+        if self.nice is None:
+            return "that of the cluster's workers (15, unless it was started with another)"
+        return (
+            f"{self.nice} where the cluster's workers have less (15, unless it was started with another); trials "
+            "cannot lower it"
+        )
+
+    def _evaluation(self) -> str:
+        """When test and OOD images are looked at."""
+        end = "ID test and OOD domains are evaluated once per trial, at its end"
+        if not self.evaluated_units:
+            return f"{end}; trials that are stopped before are not." if self.rungs else f"{end}."
+        splits = "all of them" if self.interim_splits is None else listed(list(self.interim_splits))
+        return f"{end}; of search trials {splits} also after {_units(self.evaluated_units)}."
 
     def _diagnostics(self) -> str:
         of_trials = f"{', '.join(self.measured)} of each trial" if self.measured else "nothing of each trial"
@@ -213,6 +248,10 @@ def make_plan(spec: StudySpec) -> Plan:
         keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
         selection=metrics_of(spec).selection.title,
+        channels_last=resources.channels_last,
+        nice=resources.nice,
+        evaluated_units=evaluated_units(spec),
+        interim_splits=interim_splits(spec),
     )
 
 

@@ -57,11 +57,14 @@ log = logging.getLogger("luthier")
 HARMLESS = (
     "name", "storage", "keep", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # additional measurements
+    "search.evaluate_at_rungs",
     "data.root", "data.on_bad", "data.on_leak", "data.label",  # the images themselves are covered by their digest
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",
 )  # fmt: skip
 """Keys, or patterns of keys, that no number of a trial depends on. `_harmless` adds raising `search.trials`, and the
-patch level of Python."""
+patch level of Python, and takes out `LAYOUT`."""
+LAYOUT = "resources.channels_last"
+"""Key of the memory layout: the one of `resources` that the bits of a trial depend on."""
 NOTES = {
     "dataset_digest": "images, classes or splits differ",
     "versions.code": "Luthier's own code differs, as after an update",
@@ -194,6 +197,9 @@ def _entries(flat: Mapping[str, Any]) -> set[str]:
 def _harmless(key: str, was: Any, now: Any) -> bool:
     if key == "search.trials":
         return isinstance(was, int) and isinstance(now, int) and now >= was
+    if key == LAYOUT:
+        # A study from before the key had its device's layout, which `auto` keeps where trials have run.
+        return was is _ABSENT and now == "auto"
     if key == "versions.python":
         return str(was).rpartition(".")[0] == str(now).rpartition(".")[0]
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)

@@ -15,9 +15,13 @@ from typing import Any, Literal
 from trainables import strategies
 from trainables.specs.metrics import TaskMetrics, best_or_last, metric_groups, task_metrics
 
-State = Literal["suggested", "running", "paused", "complete", "pruned", "failed"]
-"""`paused`: it has no process and waits at a rung for its promotion, also while no driver runs the study."""
+State = Literal["suggested", "running", "paused", "complete", "pruned", "failed", "withdrawn"]
+"""`paused`: it has no process and waits at a rung for its promotion, also while no driver runs the study. `withdrawn`:
+interrupted, and not proposed by a later, complete run of the study (`confirm.top_k` was lowered). A run that proposes
+the trial again starts it over."""
 
+MEMORY_LAYOUT = "memory_layout"
+"""Kind of the event with a study's measured memory layout: `channels_last`, `device` and, on a CPU, `seconds`."""
 INTERRUPTED = "interrupted"
 """Failure reason of a trial that was open when its driver ended."""
 RESUMED = frozenset({INTERRUPTED, "infra", "stalled", "host_oom"})
@@ -119,11 +123,15 @@ def _field(owner: object, name: str) -> Any:
 def validation_score(record: TrialRecord, metrics: TaskMetrics) -> float | None:
     """The selection metric on ID validation, of the weights that count.
 
-    Of the tested weights where there are any, else after the last unit.
+    Of the tested weights where the last unit was followed by an evaluation; else of the best unit so far.
 
     Returns:
         The metric as recorded; None where it is missing or not finite.
     """
+    if record.history and metrics.best_validation not in record.history[-1]:
+        # In the metrics of the record, `best/…` is that of the last rung at which the trial was evaluated.
+        of_units = [past.get(metrics.validation, math.nan) for past in record.history]
+        return max(filter(math.isfinite, of_units), key=metrics.selection.score, default=None)
     value = best_or_last(record.metrics, metrics.validation)
     return value if value is not None and math.isfinite(value) else None
 
@@ -202,22 +210,47 @@ def unfinished(events: Iterable[Mapping[str, Any]]) -> list[TrialRecord]:
 
 
 def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Fields of the latest `study_started` event, with `first_started`, `state` and `ended` added.
+    """Fields of the latest `study_started` event, with `first_started`, `state`, `ended` and `changes` added.
 
-    `first_started` and `ended` are seconds since the epoch; `state` is `running`, or that of `study_finished`. Empty if
-    the study never started.
+    `first_started` and `ended` are seconds since the epoch; `state` is `running`, or that of `study_finished`;
+    `changes` is the contents of `SettingChanges`; `memory_layout`, where it was measured, are the fields of its event.
+    Empty if the study never started.
     """
     header: dict[str, Any] = {}
     first: float | None = None
+    layout: dict[str, Any] | None = None
+    changes = SettingChanges()
     for event in events:
+        changes.add(event)
         if event["kind"] == "study_started":
             first = event["time"] if first is None else first
             header = {k: v for k, v in event.items() if k not in ("seq", "kind")} | {"state": "running"}
             header["first_started"] = first
+            header["changes"] = list(changes.made)
+            if layout is not None:
+                header["memory_layout"] = layout
+        elif event["kind"] == MEMORY_LAYOUT and header:
+            layout = header["memory_layout"] = {k: v for k, v in event.items() if k not in ("seq", "time", "kind")}
         elif event["kind"] == "study_finished" and header:
             header["state"] = event.get("state", "complete")
             header["ended"] = event["time"]
     return header
+
+
+class SettingChanges:
+    """Changes of a study between its runs, with the first trial that they may have applied to."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+        """Each with `before` (number of the first trial proposed after it) and `changed` (key → old and new value)."""
+        self._next = 0
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take in one more event."""
+        if event["kind"] == "trial_suggested":
+            self._next = max(self._next, int(event["number"]) + 1)
+        elif event["kind"] == "study_started" and event.get("changed") and self._next:
+            self.made.append({"before": self._next, "changed": dict(event["changed"])})
 
 
 def measurements(events: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -278,6 +311,8 @@ def advance(record: TrialRecord, event: Mapping[str, Any]) -> TrialRecord:
         return dataclasses.replace(
             record, state="failed", reason=event.get("reason"), error=event.get("error"), ended=time
         )
+    if kind == "trial_withdrawn":
+        return dataclasses.replace(record, state="withdrawn", reason=None, error=None)
     if kind == "weights_discarded":
         return dataclasses.replace(record, weights=None, predictions=None)
     return record

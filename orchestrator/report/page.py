@@ -24,7 +24,8 @@ import yaml
 from jinja2 import Environment, FunctionLoader
 
 from orchestrator.errors import redact
-from orchestrator.record.records import TrialRecord, fold, measurements, study_header
+from orchestrator.record.changes import Change
+from orchestrator.record.records import TrialRecord, fold, measurements, study_header, validation_score
 from orchestrator.report.error_section import error_section
 from orchestrator.report.front import front_section
 from orchestrator.results import figures
@@ -126,6 +127,7 @@ def page_of(
         left_out=max(0, len(records) - MOST_TRIALS),
         failures=_failures(records),
         spec=_spec_text(spec),
+        changes=list(_changes(header)),
         versions=", ".join(f"{key} {value}" for key, value in (header.get("versions") or {}).items()),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -183,6 +185,9 @@ def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterato
     yield "data", f"{header.get('dataset')} (digest {str(header.get('dataset_digest'))[:12]})"
     if header.get("images_left_out"):
         yield "images left out", str(header["images_left_out"])
+    layout = header.get("memory_layout")
+    if layout is not None:
+        yield "memory layout", "channels last" if layout["channels_last"] else "contiguous"
     states = Counter(record.state for record in records)
     yield "trials", ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"
     again = sum(max(0, record.attempts - 1) for record in records)
@@ -234,8 +239,7 @@ def _errors(results: Results, header: Mapping[str, Any], similarities: Similarit
 
 
 def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
-    names = (metrics.best_validation, metrics.test, metrics.ood_mean)
-    scores = [record.metric(name) for name in names]
+    validation = validation_score(record, metrics)
     role = record.role if record.held_out is None else f"{record.role} ({record.held_out})"
     seconds = None if record.started is None or record.ended is None else record.ended - record.started
     return [
@@ -243,17 +247,33 @@ def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
         record.label,
         role,
         record.state if record.reason is None else f"{record.state}: {record.reason}",
-        *("–" if score is None else metrics.selection.number(score) for score in scores),
+        "–" if validation is None else metrics.selection.number(validation),
+        *(_tested(record, name, metrics) for name in (metrics.test, metrics.ood_mean)),
         str(record.unit),
         "–" if seconds is None else f"{seconds:.0f}",
         describe(record.hparams),
     ]
 
 
+def _tested(record: TrialRecord, name: str, metrics: TaskMetrics) -> str:
+    """Score on test images; a stopped trial usually has none."""
+    score = record.metric(name)
+    if score is not None:
+        return metrics.selection.number(score)
+    return "not evaluated" if record.state == "pruned" else "–"
+
+
 def _failures(records: Sequence[TrialRecord]) -> list[tuple[str, str]]:
     """(trial, its error) of every failed trial, but those that their driver interrupted."""
     failed = [record for record in records if record.state == "failed" and not record.unfinished]
     return [(f"trial {r.number}, {r.label}: {r.reason}", redact(r.error or "no message")) for r in failed]
+
+
+def _changes(header: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that earlier trials had, one sentence per change."""
+    for change in header.get("changes") or ():
+        for key, (was, now) in change["changed"].items():
+            yield f"Changed before trial {change['before']}: {redact(str(Change(key, was, now, harmless=False)))}"
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from orchestrator.record.records import TrialRecord
+from orchestrator.record.records import TrialRecord, validation_score
 from orchestrator.results import errors
 from orchestrator.results.curve_plot import BLACK, BLUE, GREY, PALETTE, NotebookFigure
 from orchestrator.results.fsr import FsrEstimate
@@ -326,7 +326,7 @@ def _rates_panel(axes: Axes, rates: _TriedRates, chosen: TrialRecord, metrics: T
 def _tried_rates(records: Sequence[TrialRecord], label: str, metrics: TaskMetrics) -> _TriedRates | None:
     """The entry's search trials with a score, and the rates that differ between them; None where no rate does."""
     searched = [r for r in records if r.label == label and r.role == "search"]
-    scored = [(record, record.metric(metrics.best_validation)) for record in searched]
+    scored = [(record, validation_score(record, metrics)) for record in searched]
     trials = [(r, score) for r, score in scored if score is not None and not _has_zero_rate(r)]
     names = [name for name in RATES if len({_rate(r, name) for r, _ in trials} - {None}) > 1]
     trials = [(r, score) for r, score in trials if all(_rate(r, name) is not None for name in names)]

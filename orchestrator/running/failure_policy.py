@@ -69,8 +69,10 @@ def is_out_of_memory(text: str) -> bool:
     return classify(text) == "host_oom"
 
 
-def error_line(text: str, limit: int = 500) -> str:
-    """The last `SomeError: message` of a traceback, else its last line.
+def error_line(text: str, limit: int = 2000) -> str:
+    """The last `SomeError: message` of a traceback, else its last line; one that is too long ends in an ellipsis.
+
+    The limit leaves room for the rule, the value and the way out of Luthier's own messages.
 
     For a process that vanished there is no such line; the message then names the process and its machine.
 
@@ -91,7 +93,7 @@ def error_line(text: str, limit: int = 500) -> str:
         return ""
     errors = [line for line in lines if _ERROR.match(line)]
     line = errors[-1] if errors else lines[-1]
-    return line[:limit]
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def _first_group(pattern: re.Pattern[str], text: str) -> str:

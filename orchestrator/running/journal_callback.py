@@ -17,7 +17,15 @@ from ray.tune import Callback
 from orchestrator.record.checkpoints import discard
 from orchestrator.record.journal import Journal, JournalWriteError
 from orchestrator.record.kept_files import Retention, discard_kept
-from orchestrator.record.records import INTERRUPTED, RESUMED, LiveRecords, declared_metrics, interruption, unfinished
+from orchestrator.record.records import (
+    INTERRUPTED,
+    RESUMED,
+    LiveRecords,
+    declared_metrics,
+    fold,
+    interruption,
+    unfinished,
+)
 from orchestrator.running.failure_policy import classify, error_line
 from orchestrator.running.progress import Progress
 from trainables.specs.metrics import is_cost
@@ -216,6 +224,24 @@ def close_open_trials(journal: Journal) -> list[dict[str, Any]]:
     """
     open_trials = [r for r in unfinished(journal.events()) if r.reason != INTERRUPTED and r.state != "paused"]
     return [journal.append("trial_failed", **interruption(record)) for record in open_trials]
+
+
+def withdraw_trials(journal: Journal, folder: Path) -> None:
+    """Withdraw the interrupted trials that the present run, now complete, has not asked for.
+
+    Their checkpoints are removed, and those of trials that failed from infrastructure and were not asked for either.
+    """
+    proposed: set[int] = set()
+    for event in journal.events():
+        if event["kind"] == "study_started":
+            proposed = set()
+        elif event["kind"] == "trial_suggested":
+            proposed.add(int(event["number"]))
+    for record in fold(journal.events()):
+        if record.resumable and record.number not in proposed:
+            if record.unfinished:
+                journal.append("trial_withdrawn", trial_id=record.trial_id)
+            discard(folder, record.number)
 
 
 def _same(past: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:

@@ -1,19 +1,22 @@
 """Measurements of a study as a whole.
 
-The plasticity of the pretrained network at its start, and FSR once its reference trials have ended.
+The plasticity of the pretrained network and the faster memory layout at its start, and FSR once its reference trials
+have ended.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from orchestrator.planning.preflight import layer_kinds
-from orchestrator.record.records import fold, measurements
+from orchestrator.record.records import MEMORY_LAYOUT, fold, measurements
 from orchestrator.results.fsr import estimates, study_metrics
+from trainables.engine.memory_layout import measure_layouts
 from trainables.engine.start_plasticity import pretrained_plasticity
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
         measurement = _on_cluster(task, request)
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
-        reason = str(cause).partition("\n")[0][:300]
+        reason = str(cause).partition("\n")[0]
         log.warning(
             "The plasticity of the pretrained network could not be measured (%s: %s). The study continues without it.",
             type(cause).__name__,
@@ -62,12 +65,63 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
 
 
 def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
+    return _measured(pretrained_plasticity, task, request)
+
+
+def _measured(
+    function: Callable[[SharedTrialSettings, int], dict[str, Any]],
+    task: SharedTrialSettings,
+    request: Mapping[str, float],
+) -> dict[str, Any]:
+    """Result of a measurement in a process of the cluster that has a trial's resources."""
     cpus = request.get("cpu", 1.0)
     gpus = request.get("gpu", 0.0)
     # The process ends with its one task, and with it the memory that it holds on a GPU.
-    measure = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)(pretrained_plasticity)
+    measure = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)(function)
     measurement: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
     return measurement
+
+
+def with_layout(
+    spec: StudySpec, task: SharedTrialSettings, journal: Journal, request: Mapping[str, float]
+) -> SharedTrialSettings:
+    """The settings of the study's trials with their memory layout (`resources.channels_last`).
+
+    `auto` is measured once, before the first trial, and journalled; a study whose trials ran without a measurement
+    keeps the layout of their device. Blocks; needs a connected cluster. A measurement that fails is a warning: the
+    study is as good in the device's own layout.
+
+    Args:
+        spec: of the study.
+        task: `make_task` of the study.
+        journal: of the study.
+        request: resources of a trial (`cpu`, `gpu`), which the measurement requests too.
+    """
+    if spec.resources.channels_last != "auto":
+        return task
+    events = journal.events()
+    decisions = [event for event in events if event["kind"] == MEMORY_LAYOUT]
+    if not decisions and any(event["kind"] == "trial_started" for event in events):
+        return task
+    if not decisions:
+        try:
+            measurement = _measured(measure_layouts, task, request)
+        except Exception as error:
+            cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
+            log.warning(
+                "Which memory layout is faster could not be measured (%s: %s). Trials have that of their device.",
+                type(cause).__name__,
+                str(cause).partition("\n")[0],
+            )
+            return task
+        decisions = [journal.append(MEMORY_LAYOUT, **measurement)]
+    decision = decisions[-1]
+    # None, the device's own layout, wherever the answer is that one: such trials are those of earlier versions.
+    return dataclasses.replace(task, channels_last=True) if _is_choice(decision) else task
+
+
+def _is_choice(decision: Mapping[str, Any]) -> bool:
+    return bool(decision["channels_last"]) and decision["device"] == "cpu"
 
 
 FSR = "fsr"

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.ingest.decoding import DecodingProgress
-from orchestrator.record.records import TrialRecord, advance, metrics_of, suggested, validation_score
+from orchestrator.record.records import MEMORY_LAYOUT, TrialRecord, advance, metrics_of, suggested, validation_score
 from trainables.specs.metrics import UNIT_SECONDS, TaskMetrics, task_metrics
 
 RECENT = 5
@@ -176,6 +176,8 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
         return f"study {event.get('state', 'complete')}"
     if kind == "measured":
         return _measured_line(event)
+    if kind == MEMORY_LAYOUT:
+        return layout_line(event)
     if record is None:
         return ""
     name = f"trial {record.number} {record.label}"
@@ -184,6 +186,8 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind == "trial_started":
         return f"{name}: {'started' if record.attempts == 1 else f'started again (attempt {record.attempts})'}"
     if kind == "result":
+        of_unit = record.history[-1].get(metrics.validation)
+        val = "" if of_unit is None else f", val {of_unit:.3f}"
         return f"{name}: epoch {record.unit}/{epochs or '?'}{val}, {duration(spent(record))}"
     if kind == "trial_finished":
         length = "1 epoch" if record.unit == 1 else f"{record.unit} epochs"
@@ -195,6 +199,19 @@ def event_line(event: Mapping[str, Any], record: TrialRecord | None, epochs: int
     if kind in ("trial_failed", "trial_retried"):
         return f"{name}: {kind.removeprefix('trial_')} ({event.get('reason')}) {event.get('error') or ''}".rstrip()
     return ""
+
+
+def layout_line(event: Mapping[str, Any]) -> str:
+    """The memory layout of a study and why, from the fields of its event."""
+    name = "channels last" if event["channels_last"] else "contiguous"
+    times = event.get("seconds")
+    if times is None:
+        return f"memory layout: {name}, as on every GPU"
+    texts = [
+        f"{layout.replace('_', ' ')} {seconds['training_step']:.3g} s and {seconds['evaluation_batch']:.3g} s"
+        for layout, seconds in times.items()
+    ]
+    return f"memory layout: {name}; a training step and an evaluation batch took {', '.join(texts)} of CPU time"
 
 
 def _measured_line(event: Mapping[str, Any]) -> str:

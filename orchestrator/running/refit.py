@@ -99,7 +99,7 @@ def _trial(spec: StudySpec, record: TrialRecord, store: Store, device: torch.dev
             f"A refit trains a configuration of the search on the study's own images, but trial {record.number} "
             f"({record.label}) is a {record.role} on others. Choose a search trial or a confirmed one."
         )
-    shared = dataclasses.replace(make_task(spec, store), evaluate_at=(), diagnostics=())
+    shared = dataclasses.replace(make_task(spec, store), evaluate_at=(), interim_splits=None, diagnostics=())
     trial_spec = TrialSpec(
         shared=shared,
         strategy=record.strategy,
@@ -127,7 +127,10 @@ def _trial(spec: StudySpec, record: TrialRecord, store: Store, device: torch.dev
 def _settings(spec: TrialSpec) -> dict[str, Any]:
     """Everything in a trial's specification that its numbers depend on, as JSON values."""
     values = spec.to_dict()
-    shared = {name: value for name, value in values["shared"].items() if name not in ("store", "cache")}
+    without_effect = ("store", "cache", "interim_splits")
+    shared = {name: value for name, value in values["shared"].items() if name not in without_effect}
+    if shared["channels_last"] is None:
+        del shared["channels_last"]  # refits from before it could be set do not have it
     # As JSON returns them: tuples are lists.
     settings: dict[str, Any] = json.loads(json.dumps({**values, "shared": shared}))
     return settings

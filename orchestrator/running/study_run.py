@@ -31,8 +31,8 @@ from orchestrator.record.journal import Journal, fold
 from orchestrator.record.kept_files import tidy_kept
 from orchestrator.running.cluster_watch import ClusterWatch
 from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory, report_disk_errors
-from orchestrator.running.journal_callback import RecordCallback, close_open_trials
-from orchestrator.running.measure import measure_start, record_fsr
+from orchestrator.running.journal_callback import RecordCallback, close_open_trials, withdraw_trials
+from orchestrator.running.measure import measure_start, record_fsr, with_layout
 from orchestrator.running.progress import Progress
 from orchestrator.running.tracking_process import follow
 from orchestrator.running.watchdog import Watchdog
@@ -41,8 +41,9 @@ from orchestrator.study_file.yaml_text import write_yaml
 from trainables.engine.tune_trainable import TuneTrainable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from orchestrator.record.records import TrialRecord
     from orchestrator.search.promotion import Promotions
     from orchestrator.search.stages import Stage
     from orchestrator.study_file.schema import StudySpec
@@ -63,8 +64,9 @@ class StudyRun:
     folder: Path
     store: Store
     task: SharedTrialSettings
-    stages: Sequence[Stage]
-    """What runs after the search."""
+    """`make_task` of the study; the memory layout is decided on the cluster."""
+    stages: Callable[[SharedTrialSettings], Sequence[Stage]]
+    """What runs after the search, given the settings of its trials."""
     search: bool = True
     """Whether trials are searched; False = the stages alone."""
     progress: bool = True
@@ -88,7 +90,9 @@ class StudyRun:
             hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.search else Hints()
             # After the check: a refused run leaves the copy of the study that the folder holds.
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
-            cluster = opened.enter_context(connect())
+            cluster = opened.enter_context(connect(nice=self.spec.resources.nice or 0))
+            if not cluster.started:
+                _explain_niceness(self.spec.resources.nice)
             request = cluster.trial_resources(self.spec.resources.cpus, self.spec.resources.gpus)
             cluster.check_shared(self.folder, self.task.store)
             concurrent = cluster.concurrency(self.spec.resources.concurrent, request["cpu"], request["gpu"])
@@ -102,14 +106,19 @@ class StudyRun:
                 journal.append("study_started", **self._facts(), resources=resources, changed=changes, **hints.fields())
                 if self.search:
                     measure_start(self.spec, self.task, journal, request)
+                task = with_layout(self.spec, self.task, journal, request)
                 # One state of the rungs for searcher, scheduler and journal.
                 promotions = make_promotions(self.spec, fold(journal.events()))
-                searcher = self._searcher(journal, hints, any(not change.harmless for change in changed), promotions)
-                self._tune(journal, searcher, promotions, progress, request, concurrent)
+                restarted = any(not change.harmless for change in changed)
+                searcher = self._searcher(task, journal, hints, restarted, promotions)
+                self._tune(task, journal, searcher, promotions, progress, request, concurrent)
+                if self.search:  # the stages alone ask for none of the search's trials
+                    withdraw_trials(journal, self.folder)
                 record_fsr(journal)
 
     def _tune(
         self,
+        task: SharedTrialSettings,
         journal: Journal,
         searcher: StudySearcher,
         promotions: Promotions | None,
@@ -119,7 +128,7 @@ class StudyRun:
     ) -> None:
         history = fold(journal.events())
         limits = self.spec.failures
-        watchdog = Watchdog(limits, asdict(self.task), history)
+        watchdog = Watchdog(limits, asdict(task), history)
         errors: dict[str, str] = {}
         retention = retention_of(self.spec)
         callback = RecordCallback(journal, progress, self.folder, watchdog.verdicts, errors, retention, promotions)
@@ -163,20 +172,31 @@ class StudyRun:
         # A Stopper that ends a run is no error for Tune: `fit` returns as if the study were complete.
         breaker.check()
 
-    def _searcher(self, journal: Journal, hints: Hints, changed: bool, promotions: Promotions | None) -> StudySearcher:
+    def _searcher(
+        self,
+        task: SharedTrialSettings,
+        journal: Journal,
+        hints: Hints,
+        changed: bool,
+        promotions: Promotions | None,
+    ) -> StudySearcher:
         spec = self.spec
         return StudySearcher(
-            settings_of(spec, self.task, hints.values),
+            settings_of(spec, task, hints.values),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
-            stages=self.stages,
+            stages=self.stages(task),
             journal=journal,
             searching=self.search,
             promotions=promotions,
             checkpoints=functools.partial(checkpoint_folder, self.folder),
-            kept=functools.partial(retention_of(spec).paths, self.folder),
+            kept=self._keys,
             changed=changed,
         )
+
+    def _keys(self, record: TrialRecord) -> dict[str, Any]:
+        """Keys of a trial's config beside its specification and its checkpoints."""
+        return {**retention_of(self.spec).paths(self.folder, record), "_nice": self.spec.resources.nice}
 
     def _facts(self) -> dict[str, Any]:
         """What identifies the study: recorded in the journal, and compared by later runs."""
@@ -226,6 +246,17 @@ def plain_spec(spec: StudySpec) -> dict[str, Any]:
     if spec.tracking.uri:
         fields["tracking"]["uri"] = redact(spec.tracking.uri)
     return fields
+
+
+def _explain_niceness(nice: int | None) -> None:
+    """Log what `resources.nice` can do in a cluster that was started elsewhere."""
+    if nice is not None:
+        log.warning(
+            "resources.nice is %d, but the cluster was started elsewhere, with a niceness of its workers of its own "
+            "(15, unless RAY_worker_niceness was set there): trials raise theirs to %d, and cannot lower it.",
+            nice,
+            nice,
+        )
 
 
 def _trial_folder(trial: Any) -> str:

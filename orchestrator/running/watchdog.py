@@ -23,7 +23,7 @@ from ray.tune import Callback
 from orchestrator.ray_internals import actor_id, actor_of, kill_actor
 from trainables import strategy_class
 from trainables.engine.budget import BudgetPlan
-from trainables.specs.metrics import UNIT_SECONDS
+from trainables.specs.metrics import TEST, UNIT_SECONDS, ood
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -294,8 +294,10 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         The journal does not say which units were the first of a process, but for the first of all; where that was a
         cold start, its time is only longer than that of a warm one.
         """
+        # As the trial ran: trials of the stages, and of runs with other settings, are evaluated at other units.
+        evaluated = [int(past["unit"]) for past in record.history if any(map(_is_tested, past))]
         config = {
-            "shared": shared,
+            "shared": {**shared, "evaluate_at": evaluated},
             "_number": record.number,
             "label": record.label,
             "strategy": record.strategy,
@@ -311,6 +313,11 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
         now = self._clock()
         self._now += min(now - self._checked_at, MAX_TICK_S)
         self._checked_at = now
+
+
+def _is_tested(name: str) -> bool:
+    """Whether a metric is measured on test or OOD images."""
+    return name.startswith((f"{TEST}/", ood("")))
 
 
 def _identity(trial: Trial) -> Identity:

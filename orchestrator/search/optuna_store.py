@@ -95,7 +95,7 @@ class History:
             for trial in trials
             if trial.state.is_finished() and "interrupted" not in trial.user_attrs
         }
-        journal_ends = {r.number: self.ended(r) for r in self.records if not r.resumable}
+        journal_ends = {r.number: self.ended(r) for r in self.records if not _may_be_repeated(r)}
         stored_repeats = [
             (trial.user_attrs["duplicate_of"], _final_state(trial))
             for trial in sampled
@@ -194,10 +194,10 @@ class Replay:
         }
         state: str = "RUNNING"
         values: tuple[float, ...] = ()
-        if record.resumable and record.number not in self.history.open:
+        if _may_be_repeated(record) and record.number not in self.history.open:
             attrs["interrupted"] = True
             state = "FAIL"
-        elif not record.resumable:
+        elif not _may_be_repeated(record):
             attrs["metrics"] = dict(record.metrics)
             state, values = self.history.ended(record)
         return create_trial(
@@ -208,6 +208,11 @@ class Replay:
             user_attrs=attrs,
             intermediate_values=self.history.intermediate(record),
         )
+
+
+def _may_be_repeated(record: TrialRecord) -> bool:
+    """Whether a later run may propose the trial again under its number."""
+    return record.resumable or record.state == "withdrawn"
 
 
 def set_aside(database: Path) -> None:

@@ -87,7 +87,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         stages: what follows the search, in order.
         journal: gets `trial_suggested` before Tune gets the trial; it takes precedence over Optuna's storage.
         checkpoints: number → checkpoint folder of that trial; None = trials keep none.
-        kept: record → keys of its trial's config for the weights and predictions that it keeps; None = none.
+        kept: record → further keys of its trial's config (`trainables.engine.tune_trainable`), such as where it keeps
+            weights and predictions; None = none.
         changed: whether a change of the study since its last run was allowed.
         searching: False = only the stages run.
         promotions: which trials are paused, shared with the scheduler; None = no trial ever is. Trials that an earlier
@@ -108,7 +109,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         stages: Sequence[Stage] = (),
         journal: Journal | None = None,
         checkpoints: Callable[[int], Path] | None = None,
-        kept: Callable[[TrialRecord], Mapping[str, str]] | None = None,
+        kept: Callable[[TrialRecord], Mapping[str, Any]] | None = None,
         changed: bool = False,
         searching: bool = True,
         promotions: Promotions | None = None,
@@ -316,8 +317,10 @@ def _contents(settings: SearchSettings) -> dict[str, Any]:
     Not where the data are stored, but how they are used.
     """
     shared = dataclasses.asdict(settings.task)
-    for name in ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics", "train_on"):
+    for name in ("store", "cache", "eval_batch_size", "evaluate_at", "interim_splits", "diagnostics", "train_on"):
         del shared[name]
+    if shared["channels_last"] is None:
+        del shared["channels_last"]  # searches from before it could be set do not have it
     if shared["task"] == CLASSIFICATION.task:
         del shared["task"]  # searches from before there were other tasks name none
     return shared | {

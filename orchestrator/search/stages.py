@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,10 +115,13 @@ def trial(
     held_out: str | None = None,
     sample: str | None = None,
 ) -> TrialSpec:
-    """A trial of a stage: a configuration on a task, with a seed and a role (see `TrialSpec`)."""
+    """A trial of a stage: a configuration on a task, with a seed and a role (see `TrialSpec`).
+
+    It is evaluated once, at its end: no scheduler stops it before.
+    """
     label, strategy, hparams = configuration
     return TrialSpec(
-        shared=task,
+        shared=dataclasses.replace(task, evaluate_at=(), interim_splits=None),
         strategy=strategy,
         label=label,
         hparams=dict(hparams),

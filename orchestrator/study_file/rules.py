@@ -195,6 +195,16 @@ def grace_problems(grace: int, epochs: int) -> Iterator[RuleProblem]:
         yield ("grace",), f"1 <= grace <= epochs must hold, but got grace {grace} and epochs {epochs}."
 
 
+def rung_problems(evaluate_at_rungs: bool, scheduler: str) -> Iterator[RuleProblem]:
+    """An evaluation at rungs without rungs."""
+    if evaluate_at_rungs and scheduler == "none":
+        yield (
+            ("evaluate_at_rungs",),
+            "evaluate_at_rungs needs a scheduler that stops trials at rungs, but got scheduler: none, with which every "
+            "trial is evaluated at its end. Leave one of the two out.",
+        )
+
+
 def allocation_problems(allocation: str, sampler: str, objectives: Sequence[str] | None) -> Iterator[RuleProblem]:
     """An allocation of trials that the sampler or the objectives leave no room for."""
     if allocation != "sampler" and sampler == "paper":

@@ -132,6 +132,10 @@ class SearchSpec(Section):
     """Units before asha may stop a trial, or promote pauses it."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """The reduction factor η: about one in η trials of an entry continues at each rung."""
+    evaluate_at_rungs: bool = False
+    """Evaluate test and OOD domains at every rung, too, so that trials that are stopped there have these numbers, by
+    which nothing is chosen. false = once, at the end of a trial; at rungs only the domain of `val_domain:<name>`, and
+    with `keep: all` all of them."""
     objective: Annotated[str, BeforeValidator(rules.check_objective)] = "id_val"
     """How the winner is chosen: `id_val` (`metric` on ID validation), `leave_one_domain_out` (needs two or more ID
     domains), or `val_domain:<name>` (`metric` on one OOD domain, which is then validation data, not a test). Within a
@@ -153,6 +157,7 @@ class SearchSpec(Section):
     def _rules(self) -> Self:
         rules.raise_if_any(
             *rules.grace_problems(self.grace, self.epochs),
+            *rules.rung_problems(self.evaluate_at_rungs, self.scheduler),
             *rules.allocation_problems(self.allocation, self.sampler, self.objectives),
             *rules.objectives_problems(self.objectives, self.objective, self.sampler, self.scheduler),
         )
@@ -243,8 +248,17 @@ class ResourcesSpec(Section):
     gpus: Annotated[float | Literal["auto"], BeforeValidator(rules.check_gpus)] = "auto"
     """GPUs of one trial: 1, 0, or a share such as 0.25 where several trials fit on one GPU. auto = one where the
     cluster has any, else none."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Memory layout of images and convolutions. auto = channels last on a GPU, and on a CPU where it is faster: one
+    training step and one evaluation batch are measured when the study starts, and the answer holds for all its runs.
+    The last bits of a trial's numbers depend on it: give true or false where a study must repeat those of another."""
+    nice: Annotated[int, Field(ge=0, le=19)] | None = None
+    """Niceness of trials beside other processes of the machine, added to that of `luthier run`: 0 = as any other
+    process, 19 = only what others leave. null = 0, where Ray's own is 15. In a cluster that is joined, workers have the
+    niceness that it was started with (`RAY_worker_niceness`), which a trial can raise to this value, not lower."""
     concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Concurrent trials. null = as many as fit. 1 makes the search itself reproducible."""
+    """Concurrent trials. null = as many as fit. 1 makes the search itself reproducible (on a CPU with
+    `channels_last` given)."""
 
 
 class FailuresSpec(Section):

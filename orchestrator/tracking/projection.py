@@ -22,6 +22,7 @@ from orchestrator.record.journal import Event, read_from
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import (
     INTERRUPTED,
+    SettingChanges,
     TrialRecord,
     advance,
     declared_metrics,
@@ -92,6 +93,7 @@ class Projection:
         self._summarizer = summarizer
         self._uploads = uploads or Uploads()
         self._header = Header(study, {})
+        self._changes = SettingChanges()
         self._start = 0
         self._last_time = 0.0
         self._is_open = True
@@ -106,6 +108,7 @@ class Projection:
         updates = []
         kind = event["kind"]
         self._last_time = event["time"]
+        self._changes.add(event)
         if kind in ("study_started", "study_finished"):
             self._is_open = kind == "study_started"
         if kind == "study_started":
@@ -180,6 +183,7 @@ class Projection:
             "state": state,
             "first_started": self._start / 1000,
             "ended": end,
+            "changes": list(self._changes.made),
         }
         summary = self._summarizer.study(header, records, measurements(self._measured_events))
         update = self._study_update(status=state, **summary.tags)

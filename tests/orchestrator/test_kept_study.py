@@ -56,7 +56,7 @@ def new_study(images: Path, model: str, storage: Path) -> Study:
         "strategies": ["linear_probe", "lora"],
         "search": {"trials": 4, "epochs": 2, "scheduler": "none", "seed": 3, "batch_size": 16},
         "confirm": {"top_k": 2, "seeds": 1},
-        "resources": {"concurrent": 1},
+        "resources": {"concurrent": 1, "channels_last": False},
         "storage": str(storage),
     }
     return Study(**fields)

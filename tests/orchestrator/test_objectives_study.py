@@ -48,7 +48,7 @@ def make(network: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
             },
             confirm={"seeds": 1},
             diagnostics={"measure": [], "plasticity": False},
-            resources={"concurrent": 1},
+            resources={"concurrent": 1, "channels_last": False},
             storage=str(storage),
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,15 @@ import pytest
 
 from benchmarks.support.synthetic import write_images
 from orchestrator import Study
+from orchestrator.planning.build import make_task
 from orchestrator.record.journal import Journal
 from orchestrator.results.leaderboard import COSTS
 from orchestrator.results.study_results import Results
+from orchestrator.running import measure
+from tests.support.trials import history_of
+from trainables.engine.memory_layout import measure_layouts
+from trainables.engine.trial import Trial
+from trainables.specs.trial_spec import TrialSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -44,7 +51,7 @@ def make(images: Path, network: Callable[[str], str], tmp_path_factory: pytest.T
             "strategies": ["linear_probe", "full", "lp_ft", "daft"],
             "search": {"trials": 6, "epochs": 2, "scheduler": "none", "seed": 3, "batch_size": 16},
             "confirm": {"top_k": 4, "seeds": 1},
-            "resources": {"concurrent": 1},
+            "resources": {"concurrent": 1, "channels_last": False},
             "storage": str(tmp_path_factory.mktemp("storage")),
         }
         for key, value in changes.items():
@@ -153,6 +160,72 @@ def test_a_validation_domain_steers_the_choice(make: Callable[..., Study]) -> No
     search = [r for r in results.records if r.role == "search"]
     best = max(search, key=lambda r: r.metrics["ood/noisy/acc"])
     assert results.best(results.rule).record.metrics["ood/noisy/acc"] == best.metrics["ood/noisy/acc"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_stopped"),
+    [
+        ({}, set()),
+        ({"search": {"objective": "val_domain:noisy"}}, {"ood/noisy/acc"}),
+        ({"keep": "all"}, {"test/acc", "ood/inverted/acc", "ood/noisy/acc", "ood/mean/acc", "ood/worst/acc"}),
+    ],
+)
+def test_test_images_are_looked_at_once_at_the_end_but_for_what_a_rule_reads(
+    make: Callable[..., Study], changes: dict[str, Any], of_stopped: set[str]
+) -> None:
+    search = {"trials": 5, "epochs": 3, "scheduler": "asha", "reduction": 2, **changes.pop("search", {})}
+    study = make(strategies=["full"], search=search, confirm={"top_k": 1}, diagnostics={"measure": []}, **changes)
+    results = study.run(progress=False)
+    assert results.metrics.test == "test/acc"
+    tested = {
+        (record.role, record.state, unit["unit"]): {n for n in unit if n.startswith(("test/", "ood/")) and "/acc" in n}
+        for record in results.records
+        for unit in record.history
+    }
+    every = {"test/acc", "ood/inverted/acc", "ood/noisy/acc", "ood/mean/acc", "ood/worst/acc"}
+    stopped = [names for (_, state, _), names in tested.items() if state == "pruned"]
+    assert stopped, "a search without stopped trials shows nothing"
+    assert all(names == of_stopped for names in stopped)
+    assert [tested["confirm", "complete", unit] for unit in (1.0, 2.0)] == [set(), set()]
+    assert tested["confirm", "complete", 3.0] >= every
+    assert tested["search", "complete", 3.0] >= every
+    assert results.regret().value >= 0
+    assert results.leaderboard()["pruned"].to_list() == [sum(r.state == "pruned" for r in results.records)]
+
+
+@pytest.mark.usefixtures("cpu_only", "one_thread")
+def test_the_layout_that_was_measured_is_that_of_every_trial_of_every_run(
+    make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measurement runs on the cluster; its answer is turned into the one that changes bits."""
+    measured = measure._measured
+    runs: list[Any] = []
+
+    def last(*arguments: Any) -> dict[str, Any]:
+        runs.append(arguments[0])
+        return {**measured(*arguments), "channels_last": True}
+
+    monkeypatch.setattr(measure, "_measured", last)
+    search = {"trials": 1, "epochs": 1}
+    fields: dict[str, Any] = {"strategies": ["full"], "resources": {"channels_last": "auto"}}
+    fields["diagnostics"] = {"measure": [], "plasticity": False}
+    study = make(search=search, confirm={"top_k": 0}, **fields)
+    study.run(progress=False)
+    again = Study(**{**study.spec.model_dump(mode="json"), "confirm": {"top_k": 1, "seeds": 1}})
+    results = again.run(progress=False)
+    assert runs == [measure_layouts]
+    events = Journal.read(study.folder / "journal.jsonl")
+    (decision,) = (event for event in events if event["kind"] == "memory_layout")
+    assert decision["seconds"].keys() == {"contiguous", "channels_last"}
+    shared = make_task(study.spec, study.prepare())
+    for record in results.records:
+        spec = TrialSpec(
+            shared=dataclasses.replace(shared, channels_last=True), strategy=record.strategy, label=record.label,
+            hparams=dict(record.hparams), seed=record.seed,
+        )  # fmt: skip
+        alone = history_of(Trial(spec, device="cpu"))
+        kept = {name for name in record.history[-1] if not name.startswith("cost/")} - {"unit"}
+        assert {name: alone[-1][name] for name in kept} == {name: record.history[-1][name] for name in kept}
 
 
 def test_a_failing_configuration_is_recorded_and_the_study_continues(make: Callable[..., Study]) -> None:

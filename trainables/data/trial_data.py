@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Indices, StoreLike
 from trainables.data.transforms import BatchTransform
+from trainables.models.device import uses_channels_last
 from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
@@ -442,8 +443,9 @@ class TrialData:
         return np.asarray(features[indices])
 
     def _memory_format(self, images: Tensor) -> Tensor:
-        # The layout in which cuDNN's convolutions need no transposition.
-        return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
+        if not uses_channels_last(images.device, self.spec.shared.channels_last):
+            return images
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _delivered(self) -> None:
         if self.first_delivery is None:

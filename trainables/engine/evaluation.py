@@ -109,7 +109,9 @@ def training_scores(model: TaskModel, data: TrialData) -> dict[str, float]:
     return {TRAIN_LOSS.name: values[metrics.loss.key], **trained}
 
 
-def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) -> dict[str, float]:
+def final_scores(
+    model: TaskModel, data: TrialData, watch: Watch | None = None, splits: Collection[str] | None = None
+) -> dict[str, float]:
     """Every reported metric on ID test and on every OOD domain.
 
     With mean and worst of the selection metric over the domains, and the selection metric on the held-out domain if
@@ -117,6 +119,7 @@ def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) 
 
     Args:
         watch: watches the features on ID test and OOD domains, in the same passes.
+        splits: those to score; None = all. Mean and worst need all domains, and are left out where one is.
     """
     metrics = task_of(data).metrics
     # Once for all splits: the check compares every tensor of the backbone.
@@ -124,8 +127,13 @@ def final_scores(model: TaskModel, data: TrialData, watch: Watch | None = None) 
     keys = [metric.key for metric in metrics.reported]
     values = {}
     for split in (TEST, *map(ood, data.ood_domains)):
-        values[split] = score(model, data, split, cached, watch and watch(split), keys)
-    return _recorded(metrics, metrics.reported, values) | _held_out(model, data, cached)
+        if splits is None or split in splits:
+            values[split] = score(model, data, split, cached, watch and watch(split), keys)
+    scores = _recorded(metrics, metrics.reported, values)
+    if not values.keys() >= set(map(ood, data.ood_domains)):
+        for name in (metrics.ood_mean, metrics.ood_worst):
+            scores.pop(name, None)
+    return scores | _held_out(model, data, cached)
 
 
 @dataclass(frozen=True)

@@ -125,14 +125,15 @@ def _wise_ft(trial: TrialContext) -> WiseFt | None:
 
 
 def _interim_scores(trial: TrialContext) -> dict[str, float]:
-    """Test and OOD scores, with `best/…` of the tested weights.
+    """Scores on the trial's interim splits, with `best/…` of the tested weights.
 
     What `finalize` did to them counts.
     """
     value = trial.best.value
     if _changed_after_training(trial):
         value = validation_scores(trial.model, trial.data)[task_of(trial.data).metrics.validation]
-    return final_scores(trial.model, trial.data) | _best_of(trial, value)
+    scores = final_scores(trial.model, trial.data, splits=trial.data.spec.shared.interim_splits)
+    return scores | _best_of(trial, value)
 
 
 def _changed_after_training(trial: TrialContext) -> bool:

@@ -12,12 +12,13 @@ import torch
 
 from trainables.data.store import Store
 from trainables.models.backbone import Backbone, backbone_data_config, load_pretrained
+from trainables.models.device import uses_channels_last
 from trainables.specs.trial_spec import ModelSpec
 
 if TYPE_CHECKING:
     from trainables.data.store import StoreLike
 
-_replicas: dict[tuple[str, torch.device], Backbone] = {}
+_replicas: dict[tuple[str, torch.device, bool], Backbone] = {}
 
 
 # Bounded, because every opened store maps its whole file.
@@ -46,16 +47,24 @@ def requested_side(spec: ModelSpec, image_size: int | None, stored_side: int) ->
     return image_size or (stored_side if stored_side < _native_side(spec) else None)
 
 
-def on_device(backbone: Backbone, device: torch.device) -> Backbone:
-    """The pristine backbone on `device`, channels last on a GPU.
+def on_device(backbone: Backbone, device: torch.device, channels_last: bool | None = None) -> Backbone:
+    """The pristine backbone on `device`, in the memory layout that trials compute in there.
 
     Copied there once, so that a new trial's network is a copy within the device.
+
+    Args:
+        backbone: on the CPU, contiguous.
+        device: of the copy.
+        channels_last: see `trainables.models.device.uses_channels_last`.
     """
-    if device.type == "cpu":
+    last = uses_channels_last(device, channels_last)
+    if device.type == "cpu" and not last:
         return backbone
-    key = (backbone.digest, device)
+    key = (backbone.digest, device, last)
     if key not in _replicas:
-        module = copy.deepcopy(backbone.module).to(device).to(memory_format=torch.channels_last)
+        module = copy.deepcopy(backbone.module).to(device)
+        if last:
+            module = module.to(memory_format=torch.channels_last)
         _replicas[key] = dataclasses.replace(backbone, module=module)
     return _replicas[key]
 

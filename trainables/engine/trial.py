@@ -351,7 +351,7 @@ class Trial:
         store = self._store if self._store is not None else open_store(shared.store)
         task = task_of_trial(self.spec, store)
         backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache)
-        local = on_device(backbone, self.device)
+        local = on_device(backbone, self.device, shared.channels_last)
         data = TrialData(
             self.spec,
             store,

@@ -23,7 +23,7 @@ PARTS = ("model", "best", "optimizer", "unit")
 """First parts of the tensors' names: differences of the network and of its best unit from the pretrained one, the
 optimiser's tensors, and, in the middle of a unit, its progress."""
 
-_WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "diagnostics")
+_WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "interim_splits", "diagnostics")
 """Shared settings that no trained weight depends on. The contents of the store are identified by its digest."""
 
 
@@ -34,6 +34,8 @@ def identity(spec: TrialSpec) -> dict[str, Any]:
     """
     shared = dataclasses.asdict(spec.shared)
     del shared["model"]  # its weights are what counts, wherever they lie
+    if shared["channels_last"] is None:
+        del shared["channels_last"]  # checkpoints from before it could be set do not have it
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
     for name, value in shared.items():
         if name not in _WITHOUT_EFFECT:

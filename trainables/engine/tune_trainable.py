@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from ray.tune import Trainable
 
+from trainables.engine.niceness import raise_niceness
 from trainables.engine.ray_internals import rename_actor_in_logs
 from trainables.engine.trial import Trial
 from trainables.specs.errors import failure_text, is_retryable
@@ -34,7 +35,8 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
     the trial's number in its study; `_checkpoints`, folder of the trial's own checkpoints (None = only where Tune asks
     for one); `_checkpoint_seconds`, see `trainables.storage.checkpoint_store`; `_checkpoint_at`, units after which a
     checkpoint is written whatever the rate limit, since the trial may lose its process there; with checkpoints of its
-    own also `_weights` and `_predictions`, where a finished trial keeps them (None = nowhere).
+    own also `_weights` and `_predictions`, where a finished trial keeps them (None = nowhere); `_nice`, the niceness
+    that the process has at least (None = as it was started).
 
     Results: the metrics of `Trial.step` with `unit`, `finished` (the whole budget was used) and `done`. Resumes from
     the newest valid checkpoint and re-reports its result, in case the driver crashed before recording it. Non-retryable
@@ -230,6 +232,8 @@ class TuneTrainable(Trainable):  # type: ignore[misc]  # ray is untyped
         return trial
 
     def _take_resources(self) -> None:
+        if self._config.get("_nice") is not None:
+            raise_niceness(int(self._config["_nice"]))
         request = self.trial_resources
         if request is None:
             return

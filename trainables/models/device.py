@@ -19,6 +19,16 @@ def training_device() -> torch.device:
     return torch.device("cpu")
 
 
+def uses_channels_last(device: torch.device, setting: bool | None) -> bool:
+    """Whether networks and images are channels last on a device.
+
+    Args:
+        device: where a trial trains.
+        setting: `SharedTrialSettings.channels_last`; None = on a GPU, where convolutions need no transposition then.
+    """
+    return device.type == "cuda" if setting is None else setting
+
+
 @functools.cache
 def _explain_mps() -> None:
     """Log, once per process, why an Apple GPU is idle."""

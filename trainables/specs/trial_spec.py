@@ -87,8 +87,14 @@ class SharedTrialSettings:
     evaluate_at: tuple[int, ...] = ()
     """Units after which test and OOD are evaluated too (the scheduler's rungs, where a trial may be stopped); the
     last unit always is."""
+    interim_splits: tuple[str, ...] | None = None
+    """Splits that are evaluated at `evaluate_at`, `test` or `ood/<domain>`; None = all of them. After the last unit all
+    are."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast on a GPU that supports it, float32 elsewhere."""
+    channels_last: bool | None = None
+    """Whether the network's weights and images lie in memory channel by channel within a pixel, which changes the last
+    bits of a trial's numbers; None = on a GPU."""
     diagnostics: tuple[str, ...] = ("shift", "distortion", "cka")
     """What each trial measures beside its scores, any of `DIAGNOSTICS`. On by default is what never costs more than a
     tenth of a trial and is of use for every strategy (benchmarks/diagnostics.py)."""
@@ -119,8 +125,8 @@ class SharedTrialSettings:
         loss = values.get("loss")
         if isinstance(loss, Mapping):
             values["loss"] = LossSettings(**loss)
-        for name in ("augment", "evaluate_at", "diagnostics"):
-            if name in values:
+        for name in ("augment", "evaluate_at", "interim_splits", "diagnostics"):
+            if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls(model=model if isinstance(model, ModelSpec) else ModelSpec(**model), **values)
 

@@ -24,6 +24,7 @@ from orchestrator.cluster.auth import (
     probe_gcs,
 )
 from orchestrator.cluster.connection import (
+    NICENESS,
     ClusterError,
     ResourceError,
     check_resources,
@@ -316,3 +317,26 @@ class TestDriverProcess:
         assert "PL_DISABLE_FORK" in description["env_vars"]
         assert "sentinel-5b1e" not in str(description)
         assert os.environ["AWS_SECRET_ACCESS_KEY"] == "sentinel-5b1e"  # the driver's own storage may need it
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("given", "variable", "expected"), [(3, None, 3), (0, None, 0), (None, None, 15), (3, "5", 5)])
+def test_workers_of_a_local_cluster_add_the_niceness_that_is_given(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, variable: str | None, expected: int
+) -> None:
+    """Ray adds its own 15 otherwise; what the user set for Ray takes precedence."""
+    import ray
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv(NICENESS, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(NICENESS, variable)
+    with connect(cpus=1, dashboard=False, nice=given):
+        worker = ray.get(ray.remote(_niceness).remote())
+    assert worker == min(before + expected, 19)
+    assert os.environ.get(NICENESS) == variable
+
+
+def _niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)

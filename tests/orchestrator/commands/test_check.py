@@ -202,7 +202,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_d26_data_that_changed_since_the_last_run_are_refused(
     pictures: Path, one_thread: None, network: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def connect() -> Any:
+    def connect(nice: int) -> Any:
         raise AssertionError("a cluster was started")
 
     monkeypatch.setattr("orchestrator.running.study_run.connect", connect)

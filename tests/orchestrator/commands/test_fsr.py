@@ -52,6 +52,7 @@ def make(network: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
             "search": {"trials": 3, "epochs": 2, "scheduler": "none", "seed": 3, "batch_size": 8},
             "confirm": {"top_k": 0, "seeds": 0},
             "diagnostics": {"fsr_seeds": 2, "plasticity": False},
+            "resources": {"channels_last": False},
             "storage": str(storage),
         }
         return Study(**{**fields, **changes})

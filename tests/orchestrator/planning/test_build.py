@@ -92,6 +92,27 @@ def test_objectives_reach_the_search_and_the_confirmation() -> None:
     assert confirmed == {0.1, 0.3}, "the best of the entry, and the other one on the front"
 
 
+@pytest.mark.parametrize(
+    ("sections", "units", "splits"),
+    [
+        ({}, (), None),
+        ({"keep": "confirmed"}, (), None),
+        ({"keep": "all"}, (1, 3), None),
+        ({"search": {"evaluate_at_rungs": True}}, (1, 3), None),
+        ({"search": {"objective": "val_domain:noisy"}}, (1, 3), ("ood/noisy",)),
+        ({"search": {"objective": "val_domain:noisy", "evaluate_at_rungs": True}}, (1, 3), None),
+        ({"search": {"objective": "val_domain:noisy"}, "keep": "all"}, (1, 3), None),
+        ({"search": {"objective": "val_domain:noisy", "scheduler": "none"}}, (), ("ood/noisy",)),
+    ],
+)
+def test_rungs_are_evaluated_where_something_reads_it(
+    sections: dict[str, Any], units: tuple[int, ...], splits: tuple[str, ...] | None
+) -> None:
+    search = {"epochs": 9, **sections.get("search", {})}
+    task = build.make_task(study(**{**sections, "search": search}), SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    assert (task.evaluate_at, task.interim_splits) == (units, splits)
+
+
 def test_loss_and_sampling_reach_the_trials() -> None:
     spec = study(loss={"class_weights": "balanced", "label_smoothing": 0.1})
     task = build.make_task(spec, SimpleNamespace(path="store"))  # type: ignore[arg-type]

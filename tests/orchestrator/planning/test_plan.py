@@ -123,13 +123,62 @@ class TestShown:
             "Trials: 20 search (tpe), 4 confirmation.",
             "Budget of a trial: 9 units of one epoch; the scheduler may stop a trial after units 1, 3.",
             "At most 216 units in all. Each trial gets 1 CPU and a GPU if there is one.",
+            "Memory layout: channels last on a GPU, and on a CPU if a measurement at the start finds it faster. "
+            "Niceness: 0 above that of this process.",
             "Chosen by id_val.",
+            "ID test and OOD domains are evaluated once per trial, at its end; trials that are stopped before are not.",
             "Measured beside accuracy: shift, distortion of each trial.",
             "Disk: about 5 MB for data and records, and a few checkpoints per trial.",
             "Kept (keep: best): at most 224 MB of weights and predictions, of each entry's best search trial and every "
             "confirmed trial.",
             f"Study folder: {plan.folder}",
         ]
+
+    @pytest.mark.parametrize(
+        ("address", "resources", "line"),
+        [
+            ("local", {"channels_last": True, "nice": 5}, "channels last. Niceness: 5 above that of this process."),
+            (
+                "10.0.0.1:6379",
+                {"channels_last": False},
+                "contiguous. Niceness: that of the cluster's workers (15, unless it was started with another).",
+            ),
+            (
+                "10.0.0.1:6379",
+                {"channels_last": False, "nice": 18},
+                "contiguous. Niceness: 18 where the cluster's "
+                "workers have less (15, unless it was started with another); trials cannot lower it.",
+            ),
+        ],
+    )
+    def test_layout_and_niceness_in_words(
+        self,
+        planned: Callable[..., Plan],
+        address: str,
+        resources: dict[str, Any],
+        line: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"Memory layout: {line}" in planned(resources=resources).lines()
+
+    @pytest.mark.parametrize(
+        ("sections", "line"),
+        [
+            ({"search": {"scheduler": "none"}}, "."),
+            ({"search": {"evaluate_at_rungs": True}}, "; of search trials all of them also after units 1, 3."),
+            ({"keep": "all"}, "; of search trials all of them also after units 1, 3."),
+            (
+                {"data": {"ood": ["sketch", "art"]}, "search": {"objective": "val_domain:sketch"}},
+                "; of search trials ood/sketch also after units 1, 3.",
+            ),
+        ],
+    )
+    def test_evaluation_in_words(
+        self, planned: Callable[..., Plan], sections: dict[str, Any], line: str, tmp_path: Path
+    ) -> None:
+        write_plain_images(tmp_path / "pets", {f"art/{name}": 4 for name in ("cat", "dog")})
+        assert f"ID test and OOD domains are evaluated once per trial, at its end{line}" in planned(**sections).lines()
 
     def test_diagnostics_in_words(self, planned: Callable[..., Plan]) -> None:
         diagnostics = {"fsr": ["extrapolated", "oracle"], "fsr_seeds": 2, "measure": []}

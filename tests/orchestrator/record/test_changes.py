@@ -46,6 +46,16 @@ def test_p29_a_study_that_is_the_same_has_no_changes() -> None:
     assert check_changes([], header()) == []
 
 
+def test_p29_a_study_from_before_there_was_a_key_for_the_layout_keeps_that_of_its_device() -> None:
+    before = header()
+    del before["spec"]["resources"]["channels_last"]
+    assert [(change.key, change.harmless) for change in changes(before, header())] == [
+        ("resources.channels_last", True)
+    ]
+    given = changed(spec__resources__channels_last=True)
+    assert [change.harmless for change in changes(before, given)] == [False]
+
+
 def test_p29_every_difference_is_said_and_refused_with_exit_code_4() -> None:
     now = changed(spec__search__batch_size=32, versions__torch="3.0.0", dataset_digest="cd" * 32)
     now["spec"]["strategies"][1]["fixed"] = {"lr_head": 0.2, "momentum": 0.5}
@@ -82,6 +92,9 @@ def test_p29_what_a_user_allows_is_let_through_and_nothing_else() -> None:
         ({"spec__storage": "/elsewhere"}, True),
         ({"spec__tracking__uri": "http://mlflow:5000"}, True),
         ({"spec__resources__concurrent": 4}, True),
+        ({"spec__search__evaluate_at_rungs": True}, True),
+        ({"spec__resources__nice": 5}, True),
+        ({"spec__resources__channels_last": True}, False),
         ({"spec__confirm__seeds": 9}, True),
         ({"spec__data__root": "/moved"}, True),
         ({"spec__data__seed": 7}, False),

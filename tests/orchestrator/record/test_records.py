@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import traceback
+from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.record.records import TrialRecord, declared_metrics
+from orchestrator.record.records import TrialRecord, declared_metrics, study_header
 from orchestrator.running.failure_policy import classify, error_line
 from trainables import strategies
+from trainables.models.weights import create
 
 
 def test_only_declared_metrics_are_kept() -> None:
@@ -80,4 +83,34 @@ def test_the_error_line_is_the_last_that_names_an_error() -> None:
     assert error_line(text) == "ValueError: C must be positive"
     assert error_line("something\nelse\n") == "else"
     assert error_line("") == ""
-    assert len(error_line("E" * 5 + "Error: " + "x" * 900)) == 500
+    long = error_line("E" * 5 + "Error: " + "x" * 3000)
+    assert (len(long), long[-2:]) == (2000, "x…")
+
+
+def test_the_way_out_of_weights_that_are_not_there_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: Any, **fields: Any) -> None:
+        raise OSError("Cannot find an appropriate cached snapshot folder for the specified revision. " * 5)
+
+    monkeypatch.setattr("timm.create_model", missing)
+    with pytest.raises(ValueError) as error:
+        create("vit_base_patch16_224.augreg2_in21k_ft_in1k", pretrained=True, image_size=None)
+    text = "".join(traceback.format_exception(error.value))
+    assert error_line(text) == f"ValueError: {error.value}"
+    assert error_line(text).endswith("or give model.weights.")
+
+
+def test_the_header_has_the_changes_that_trials_came_before() -> None:
+    def started(**changed: Any) -> dict[str, Any]:
+        return {"kind": "study_started", "time": 1.0, "spec": {}, "changed": changed}
+
+    def trial(number: int) -> dict[str, Any]:
+        return {
+            "kind": "trial_suggested",
+            "time": 2.0,
+            "trial_id": f"t{number}",
+            "number": number,
+            "strategy": "full",
+        }
+
+    events = [started(name=["a", "b"]), trial(0), trial(1), started(), trial(1), started(**{"search.epochs": [9, 4]})]
+    assert study_header(events)["changes"] == [{"before": 2, "changed": {"search.epochs": [9, 4]}}]

@@ -191,6 +191,43 @@ def test_the_rings_stand_at_the_chosen_rates(tmp_path: Path) -> None:
         assert ring.get_offsets().tolist() == [[3.0, 3e-4]]
 
 
+def test_settings_that_earlier_trials_had_stand_beside_the_study_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pets")
+    with Journal(folder / "journal.jsonl") as journal:
+        changed = {"search.batch_size": [64, 32], "strategies.full.fixed.lr": [None, SCRIPT]}
+        journal.append(
+            "study_started", study="pets", spec=SPEC, dataset="pets", dataset_digest="d" * 64, changed=changed
+        )
+    page = Elements(report_html(Journal.read(folder / "journal.jsonl")))
+    texts = [text.strip() for text in page.texts]
+    assert "the study file, as of the last run" in texts
+    assert "Changed before trial 13: search.batch_size: 64 -> 32" in texts
+    assert f"Changed before trial 13: strategies.full.fixed.lr: none -> {SCRIPT}" in texts
+    assert "the study file" in [text.strip() for text in Elements(report_html(_events(tmp_path))).texts]
+
+
+def _events(tmp_path: Path) -> list[Any]:
+    return list(Journal.read(write(tmp_path / "unchanged") / "journal.jsonl"))
+
+
+def test_a_stopped_trial_has_its_validation_and_no_test(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pets", finish=False)
+    with Journal(folder / "journal.jsonl") as journal:
+        _suggest(journal, 20, "full", "search", 7, 0.3)
+        for unit, value in ((1, 0.31), (2, 0.42)):
+            journal.append("result", trial_id="t20", unit=unit, metrics={"val/acc": value})
+        journal.append("trial_finished", trial_id="t20", state="pruned")
+    events = Journal.read(folder / "journal.jsonl")
+    texts = [text.strip() for text in Elements(report_html(events)).texts]
+    at = texts.index("pruned")
+    assert [text for text in texts[at + 1 : at + 10] if text][:4] == ["42.0", "not evaluated", "not evaluated", "2"]
+    records = fold(events)
+    chosen = {"full": Results(records, SPEC).best("id_val", "full")}
+    figure = figures.learning_rates(records, chosen)
+    assert figure is not None
+    assert len(figure.axes[0].collections[0].get_offsets()) == 4
+
+
 def test_the_command_writes_it_and_prints_the_path(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets")
     (folder / "study.yaml").write_text(

@@ -81,6 +81,10 @@ class TestGain:
             "distribution full +0.0 % (one seed)."
         ]
 
+    def test_one_run_of_the_probe_stands_for_every_seed_of_an_entry(self) -> None:
+        (gain,) = about(said(FULL, entry(1, "linear_probe", 0.90)), "gain")
+        assert "one seed" not in gain
+
     def test_the_leaderboard_has_it_where_there_is_a_probe(self) -> None:
         table = leaderboard(FULL + PROBE + CLOSE).set_index("label")
         assert table.loc["full", "gain"] == pytest.approx((0.97 - 0.90) / 0.90)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -133,8 +134,21 @@ class TestSentences:
         assert "trial 1 full, unit 2, val 2.000" in stream.getvalue()
 
     def test_a_trial_without_tested_weights_counts_with_its_last_unit(self) -> None:
-        record = toy_trial(0, "full", 1.0, 1.0, metrics={"val/dist": 7.0})
+        record = dataclasses.replace(toy_trial(0, "full", 1.0, 1.0, metrics={"val/dist": 7.0}), history=())
         assert validation_score(record, TOY) == 7.0
+
+    def test_a_trial_that_has_not_ended_counts_with_its_best_unit(self) -> None:
+        """Not with its last rung, at which `best/…` was reported."""
+        units = ({"val/dist": 5.0, "best/val/dist": 5.0}, {"val/dist": 2.0}, {"val/dist": 3.0})
+        history = tuple({"unit": float(unit), **values} for unit, values in enumerate(units, start=1))
+        last = {"val/dist": 3.0, "best/val/dist": 5.0}
+        record = TrialRecord(
+            trial_id="t", number=0, strategy="full", label="full", state="running", history=history, metrics=last
+        )
+        assert validation_score(record, TOY) == 2.0
+        assert Status("s", Path("j"), "running", [record], 0.0, 3, TOY).to_dict()["running"][0]["val/dist"] == 2.0
+        ended = dataclasses.replace(record, history=(*history, {"unit": 4.0, **last}))
+        assert validation_score(ended, TOY) == 5.0
 
 
 class TestPictures:

@@ -131,7 +131,8 @@ def fields(images: Path, network: Callable[[str], str], tmp_path: Path) -> Calla
             "name": "poison", "storage": str(tmp_path), "strategies": ["full"], "model": {"name": network("cnn")},
             "data": {"root": str(images), "id": ["bright", "dim"], "ood": ["inverted", "noisy"]},
             "search": {"trials": trials, "epochs": epochs, "scheduler": "none", "batch_size": 16},
-            "confirm": {"top_k": 0}, "diagnostics": {"measure": []}, "resources": {"concurrent": 1},
+            "confirm": {"top_k": 0}, "diagnostics": {"measure": []},
+            "resources": {"concurrent": 1, "channels_last": False},
             "failures": failures,
         }  # fmt: skip
         (tmp_path / "study.yaml").write_text(json.dumps(fields))

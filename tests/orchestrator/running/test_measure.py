@@ -11,12 +11,15 @@ import pytest
 
 from benchmarks.support.synthetic import write_shapes
 from orchestrator.record.journal import Journal
-from orchestrator.record.records import measurements
+from orchestrator.record.records import measurements, study_header
 from orchestrator.running import measure
-from orchestrator.running.measure import measure_start
+from orchestrator.running.measure import measure_start, with_layout
+from orchestrator.running.progress import event_line
 from orchestrator.study_file.schema import StudySpec
+from trainables.engine.memory_layout import measure_layouts
 from trainables.engine.start_plasticity import pretrained_plasticity
 from trainables.models.transformer_blocks import COMPONENTS
+from trainables.specs.metrics import task_metrics
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 REQUEST = {"cpu": 1.0, "gpu": 0.0}
@@ -111,6 +114,105 @@ def test_the_numbers_are_those_of_the_diagnostic(store: Path, network: Callable[
     before = kept.stat().st_mtime_ns
     assert pretrained_plasticity(task(store, network("vit"), cache=str(tmp_path))) == plasticity
     assert kept.stat().st_mtime_ns == before
+
+
+def layout_spec(**resources: Any) -> StudySpec:
+    fields: dict[str, Any] = {"name": "s", "data": {"source": "digits"}, "model": {"name": "digits_cnn"}}
+    return StudySpec.from_fields({**fields, "strategies": ["full"], "resources": resources})
+
+
+SECONDS = {
+    "contiguous": {"training_step": 0.4, "evaluation_batch": 0.9},
+    "channels_last": {"training_step": 0.33, "evaluation_batch": 0.64},
+}
+
+
+class Layout:
+    """The measurement on the cluster: its answers in turn, and how often it was made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any] | Exception) -> None:
+        self.count = 0
+        self._answers = iter(answers)
+        monkeypatch.setattr(measure, "_measured", self._measure)
+
+    def _measure(self, function: Any, task: SharedTrialSettings, request: Any) -> dict[str, Any]:
+        self.count += 1
+        assert (function, request) == (measure_layouts, REQUEST)
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "channels_last", "line"),
+    [
+        (
+            {"channels_last": True, "device": "cpu", "seconds": SECONDS},
+            True,
+            "memory layout: channels last; a training step and an evaluation batch took contiguous 0.4 s and 0.9 s, "
+            "channels last 0.33 s and 0.64 s of CPU time",
+        ),
+        (
+            {"channels_last": False, "device": "cpu", "seconds": SECONDS},
+            None,
+            "memory layout: contiguous; a training step and an evaluation batch took contiguous 0.4 s and 0.9 s, "
+            "channels last 0.33 s and 0.64 s of CPU time",
+        ),
+        ({"channels_last": True, "device": "cuda"}, None, "memory layout: channels last, as on every GPU"),
+    ],
+)
+def test_a_layout_is_decided_once_and_kept_by_every_run(
+    journal: Journal,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: dict[str, Any],
+    channels_last: bool | None,
+    line: str,
+) -> None:
+    """None is the device's own layout: identity and checkpoints of trials in it are those of earlier versions."""
+    layout = Layout(monkeypatch, answer)
+    journal.append("study_started", study="s", spec={})
+    shared = task(Path("none"), "digits_cnn")
+    assert with_layout(layout_spec(), shared, journal, REQUEST).channels_last is channels_last
+    journal.append("trial_suggested", trial_id="t", number=0, strategy="full")
+    journal.append("trial_started", trial_id="t")
+    journal.append("study_started", study="s", spec={})
+    assert with_layout(layout_spec(), shared, journal, REQUEST).channels_last is channels_last
+    assert layout.count == 1
+    (event,) = (event for event in journal.events() if event["kind"] == "memory_layout")
+    assert event_line(event, None, None, task_metrics()) == line
+    assert study_header(journal.events())["memory_layout"]["channels_last"] == answer["channels_last"]
+
+
+def test_a_layout_that_is_given_is_not_measured(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(monkeypatch)
+    shared = task(Path("none"), "digits_cnn", channels_last=False)
+    assert with_layout(layout_spec(channels_last=False), shared, journal, REQUEST) == shared
+    assert (layout.count, journal.events()) == (0, [])
+
+
+def test_trials_without_a_measured_layout_have_that_of_their_device(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study of an earlier version, which is continued with the bits that it has."""
+    layout = Layout(monkeypatch)
+    journal.append("trial_started", trial_id="t")
+    shared = task(Path("none"), "digits_cnn")
+    assert with_layout(layout_spec(), shared, journal, REQUEST) == shared
+    assert layout.count == 0
+
+
+def test_a_layout_that_cannot_be_measured_costs_a_warning(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Layout(monkeypatch, ValueError("no weights\ntraceback"))
+    shared = task(Path("none"), "digits_cnn")
+    assert with_layout(layout_spec(), shared, journal, REQUEST) == shared
+    assert journal.events() == []
+    assert caplog.messages == [
+        "Which memory layout is faster could not be measured (ValueError: no weights). Trials have that of their "
+        "device."
+    ]
 
 
 @pytest.mark.ray

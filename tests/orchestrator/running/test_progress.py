@@ -88,6 +88,26 @@ def test_without_a_terminal_every_event_is_one_line() -> None:
     ]
 
 
+def test_a_line_has_its_units_validation_and_the_table_the_best_so_far() -> None:
+    """Not that of the last rung, at which `best/…` was reported."""
+    console = plain()
+    progress = Progress(trials=2, epochs=9, console=console)
+    tell(progress, "trial_suggested", trial_id="a", number=0, strategy="daft", label="daft")
+    tell(progress, "trial_started", trial_id="a")
+    for unit, value in enumerate((0.3, 0.8, 0.7), start=1):
+        rung = {"best/val/acc": 0.3, "test/acc": 0.2} if unit == 1 else {}
+        tell(progress, "result", trial_id="a", unit=unit, metrics={"val/acc": value, **rung})
+    assert [line[9:] for line in printed(console).splitlines()][1:] == [
+        "trial 0 daft: epoch 1/9, val 0.300, 0.0 s",
+        "trial 0 daft: epoch 2/9, val 0.800, 0.0 s",
+        "trial 0 daft: epoch 3/9, val 0.700, 0.0 s",
+    ]
+    table = Console(file=io.StringIO(), width=120)
+    table.print(progress.render())
+    assert "0.800" in printed(table).splitlines()[1]
+    assert "best val 0.800 (daft)" in progress.summary()
+
+
 def test_the_table_shows_running_trials_and_the_last_ended_ones(clock: Clock) -> None:
     progress = Progress(trials=20, epochs=4, console=plain())
     for number in range(8):

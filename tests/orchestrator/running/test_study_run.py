@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +38,7 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
     folder = tmp_path / "tiny"
     store: Any = SimpleNamespace(digest="d", domains=["handwritten"], splits=["train"], manifest={})
 
-    def connect() -> Any:
+    def connect(nice: int) -> Any:
         raise AssertionError("a cluster was started")
 
     monkeypatch.setattr("orchestrator.running.study_run.connect", connect)
@@ -45,12 +47,54 @@ def test_p10_a_second_driver_is_refused_before_it_touches_anything(
         journal.append("study_started", study="tiny")
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
         with pytest.raises(JournalError) as refused:
-            StudyRun(spec(), folder, store, task(), stages=[], progress=False).run()
+            StudyRun(spec(), folder, store, task(), stages=lambda task: [], progress=False).run()
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert str(refused.value) == (
         f"A study is written by one process at a time, but another one holds {folder}/journal.jsonl. Wait until it "
         "ends, or use another name or storage for this study."
     )
+
+
+@pytest.mark.parametrize(
+    ("nice", "started", "messages"),
+    [
+        (
+            5,
+            False,
+            [
+                "resources.nice is 5, but the cluster was started elsewhere, with a niceness of its workers of its own "
+                "(15, unless RAY_worker_niceness was set there): trials raise theirs to 5, and cannot lower it."
+            ],
+        ),
+        (None, False, []),
+        (5, True, []),
+    ],
+)
+def test_what_niceness_can_do_in_a_cluster_that_was_started_elsewhere(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    nice: int | None,
+    started: bool,
+    messages: list[str],
+) -> None:
+    def resources(*arguments: Any) -> Any:
+        raise RuntimeError("far enough")
+
+    given: list[int] = []
+
+    @contextlib.contextmanager
+    def connect(nice: int) -> Iterator[Any]:
+        given.append(nice)
+        yield SimpleNamespace(started=started, trial_resources=resources)
+
+    monkeypatch.setattr("orchestrator.running.study_run.connect", connect)
+    store: Any = SimpleNamespace(digest="d", manifest={}, classes=[])
+    run = StudyRun(spec(resources={"nice": nice}), tmp_path, store, task(), stages=lambda task: [], progress=False)
+    with pytest.raises(RuntimeError, match="far enough"):
+        run.run()
+    assert given == [nice or 0]
+    assert caplog.messages == messages
 
 
 class TestCounts:

@@ -255,6 +255,22 @@ def test_p9_times_of_earlier_runs_count() -> None:
     assert driver.killed == ["p0"]
 
 
+def test_p9_an_earlier_run_is_replayed_with_the_evaluations_that_it_had() -> None:
+    """Of an earlier version, a unit with an evaluation at a rung: no measure for units without one."""
+    history = (
+        {"unit": 1.0, "cost/unit_seconds": 20.0},
+        {"unit": 2.0, "cost/unit_seconds": 10.0},
+        {"unit": 3.0, "cost/unit_seconds": 400.0, "test/acc": 0.5, "ood/noisy/acc": 0.4},
+    )
+    record = TrialRecord(trial_id="old", number=0, strategy="full", label="full", history=history)
+    allowed = Driver([record]).dog.allowed(SimpleNamespace(trial_id="t9", config=_config(9)), 2)
+    assert allowed == (30.0, "30 s are allowed, because others of its entry took at most 10 s")
+
+
+def _config(number: int) -> dict[str, Any]:
+    return {"shared": asdict(task(epochs=6)), "strategy": "full", "label": "full", "hparams": {}, "_number": number}
+
+
 def test_p9_null_waits_for_ever() -> None:
     driver = Driver(stall_factor=None)
     driver.unit(driver.trial(), 1, 1)

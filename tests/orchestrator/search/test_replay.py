@@ -18,10 +18,12 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from orchestrator.record.checkpoints import checkpoint_folder
 from orchestrator.record.journal import Journal, fold
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.selection import top_candidates
-from orchestrator.running.journal_callback import RecordCallback, close_open_trials
+from orchestrator.results.study_results import Results
+from orchestrator.running.journal_callback import RecordCallback, close_open_trials, withdraw_trials
 from orchestrator.search import optuna_store
 from orchestrator.search.asha import StudyScheduler
 from orchestrator.search.optuna_store import set_aside
@@ -55,12 +57,12 @@ class Driver:
     every = 1
     """Units between two checkpoints of a trial."""
 
-    def __init__(self, folder: Path, checkpoints: Checkpoints, **fields: Any) -> None:
+    def __init__(self, folder: Path, checkpoints: Checkpoints, top_k: int = 2, **fields: Any) -> None:
         self.journal = Journal(folder / "journal.jsonl")
         close_open_trials(self.journal)
         self.journal.append("study_started", study="s", spec={})
         self.checkpoints = checkpoints
-        stage = ConfirmStage(task(), lambda records: top_candidates(records, 2, "id_val"), seeds=2, seed=3)
+        stage = ConfirmStage(task(), lambda records: top_candidates(records, top_k, "id_val"), seeds=2, seed=3)
         self.searcher = searcher(folder, journal=self.journal, trials=TRIALS, stages=[stage], **fields)
         history = fold(self.journal.events())
         self.scheduler = StudyScheduler("val/acc", True, EPOCHS, grace=1, reduction=2, history=history)
@@ -99,6 +101,22 @@ class Driver:
         self.scheduler.on_trial_complete(None, trial, last)
         self.searcher.on_trial_complete(trial.trial_id, last)
         self.callback.on_trial_complete(0, [], trial)
+
+    def interrupt(self, number: int) -> None:
+        """Run until the trial of this number has started, then end as by Ctrl-C."""
+        while True:
+            trial_id = uuid.uuid4().hex[:8]
+            config = self.searcher.suggest(trial_id)
+            assert isinstance(config, dict)
+            trial = SimpleNamespace(trial_id=trial_id, config=config, last_result={}, error_file=None)
+            if config["_number"] == number:
+                self.callback.on_trial_start(0, [], trial)
+                self.callback.on_trial_result(0, [], trial, result(config, 1))
+                break
+            self.one(trial)
+        self.callback.on_experiment_end([])
+        self.searcher.close()
+        self.die()
 
     def die(self) -> None:
         """As the kernel does it: files are closed, nothing is said to anybody."""
@@ -143,6 +161,32 @@ def known_to_optuna(folder: Path) -> list[tuple[Any, ...]]:
         for t in optuna_trials(folder)
         if "interrupted" not in t.user_attrs
     ]
+
+
+def test_a_trial_that_a_complete_run_did_not_ask_for_is_withdrawn_and_can_be_asked_for_again(
+    tmp_path: Path, whole: tuple[Path, list[TrialRecord]]
+) -> None:
+    """An interrupted confirmation, `confirm.top_k` lowered, then raised again."""
+    number = 15  # the first seed of the second configuration
+    checkpoints: Checkpoints = {}
+    Driver(tmp_path, checkpoints).interrupt(number)
+    checkpoint_folder(tmp_path, number).mkdir(parents=True)
+    fewer = Driver(tmp_path, checkpoints, top_k=1)
+    fewer.run()
+    assert [r.number for r in continued(tmp_path) if r.unfinished] == [number]
+    withdraw_trials(fewer.journal, tmp_path)
+    fewer.die()
+    records = continued(tmp_path)
+    assert [(r.number, r.unit) for r in records if r.state == "withdrawn"] == [(number, 1)]
+    assert [r.number for r in records if r.unfinished or r.resumable] == []
+    assert not checkpoint_folder(tmp_path, number).exists()
+    assert not [text for text in Results(records, {"name": "s"}).warnings() if "unfinished" in text]
+    checkpoints.pop(number, None)
+    again = Driver(tmp_path, checkpoints)
+    again.run()
+    withdraw_trials(again.journal, tmp_path)
+    again.die()
+    assert shown(continued(tmp_path)) == shown(whole[1])
 
 
 @pytest.fixture(scope="module")

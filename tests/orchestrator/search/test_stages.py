@@ -56,6 +56,18 @@ def test_the_best_configurations_run_again_on_fresh_seeds(tmp_path: Path) -> Non
     assert [c["_number"] for c in proposed] == list(range(16))
 
 
+def test_trials_that_no_scheduler_stops_are_evaluated_at_their_end_alone() -> None:
+    settings = task(evaluate_at=(1, 3), interim_splits=("ood/noisy",))
+    records = [TrialRecord(trial_id="t", number=0, strategy="full", label="full", state="complete")]
+    stages = (
+        FoldStage(settings, lambda records: records, DOMAINS, seed=0),
+        ConfirmStage(settings, lambda records: records, seeds=2, seed=0),
+    )
+    shared = [spec.shared for stage in stages for spec in stage.next(records)]
+    assert len(shared) == 5
+    assert {(one.evaluate_at, one.interim_splits) for one in shared} == {((), None)}
+
+
 def test_a_deterministic_configuration_is_confirmed_once() -> None:
     records = [TrialRecord(trial_id=name, number=n, strategy=name, label=name) for n, name in enumerate(("lp", "full"))]
     stage = ConfirmStage(

@@ -118,6 +118,15 @@ class TestPackages:
         ]
 
 
+class TestRungs:
+    def test_an_evaluation_at_rungs_needs_rungs(self) -> None:
+        assert invalid(search={"evaluate_at_rungs": True}) == []
+        assert invalid(search={"evaluate_at_rungs": True, "scheduler": "none"}) == [
+            "search.evaluate_at_rungs: evaluate_at_rungs needs a scheduler that stops trials at rungs, but got "
+            "scheduler: none, with which every trial is evaluated at its end. Leave one of the two out."
+        ]
+
+
 class TestMetricAndLoss:
     def test_metrics_that_select_are_those_of_the_table(self) -> None:
         assert invalid(search={"metric": "balanced_acc"}) == []

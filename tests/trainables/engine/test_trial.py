@@ -218,6 +218,19 @@ def test_an_early_evaluation_does_not_disturb_training(make: Callable[..., Trial
     assert a[-1]["test/nll"] == b[-1]["test/nll"]
 
 
+def test_an_early_evaluation_of_one_domain_scores_that_domain_alone(make: Callable[..., Trial]) -> None:
+    """A mean and a worst over the domains are those of all of them."""
+    every = history_of(make("Doubling", evaluate_at=(1, 2)))
+    one = history_of(make("Doubling", evaluate_at=(1, 2), interim_splits=("ood/noisy",)))
+    for unit in (0, 1):
+        tested = {name: value for name, value in one[unit].items() if name.startswith(("test/", "ood/"))}
+        assert "ood/noisy/acc" in tested
+        assert tested == {name: value for name, value in every[unit].items() if name.startswith("ood/noisy/")}
+        assert one[unit]["best/val/acc"] == every[unit]["best/val/acc"]
+    assert {"test/acc", "ood/mean/acc", "ood/worst/acc"} <= one[2].keys()
+    assert same_numbers(one[2:], every[2:])
+
+
 @pytest.mark.parametrize("strategy", ["Everything", "HeadThenAll", "HeadOnly", "Doubling"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_resumed_run_continues_bit_for_bit(

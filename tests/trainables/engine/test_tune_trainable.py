@@ -75,6 +75,16 @@ def shared(results: list[dict[str, Any]], like: list[dict[str, Any]]) -> list[di
     ]
 
 
+def test_a_trial_has_at_least_the_niceness_of_its_study(
+    specs: list[TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[int] = []
+    monkeypatch.setattr("trainables.engine.tune_trainable.raise_niceness", raised.append)
+    for nice in (7, None):
+        TuneTrainable({**specs[0].to_dict(), "_nice": nice}).step()
+    assert raised == [7]
+
+
 def test_setup_touches_nothing(tmp_path: Path) -> None:
     task = SharedTrialSettings(store=str(tmp_path / "none"), model=ModelSpec(name="no_such_model"))
     trial = TuneTrainable(TrialSpec(shared=task, strategy="daft").to_dict() | {"_number": 7})
