@@ -91,7 +91,7 @@ class Plots:
         return _drawn(figure, "a run of two units", "this study has none")
 
     def fsr(self) -> Figure:
-        """Fine-tuning shift ratio against every reference, with 95 % intervals over seeds.
+        """Fine-tuning shift ratio against every reference, with 95 % intervals over seeds and training subsamples.
 
         Raises:
             ValueError: the study has no FSR.

@@ -183,7 +183,9 @@ class TestReport:
         FsrReport("pets", stored, []).render(console)
         text = console.export_text()
         assert stored[0].sentence() in text
-        assert "Suggested λ = 1.64 [1.47, 1.85]: a later search of pets tries it early" in text
+        assert (
+            "Suggested λ = 1.64 [1.47, 1.85] (95 % interval over seeds; n = 3 seeds, 1 training subsample): a" in text
+        )
 
     def test_c8_the_name_of_a_domain_is_no_markup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         row = {"sample": "oracle:[/red]cat", "images": 4.0, "shift": 1.0, "ci95": None, "seeds": 1}

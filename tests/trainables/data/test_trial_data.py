@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from benchmarks.support.synthetic import SIDE, shapes, write_shapes
 from tests.support.imbalanced import imbalanced
 from trainables.data.store import Store
-from trainables.data.trial_data import TrialData, balanced_order, batch_positions, class_counts
+from trainables.data.trial_data import TrialData, balanced_order, batch_positions, class_counts, select_samples
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
@@ -126,6 +127,24 @@ def test_a_fraction_is_a_prefix_and_changes_training_only(make: Make) -> None:
     assert small.labels("train").tolist() == shapes().labels("train")[:16].tolist()
     assert small.cache_key != make().cache_key
     assert np.allclose(small.features("train"), make().features("train")[:16], atol=1e-6)
+
+
+def test_a_draw_is_another_nested_sample_of_the_same_classes(make: Make) -> None:
+    store = shapes()
+
+    def positions(draw: int, fraction: float) -> set[int]:
+        spec = dataclasses.replace(make(train_fraction=fraction).spec, train_draw=draw)
+        ((_, indices),) = select_samples(spec, store)["train"]
+        assert (np.diff(indices) > 0).all()
+        return set(indices.tolist())
+
+    labels = store.labels("train")
+    own, first, second = (positions(draw, 0.5) for draw in (0, 1, 2))
+    assert own == set(range(store.fraction("train", 0.5)))
+    assert len({frozenset(sample) for sample in (own, first, second)}) == 3
+    assert Counter(labels[sorted(first)].tolist()) == Counter(labels[sorted(own)].tolist())
+    assert positions(1, 0.25) < first
+    assert positions(1, 1.0) == positions(0, 1.0)
 
 
 def test_a_held_out_domain_leaves_training_and_validation(make: Make) -> None:
