@@ -20,7 +20,8 @@ from typing import Literal
 from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from trainables.specs.metrics import VAL, TaskMetrics, best_or_last
-from trainables.storage.checkpoint_format import TENSORS, file_digest
+from trainables.storage.checkpoint_format import TENSORS
+from trainables.storage.file_identity import file_digest
 from trainables.storage.kept_weights import WeightsError, discard_weights, load_weights
 
 Keep = Literal["best", "confirmed", "all"]

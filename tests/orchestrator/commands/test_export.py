@@ -16,7 +16,6 @@ from orchestrator.cli import app
 from orchestrator.commands.export import check_adapter, select_trial
 from orchestrator.errors import StudyError
 from orchestrator.export.errors import RefusedExportError
-from orchestrator.export.timm_folder import file_digest
 from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.results.kept_model import preprocessing_of
@@ -214,11 +213,6 @@ def test_an_interpolated_adapter_is_refused() -> None:
     meta = {"number": 3, "strategy": "lora", "interpolated": "alpha"}
     with pytest.raises(RefusedExportError, match=r"those of trial 3 were interpolated after training \(alpha\)"):
         check_adapter(KeptWeights(tensors={}, meta=meta, adapter={"x.lora_A": torch.zeros(1)}), {})
-
-
-def test_digest_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert file_digest(tmp_path / "x").startswith("ba7816bf8f01cfea")
 
 
 def test_a_trial_that_is_not_complete() -> None:
