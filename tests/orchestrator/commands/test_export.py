@@ -20,7 +20,7 @@ from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.results.kept_model import preprocessing_of
 from orchestrator.study import Study, read_journal
-from tests.support.exports import finished_study, fresh, pictures
+from tests.support.exports import confirmed_study, finished_study, fresh, pictures
 from trainables.engine.tuned_network import tuned_network
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec
@@ -28,18 +28,10 @@ from trainables.storage.kept_weights import KeptWeights, load_weights, save_weig
 
 pytestmark = [pytest.mark.usefixtures("cpu_only"), pytest.mark.thorough]
 
-TRIALS = (
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 1},
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 2, "role": "confirm"},
-    {"strategy": "linear_probe", "seed": 3},
-)
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    root = pictures(folder / "pictures", ["1", "2", "10", "11"], count=20)
-    return finished_study(folder / "studies", root, {"name": "test_resnet", "pretrained": False}, TRIALS)
+    return confirmed_study(tmp_path_factory.mktemp("study"))
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
