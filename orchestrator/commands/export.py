@@ -233,6 +233,12 @@ def select_trial(
             "configuration was not confirmed on fresh seeds.",
         )
     text = metrics.selection.text
+    if len(chosen.scores) == 1:
+        return Selected(
+            chosen.record,
+            f"Trial {chosen.record.number}: the confirmed seed of the configuration that the rule {choice.rule} "
+            f"chooses among {among.removesuffix(',')}, {text(chosen.value)} on validation.",
+        )
     return Selected(
         chosen.record,
         f"Trial {chosen.record.number}: of the {counted(len(chosen.scores), 'confirmed seed')} of the configuration "
@@ -425,8 +431,8 @@ def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
     limits = [
         "The numbers hold for pictures like those of the study's test split and OOD domains. Nothing was measured on "
         "others, and a picture of none of the classes gets one of them all the same.",
-        "The intervals of this model are over pictures: they do not cover training again with another seed. Those of "
-        "its configuration over pictures and seeds do.",
+        "The intervals of this model are over pictures alone. Training again with another seed is covered by those of "
+        "its configuration's mean only.",
     ]
     if record.role == "refit":
         limits.append(

@@ -63,7 +63,7 @@ def test_an_entry_s_confirmed_trial_goes_before_its_search_trial(study: Study, t
     assert code == 0, err
     values = json.loads(out)
     assert values["trial"] == 1
-    assert "of the 1 confirmed seed of the configuration that the rule id_val chooses" in values["reason"]
+    assert "the confirmed seed of the configuration that the rule id_val chooses among entry full," in values["reason"]
     assert values["proof"]["difference"] <= 1e-5
 
 
