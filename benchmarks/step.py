@@ -29,7 +29,7 @@ from torch.nn import functional
 from trainables import strategy_class
 from trainables.data.trial_data import TrialData
 from trainables.engine.contract import TrainingConfig
-from trainables.engine.loop import set_training_mode, train_unit
+from trainables.engine.loop import PhaseSteps, set_training_mode, train_unit
 from trainables.engine.optim import rate_factor
 from trainables.engine.phase_trainer import PhaseTrainer
 from trainables.models.backbone import load_pretrained
@@ -163,10 +163,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def ready_unit(training: PhaseTrainer, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Run Luthier's `train_unit` on prepared tensors."""
     set_training_mode(training.model, training.model.backbone if training.head_only else None, training.config.bn_mode)
-    train_unit(
-        training.model, batches, training.optimizer, training.config, training.task,
-        first_step=0, total_steps=training.total_steps, dtype=training.dtype,
+    steps = PhaseSteps(
+        forward=training.model, optimizer=training.optimizer, config=training.config, task=training.task,
+        total_steps=training.total_steps, dtype=training.dtype,
     )  # fmt: skip
+    train_unit(steps, batches, 0)
 
 
 def measure(

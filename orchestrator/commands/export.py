@@ -25,8 +25,10 @@ from orchestrator.export.formats import BACKBONE
 from orchestrator.ingest.errors import DataError
 from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
-from orchestrator.results.intervals import mean_interval
+from orchestrator.results.comparison import Competitor
+from orchestrator.results.comparison import Score as IntervalScore
 from orchestrator.results.kept_model import preprocessing_of, read_kept
+from orchestrator.results.predictions import SampleTables
 from orchestrator.results.selection import reported_trials, representative
 from orchestrator.results.study_results import Results
 from orchestrator.running.refit import REFIT, OnUnit
@@ -38,7 +40,7 @@ from trainables.data.transforms import BatchTransform
 from trainables.engine.tuned_network import HEAD, low_rank_update, tuned_network
 from trainables.models.backbone import DataConfig, load_pretrained
 from trainables.models.task_model import TaskModel
-from trainables.specs.metrics import TEST, TaskMetrics, ood
+from trainables.specs.metrics import ACCURACY, TEST, VAL, TaskMetrics, ood
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import bitwise_equal
 from trainables.storage.kept_weights import KeptWeights
@@ -143,12 +145,15 @@ def export_study(
     metrics = metrics_of(spec)
     preprocessing = preprocessing_of(kept)
     sentence = compare_with_record(network, store, preprocessing, selected.record, metrics)
+    tables = SampleTables(study_folder)
     tuned = TunedModel(
         network=network,
         spec=model,
         preprocessing=preprocessing,
         classes=list(kept.meta["classes"]),
-        facts=card_facts(spec, kept, selected, records, store, network),
+        facts=card_facts(
+            spec, kept, selected, scores_of(selected.record, records, store, metrics, tables), store, network
+        ),
         pictures=np.asarray(store.images(TEST)),
         update=low_rank_update(kept),
         pretrained=pretrained.module,
@@ -228,6 +233,12 @@ def select_trial(
             "configuration was not confirmed on fresh seeds.",
         )
     text = metrics.selection.text
+    if len(chosen.scores) == 1:
+        return Selected(
+            chosen.record,
+            f"Trial {chosen.record.number}: the confirmed seed of the configuration that the rule {choice.rule} "
+            f"chooses among {among.removesuffix(',')}, {text(chosen.value)} on validation.",
+        )
     return Selected(
         chosen.record,
         f"Trial {chosen.record.number}: of the {counted(len(chosen.scores), 'confirmed seed')} of the configuration "
@@ -325,13 +336,12 @@ def card_facts(
     spec: StudySpec,
     kept: KeptWeights,
     selected: Selected,
-    records: Sequence[TrialRecord],
+    scores: Sequence[Score],
     store: Store,
     network: TaskModel,
 ) -> CardFacts:
     """Facts for the model card."""
     meta = kept.meta
-    metrics = metrics_of(spec)
     source = dict(getattr(network.backbone, "pretrained_cfg", {}) or {})
     model = ModelSpec(**meta["model"])
     origin = f" from {source['origin_url']}" if source.get("origin_url") else ""
@@ -346,7 +356,7 @@ def card_facts(
         choice=selected.reason,
         hparams=dict(meta["hparams"]),
         seed=int(meta["seed"]),
-        scores=scores_of(selected.record, records, store, metrics),
+        scores=scores,
         data_digest=str(meta["store_digest"]),
         pretrained=pretrained,
         pretrained_digest=str(meta["pretrained_digest"]),
@@ -356,46 +366,73 @@ def card_facts(
     )
 
 
-def scores_of(record: TrialRecord, records: Sequence[TrialRecord], store: Store, metrics: TaskMetrics) -> list[Score]:
-    """Selection metric of the exported trial on every split.
+def scores_of(
+    record: TrialRecord,
+    records: Sequence[TrialRecord],
+    store: Store,
+    metrics: TaskMetrics,
+    tables: SampleTables,
+) -> list[Score]:
+    """Selection metric of the exported trial and of its configuration on every split.
 
-    With Wilson's 95 % interval over the pictures where it is a share; and its mean over the configuration's seeds on ID
-    test.
+    The trial's number has a 95 % interval over the pictures: of its kept predictions, and Wilson's where an accuracy
+    has none. The mean over the configuration's confirmed seeds has the leaderboard's interval, over pictures and seeds
+    where predictions are kept.
     """
-    scores = []
-    validation = validation_score(record, metrics)
-    if validation is not None:
-        scores.append(_score(metrics.validation, validation, len(store.labels("val")), metrics))
-    splits = {metrics.test: TEST}
+    splits = {metrics.best_validation: VAL, metrics.test: TEST}
     splits |= {metrics.of_domain(name): ood(name) for name in metrics.domains(record.metrics)}
+    # A refit has seen the validation pictures.
+    values = {name: record.metric(name) for name in splits}
+    values[metrics.best_validation] = validation_score(record, metrics)
+    runs = [run for run in reported_trials(records, record.config_hash) if run.role == "confirm"]
+    configuration = Competitor(record.label, record.strategy, record, runs, metrics, tables)
+    scores = []
     for name, split in splits.items():
-        value = record.metric(name)
-        if value is not None and split in store.splits:
-            scores.append(_score(name, value, len(store.labels(split)), metrics))
-    seeds = [r.metric(metrics.test) for r in reported_trials(records, record.config_hash) if r.role == "confirm"]
-    values = [value for value in seeds if value is not None]
-    if len(values) > 1:
-        mean, half = mean_interval(values)
-        without = ", trained without the validation pictures" if record.role == "refit" else ""
-        text = f"{metrics.selection.text(mean, half)} (mean of {len(values)} seeds, 95 % interval over seeds{without})"
-        scores.append(Score(metrics.test, text, len(store.labels(TEST))))
+        value = values[name]
+        if value is None or split not in store.splits:
+            continue
+        samples = len(store.labels(split))
+        text = _of_trial(record, name, value, samples, metrics, tables)
+        over_seeds = configuration.score(name) if len(runs) > 1 else None
+        shown = metrics.validation if split == VAL else name
+        scores.append(Score(shown, text, samples, "" if over_seeds is None else _of_seeds(over_seeds, metrics)))
     return scores
 
 
-def _score(name: str, value: float, samples: int, metrics: TaskMetrics) -> Score:
-    text = metrics.selection.text(value)
-    if 0 <= value <= 1 and samples:
+def _of_trial(
+    record: TrialRecord, name: str, value: float, samples: int, metrics: TaskMetrics, tables: SampleTables
+) -> str:
+    """A metric of one trial with its interval over the pictures, where there is one."""
+    metric = metrics.selection
+    # A refit has the number of the trial whose configuration it has, but not its predictions.
+    table = None if record.role == REFIT else tables.of([record], name, metrics)
+    if table is not None:
+        score = IntervalScore.of_table(table)
+        low, high = score.low, score.high
+    elif metric.key == ACCURACY.key and samples:
         # The recorded share times the samples is the number of hits, but for rounding.
         interval = binomtest(round(value * samples), samples).proportion_ci(method="wilson")
-        text += f" (95 % interval over pictures: {interval.low:.3f} to {interval.high:.3f})"
-    return Score(name, text, samples)
+        low, high = interval.low, interval.high
+    else:
+        return metric.text(value)
+    return f"{metric.text(value)} (95 % interval over pictures: {metric.number(low)} to {metric.number(high)})"
+
+
+def _of_seeds(score: IntervalScore, metrics: TaskMetrics) -> str:
+    metric = metrics.selection
+    text = f"{metric.text(score.mean)} ({counted(score.seeds, 'seed')}"
+    if not score.has_interval:
+        return f"{text})"
+    over = score.basis.replace("samples", "pictures")
+    return f"{text}; 95 % interval over {over}: {metric.number(score.low)} to {metric.number(score.high)})"
 
 
 def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
     limits = [
         "The numbers hold for pictures like those of the study's test split and OOD domains. Nothing was measured on "
         "others, and a picture of none of the classes gets one of them all the same.",
-        "The intervals of single splits are over pictures; they do not cover training again with another seed.",
+        "The intervals of this model are over pictures alone. Training again with another seed is covered by those of "
+        "its configuration's mean only.",
     ]
     if record.role == "refit":
         limits.append(

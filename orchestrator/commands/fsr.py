@@ -75,6 +75,9 @@ class FsrReport:
                 "shift": _finite(e.shift),
                 "reference_shift": _finite(e.reference_shift),
                 "seeds": e.seeds,
+                "training_subsamples": e.draws,
+                "images": e.images,
+                "interval_over": e.basis,
                 "by_seed": {str(seed): ratio for seed, ratio in e.by_seed.items()},
                 "note": e.note,
                 "sentence": e.sentence(),
@@ -112,8 +115,9 @@ class FsrReport:
             low, high = first.lam_interval
             upper = "∞)" if math.isinf(high) else f"{high:.2f}]"
             print_line(
-                f"Suggested λ = {first.lam:.2f} [{low:.2f}, {upper}: a later search of {self.study} tries it early "
-                "(another study on the same network and sample: diagnostics.fsr_from)."
+                f"Suggested λ = {first.lam:.2f} [{low:.2f}, {upper} (95 % interval over {first.basis}; {first.n}): a "
+                f"later search of {self.study} tries it early (another study on the same network and sample: "
+                "diagnostics.fsr_from)."
             )
 
 

@@ -33,7 +33,8 @@ def print_summary(console: Console, study: Study, results: Results) -> None:
 
 
 def next_commands(study: Study) -> list[str]:
-    """Commands that show a study in MLflow and in Optuna's dashboard."""
+    """Commands that export the chosen model, and that show a study in MLflow and in Optuna's dashboard."""
+    export = f"luthier export {shlex.quote(str(study.folder))} --to model"
     uri = study.spec.tracking_uri
     if uri.startswith("http"):
         compare = f"Compare the runs in MLflow: {uri}, experiment {study.spec.experiment}"
@@ -41,4 +42,8 @@ def next_commands(study: Study) -> list[str]:
         server = f"mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri {shlex.quote(uri)}"
         compare = f"Compare the runs in MLflow (http://127.0.0.1:5000): {server}"
     optuna = shlex.quote(f"sqlite:///{study.folder / 'optuna.db'}")
-    return [compare, f"Inspect the search (pip install 'luthier[dashboard]'): optuna-dashboard {optuna}"]
+    return [
+        f"Export the chosen model: {export}",
+        compare,
+        f"Inspect the search (pip install 'luthier[dashboard]'): optuna-dashboard {optuna}",
+    ]

@@ -28,9 +28,11 @@ class Score:
     name: str
     """Recorded name, such as `test/acc`."""
     value: str
-    """As text, with its unit and, where there is one, its interval."""
+    """Of this model, as text with its unit and, where there is one, its interval over pictures."""
     samples: int | None = None
     """Pictures behind it; None = unknown."""
+    over_seeds: str = ""
+    """Mean over the configuration's seeds as text, with its interval and what that is over; empty = there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def render_card(
         *_section("Model", _model_lines(facts)),
         *_section("Classes", [f"{index}. {_text(name)}" for index, name in enumerate(classes)], bullet=""),
         *_section("Pictures", _pixel_lines(preprocessing)),
-        *_scores(facts.scores, "Numbers of the record" if facts.taken_over is None else "Numbers of the refit"),
+        *_scores(facts),
         *_section("Comparisons at export", proof),
         *_section("Limits", [_text(limit) for limit in facts.limits]),
         "## Use",
@@ -132,11 +134,17 @@ def _pixel_lines(preprocessing: DataConfig) -> list[str]:
     ]
 
 
-def _scores(scores: Sequence[Score], title: str) -> list[str]:
-    if not scores:
+def _scores(facts: CardFacts) -> list[str]:
+    if not facts.scores:
         return []
-    rows = [f"| {_code(s.name)} | {_text(s.value)} | {'' if s.samples is None else s.samples} |" for s in scores]
-    return [f"## {title}", "", "| metric | value | pictures |", "|---|---|---|", *rows, ""]
+    title = "Numbers of the record" if facts.taken_over is None else "Numbers of the refit"
+    trained = "" if facts.taken_over is None else ", trained without the validation pictures"
+    rows = []
+    for score in facts.scores:
+        samples = "" if score.samples is None else f"{score.samples:,}"
+        rows.append(f"| {_code(score.name)} | {_text(score.value)} | {_text(score.over_seeds or '–')} | {samples} |")
+    head = f"| metric | this model | its configuration, mean over seeds{trained} | pictures |"
+    return [f"## {title}", "", head, "|---|---|---|---|", *rows, ""]
 
 
 def _section(title: str, lines: Sequence[str], bullet: str = "- ") -> list[str]:

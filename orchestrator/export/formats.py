@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orchestrator.export.errors import ExportError, RefusedExportError
@@ -25,6 +24,7 @@ from orchestrator.export.timm_folder import write_config, write_weights
 from trainables.models.backbone import DataConfig
 from trainables.models.low_rank import LowRankUpdate
 from trainables.models.timm_classifier import TimmClassifier
+from trainables.storage.checkpoint_format import save_tensors
 
 ONNX = "model.onnx"
 TORCH_EXPORT = "model.pt2"
@@ -215,13 +215,13 @@ def write_peft(folder: Path, material: Material) -> Written:
     state: dict[str, Tensor] = {}
     for target, path in paths.items():
         for part in ("lora_A", "lora_B"):
-            state[f"{PEFT}{path}.{part}.weight"] = update.tensors[f"{target}.{part}"].detach().cpu().clone()
+            state[f"{PEFT}{path}.{part}.weight"] = update.tensors[f"{target}.{part}"]
     for head in heads:
         for name, value in material.classifier.module.get_submodule(head).state_dict().items():
-            state[f"{PEFT}{head}.{name}"] = value.clone()
+            state[f"{PEFT}{head}.{name}"] = value
     write_config(folder, material.classifier, material.classes, material.preprocessing)
     config.save_pretrained(str(folder))
-    save_file(state, folder / ADAPTER, metadata={"format": "pt"})
+    save_tensors(state, folder / ADAPTER, metadata={"format": "pt"})
     base = copy.deepcopy(adapter.base.module)
     network = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     digest = backbone_digest(adapter.base)

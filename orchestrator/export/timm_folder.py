@@ -7,7 +7,6 @@ left out, because training did not use them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,15 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from orchestrator.export.errors import ModelFolderError
 from orchestrator.ingest.images import INTERPOLATIONS
 from trainables.models.backbone import DataConfig
 from trainables.models.timm_classifier import TimmClassifier
+from trainables.storage.checkpoint_format import save_tensors
+from trainables.storage.file_identity import file_digest
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -85,9 +86,7 @@ def write_config(folder: Path, classifier: TimmClassifier, classes: Sequence[str
 
 def write_weights(folder: Path, module: nn.Module) -> None:
     """Write model.safetensors under timm's own names."""
-    # Copies: safetensors refuses tensors that share memory.
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()},
-              folder / WEIGHTS, metadata={"format": "pt"})  # fmt: skip
+    save_tensors(module.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any], files: Sequence[str]) -> None:
@@ -168,12 +167,6 @@ def load_network(folder: ModelFolder) -> nn.Module:
             "model again."
         ) from error
     return network.eval().requires_grad_(False)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

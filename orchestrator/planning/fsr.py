@@ -18,7 +18,7 @@ import search_spaces
 from orchestrator.errors import PreflightError, Problem
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import TrialRecord, fold, study_header
-from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, estimates, suggested
+from orchestrator.results.fsr import EXTRAPOLATED, FULL, ORACLE, OWN, drawn_sample, estimates, suggested
 from orchestrator.results.selection import per_label
 from orchestrator.search.stages import Entry, trial
 from trainables.specs.metrics import CLASSIFICATION, TaskMetrics, ood_domain
@@ -41,9 +41,11 @@ DROPPED = ("lam_scope", "wise")
 
 @dataclass(frozen=True)
 class ReferenceStage:
-    """Stage of the reference trials: `seeds` trials per sample.
+    """Stage of the reference trials: `seeds` trials per sample, each on a draw of its own.
 
-    Samples are the study's own, nested shares of it, the whole pool and each OOD domain. All run the study's best
+    Samples are the study's own, nested shares of it, the whole pool and each OOD domain. The first seed has the study's
+    own images; each further one draws as many images of each class from the pool anew, nested in the same way, so that
+    trials of several seeds vary by the training subsample, too. All run the study's best
     LayerNorm configuration with λ = 1 and the same number of optimiser steps, whatever the sample's size. Where none
     was searched, it is the default point of the study's first LayerNorm entry or, without such an entry, of the
     strategy.
@@ -80,11 +82,15 @@ class ReferenceStage:
         label, hparams = self._recipe(history)
         samples = self.samples()
         recipe = (label, STRATEGY, hparams)
-        return [
-            trial(task, recipe, reference_seed(self.seed, number), "reference", sample=sample)
-            for number in range(self.seeds)
-            for sample, task in samples.items()
-        ]
+        specs = []
+        for number in range(self.seeds):
+            for sample, task in samples.items():
+                # A sample of all images, or of another domain, has no other draw.
+                draw = number if task.train_fraction < 1 else 0
+                name = drawn_sample(sample, draw)
+                spec = trial(task, recipe, reference_seed(self.seed, number), "reference", sample=name)
+                specs.append(dataclasses.replace(spec, train_draw=draw))
+        return specs
 
     def samples(self) -> dict[str, SharedTrialSettings]:
         """Sample → settings that its trials share.

@@ -2,6 +2,7 @@
 
     <study>/weights/trial-0007/              see `trainables.storage.kept_weights`
     <study>/predictions/trial-0007.arrow     see `trainables.storage.kept_predictions`
+    <study>/predictions/trial-0007.features.safetensors   see `orchestrator.report.features`
     <study>/weights/refit-<config>-<seed>/   see `orchestrator.running.refit`
 
 A trial writes them before its last result is reported. Which of them are retained follows from the records alone, so
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.record.kept_paths import predictions_file, weights_folder
+from orchestrator.record.kept_paths import predictions_file, similarities_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from trainables.specs.metrics import VAL, TaskMetrics, best_or_last
-from trainables.storage.checkpoint_format import TENSORS, file_digest
+from trainables.storage.checkpoint_format import TENSORS
+from trainables.storage.file_identity import file_digest
 from trainables.storage.kept_weights import WeightsError, discard_weights, load_weights
 
 Keep = Literal["best", "confirmed", "all"]
@@ -55,18 +57,20 @@ def discard_refit(folder: Path) -> None:
 
 
 def kept_bytes(study: Path, number: int) -> int:
-    """Size of a trial's weights and predictions on the disk."""
+    """Size of a trial's weights, predictions and compared features on the disk."""
     files = [*weights_folder(study, number).glob("*"), predictions_file(study, number)]
+    files.append(similarities_file(study, number))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def discard_kept(study: Path, number: int) -> None:
-    """Remove a trial's weights and predictions, where there are any.
+    """Remove a trial's weights, predictions and compared features, where there are any.
 
     Raises:
         OSError: the disk refused it.
     """
     discard_weights(weights_folder(study, number))
+    similarities_file(study, number).unlink(missing_ok=True)
     predictions_file(study, number).unlink(missing_ok=True)
 
 
@@ -79,9 +83,9 @@ def remove_leftovers(study: Path) -> None:
 
 
 def numbers_on_disk(study: Path) -> list[int]:
-    """Numbers of the trials that have weights or predictions on the disk, ascending."""
-    named = [*(study / "weights").glob("trial-*"), *(study / "predictions").glob("trial-*.arrow")]
-    digits = {path.name.removeprefix("trial-").removesuffix(".arrow") for path in named}
+    """Numbers of the trials that have weights, predictions or compared features on the disk, ascending."""
+    named = [*(study / "weights").glob("trial-*"), *(study / "predictions").glob("trial-*")]
+    digits = {path.name.removeprefix("trial-").partition(".")[0] for path in named}
     return sorted(int(text) for text in digits if text.isdecimal())
 
 

@@ -13,3 +13,8 @@ def weights_folder(study: Path, number: int) -> Path:
 def predictions_file(study: Path, number: int) -> Path:
     """File of the predictions of the trial with this number."""
     return study / "predictions" / f"trial-{number:04d}.arrow"
+
+
+def similarities_file(study: Path, number: int) -> Path:
+    """File of the trial's features compared with the pretrained network's; see `orchestrator.report.features`."""
+    return study / "predictions" / f"trial-{number:04d}.features.safetensors"

@@ -15,7 +15,6 @@ import numpy as np
 
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
-from orchestrator.report.reliability_figure import SplitReliability, reliability_figure
 from orchestrator.report.similarity import FeatureSimilarity
 from orchestrator.report.thumbnails import Thumbnails, find_store
 from orchestrator.results import figures
@@ -32,6 +31,7 @@ from orchestrator.results.errors import (
     top_classes,
 )
 from orchestrator.results.predictions import PredictionsError, read_predictions
+from orchestrator.results.reliability_figure import SplitReliability, reliability_figure
 from orchestrator.results.selection import confirmations, representative
 from orchestrator.wording import counted, listed
 from trainables.specs.metrics import CLASSIFICATION, ECE, ECE_SCALED, TEMPERATURE, TEST, ood_domain

@@ -5,13 +5,15 @@ The pooled features of the pretrained and of a trial's tuned network, on ID test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from orchestrator.record.kept_paths import weights_folder
+from orchestrator.record.kept_paths import similarities_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from orchestrator.report.similarity import FeatureSimilarity
 from trainables.data.store import Store
@@ -25,8 +27,14 @@ from trainables.models.backbone import load_pretrained
 from trainables.models.device import training_device
 from trainables.specs.metrics import TEST, ood_domain
 from trainables.specs.trial_spec import ModelSpec
+from trainables.storage.atomic_files import atomic_file
+from trainables.storage.checkpoint_format import save_tensors
 from trainables.storage.kept_weights import KeptWeights, WeightsError, load_weights
 
+log = logging.getLogger("luthier")
+
+FORMAT = "1"
+"""Of stored similarities."""
 BATCH = 64
 """Images per forward pass."""
 
@@ -35,7 +43,10 @@ Progress = Callable[[str, int, int], None]
 
 
 class FeatureSimilarities:
-    """Measures trials of one study; features of its pretrained networks are computed once.
+    """Measures trials of one study, each once: similarities are stored beside the trial's predictions.
+
+    Features of the pretrained networks are computed once per instance. A file belongs to the trial's kept weights and
+    the data store, by their digests; one of others, or a damaged one, is replaced.
 
     Args:
         study: its folder.
@@ -66,6 +77,53 @@ class FeatureSimilarities:
                 pooled features.
             ValueError: its pretrained network cannot be loaded.
         """
+        identity = self._identity(record)
+        stored = None if identity is None else self._stored(record, identity)
+        if stored is not None:
+            return stored
+        measured = self._measured(record)
+        if identity is not None:
+            self._store_similarity(record, identity, measured)
+        return measured
+
+    def _identity(self, record: TrialRecord) -> dict[str, str] | None:
+        """What similarities are of; None where the record has no digest of the trial's weights."""
+        if record.weights is None:
+            return None
+        return {"format": FORMAT, "weights": str(record.weights["sha256"]), "store": self._store.digest}
+
+    def _stored(self, record: TrialRecord, identity: Mapping[str, str]) -> FeatureSimilarity | None:
+        """Similarities of an earlier report; None where there are none of the same weights and data."""
+        path = similarities_file(self._study, record.number)
+        # Without the weights the reason why features cannot be compared is reported, as it is the first time.
+        if not path.exists() or not weights_folder(self._study, record.number).is_dir():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                metadata = tensors.metadata() or {}
+                splits = tensors.keys()
+                cosines = {split: tensors.get_tensor(split) for split in splits}
+        except (OSError, SafetensorError) as error:
+            log.warning("Features are compared again: %s cannot be read (%s)", path, error)
+            return None
+        unchanged = metadata.pop("unchanged", "") == "true"
+        lengths = {split: len(values) for split, values in cosines.items()}
+        expected = {} if unchanged else {split: len(self._store.labels(split)) for split in self.splits}
+        if metadata != identity or lengths != expected:
+            return None
+        return FeatureSimilarity({split: cosines[split] for split in expected}, unchanged)
+
+    def _store_similarity(self, record: TrialRecord, identity: Mapping[str, str], measured: FeatureSimilarity) -> None:
+        """Write similarities atomically; a disk that refuses it costs the next report's time, not this report."""
+        path = similarities_file(self._study, record.number)
+        tensors = {split: torch.as_tensor(values) for split, values in measured.cosines.items()}
+        try:
+            with atomic_file(path) as partial:
+                save_tensors(tensors, partial, {**identity, "unchanged": str(measured.unchanged).lower()})
+        except OSError as error:
+            log.warning("Compared features are not stored, and computed again by the next report (%s)", error)
+
+    def _measured(self, record: TrialRecord) -> FeatureSimilarity:
         kept = self._kept(record)
         meta = kept.meta
         backbone = load_pretrained(ModelSpec(**meta["model"]), meta["requested_image_size"])

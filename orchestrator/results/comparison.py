@@ -1,7 +1,8 @@
 """Scores with intervals, their comparison, and the chosen entries of a study side by side.
 
 An interval or comparison states what it is over: test samples and seeds where the study keeps per-sample results, test
-samples alone for one seed, seeds alone where no per-sample results are kept or the metric is no mean over samples.
+samples alone for one seed, seeds alone where no per-sample results are kept or a mean over classes has a class of one
+sample.
 """
 
 from __future__ import annotations
@@ -73,14 +74,17 @@ class Score:
         return cls(mean, mean - half, mean + half, seeds, basis="none" if math.isnan(half) else "seeds")
 
     @classmethod
-    def of_table(cls, table: SampleTable, metric: Metric) -> Score:
+    def of_table(cls, table: SampleTable) -> Score:
         """Score of per-sample results.
 
         With an interval over samples, and over seeds where there are several.
         """
         measured = estimate(table.values, table.strata, table.weights)
-        ends = measured.share_interval() if metric.unit == "fraction" else measured.interval()
-        return cls.of_estimate(measured, ends)
+        if table.ends == "share":
+            return cls.of_estimate(measured, measured.share_interval(effective=table.effective))
+        if table.ends == "bounded":
+            return cls.of_estimate(measured, measured.bounded_interval(effective=table.effective))
+        return cls.of_estimate(measured)
 
     @classmethod
     def of_estimate(cls, measured: MeanEstimate, ends: tuple[Floats, Floats] | None = None) -> Score:
@@ -208,10 +212,9 @@ class Competitor:
         runs = [run for run in self.runs if run.metric(name) is not None]
         if not runs:
             return None
-        metric = self.metrics.named(name)
         table = self.tables.of(runs, self._measured_as(name), self.metrics)
-        if table is not None and metric is not None:
-            return Score.of_table(table, metric)
+        if table is not None:
+            return Score.of_table(table)
         return Score.of(run.metrics[name] for run in runs)
 
     def _measured_as(self, name: str) -> str:

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from orchestrator.record.records import TrialRecord, validation_score
-from orchestrator.results import errors
 from orchestrator.results.curve_plot import BLACK, BLUE, GREY, PALETTE, NotebookFigure
 from orchestrator.results.fsr import FsrEstimate
 from orchestrator.results.leaderboard import ENDS
@@ -121,38 +120,6 @@ def shift_ratios(ratios: Sequence[FsrEstimate]) -> Figure | None:
     axes.set_ylim(len(known) - 0.5, -0.5)
     axes.set_xlabel("fine-tuning shift ratio")
     _plain(axes)
-    return figure
-
-
-def reliability(
-    probabilities: NDArray[np.float64], targets: NDArray[np.int64], scaled: NDArray[np.float64] | None = None
-) -> Figure:
-    """Share of right predictions over their confidence in equal bins, with the count of images in each bin.
-
-    Args:
-        probabilities: (n, K), n ≥ 1.
-        targets: (n,) classes.
-        scaled: (n, K) after temperature scaling; None = not drawn.
-    """
-    figure = _figure(4.6, 4.8)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    top.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle=":", label="perfectly calibrated")
-    series = [("as trained", probabilities, BLUE)]
-    if scaled is not None:
-        series.append(("temperature-scaled", scaled, PALETTE[3]))
-    for name, values, color in series:
-        bins = errors.reliability(values.max(1), values.argmax(1) == targets)
-        top.plot(bins.confidence, bins.accuracy, "o-", color=color, linewidth=1.4, markersize=5, label=name)
-    edges = np.linspace(0, 1, errors.BINS + 1)
-    bottom.hist(probabilities.max(1), bins=edges.tolist(), color=BLUE, alpha=0.6)
-    bottom.set_xlabel("confidence")
-    bottom.set_ylabel("images")
-    top.set_ylabel("share of right predictions")
-    top.set_xlim(0, 1)
-    top.set_ylim(0, 1.02)
-    top.legend(frameon=False, fontsize=8.5, loc="upper left")
-    _plain(top)
-    _plain(bottom)
     return figure
 
 

@@ -7,6 +7,17 @@ unit. T is tuned on the study's own training sample; T*, with the same recipe an
 target, is not observable, so that three references stand for it: `full` (the whole pool), `extrapolated` (the limit of
 growing nested samples) and `oracle` (labelled data of an OOD domain; analysis only, never used to choose anything).
 
+Reference trials of seed r run on draw r of the training images: draw 0 is the study's own sample, the others are as
+large and of the same classes. With the effects a of the seed and b of the draw, and e of both and of the training,
+ratio r is y[r] = FSR + a[r] + b[r] + e[r], and the variance of the mean of R of them,
+
+    V = (σ_a² + σ_b² + σ_e²) / R,
+
+is estimated by that of the ratios, s²/R, with R − 1 degrees of freedom: the interval is over seeds and training
+subsamples, without telling their parts apart (which would take R² trials per sample). Seed and draw are common to the
+trials of a ratio, and cancel as far as they move both. Studies of earlier versions have one draw, and an interval over
+seeds alone.
+
 The extrapolation fits Shift(n) = a − b·n^(−c) to the shifts of nested samples of n images; the limit a stands for
 Shift(T*, S).
 """
@@ -27,6 +38,7 @@ from scipy.stats import t as student_t
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.intervals import mean_interval
+from orchestrator.wording import counted
 from trainables.specs.metrics import FSR, FSR_HIGH, FSR_LAMBDA, FSR_LOW, LN_SHIFT_LAST, TRAINING_IMAGES
 
 Floats = NDArray[np.float64]
@@ -104,7 +116,7 @@ class ShiftLimit:
         return shares
 
     def interval(self, shifts: Floats, index: int, level: float) -> tuple[float, float]:
-        """Bootstrap interval of `share` over seeds.
+        """Bootstrap interval of `share` over seeds, and over the training subsamples where each seed has its own.
 
         Nominal 95 % percentile intervals over three seeds cover the true value in three of four cases: they ignore
         that the spread is estimated from few values (Student's t), and that resampling shrinks it by √((n − 1)/n). The
@@ -182,14 +194,37 @@ GRID = 24
 """Points of the drawn fit between the measured ones."""
 DRAWN_RANGE = 4.0
 """End of the drawn fit, as a multiple of the largest sample."""
+DRAW = "#"
+"""Between a sample's name and the number of its draw."""
 
 Samples = Mapping[str, Mapping[int, TrialRecord]]
 """Name of a sample → seed → its reference trial."""
 
 
+def drawn_sample(sample: str, draw: int) -> str:
+    """Recorded name of a draw of a sample.
+
+    Example:
+        >>> drawn_sample("0.25", 2), drawn_sample("0.25", 0)
+        ('0.25#2', '0.25')
+    """
+    return f"{sample}{DRAW}{draw}" if draw else sample
+
+
+def draw_of(recorded: str) -> tuple[str, int]:
+    """Inverse of `drawn_sample`. Oracles have no draws, and their domains may have any name.
+
+    Example:
+        >>> draw_of("0.25#2"), draw_of("oracle:sketch#2")
+        (('0.25', 2), ('oracle:sketch#2', 0))
+    """
+    sample, separator, draw = recorded.rpartition(DRAW)
+    return (sample, int(draw)) if separator and not recorded.startswith(ORACLE) else (recorded, 0)
+
+
 @dataclass(frozen=True)
 class FsrEstimate:
-    """FSR against one reference, with a 95 % interval over seeds."""
+    """FSR against one reference, with a 95 % interval over seeds and, where there are several draws, subsamples."""
 
     reference: str
     """`full`, `extrapolated`, or `oracle:<domain>`."""
@@ -206,6 +241,10 @@ class FsrEstimate:
     seeds: int = 0
     note: str = ""
     """Why the number is not reliable; empty if it is."""
+    draws: int = 1
+    """Training subsamples among the seeds' trials."""
+    images: int | None = None
+    """Size of the study's own training sample; None = not recorded."""
     by_seed: Mapping[int, float] = field(default_factory=dict, compare=False)
     """Seed → ratio, where trials are compared per seed."""
     curve: Mapping[str, Any] | None = field(default=None, compare=False)
@@ -255,7 +294,7 @@ class FsrEstimate:
         """Value and interpretation."""
         if math.isnan(self.value):
             return f"No FSR ({self._against()}): {self.note}"
-        head = f"FSR {self.number()} ({self._against()})"
+        head = f"FSR {self.number()} ({self._against()}; {self.n})"
         if self.note:
             return f"{head}: {self.note}"
         if math.isnan(self.low):
@@ -274,6 +313,23 @@ class FsrEstimate:
             return f"{head}: {meaning}."
         guess = "" if self.may_be_one else f", first guess λ = {self.lam:.2f}"
         return f"{head}: {meaning}; {advice}{guess}."
+
+    @property
+    def basis(self) -> str:
+        """What the interval is over."""
+        return "seeds and training subsamples" if self.draws > 1 else "seeds"
+
+    @property
+    def n(self) -> str:
+        """Numbers behind the ratio.
+
+        Example:
+            >>> FsrEstimate("full", 0.6, seeds=3, draws=3, images=120).n
+            'n = 3 seeds, 3 training subsamples of 120 images'
+        """
+        draws = counted(self.draws, "training subsample")
+        size = "" if self.images is None else f" of {self.images:,} images"
+        return f"n = {counted(self.seeds, 'seed')}, {draws}{size}"
 
     def _against(self) -> str:
         if self.is_oracle:
@@ -317,7 +373,10 @@ def reference_samples(records: Iterable[TrialRecord]) -> Samples:
     latest = max(runs, key=lambda r: r.number).config_hash if runs else None
     for record in runs:
         if record.config_hash == latest and record.sample is not None:
-            samples[record.sample][record.seed] = record
+            sample, draw = draw_of(record.sample)
+            # A study that was begun by an earlier version may have both; the drawn one is of this version.
+            if draw or record.seed not in samples[sample]:
+                samples[sample][record.seed] = record
     return dict(samples)
 
 
@@ -372,12 +431,25 @@ def _ratio(reference: str, own: Mapping[int, TrialRecord], other: Mapping[int, T
         shift=float(np.mean(own_shifts)),
         reference_shift=float(np.mean(reference_shifts)),
         seeds=len(ratios),
+        draws=_draws_of([own], list(ratios)),
+        images=_images(own.values()),
         by_seed=ratios,
     )
 
 
+def _draws_of(samples: Iterable[Mapping[int, TrialRecord]], seeds: Sequence[int]) -> int:
+    """Number of training subsamples: the most that one of the samples has over these seeds."""
+    return max(len({draw_of(sample[seed].sample or "")[1] for seed in seeds}) for sample in samples)
+
+
+def _images(trials: Iterable[TrialRecord]) -> int | None:
+    """Size of a sample."""
+    sizes = [size for trial in trials if (size := trial.metric(IMAGES)) is not None]
+    return round(sizes[0]) if sizes else None
+
+
 def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimate:
-    """FSR as a share of the limit of Shift(n), with a bootstrap interval over seeds."""
+    """FSR as a share of the limit of Shift(n), with a bootstrap interval over seeds and their subsamples."""
     samples = [*nested.values(), own]
     seeds = sorted(set.intersection(*(set(sample) for sample in samples)))
     if not seeds:
@@ -405,6 +477,8 @@ def _extrapolated(own: Mapping[int, TrialRecord], nested: Samples) -> FsrEstimat
         shift=float(mean[at]),
         reference_shift=fit.limit if bounded else math.nan,
         seeds=len(seeds),
+        draws=_draws_of(samples, seeds),
+        images=_images(own.values()),
         note=note,
         curve=_curve(images, mean, fit),
     )

@@ -83,25 +83,43 @@ class MeanEstimate:
         half = self.quantile(level) * np.sqrt(self.variance)
         return self.mean - half, self.mean + half
 
-    def share_interval(self, level: float = LEVEL) -> tuple[Floats, Floats]:
+    def share_interval(self, level: float = LEVEL, effective: float | None = None) -> tuple[Floats, Floats]:
         """Ends of Wilson's interval for a mean of shares in [0, 1].
 
         At the effective sample size p(1 − p)/V. The symmetric interval fails near 0 and 1. The score interval at the
         effective sample size, with Student's t in place of the normal quantile, is that of Dean and Pagano (2015),
         "Evaluating Confidence Interval Methods for Binomial Proportions in Clustered Surveys"; for one seed it is
-        Wilson's own. Where all values are equal, the effective size is the number of samples.
+        Wilson's own.
+
+        Args:
+            effective: sample size where all values are equal; None = the number of samples.
         """
-        spread = self.mean * (1 - self.mean)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            effective = np.where(self.variance > 0, spread / self.variance, self.samples)
         # The unbiased variance of the samples divides by n - 1; Wilson's interval has n.
-        effective = np.clip(effective * self.samples / (self.samples - 1), 1.0, self.samples * self.seeds)
+        size = self._effective(effective) * self.samples / (self.samples - 1)
+        size = np.clip(size, 1.0, self.samples * self.seeds)
         if self.seeds == 1:
-            return wilson(self.mean, np.minimum(effective, self.samples), norm.ppf((1 + level) / 2))
+            return wilson(self.mean, np.minimum(size, self.samples), norm.ppf((1 + level) / 2))
         # A share determines the variance of its samples, so that only the seeds' is estimated.
         with np.errstate(divide="ignore"):
             freedom = self.seed_freedom / self.seed_share**2
-        return wilson(self.mean, effective, self._quantile(level, freedom, math.inf))
+        return wilson(self.mean, size, self._quantile(level, freedom, math.inf))
+
+    def bounded_interval(self, level: float = LEVEL, effective: float | None = None) -> tuple[Floats, Floats]:
+        """Ends of the score interval of a metric in [0, 1] that is no share, such as AUROC.
+
+        As `share_interval`, but the metric does not determine the variance of its samples, which is therefore estimated
+        and may be smaller than that of a share.
+
+        Args:
+            effective: as `share_interval`.
+        """
+        return wilson(self.mean, np.maximum(self._effective(effective), 1.0), self.quantile(level))
+
+    def _effective(self, equal: float | None) -> Floats:
+        """Effective sample size p(1 − p)/V; where V is 0, `equal` or the number of samples."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            effective = self.mean * (1 - self.mean) / self.variance
+        return np.where(self.variance > 0, effective, self.samples if equal is None else equal)
 
     def p_value(self) -> Floats:
         """Two-sided p value of the hypothesis that the mean is 0.

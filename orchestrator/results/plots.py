@@ -12,14 +12,18 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY, chosen_at
-from orchestrator.results.errors import confusion_matrix
+from orchestrator.results.errors import confusion_matrix, reliability
 from orchestrator.results.fsr import estimates
+from orchestrator.results.reliability_figure import SplitReliability, reliability_figure
 from orchestrator.results.run_predictions import RunPredictions
 from orchestrator.results.selection import Choice, reported_trials
 from trainables.specs.metrics import TEST, TaskMetrics
 from trainables.specs.suggestions import did_you_mean
 
 Row = Mapping[Any, Any]
+
+SIDE = 4.2
+"""Side of a single reliability diagram, in inches."""
 
 
 class Plots:
@@ -91,7 +95,7 @@ class Plots:
         return _drawn(figure, "a run of two units", "this study has none")
 
     def fsr(self) -> Figure:
-        """Fine-tuning shift ratio against every reference, with 95 % intervals over seeds.
+        """Fine-tuning shift ratio against every reference, with 95 % intervals over seeds and training subsamples.
 
         Raises:
             ValueError: the study has no FSR.
@@ -130,13 +134,12 @@ class Plots:
             ValueError: no such entry or split.
         """
         runs = self._predictions(entry, split)
-        targets = np.concatenate([run.targets for run in runs])
-        probabilities = np.concatenate([run.probabilities() for run in runs])
-        scaled = [run.probabilities(run.temperature) for run in runs if run.temperature is not None]
-        all_scaled = np.concatenate(scaled) if len(scaled) == len(runs) else None
-        figure = figures.reliability(probabilities, targets, all_scaled)
-        _title(figure, entry, split, len(runs))
-        return figure
+        right = np.concatenate([run.logits.argmax(1) == run.targets for run in runs])
+        before = np.concatenate([run.probabilities().max(1) for run in runs])
+        scaled = [run.probabilities(run.temperature).max(1) for run in runs if run.temperature is not None]
+        after = reliability(np.concatenate(scaled), right) if len(scaled) == len(runs) else None
+        panel = SplitReliability(_heading(entry, split, len(runs)), reliability(before, right), after)
+        return reliability_figure([panel], SIDE)
 
     def confusion(self, entry: str, split: str = TEST) -> Figure:
         """Images by label and prediction, the sum over all runs.
@@ -149,7 +152,8 @@ class Plots:
         predicted = np.concatenate([run.logits.argmax(1) for run in runs])
         counts = confusion_matrix(targets, predicted, len(classes))
         figure = figures.confusion(counts, classes)
-        _title(figure, entry, split, len(runs))
+        heading = _heading(entry, split, len(runs))
+        figure.axes[0].set_title(heading, loc="left", fontsize=10, fontweight="bold", parse_math=False)
         return figure
 
     def _run_with(self, name: str, entry: str) -> TrialRecord:
@@ -181,7 +185,5 @@ def _drawn(figure: Figure | None, needed: str, problem: str) -> Figure:
     return figure
 
 
-def _title(figure: Figure, entry: str, split: str, runs: int) -> None:
-    seeds = f", {runs} runs" if runs > 1 else ""
-    axes = figure.axes[0]
-    axes.set_title(f"{entry}: {split}{seeds}", loc="left", fontsize=10, fontweight="bold", parse_math=False)
+def _heading(entry: str, split: str, runs: int) -> str:
+    return f"{entry}: {split}{f', {runs} runs' if runs > 1 else ''}"

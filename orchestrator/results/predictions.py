@@ -21,7 +21,19 @@ import pyarrow as pa
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.intervals import Floats, estimate_mean
-from trainables.specs.metrics import TEST, VAL, TaskMetrics, ood, ood_domain
+from orchestrator.results.sample_values import SAMPLE_FUNCTIONS, Ends, SampleFunction, SplitOutputs
+from trainables.specs.metrics import (
+    CLASSIFICATION,
+    OOD_MEAN,
+    TEMPERATURE,
+    TEST,
+    VAL,
+    Metric,
+    TaskMetrics,
+    best,
+    ood,
+    ood_domain,
+)
 from trainables.storage.arrow_files import footer_problem
 
 if TYPE_CHECKING:
@@ -37,6 +49,9 @@ CLASS_MEANS = {"balanced_acc": "correct"}
 """Metric key → the statistic whose mean over the classes' means it is."""
 TOLERANCE = 1e-5
 """Largest difference between a recorded metric and the mean of its per-sample results."""
+MOVED = 2.0
+"""The same for metrics that are no mean, in samples: rounding may decide on which side of a bin's edge, or of a tie, a
+sample is. Their values are then shifted to the recorded metric."""
 
 
 class PredictionsError(ValueError):
@@ -104,6 +119,9 @@ class SampleColumn:
     """(D,) weight of each stratum."""
     samples: str
     """Digest of the samples' splits and names: columns of equal digests are of the same samples in the same order."""
+    effective: float
+    """Independent samples behind the metric where all values are equal: of a mean over classes fewer than n."""
+    ends: Ends
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,8 @@ class SampleTable:
     strata: NDArray[np.int64]
     weights: Floats
     samples: str
+    effective: float
+    ends: Ends
 
     @property
     def size(self) -> int:
@@ -145,7 +165,8 @@ class SampleTables:
             name: recorded name of a metric on validation, ID test, one OOD domain, or the mean over the OOD domains.
 
         Returns:
-            None where a run has no usable predictions, or where the metric is no mean over samples.
+            None where a run has no usable predictions, or where the metric has no per-sample values
+            (`orchestrator.results.sample_values`), or is a mean over classes of which one has a single sample.
         """
         columns = [self._column(run, name, metrics) for run in runs]
         usable = [column for column in columns if column is not None]
@@ -153,7 +174,7 @@ class SampleTables:
             return None
         first = usable[0]
         values = np.stack([column.values for column in usable])
-        return SampleTable(values, first.strata, first.weights, first.samples)
+        return SampleTable(values, first.strata, first.weights, first.samples, first.effective, first.ends)
 
     def any_of(self, runs: Sequence[TrialRecord]) -> bool:
         """Whether any of these trials has readable predictions."""
@@ -188,43 +209,119 @@ class SampleTables:
         recorded = run.metric(name)
         if table is None or metric is None or recorded is None:
             return None
-        by_class = metric.key in CLASS_MEANS
-        statistic = f"{STATISTIC}{CLASS_MEANS.get(metric.key, MEANS.get(metric.key, metric.key))}"
-        if statistic not in table.column_names:
-            return None
         in_file = np.asarray(table.column("split").to_pylist())
-        rows = [np.flatnonzero(in_file == split) for split in self._splits(name, metrics, in_file)]
-        groups: list[NDArray[np.int64]] = []
-        weights: list[float] = []
-        targets = np.asarray(table.column("target"))
-        for part in rows:
-            classes = np.unique(targets[part]) if by_class else [None]
-            groups += [part if label is None else part[targets[part] == label] for label in classes]
-            weights += [1 / (len(rows) * len(classes))] * len(classes)
-        # A stratum of one sample has no variance.
-        if not groups or any(len(group) < 2 for group in groups):
+        rows = [np.flatnonzero(in_file == split) for split in self._splits(name, metric, in_file)]
+        rows = [part for part in rows if len(part)]
+        statistic = f"{STATISTIC}{CLASS_MEANS.get(metric.key, MEANS.get(metric.key, metric.key))}"
+        if not rows:
             return None
-        order = np.concatenate(groups)
-        values = np.asarray(table.column(statistic), np.float64)[order]
-        strata = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        column = SampleColumn(values, strata, np.asarray(weights), _digest(table, in_file, order))
-        mean = float(estimate_mean(values[None], strata, column.weights))
+        if statistic in table.column_names:
+            column = _of_statistic(table, statistic, rows, metric.key in CLASS_MEANS)
+            ends: Ends = "share" if metric.unit == "fraction" else "symmetric"
+            tolerance = TOLERANCE * max(1.0, abs(recorded))
+        elif metrics.task == CLASSIFICATION.task and metric.key in SAMPLE_FUNCTIONS:
+            function = SAMPLE_FUNCTIONS[metric.key]
+            column = _of_function(table, function, rows, run.metric(TEMPERATURE.name))
+            ends = function.ends
+            tolerance = TOLERANCE if function.mean else MOVED / min(len(part) for part in rows)
+        else:
+            return None
+        if column is None:
+            return None
         # A file of another attempt or version would put an interval around another number.
-        if abs(mean - recorded) > TOLERANCE * max(1.0, abs(recorded)):
+        if abs(column.mean - recorded) > tolerance:
             self.problems[run.number] = (
                 f"Predictions and record of a trial must agree, but trial {run.number} has {name} {recorded:.6g} on "
-                f"record and {mean:.6g} in its predictions: they are left out."
+                f"record and {column.mean:.6g} in its predictions: they are left out."
             )
             return None
-        return column
+        values = column.values + (recorded - column.mean) if statistic not in table.column_names else column.values
+        return SampleColumn(
+            values, column.strata, column.weights, _digest(table, in_file, column.order), column.effective, ends
+        )
 
-    def _splits(self, name: str, metrics: TaskMetrics, in_file: NDArray[np.str_]) -> list[str]:
+    def _splits(self, name: str, metric: Metric, in_file: NDArray[np.str_]) -> list[str]:
         """The splits that a recorded metric is measured on."""
-        if name in (metrics.validation, metrics.best_validation):
+        if name in (metric.on(VAL), best(metric.on(VAL))):
             return [VAL]
-        if name == metrics.test:
+        if name == metric.on(TEST):
             return [TEST]
         domains = sorted({split for split in in_file.tolist() if ood_domain(split) is not None})
-        if name == metrics.ood_mean:
+        if name == metric.on(OOD_MEAN):
             return [split for split in domains if split != ood(self.validation_domain or "")]
-        return [split for split in domains if name == metrics.of_domain(str(ood_domain(split)))]
+        return [split for split in domains if name == metric.on(split)]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Per-sample values of one metric of one run, by stratum."""
+
+    values: Floats
+    strata: NDArray[np.int64]
+    weights: Floats
+    order: NDArray[np.int64]
+    """(n,) rows of the table of predictions."""
+    effective: float
+
+    @property
+    def mean(self) -> float:
+        """The metric, by these values."""
+        return float(estimate_mean(self.values[None], self.strata, self.weights))
+
+
+def _of_statistic(table: pa.Table, statistic: str, rows: Sequence[NDArray[np.int64]], by_class: bool) -> _Values | None:
+    """Values of a kept statistic; None where a stratum has one sample, and so no variance.
+
+    Args:
+        rows: of each split.
+        by_class: whether the metric is the mean over the classes' means; strata are then the classes of each split.
+    """
+    targets = np.asarray(table.column("target"))
+    groups: list[NDArray[np.int64]] = []
+    weights: list[float] = []
+    for part in rows:
+        classes = np.unique(targets[part]) if by_class else [None]
+        groups += [part if label is None else part[targets[part] == label] for label in classes]
+        weights += [1 / (len(rows) * len(classes))] * len(classes)
+    sizes = [len(group) for group in groups]
+    if min(sizes) < 2:
+        return None
+    order = np.concatenate(groups)
+    values = np.asarray(table.column(statistic), np.float64)[order]
+    return _Values(values, *_strata(sizes, weights), order, _effective(weights, sizes))
+
+
+def _of_function(
+    table: pa.Table, function: SampleFunction, rows: Sequence[NDArray[np.int64]], temperature: float | None
+) -> _Values | None:
+    """Values of a metric of each split; None where it does not apply, or a class of a mean over classes has one sample.
+
+    Strata are the splits.
+    """
+    targets = np.asarray(table.column("target"))
+    logits = output_matrix(table)
+    values: list[Floats] = []
+    class_sizes: list[int] = []
+    class_weights: list[float] = []
+    for part in rows:
+        computed = function.values(SplitOutputs(logits[part], targets[part], temperature))
+        counts = np.bincount(targets[part]) if function.every_class else np.asarray([len(part)])
+        counts = counts[counts > 0]
+        if computed is None or counts.min() < 2:
+            return None
+        values.append(computed)
+        class_sizes += counts.tolist()
+        class_weights += [1 / (len(rows) * len(counts))] * len(counts)
+    strata, weights = _strata([len(part) for part in rows], [1 / len(rows)] * len(rows))
+    effective = _effective(class_weights, class_sizes)
+    return _Values(np.concatenate(values), strata, weights, np.concatenate(rows), effective)
+
+
+def _strata(sizes: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int64], Floats]:
+    """Index of each sample's stratum, and the weights of the strata."""
+    return np.repeat(np.arange(len(sizes)), sizes), np.asarray(weights)
+
+
+def _effective(weights: Sequence[float], sizes: Sequence[int]) -> float:
+    """Number of samples whose plain mean varies like the weighted mean of groups of one variance (Kish, 1965)."""
+    return 1 / sum(weight**2 / size for weight, size in zip(weights, sizes, strict=True))

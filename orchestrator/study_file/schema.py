@@ -234,7 +234,7 @@ class DiagnosticsSpec(Section):
     fsr_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = [0.25, 0.5]
     """Shares of the training images for the extrapolation, beside the whole."""
     fsr_seeds: Annotated[int, Field(ge=1)] = 3
-    """Seeds per reference."""
+    """Seeds per reference. Each but the first draws the training images of its trials anew, where not all are used."""
     fsr_from: Annotated[str, Field(min_length=1)] | None = None
     """Name of a study in the same storage, on the same network and training sample, whose FSR gives an early trial of
     each LayerNorm entry its λ ≈ 1/FSR. null = this study's own FSR, where it was measured before (`luthier fsr`)."""

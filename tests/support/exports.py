@@ -43,6 +43,13 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
+CONFIRMED = (
+    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 1},
+    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 2, "role": "confirm"},
+    {"strategy": "linear_probe", "seed": 3},
+)
+"""Trials of `confirmed_study`: a search trial, its confirmation, and a search trial of another entry."""
+
 COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200), (200, 60, 200))
 
 
@@ -117,6 +124,17 @@ def tuned(
         facts=CardFacts(study="pets", trial=7, label="full", strategy="full", choice="Chosen for the test."),
         pictures=pixels,
     )
+
+
+def confirmed_study(folder: Path, network: str = "test_resnet", count: int = 20, epochs: int = 1) -> Study:
+    """`finished_study` of the trials `CONFIRMED`, on pictures of four classes whose names sort otherwise as numbers.
+
+    Args:
+        count: pictures of each class.
+        epochs: see `finished_study`.
+    """
+    root = pictures(folder / "pictures", ["1", "2", "10", "11"], count=count)
+    return finished_study(folder / "studies", root, {"name": network, "pretrained": False}, CONFIRMED, epochs=epochs)
 
 
 def finished_study(

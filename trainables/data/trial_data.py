@@ -137,7 +137,8 @@ def class_counts(spec: TrialSpec, store: StoreLike) -> tuple[int, ...]:
 def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[str, Indices]]]:
     """Samples of each split: (split of the store, ascending positions in it).
 
-    A list of such pairs per split. `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and
+    A list of such pairs per split. `train` is the spec's fraction, of draw 0 its nested prefix, of another draw equally
+    many samples of each class, or the whole OOD domain `train_on`. The training and
     validation images of a held-out domain move from `train` and `val` to the split `held_out`, on which a fold is
     scored. Of a refit, `train` has the validation images, too, and there is no split `val`.
 
@@ -149,7 +150,7 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
         return _oracle(spec.shared.train_on, parts)
     # The training split is stored in nested order: each prefix is a stratified sample.
     used = store.fraction("train", spec.shared.train_fraction)
-    parts["train"] = [("train", np.arange(used, dtype=np.int64))]
+    parts["train"] = [("train", redrawn(store.labels("train"), used, spec.train_draw))]
     if spec.role == "refit":
         parts["train"] += parts.pop("val")
         return parts
@@ -172,6 +173,28 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
                 f"The ID domains are {', '.join(id_domains)}."
             )
     return parts
+
+
+def redrawn(labels: Indices, used: int, draw: int) -> Indices:
+    """Ascending positions of a stratified sample that has as many samples of each class as the first `used`.
+
+    Draw 0 is these themselves. Of one draw a smaller sample is contained in a larger one.
+
+    Args:
+        labels: (n,) of all samples, in nested order.
+        draw: number of the sample.
+
+    Example:
+        >>> redrawn(np.array([0, 1, 0, 0, 1, 0]), 3, draw=0).tolist()
+        [0, 1, 2]
+    """
+    if draw == 0:
+        return np.arange(used, dtype=np.int64)
+    parts = []
+    for label, count in zip(*np.unique(labels[:used], return_counts=True), strict=True):
+        random = np.random.default_rng(stream_seed(draw, "sample", int(label)))
+        parts.append(random.permutation(np.flatnonzero(labels == label))[:count])
+    return np.sort(np.concatenate(parts))
 
 
 def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[str, list[tuple[str, Indices]]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 from torch.nn import functional
@@ -23,6 +22,7 @@ from trainables.specs.short_hash import short_hash
 from trainables.specs.torch_threads import torch_threads
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.atomic_files import atomic_folder
+from trainables.storage.checkpoint_format import save_tensors
 from trainables.storage.compute_once import cache_root, compute_once
 
 log = logging.getLogger("luthier")
@@ -188,7 +188,6 @@ def _save(model: nn.Module, name: str, folder: Path) -> None:
             "first_conv": default_cfg["first_conv"],
         },
     }
-    tensors = {parameter: tensor.contiguous() for parameter, tensor in model.state_dict().items()}
     with atomic_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(tensors, partial / "model.safetensors")
+        save_tensors(model.state_dict(), partial / "model.safetensors")

@@ -110,59 +110,83 @@ def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) 
                 module.eval()
 
 
+@dataclass(frozen=True, kw_only=True)
+class PhaseSteps:
+    """What the optimiser steps of a phase have in common."""
+
+    forward: Forward
+    """A model, or a head where the inputs are cached features."""
+    optimizer: torch.optim.Optimizer
+    """See `trainables.engine.optim.build_optimizer`."""
+    config: TrainingConfig
+    """Label smoothing, clipping and the schedule."""
+    task: Task
+    """Loss and training metrics."""
+    total_steps: int
+    """Of the whole phase: the length of the schedule."""
+    dtype: torch.dtype = torch.float32
+    """Autocast type of the forward pass."""
+    extra_loss: ExtraLoss | None = None
+    """Added to the task's loss."""
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
+    """Number of images that fit at once, as far as it is known; updated in place."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that the optimiser moves."""
+        return [parameter for table in self.optimizer.param_groups for parameter in table["params"]]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        parameter: Tensor = next(parameter for table in self.optimizer.param_groups for parameter in table["params"])
+        return parameter.device
+
+    def batch_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch, and its outputs."""
+        with autocast(self.device, self.dtype):
+            outputs = self.forward(inputs, targets)
+            loss = self.task.loss(outputs, targets, label_smoothing=self.config.label_smoothing)
+            extra = self.extra_loss(inputs, outputs, targets) if self.extra_loss is not None else None
+        if extra is not None:
+            loss = loss + extra
+        return loss, outputs.detach()
+
+
 def train_unit(
-    forward: Forward,
+    phase: PhaseSteps,
     batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    task: Task,
-    *,
     first_step: int,
-    total_steps: int,
-    dtype: torch.dtype = torch.float32,
-    extra_loss: ExtraLoss | None = None,
+    *,
     observer: Observer | None = None,
     progress: Progress | None = None,
     after_step: Callable[[], object] | None = None,
-    micro_batch: MicroBatch | None = None,
 ) -> UnitResult:
     """Train one unit: one optimiser step per batch.
 
     The device is read once, at the end. On out-of-memory, falls back to gradient accumulation over micro-batches.
 
     Args:
-        forward: a model, or a head where the inputs are cached features.
         batches: the unit's batches, without those that `progress` counts already.
-        optimizer: see `trainables.engine.optim.build_optimizer`.
-        config: label smoothing, clipping and the schedule.
-        task: loss and training metrics.
         first_step: steps of the phase before this unit.
-        total_steps: steps of the whole phase, the length of the schedule.
-        dtype: autocast type of the forward pass.
-        extra_loss: added to the task's loss.
         observer: called at every step, before the gradients are clipped.
         progress: of the unit so far; updated in place. None = the unit begins.
         after_step: called after every step, when `progress` counts it.
-        micro_batch: number of images that fit at once, as far as it is known; updated in place.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
         ValueError: there is no batch.
     """
-    parameters = [p for table in optimizer.param_groups for p in table["params"]]
-    device = parameters[0].device
-    progress = progress or Progress.start(task, device)
-    micro_batch = micro_batch or MicroBatch()
-    batch_loss = partial(_batch_loss, forward, task, extra_loss, config.label_smoothing, device, dtype)
+    parameters = phase.parameters
+    device = phase.device
+    progress = progress or Progress.start(phase.task, device)
     for inputs, targets in batches:
         # From the step's number, not advanced by a scheduler: a resumed unit has no scheduler state to restore.
-        set_rates(optimizer, rate_factor(first_step + progress.steps, total_steps, config))
-        attempt = partial(
-            _accumulate_gradient, batch_loss, task, inputs, targets, optimizer, micro_batch, progress.steps + 1
-        )
-        loss, metrics = micro_batch.attempt(attempt, len(inputs), "training on")
+        set_rates(phase.optimizer, rate_factor(first_step + progress.steps, phase.total_steps, phase.config))
+        attempt = partial(_accumulate_gradient, phase, inputs, targets, progress.steps + 1)
+        loss, metrics = phase.micro_batch.attempt(attempt, len(inputs), "training on")
         # Outside of the attempt: an optimiser step that has changed weights must not be repeated.
-        _update(optimizer, parameters, config.clip_norm, observer)
+        _update(phase.optimizer, parameters, phase.config.clip_norm, observer)
         # Sums stay tensors on the device: `float(loss)` would make the host wait for a GPU at every step.
         progress.loss_sum += loss * len(inputs)
         progress.metrics.merge(metrics)
@@ -178,51 +202,25 @@ def train_unit(
     mean_loss = float(progress.loss_sum) / progress.images
     check_finite(mean_loss, "training loss", f"by step {progress.steps} of its unit")
     observed = dict(observer.means()) if observer is not None else {}
-    if micro_batch.size is not None:
-        observed[MICRO_BATCH.name] = float(micro_batch.size)
+    if phase.micro_batch.size is not None:
+        observed[MICRO_BATCH.name] = float(phase.micro_batch.size)
     return UnitResult(mean_loss, progress.metrics.compute(), progress.images, observed)
 
 
-def _batch_loss(
-    forward: Forward,
-    task: Task,
-    extra_loss: ExtraLoss | None,
-    label_smoothing: float,
-    device: torch.device,
-    dtype: torch.dtype,
-    inputs: Tensor,
-    targets: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of a batch, and its outputs."""
-    with autocast(device, dtype):
-        outputs = forward(inputs, targets)
-        loss = task.loss(outputs, targets, label_smoothing=label_smoothing)
-        extra = extra_loss(inputs, outputs, targets) if extra_loss is not None else None
-    if extra is not None:
-        loss = loss + extra
-    return loss, outputs.detach()
-
-
 def _accumulate_gradient(
-    batch_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    task: Task,
-    inputs: Tensor,
-    targets: Tensor,
-    optimizer: torch.optim.Optimizer,
-    micro_batch: MicroBatch,
-    step: int,
+    phase: PhaseSteps, inputs: Tensor, targets: Tensor, step: int
 ) -> tuple[Tensor, TrainingMetrics]:
     """Leave the gradient of the batch's mean loss in the parameters.
 
     Returns the loss and the batch's metrics.
     """
     # Also at a repeated attempt: gradients of micro-batches that fitted before memory ran out must not count twice.
-    optimizer.zero_grad(set_to_none=True)
+    phase.optimizer.zero_grad(set_to_none=True)
     losses = []
     # Of this batch alone: an attempt that runs out of memory leaves nothing behind in the unit's metrics.
-    metrics = task.training_metrics()
-    for piece in micro_batch.pieces(len(inputs)):
-        loss, outputs = batch_loss(inputs[piece], targets[piece])
+    metrics = phase.task.training_metrics()
+    for piece in phase.micro_batch.pieces(len(inputs)):
+        loss, outputs = phase.batch_loss(inputs[piece], targets[piece])
         metrics.update(outputs, targets[piece])
         if fault_point("step", step=step) == "nan":
             loss = loss * torch.nan

@@ -20,6 +20,7 @@ from trainables.engine.loop import (
     Batches,
     Forward,
     Observer,
+    PhaseSteps,
     Progress,
     UnitResult,
     predict,
@@ -122,22 +123,27 @@ class PhaseTrainer:
             self._progress = Progress.start(self.task, self.data.device)
         try:
             return train_unit(
-                self._forward(),
+                self._steps(),
                 self._batches(seed, steps_before, self._progress.steps),
-                self.optimizer,
-                self.config,
-                self.task,
-                first_step=first_step,
-                total_steps=self.total_steps,
-                dtype=self.dtype,
-                extra_loss=self._extra_loss,
+                first_step,
                 observer=self._observer,
                 progress=self._progress,
                 after_step=after_step,
-                micro_batch=self._micro_batch,
             )
         finally:
             self._progress = None
+
+    def _steps(self) -> PhaseSteps:
+        return PhaseSteps(
+            forward=self._forward(),
+            optimizer=self.optimizer,
+            config=self.config,
+            task=self.task,
+            total_steps=self.total_steps,
+            dtype=self.dtype,
+            extra_loss=self._extra_loss,
+            micro_batch=self._micro_batch,
+        )
 
     def _continue(self, parts: Mapping[str, Mapping[str, Tensor]], first_step: int) -> Progress:
         """Restore rates, random generators and observer; returns the interrupted unit's progress."""

@@ -147,8 +147,11 @@ class TrialSpec:
     held_out: str | None = None
     """ID domain left out of training and validation (role `fold`); its accuracy is reported as `held_out/acc`."""
     sample: str | None = None
-    """Name of the training sample of a `reference` trial ("0.25", "full", "oracle:sketch"); `shared` holds
+    """Name of the training sample of a `reference` trial ("0.25", "0.25#2", "full", "oracle:sketch"); `shared` holds
     its fraction, domain and steps. None = the study's own."""
+    train_draw: int = 0
+    """Which stratified sample of `shared.train_fraction` is trained on; 0 = the study's own, a nested prefix. Others
+    are for references of FSR alone."""
 
     @property
     def config_hash(self) -> str:

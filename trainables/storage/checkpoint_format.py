@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainables.specs.fault_injection import fault_point
 from trainables.storage.atomic_files import atomic_folder
+from trainables.storage.file_identity import FileIdentity, file_digest
 
 log = logging.getLogger("luthier")
 
@@ -86,12 +87,8 @@ def save_state(folder: str | Path, state: RunState) -> None:
         # The tensors before the manifest, which holds their digest.
         save_tensors(state.tensors, partial / TENSORS)
         fault_point("in_checkpoint")
-        manifest = {
-            "format": FORMAT,
-            "sha256": file_digest(partial / TENSORS),
-            "bytes": (partial / TENSORS).stat().st_size,
-            "state": state.meta,
-        }
+        stored = FileIdentity.of(partial / TENSORS)
+        manifest = {"format": FORMAT, "sha256": stored.sha256, "bytes": stored.bytes, "state": state.meta}
         write_manifest(manifest, partial / MANIFEST)
 
 
@@ -153,14 +150,21 @@ def load_newest(folder: str | Path) -> RunState | None:
     return None
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write copies of tensors, by name, as one safetensors file.
+
+    Args:
+        metadata: of the file's header; None = none.
 
     Raises:
         OSError: the disk refused a write.
     """
     try:
-        save_file({name: _portable(tensor) for name, tensor in tensors.items()}, path)
+        save_file(
+            {name: _portable(tensor) for name, tensor in tensors.items()},
+            path,
+            metadata=None if metadata is None else dict(metadata),
+        )
     except SafetensorError as error:  # safetensors' own type for a full or failing disk
         raise OSError(str(error)) from error
 
@@ -175,12 +179,6 @@ def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
 def _portable(tensor: Tensor) -> Tensor:
     # safetensors stores contiguous memory and refuses tensors that share it.
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

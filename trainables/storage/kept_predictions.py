@@ -8,7 +8,6 @@ split: `split` (dictionary of strings: `val`, `test`, `ood/<domain>`), `name` (s
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from trainables.specs.fault_injection import fault_point
 from trainables.storage.atomic_files import atomic_file
+from trainables.storage.file_identity import FileIdentity, HashedFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,18 +41,7 @@ class SplitPredictions:
     """(N,) or (N, m), by name."""
 
 
-@dataclass(frozen=True)
-class PredictionsFile:
-    """Identity of stored predictions, for the study's record."""
-
-    sha256: str
-    """Of the file, in hex."""
-    bytes: int
-
-
-def save_predictions(
-    path: str | Path, splits: Mapping[str, SplitPredictions], meta: Mapping[str, Any]
-) -> PredictionsFile:
+def save_predictions(path: str | Path, splits: Mapping[str, SplitPredictions], meta: Mapping[str, Any]) -> FileIdentity:
     """Write predictions atomically, in place of those of an earlier attempt.
 
     Args:
@@ -72,12 +61,12 @@ def save_predictions(
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in meta.items()}
     table = _table(splits).replace_schema_metadata(metadata)
     with atomic_file(target) as partial:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with partial.open("wb") as file:
+            hashed = HashedFile(file)
+            with pa.ipc.new_file(pa.PythonFile(hashed, mode="w"), table.schema) as writer:
+                writer.write_table(table)
         fault_point("in_predictions")
-        # pyarrow writes the file by itself: its digest can only be taken afterwards.
-        content = partial.read_bytes()
-    return PredictionsFile(hashlib.sha256(content).hexdigest(), len(content))
+    return hashed.identity
 
 
 def _table(splits: Mapping[str, SplitPredictions]) -> pa.Table:

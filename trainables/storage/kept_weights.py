@@ -26,11 +26,11 @@ from trainables.storage.atomic_files import atomic_folder
 from trainables.storage.checkpoint_format import (
     MANIFEST,
     TENSORS,
-    file_digest,
     manifest_digest,
     save_tensors,
     write_manifest,
 )
+from trainables.storage.file_identity import FileIdentity
 
 FORMAT = 1
 PARTS = ("tensors", "adapter")
@@ -56,18 +56,10 @@ class KeptWeights:
     `trainables.engine.trial.Trial.kept_weights`."""
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """Identity of stored weights, for the study's record."""
-
-    sha256: str
-    """Of the tensors, in hex."""
-    bytes: int
-    """Size of the tensors."""
-
-
-def save_weights(folder: str | Path, weights: KeptWeights) -> WeightsFile:
+def save_weights(folder: str | Path, weights: KeptWeights) -> FileIdentity:
     """Write weights atomically, in place of those of an earlier attempt.
+
+    Returns the identity of the tensors.
 
     Raises:
         OSError: the disk refused a write.
@@ -81,7 +73,7 @@ def save_weights(folder: str | Path, weights: KeptWeights) -> WeightsFile:
     with atomic_folder(target) as partial:
         save_tensors(stored, partial / TENSORS)
         fault_point("in_weights")
-        file = WeightsFile(file_digest(partial / TENSORS), (partial / TENSORS).stat().st_size)
+        file = FileIdentity.of(partial / TENSORS)
         manifest = {"format": FORMAT, "sha256": file.sha256, "bytes": file.bytes, "meta": weights.meta}
         write_manifest(manifest, partial / MANIFEST)
         # Last, right before the rename, which replaces an empty folder only.
@@ -98,8 +90,8 @@ def load_weights(folder: str | Path) -> KeptWeights:
     source = Path(folder)
     manifest = _read_manifest(source)
     try:
-        actual = WeightsFile(file_digest(source / TENSORS), (source / TENSORS).stat().st_size)
-        expected = WeightsFile(manifest["sha256"], manifest["bytes"])
+        actual = FileIdentity.of(source / TENSORS)
+        expected = FileIdentity(manifest["sha256"], manifest["bytes"])
         if actual != expected:
             raise WeightsError(
                 f"Kept weights must match their SHA-256 {str(expected.sha256)[:12]}… and size {expected.bytes}, but "

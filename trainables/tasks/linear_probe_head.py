@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from trainables.specs.metrics import ACCURACY, NLL, PROBE_C, PROBE_VAL, TaskMetrics, task_metrics
 from trainables.storage.atomic_files import atomic_file
+from trainables.storage.checkpoint_format import save_tensors
 from trainables.storage.compute_once import compute_once
 from trainables.tasks.class_weights import balanced_weights
 from trainables.tasks.classification_metrics import classification_metrics
@@ -228,7 +228,7 @@ def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
 def _save(probe: Probe, file: Path) -> None:
     metadata = {"probe": json.dumps({"C": probe.C, "validation": probe.validation, "metric": probe.metric})}
     with atomic_file(file) as written:
-        save_file({"weight": probe.weight, "bias": probe.bias}, written, metadata=metadata)
+        save_tensors({name: torch.as_tensor(getattr(probe, name)) for name in ("weight", "bias")}, written, metadata)
 
 
 def _load(file: Path) -> Probe | None:

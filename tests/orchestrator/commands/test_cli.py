@@ -285,6 +285,7 @@ class TestResults:
         study = Study(name="a", data={"source": "digits"}, model={"name": "digits_vit"}, strategies=["full"],
                       storage=str(tmp_path / "my studies"))  # fmt: skip
         assert next_commands(study) == [
+            f"Export the chosen model: luthier export '{study.folder}' --to model",
             "Compare the runs in MLflow (http://127.0.0.1:5000): mlflow server --host 127.0.0.1 --port 5000 "
             f"--backend-store-uri 'sqlite:///{tmp_path}/my studies/mlflow.db'",
             "Inspect the search (pip install 'luthier[dashboard]'): optuna-dashboard "

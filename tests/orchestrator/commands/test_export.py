@@ -16,12 +16,11 @@ from orchestrator.cli import app
 from orchestrator.commands.export import check_adapter, select_trial
 from orchestrator.errors import StudyError
 from orchestrator.export.errors import RefusedExportError
-from orchestrator.export.timm_folder import file_digest
 from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.results.kept_model import preprocessing_of
 from orchestrator.study import Study, read_journal
-from tests.support.exports import finished_study, fresh, pictures
+from tests.support.exports import confirmed_study, finished_study, fresh, pictures
 from trainables.engine.tuned_network import tuned_network
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec
@@ -29,18 +28,10 @@ from trainables.storage.kept_weights import KeptWeights, load_weights, save_weig
 
 pytestmark = [pytest.mark.usefixtures("cpu_only"), pytest.mark.thorough]
 
-TRIALS = (
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 1},
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 2, "role": "confirm"},
-    {"strategy": "linear_probe", "seed": 3},
-)
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    root = pictures(folder / "pictures", ["1", "2", "10", "11"], count=20)
-    return finished_study(folder / "studies", root, {"name": "test_resnet", "pretrained": False}, TRIALS)
+    return confirmed_study(tmp_path_factory.mktemp("study"))
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
@@ -72,7 +63,7 @@ def test_an_entry_s_confirmed_trial_goes_before_its_search_trial(study: Study, t
     assert code == 0, err
     values = json.loads(out)
     assert values["trial"] == 1
-    assert "of the 1 confirmed seed of the configuration that the rule id_val chooses" in values["reason"]
+    assert "the confirmed seed of the configuration that the rule id_val chooses among entry full," in values["reason"]
     assert values["proof"]["difference"] <= 1e-5
 
 
@@ -214,11 +205,6 @@ def test_an_interpolated_adapter_is_refused() -> None:
     meta = {"number": 3, "strategy": "lora", "interpolated": "alpha"}
     with pytest.raises(RefusedExportError, match=r"those of trial 3 were interpolated after training \(alpha\)"):
         check_adapter(KeptWeights(tensors={}, meta=meta, adapter={"x.lora_A": torch.zeros(1)}), {})
-
-
-def test_digest_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert file_digest(tmp_path / "x").startswith("ba7816bf8f01cfea")
 
 
 def test_a_trial_that_is_not_complete() -> None:

@@ -19,7 +19,7 @@ from orchestrator.commands.fsr import FsrReport, measure_fsr
 from orchestrator.errors import PreflightError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import measurements, study_header
-from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, estimates
+from orchestrator.results.fsr import IMAGES, SHIFT, FsrEstimate, draw_of, estimates
 from orchestrator.study_file.yaml_text import write_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -75,14 +75,18 @@ def test_only_references_run_on_samples_of_the_right_size(measured: tuple[Study,
     records = study.results().records
     assert {record.role for record in records} == {"reference"}
     assert all(record.state == "complete" for record in records)
-    images = {record.sample: record.metric(IMAGES) for record in records}
-    assert set(images) == {"0.25", "0.5", "1", "full"}
+    drawn = [draw_of(record.sample or "") for record in records]
+    assert set(drawn) == {("0.25", 0), ("0.5", 0), ("1", 0), ("full", 0), ("0.25", 1), ("0.5", 1), ("1", 1)}
+    sizes = {(sample, record.metric(IMAGES)) for (sample, _), record in zip(drawn, records, strict=True)}
+    images = dict(sizes)
+    assert len(sizes) == len(images), "every draw of a sample has the same size"
     assert images["full"] == 2 * (images["1"] or 0)
     assert images["1"] == pytest.approx(2 * (images["0.5"] or 0), abs=4)
     assert len(records) == 4 * 2
     assert {(r.hparams["lr_backbone"], r.hparams["lr_head"], r.hparams["lam"]) for r in records} == {(0.1, 3.0, 1.0)}
     assert [e.reference for e in report.estimates] == ["full", "extrapolated"]
-    by_seed = {(r.sample, r.seed): r.metric(SHIFT) for r in records}
+    assert [e.n for e in report.estimates] == [f"n = 2 seeds, 2 training subsamples of {images['1']:.0f} images"] * 2
+    by_seed = {(draw_of(r.sample or "")[0], r.seed): r.metric(SHIFT) for r in records}
     ratios = [(by_seed["1", s] or 0) / (by_seed["full", s] or 1) for s in {r.seed for r in records}]
     assert report.estimates[0].value == pytest.approx(sum(ratios) / 2)
 
@@ -184,7 +188,9 @@ class TestReport:
         FsrReport("pets", stored, []).render(console)
         text = console.export_text()
         assert stored[0].sentence() in text
-        assert "Suggested λ = 1.64 [1.47, 1.85]: a later search of pets tries it early" in text
+        assert (
+            "Suggested λ = 1.64 [1.47, 1.85] (95 % interval over seeds; n = 3 seeds, 1 training subsample): a" in text
+        )
 
     def test_c8_the_name_of_a_domain_is_no_markup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         row = {"sample": "oracle:[/red]cat", "images": 4.0, "shift": 1.0, "ci95": None, "seeds": 1}

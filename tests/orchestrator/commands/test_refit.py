@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,16 @@ from orchestrator.record.kept_files import refit_folders
 from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import fold
 from orchestrator.study import Study, read_journal
-from tests.support.exports import finished_study, pictures
+from tests.support.exports import confirmed_study
 from trainables.engine.trial import Trial
 from trainables.storage.kept_weights import load_weights
 
 pytestmark = [pytest.mark.usefixtures("cpu_only"), pytest.mark.thorough]
 
-TRIALS = (
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 1},
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 2, "role": "confirm"},
-    {"strategy": "linear_probe", "seed": 3},
-)
-
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    root = pictures(folder / "pictures", ["1", "2", "10", "11"], count=12)
-    return finished_study(folder / "studies", root, {"name": "test_vit", "pretrained": False}, TRIALS, epochs=2)
+    return confirmed_study(tmp_path_factory.mktemp("study"), "test_vit", count=12, epochs=2)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +51,19 @@ def refit(study: Study, to: Path, *arguments: object) -> tuple[int, str, str]:
 def refit_in(folder: Path, to: Path, *arguments: object) -> tuple[int, str, str]:
     code, out, err = command("export", folder, "--to", to, "--refit", *arguments)
     return code, out, " ".join(err.split())
+
+
+@contextmanager
+def settings(study: Study, old: str, new: str) -> Iterator[None]:
+    """The study with other settings on the disk."""
+    path = study.folder / "study.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    try:
+        yield
+    finally:
+        path.write_text(text)
 
 
 def edited(study: Study, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -126,13 +132,8 @@ def test_a_refit_of_other_settings_is_trained_again(study: Study, tmp_path: Path
     assert refit(study, tmp_path / "first", "--trial", 1)[0] == 0
     (folder,) = refit_folders(study.folder)
     before = load_weights(folder)
-    path = study.folder / "study.yaml"
-    text = path.read_text()
-    path.write_text(text.replace('"batch_size": 16', '"batch_size": 8'))
-    try:
+    with settings(study, '"batch_size": 16', '"batch_size": 8'):
         code, _, err = refit(study, tmp_path / "second", "--trial", 1)
-    finally:
-        path.write_text(text)
     assert code == 0, err
     assert "is of other settings or data. The configuration is trained again." in err
     after = load_weights(folder)
@@ -236,13 +237,8 @@ def test_what_cannot_be_trained_again_is_refused(
 
 
 def test_another_budget_is_refused(study: Study, tmp_path: Path) -> None:
-    path = study.folder / "study.yaml"
-    text = path.read_text()
-    path.write_text(text.replace('"epochs": 2', '"epochs": 3'))
-    try:
+    with settings(study, '"epochs": 2', '"epochs": 3'):
         code, _, err = refit(study, tmp_path / "model", "--trial", 1)
-    finally:
-        path.write_text(text)
     assert code == 2
     assert "trial 1 took 2 units and the study's settings give 3 today" in err
 

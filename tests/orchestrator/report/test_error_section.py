@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from typer.testing import CliRunner
 
 from benchmarks.support.synthetic import CLASSES, write_images
 from orchestrator.cli import app
 from orchestrator.commands.prune import prune
 from orchestrator.record.journal import Journal
-from orchestrator.record.kept_paths import predictions_file, weights_folder
+from orchestrator.record.kept_paths import predictions_file, similarities_file, weights_folder
 from orchestrator.record.records import TrialRecord, fold
 from orchestrator.report import error_section, thumbnails
 from orchestrator.report import page as page_module
@@ -38,6 +39,7 @@ from tests.support.toy_tasks import InkMasks
 from trainables.engine.tuned_network import tuned_network
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec
+from trainables.storage.checkpoint_format import save_tensors
 from trainables.storage.kept_weights import load_weights
 from trainables.tasks.registry import register
 
@@ -263,6 +265,77 @@ def test_the_command_compares_features_of_the_chosen_entry_or_of_all(study: Stud
     result = runner.invoke(app, ["report", str(study.folder), "--features", "chosen"])
     assert result.exit_code != 0
     assert "has no such store" in result.output
+
+
+class TestStoredSimilarities:
+    """Features of a trial are computed once; the file is of its weights and data, or it does not count."""
+
+    def measured(self, study: Study, calls: list[str]) -> FeatureSimilarity:
+        def report(what: str, done: int, total: int) -> None:
+            calls.append(what)
+
+        measure = FeatureSimilarities(study.folder, study.prepare(), torch.device("cpu"), report)
+        return measure.of(representatives(study.results())["full"])
+
+    def test_a_second_report_computes_nothing(self, study: Study) -> None:
+        calls: list[str] = []
+        first = self.measured(study, calls)
+        assert calls
+        again: list[str] = []
+        second = self.measured(study, again)
+        assert again == []
+        assert second.unchanged == first.unchanged
+        assert list(second.cosines) == list(first.cosines)
+        for split, cosines in first.cosines.items():
+            np.testing.assert_array_equal(second.cosines[split], cosines)
+
+    @pytest.mark.parametrize("change", ["weights", "store", "length", "cut off"])
+    def test_a_file_of_something_else_or_a_damaged_one_is_replaced(self, study: Study, change: str) -> None:
+        expected = self.measured(study, [])
+        record = representatives(study.results())["full"]
+        path = similarities_file(study.folder, record.number)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            splits = file.keys()
+            tensors = {split: file.get_tensor(split) for split in splits}
+        if change == "cut off":
+            path.write_bytes(path.read_bytes()[:20])
+        elif change == "length":
+            save_tensors({split: values[:-1] for split, values in tensors.items()}, path, metadata)
+        else:
+            wrong = {split: torch.zeros_like(values) for split, values in tensors.items()}
+            save_tensors(wrong, path, {**metadata, change: "0" * 64})
+        calls: list[str] = []
+        again = self.measured(study, calls)
+        assert calls
+        np.testing.assert_array_equal(again.cosines["test"], expected.cosines["test"])
+        third: list[str] = []
+        self.measured(study, third)
+        assert third == []
+
+    def test_a_full_disk_costs_the_file_and_not_the_report(
+        self, study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError("No space left on device")
+
+        record = representatives(study.results())["full"]
+        similarities_file(study.folder, record.number).unlink(missing_ok=True)
+        monkeypatch.setattr("orchestrator.report.features.save_tensors", refuse)
+        assert self.measured(study, []).cosines
+        assert not similarities_file(study.folder, record.number).exists()
+        assert "Compared features are not stored" in caplog.text
+
+    def test_prune_removes_it(self, study: Study) -> None:
+        self.measured(study, [])
+        record = representatives(study.results())["full"]
+        path = similarities_file(study.folder, record.number)
+        size = path.stat().st_size
+        pruned = {trial.number: trial.bytes for trial in prune(study.folder, dry_run=True).trials}
+        others = [*weights_folder(study.folder, record.number).iterdir(), predictions_file(study.folder, record.number)]
+        assert pruned[record.number] == size + sum(file.stat().st_size for file in others)
+        prune(study.folder)
+        assert not path.exists()
 
 
 def test_predictions_that_are_not_kept_are_named_with_the_way_to_have_them(study: Study) -> None:

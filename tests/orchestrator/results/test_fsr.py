@@ -56,6 +56,31 @@ class TestFull:
         assert estimate.lam == pytest.approx(1 / mean)
         assert estimate.lam_interval == pytest.approx((1 / (mean + half), 1 / (mean - half)))
 
+    def test_seeds_with_training_subsamples_of_their_own(self) -> None:
+        """The ratios' spread is that of seeds and subsamples together; the reference has all images."""
+        records = [
+            reference(0, "1", 0, 1.0, 40.0),
+            reference(1, "1#1", 1, 2.0, 40.0),
+            reference(2, "1#2", 2, 3.0, 40.0),
+        ]
+        records += [reference(3 + seed, "full", seed, shift) for seed, shift in enumerate([2.0, 3.0, 6.0])]
+        (estimate,) = estimates(records)
+        mean, half = mean_interval([1 / 2, 2 / 3, 1 / 2])
+        assert (estimate.low, estimate.high) == pytest.approx((mean - half, mean + half))
+        assert estimate.basis == "seeds and training subsamples"
+        assert estimate.n == "n = 3 seeds, 3 training subsamples of 40 images"
+        assert "(against the full pool; n = 3 seeds, 3 training subsamples of 40 images)" in estimate.sentence()
+
+    def test_seeds_on_one_training_sample(self) -> None:
+        (estimate,) = estimates(runs(**{"1": [1.0, 2.0], "full": [2.0, 2.0]}))
+        assert (estimate.basis, estimate.n) == ("seeds", "n = 2 seeds, 1 training subsample of 100 images")
+
+    def test_a_drawn_trial_takes_the_place_of_an_earlier_one_of_its_seed(self) -> None:
+        records = runs(**{"1": [1.0, 9.0], "full": [2.0, 2.0]})
+        for order in ([*records, reference(9, "1#1", 1, 1.0)], [reference(9, "1#1", 1, 1.0), *records]):
+            (estimate,) = estimates(order)
+            assert estimate.by_seed == {0: 0.5, 1: 0.5}
+
     def test_an_interval_that_holds_zero_leaves_lambda_open(self) -> None:
         (estimate,) = estimates(runs(**{"1": [0.1, 3.0], "full": [1.0, 1.0]}))
         assert estimate.low < 0
@@ -158,7 +183,8 @@ class TestExtrapolated:
             [reference(n + s, name, s, shifts[name], n) for name, n in sizes.items() for s in (0, 1)]
         )
         assert estimate.sentence().startswith(
-            "FSR 0.16 ± 0.00 (extrapolated): the shift still grows at the whole sample,"
+            "FSR 0.16 ± 0.00 (extrapolated; n = 2 seeds, 1 training subsample of 100 images): the shift still grows at "
+            "the whole sample,"
         )
         assert suggested([estimate]) is None
 
@@ -226,9 +252,10 @@ class TestSentences:
     )
     def test_what_the_number_means(self, values: tuple[float, float, float], sentence: str) -> None:
         estimate = self.estimate(*values, "extrapolated")
-        assert estimate.sentence() == sentence
+        assert estimate.sentence().replace(f"; {estimate.n}", "") == sentence
         assert (suggested([estimate]) is None) == ("first guess λ" not in sentence)
-        assert self.estimate(*values).sentence() == sentence.replace("extrapolated", "against the full pool")
+        full = self.estimate(*values)
+        assert full.sentence().replace(f"; {full.n}", "") == sentence.replace("extrapolated", "against the full pool")
 
     @pytest.mark.parametrize(
         ("values", "meaning"),
@@ -240,7 +267,9 @@ class TestSentences:
     )
     def test_an_oracle_is_marked_and_never_suggests(self, values: tuple[float, float, float], meaning: str) -> None:
         oracle = self.estimate(*values, "oracle:sketch")
-        assert oracle.sentence() == f"FSR {oracle.number()} (oracle on sketch, for analysis only): {meaning}"
+        assert (
+            oracle.sentence() == f"FSR {oracle.number()} (oracle on sketch, for analysis only; {oracle.n}): {meaning}"
+        )
         assert suggested([oracle]) is None
 
     def test_the_full_pool_comes_first_and_an_oracle_never(self) -> None:
@@ -283,11 +312,19 @@ class TestStage:
         assert {task.steps_per_unit for task in samples.values()} == {2}  # 32 images in batches of 16
 
     def test_seeds_pair_over_samples_and_the_default_point_serves_where_nothing_was_searched(self) -> None:
-        specs = self.stage("full").next([])
-        assert [(s.sample, s.role) for s in specs] == [("1", "reference"), ("full", "reference")] * 2
+        specs = self.stage("full", train_fraction=0.5).next([])
+        assert [(s.sample, s.train_draw, s.role) for s in specs] == [
+            ("1", 0, "reference"), ("full", 0, "reference"), ("1#1", 1, "reference"), ("full", 0, "reference"),
+        ]  # fmt: skip
         assert specs[0].seed == specs[1].seed != specs[2].seed
         assert specs[0].hparams["lam"] == 1.0
         assert len({s.config_hash for s in specs}) == 1
+
+    def test_a_sample_of_all_images_has_one_draw_and_its_shares_have_several(self) -> None:
+        specs = self.stage("extrapolated").next([])
+        assert [(s.sample, s.train_draw) for s in specs] == [
+            ("1", 0), ("0.25", 0), ("0.5", 0), ("1", 0), ("0.25#1", 1), ("0.5#1", 1),
+        ]  # fmt: skip
 
     def test_shares_that_do_not_differ_in_size_are_not_trained(self, caplog: pytest.LogCaptureFixture) -> None:
         stage = self.stage("extrapolated", train_fraction=0.125)  # eight images, and four of any smaller share

@@ -19,7 +19,7 @@ from luthier import Model, Results, Study
 from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.predictions import PredictionsError
-from tests.support.exports import finished_study, pictures
+from tests.support.exports import confirmed_study
 from tests.support.predictions import correctness, write_predictions
 from tests.support.records import FULL, PROBE, shift_ratio
 from tests.support.source_tree import ROOT
@@ -28,18 +28,11 @@ from trainables.storage.kept_weights import WeightsError, load_weights
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 SPLITS = {"val": correctness(4), "test": correctness(10, (0, 1)), "ood/sketch": correctness(5, (2,))}
-TRIALS = (
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 1},
-    {"strategy": "full", "hparams": {"lr_backbone": 0.01}, "seed": 2, "role": "confirm"},
-    {"strategy": "linear_probe", "seed": 3},
-)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = tmp_path_factory.mktemp("study")
-    root = pictures(folder / "pictures", ["1", "2", "10", "11"], count=20)
-    return finished_study(folder / "studies", root, {"name": "test_resnet", "pretrained": False}, TRIALS)
+    return confirmed_study(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture
@@ -205,10 +198,9 @@ class TestPlots:
     def test_reliability_is_the_share_of_right_predictions_of_a_confidence(self, results: Results) -> None:
         figure = results.plot.reliability("full", "test")
         line = figure.axes[0].lines[1]
-        assert line.get_xydata().tolist() == [[pytest.approx(0.7310586), pytest.approx(0.8)]]  # type: ignore[union-attr]
-        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [  # type: ignore[union-attr]
-            "perfectly calibrated", "as trained",
-        ]  # fmt: skip
+        assert line.get_xydata().tolist() == [[pytest.approx(73.10586), pytest.approx(80)]]  # type: ignore[union-attr]
+        assert figure.axes[0].get_title("left") == "full: test, 3 runs"
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["as trained"]
 
     def test_curves_of_the_chosen_configuration_and_of_the_study(self) -> None:
         curve = {"columns": {"lambda": [0.0, 1.0, 2.0], "val/acc": [0.5, 0.9, 0.7]}, "note": ""}

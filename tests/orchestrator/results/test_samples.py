@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
-from orchestrator.results.predictions import PredictionsError, read_predictions
+from orchestrator.results.predictions import PredictionsError, output_matrix, read_predictions
 from orchestrator.results.study_results import Results
 from tests.support.predictions import write_predictions
+from trainables.tasks.classification_metrics import classification_metrics
 
 SIZE = 500
 
@@ -92,6 +95,53 @@ def test_predictions_that_contradict_the_record_are_left_out_and_reported(tmp_pa
     assert warnings[0].startswith("Predictions and record of a trial must agree, but trial 1 has test/acc 0.7")
     assert warnings[1].startswith("No per-sample results are kept of trials 1: ")
     assert "over seeds alone" in results.findings()[0]
+
+
+class TestMetricsThatAreNoMeans:
+    """A study of two classes, 360 and 40 images, that selects by another metric."""
+
+    TARGETS: ClassVar = {"test": [0] * 360 + [1] * 40}
+
+    def results(self, folder: Path, metric: str, rare: int = 40) -> Results:
+        targets = {"test": [0] * (400 - rare) + [1] * rare}
+        generator = np.random.default_rng(0)
+        chances = generator.uniform(0.6, 1, size=400)
+        records = []
+        for seed in range(4):
+            correct = generator.uniform(size=400) < chances
+            write_predictions(folder, seed, {"test": correct}, targets)
+            table = read_predictions(predictions_file(folder, seed))
+            logits = torch.tensor(output_matrix(table))
+            values = classification_metrics(logits, torch.tensor(targets["test"]), [metric, "ece"])
+            metrics = {"best/val/acc": 0.5, f"best/val/{metric}": 0.5, "calib/ece": values.pop("ece")}
+            metrics |= {f"test/{key}": value for key, value in values.items()}
+            records.append(
+                TrialRecord(
+                    trial_id=str(seed), number=seed, seed=seed, role="confirm" if seed else "search", metrics=metrics,
+                    strategy="full", label="full", config_hash="h", state="complete",
+                )
+            )  # fmt: skip
+        return Results(records, {"name": "pets", "search": {"metric": metric}}, folder=folder)
+
+    @pytest.mark.parametrize("metric", ["macro_f1", "auroc", "ap", "brier", "balanced_acc"])
+    def test_the_leaderboard_has_intervals_over_samples_and_seeds(self, tmp_path: Path, metric: str) -> None:
+        row = self.results(tmp_path, metric).leaderboard().to_dict("records")[0]
+        for name in (f"test/{metric}", "calib/ece"):
+            assert (row[f"{name}/interval"], row[f"{name}/n"]) == ("samples and seeds", 400)
+            assert row[f"{name}/low"] < row[name] < row[f"{name}/high"]
+
+    @pytest.mark.parametrize("metric", ["macro_f1", "auroc", "ap"])
+    def test_a_class_of_one_image_leaves_an_interval_over_seeds(self, tmp_path: Path, metric: str) -> None:
+        row = self.results(tmp_path, metric, rare=1).leaderboard().to_dict("records")[0]
+        assert (row[f"test/{metric}/interval"], row["calib/ece/interval"]) == ("seeds", "samples and seeds")
+
+    def test_other_predictions_are_left_out_and_reported(self, tmp_path: Path) -> None:
+        results = self.results(tmp_path, "macro_f1")
+        write_predictions(tmp_path, 1, {"test": np.ones(400, bool)}, self.TARGETS)
+        assert results.leaderboard().to_dict("records")[0]["test/macro_f1/interval"] == "seeds"
+        assert results.warnings()[0].startswith(
+            "Predictions and record of a trial must agree, but trial 1 has calib/ece 0.0"
+        )
 
 
 class TestFiles:

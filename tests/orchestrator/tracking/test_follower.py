@@ -72,7 +72,9 @@ def test_a_study_becomes_one_parent_and_one_child_per_trial(journal: Journal, da
     experiment = client.get_experiment_by_name("pets")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["0000-full", "0001-full", "0002-full", "0003-full", "pets"]
-    parent, first, pruned = runs["pets"], runs["0000-full"], runs["0001-full"]
+    parent = runs["pets"]
+    first = runs["0000-full"]
+    pruned = runs["0001-full"]
     assert parent.info.run_id == following.run_id
     assert [runs[name].info.status for name in sorted(runs)] == ["FINISHED", "KILLED", "FAILED", "KILLED", "FINISHED"]
     assert [runs[name].data.tags["status"] for name in sorted(runs)][:4] == [

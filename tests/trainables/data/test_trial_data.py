@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from benchmarks.support.synthetic import SIDE, shapes, write_shapes
 from tests.support.imbalanced import imbalanced
 from trainables.data.store import Store
-from trainables.data.trial_data import TrialData, balanced_order, batch_positions, class_counts
+from trainables.data.trial_data import TrialData, balanced_order, batch_positions, class_counts, select_samples
 from trainables.models.backbone import load_pretrained
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 Make = Callable[..., TrialData]
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
@@ -34,6 +36,13 @@ def make(network: Callable[[str], str], tmp_path: Path) -> Make:
         return TrialData(spec, store or shapes(), load_pretrained(model), "cpu")
 
     return make
+
+
+def assert_equal_batches(batches: Iterable[Batch], others: Iterable[Batch]) -> None:
+    """Whether two runs of batches have the same bits."""
+    for (inputs, targets), (other_inputs, other_targets) in zip(batches, others, strict=True):
+        assert torch.equal(inputs, other_inputs)
+        assert torch.equal(targets, other_targets)
 
 
 def test_evaluation_batches_are_whole_in_order_and_normalised(make: Make) -> None:
@@ -115,9 +124,7 @@ def test_feature_batches_are_the_image_batches_of_the_same_seed(make: Make) -> N
     images = torch.stack([i for b, _ in data.batches("train") for i in b]).flatten(1)
     by_feature = list(data.feature_batches(images, labels, shuffle_seed=5))
     by_image = list(data.batches("train", shuffle_seed=5, drop_last=True))
-    for (a, b), (c, d) in zip(by_feature, by_image, strict=True):
-        assert torch.equal(a, c.flatten(1))
-        assert torch.equal(b, d)
+    assert_equal_batches(by_feature, [(images.flatten(1), labels) for images, labels in by_image])
 
 
 def test_a_fraction_is_a_prefix_and_changes_training_only(make: Make) -> None:
@@ -126,6 +133,24 @@ def test_a_fraction_is_a_prefix_and_changes_training_only(make: Make) -> None:
     assert small.labels("train").tolist() == shapes().labels("train")[:16].tolist()
     assert small.cache_key != make().cache_key
     assert np.allclose(small.features("train"), make().features("train")[:16], atol=1e-6)
+
+
+def test_a_draw_is_another_nested_sample_of_the_same_classes(make: Make) -> None:
+    store = shapes()
+
+    def positions(draw: int, fraction: float) -> set[int]:
+        spec = dataclasses.replace(make(train_fraction=fraction).spec, train_draw=draw)
+        ((_, indices),) = select_samples(spec, store)["train"]
+        assert (np.diff(indices) > 0).all()
+        return set(indices.tolist())
+
+    labels = store.labels("train")
+    own, first, second = (positions(draw, 0.5) for draw in (0, 1, 2))
+    assert own == set(range(store.fraction("train", 0.5)))
+    assert len({frozenset(sample) for sample in (own, first, second)}) == 3
+    assert Counter(labels[sorted(first)].tolist()) == Counter(labels[sorted(own)].tolist())
+    assert positions(1, 0.25) < first
+    assert positions(1, 1.0) == positions(0, 1.0)
 
 
 def test_a_held_out_domain_leaves_training_and_validation(make: Make) -> None:
@@ -163,11 +188,11 @@ def test_the_store_on_disk_gives_what_memory_gives_and_is_never_written_to(make:
     store = Store(write_shapes(tmp_path / "store"))
     disk, memory = make(store=store, augment=("flip",)), make(augment=("flip",))
     seeds = {"shuffle_seed": 1, "augment_seed": 2}
-    for (a, b), (c, d) in zip(disk.batches("train", **seeds), memory.batches("train", **seeds), strict=True):
-        assert torch.equal(a, c)
-        assert torch.equal(b, d)
-        a.fill_(0)
-        b.fill_(0)
+    batches = list(disk.batches("train", **seeds))
+    assert_equal_batches(batches, memory.batches("train", **seeds))
+    for inputs, targets in batches:
+        inputs.fill_(0)
+        targets.fill_(0)
     assert store.image_size == SIDE
     store.verify()
     assert np.array_equal(store.images("train"), shapes().images("train"))
@@ -198,9 +223,7 @@ def test_balanced_sampling_changes_shuffled_training_batches_alone(make: Make) -
     assert torch.bincount(labels).tolist() == [400, 400]
     assert balanced.steps_per_epoch == plain.steps_per_epoch
     for split, seeds in (("train", {}), ("test", {"shuffle_seed": 3})):
-        for (a, b), (c, d) in zip(plain.batches(split, **seeds), balanced.batches(split, **seeds), strict=True):
-            assert torch.equal(a, c)
-            assert torch.equal(b, d)
+        assert_equal_batches(plain.batches(split, **seeds), balanced.batches(split, **seeds))
 
 
 def test_balanced_feature_batches_are_the_balanced_image_batches(make: Make) -> None:
@@ -209,9 +232,7 @@ def test_balanced_feature_batches_are_the_balanced_image_batches(make: Make) -> 
     images = torch.stack([i for b, _ in data.batches("train") for i in b]).flatten(1)
     by_feature = list(data.feature_batches(images, labels, shuffle_seed=5))
     by_image = list(data.batches("train", shuffle_seed=5, drop_last=True))
-    for (a, b), (c, d) in zip(by_feature, by_image, strict=True):
-        assert torch.equal(a, c.flatten(1))
-        assert torch.equal(b, d)
+    assert_equal_batches(by_feature, [(images.flatten(1), labels) for images, labels in by_image])
 
 
 def test_class_counts_are_of_the_samples_that_a_trial_trains_on(make: Make) -> None:

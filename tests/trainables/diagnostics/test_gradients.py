@@ -17,7 +17,7 @@ from tests.support.trials import MakeTrial, same_numbers, same_tensors
 from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 from trainables.engine import trial as run_module
 from trainables.engine.contract import ParamGroup, Phase, Strategy, TrainingConfig
-from trainables.engine.loop import train_unit
+from trainables.engine.loop import PhaseSteps, train_unit
 from trainables.engine.optim import build_optimizer
 from trainables.engine.trial import Trial
 from trainables.models.transformer_blocks import COMPONENTS
@@ -181,8 +181,8 @@ def test_the_loop_calls_the_observer_once_per_step() -> None:
     optimizer = build_optimizer([ParamGroup("head", list(model.parameters()), 0.1)], config, lambda: 1.0)
     batches = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))] * 5
     task = Classification(TargetSpec(("a", "b")))
-    result = train_unit(
-        lambda inputs, targets: model(inputs), batches, optimizer, config, task,
-        first_step=0, total_steps=5, observer=Counter(),
-    )  # fmt: skip
+    steps = PhaseSteps(
+        forward=lambda inputs, targets: model(inputs), optimizer=optimizer, config=config, task=task, total_steps=5
+    )
+    result = train_unit(steps, batches, 0, observer=Counter())
     assert result.observed == {"grad_norm/head": 5.0}

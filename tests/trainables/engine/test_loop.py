@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables.engine.contract import ParamGroup, TrainingConfig
-from trainables.engine.loop import predict, set_training_mode, train_unit
+from trainables.engine.loop import PhaseSteps, predict, set_training_mode, train_unit
 from trainables.engine.optim import build_optimizer
 from trainables.models.precision import resolve_precision
 from trainables.specs.errors import NonFiniteError
@@ -45,17 +46,18 @@ def calling(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda inputs, targets: model(inputs)
 
 
-def optimizer_for(model: nn.Module, config: TrainingConfig, rate: float = 0.1) -> torch.optim.Optimizer:
-    return build_optimizer([ParamGroup("head", list(model.parameters()), rate)], config, lambda: 1.0)
+def steps_of(model: nn.Module, config: TrainingConfig, total_steps: int, **fields: Any) -> PhaseSteps:
+    optimizer = build_optimizer([ParamGroup("head", list(model.parameters()), 0.1)], config, lambda: 1.0)
+    return PhaseSteps(
+        forward=calling(model), optimizer=optimizer, config=config, task=TASK, total_steps=total_steps, **fields
+    )
 
 
 def test_a_unit_equals_the_textbook_loop_bit_for_bit() -> None:
     model, batches = small_problem()
     reference = copy.deepcopy(model)
     config = TrainingConfig(clip_norm=0.5, label_smoothing=0.1)
-    result = train_unit(
-        calling(model), batches, optimizer_for(model, config), config, TASK, first_step=0, total_steps=8
-    )
+    result = train_unit(steps_of(model, config, 8), batches, 0)
 
     sgd = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
     cosine = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.5 * (1 + math.cos(math.pi * step / 8)))
@@ -84,16 +86,7 @@ def test_the_extra_loss_is_added() -> None:
     def decay(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         return 0.3 * model.weight.square().sum()
 
-    train_unit(
-        calling(model),
-        batches[:1],
-        optimizer_for(model, config),
-        config,
-        TASK,
-        first_step=0,
-        total_steps=1,
-        extra_loss=decay,
-    )
+    train_unit(steps_of(model, config, 1, extra_loss=decay), batches[:1], 0)
     images, labels = batches[0]
     functional.cross_entropy(reference(images), labels).backward()
     gradient = reference.weight.grad + 0.6 * reference.weight
@@ -105,7 +98,7 @@ def test_a_diverging_unit_raises_within_the_unit() -> None:
     batches[1][0][0, 0] = torch.inf
     config = TrainingConfig()
     with pytest.raises(NonFiniteError) as error:
-        train_unit(calling(model), batches, optimizer_for(model, config), config, TASK, first_step=4, total_steps=8)
+        train_unit(steps_of(model, config, 8), batches, 4)
     assert str(error.value) == (
         "The training loss must be finite, but it was nan by step 2 of its unit. "
         "Lower learning rates or clip_norm may help."
@@ -116,7 +109,7 @@ def test_no_batch_is_an_error() -> None:
     model, _ = small_problem()
     config = TrainingConfig()
     with pytest.raises(ValueError, match="A unit must have at least one batch, but got none"):
-        train_unit(calling(model), [], optimizer_for(model, config), config, TASK, first_step=0, total_steps=1)
+        train_unit(steps_of(model, config, 1), [], 0)
 
 
 def test_bn_mode_and_frozen_parts() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.support.synthetic import shapes
 from trainables.engine.contract import TrainingConfig
-from trainables.engine.loop import predict, train_unit
+from trainables.engine.loop import PhaseSteps, predict, train_unit
 from trainables.engine.trial import Trial
 from trainables.models.micro_batch import MicroBatch
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
@@ -47,9 +47,10 @@ def trained(limited: bool, seen: list[int]) -> tuple[Tensor, float, dict[str, fl
     forward = small_memory(model, seen) if limited else model
     config = TrainingConfig(schedule="constant", clip_norm=0.5)
     task = Classification(TargetSpec(("a", "b", "c")))
-    result = train_unit(
-        lambda inputs, _: forward(inputs), [batch(), batch(7)], optimizer, config, task, first_step=0, total_steps=2
+    steps = PhaseSteps(
+        forward=lambda inputs, _: forward(inputs), optimizer=optimizer, config=config, task=task, total_steps=2
     )
+    result = train_unit(steps, [batch(), batch(7)], 0)
     return model.weight.detach(), result.loss, dict(result.observed)
 
 

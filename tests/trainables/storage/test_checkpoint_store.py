@@ -209,7 +209,7 @@ def test_s1_an_error_that_safetensors_raises_loses_the_checkpoint_and_not_the_tr
 ) -> None:
     """Its own type, no OSError, where the system refuses a write."""
 
-    def refused(*arguments: Any) -> None:
+    def refused(*arguments: Any, **_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("trainables.storage.checkpoint_format.save_file", refused)

@@ -139,7 +139,7 @@ def test_s12_a_process_killed_while_it_writes_leaves_nothing_that_counts(folder:
 def test_s12_an_error_of_safetensors_itself_is_one_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library has a type of its own for a full disk, which no other code takes for one."""
 
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(checkpoint_format, "save_file", refuse)

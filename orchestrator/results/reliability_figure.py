@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from orchestrator.results.curve_plot import BLUE, GREY, RED
+from orchestrator.results.curve_plot import BLUE, GREY, RED, NotebookFigure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from orchestrator.results.errors import Reliability
 
@@ -30,16 +29,22 @@ class SplitReliability:
     before: Reliability
     after: Reliability | None
     """With scaled logits; None without a temperature."""
-    error: float | None
-    """Recorded calibration error; None where it was not recorded."""
-    error_scaled: float | None
+    error: float | None = None
+    """Recorded calibration error; None where it was not recorded, or the panel is of several runs."""
+    error_scaled: float | None = None
 
 
-def reliability_figure(splits: Sequence[SplitReliability]) -> Figure:
-    """One panel per split: accuracy over confidence, and the diagonal of perfect calibration."""
+def reliability_figure(splits: Sequence[SplitReliability], side: float = 2.6) -> Figure:
+    """One panel per split: accuracy over confidence, and the diagonal of perfect calibration.
+
+    The area of a point is the share of the images in its bin.
+
+    Args:
+        side: of a panel, in inches.
+    """
     across = min(PER_ROW, len(splits))
     down = math.ceil(len(splits) / across)
-    figure = Figure(figsize=(2.6 * across + 0.4, 2.75 * down + 0.3))
+    figure = NotebookFigure(figsize=(side * across + 0.4, (side + 0.15) * down + 0.3))
     figure.subplots_adjust(wspace=0.3, hspace=0.6)
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, split in zip(grid, splits, strict=False):
