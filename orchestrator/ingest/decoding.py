@@ -8,6 +8,7 @@ pixel arrays are converted by threads.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.ingest.images import pixels_digest, square, to_eight_bit
+from orchestrator.ingest.images import pixels_digest, square, thumbnail, to_eight_bit
 from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Source
 from orchestrator.ingest.worker import write_at
 from trainables.specs.redaction import is_secret
@@ -173,9 +174,16 @@ class _DecoderProcess:
             return
         if "error" in reply:
             raise OSError(f"The pixels could not be written to {self._job.target}: {reply['error']}")
-        for reason, digest, pixels, width, height, file_format, notes in reply["outcomes"]:
+        for reason, digest, pixels, width, height, file_format, notes, thumb in reply["outcomes"]:
             yield Outcome(
-                reason, bytes.fromhex(digest), bytes.fromhex(pixels), width, height, file_format, tuple(notes)
+                reason,
+                bytes.fromhex(digest),
+                bytes.fromhex(pixels),
+                width,
+                height,
+                file_format,
+                tuple(notes),
+                base64.b64decode(thumb),
             )
 
     def close(self) -> None:
@@ -258,7 +266,8 @@ def _decode_arrays(
             write_at(descriptor, stored.tobytes(), offset)
         # With type and shape: the same bytes may be another picture.
         digest = hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
-        return Outcome(None, digest, pixels_digest(image), pixels.shape[1], pixels.shape[0], "array", notes)
+        height, width = pixels.shape[:2]
+        return Outcome(None, digest, pixels_digest(image), width, height, "array", notes, thumbnail(image))
 
     try:
         with ThreadPoolExecutor(count) as pool:

@@ -62,6 +62,8 @@ class Outcome(NamedTuple):
     height: int
     format: str
     notes: tuple[str, ...]
+    thumbnail: bytes = b""
+    """See `orchestrator.ingest.images.thumbnail`; empty where the image was not decoded."""
 
 
 @dataclass

@@ -8,12 +8,14 @@ First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic"
 Reply:          {"ready": true}
 Each request:   {"reader": "files", "root": …, "items": [[path, offset or null], …]}
                 {"reader": "parquet", "file": …, "column": …, "group": …, "items": [[row, offset or null], …]}
-Reply:          {"outcomes": [[reason or null, sha256 hex, pixels' hex, width, height, format, [notes]], …]}
+Reply:          {"outcomes": [[reason or null, sha256 hex, pixels' hex, width, height, format, [notes],
+                               thumbnail's base64], …]}
                 or {"error": text}
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -130,15 +132,16 @@ def _outcome(
 ) -> list[Any]:
     """Decode one item and write its pixels; the fields of `orchestrator.ingest.source.Outcome` as JSON values."""
     if isinstance(data, BadImageError):
-        return [str(data), "", "", 0, 0, "", []]
+        return [str(data), "", "", 0, 0, "", [], ""]
     digest = hashlib.sha256(data).hexdigest()
     try:
         image = decode(data, *square)
     except BadImageError as error:
-        return [str(error), digest, "", 0, 0, "", []]
+        return [str(error), digest, "", 0, 0, "", [], ""]
     if target is not None and offset is not None:
         write_at(target, image.pixels.tobytes(), offset)
-    return [None, digest, image.digest.hex(), image.width, image.height, image.format, list(image.notes)]
+    thumbnail = base64.b64encode(image.thumbnail).decode()
+    return [None, digest, image.digest.hex(), image.width, image.height, image.format, list(image.notes), thumbnail]
 
 
 if __name__ == "__main__":
