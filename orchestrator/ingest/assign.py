@@ -43,6 +43,9 @@ class Assignment:
     """Index into `domains`; `UNUSED` = not used."""
     together: list[tuple[int, ...]] = field(default_factory=list)
     """Groups of equal and nearly equal images that the drawn splits do not divide, as positions."""
+    across_domains: dict[int, int] = field(default_factory=dict)
+    """Position → number of its group, for groups with images of several ID domains: a fold of leave-one-domain-out does
+    not train on copies of what it is tested on."""
 
     @property
     def domains(self) -> list[str]:
@@ -60,6 +63,7 @@ class Assignment:
             self.classes == other.classes
             and self.domains == other.domains
             and self.splits.keys() == other.splits.keys()
+            and self.across_domains == other.across_domains
             and all(np.array_equal(rows, other.splits[name]) for name, rows in self.splits.items())
         )
 
@@ -113,7 +117,19 @@ def assign(
         splits[f"ood/{domain}"] = np.flatnonzero(domain_ids == domain_index[domain])
     for name, positions in splits.items():
         splits[name] = positions[nested_order(labels[positions], domain_ids[positions], request.seed)]
-    return Assignment(classes, id_domains, ood_domains, unused_domains, splits, labels, domain_ids, together)
+    across = _groups_across_domains(groups, request, id_positions, domain_ids)
+    return Assignment(classes, id_domains, ood_domains, unused_domains, splits, labels, domain_ids, together, across)
+
+
+def _groups_across_domains(
+    groups: ImageGroups | None, request: IngestRequest, id_positions: Integers, domain_ids: Integers
+) -> dict[int, int]:
+    """See `Assignment.across_domains`."""
+    if groups is None or request.copies == "apart":
+        return {}
+    inside = _restricted(groups.together(request.copies == "near"), set(id_positions.tolist()))
+    across = [group for group in inside if len({int(domain_ids[position]) for position in group}) > 1]
+    return {position: number for number, group in enumerate(across) for position in group}
 
 
 def _domain_roles(

@@ -45,7 +45,8 @@ DecodingProgress = Callable[[int, int, int], None]
 class DecodeJob:
     """Size of the decoded images, and where their pixels are written."""
 
-    side: int
+    side: int | None
+    """In pixels; None = read the size in each header, and decode nothing."""
     interpolation: str
     target: Path | None = None
     """File for the pixels; None = decode only."""
@@ -109,6 +110,16 @@ def decode_all(
     elif isinstance(source, EncodedSource):
         _decode_encoded(source, positions, job, collect, count)
     return {position: outcomes[position] for position in positions}
+
+
+def image_sizes(source: Source, positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Width and height in pixels of those samples at `positions` (ascending) that can be read; nothing is decoded."""
+    if isinstance(source, EncodedSource):
+        outcomes = decode_all(source, positions, DecodeJob(None, "nearest"), workers=1)
+        return [(outcome.width, outcome.height) for outcome in outcomes.values() if outcome.reason is None]
+    assert isinstance(source, ArraySource)
+    shapes = [shape for count, shape in source.shapes() for _ in range(count)]
+    return [(shapes[position][1], shapes[position][0]) for position in positions]
 
 
 def _decode_encoded(
@@ -252,6 +263,8 @@ def _decode_arrays(
     count: int,
 ) -> None:
     descriptor = os.open(job.target, os.O_WRONLY) if job.target is not None else None
+    assert job.side is not None
+    side = job.side
 
     def convert(position: int, pixels: NDArray[Any]) -> Outcome:
         notes: tuple[str, ...] = ()
@@ -261,7 +274,7 @@ def _decode_arrays(
             notes = ("sixteen_bit",)
         image = Image.fromarray(eight_bit).convert("RGB")
         offset = job.offset(position)
-        stored = square(image, job.side, job.interpolation, job.crop)
+        stored = square(image, side, job.interpolation, job.crop)
         if descriptor is not None and offset is not None:
             write_at(descriptor, stored.tobytes(), offset)
         # With type and shape: the same bytes may be another picture.

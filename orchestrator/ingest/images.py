@@ -98,6 +98,22 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
         raise BadImageError(f"truncated or damaged: {error}") from error
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, as stored; no pixel is decoded.
+
+    Raises:
+        BadImageError: the bytes are no image that can be used, as far as the header shows.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_header(image)
+            return image.size
+    except BadImageError:
+        raise
+    except Exception as error:  # as for `decode`
+        raise BadImageError(f"not a picture ({', '.join(FORMATS)}): {error}") from error
+
+
 def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """Scale 0…65535 to 0…255, rounded.
 

@@ -96,7 +96,7 @@ def in_words(group: Mapping[str, Any]) -> str:
 
 
 def find_duplicates(
-    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], split_of: Mapping[int, str], found: ImageGroups
+    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], split_of: Mapping[int, str], same: ImageGroups
 ) -> Duplicates:
     """Sort the groups of equal and nearly equal images by what they mean for a study.
 
@@ -104,9 +104,9 @@ def find_duplicates(
         samples: of the source.
         outcomes: by position in `samples`.
         split_of: the split of a position, `ood/<domain>` for OOD domains.
-        found: the groups of these samples.
+        same: the groups of these samples.
     """
-    groups = [list(group) for group in found.equal]
+    groups = [list(group) for group in same.equal]
 
     def domain_and_split(position: int) -> tuple[str, str]:
         return samples[position].domain, split_of.get(position, "")
@@ -121,7 +121,7 @@ def find_duplicates(
         # One picture with copies in two roles is an equal leak already.
         return len({frozenset(roles) for roles in roles_of.values()}) > 1
 
-    near_leaks = [list(group) for group in found.near if leaks_nearly(list(group))]
+    near_leaks = [list(group) for group in same.near if leaks_nearly(list(group))]
     named = (*across, *contradictory, *near_leaks)
     distinct = (len({(domain_and_split(i), samples[i].label) for i in group}) for group in groups)
     return Duplicates(
@@ -132,7 +132,7 @@ def find_duplicates(
         names={i: (samples[i].name, split_of.get(i, "")) for group in named for i in group},
         resaved=frozenset(group[0] for group in groups if len({outcomes[i].sha256 for i in group}) > 1),
         near_leaks=near_leaks,
-        crowded=found.crowded,
+        crowded=same.crowded,
     )
 
 

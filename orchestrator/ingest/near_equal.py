@@ -199,12 +199,12 @@ def candidate_pairs(hashes: NDArray[np.uint64], coefficients: Floats) -> tuple[I
         key = np.packbits(permuted, axis=1).view(">u8")[:, 0]
         sequence = np.lexsort((coefficients[:, 1 + order], key))
         in_order = hashes[sequence]
-        found_here = [pairs]
+        collected = [pairs]
         for shift in range(1, min(WINDOW, count - 1) + 1):
             close = np.flatnonzero(np.bitwise_count(in_order[shift:] ^ in_order[:-shift]) <= HAMMING)
             ends = np.stack([sequence[close], sequence[close + shift]])
-            found_here.append(ends.min(axis=0) * count + ends.max(axis=0))
-        pairs = np.unique(np.concatenate(found_here))
+            collected.append(ends.min(axis=0) * count + ends.max(axis=0))
+        pairs = np.unique(np.concatenate(collected))
         first = pairs // count
         second = pairs % count
         distance = np.bitwise_count(hashes[first] ^ hashes[second]).astype(np.float32)
@@ -264,7 +264,7 @@ def _unit_vectors(thumbnails: Bytes) -> Floats:
     values = _luminance(thumbnails)
     values -= values.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return values / np.maximum(norms, 1e-6)
+    return np.asarray(values / np.maximum(norms, 1e-6), np.float32)
 
 
 def _similarity(thumbnails: Bytes, first: Integers, second: Integers) -> Floats:
@@ -310,7 +310,8 @@ def _colours_agree(thumbnails: Bytes, first: Integers, second: Integers, contras
 def _chroma(thumbnails: Bytes) -> Floats:
     """Colours (n, 192) less the grey of their place, in levels."""
     colours = thumbnails[:, _LUMINANCE:].astype(np.float32).reshape(len(thumbnails), COLOUR_SIDE**2, 3)
-    return (colours - colours.mean(axis=2, keepdims=True)).reshape(len(thumbnails), -1)
+    chroma = colours - colours.mean(axis=2, keepdims=True)
+    return np.asarray(chroma.reshape(len(thumbnails), -1), np.float32)
 
 
 def _rms(values: Floats) -> Floats:
@@ -379,7 +380,8 @@ def _interpolated(images: Floats, coordinates: Floats) -> Floats:
     lower = np.minimum(clipped.astype(np.int64), THUMBNAIL_SIDE - 2)
     weight = (clipped - lower)[:, :, None]
     image = np.arange(len(images))[:, None]
-    return images[image, lower] * (1 - weight) + images[image, lower + 1] * weight
+    mixed = images[image, lower] * (1 - weight) + images[image, lower + 1] * weight
+    return np.asarray(mixed, np.float32)
 
 
 def _masked_correlation(one: Floats, other: Floats, mask: Floats) -> Floats:

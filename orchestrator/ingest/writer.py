@@ -140,6 +140,8 @@ class _Columns:
     labels: NDArray[np.int64]
     domain_ids: NDArray[np.int64]
     names: list[str]
+    groups: NDArray[np.int64] | None
+    """See `trainables.data.store.Store.groups`; None = no column."""
 
 
 def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Assignment) -> Offsets:
@@ -155,19 +157,22 @@ def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Ass
         "splits": list(assignment.splits),
         "image_size": request.image_size,
     }
-    schema = pa.schema(
-        [
-            pa.field("image", pa.list_(pa.uint8(), width), nullable=False),
-            pa.field("label", pa.int64(), nullable=False),
-            pa.field("domain", pa.int64(), nullable=False),
-            pa.field("name", pa.string(), nullable=False),
-        ],
-        metadata={"luthier": json.dumps(metadata, sort_keys=True)},
-    )
+    fields = [
+        pa.field("image", pa.list_(pa.uint8(), width), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("domain", pa.int64(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+    ]
+    across = assignment.across_domains
+    # Without such groups a store has the bytes, and so the digest, that it had before there was the column.
+    if across:
+        fields.append(pa.field("group", pa.int64(), nullable=False))
+    schema = pa.schema(fields, metadata={"luthier": json.dumps(metadata, sort_keys=True)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for positions in assignment.splits.values():
             names = [source.samples[i].name for i in positions]
-            columns = _Columns(assignment.labels[positions], assignment.domain_ids[positions], names)
+            groups = np.array([across.get(i, -1) for i in positions.tolist()], np.int64) if across else None
+            columns = _Columns(assignment.labels[positions], assignment.domain_ids[positions], names, groups)
             with _zeros(len(positions) * width) as blank:
                 writer.write_batch(_record_batch(schema, columns, blank, width))
 
@@ -199,6 +204,8 @@ def _record_batch(schema: Any, columns: _Columns, pixels: mmap.mmap, width: int)
         _integer_array(columns.domain_ids),
         pa.Array.from_buffers(pa.string(), count, name_buffers),
     ]
+    if columns.groups is not None:
+        arrays.append(_integer_array(columns.groups))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

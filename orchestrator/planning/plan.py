@@ -17,12 +17,16 @@ from rich.table import Table
 
 import search_spaces
 from orchestrator.ingest.errors import first_few
-from orchestrator.planning.build import rungs_of
+from orchestrator.ingest.manifest import together_in_words
+from orchestrator.ingest.pipeline import existing_store
+from orchestrator.planning.build import ingest_request, rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
 from orchestrator.planning.preflight import layer_kinds
+from orchestrator.planning.view import recorded_choices, view_of
 from orchestrator.record.costs import COSTS
+from orchestrator.record.journal import Journal
 from orchestrator.record.records import metrics_of
 from orchestrator.wording import bytes_text, counted, listed
 from trainables.specs.metrics import ood_domain
@@ -30,6 +34,7 @@ from trainables.specs.metrics import ood_domain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.ingest.request import IngestRequest
     from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.schema import StudySpec
     from search_spaces import Hyperparameter
@@ -101,6 +106,10 @@ class Plan:
     train_fraction: float = 1.0
     selection: str = "accuracy"
     """Title of the metric that configurations are chosen by."""
+    view: str = ""
+    """How pictures become the network's input, in a sentence."""
+    copies: str = ""
+    """What the drawn splits keep together, in a sentence; empty = nothing."""
 
     @property
     def max_units(self) -> int:
@@ -136,6 +145,7 @@ class Plan:
         return [
             f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images in {self.classes} classes.",
             self._images(),
+            *filter(None, (self.copies, self.view)),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
@@ -171,6 +181,10 @@ class Plan:
 
 def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
+    folder = Path(spec.storage).absolute() / spec.name
+    journal = folder / "journal.jsonl"
+    recorded = recorded_choices(Journal.read(journal)) if journal.exists() else None
+    view = view_of(spec, recorded)
     space = space_of(spec)
     search = spec.search
     data = spec.data
@@ -184,7 +198,7 @@ def make_plan(spec: StudySpec) -> Plan:
     gpus = "a GPU if there is one" if resources.gpus == "auto" else counted(resources.gpus, "GPU")
     return Plan(
         study=spec.name,
-        folder=str(Path(spec.storage).absolute() / spec.name),
+        folder=str(folder),
         backbone=spec.model.name,
         data=data.root or f"built-in {data.source}",
         entries=tuple(_planned(entry.label, entry.name, entry.fixed, space) for entry in spec.strategies),
@@ -205,12 +219,32 @@ def make_plan(spec: StudySpec) -> Plan:
         splits=splits,
         id_domains=tuple(assignment.id_domains),
         train_fraction=data.train_fraction,
-        disk_bytes=store_bytes(spec, images, counts.total),
+        disk_bytes=store_bytes(view.config.stored_size, images, counts.total),
         kept_bytes=kept_bytes_of(spec, counts, space, splits, len(assignment.classes)),
         keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
         selection=metrics_of(spec).selection.title,
+        view=view.sentence() + _weights_note(spec),
+        copies=_copies(ingest_request(spec, view.config, recorded), Path(spec.storage).absolute() / "data"),
     )
+
+
+def _weights_note(spec: StudySpec) -> str:
+    """Where mean and standard deviation come from, if the weights do not come with them."""
+    if spec.model.weights is None or Path(spec.model.weights).is_dir() or spec.data.mean or spec.data.std:
+        return ""
+    return f" Mean and std are those of timm's own weights of {spec.model.name}; data.mean and data.std change them."
+
+
+def _copies(request: IngestRequest, stores: Path) -> str:
+    """What the drawn splits keep together; it is counted when the data are read."""
+    if request.copies == "apart":
+        return "Copies: splits are drawn image by image (data.copies: apart)."
+    store = existing_store(request, stores)
+    if store is not None:
+        return together_in_words(store.manifest["kept_together"])
+    kinds = "Equal and nearly equal images" if request.copies == "near" else "Equal images"
+    return f"{kinds} will stay in one of the splits that are drawn; they are counted when the data are read."
 
 
 def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchSpace) -> PlannedEntry:
