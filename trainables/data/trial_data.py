@@ -138,7 +138,8 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
 
     A list of such pairs per split. `train` is the spec's fraction, or the whole OOD domain `train_on`. The training and
     validation images of a held-out domain move from `train` and `val` to the split `held_out`, on which a fold is
-    scored; images of other domains that are equal or nearly equal to one of them are left out. Of a refit, `train` has the validation images, too, and there is no split `val`.
+    scored; images of other domains that are equal or nearly equal to one of them are left out. Of a refit, `train` has
+    the validation images, too, and there is no split `val`.
 
     Raises:
         ValueError: the held-out domain is not an ID domain, or the only one; `train_on` is not an OOD domain.

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageEnhance
 
@@ -24,8 +25,11 @@ from orchestrator.ingest.near_equal import (
 )
 from orchestrator.ingest.source import Outcome
 from tests.orchestrator.ingest.pictures import read
-from trainables.data.store import Store
+from trainables.data.store import DATA, Store
+from trainables.data.trial_data import select_samples
 from trainables.demo.digits import handwritten_digits, printed_digits
+from trainables.specs.metrics import HELD_OUT
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 PHOTO_SIDE = 96
 
@@ -272,3 +276,45 @@ class TestStore:
     def test_the_report_counts_what_is_kept_together(self, tmp_path: Path) -> None:
         report = check(album(tmp_path / "album"), workers=1)
         assert report.to_dict()["kept_together"] == {"groups": 10, "images": 30, "near_groups": 10, "near_images": 30}
+
+
+class TestFolds:
+    def test_a_fold_does_not_train_on_copies_of_its_held_out_images(self, tmp_path: Path) -> None:
+        root = tmp_path / "album"
+        for domain, first in (("photo", 0), ("sketch", 100)):
+            for index, name in enumerate(("cat", "dog")):
+                (root / domain / name).mkdir(parents=True)
+                for number in range(first, first + 14):
+                    scene(1000 * index + number).save(root / domain / name / f"{number}.png")
+        # Two pictures of the photos lie among the sketches: one as it is, one saved again.
+        shutil.copy(root / "photo/cat/3.png", root / "sketch/cat/copy.png")
+        as_jpeg(scene(1005), 70).save(root / "sketch/dog/again.jpg")
+        store = read(root, tmp_path / "stores")
+        assert store.manifest["kept_together"]["groups"] == 2
+        originals = {"photo/cat/3.png", "photo/dog/5.png"}
+        copies = {"sketch/cat/copy.png", "sketch/dog/again.jpg"}
+        for held_out, tested, left_out in (("photo", originals, copies), ("sketch", copies, originals)):
+            spec = TrialSpec(
+                shared=SharedTrialSettings(store="", model=ModelSpec(name="resnet18")),
+                strategy="full",
+                role="fold",
+                held_out=held_out,
+            )
+            parts = select_samples(spec, store)
+            names = {
+                split: {store.names(source)[i] for source, indices in parts[split] for i in indices.tolist()}
+                for split in ("train", "val", HELD_OUT)
+            }
+            splits = split_of(store)
+            assert tested & names[HELD_OUT] == {name for name in tested if splits[name] != "test"}
+            dropped = {name for name in left_out if splits[name] != "test"}
+            assert dropped
+            assert not dropped & (names["train"] | names["val"])
+            expected = sum(splits[name] != "test" and not name.startswith(held_out) for name in splits)
+            assert len(names["train"] | names["val"]) == expected - len(dropped)
+
+    def test_stores_without_such_images_have_no_column(self, tmp_path: Path) -> None:
+        store = read(album(tmp_path / "album"), tmp_path / "stores")
+        assert (store.groups("train") == -1).all()
+        with pa.memory_map(str(store.path / DATA)) as file:
+            assert pa.ipc.open_file(file).schema.names == ["image", "label", "domain", "name"]
