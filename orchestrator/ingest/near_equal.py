@@ -205,10 +205,12 @@ def candidate_pairs(hashes: NDArray[np.uint64], coefficients: Floats) -> tuple[I
             ends = np.stack([sequence[close], sequence[close + shift]])
             collected.append(ends.min(axis=0) * count + ends.max(axis=0))
         pairs = np.unique(np.concatenate(collected))
-        first = pairs // count
-        second = pairs % count
-        distance = np.bitwise_count(hashes[first] ^ hashes[second]).astype(np.float32)
-        pairs = pairs[_nearest(first, second, distance, NEIGHBOURS)]
+        # Not after every order: sorting is most of the work where images resemble each other.
+        if len(pairs) > 2 * NEIGHBOURS * count or order == ORDERS - 1:
+            first = pairs // count
+            second = pairs % count
+            distance = np.bitwise_count(hashes[first] ^ hashes[second]).astype(np.float32)
+            pairs = pairs[_nearest(first, second, distance, NEIGHBOURS)]
     return pairs // count, pairs % count
 
 
@@ -322,7 +324,8 @@ def _nearest(first: Integers, second: Integers, distance: Floats, most: int) -> 
     """Indices of the pairs that are among the `most` nearest of one of their rows, ascending."""
     index = np.tile(np.arange(len(first)), 2)
     ends = np.concatenate([first, second])
-    order = np.lexsort((index, np.tile(distance, 2), ends))
+    # Stable, so that equal distances stay in the order of the pairs.
+    order = np.lexsort((np.tile(distance, 2), ends))
     sorted_ends = ends[order]
     rank = np.arange(len(order)) - np.searchsorted(sorted_ends, sorted_ends)
     return np.unique(index[order[rank < most]])
