@@ -23,7 +23,7 @@ from orchestrator.planning.build import make_task
 from orchestrator.planning.view import Choices, view_of
 from orchestrator.record.journal import Journal
 from orchestrator.study import Study
-from tests.orchestrator.ingest.test_near_equal import album, split_of
+from tests.support.albums import album, split_of
 from tests.support.exports import finished_study, pictures
 from trainables.data.store import FORMAT, Store
 from trainables.data.transforms import BatchTransform
