@@ -50,7 +50,7 @@ REFERENCES = 1024
 """Images that ordinary similarity is measured against."""
 RANK = 10
 """Which of the most similar references counts as ordinary: nearer ones may be copies."""
-NOISE = 6.0
+NOISE = 4.0
 """Difference that saving again may make, root mean square, in levels of 255: a limit of 1 - r for strong contrasts."""
 ALIGNED_BELOW = 0.7
 """Ordinary similarity up to which a crop is undone. Where images resemble each other anyway, a shift makes different
