@@ -70,6 +70,9 @@ class NoiseStore:
     def names(self, split: str) -> list[str]:
         return [str(index) for index in range(len(self.labels(split)))]
 
+    def groups(self, split: str) -> NDArray[np.int64]:
+        return np.full(self.count, -1, np.int64)
+
     def fraction(self, split: str, f: float) -> int:
         return self.count
 

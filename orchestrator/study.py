@@ -91,12 +91,17 @@ class Study:
             from orchestrator.ingest.pipeline import ingest
             from orchestrator.planning.build import ingest_request, make_built_in, model_of
             from orchestrator.planning.preflight import preflight
+            from orchestrator.planning.view import recorded_choices, view_of
+            from orchestrator.record.journal import Journal
             from orchestrator.running.progress import ingest_progress
 
             preflight(self.spec)
+            journal = self.folder / "journal.jsonl"
+            recorded = recorded_choices(Journal.read(journal)) if journal.exists() else None
+            view = view_of(self.spec, recorded).config
             with ingest_progress() if progress else contextlib.nullcontext() as report:
                 stores = Path(self.spec.storage).absolute() / "data"
-                self._store = ingest(ingest_request(self.spec), stores, progress=report)
+                self._store = ingest(ingest_request(self.spec, view, recorded), stores, progress=report)
             make_built_in(model_of(self.spec))
         return self._store
 

@@ -55,6 +55,9 @@ class MemoryStore:
     def names(self, split: str) -> list[str]:
         return [f"{split}/{index}" for index in range(len(self.targets[split]))]
 
+    def groups(self, split: str) -> NDArray[np.int64]:
+        return np.full(len(self.targets[split]), -1, np.int64)
+
     def fraction(self, split: str, f: float) -> int:
         """Labels cycle through the classes, so that any multiple of four is a stratified prefix."""
         return max(len(CLASSES), round(len(self.targets[split]) * f))

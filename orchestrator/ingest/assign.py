@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.errors import did_you_mean
 from orchestrator.ingest.errors import DataError, first_few
+from orchestrator.ingest.near_equal import ImageGroups
 from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Sample, Source
 from orchestrator.wording import counted
@@ -40,6 +41,11 @@ class Assignment:
     """Index into `classes` of each sample of the source; `UNUSED` = not used."""
     domain_ids: Integers
     """Index into `domains`; `UNUSED` = not used."""
+    together: list[tuple[int, ...]] = field(default_factory=list)
+    """Groups of equal and nearly equal images that the drawn splits do not divide, as positions."""
+    across_domains: dict[int, int] = field(default_factory=dict)
+    """Position → number of its group, for groups with images of several ID domains: a fold of leave-one-domain-out does
+    not train on copies of what it is tested on."""
 
     @property
     def domains(self) -> list[str]:
@@ -51,24 +57,38 @@ class Assignment:
         """Positions of all used samples, ascending."""
         return np.flatnonzero(self.labels >= 0)
 
+    def has_rows_of(self, other: Assignment) -> bool:
+        """Whether a store has the same rows under both, in the same order."""
+        return (
+            self.classes == other.classes
+            and self.domains == other.domains
+            and self.splits.keys() == other.splits.keys()
+            and self.across_domains == other.across_domains
+            and all(np.array_equal(rows, other.splits[name]) for name, rows in self.splits.items())
+        )
+
     @property
     def split_of(self) -> dict[int, str]:
         """Position of each used sample → its split."""
         return {int(i): name for name, positions in self.splits.items() for i in positions}
 
 
-def assign(source: Source, request: IngestRequest, bad: Collection[int] = ()) -> Assignment:
+def assign(
+    source: Source, request: IngestRequest, bad: Collection[int] = (), groups: ImageGroups | None = None
+) -> Assignment:
     """Assign domains, classes and splits.
 
-    Splits of the source are kept; missing validation and test splits are drawn from its training split, by class. OOD
-    domains are for evaluation only, whatever splits they have. Every split is stored in nested stratified order, so
-    that any prefix of it is a stratified sample.
+    Splits of the source are kept; missing validation and test splits are drawn from its training split, by class, so
+    that no group of equal or nearly equal images is divided. OOD domains are for evaluation only, whatever splits they
+    have. Every split is stored in nested stratified order, so that any prefix of it is a stratified sample; a prefix
+    may divide a group, because nothing is measured on the images beyond it.
 
     Args:
         source: the scan.
         request: domains, fractions and seed. No ID domains = all that are not OOD; no OOD domains = those that the
             source marks as such.
         bad: positions of unreadable samples, which are left out.
+        groups: equal and nearly equal images; None = not known yet.
 
     Raises:
         DataError: domains unknown, empty or in both roles; no ID domain; fewer than two classes; a class that is never
@@ -91,13 +111,25 @@ def assign(source: Source, request: IngestRequest, bad: Collection[int] = ()) ->
     for position in np.flatnonzero(domain_ids >= 0):
         labels[position] = class_index[samples[position].label]
 
-    codes = _split_codes(samples, id_positions, labels, domain_ids, classes, request, note)
+    codes, together = _split_codes(samples, id_positions, labels, domain_ids, classes, request, groups, note)
     splits = {name: id_positions[codes == code] for name, code in SPLIT_CODES.items()}
     for domain in ood_domains:
         splits[f"ood/{domain}"] = np.flatnonzero(domain_ids == domain_index[domain])
     for name, positions in splits.items():
         splits[name] = positions[nested_order(labels[positions], domain_ids[positions], request.seed)]
-    return Assignment(classes, id_domains, ood_domains, unused_domains, splits, labels, domain_ids)
+    across = _groups_across_domains(groups, request, id_positions, domain_ids)
+    return Assignment(classes, id_domains, ood_domains, unused_domains, splits, labels, domain_ids, together, across)
+
+
+def _groups_across_domains(
+    groups: ImageGroups | None, request: IngestRequest, id_positions: Integers, domain_ids: Integers
+) -> dict[int, int]:
+    """See `Assignment.across_domains`."""
+    if groups is None or request.copies == "apart":
+        return {}
+    inside = _restricted(groups.together(request.copies == "near"), set(id_positions.tolist()))
+    across = [group for group in inside if len({int(domain_ids[position]) for position in group}) > 1]
+    return {position: number for number, group in enumerate(across) for position in group}
 
 
 def _domain_roles(
@@ -186,9 +218,13 @@ def _split_codes(
     domain_ids: Integers,
     classes: list[str],
     request: IngestRequest,
+    groups: ImageGroups | None,
     note: str,
-) -> Integers:
-    """`TRAIN`, `VAL` or `TEST` of each ID sample: the source's own split, else drawn."""
+) -> tuple[Integers, list[tuple[int, ...]]]:
+    """`TRAIN`, `VAL` or `TEST` of each ID sample: the source's own split, else drawn.
+
+    Returned with the groups that the drawing kept together.
+    """
     codes = np.array([SPLIT_CODES.get(samples[i].split or "", UNUSED) for i in positions], dtype=np.int64)
     present = {int(code) for code in np.unique(codes)}
     if UNUSED in present and len(present) > 1:
@@ -208,8 +244,86 @@ def _split_codes(
     drawable = codes <= TRAIN  # training images and those without a split
     pool = positions[drawable]
     _check_class_sizes(labels[pool], classes, purposes, note)
-    codes[drawable] = stratified_split(labels[pool], domain_ids[pool], val_fraction, test_fraction, request.seed)
-    return codes
+    together: list[tuple[int, ...]] = []
+    if groups is not None and request.copies != "apart" and purposes:
+        together = _undivided(groups, pool, labels, classes, request.copies == "near", purposes, note)
+    index = {position: i for i, position in enumerate(pool.tolist())}
+    codes[drawable] = stratified_split(
+        labels[pool],
+        domain_ids[pool],
+        val_fraction,
+        test_fraction,
+        request.seed,
+        [[index[position] for position in group] for group in together],
+    )
+    return codes, together
+
+
+def _undivided(
+    groups: ImageGroups,
+    pool: Integers,
+    labels: Integers,
+    classes: list[str],
+    near: bool,
+    purposes: list[str],
+    note: str,
+) -> list[tuple[int, ...]]:
+    """Groups among the images that are drawn.
+
+    A class that nearly equal images would leave with fewer groups than splits is divided by equal images alone.
+
+    Raises:
+        DataError: a class has fewer different pictures than splits.
+    """
+    inside = set(pool.tolist())
+    equal = _restricted(groups.together(near=False), inside)
+    _check_different(equal, pool, labels, classes, purposes, note)
+    if not near:
+        return equal
+    loose = _restricted(groups.together(), inside)
+    few = {
+        label for label, count in _group_counts(loose, pool, labels, len(classes)).items() if count < 1 + len(purposes)
+    }
+    undivided = [group for group in loose if not few & {int(labels[position]) for position in group}]
+    covered = {position for group in undivided for position in group}
+    return sorted([*undivided, *(group for group in equal if group[0] not in covered)])
+
+
+def _restricted(groups: Sequence[tuple[int, ...]], inside: Collection[int]) -> list[tuple[int, ...]]:
+    """What groups have inside, where that is more than one image."""
+    parts = [tuple(position for position in group if position in inside) for group in groups]
+    return [part for part in parts if len(part) > 1]
+
+
+def _group_counts(groups: Sequence[tuple[int, ...]], pool: Integers, labels: Integers, classes: int) -> dict[int, int]:
+    """Class → groups with images of it, an image without copies being a group of its own."""
+    counts = Counter(dict(enumerate(np.bincount(labels[pool], minlength=classes).tolist())))
+    for group in groups:
+        for label, images in Counter(int(labels[position]) for position in group).items():
+            counts[label] -= images - 1
+    return dict(counts)
+
+
+def _check_different(
+    equal: Sequence[tuple[int, ...]],
+    pool: Integers,
+    labels: Integers,
+    classes: list[str],
+    purposes: list[str],
+    note: str,
+) -> None:
+    """Raise DataError where a class has fewer different pictures than splits."""
+    needed = 1 + len(purposes)
+    counts = _group_counts(equal, pool, labels, len(classes))
+    small = [label for label, count in counts.items() if count < needed]
+    if not small:
+        return
+    listed = first_few([f"{classes[label]} has {counts[label]}" for label in small])
+    raise DataError(
+        f"Every class needs at least {counted(needed, 'different ID training image')}, because equal ones stay in one "
+        f"split, but {listed}{note}. Add images, remove the class, or give the splits yourself as folders "
+        "train, val and test."
+    )
 
 
 def _check_class_sizes(labels: Integers, classes: list[str], purposes: list[str], note: str) -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.ingest.assign import assign
+from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
 from orchestrator.ingest.errors import DataError, existing, first_few
-from orchestrator.ingest.manifest import find_duplicates, in_words
+from orchestrator.ingest.manifest import find_duplicates, in_words, kept_together, together_in_words
+from orchestrator.ingest.near_equal import MAX_GROUP, ImageGroups, group_images
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import Outcome, Source
 from orchestrator.wording import counted
@@ -79,6 +80,8 @@ class DataReport:
     """Name and reason of each file or folder that is not a sample."""
     duplicates: dict[str, Any]
     """See `orchestrator.ingest.manifest.Duplicates.to_dict`."""
+    kept_together: dict[str, int]
+    """See `orchestrator.ingest.manifest.kept_together`."""
     problems: list[str]
     """Why a study with default settings would refuse the data; empty = it would accept them."""
 
@@ -104,6 +107,7 @@ class DataReport:
             console.print("Splits of the source: " + ", ".join(f"{name} {n}" for name, n in self.splits.items()))
         else:
             console.print("No splits in the source: train, val and test are drawn per class, by seed.")
+            console.print(together_in_words(self.kept_together))
         self._print_counts(console)
         if self.sizes is not None:
             smallest, median, largest = (f"{w}x{h}" for w, h in dataclasses.astuple(self.sizes)[:3])
@@ -140,6 +144,12 @@ class DataReport:
         for key, groups in (("across", f"{splits} or domains"), ("contradictory", "classes")):
             title = f"The same image in several {groups}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
             _print_list(console, title, [in_words(group) for group in self.duplicates[key]])
+        nearly = counted(self.duplicates["near_leaks_groups"], "group")
+        title = f"Nearly equal images in training, validation or what is measured: {nearly}"
+        _print_list(console, title, [in_words(group) for group in self.duplicates["near_leaks"]])
+        if self.duplicates["crowded"]:
+            crowded = counted(self.duplicates["crowded"], "image")
+            console.print(f"Drawn one by one, because they resemble more than {MAX_GROUP} others: {crowded}")
         if self.duplicates["repeats"]:
             repeats = counted(self.duplicates["repeats"], "image")
             console.print(f"Repeats of another image of the same domain, split and class: {repeats}")
@@ -178,7 +188,8 @@ def check(
         workers: decoder processes; None = one per CPU.
         progress: called from several threads, see `DecodingProgress`.
         label: column with the classes of a Parquet source; None = the first with a usual name.
-        fail_on_leak: report the same image in several splits or domains as a problem.
+        fail_on_leak: report the same image, pixel for pixel, in several splits or domains as a problem; nearly equal
+            ones are listed only, because a threshold decides.
 
     Raises:
         DataError: nothing there, or no data that can be interpreted.
@@ -236,7 +247,13 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         domains.setdefault(domain, {})[label] = count
     splits = Counter(samples[i].split for i in readable if samples[i].split is not None)
     bad = [i for i, outcome in outcomes.items() if outcome.reason is not None]
-    split_of, problems = _default_splits(source, request, bad)
+    groups = group_images(outcomes)
+    assignment, problems = _default_splits(source, request, bad, groups)
+    split_of = {i: sample.split or "" for i, sample in enumerate(samples)}
+    together = {"groups": 0, "images": 0, "near_groups": 0, "near_images": 0}
+    if assignment is not None:
+        split_of = assignment.split_of
+        together = kept_together(assignment, outcomes)
     return DataReport(
         path=str(path),
         source=source.kind,
@@ -250,23 +267,22 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         notes=dict(Counter(note for i in readable for note in outcomes[i].notes).most_common()),
         unreadable=[{"name": samples[i].name, "reason": str(outcomes[i].reason)} for i in bad],
         ignored=[entry._asdict() for entry in source.ignored],
-        duplicates=find_duplicates(samples, outcomes, split_of).to_dict(),
+        duplicates=find_duplicates(samples, outcomes, split_of, groups).to_dict(),
+        kept_together=together,
         problems=problems,
     )
 
 
-def _default_splits(source: Source, request: IngestRequest, bad: list[int]) -> tuple[dict[int, str], list[str]]:
-    """Split of each sample in a study with default settings, and problems.
-
-    Problems: why such a study would refuse the data. If it would, the splits are the source's own.
-    """
+def _default_splits(
+    source: Source, request: IngestRequest, bad: list[int], groups: ImageGroups
+) -> tuple[Assignment | None, list[str]]:
+    """Splits of a study with default settings, and problems: why such a study would refuse the data."""
     if len(bad) == len(source.samples):
-        return {}, [f"Images must be readable, but none of {len(bad)} is."]
+        return None, [f"Images must be readable, but none of {len(bad)} is."]
     try:
-        assignment = assign(source, request, bad)
+        return assign(source, request, bad, groups), []
     except DataError as error:
-        return {i: sample.split or "" for i, sample in enumerate(source.samples)}, [str(error)]
-    return assignment.split_of, []
+        return None, [str(error)]
 
 
 def _sizes(outcomes: list[Outcome]) -> Sizes | None:

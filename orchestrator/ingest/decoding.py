@@ -8,6 +8,7 @@ pixel arrays are converted by threads.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.ingest.images import pixels_digest, square, to_eight_bit
+from orchestrator.ingest.images import pixels_digest, square, thumbnail, to_eight_bit
 from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Source
 from orchestrator.ingest.worker import write_at
 from trainables.specs.redaction import is_secret
@@ -44,7 +45,8 @@ DecodingProgress = Callable[[int, int, int], None]
 class DecodeJob:
     """Size of the decoded images, and where their pixels are written."""
 
-    side: int
+    side: int | None
+    """In pixels; None = read the size in each header, and decode nothing."""
     interpolation: str
     target: Path | None = None
     """File for the pixels; None = decode only."""
@@ -110,6 +112,16 @@ def decode_all(
     return {position: outcomes[position] for position in positions}
 
 
+def image_sizes(source: Source, positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Width and height in pixels of those samples at `positions` (ascending) that can be read; nothing is decoded."""
+    if isinstance(source, EncodedSource):
+        outcomes = decode_all(source, positions, DecodeJob(None, "nearest"), workers=1)
+        return [(outcome.width, outcome.height) for outcome in outcomes.values() if outcome.reason is None]
+    assert isinstance(source, ArraySource)
+    shapes = [shape for count, shape in source.shapes() for _ in range(count)]
+    return [(shapes[position][1], shapes[position][0]) for position in positions]
+
+
 def _decode_encoded(
     source: EncodedSource,
     positions: Sequence[int],
@@ -173,9 +185,16 @@ class _DecoderProcess:
             return
         if "error" in reply:
             raise OSError(f"The pixels could not be written to {self._job.target}: {reply['error']}")
-        for reason, digest, pixels, width, height, file_format, notes in reply["outcomes"]:
+        for reason, digest, pixels, width, height, file_format, notes, thumb in reply["outcomes"]:
             yield Outcome(
-                reason, bytes.fromhex(digest), bytes.fromhex(pixels), width, height, file_format, tuple(notes)
+                reason,
+                bytes.fromhex(digest),
+                bytes.fromhex(pixels),
+                width,
+                height,
+                file_format,
+                tuple(notes),
+                base64.b64decode(thumb),
             )
 
     def close(self) -> None:
@@ -244,6 +263,8 @@ def _decode_arrays(
     count: int,
 ) -> None:
     descriptor = os.open(job.target, os.O_WRONLY) if job.target is not None else None
+    assert job.side is not None
+    side = job.side
 
     def convert(position: int, pixels: NDArray[Any]) -> Outcome:
         notes: tuple[str, ...] = ()
@@ -253,12 +274,13 @@ def _decode_arrays(
             notes = ("sixteen_bit",)
         image = Image.fromarray(eight_bit).convert("RGB")
         offset = job.offset(position)
-        stored = square(image, job.side, job.interpolation, job.crop)
+        stored = square(image, side, job.interpolation, job.crop)
         if descriptor is not None and offset is not None:
             write_at(descriptor, stored.tobytes(), offset)
         # With type and shape: the same bytes may be another picture.
         digest = hashlib.sha256(f"{pixels.dtype}{pixels.shape}".encode() + pixels.tobytes()).digest()
-        return Outcome(None, digest, pixels_digest(image), pixels.shape[1], pixels.shape[0], "array", notes)
+        height, width = pixels.shape[:2]
+        return Outcome(None, digest, pixels_digest(image), width, height, "array", notes, thumbnail(image))
 
     try:
         with ThreadPoolExecutor(count) as pool:

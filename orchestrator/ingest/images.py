@@ -20,6 +20,11 @@ MIN_SIDE = 4
 MAX_ASPECT = 20
 """Maximum ratio of the sides: of a longer strip the centre square shows less than a twentieth."""
 
+THUMBNAIL_SIDE = 32
+"""Side of `thumbnail`'s luminance, in pixels; that of the perceptual hash pHash."""
+COLOUR_SIDE = 8
+"""Side of `thumbnail`'s colours, in pixels."""
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "box": Image.Resampling.BOX,
@@ -53,6 +58,8 @@ class DecodedImage:
     """Pillow's name of the format, such as `JPEG`."""
     notes: tuple[str, ...]
     """Any of `animated`, `sixteen_bit`, `transparent`, `cmyk`, `rotated_by_exif`."""
+    thumbnail: bytes
+    """See `thumbnail`."""
 
 
 def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) -> DecodedImage:
@@ -91,6 +98,22 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
         raise BadImageError(f"truncated or damaged: {error}") from error
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, as stored; no pixel is decoded.
+
+    Raises:
+        BadImageError: the bytes are no image that can be used, as far as the header shows.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_header(image)
+            return image.size
+    except BadImageError:
+        raise
+    except Exception as error:  # as for `decode`
+        raise BadImageError(f"not a picture ({', '.join(FORMATS)}): {error}") from error
+
+
 def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
     """Scale 0…65535 to 0…255, rounded.
 
@@ -105,6 +128,17 @@ def pixels_digest(image: Image.Image) -> bytes:
     """SHA-256 of an RGB image at full size, independent of its file format."""
     # With the size: a 2 x 8 image and a 4 x 4 one may have equal bytes.
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest()
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """Bytes by which nearly equal RGB images are recognised.
+
+    `THUMBNAIL_SIDE`² of luminance, then 3 · `COLOUR_SIDE`² of colour, both of the whole image, squashed to a square.
+    """
+    # Not of the decoded square: a crop of a panorama shows less than the file that was saved again.
+    small = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    colour = small.resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX)
+    return small.convert("L").tobytes() + colour.tobytes()
 
 
 def square(image: Image.Image, side: int, interpolation: str, crop: int | None = None) -> Image.Image:
@@ -173,7 +207,7 @@ def _convert(image: Image.Image, side: int, interpolation: str, crop: int | None
     if note is not None:
         notes.append(note)
     pixels = np.asarray(square(rgb, side, interpolation, crop))
-    return DecodedImage(pixels, pixels_digest(rgb), *upright.size, file_format, tuple(notes))
+    return DecodedImage(pixels, pixels_digest(rgb), *upright.size, file_format, tuple(notes), thumbnail(rgb))
 
 
 def _upright(image: Image.Image) -> Image.Image:

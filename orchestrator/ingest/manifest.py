@@ -2,7 +2,7 @@
 
 Duplicates are images that occur more than once: leaks between splits, and contradictory labels. Two samples are the
 same image if their pixels are equal before scaling: copies of a file, and files saved again without loss (PNG as BMP,
-with other metadata). Near-duplicates are not detected.
+with other metadata). Nearly equal images (`orchestrator.ingest.near_equal`) are listed apart: a threshold decides.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator.ingest.assign import Assignment
+from orchestrator.ingest.near_equal import ImageGroups
 from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Outcome, Sample, Source
+from orchestrator.wording import counted
 from trainables.data.store import DATA, FORMAT
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 """Version of the manifest's content. A store with an older one is written again; its data and digest do not change."""
+UNGROUPED_VERSION = 2
+"""`MANIFEST_VERSION` of stores whose splits were drawn image by image."""
 STATISTICS_IMAGES = 4096
 """Training images of the channel statistics; a prefix is a stratified sample."""
 MAX_NAMES = 6
@@ -49,27 +53,35 @@ class Duplicates:
     """Name and split of the samples in the groups."""
     resaved: frozenset[int]
     """First positions of the groups with equal pixels in different bytes."""
+    near_leaks: list[list[int]]
+    """Nearly equal images, of different pixels, in more than one of training, validation and what is measured."""
+    crowded: int
+    """See `orchestrator.ingest.near_equal.ImageGroups`."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the names of up to `MAX_GROUPS` of each."""
-        fields: dict[str, Any] = {"repeats": self.repeats}
+        fields: dict[str, Any] = {"repeats": self.repeats, "crowded": self.crowded}
         for key, groups in (("across", self.across), ("leaks", self.leaks), ("contradictory", self.contradictory)):
-            fields[key] = [self._named(group) for group in groups[:MAX_GROUPS]]
+            fields[key] = [
+                self._named(group, "pixels" if group[0] in self.resaved else "bytes") for group in groups[:MAX_GROUPS]
+            ]
             fields[f"{key}_groups"] = len(groups)
+        fields["near_leaks"] = [self._named(group, "nearly") for group in self.near_leaks[:MAX_GROUPS]]
+        fields["near_leaks_groups"] = len(self.near_leaks)
         return fields
 
-    def _named(self, group: list[int]) -> dict[str, Any]:
+    def _named(self, group: list[int], same: str) -> dict[str, Any]:
         return {
             "names": [self.names[i][0] for i in group],
             "places": [self.names[i][1] for i in group],
-            "same": "pixels" if group[0] in self.resaved else "bytes",
+            "same": same,
         }
 
 
 def in_words(group: Mapping[str, Any]) -> str:
     """A group in words: `a.png (train) = b.bmp (test)`.
 
-    With a note where only the pixels are equal.
+    With a note where only the pixels are equal, or not even they.
 
     Example:
         >>> in_words({"names": ["a.png", "b.bmp"], "places": ["train", "test"], "same": "pixels"})
@@ -79,46 +91,80 @@ def in_words(group: Mapping[str, Any]) -> str:
     text = " = ".join(f"{name} ({split})" if split else name for name, split in named[:MAX_NAMES])
     if len(named) > MAX_NAMES:
         text += f" and {len(named) - MAX_NAMES} more"
-    if group["same"] == "pixels":
-        text += " (equal pixels, other bytes)"
-    return text
+    notes = {"pixels": " (equal pixels, other bytes)", "nearly": " (nearly equal)"}
+    return text + notes.get(group["same"], "")
 
 
 def find_duplicates(
-    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], split_of: Mapping[int, str]
+    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], split_of: Mapping[int, str], same: ImageGroups
 ) -> Duplicates:
-    """Group the readable samples by the SHA-256 of their pixels.
+    """Sort the groups of equal and nearly equal images by what they mean for a study.
 
     Args:
         samples: of the source.
         outcomes: by position in `samples`.
         split_of: the split of a position, `ood/<domain>` for OOD domains.
+        same: the groups of these samples.
     """
-    by_pixels: dict[bytes, list[int]] = {}
-    for position, outcome in outcomes.items():
-        if outcome.reason is None:
-            by_pixels.setdefault(outcome.pixels, []).append(position)
-    groups = [group for group in by_pixels.values() if len(group) > 1]
+    groups = [list(group) for group in same.equal]
 
     def domain_and_split(position: int) -> tuple[str, str]:
         return samples[position].domain, split_of.get(position, "")
 
     across = [group for group in groups if len({domain_and_split(i) for i in group}) > 1]
     contradictory = [group for group in groups if len({samples[i].label for i in group}) > 1]
+
+    def leaks_nearly(group: list[int]) -> bool:
+        roles_of: dict[bytes, set[str]] = {}
+        for i in group:
+            roles_of.setdefault(outcomes[i].pixels, set()).add(_role(split_of.get(i, "")))
+        # One picture with copies in two roles is an equal leak already.
+        return len({frozenset(roles) for roles in roles_of.values()}) > 1
+
+    near_leaks = [list(group) for group in same.near if leaks_nearly(list(group))]
+    named = (*across, *contradictory, *near_leaks)
     distinct = (len({(domain_and_split(i), samples[i].label) for i in group}) for group in groups)
     return Duplicates(
         across=across,
         leaks=[group for group in across if len({_role(split_of.get(i, "")) for i in group}) > 1],
         contradictory=contradictory,
         repeats=sum(map(len, groups)) - sum(distinct),
-        names={i: (samples[i].name, split_of.get(i, "")) for group in (*across, *contradictory) for i in group},
+        names={i: (samples[i].name, split_of.get(i, "")) for group in named for i in group},
         resaved=frozenset(group[0] for group in groups if len({outcomes[i].sha256 for i in group}) > 1),
+        near_leaks=near_leaks,
+        crowded=same.crowded,
     )
 
 
 def _role(split: str) -> str:
     """Training, validation, or measured: copies within one role leak nothing."""
     return "measured" if split == "test" or split.startswith("ood/") else split
+
+
+def kept_together(assignment: Assignment, outcomes: Mapping[int, Outcome]) -> dict[str, int]:
+    """Groups and images that the drawn splits did not divide, and those of them with different pixels."""
+    near = [group for group in assignment.together if len({outcomes[i].pixels for i in group}) > 1]
+    return {
+        "groups": len(assignment.together),
+        "images": sum(map(len, assignment.together)),
+        "near_groups": len(near),
+        "near_images": sum(map(len, near)),
+    }
+
+
+def together_in_words(kept: Mapping[str, int]) -> str:
+    """What `kept_together` counted, in a sentence.
+
+    Example:
+        >>> together_in_words({"groups": 3, "images": 7, "near_groups": 1, "near_images": 2})
+        'The drawn splits keep 3 groups of 7 equal or nearly equal images together (nearly equal: 1 group of 2).'
+    """
+    if not kept["groups"]:
+        return "The drawn splits have no equal or nearly equal images to keep together."
+    return (
+        f"The drawn splits keep {counted(kept['groups'], 'group')} of {kept['images']} equal or nearly equal images "
+        f"together (nearly equal: {counted(kept['near_groups'], 'group')} of {kept['near_images']})."
+    )
 
 
 def quarantine_list(source: Source, outcomes: Mapping[int, Outcome]) -> list[dict[str, str]]:
@@ -138,6 +184,7 @@ def describe(
     request: IngestRequest,
     assignment: Assignment,
     outcomes: Mapping[int, Outcome],
+    groups: ImageGroups,
     folder: Path,
     seconds: float,
 ) -> dict[str, Any]:
@@ -148,6 +195,7 @@ def describe(
         request: what the store was made for.
         assignment: the split of each readable sample.
         outcomes: by position in `source.samples`.
+        groups: of these samples.
         folder: the incomplete store, with all pixels.
         seconds: of reading and decoding.
     """
@@ -178,7 +226,8 @@ def describe(
         "quarantine": quarantine_list(source, outcomes),
         "ignored": [entry._asdict() for entry in source.ignored],
         "notes": dict(sorted(notes.items())),
-        "duplicates": find_duplicates(samples, outcomes, assignment.split_of).to_dict(),
+        "duplicates": find_duplicates(samples, outcomes, assignment.split_of, groups).to_dict(),
+        "kept_together": kept_together(assignment, outcomes),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(outcomes) / seconds, 1),
     }

@@ -68,6 +68,10 @@ class NpzSource(ArraySource):
                     yield first + start, pixels
             first += part.shape[0]
 
+    def shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        for part in self.parts:
+            yield part.shape[0], (part.shape[1], part.shape[2])
+
 
 @contextlib.contextmanager
 def _readable(part: _Part) -> Iterator[None]:

@@ -24,7 +24,8 @@ from filelock import FileLock
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodingProgress
 from orchestrator.ingest.errors import DataError, first_few
-from orchestrator.ingest.manifest import MANIFEST_VERSION, in_words
+from orchestrator.ingest.manifest import MANIFEST_VERSION, UNGROUPED_VERSION, in_words, together_in_words
+from orchestrator.ingest.near_equal import MAX_GROUP
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import Source
 from orchestrator.ingest.writer import describe_quarantined, refuse_unreadable, row_bytes, write_store
@@ -34,7 +35,7 @@ from trainables.specs.short_hash import short_hash
 from trainables.storage.atomic_files import write_text
 from trainables.storage.compute_once import cache_root
 
-__all__ = ["IngestRequest", "ingest", "survey"]
+__all__ = ["IngestRequest", "existing_store", "ingest", "survey"]
 
 log = logging.getLogger("luthier")
 
@@ -128,9 +129,25 @@ def _store_key(source: Source, request: IngestRequest) -> str:
     fields = dataclasses.asdict(request)
     for name in ("root", "on_bad", "on_leak"):
         del fields[name]
+    version = MANIFEST_VERSION
+    if request.copies == "apart":
+        # As earlier versions drew: their stores keep their names.
+        del fields["copies"]
+        version = UNGROUPED_VERSION
     if request.crop_size is None:
         del fields["crop_size"]  # stores from before there was one keep their names
-    return short_hash([FORMAT, MANIFEST_VERSION, source.digest, fields], digits=16)
+    return short_hash([FORMAT, version, source.digest, fields], digits=16)
+
+
+def existing_store(request: IngestRequest, into: Path) -> Store | None:
+    """The store of a request, if it was written before; not verified.
+
+    Raises:
+        StoreError: it is damaged.
+        DataError: the source is missing or unusable.
+    """
+    folder = into.absolute() / f"{request.source}-{_store_key(scan(request), request)}"
+    return Store(folder) if _store_exists(folder) else None
 
 
 def _store_exists(folder: Path) -> bool:
@@ -231,6 +248,25 @@ def _warn(manifest: Mapping[str, Any]) -> None:
             counted(duplicates["leaks_groups"], "image"),
             first_few(map(in_words, duplicates["leaks"])),
         )
+    near_leaks = duplicates.get("near_leaks")  # stores of earlier versions were not searched for them
+    if near_leaks:
+        log.warning(
+            "%s of nearly equal images in more than one of training, validation and what is measured, which may "
+            "flatter the numbers: %s. Where they are one picture, remove the copies; data.on_leak: fail does not "
+            "refuse them, because a threshold decides.",
+            counted(duplicates["near_leaks_groups"], "group"),
+            first_few(map(in_words, near_leaks)),
+        )
+    if duplicates.get("crowded"):
+        log.warning(
+            "%s resemble more than %d others, as the frames of a fixed camera do, and were drawn one by one. If they "
+            "belong together, give the splits yourself, as folders train, val and test.",
+            counted(duplicates["crowded"], "image"),
+            MAX_GROUP,
+        )
+    kept = manifest.get("kept_together")
+    if kept and kept["groups"]:
+        log.info("%s", together_in_words(kept))
     if duplicates["contradictory"]:
         count = counted(duplicates["contradictory_groups"], "image")
         log.warning("%s in more than one class: %s", count, first_few(map(in_words, duplicates["contradictory"])))

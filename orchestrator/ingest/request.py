@@ -48,12 +48,15 @@ class IngestRequest:
     """The same image in training and in what is measured: report it, or refuse the source."""
     label: str | None = None
     """Column with the classes of a Parquet source; None = the first with a usual name."""
+    copies: Literal["near", "equal", "apart"] = "near"
+    """Which images a drawn split does not divide: equal and nearly equal ones, equal ones, or none."""
 
     def __post_init__(self) -> None:
         _check_option("source", self.source, SOURCES)
         _check_option("interpolation", self.interpolation, tuple(INTERPOLATIONS))
         _check_option("on_bad", self.on_bad, ("quarantine", "fail"))
         _check_option("on_leak", self.on_leak, ("report", "fail"))
+        _check_option("copies", self.copies, ("near", "equal", "apart"))
         if self.label is not None and self.source != "parquet":
             raise DataError(
                 f"Only Parquet files have a label column to choose, but label is {self.label!r} and the source is "

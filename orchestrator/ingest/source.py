@@ -62,6 +62,8 @@ class Outcome(NamedTuple):
     height: int
     format: str
     notes: tuple[str, ...]
+    thumbnail: bytes = b""
+    """See `orchestrator.ingest.images.thumbnail`; empty where the image was not decoded."""
 
 
 @dataclass
@@ -110,3 +112,8 @@ class ArraySource(Source):
 
         The position is in `samples`; pixels are (n, H, W) or (n, H, W, 3).
         """
+
+    def shapes(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Number of samples, and their height and width in pixels, in the order of `samples`."""
+        for _, pixels in self.arrays():
+            yield len(pixels), (pixels.shape[1], pixels.shape[2])

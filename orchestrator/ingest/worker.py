@@ -5,15 +5,18 @@ or a decompression bomb ends this process alone, its memory is limited, and no o
 torch nor ray, and pyarrow for Parquet only.
 
 First line in:  {"target": path or null, "side": 224, "interpolation": "bicubic", "crop": null}
+                with side null only the sizes in the headers are read
 Reply:          {"ready": true}
 Each request:   {"reader": "files", "root": …, "items": [[path, offset or null], …]}
                 {"reader": "parquet", "file": …, "column": …, "group": …, "items": [[row, offset or null], …]}
-Reply:          {"outcomes": [[reason or null, sha256 hex, pixels' hex, width, height, format, [notes]], …]}
+Reply:          {"outcomes": [[reason or null, sha256 hex, pixels' hex, width, height, format, [notes],
+                               thumbnail's base64], …]}
                 or {"error": text}
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -26,7 +29,7 @@ from typing import IO, Any
 
 from PIL import Image
 
-from orchestrator.ingest.images import MAX_BYTES, MAX_PIXELS, BadImageError, decode
+from orchestrator.ingest.images import MAX_BYTES, MAX_PIXELS, BadImageError, decode, header_size
 
 MEMORY_LIMIT = 4 * 2**30
 """Limit of the address space, in bytes: 50 megapixels of 32 bits twice, and the libraries."""
@@ -126,19 +129,31 @@ def _parquet_contents(request: dict[str, Any]) -> Contents:
 
 
 def _outcome(
-    data: bytes | BadImageError, offset: int | None, target: int | None, square: tuple[int, str, int | None]
+    data: bytes | BadImageError, offset: int | None, target: int | None, square: tuple[int | None, str, int | None]
 ) -> list[Any]:
     """Decode one item and write its pixels; the fields of `orchestrator.ingest.source.Outcome` as JSON values."""
     if isinstance(data, BadImageError):
-        return [str(data), "", "", 0, 0, "", []]
+        return [str(data), "", "", 0, 0, "", [], ""]
+    side, interpolation, crop = square
+    if side is None:
+        return _header_outcome(data)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        image = decode(data, *square)
+        image = decode(data, side, interpolation, crop)
     except BadImageError as error:
-        return [str(error), digest, "", 0, 0, "", []]
+        return [str(error), digest, "", 0, 0, "", [], ""]
     if target is not None and offset is not None:
         write_at(target, image.pixels.tobytes(), offset)
-    return [None, digest, image.digest.hex(), image.width, image.height, image.format, list(image.notes)]
+    thumbnail = base64.b64encode(image.thumbnail).decode()
+    return [None, digest, image.digest.hex(), image.width, image.height, image.format, list(image.notes), thumbnail]
+
+
+def _header_outcome(data: bytes) -> list[Any]:
+    try:
+        width, height = header_size(data)
+    except BadImageError as error:
+        return [str(error), "", "", 0, 0, "", [], ""]
+    return [None, "", "", width, height, "", [], ""]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 An Arrow file is laid out with blank pixels, then filled in place by the decoders. The whole file is written before
 decoding begins, so that decoders write each row where it belongs, in any order, and a disk that is too small fails at
-once. If images turn out unreadable, the splits are assigned again without them and the decoded rows are copied into a
-new layout.
+once. If images turn out unreadable, or a drawn split would divide equal or nearly equal ones, the splits are assigned
+again and the decoded rows are copied into a new layout.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
 from orchestrator.ingest.errors import DataError, first_few
 from orchestrator.ingest.manifest import describe, quarantine_list
+from orchestrator.ingest.near_equal import ImageGroups, group_images
 from orchestrator.ingest.request import IngestRequest
 from orchestrator.ingest.source import Outcome, Source
 from orchestrator.ingest.worker import write_at
@@ -75,12 +76,13 @@ def write_store(
         offsets = _lay_out(partial / DATA, source, request, assignment)
         job = DecodeJob(request.image_size, request.interpolation, partial / DATA, offsets, request.crop_size)
         outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)
-        bad = [position for position, outcome in outcomes.items() if outcome.reason is not None]
-        if bad:
-            assignment = _assign_readable(source, request, outcomes, bad)
-            _move_rows(partial, source, request, assignment, offsets)
+        # Near-equal images are looked for in any case: splits of the source's own may divide them, which is reported.
+        groups = group_images(outcomes)
+        final = _assign_decoded(source, request, outcomes, groups)
+        if not final.has_rows_of(assignment):
+            _move_rows(partial, source, request, final, offsets)
         seconds = time.perf_counter() - started
-        manifest = describe(source, request, assignment, outcomes, partial, seconds)
+        manifest = describe(source, request, final, outcomes, groups, partial, seconds)
         _write_manifest(partial, manifest)
     images = sum(manifest["counts"].values())
     log.info("%d images (%.0f/s) → %s", images, manifest["images_per_second"], folder)
@@ -99,15 +101,18 @@ def describe_quarantined(quarantine: Sequence[Mapping[str, str]]) -> str:
     return first_few([f"{entry['name']} ({entry['reason']})" for entry in quarantine])
 
 
-def _assign_readable(
-    source: Source, request: IngestRequest, outcomes: Mapping[int, Outcome], bad: list[int]
+def _assign_decoded(
+    source: Source, request: IngestRequest, outcomes: Mapping[int, Outcome], groups: ImageGroups
 ) -> Assignment:
-    """The assignment without unreadable samples."""
+    """The assignment of what decoding has shown: unreadable samples are left out, copies lie in one split."""
+    bad = [position for position, outcome in outcomes.items() if outcome.reason is not None]
+    if not bad:
+        return assign(source, request, groups=groups)
     quarantine = quarantine_list(source, outcomes)
     if request.on_bad == "fail" or len(bad) == len(outcomes):
         raise refuse_unreadable(quarantine, request)
     try:
-        return assign(source, request, bad)
+        return assign(source, request, bad, groups)
     except DataError as error:
         raise DataError(f"{error} Unreadable: {describe_quarantined(quarantine)}.") from error
 
@@ -116,7 +121,7 @@ def _move_rows(
     folder: Path, source: Source, request: IngestRequest, assignment: Assignment, old_offsets: Offsets
 ) -> None:
     """Replace the data file by one for another assignment, with the pixels copied."""
-    old = folder / "with-unreadable.arrow"
+    old = folder / "as-decoded.arrow"
     # Both files are complete at once: the move needs the disk space twice.
     os.replace(folder / DATA, old)
     new_offsets = _lay_out(folder / DATA, source, request, assignment)
@@ -135,6 +140,8 @@ class _Columns:
     labels: NDArray[np.int64]
     domain_ids: NDArray[np.int64]
     names: list[str]
+    groups: NDArray[np.int64] | None
+    """See `trainables.data.store.Store.groups`; None = no column."""
 
 
 def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Assignment) -> Offsets:
@@ -150,19 +157,22 @@ def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Ass
         "splits": list(assignment.splits),
         "image_size": request.image_size,
     }
-    schema = pa.schema(
-        [
-            pa.field("image", pa.list_(pa.uint8(), width), nullable=False),
-            pa.field("label", pa.int64(), nullable=False),
-            pa.field("domain", pa.int64(), nullable=False),
-            pa.field("name", pa.string(), nullable=False),
-        ],
-        metadata={"luthier": json.dumps(metadata, sort_keys=True)},
-    )
+    fields = [
+        pa.field("image", pa.list_(pa.uint8(), width), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("domain", pa.int64(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+    ]
+    across = assignment.across_domains
+    # Without such groups a store has the bytes, and so the digest, that it had before there was the column.
+    if across:
+        fields.append(pa.field("group", pa.int64(), nullable=False))
+    schema = pa.schema(fields, metadata={"luthier": json.dumps(metadata, sort_keys=True)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for positions in assignment.splits.values():
             names = [source.samples[i].name for i in positions]
-            columns = _Columns(assignment.labels[positions], assignment.domain_ids[positions], names)
+            groups = np.array([across.get(i, -1) for i in positions.tolist()], np.int64) if across else None
+            columns = _Columns(assignment.labels[positions], assignment.domain_ids[positions], names, groups)
             with _zeros(len(positions) * width) as blank:
                 writer.write_batch(_record_batch(schema, columns, blank, width))
 
@@ -194,6 +204,8 @@ def _record_batch(schema: Any, columns: _Columns, pixels: mmap.mmap, width: int)
         _integer_array(columns.domain_ids),
         pa.Array.from_buffers(pa.string(), count, name_buffers),
     ]
+    if columns.groups is not None:
+        arrays.append(_integer_array(columns.groups))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 

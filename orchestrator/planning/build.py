@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from ray.tune.schedulers import FIFOScheduler
 from orchestrator.ingest.pipeline import IngestRequest
 from orchestrator.planning.fsr import STRATEGY, ReferenceStage
 from orchestrator.planning.objectives import metric_of, objectives_of
+from orchestrator.planning.view import source_request, view_settings
 from orchestrator.record.kept_files import Retention
 from orchestrator.record.records import metrics_of
 from orchestrator.results.front import front_candidates
@@ -25,15 +27,16 @@ from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
 from trainables import strategy_class
 from trainables.demo.backbones import is_pretrained_here, pretrained_folder
 from trainables.engine.budget import BudgetPlan
-from trainables.models.backbone import backbone_data_config
 from trainables.specs.metrics import ood
 from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings
 
 if TYPE_CHECKING:
+    from orchestrator.planning.view import Choices
     from orchestrator.record.records import TrialRecord
     from orchestrator.search.stages import Choose, Stage
     from orchestrator.study_file.schema import StudySpec
     from trainables.data.store import Store
+    from trainables.models.backbone import DataConfig
 
 
 LODO_CANDIDATES = 5
@@ -45,27 +48,26 @@ def model_of(spec: StudySpec) -> ModelSpec:
     return ModelSpec(name=spec.model.name, pretrained=spec.model.pretrained, weights=spec.model.weights)
 
 
-def ingest_request(spec: StudySpec) -> IngestRequest:
+def ingest_request(spec: StudySpec, view: DataConfig, recorded: Choices | None = None) -> IngestRequest:
     """The images to read, at the side that they are stored at.
 
-    The backbone's evaluation crop is taken from that side (image size / crop share).
+    The evaluation crop is taken from that side (image size / crop share).
+
+    Args:
+        spec: the study.
+        view: `orchestrator.planning.view.view_of` of it.
+        recorded: what an earlier run has decided.
     """
     data = spec.data
-    view = backbone_data_config(model_of(spec), data.image_size)
-    return IngestRequest(
-        source=data.source,
-        root=data.root,
-        id=tuple(data.id),
-        ood=tuple(data.ood),
+    default = "near" if recorded is None else recorded.copies
+    return dataclasses.replace(
+        source_request(data),
         image_size=view.stored_size,
         crop_size=view.image_size if view.crop_rounds else None,
         interpolation=view.interpolation,
-        val_fraction=data.val_fraction,
-        test_fraction=data.test_fraction,
-        seed=data.seed,
         on_bad=data.on_bad,
         on_leak=data.on_leak,
-        label=data.label,
+        copies=default if data.copies is None else data.copies,
     )
 
 
@@ -102,6 +104,7 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         metric=spec.search.metric,
         loss=loss_of(spec),
         sampling=spec.data.sampling,
+        view=view_settings(spec, store.image_size),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.ingest.pipeline import IngestRequest, survey
-from orchestrator.planning.build import LODO_CANDIDATES, entries_of, ingest_request, solved_in_closed_form
+from orchestrator.ingest.pipeline import survey
+from orchestrator.planning.build import LODO_CANDIDATES, entries_of, solved_in_closed_form
+from orchestrator.planning.view import source_request
 from orchestrator.search.space import SearchSpace
 from orchestrator.study_file.rules import DIGITS_DOMAINS
 
@@ -108,24 +109,12 @@ def examine(data: DataSpec) -> tuple[Source, Assignment]:
         DataError: the source is missing or has no images, a domain is missing or empty, a class is never ID or has too
             few images.
     """
-    return survey(
-        IngestRequest(
-            source=data.source,
-            root=data.root,
-            id=tuple(data.id),
-            ood=tuple(data.ood),
-            val_fraction=data.val_fraction,
-            test_fraction=data.test_fraction,
-            seed=data.seed,
-            label=data.label,
-        )
-    )
+    return survey(source_request(data))
 
 
-def store_bytes(spec: StudySpec, images: int, trials: int) -> int:
+def store_bytes(side: int, images: int, trials: int) -> int:
     """Estimated bytes of the data store and of the records.
 
-    The store holds uint8 pixels at the stored side; the records are those of all trials.
+    The store holds uint8 pixels at the stored `side`; the records are those of all trials.
     """
-    side = ingest_request(spec).image_size
     return int(images * side * side * 3 * OVERHEAD) + trials * TRIAL_BYTES

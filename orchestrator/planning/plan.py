@@ -18,12 +18,16 @@ from rich.table import Table
 
 import search_spaces
 from orchestrator.ingest.errors import first_few
-from orchestrator.planning.build import evaluated_units, interim_splits, rungs_of
+from orchestrator.ingest.manifest import together_in_words
+from orchestrator.ingest.pipeline import existing_store
+from orchestrator.planning.build import evaluated_units, ingest_request, interim_splits, rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
 from orchestrator.planning.preflight import layer_kinds
+from orchestrator.planning.view import recorded_choices, view_of
 from orchestrator.record.costs import COSTS
+from orchestrator.record.journal import Journal
 from orchestrator.record.records import metrics_of
 from orchestrator.wording import bytes_text, counted, listed
 from trainables.specs.metrics import ood_domain
@@ -31,6 +35,7 @@ from trainables.specs.metrics import ood_domain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.ingest.request import IngestRequest
     from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.schema import StudySpec
     from search_spaces import Hyperparameter
@@ -112,6 +117,10 @@ class Plan:
     """Units before the last at which search trials are evaluated on test or OOD images, too."""
     interim_splits: tuple[str, ...] | None = None
     """Splits that are evaluated there; None = all."""
+    view: str = ""
+    """How pictures become the network's input, in a sentence."""
+    copies: str = ""
+    """What the drawn splits keep together, in a sentence; empty = nothing."""
 
     @property
     def max_units(self) -> int:
@@ -147,6 +156,7 @@ class Plan:
         return [
             f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images in {self.classes} classes.",
             self._images(),
+            *filter(None, (self.copies, self.view)),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
@@ -208,6 +218,10 @@ class Plan:
 
 def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
+    folder = Path(spec.storage).absolute() / spec.name
+    journal = folder / "journal.jsonl"
+    recorded = recorded_choices(Journal.read(journal)) if journal.exists() else None
+    view = view_of(spec, recorded)
     space = space_of(spec)
     search = spec.search
     data = spec.data
@@ -221,7 +235,7 @@ def make_plan(spec: StudySpec) -> Plan:
     gpus = "a GPU if there is one" if resources.gpus == "auto" else counted(resources.gpus, "GPU")
     return Plan(
         study=spec.name,
-        folder=str(Path(spec.storage).absolute() / spec.name),
+        folder=str(folder),
         backbone=spec.model.name,
         data=data.root or f"built-in {data.source}",
         entries=tuple(_planned(entry.label, entry.name, entry.fixed, space) for entry in spec.strategies),
@@ -243,7 +257,7 @@ def make_plan(spec: StudySpec) -> Plan:
         splits=splits,
         id_domains=tuple(assignment.id_domains),
         train_fraction=data.train_fraction,
-        disk_bytes=store_bytes(spec, images, counts.total),
+        disk_bytes=store_bytes(view.config.stored_size, images, counts.total),
         kept_bytes=kept_bytes_of(spec, counts, space, splits, len(assignment.classes)),
         keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
@@ -252,7 +266,27 @@ def make_plan(spec: StudySpec) -> Plan:
         nice=resources.nice,
         evaluated_units=evaluated_units(spec),
         interim_splits=interim_splits(spec),
+        view=view.sentence() + _weights_note(spec),
+        copies=_copies(ingest_request(spec, view.config, recorded), Path(spec.storage).absolute() / "data"),
     )
+
+
+def _weights_note(spec: StudySpec) -> str:
+    """Where mean and standard deviation come from, if the weights do not come with them."""
+    if spec.model.weights is None or Path(spec.model.weights).is_dir() or spec.data.mean or spec.data.std:
+        return ""
+    return f" Mean and std are those of timm's own weights of {spec.model.name}; data.mean and data.std change them."
+
+
+def _copies(request: IngestRequest, stores: Path) -> str:
+    """What the drawn splits keep together; it is counted when the data are read."""
+    if request.copies == "apart":
+        return "Copies: splits are drawn image by image (data.copies: apart)."
+    store = existing_store(request, stores)
+    if store is not None:
+        return together_in_words(store.manifest["kept_together"])
+    kinds = "Equal and nearly equal images" if request.copies == "near" else "Equal images"
+    return f"{kinds} will stay in one of the splits that are drawn; they are counted when the data are read."
 
 
 def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchSpace) -> PlannedEntry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,7 +67,7 @@ class FeatureSimilarities:
         self._store = store
         self._device = training_device() if device is None else device
         self._progress = progress
-        self._pretrained: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._pretrained: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self.splits = [split for split in store.splits if split == TEST or ood_domain(split) is not None]
 
     def of(self, record: TrialRecord) -> FeatureSimilarity:
@@ -134,7 +135,7 @@ class FeatureSimilarities:
         if is_pristine(model.backbone, pretrained):
             return FeatureSimilarity({}, unchanged=True)
         transform = BatchTransform(meta["mean"], meta["std"], int(meta["image_size"]), ())
-        key = (backbone.digest, int(meta["image_size"]))
+        key = (backbone.digest, transform.image_size, transform.mean, transform.std)
         if key not in self._pretrained:
             self._pretrained[key] = self._features("pretrained network", pretrained, transform)
         before = self._pretrained[key]

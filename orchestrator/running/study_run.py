@@ -39,6 +39,7 @@ from orchestrator.running.watchdog import Watchdog
 from orchestrator.search.searcher import StudySearcher
 from orchestrator.study_file.yaml_text import write_yaml
 from trainables.engine.tune_trainable import TuneTrainable
+from trainables.models.backbone import DataConfig, backbone_data_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -208,12 +209,17 @@ class StudyRun:
             "dataset_digest": self.store.digest,
             "images_left_out": len(self.store.manifest.get("quarantine") or ()),
             "images_leaked": (self.store.manifest.get("duplicates") or {}).get("leaks_groups", 0),
+            "copies": (self.store.manifest.get("request") or {}).get("copies", "apart"),
+            "view": asdict(self._view()),
             "classes": len(self.store.classes),
             "classes_present": {s: len(c) for s, c in (self.store.manifest.get("class_counts") or {}).items()},
             "seed": self.spec.search.seed,
             "epochs": self.task.epochs,
             "versions": versions(),
         }
+
+    def _view(self) -> DataConfig:
+        return backbone_data_config(self.task.model, self.task.image_size, self.task.view)
 
     @contextlib.contextmanager
     def _followed(self, journal: Journal) -> Iterator[Progress | None]:

@@ -45,6 +45,18 @@ class DataSpec(Section):
     itself marks as OOD (`root/ood/<domain>/<class>/*`; of `digits` all but the handwritten ones)."""
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     """Side of the square images that the network sees, in pixels. null = the size that the model was pretrained at."""
+    crop_pct: Annotated[float, Field(ge=0.25, le=1)] | None = None
+    """Share of a picture's shorter side that the network sees: pictures are resized to `image_size / crop_pct` pixels
+    and cropped in the centre. null = 1 where the pictures (median of their shorter sides) are no larger than the
+    network's own input or `image_size`; the share that the model was pretrained with where they are larger."""
+    interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] | None = None
+    """Interpolation of the resizing. null = the one that the model was pretrained with."""
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+    """Mean of the red, green and blue values (0 to 1) that images are normalised by. null = that of timm's weights of
+    the model's name; weights from elsewhere may have been trained with another, often ImageNet's:
+    `[0.485, 0.456, 0.406]`."""
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
+    """Standard deviation of the red, green and blue values, as `mean`. ImageNet's: `[0.229, 0.224, 0.225]`."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the ID images for validation, per class. A source's own validation split is used instead."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -58,7 +70,13 @@ class DataSpec(Section):
     """Unreadable or dangerous images: quarantine leaves them out and lists them; fail refuses the data."""
     on_leak: Literal["report", "fail"] = "report"
     """Leakage: the same image, pixel for pixel, in more than one of training, validation and what is measured (test and
-    OOD). report warns and names the images; fail refuses the data."""
+    OOD). report warns and names the images; fail refuses the data. Nearly equal images are reported under both, because
+    a threshold decides."""
+    copies: Literal["near", "equal", "apart"] | None = None
+    """Which images the splits that Luthier draws never separate. near = equal images, and one picture that was saved
+    again as JPEG, resized, brightened or slightly cropped (docs/data.md); equal = images with equal pixels; apart =
+    none. Splits of the source's own stay as they are. null = near, but a study that was begun with an earlier version
+    keeps its splits."""
     label: str | None = None
     """Column of Parquet files that holds the classes. null = the first of `label`, `labels`, `class`, `target`,
     `category`, `fine_label`, `coarse_label`."""

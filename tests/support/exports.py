@@ -144,6 +144,7 @@ def finished_study(
     trials: Sequence[Mapping[str, Any]] = ({"strategy": "full"},),
     image_size: int | None = 32,
     epochs: int = 1,
+    data: Mapping[str, Any] | None = None,
 ) -> Study:
     """A study whose trials were trained in this process: store, journal and kept weights, without a cluster.
 
@@ -152,11 +153,12 @@ def finished_study(
         root: pictures.
         trials: fields of each trial's `TrialSpec`.
         epochs: of each trial that trains by gradient.
+        data: further keys of the section.
     """
     labels = list(dict.fromkeys(str(trial["strategy"]) for trial in trials))
     study = Study(
         name="pets",
-        data={"root": str(root), **({} if image_size is None else {"image_size": image_size})},
+        data={"root": str(root), **({} if image_size is None else {"image_size": image_size}), **(data or {})},
         model=dict(model),
         strategies=labels,
         search={"trials": len(labels), "epochs": epochs, "batch_size": 16},

@@ -5,6 +5,9 @@ Pure functions on integer labels.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,12 +21,22 @@ TEST = 2
 
 
 def stratified_split(
-    labels: Integers, domains: Integers, val_fraction: float, test_fraction: float, seed: int
+    labels: Integers,
+    domains: Integers,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    groups: Sequence[Sequence[int]] = (),
 ) -> NDArray[np.int8]:
     """Assign every sample to train, val or test, with the same shares in each class.
 
     Of a class with n samples, max(1, round(n · fraction)) go to test, and likewise to val; the rest, at least one, is
     for training. Within a class the domains are spread evenly over the three.
+
+    A group lies in one of the three. It takes the turn of its first sample in the random order of that sample's class,
+    and is passed over where it would exceed what any of its classes still needs. Sizes are therefore those above
+    wherever the samples outside of groups suffice to reach them. Where they do not, one more group is taken if that
+    brings the size nearer; every class keeps a sample in each split as long as it has enough groups.
 
     Args:
         labels: (n,) class of each sample.
@@ -31,6 +44,7 @@ def stratified_split(
         val_fraction: share for validation, in [0, 1); 0 = no validation split.
         test_fraction: share for testing, in [0, 1); 0 = no test split.
         seed: which samples go where; the sizes depend on the fractions alone.
+        groups: positions that must not be divided; each position in one group at most.
 
     Returns:
         (n,) codes `TRAIN`, `VAL` or `TEST`.
@@ -49,16 +63,94 @@ def stratified_split(
             "The fractions for validation and test must lie in [0, 1) and their sum must be below 1, but got "
             f"{val_fraction} and {test_fraction}."
         )
-    codes = np.full(len(labels), TRAIN, dtype=np.int8)
-    for label in np.unique(labels):
+    draw = _GroupedDraw(labels, groups)
+    classes = np.unique(labels).tolist()
+    for label in classes:
+        count = int(np.count_nonzero(labels == label))
+        draw.wanted[VAL][label], draw.wanted[TEST][label] = _split_sizes(count, val_fraction, test_fraction, label)
+    for label in classes:
         members = np.flatnonzero(labels == label)
-        val_size, test_size = _split_sizes(len(members), val_fraction, test_fraction, int(label))
         # A random stream per class: other classes never change where its samples go.
-        order = members[_spread(domains[members], stream_seed(seed, "split", int(label)))]
+        order = members[_spread(domains[members], stream_seed(seed, "split", label))].tolist()
         # Test first: another share for validation leaves the test split as it is (except in the smallest classes).
-        codes[order[:test_size]] = TEST
-        codes[order[test_size : test_size + val_size]] = VAL
-    return codes
+        draw.fill(TEST, label, order)
+        draw.fill(VAL, label, order)
+    return draw.codes
+
+
+class _GroupedDraw:
+    """Splits that are filled group by group; every sample is in training at first.
+
+    Args:
+        labels: (n,) class of each sample.
+        groups: positions that must not be divided; every other position is a group of its own.
+    """
+
+    def __init__(self, labels: Integers, groups: Sequence[Sequence[int]]) -> None:
+        self.codes = np.full(len(labels), TRAIN, dtype=np.int8)
+        self.wanted: dict[int, dict[int, int]] = {TEST: {}, VAL: {}}
+        """Split → class → samples that it still needs."""
+        self._labels = labels.tolist()
+        # By its first position, which decides when a group has its turn.
+        self._groups = {min(group): tuple(group) for group in groups}
+        self._followers = {position for group in groups for position in group} - self._groups.keys()
+        self._in_training = Counter(
+            label
+            for position in range(len(labels))
+            if position not in self._followers
+            for label in {self._labels[member] for member in self._members(position)}
+        )
+        """Class → groups in training that have samples of it."""
+
+    def fill(self, code: int, label: int, order: Sequence[int]) -> None:
+        """Move groups from training to a split until it has enough samples of a class.
+
+        Args:
+            code: of the split.
+            label: the class.
+            order: positions of the class, in the order in which they have their turn.
+        """
+        wanted = self.wanted[code]
+        for position in order:
+            if wanted[label] <= 0:
+                return
+            counts = self._movable(position, code)
+            if counts and all(count <= wanted[each] for each, count in counts.items()):
+                self._move(position, code, counts)
+        if wanted[label] <= 0:
+            return
+        # Only groups that are larger than the gap remain: the smallest one, or none.
+        larger = [counts for counts in ((self._movable(p, code)[label], p) for p in order) if counts[0]]
+        if not larger:
+            return
+        # By size alone: `min` takes the first in the order among equal ones.
+        count, position = min(larger, key=lambda pair: pair[0])
+        is_empty = not (self.codes[order] == code).any()
+        if is_empty or count < 2 * wanted[label]:
+            self._move(position, code, self._movable(position, code))
+
+    def _members(self, position: int) -> tuple[int, ...]:
+        return self._groups.get(position, (position,))
+
+    def _movable(self, position: int, code: int) -> Counter[int]:
+        """Samples of each class in the group that a position leads.
+
+        Empty where it leads none, where the group is in a split already, and where a class needs it elsewhere.
+        """
+        if position in self._followers or self.codes[position] != TRAIN:
+            return Counter()
+        counts = Counter(self._labels[member] for member in self._members(position))
+        for label in counts:
+            for_validation = 1 if code == TEST and self.wanted[VAL][label] > 0 else 0
+            if self._in_training[label] - 1 < 1 + for_validation:
+                return Counter()
+        return counts
+
+    def _move(self, position: int, code: int, counts: Counter[int]) -> None:
+        self.codes[list(self._members(position))] = code
+        for label, count in counts.items():
+            self._in_training[label] -= 1
+            self.wanted[code][label] -= count
 
 
 def nested_order(labels: Integers, domains: Integers, seed: int) -> Integers:

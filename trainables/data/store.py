@@ -1,7 +1,8 @@
 """The data store: uint8 pixels in one memory-mapped Arrow file, and a manifest.
 
-A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`) and
-`manifest.json`. The folder is renamed into place when both are complete, so a store that exists is complete.
+A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`, and
+`group` where equal or nearly equal images lie in several ID domains) and `manifest.json`. The folder is renamed into
+place when both are complete, so a store that exists is complete.
 `StoreLike` is what training needs of it; tests and benchmarks implement it in memory.
 """
 
@@ -53,6 +54,8 @@ class StoreLike(Protocol):
     def domain_ids(self, split: str) -> Indices: ...
 
     def names(self, split: str) -> list[str]: ...
+
+    def groups(self, split: str) -> Indices: ...
 
     def fraction(self, split: str, fraction: float, /) -> int: ...
 
@@ -157,6 +160,12 @@ class Store:
     def names(self, split: str) -> list[str]:
         """Origin of each sample: its path or row within the source, control characters escaped."""
         return list(self._column(split, "name").to_pylist())
+
+    def groups(self, split: str) -> NDArray[np.int64]:
+        """Group (n,) int64 of images that have equal or nearly equal ones in another ID domain; -1 for the others."""
+        if "group" not in self._batches[split].schema.names:
+            return np.full(len(self.labels(split)), -1, np.int64)
+        return _view(self._column(split, "group"), np.int64)
 
     def fraction(self, split: str, f: float) -> int:
         """Length of the prefix with the share `f` of every class, see `splits.nested_order`."""

@@ -140,7 +140,8 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
     A list of such pairs per split. `train` is the spec's fraction, of draw 0 its nested prefix, of another draw equally
     many samples of each class, or the whole OOD domain `train_on`. The training and
     validation images of a held-out domain move from `train` and `val` to the split `held_out`, on which a fold is
-    scored. Of a refit, `train` has the validation images, too, and there is no split `val`.
+    scored; images of other domains that are equal or nearly equal to one of them are left out. Of a refit, `train` has
+    the validation images, too, and there is no split `val`.
 
     Raises:
         ValueError: the held-out domain is not an ID domain, or the only one; `train_on` is not an OOD domain.
@@ -163,9 +164,12 @@ def select_samples(spec: TrialSpec, store: StoreLike) -> dict[str, list[tuple[st
         )
     held_out_id = store.domains.index(spec.held_out)
     parts[HELD_OUT] = [(split, np.flatnonzero(store.domain_ids(split) == held_out_id)) for split in ("train", "val")]
+    tested = np.unique(np.concatenate([store.groups(split)[indices] for split, indices in parts[HELD_OUT]]))
     for split in ("train", "val"):
         source, indices = parts[split][0]
-        remaining = indices[store.domain_ids(source)[indices] != held_out_id]
+        # Nor on copies of the held-out images: the fold would measure how well they are remembered.
+        is_copy = np.isin(store.groups(source)[indices], tested[tested >= 0])
+        remaining = indices[(store.domain_ids(source)[indices] != held_out_id) & ~is_copy]
         parts[split] = [(source, remaining)]
         if len(remaining) == 0:
             raise ValueError(

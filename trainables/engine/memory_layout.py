@@ -100,7 +100,7 @@ class _Sample:
             shared=dataclasses.replace(shared, channels_last=channels_last), strategy="full", hparams=_STILL
         )
         device = torch.device("cpu")
-        backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache)
+        backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache, shared.view)
         local = on_device(backbone, device, channels_last)
         self._task = task_of_trial(spec, store)
         self._data = TrialData(spec, store, backbone, device, reference=local.module, transform=self._task.transform)

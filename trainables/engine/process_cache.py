@@ -13,7 +13,7 @@ import torch
 from trainables.data.store import Store
 from trainables.models.backbone import Backbone, backbone_data_config, load_pretrained
 from trainables.models.device import uses_channels_last
-from trainables.specs.trial_spec import ModelSpec
+from trainables.specs.trial_spec import PLAIN_VIEW, ModelSpec, ViewSettings
 
 if TYPE_CHECKING:
     from trainables.data.store import StoreLike
@@ -33,9 +33,11 @@ def open_store(path: str) -> StoreLike:
     return store
 
 
-def pretrained_for(spec: ModelSpec, image_size: int | None, stored_side: int, cache: str | None) -> Backbone:
+def pretrained_for(
+    spec: ModelSpec, image_size: int | None, stored_side: int, cache: str | None, view: ViewSettings = PLAIN_VIEW
+) -> Backbone:
     """The pristine backbone, on the CPU, at its input side (`requested_side`)."""
-    return load_pretrained(spec, requested_side(spec, image_size, stored_side), Path(cache) if cache else None)
+    return load_pretrained(spec, requested_side(spec, image_size, stored_side), Path(cache) if cache else None, view)
 
 
 def requested_side(spec: ModelSpec, image_size: int | None, stored_side: int) -> int | None:

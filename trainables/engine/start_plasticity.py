@@ -30,7 +30,7 @@ def pretrained_plasticity(task: SharedTrialSettings, threads: int | None = None)
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     store = open_store(task.store)
-    backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache)
+    backbone = pretrained_for(task.model, task.image_size, store.image_size, task.cache, task.view)
     # A spec has a strategy, but what is measured here depends on none.
     spec = TrialSpec(shared=task, strategy="linear_probe")
     data = TrialData(spec, store, backbone, device, reference=on_device(backbone, device).module)

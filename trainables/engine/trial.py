@@ -350,7 +350,7 @@ class Trial:
         shared = self.spec.shared
         store = self._store if self._store is not None else open_store(shared.store)
         task = task_of_trial(self.spec, store)
-        backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache)
+        backbone = pretrained_for(shared.model, shared.image_size, store.image_size, shared.cache, shared.view)
         local = on_device(backbone, self.device, shared.channels_last)
         data = TrialData(
             self.spec,

@@ -37,11 +37,19 @@ def identity(spec: TrialSpec) -> dict[str, Any]:
     if shared["channels_last"] is None:
         del shared["channels_last"]  # checkpoints from before it could be set do not have it
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
+    if spec.shared.view.is_plain:
+        del shared["view"]  # checkpoints from before there was one can be continued
     for name, value in shared.items():
         if name not in _WITHOUT_EFFECT:
-            # As it is read back from a checkpoint: JSON has no tuples.
-            fields[f"shared.{name}"] = list(value) if isinstance(value, tuple) else value
+            fields[f"shared.{name}"] = _as_json(value)
     return fields
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as it is read back from a checkpoint: JSON has no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_format(meta: Mapping[str, Any]) -> None:

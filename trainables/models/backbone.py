@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import timm
@@ -15,12 +15,12 @@ from torch import nn
 
 from trainables.demo.backbones import NETWORKS, architecture, is_pretrained_here, pretrained_folder
 from trainables.models.weights import create, folder_architecture, load_weight_file
-from trainables.specs.trial_spec import ModelSpec
+from trainables.specs.trial_spec import PLAIN_VIEW, ModelSpec, ViewSettings
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Image preprocessing of a backbone, from timm's pretrained configuration."""
+    """Image preprocessing of a backbone: timm's pretrained configuration, with the changes of a study."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -62,6 +62,7 @@ class Backbone:
 
 
 _loaded: dict[tuple[ModelSpec, int | None], Backbone] = {}
+"""With the preprocessing of the pretrained configuration."""
 
 
 def check_model(spec: ModelSpec) -> None:
@@ -88,22 +89,25 @@ def check_model(spec: ModelSpec) -> None:
             )
 
 
-def backbone_data_config(spec: ModelSpec, image_size: int | None = None) -> DataConfig:
+def backbone_data_config(spec: ModelSpec, image_size: int | None = None, view: ViewSettings = PLAIN_VIEW) -> DataConfig:
     """Image preprocessing of a model, determined without loading weights."""
     check_model(spec)
     if spec.name in NETWORKS:
-        return _data_config(architecture(spec.name), image_size)
+        return _viewed(_data_config(architecture(spec.name), image_size), view)
     network = create(_source(spec), pretrained=False, image_size=image_size, meta=True)
-    return _data_config(network, image_size)
+    return _viewed(_data_config(network, image_size), view)
 
 
-def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path | None = None) -> Backbone:
+def load_pretrained(
+    spec: ModelSpec, image_size: int | None = None, cache: Path | None = None, view: ViewSettings = PLAIN_VIEW
+) -> Backbone:
     """Pristine network of a spec on the CPU, built once per process and arguments.
 
     Args:
         spec: network and weights.
         image_size: side of its images; None = the network's default.
         cache: folder of the demo networks, see `trainables.storage.compute_once.cache_root`.
+        view: changes of its image preprocessing.
 
     Raises:
         ValueError: the weights cannot be loaded (they are never replaced by random ones), or the network does not take
@@ -115,7 +119,8 @@ def load_pretrained(spec: ModelSpec, image_size: int | None = None, cache: Path 
         config = _data_config(module, image_size)
         num_features = _feature_count(module, spec.name, config.image_size)
         _loaded[key] = Backbone(module, config, num_features, _digest(module))
-    return _loaded[key]
+    backbone = _loaded[key]
+    return backbone if view.is_plain else replace(backbone, data_config=_viewed(backbone.data_config, view))
 
 
 def _check_timm_name(name: str, needs_weights: bool) -> None:
@@ -179,6 +184,11 @@ def _data_config(module: nn.Module, image_size: int | None) -> DataConfig:
         crop_pct=config["crop_pct"],
         image_size=image_size or config["input_size"][-1],
     )
+
+
+def _viewed(config: DataConfig, view: ViewSettings) -> DataConfig:
+    """A preprocessing with the changes of a study."""
+    return replace(config, **{name: value for name, value in asdict(view).items() if value is not None})
 
 
 @torch.no_grad()

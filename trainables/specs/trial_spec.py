@@ -63,6 +63,38 @@ PLAIN_LOSS = LossSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """Changes of how a network sees pictures; None = as its pretrained configuration says."""
+
+    crop_pct: float | None = None
+    """Side of the evaluation crop as a share of the resized picture's shorter side, in (0, 1]."""
+    interpolation: str | None = None
+    """Of the resizing, by timm's name."""
+    mean: tuple[float, float, float] | None = None
+    """Per channel, of pixel values in 0…1."""
+    std: tuple[float, float, float] | None = None
+    """Per channel, of pixel values in 0…1."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ViewSettings:
+        """Inverse of `dataclasses.asdict`; lists become tuples again."""
+        values: dict[str, Any] = dict(fields)
+        for name in ("mean", "std"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is changed."""
+        return self == PLAIN_VIEW
+
+
+PLAIN_VIEW = ViewSettings()
+"""The view of a network's pretrained configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SharedTrialSettings:
     """Settings that all trials of one study share."""
 
@@ -112,6 +144,7 @@ class SharedTrialSettings:
     loss: LossSettings = PLAIN_LOSS
     sampling: Literal["balanced"] | None = None
     """balanced = every class equally often in an epoch of gradient training; None = every image once."""
+    view: ViewSettings = PLAIN_VIEW
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SharedTrialSettings:
@@ -125,6 +158,9 @@ class SharedTrialSettings:
         loss = values.get("loss")
         if isinstance(loss, Mapping):
             values["loss"] = LossSettings(**loss)
+        view = values.get("view")
+        if isinstance(view, Mapping):
+            values["view"] = ViewSettings.from_dict(view)
         for name in ("augment", "evaluate_at", "interim_splits", "diagnostics"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])

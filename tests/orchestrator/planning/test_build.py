@@ -61,7 +61,7 @@ def test_the_metric_steers_trials_search_and_early_stopping(
     search: dict[str, Any], objective: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = study(search=search)
-    store = SimpleNamespace(path="store")
+    store = SimpleNamespace(path="store", image_size=32)
     task = build.make_task(spec, store)  # type: ignore[arg-type]
     assert task.metric == search.get("metric")
     settings = build.settings_of(spec, task, {})
@@ -74,7 +74,7 @@ def test_the_metric_steers_trials_search_and_early_stopping(
 def test_objectives_reach_the_search_and_the_confirmation() -> None:
     objectives = ["id_val", "trainable_parameters", "peak_memory"]
     spec = study(search={"objectives": objectives, "scheduler": "none", "metric": "nll"})
-    task = build.make_task(spec, SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    task = build.make_task(spec, SimpleNamespace(path="store", image_size=32))  # type: ignore[arg-type]
     settings = build.settings_of(spec, task, {})
     assert settings.objectives == ("val/nll", "trainable_parameters", "peak_memory")
     assert [maximised(name, settings.metrics) for name in settings.objectives] == [False, False, False]
@@ -115,9 +115,9 @@ def test_rungs_are_evaluated_where_something_reads_it(
 
 def test_loss_and_sampling_reach_the_trials() -> None:
     spec = study(loss={"class_weights": "balanced", "label_smoothing": 0.1})
-    task = build.make_task(spec, SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    task = build.make_task(spec, SimpleNamespace(path="store", image_size=32))  # type: ignore[arg-type]
     assert task.loss == LossSettings(class_weights="balanced", label_smoothing=0.1)
     assert task.sampling is None
     balanced = study(data={"source": "digits", "sampling": "balanced"}, loss={"focal_gamma": 2.0})
-    task = build.make_task(balanced, SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    task = build.make_task(balanced, SimpleNamespace(path="store", image_size=32))  # type: ignore[arg-type]
     assert (task.loss, task.sampling) == (LossSettings(focal_gamma=2.0), "balanced")

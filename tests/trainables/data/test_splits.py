@@ -115,3 +115,79 @@ class TestFractionSize:
         with pytest.raises(ValueError) as error:
             fraction_size(classes(3), share)
         assert str(error.value) == f"A fraction of the training data must lie in (0, 1], but got {share}."
+
+
+@st.composite
+def grouped_samples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    """Labels, domains, and disjoint groups of samples of one class each, at least three groups per class."""
+    labels: list[int] = []
+    groups: list[list[int]] = []
+    for label in range(draw(st.integers(1, 3))):
+        for size in draw(st.lists(st.integers(1, 6), min_size=3, max_size=12)):
+            groups.append(list(range(len(labels), len(labels) + size)))
+            labels += [label] * size
+    order = draw(st.permutations(range(len(labels))))
+    shuffled = [[order[position] for position in group] for group in groups if len(group) > 1]
+    values = np.empty(len(labels), np.int64)
+    values[list(order)] = labels
+    domains = np.array(draw(st.lists(st.integers(0, 2), min_size=len(labels), max_size=len(labels))), np.int64)
+    return values, domains, shuffled
+
+
+def sizes(labels: np.ndarray, codes: np.ndarray) -> list[list[int]]:
+    """Samples in train, val and test, per class."""
+    return [np.bincount(codes[labels == label], minlength=3).tolist() for label in np.unique(labels)]
+
+
+class TestGroups:
+    @given(grouped_samples(), st.floats(0.05, 0.4), st.floats(0.05, 0.4), st.integers(0, 3))
+    def test_no_group_is_divided_and_sizes_stay_near(
+        self, data: tuple[np.ndarray, np.ndarray, list[list[int]]], val: float, test: float, seed: int
+    ) -> None:
+        labels, domains, groups = data
+        codes = stratified_split(labels, domains, val, test, seed, groups)
+        assert all(len({int(codes[position]) for position in group}) == 1 for group in groups)
+        exact = stratified_split(labels, domains, val, test, seed)
+        largest = max(map(len, groups), default=1)
+        for got, wanted in zip(sizes(labels, codes), sizes(labels, exact), strict=True):
+            assert min(got) >= 1
+            assert max(abs(got[part] - wanted[part]) for part in (VAL, TEST)) < largest
+
+    @given(grouped_samples(), st.integers(0, 3))
+    def test_the_order_of_groups_and_of_their_members_does_not_matter(
+        self, data: tuple[np.ndarray, np.ndarray, list[list[int]]], seed: int
+    ) -> None:
+        labels, domains, groups = data
+        reversed_groups = [group[::-1] for group in groups[::-1]]
+        one, other = (stratified_split(labels, domains, 0.2, 0.2, seed, g) for g in (groups, reversed_groups))
+        assert np.array_equal(one, other)
+
+    def test_sizes_are_exact_where_samples_outside_of_groups_suffice(self) -> None:
+        labels = np.repeat([0, 1], [60, 40])
+        groups = [list(range(start, start + 4)) for start in (*range(0, 24, 4), *range(60, 80, 4))]
+        for seed in range(20):
+            codes = stratified_split(labels, same_domain(labels), 0.15, 0.2, seed, groups)
+            assert sizes(labels, codes) == [[39, 9, 12], [26, 6, 8]]
+
+    def test_groups_are_drawn_as_often_as_other_samples(self) -> None:
+        """Copies are neither kept for training nor for the test: their share of the test split is that of all."""
+        labels = np.zeros(100, np.int64)
+        groups = [[start, start + 1] for start in range(0, 40, 2)]
+        drawn = [stratified_split(labels, same_domain(labels), 0.2, 0.2, seed, groups) for seed in range(400)]
+        share = np.mean([(codes[:40] == TEST).mean() for codes in drawn])
+        # Standard error of the mean of 400 draws: below 0.005.
+        assert 0.18 < share < 0.22
+
+    def test_a_group_of_two_classes_counts_in_both(self) -> None:
+        labels = np.repeat([0, 1], 10)
+        groups = [[0, 10], [1, 11], [2, 12]]
+        for seed in range(20):
+            codes = stratified_split(labels, same_domain(labels), 0.2, 0.2, seed, groups)
+            assert all(codes[one] == codes[other] for one, other in groups)
+            assert sizes(labels, codes) == [[6, 2, 2]] * 2
+
+    def test_a_class_of_too_few_groups_keeps_its_training_samples(self) -> None:
+        labels = np.zeros(9, np.int64)
+        codes = stratified_split(labels, same_domain(labels), 0.2, 0.2, 0, [[0, 1, 2, 3], [4, 5, 6, 7, 8]])
+        assert sorted(sizes(labels, codes)[0]) == [0, 4, 5]
+        assert (codes == TRAIN).any()
