@@ -109,7 +109,7 @@ class TestShown:
 
     def test_promotion_in_words(self, planned: Callable[..., Plan]) -> None:
         plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, search={"scheduler": "promote"})
-        assert plan.lines()[3] == (
+        assert plan.lines()[4] == (
             "Budget of a trial: 9 units of one epoch; trials are paused, and the best of their entry promoted, after "
             "units 1, 3."
         )
