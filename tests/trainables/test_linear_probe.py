@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -91,6 +93,57 @@ def test_a_path_gives_the_solutions_of_single_fits() -> None:
         single = fit_linear_probe(features[:400], labels[:400], C)
         value = objective(features[:400], labels[:400], weight, bias, C)
         assert value == pytest.approx(objective(features[:400], labels[:400], *single, C), rel=1e-5)
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch, solve: Callable[[], object]) -> int:
+    """Passes over the features that a solver makes: each has one softmax."""
+    passes = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("softmax", "log_softmax"):
+            patch.setattr(torch, name, counted(getattr(torch, name)))
+        solve()
+    return passes
+
+
+@pytest.mark.parametrize("deviations", [(1.0, 1.0), (1.0, 1e-3)], ids=["well conditioned", "ill conditioned"])
+def test_a_path_takes_fewer_passes_than_scikit_learn_and_ends_lower(
+    deviations: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 5, 400)
+    centres = generator.normal(size=(5, 24)) / 4
+    features = (generator.normal(size=(400, 24)) + centres[labels]) * np.geomspace(*deviations, 24)
+    features /= features.std()
+    path = regularisation_path(100)
+    ours: list[Any] = []
+    passes = count_passes(monkeypatch, lambda: ours.extend(logistic_path(features, labels, path)))
+    model = LogisticRegression(warm_start=True, max_iter=10_000)
+    iterations = 0
+    for C, (weight, bias) in zip(path, ours, strict=True):
+        model.set_params(C=C).fit(features, labels)
+        iterations += 1 + int(model.n_iter_[0])
+        reached = objective(features, labels, model.coef_, model.intercept_, C)
+        assert objective(features, labels, weight, bias, C) <= reached * (1 + 1e-5)
+    assert passes < iterations
+
+
+def test_more_channels_than_images_are_solved_in_the_span_of_the_images() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(40) % 4
+    features = generator.normal(size=(40, 120)) + np.eye(4, 120)[labels] * 3
+    weight, bias = fit_linear_probe(features, labels, 10.0)
+    expected = reference(features, labels, 10.0)
+    assert objective(features, labels, weight, bias, 10.0) <= objective(features, labels, *expected, 10.0) * (1 + 1e-6)
+    np.testing.assert_allclose(weight, expected[0], atol=2e-3)
 
 
 def test_the_reference_path() -> None:
