@@ -25,12 +25,12 @@ SPACE: dict[str, Hyperparameter] = {
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
         steps=({"lr_backbone": (1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7)},),
-        fixed={"lr_head": None},
+        fixed={"lr_head": None, "probe_rule": "argmax"},
         source="Ha et al. (2024), hyperparameter details, LP-FT with MoCo and CLIP backbones",
     ),
     "paper_swav": Preset(
         steps=({"lr_backbone": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)},),
-        fixed={"lr_head": None},
+        fixed={"lr_head": None, "probe_rule": "argmax"},
         source="Ha et al. (2024), hyperparameter details, LP-FT with SWAV backbones",
     ),
 }
