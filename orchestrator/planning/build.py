@@ -17,6 +17,7 @@ from orchestrator.record.records import metrics_of
 from orchestrator.results.front import front_candidates
 from orchestrator.results.selection import top_candidates
 from orchestrator.search.asha import StudyScheduler, rungs
+from orchestrator.search.grace import later_graces
 from orchestrator.search.searcher import SearchSettings
 from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
 from trainables import strategy_class
@@ -166,7 +167,8 @@ def make_scheduler(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Any:
     if search.scheduler == "none":
         return FIFOScheduler()
     maximise = metrics_of(spec).selection.direction == "max"
-    return StudyScheduler(metric_of(spec), maximise, search.epochs, search.grace, search.reduction, history)
+    graces = later_graces(entries_of(spec), search.grace, search.reduction)
+    return StudyScheduler(metric_of(spec), maximise, search.epochs, search.grace, search.reduction, history, graces)
 
 
 def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:

@@ -30,7 +30,7 @@ class EntryRungs:
         reduction: η.
     """
 
-    def __init__(self, epochs: int, grace: int, reduction: float) -> None:
+    def __init__(self, epochs: int, grace: float, reduction: float) -> None:
         self._quantile = 1 - 1 / reduction
         self._scores: dict[float, dict[str, float]] = {
             # Highest rung first, as `report` needs them.
@@ -96,6 +96,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         history: trials of earlier runs, replayed into the rungs that they reached (Tune restores no scheduler). A
             trial that can be resumed is replayed up to the unit before the first one that it reports: its last unit
             is decided when it is reported again, as it would have been in the earlier run.
+        graces: label → first rung, of entries that have another one than `grace`.
 
     Raises:
         ValueError: see `rungs`.
@@ -109,6 +110,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         grace: int = 1,
         reduction: float = 3,
         history: Sequence[TrialRecord] = (),
+        graces: Mapping[str, float] | None = None,
     ) -> None:
         rungs(epochs, grace, reduction)
         super().__init__()
@@ -117,6 +119,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         self._epochs = epochs
         self._grace = grace
         self._reduction = reduction
+        self._graces = dict(graces or {})
         self._stopped = 0
         self._rungs_by_label: dict[str, EntryRungs] = {}
         self._rungs_by_trial: dict[str, EntryRungs] = {}
@@ -185,7 +188,8 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 
     def _rungs(self, label: str) -> EntryRungs:
         if label not in self._rungs_by_label:
-            self._rungs_by_label[label] = EntryRungs(self._epochs, self._grace, self._reduction)
+            grace = self._graces.get(label, self._grace)
+            self._rungs_by_label[label] = EntryRungs(self._epochs, grace, self._reduction)
         return self._rungs_by_label[label]
 
     def _replay(self, record: TrialRecord) -> None:
@@ -226,8 +230,11 @@ def rungs(epochs: int, grace: int = 1, reduction: float = 3) -> tuple[int, ...]:
     return tuple(dict.fromkeys(unit for unit in units if unit < epochs))
 
 
-def _milestones(epochs: int, grace: int, reduction: float) -> list[float]:
-    """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one."""
+def _milestones(epochs: int, grace: float, reduction: float) -> list[float]:
+    """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one.
+
+    None for a grace period beyond `epochs`.
+    """
     # The formula of Ray's ASHA, its floating-point rounding included.
     count = int(np.log(epochs / grace) / np.log(reduction) + 1)
     return [grace * reduction**k for k in range(count)]

@@ -202,6 +202,15 @@ class Strategy:
             return "head_init='linear_probe'"
         return None
 
+    @property
+    def starts_at_optimum(self) -> bool:
+        """Whether training starts from a head that is solved in closed form.
+
+        Early stopping then waits for the second rung, see `orchestrator.search.grace`. Default: `head_init:
+        linear_probe`, where anything trains.
+        """
+        return getattr(self.config, "head_init", None) == "linear_probe"
+
     def refit_problem(self) -> str | None:
         """What keeps the configuration from being trained again without validation images; None = nothing.
 
