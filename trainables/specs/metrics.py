@@ -600,6 +600,12 @@ PROBE_C = Quantity(
 PROBE_VAL = Quantity(
     "linear_probe/val_<metric>", None, "", "The selection metric of the closed-form probe on ID validation."
 )
+HEAD_CURVATURE = Quantity(
+    "linear_probe/curvature",
+    None,
+    "",
+    "Curvature of the cross-entropy in the features under the solved head, times the features' variance.",
+)
 PROBE_C_LOW = Quantity(
     "linear_probe/C_low",
     None,
@@ -649,7 +655,8 @@ QUANTITIES: tuple[Quantity, ...] = (
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
     LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
-    PROBE_VAL, PROBE_C_LOW, PROBE_C_HIGH, PROBE_WITHIN_SE, PROBE_PATH, TEMPERATURE,
+    PROBE_VAL, PROBE_C_LOW, PROBE_C_HIGH, PROBE_WITHIN_SE, PROBE_PATH, HEAD_CURVATURE,
+    TEMPERATURE,
     PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
 )  # fmt: skip
 """Every recorded name that no task defines. Strategies may record more under their own names."""
