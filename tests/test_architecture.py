@@ -16,7 +16,7 @@ from benchmarks.support.import_graph import components
 from benchmarks.support.import_graph import imported as names_imported
 from tests.conftest import THOROUGH
 from tests.support.private_names import private_names
-from tests.support.source_tree import ROOT, calls, imported, name, parsed, sources
+from tests.support.source_tree import ROOT, calls, dotted, imported, name, nodes, parsed, sources
 from tests.unsafe_code import unsafe
 
 PACKAGES = ("luthier", "orchestrator", "trainables", "search_spaces")
@@ -99,9 +99,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def literals(tree: ast.Module) -> Iterator[str]:
     """String literals but docstrings; of f-strings with `{}` for the expressions."""
-    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    parts = {id(value) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
-    for node in ast.walk(tree):
+    documentation = {id(node.value) for node in nodes(tree) if isinstance(node, ast.Expr)}
+    parts = {id(value) for node in nodes(tree) if isinstance(node, ast.JoinedStr) for value in node.values}
+    for node in nodes(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation | parts:
@@ -204,7 +204,7 @@ class TestImports:
         files = {
             file
             for file, tree in parsed(*PACKAGES)
-            for function in ast.walk(tree)
+            for function in nodes(tree)
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
             if any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(function))
         }
@@ -358,8 +358,8 @@ class TestSafeReads:
         violations = {
             file
             for file, tree in parsed(*PACKAGES)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "timm.models.load_state_dict")
+            for node in nodes(tree)
+            if isinstance(node, ast.Attribute) and dotted(node) in ("torch.load", "timm.models.load_state_dict")
         }
         assert violations == {MAY_READ_WEIGHTS}
 
@@ -435,7 +435,7 @@ class TestSharing:
     def test_tests_import_no_private_names_of_benchmarks(self) -> None:
         violations = []
         for file, tree in parsed("tests"):
-            for node in ast.walk(tree):
+            for node in nodes(tree):
                 if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("benchmarks"):
                     continue
                 names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -473,6 +473,6 @@ _IMPORT = re.compile(r"^\s*(?:from|import) +([\w.]+)", re.MULTILINE)
 
 def mentioned(tree: ast.Module, package: str) -> list[str]:
     """Modules of `package` that are imported, or stand in import lines of a text in the code."""
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [node.value for node in nodes(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     inside = [module for text in texts for module in _IMPORT.findall(text)]
     return [module for module in [*imported(tree), *inside] if module.partition(".")[0] == package]

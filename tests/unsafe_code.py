@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from tests.support.source_tree import dotted, nodes
+
 MODULES = frozenset({
     "pickle", "_pickle", "cloudpickle", "ray.cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle", "runpy",
     "torch.package", "torch.hub", "mlflow.pyfunc", "mlflow.pytorch", "mlflow.sklearn",
@@ -38,7 +40,7 @@ def unsafe(tree: ast.Module, registry: bool = False) -> Iterator[str]:
     """
     names = _imported(tree)
     errors_only = _names_errors_only(tree)
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         for module in _modules(node):
             if _within(module, MODULES) and not errors_only:
                 yield f"{node.lineno}: import {module}"  # type: ignore[attr-defined]
@@ -46,7 +48,7 @@ def unsafe(tree: ast.Module, registry: bool = False) -> Iterator[str]:
         if name in NAMES or (name in IMPORTS_BY_STRING and not registry) or name.endswith(".load_model"):
             yield f"{node.lineno}: {name}"  # type: ignore[attr-defined]
     yield from _unguarded(tree, names)
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.keyword) and node.arg == "shell" and ast.unparse(node.value) != "False":
             yield f"{node.value.lineno}: shell="
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
@@ -56,12 +58,12 @@ def unsafe(tree: ast.Module, registry: bool = False) -> Iterator[str]:
 def _unguarded(tree: ast.Module, names: dict[str, str]) -> Iterator[str]:
     """Uses of a guarded function other than a call with its guard."""
     safe = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Call):
             guard = GUARDED.get(_name(node.func, names))
             if guard in {(keyword.arg, ast.unparse(keyword.value)) for keyword in node.keywords}:
                 safe.add(id(node.func))
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         name = _name(node, names)
         if name in GUARDED and id(node) not in safe:
             yield f"{node.lineno}: {name} without {'='.join(GUARDED[name])}"  # type: ignore[attr-defined]
@@ -70,7 +72,7 @@ def _unguarded(tree: ast.Module, names: dict[str, str]) -> Iterator[str]:
 def _imported(tree: ast.Module) -> dict[str, str]:
     """Name in the file → what was imported under it."""
     names: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             names |= {a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0]
                       for a in node.names}  # fmt: skip
@@ -94,7 +96,7 @@ def _name(node: ast.AST, names: dict[str, str]) -> str:
     if isinstance(node, ast.Attribute):
         owner = _name(node.value, names)
         return f"{owner}.{node.attr}" if owner else ""
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) > 1:
+    if isinstance(node, ast.Call) and dotted(node.func) == "getattr" and len(node.args) > 1:
         owner = _name(node.args[0], names)
         attribute = node.args[1]
         return f"{owner}.{attribute.value!s}" if owner and isinstance(attribute, ast.Constant) else ""
@@ -108,7 +110,7 @@ def _within(module: str, forbidden: frozenset[str]) -> bool:
 
 def _names_errors_only(tree: ast.Module) -> bool:
     """Whether pickle is used for the name of its own error alone, which torch raises for a damaged weight file."""
-    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "pickle"]
-    named = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) == "pickle.UnpicklingError"]
-    modules = {module for node in ast.walk(tree) for module in _modules(node) if _within(module, MODULES)}
+    used = [node for node in nodes(tree) if isinstance(node, ast.Name) and node.id == "pickle"]
+    named = [n for n in nodes(tree) if isinstance(n, ast.Attribute) and dotted(n) == "pickle.UnpicklingError"]
+    modules = {module for node in nodes(tree) for module in _modules(node) if _within(module, MODULES)}
     return len(used) == len(named) and modules == {"pickle"}

@@ -66,7 +66,7 @@ def space_of(spec: StudySpec) -> SearchSpace:
     Raises:
         ValueError: the budget is smaller than the sweeps and the default points.
     """
-    space = SearchSpace(entries_of(spec), spec.search.sampler)
+    space = SearchSpace(entries_of(spec), spec.search.sampler, spec.search.allocation)
     space.check_budget(spec.search.trials)
     return space
 

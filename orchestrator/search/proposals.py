@@ -6,10 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optuna
 from optuna.trial import Trial
 
 import search_spaces
 from orchestrator.record.records import TrialRecord
+from orchestrator.search.allocation import next_entry
+from orchestrator.search.entry_sampling import entry_parameters
 from orchestrator.search.ledger import Ledger, identity
 from orchestrator.search.paper_sweep import Later, Sweep
 from orchestrator.search.sampling import LEARNING, make_sampler
@@ -33,9 +36,10 @@ class Proposals:
     """Proposes search trials; the next one follows from the ledger, the seed and the arguments alone.
 
     Order: the default point of every searched entry and the first point of every sweep; hints that are new to the
-    study, each with its entry's defaults; trials that an earlier driver left unfinished; the rest of the sweeps;
-    `ROUNDS` rounds over the searched entries; then the sampler chooses entry and values. A sweep that waits for its own
-    trials does not block the others.
+    study, each with its entry's defaults; trials that an earlier driver left unfinished; the rest of the sweeps; then
+    the sampler's proposals. Where the budget is allocated to the entries (`orchestrator.search.allocation`), a sampler
+    of each entry's own chooses its values; else one sampler chooses entry and values, after `ROUNDS` rounds over the
+    searched entries. A sweep that waits for its own trials does not block the others.
 
     Args:
         space: what may be proposed.
@@ -63,6 +67,7 @@ class Proposals:
         self.task = task
         self.seed = seed
         self.trials = trials
+        self._maximise = maximise
         self.sweeps = {
             label: Sweep(space.entries[label], preset, task, maximise) for label, preset in space.presets.items()
         }
@@ -71,7 +76,7 @@ class Proposals:
         """Whether the sampler has nothing new to propose."""
         self.hints = {label: values for label, values in (hints or {}).items() if label in space.searched}
         self._rounds = 0
-        if space.searched and space.sampler != "random":
+        if space.searched and space.sampler != "random" and space.allocation == "sampler":
             # At most half of the remaining budget goes into the rounds.
             self._rounds = min(ROUNDS, (trials - space.prescribed) // (2 * len(space.searched)))
 
@@ -103,7 +108,9 @@ class Proposals:
             proposal = self._from_sweep(ledger, sweep, finished, running)
             if proposal is not None:
                 return proposal
-        return None if self.exhausted else self._draw(ledger, self._round(ledger))
+        if self.space.allocation == "sampler":
+            return None if self.exhausted else self._draw(ledger, self._round(ledger))
+        return self._allocated(ledger)
 
     def _proposed(self, ledger: Ledger, label: str) -> int:
         return sum(r.label == label and r.role == "search" for r in ledger.records.values())
@@ -121,6 +128,29 @@ class Proposals:
         fewest = min(counts, key=lambda label: counts[label])
         return {"strategy": fewest} if counts[fewest] <= self._rounds else {}
 
+    def _allocated(self, ledger: Ledger) -> Proposal | None:
+        """The next trial where the budget is allocated to the entries; None = all of them are exhausted."""
+        while labels := [label for label in self.space.searched if not _is_exhausted(ledger.sampled, label)]:
+            proposal = self._draw(ledger, {"strategy": self._next_entry(ledger, labels)})
+            if proposal is not None:
+                return proposal
+        self.exhausted = True
+        return None
+
+    def _next_entry(self, ledger: Ledger, labels: Sequence[str]) -> str:
+        """The one of the labels that the next trial belongs to."""
+        searched = [r for r in ledger.records.values() if r.role == "search" and r.label in self.space.searched]
+        searched.sort(key=lambda record: record.number)
+        values = {}
+        for index, record in enumerate(searched):
+            if record.trial_id in ledger.values:
+                # Of several objectives the first one, the selecting metric, allocates the budget.
+                value = ledger.values[record.trial_id][0]
+                values[index] = value if self._maximise else -value
+        swept = sum(preset.size for preset in self.space.presets.values())
+        started = [record.label for record in searched]
+        return next_entry(self.space.allocation, labels, started, values, self.trials - swept)
+
     def _draw(self, ledger: Ledger, fixed: Mapping[str, Any]) -> Proposal | None:
         """Ask Optuna, the first time with some parameters fixed, until the configuration is new."""
         study = ledger.sampled
@@ -128,10 +158,11 @@ class Proposals:
             # Interrupted trials do not count, so that a continued study proposes what an uninterrupted one would have.
             number = sum("interrupted" not in t.user_attrs for t in study.get_trials(deepcopy=False))
             sampler = self.space.sampler if attempt < ATTEMPTS // 2 else "random"
-            study.sampler = make_sampler(sampler, stream_seed(self.seed, "sampler", number))
-            # Once: enqueued again, the same point would be the same duplicate.
-            if fixed and attempt == 0:
-                study.enqueue_trial(dict(fixed))
+            seed = stream_seed(self.seed, "sampler", number)
+            study.sampler = make_sampler(sampler, seed)
+            parameters = self._enqueued(study, fixed, attempt, sampler, seed)
+            if parameters:
+                study.enqueue_trial(parameters)
             trial = study.ask()
             spec = self._spec(trial)
             # A reference trial of the same configuration is no duplicate: it ran on another sample.
@@ -141,9 +172,27 @@ class Proposals:
                 return trial, spec
             ledger.duplicate(trial, twin)
             ledger.interrupted.pop(identity(spec), None)
-        log.warning("%d proposals in a row were known already: the search ends early.", ATTEMPTS)
-        self.exhausted = True
+        if self.space.allocation == "sampler":
+            log.warning("%d proposals in a row were known already: the search ends early.", ATTEMPTS)
+            self.exhausted = True
+        else:
+            log.warning(
+                "%d proposals in a row for %s were known already: it gets no more.", ATTEMPTS, fixed["strategy"]
+            )
         return None
+
+    def _enqueued(
+        self, study: optuna.Study, fixed: Mapping[str, Any], attempt: int, sampler: str, seed: int
+    ) -> dict[str, Any]:
+        """Parameters that the next trial does not leave to the sampler of all entries."""
+        allocated = self.space.allocation != "sampler"
+        names_entry_only = set(fixed) == {"strategy"}
+        # Once: enqueued again, the same point would be the same duplicate.
+        if attempt == 0 and not (allocated and names_entry_only):
+            return dict(fixed)
+        if allocated:
+            return entry_parameters(study, self.space.searched[fixed["strategy"]], sampler, seed)
+        return {}
 
     def _spec(self, trial: Trial) -> TrialSpec:
         entry, hparams = self.space.suggest(trial)
@@ -181,3 +230,12 @@ class Proposals:
         for name, (_, choices) in parameters.items():
             trial.suggest_categorical(name, choices)
         return trial
+
+
+def _is_exhausted(study: optuna.Study, label: str) -> bool:
+    """Whether the last `ATTEMPTS` proposals for an entry were duplicates.
+
+    Read from Optuna's study, so that a resumed search does not try them again.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.params.get("strategy") == label]
+    return len(trials) >= ATTEMPTS and all("duplicate_of" in t.user_attrs for t in trials[-ATTEMPTS:])

@@ -14,8 +14,8 @@ SAMPLERS = ("tpe", "gp", "random", "paper")
 LEARNING = frozenset({"tpe", "gp"})
 """Samplers whose proposals depend on results."""
 FLAT = frozenset({"gp"})
-"""Samplers without conditional parameters: every trial samples the parameters of all entries, and uses those of the
-entry that it chose."""
+"""Samplers without conditional parameters: where one samples all entries together, every trial has the parameters of
+all of them, and uses those of the entry that it chose."""
 STARTUP = 10
 """Trials before a learning sampler learns; Optuna's own default."""
 
@@ -68,7 +68,7 @@ def maximised(name: str, metrics: TaskMetrics = CLASSIFICATION) -> bool:
     )
 
 
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, seed: int, startup: int = STARTUP) -> optuna.samplers.BaseSampler:
     """A fresh sampler, for one objective or several.
 
     The seed must differ from proposal to proposal, since no sampler state is kept between them.
@@ -76,12 +76,13 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     Args:
         name: one of `SAMPLERS`.
         seed: any non-negative integer.
+        startup: trials before a learning sampler learns.
     """
     seed %= 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP)
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=startup)
         if name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
         return optuna.samplers.RandomSampler(seed=seed)

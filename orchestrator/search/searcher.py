@@ -48,6 +48,8 @@ class SearchSettings:
     """Budget of the search; folds and confirmations are additional."""
     sampler: str = "tpe"
     """One of `orchestrator.search.sampling.SAMPLERS`."""
+    allocation: str = "sampler"
+    """One of `orchestrator.search.allocation.ALLOCATIONS`."""
     seed: int = 0
     """The study's seed."""
     metrics: TaskMetrics = CLASSIFICATION
@@ -116,7 +118,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         else:
             super().__init__(list(self.objectives), modes)
         self.max_concurrent: int | None = None
-        space = SearchSpace(settings.entries, settings.sampler)
+        space = SearchSpace(settings.entries, settings.sampler, settings.allocation)
         self.proposals = Proposals(space, settings.task, settings.seed, settings.trials, maximise[0], settings.hints)
         self._searching = searching
         replay = None

@@ -27,6 +27,7 @@ class SearchSpace:
     Args:
         entries: what competes; their labels are unique.
         sampler: one of `orchestrator.search.sampling.SAMPLERS`.
+        allocation: one of `orchestrator.search.allocation.ALLOCATIONS`.
 
     Raises:
         SearchError: no entries, or two of one label.
@@ -38,12 +39,14 @@ class SearchSpace:
         (['full'], ['linear_probe'], 2)
     """
 
-    def __init__(self, entries: Sequence[Entry], sampler: str) -> None:
+    def __init__(self, entries: Sequence[Entry], sampler: str, allocation: str = "sampler") -> None:
         repeated = sorted(label for label, n in Counter(e.label for e in entries).items() if n > 1)
         if repeated or not entries:
             got = f"{', '.join(repeated)} twice" if repeated else "no entry"
             raise SearchError(f"A study needs entries with distinct labels, but got {got}. Add or change `label`.")
         self.sampler = sampler
+        self.allocation = allocation
+        self._is_flat = sampler in FLAT and allocation == "sampler"
         self.entries = {entry.label: entry for entry in entries}
         """Label → entry, in the order of the study."""
         self.presets: dict[str, Preset] = {}
@@ -82,7 +85,7 @@ class SearchSpace:
     def default(self, entry: Entry) -> dict[str, Any]:
         """Optuna's parameters of an entry's default point (in a flat space, with the defaults of the other entries)."""
         point: dict[str, Any] = {"strategy": entry.label}
-        for other in self.searched.values() if self.sampler in FLAT else [entry]:
+        for other in self.searched.values() if self._is_flat else [entry]:
             fixed = set(other.fixed)
             for key, value in search_spaces.default_point(other.strategy, other.fixed).items():
                 if key not in fixed:
@@ -94,7 +97,7 @@ class SearchSpace:
         label = trial.suggest_categorical("strategy", tuple(self.searched))
         hparams: dict[str, dict[str, Any]] = {}
         # A flat sampler needs every parameter in every trial, also those of entries that this trial does not use.
-        for other in self.searched.values() if self.sampler in FLAT else [self.searched[label]]:
+        for other in self.searched.values() if self._is_flat else [self.searched[label]]:
             hparams[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
         return self.searched[label], hparams[label]
 

@@ -195,6 +195,22 @@ def grace_problems(grace: int, epochs: int) -> Iterator[RuleProblem]:
         yield ("grace",), f"1 <= grace <= epochs must hold, but got grace {grace} and epochs {epochs}."
 
 
+def allocation_problems(allocation: str, sampler: str, objectives: Sequence[str] | None) -> Iterator[RuleProblem]:
+    """An allocation of trials that the sampler or the objectives leave no room for."""
+    if allocation != "sampler" and sampler == "paper":
+        yield (
+            ("allocation",),
+            f"the papers' sweeps have as many trials as they list, but got allocation {allocation!r} with sampler "
+            "paper. Leave allocation out, or use another sampler.",
+        )
+    if allocation == "halving" and objectives is not None:
+        yield (
+            ("allocation",),
+            "halving drops entries by the first objective alone, cheap ones before their cost could count, but got "
+            f"objectives [{', '.join(map(str, objectives))}]. Use equal or sampler.",
+        )
+
+
 def objectives_problems(
     objectives: Sequence[str] | None, objective: str, sampler: str, scheduler: str
 ) -> Iterator[RuleProblem]:

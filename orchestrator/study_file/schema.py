@@ -121,6 +121,10 @@ class SearchSpec(Section):
     """Images per optimiser step."""
     sampler: Literal["tpe", "gp", "random", "paper"] = "tpe"
     """How configurations are proposed: Optuna's TPE or Gaussian process, random sampling, or the papers' own sweeps."""
+    allocation: Literal["sampler", "equal", "halving"] = "sampler"
+    """How the trials are allocated to the entries. sampler = after two random rounds one sampler over all entries
+    chooses the entry, too; equal = to each as many, with a sampler of its own; halving = likewise, but after each third
+    of the trials the worse half of the entries gets no more."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha stops trials early at the rungs `grace · reduction^k`; none runs every trial to its end."""
     grace: Annotated[int, Field(ge=1)] = 1
@@ -148,6 +152,7 @@ class SearchSpec(Section):
     def _rules(self) -> Self:
         rules.raise_if_any(
             *rules.grace_problems(self.grace, self.epochs),
+            *rules.allocation_problems(self.allocation, self.sampler, self.objectives),
             *rules.objectives_problems(self.objectives, self.objective, self.sampler, self.scheduler),
         )
         return self

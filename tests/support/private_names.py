@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Mapping
 
+from tests.support.source_tree import nodes
+
 OURS = ("orchestrator", "trainables", "search_spaces", "luthier", "tests", "benchmarks")
 INNER_MODULES = ("ray.tune.execution", "ray.tune.tune", "ray.air.execution")
 """Modules without an underscore that their library does not document."""
@@ -25,7 +27,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
     Attribute names in `getattr`, `setattr`, `hasattr` and `delattr` count likewise; imports for types alone do not.
     """
     members = _members(tree)
-    types_only = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
+    types_only = {id(inner) for node in nodes(tree) if _is_type_checking(node) for inner in ast.walk(node)}
     for node, classes in _with_classes(tree, {name: name for name in members}, members):
         if id(node) in types_only:
             continue
@@ -54,7 +56,7 @@ def _named(node: ast.AST) -> Iterator[tuple[ast.expr | None, str]]:
 
 
 def _members(tree: ast.Module) -> Members:
-    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in nodes(tree) if isinstance(node, ast.ClassDef)}
 
     def defined(node: ast.ClassDef, visited: frozenset[str]) -> frozenset[str]:
         names = frozenset(_defined(node))

@@ -31,9 +31,24 @@ def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), name(file))
 
 
+@cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """All nodes of a syntax tree, walked once: a dozen tests ask for them."""
+    return tuple(ast.walk(tree))
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` for names and attributes, the source text of any other expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ast.unparse(node)
+
+
 def imported(tree: ast.Module) -> Iterator[str]:
     """Full names of all imported modules, also of those inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
@@ -42,6 +57,6 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
     """(source text of the function, call) of every call."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+            yield dotted(node.func), node

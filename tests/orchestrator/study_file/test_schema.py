@@ -10,6 +10,7 @@ import yaml
 
 from orchestrator.errors import Problem, StudyError, dotted, redact
 from orchestrator.ingest.digits import OOD_DOMAINS
+from orchestrator.search.allocation import ALLOCATIONS
 from orchestrator.search.sampling import SAMPLERS
 from orchestrator.study_file.load import load_study
 from orchestrator.study_file.rules import DIGITS_DOMAINS
@@ -124,6 +125,19 @@ class TestAccepted:
     def test_samplers_are_those_of_the_search(self) -> None:
         choices = SearchSpec.model_json_schema()["properties"]["sampler"]["enum"]
         assert set(choices) == set(SAMPLERS)
+
+    def test_allocations_are_those_of_the_search(self) -> None:
+        assert set(SearchSpec.model_json_schema()["properties"]["allocation"]["enum"]) == set(ALLOCATIONS)
+
+    def test_sweeps_cannot_be_allocated(self) -> None:
+        with pytest.raises(ValueError, match=r"the papers' sweeps have .* 'equal' with sampler paper"):
+            study(search={"sampler": "paper", "allocation": "equal"})
+
+    def test_halving_has_one_objective(self) -> None:
+        objectives = {"objectives": ["id_val", "trainable_parameters"], "scheduler": "none"}
+        with pytest.raises(ValueError, match=r"halving drops entries by the first objective"):
+            study(search={**objectives, "allocation": "halving"})
+        assert study(search={**objectives, "allocation": "equal"}).search.allocation == "equal"
 
     @pytest.mark.parametrize("gpus", ["auto", 0, 0.25, 1])
     def test_gpus(self, gpus: Any) -> None:

@@ -1,0 +1,239 @@
+"""Models of learning curves: one per strategy and landscape, fitted to a table of real trials."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+import search_spaces
+
+Array = NDArray[np.float64]
+
+VAL = 0
+TEST = 1
+OOD = 2
+COLUMNS = ("val/acc", "test/acc", "ood/mean/acc")
+"""Last axis of a curve: accuracy on validation, ID test, and the mean over OOD domains."""
+
+DENSE = 512
+"""Random points per strategy among which the best configuration is looked for."""
+
+
+def features(strategy: str, hparams: Mapping[str, Any]) -> Array:
+    """A configuration as numbers in 0 … 1.
+
+    Numbers on their own (log or linear) scale, choices one-hot; what does not exist beside the others is 0.5.
+    """
+    values: list[float] = []
+    for key, hyperparameter in search_spaces.space(strategy).items():
+        distribution = hyperparameter.distribution
+        value = hparams.get(key)
+        if isinstance(distribution, CategoricalDistribution):
+            values += [float(value == choice) for choice in distribution.choices]
+        elif value is None:
+            values.append(0.5)
+        else:
+            assert isinstance(distribution, FloatDistribution | IntDistribution)
+            scale = math.log if distribution.log else float
+            low = scale(distribution.low)
+            values.append((scale(value) - low) / (scale(distribution.high) - low))
+    return np.array(values or [0.0])
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trials of one strategy in a table."""
+
+    strategy: str
+    hparams: list[dict[str, Any]]
+    """By configuration."""
+    configuration: NDArray[np.int64]
+    """Of each trial (N,)."""
+    curves: Array
+    """(N, epochs, len(COLUMNS)); a diverged trial has zeros from the unit on in which it diverged."""
+    unit_seconds: float
+    """Median time of one epoch."""
+
+    @property
+    def inputs(self) -> Array:
+        """`features` of each trial, (N, D)."""
+        rows = [features(self.strategy, self.hparams[i]) for i in self.configuration]
+        return np.stack(rows)
+
+
+def read(table: Path) -> dict[str, Trials]:
+    """Strategy → its trials in a landscape's table."""
+    frame = pd.read_parquet(table)
+    epochs = int(frame["unit"].max())
+    trials = {}
+    for strategy, rows in frame.groupby("strategy", sort=True):
+        hparams: dict[int, dict[str, Any]] = {}
+        configurations = []
+        curves = []
+        for (configuration, _), units in rows.groupby(["configuration", "seed"], sort=True):
+            hparams[int(configuration)] = json.loads(units["hparams"].iloc[0])
+            configurations.append(int(configuration))
+            curves.append(_curve(units.sort_values("unit"), epochs))
+        order = sorted(hparams)
+        position = {configuration: i for i, configuration in enumerate(order)}
+        trials[str(strategy)] = Trials(
+            strategy=str(strategy),
+            hparams=[hparams[configuration] for configuration in order],
+            configuration=np.array([position[configuration] for configuration in configurations]),
+            curves=np.stack(curves),
+            unit_seconds=float(rows["cost/unit_seconds"].median()),
+        )
+    return trials
+
+
+def _curve(units: pd.DataFrame, epochs: int) -> Array:
+    """(epochs, len(COLUMNS)) of one trial."""
+    curve = np.zeros((epochs, len(COLUMNS)))
+    measured = units[units["unit"] > 0]
+    values = measured[list(COLUMNS)].to_numpy(dtype=np.float64)
+    curve[: len(values)] = np.nan_to_num(values)
+    # The linear probe is solved in one unit, whose scores stay.
+    if len(values) and not bool(units["diverged"].iloc[0]):
+        curve[len(values) :] = values[-1]
+    return curve
+
+
+class Surrogate:
+    """Expected curves of one strategy, and its noise between seeds.
+
+    A Gaussian process or extremely randomised trees (Geurts et al., 2006), whichever predicts the final validation of
+    left-out configurations better.
+
+    Args:
+        trials: of the table.
+        seed: of the bootstrap sample of configurations that the model is fitted to; None = all of them.
+    """
+
+    def __init__(self, trials: Trials, seed: int | None = None) -> None:
+        self.strategy = trials.strategy
+        self.unit_seconds = trials.unit_seconds
+        self.shape = trials.curves.shape[1:]
+        self._noise = _noise(trials)
+        chosen = np.arange(len(trials.configuration))
+        count = len(trials.hparams)
+        if seed is not None and count > 1:
+            generator = np.random.default_rng(seed)
+            sample = set(generator.integers(count, size=count).tolist())
+            chosen = np.array([i for i in chosen if trials.configuration[i] in sample])
+        inputs = trials.inputs[chosen]
+        targets = trials.curves[chosen].reshape(len(chosen), -1)
+        groups = trials.configuration[chosen]
+        self._constant = targets.mean(axis=0) if len(set(groups)) < 3 else None
+        self.error = math.nan
+        """Root mean squared error of the final validation accuracy of left-out configurations."""
+        if self._constant is None:
+            final = (self.shape[0] - 1) * self.shape[1] + VAL
+            errors = {make: _left_out_error(make, inputs, targets, groups, final) for make in (_Process, _trees)}
+            best = min(errors, key=lambda make: errors[make])
+            self.error = errors[best]
+            self._model = best().fit(inputs, targets)
+
+    def expected(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
+        """Curves without noise, (N, epochs, len(COLUMNS)), within 0 … 1."""
+        if self._constant is not None:
+            flat = np.tile(self._constant, (len(hparams), 1))
+        else:
+            flat = self._model.predict(np.stack([features(self.strategy, point) for point in hparams]))
+        return np.clip(flat.reshape(len(hparams), *self.shape), 0.0, 1.0)
+
+    def draw(self, hparams: Mapping[str, Any], generator: np.random.Generator) -> Array:
+        """A curve (epochs, len(COLUMNS)) on a random seed."""
+        noise = self._noise[generator.integers(len(self._noise))]
+        # Either sign: differences between seeds have no direction.
+        return np.clip(self.expected([hparams])[0] + generator.choice([-1.0, 1.0]) * noise, 0.0, 1.0)
+
+
+def _noise(trials: Trials) -> Array:
+    """Deviations of repeated trials from the mean over their seeds, (R, epochs, columns), scaled to be unbiased."""
+    deviations = [np.zeros(trials.curves.shape[1:])]
+    for configuration in range(len(trials.hparams)):
+        repeated = trials.curves[trials.configuration == configuration]
+        if len(repeated) > 1:
+            if len(deviations) == 1 and not deviations[0].any():
+                deviations.clear()
+            deviations += list((repeated - repeated.mean(axis=0)) * math.sqrt(len(repeated) / (len(repeated) - 1)))
+    return np.stack(deviations)
+
+
+def _left_out_error(make: Any, inputs: Array, targets: Array, groups: NDArray[np.int64], column: int) -> float:
+    """Root mean squared error of one target, each configuration predicted by a model of all others."""
+    squares = []
+    for group in np.unique(groups):
+        out = groups == group
+        prediction = make().fit(inputs[~out], targets[~out]).predict(inputs[out])
+        squares.append(float((prediction[:, column].mean() - targets[out, column].mean()) ** 2))
+    return math.sqrt(float(np.mean(squares)))
+
+
+class _Process:
+    """A Gaussian process on centred curves, without optimiser restarts."""
+
+    def fit(self, inputs: Array, targets: Array) -> _Process:
+        self._mean = targets.mean(axis=0)
+        self._scale = targets.std(axis=0) + 1e-6
+        kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(
+            np.full(inputs.shape[1], 0.5), (0.05, 20.0), nu=2.5
+        ) + WhiteKernel(0.05, (1e-4, 1.0))
+        self._process = GaussianProcessRegressor(kernel, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            self._process.fit(inputs, (targets - self._mean) / self._scale)
+        return self
+
+    def predict(self, inputs: Array) -> Array:
+        prediction: Array = np.asarray(self._process.predict(inputs)).reshape(len(inputs), -1)
+        return prediction * self._scale + self._mean
+
+
+def _trees() -> ExtraTreesRegressor:
+    return ExtraTreesRegressor(n_estimators=100, min_samples_leaf=1, random_state=0)
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Surrogates of all strategies on one pair."""
+
+    name: str
+    surrogates: dict[str, Surrogate]
+    best: dict[str, float]
+    """Strategy → expected final test accuracy of its best configuration."""
+
+    @classmethod
+    def load(cls, table: Path, seed: int | None = None) -> Landscape:
+        """Fit the surrogates of a table; see `Surrogate` for `seed`."""
+        surrogates = {strategy: Surrogate(trials, seed) for strategy, trials in read(table).items()}
+        best = {strategy: _best(surrogate) for strategy, surrogate in surrogates.items()}
+        return cls(table.stem, surrogates, best)
+
+    @property
+    def optimum(self) -> float:
+        """Expected final test accuracy of the best configuration of all."""
+        return max(self.best.values())
+
+
+def _best(surrogate: Surrogate) -> float:
+    if not search_spaces.space(surrogate.strategy):
+        return float(surrogate.expected([{}])[0, -1, TEST])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [search_spaces.suggest(study.ask(), surrogate.strategy) for _ in range(DENSE)]
+    return float(surrogate.expected(points)[:, -1, TEST].max())
