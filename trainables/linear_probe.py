@@ -1,7 +1,8 @@
 """LP, linear probing: L2-regularised logistic regression on frozen features, C chosen on ID validation.
 
 Reference practice (Ha et al., 2024, "Training Details", after Kumar et al., 2022): 100 values of C, log-spaced from
-1e-7 to 1e2; features standardised with one scalar mean and standard deviation of the training features.
+1e-7 to 1e2, of which the most accurate on validation; features standardised with one scalar mean and standard deviation
+of the training features. On small validation sets that choice is noise (`rule: argmax`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainables.engine.contract import ParamGroup, Phase, Strategy
+from trainables.engine.contract import ParamGroup, Phase, Strategy, check_choices
+from trainables.tasks.base import PROBE_RULE, ProbeRule
 from trainables.tasks.linear_probe_head import best_linear_probe, fit_linear_probe, regularisation_path
 from trainables.tasks.registry import task_of
 
@@ -29,15 +31,18 @@ class LinearProbe(Strategy):
         """Hyperparameters of the probe."""
 
         C: float | None = None
-        """scikit-learn's inverse regularisation strength; None = the best on ID validation of a path."""
+        """scikit-learn's inverse regularisation strength; None = chosen on ID validation along a path."""
         num_C: int = 100  # noqa: N815 - C is scikit-learn's name
         """Values on the path, log-spaced from 1e-7 to 1e2."""
+        rule: ProbeRule = PROBE_RULE
+        """By which C is chosen on ID validation, see `trainables.tasks.base.ProbeRule`."""
 
         def __post_init__(self) -> None:
             if self.C is not None and not self.C > 0:
                 raise ValueError(f"C must be positive, but got {self.C!r}.")
             if self.num_C < 2:
                 raise ValueError(f"num_C must be at least 2, but got {self.num_C!r}.")
+            check_choices(self)
 
     def phases(self, units: int) -> list[Phase]:
         """One unit, whatever the budget: the solution has a closed optimum."""
@@ -52,11 +57,11 @@ class LinearProbe(Strategy):
         return [ParamGroup("head", list(model.head.parameters()), 1.0)]
 
     def solve(self, model: TaskModel, data: TrialData) -> Report:
-        """Put the best probe into the head."""
+        """Put the probe of the chosen C into the head."""
         probe = task_of(data).closed_form_probe()
         assert probe is not None, "a task without a closed-form probe is refused before compute"
         path = regularisation_path(self.config.num_C) if self.config.C is None else [self.config.C]
-        return probe.fit(model, data, path)
+        return probe.fit(model, data, path, self.config.rule)
 
 
 STRATEGY = LinearProbe

@@ -19,6 +19,7 @@ from orchestrator.record.records import metrics_of
 from orchestrator.results.front import front_candidates
 from orchestrator.results.selection import top_candidates
 from orchestrator.search.asha import StudyScheduler
+from orchestrator.search.grace import later_graces
 from orchestrator.search.promotion import Promotions
 from orchestrator.search.promotion_scheduler import PromotionScheduler
 from orchestrator.search.rungs import rungs
@@ -194,7 +195,13 @@ def make_promotions(spec: StudySpec, history: Sequence[TrialRecord] = ()) -> Pro
         return None
     labels = [entry.label for entry in entries_of(spec)]
     maximise = metrics_of(spec).selection.direction == "max"
-    return Promotions.replay(rungs_of(spec), spec.search.reduction, history, metric_of(spec), maximise, labels)
+    return Promotions.replay(
+        rungs_of(spec), spec.search.reduction, history, metric_of(spec), maximise, labels, _later_graces(spec)
+    )
+
+
+def _later_graces(spec: StudySpec) -> dict[str, float]:
+    return later_graces(entries_of(spec), spec.search.grace, spec.search.reduction)
 
 
 def make_scheduler(
@@ -212,7 +219,9 @@ def make_scheduler(
         return FIFOScheduler()
     maximise = metrics_of(spec).selection.direction == "max"
     rule = (metric_of(spec), maximise, search.epochs, search.grace, search.reduction)
-    return StudyScheduler(*rule, history) if promotions is None else PromotionScheduler(promotions, *rule)
+    if promotions is not None:
+        return PromotionScheduler(promotions, *rule)
+    return StudyScheduler(*rule, history, _later_graces(spec))
 
 
 def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[Stage]:

@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
 Columns = Mapping[str, Sequence[Any]]
 
-FLAGS = frozenset({"absolute"})
+FLAGS = frozenset({"absolute", "within_one_se"})
 """Columns that qualify a row; they are not drawn."""
 MAX_TICKS = 36
 """Names on an axis; with more, only every second, third … is written."""
 X_AXES = {"lambda": "λ", "alpha": "α", "quantile": "share of the images below", "images": "training images"}
 """Axis titles of x columns, where they differ from the column's name."""
+LOG_X = frozenset({"C"})
+"""x columns on a logarithmic axis."""
 DISTANCE_AXES = {"cosine": "cosine similarity", "l2": "L2 distance"}
 """Axis titles of the measures of feature distortion, which are no metrics of a task."""
 CURVE_AXES = {
+    "linear_probe": "negative log-likelihood",
     "ln_shift": "shift (L2 norm)",
     "bn_shift": "shift (L2 norm)",
     "plasticity": "rate of change P",
@@ -109,6 +112,8 @@ def figure_of(
         axes.set_ylabel(panel.title or CURVE_AXES.get(name, ""), fontsize=9)
         if chosen is not None and not named:
             axes.axvline(chosen, color=BLACK, linewidth=1.0, linestyle=":", zorder=1)
+    if x_name in LOG_X:
+        rows[-1].set_xscale("log")
     if chosen is not None and not named:
         rows[0].set_title(f"{X_AXES.get(x_name, x_name)} = {chosen:.3g} chosen", loc="right", fontsize=9, color=GREY)
     rows[0].set_title(name.replace("_", " "), loc="left", fontsize=10, fontweight="bold")

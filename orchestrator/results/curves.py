@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.record.records import TrialRecord
-from trainables.specs.metrics import CLASSIFICATION, LAYERNORM_LAMBDA, WISE_ALPHA, TaskMetrics
+from trainables.specs.metrics import CLASSIFICATION, LAYERNORM_LAMBDA, PROBE_C, WISE_ALPHA, TaskMetrics
 
 Curves = Mapping[str, Mapping[str, Any]]
 """Name → `columns` (name → values, the x axis first) and `note`."""
@@ -74,12 +74,14 @@ def stem(name: str) -> str:
 def chosen_at(record: TrialRecord | None, name: str) -> float | None:
     """x of the point that a trial chose on a sweep.
 
-    Sweeps are `lambda` and `wise`; None where the trial chose no point of this curve.
+    Sweeps are `lambda`, `wise` and `linear_probe`; None where the trial chose no point of this curve.
     """
     if record is None:
         return None
     if name == "wise":
         return record.metric(WISE_ALPHA.name)
+    if name == "linear_probe":
+        return record.metric(PROBE_C.name)
     if name != "lambda":
         return None
     # In the cyclic framework the sweep starts from weights that were rescaled already: those of λ = 1.

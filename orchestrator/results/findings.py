@@ -17,7 +17,7 @@ from orchestrator.record.records import TrialRecord
 from orchestrator.results.comparison import Competitor, Score, Standing, compare, competitors, standing
 from orchestrator.results.curves import chosen_at
 from orchestrator.results.fsr import ORACLE, FsrEstimate, estimates, suggested
-from orchestrator.results.leaderboard import PROBE, relative_gain
+from orchestrator.results.leaderboard import PROBE, probe_choice, relative_gain
 from orchestrator.results.predictions import SampleTables
 from trainables.specs.metrics import (
     CLASSIFICATION,
@@ -162,7 +162,8 @@ ALPHA = InterpolationFactor("α", "wise", "alpha", WISE_ALPHA.name)
 def choice_findings(
     records: Sequence[TrialRecord], entries: Sequence[Competitor], metrics: TaskMetrics
 ) -> Iterator[str]:
-    """FSR against every reference, then every λ and α that was chosen on validation."""
+    """C of the linear probe, FSR against every reference, then every λ and α that was chosen on validation."""
+    yield from probe_findings(entries)
     ratios = estimates(records)
     yield from fsr_findings(ratios)
     for entry in entries:
@@ -171,6 +172,17 @@ def choice_findings(
     for entry in entries:
         if any(ALPHA.curve in run.curves for run in entry.runs):
             yield _chosen(entry, ALPHA, None, metrics)
+
+
+def probe_findings(entries: Sequence[Competitor]) -> Iterator[str]:
+    """The C that linear probing chose, and how flat the validation curve was."""
+    for entry in entries:
+        C, low, high, within, path = probe_choice(entry.chosen).values()
+        if entry.strategy == PROBE and not math.isnan(path):
+            yield (
+                f"{entry.label}: C = {C:.3g} by validation; of {path:.0f} values, {within:.0f} from {low:.3g} to "
+                f"{high:.3g} are within one standard error of the best."
+            )
 
 
 def fsr_findings(ratios: Sequence[FsrEstimate]) -> Iterator[str]:

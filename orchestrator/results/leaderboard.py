@@ -26,6 +26,11 @@ from trainables.specs.metrics import (
     PARAMETERS,
     PEAK_GPU_BYTES,
     PEAK_HOST_BYTES,
+    PROBE_C,
+    PROBE_C_HIGH,
+    PROBE_C_LOW,
+    PROBE_PATH,
+    PROBE_WITHIN_SE,
     TEST,
     TOTAL_SECONDS,
     TRAINABLE_PARAMETERS,
@@ -55,6 +60,8 @@ COSTS = (TRAINABLE_PARAMETERS.name, TRAINED_SHARE, PEAK_HOST_BYTES.name, PEAK_GP
 COST_TITLES = ("trained parameters", "share", "host memory", "GPU memory", "seconds", "device-hours")
 GAINS = (GAIN.name, GAIN_OOD.name)
 """Columns of the relative gain over linear probing, on ID test and on OOD."""
+PROBE_CHOICE = (PROBE_C.name, PROBE_C_LOW.name, PROBE_C_HIGH.name, PROBE_WITHIN_SE.name, PROBE_PATH.name)
+"""Columns of what a closed-form probe chose on validation and how flat the curve was; NaN where nothing was solved."""
 PROBE = "linear_probe"
 """The strategy that gains are measured from."""
 
@@ -96,8 +103,8 @@ def leaderboard(
     Columns: `label, strategy, rule, criterion` (value that the rule ranked by)`, number, config_hash, hparams, seeds`
     (how many trials the numbers are a mean of)`, confirmed` (False: only the search trial)`, val/acc`, then of each of
     `reported_metrics` the mean, the longer side `/ci95` and the ends `/low` and `/high` of its interval, the number of
-    samples `/n`, and what the interval is over, `/interval`; the `COSTS`; and `trials, complete, pruned, failed` of the
-    search. Metric names are those of the task; here of classification.
+    samples `/n`, and what the interval is over, `/interval`; the `PROBE_CHOICE`; the `COSTS`; and `trials, complete,
+    pruned, failed` of the search. Metric names are those of the task; here of classification.
 
     Costs are means over the trials that the numbers are of; `device_hours` is the sum over all trials of the label.
 
@@ -128,6 +135,7 @@ def leaderboard(
         searched = [r for r in records if r.label == label and r.role == "search"]
         row = _identity(label, next(r.strategy for r in records if r.label == label), rule, choice, entry)
         row |= _scores(entry, metrics)
+        row |= probe_choice(choice.record if choice else None)
         row |= _costs(entry, [r for r in records if r.label == label], devices)
         row["trials"] = len(searched)
         for state in ("complete", "pruned", "failed"):
@@ -184,6 +192,39 @@ def _scores(entry: Competitor | None, metrics: TaskMetrics) -> dict[str, Any]:
         columns[f"{name}{SAMPLES}"] = score.samples or 0
         columns[f"{name}{BASIS}"] = score.basis
     return columns
+
+
+def probe_choice(record: TrialRecord | None) -> dict[str, float]:
+    """What a trial's closed-form probe chose, by `PROBE_CHOICE`."""
+    values = {name: record.metric(name) if record else None for name in PROBE_CHOICE}
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def probe_text(row: Row) -> str:
+    """What a closed-form probe chose and how flat the curve was; empty where nothing was solved.
+
+    Example:
+        >>> probe_text(dict(zip(PROBE_CHOICE, (0.0231, 0.003, 10.0, 40.0, 100.0), strict=True)))
+        'C=0.0231 (40 of 100 values, 0.003 to 10, within one SE of the best on validation)'
+    """
+    C, low, high, within, path = (float(row.get(name, math.nan)) for name in PROBE_CHOICE)
+    if math.isnan(C):
+        return ""
+    if math.isnan(path):  # one given value, or a study of an earlier version
+        return f"C={C:.3g}"
+    return (
+        f"C={C:.3g} ({within:.0f} of {path:.0f} values, {low:.3g} to {high:.3g}, within one SE of the best on "
+        "validation)"
+    )
+
+
+def configuration(row: Row) -> str:
+    """Hyperparameters of a row, and what its closed-form probe chose."""
+    hparams = describe(row["hparams"])
+    probe = "" if "C" in row["hparams"] else probe_text(row)
+    if not probe:
+        return hparams
+    return f"{hparams} {probe}" if row["hparams"] else probe
 
 
 def _costs(entry: Competitor | None, trials: Sequence[TrialRecord], devices: float) -> dict[str, Any]:
@@ -314,7 +355,7 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
     _print_costs(console, rows)
     for row in rows:
         if row["seeds"]:
-            parts = [f"trial {row['number']}", describe(row["hparams"])]
+            parts = [f"trial {row['number']}", configuration(row)]
             if has_gains(rows) and not wide and row["strategy"] != PROBE:
                 texts = zip(gains(row), ("", " OOD"), strict=True)
                 parts.insert(1, "gain " + ", ".join(f"{text}{split}" for text, split in texts if text != "-"))
@@ -400,7 +441,7 @@ def cells(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
     scores = [_number(row[metrics.validation], math.nan, metrics.selection)]
     for name, metric in reported_metrics(metrics).items():
         scores.append(_number(row[name], row[f"{name}{INTERVAL}"], metric))
-    return [str(row["label"]), describe(row["hparams"]), counts(row, metrics), *scores]
+    return [str(row["label"]), configuration(row), counts(row, metrics), *scores]
 
 
 def counts(row: Row, metrics: TaskMetrics = CLASSIFICATION) -> str:

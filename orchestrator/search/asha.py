@@ -8,7 +8,7 @@ than held until others have been promoted past it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class EntryRungs:
         reduction: η.
     """
 
-    def __init__(self, epochs: int, grace: int, reduction: float) -> None:
+    def __init__(self, epochs: int, grace: float, reduction: float) -> None:
         self._quantile = 1 - 1 / reduction
         self._scores: dict[float, dict[str, float]] = {
             # Highest rung first, as `report` needs them.
@@ -89,6 +89,7 @@ class StudyScheduler(EntryScheduler):
         history: trials of earlier runs, replayed into the rungs that they reached (Tune restores no scheduler). A
             trial that can be resumed is replayed up to the unit before the first one that it reports: its last unit
             is decided when it is reported again, as it would have been in the earlier run.
+        graces: label → first rung, of entries that have another one than `grace`.
 
     Raises:
         ValueError: see `orchestrator.search.rungs.rungs`.
@@ -102,8 +103,10 @@ class StudyScheduler(EntryScheduler):
         grace: int = 1,
         reduction: float = 3,
         history: Sequence[TrialRecord] = (),
+        graces: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(metric, maximise, epochs, grace, reduction)
+        self._graces = dict(graces or {})
         self._stopped = 0
         self._rungs_by_label: dict[str, EntryRungs] = {}
         self._rungs_by_trial: dict[str, EntryRungs] = {}
@@ -162,7 +165,8 @@ class StudyScheduler(EntryScheduler):
 
     def _rungs(self, label: str) -> EntryRungs:
         if label not in self._rungs_by_label:
-            self._rungs_by_label[label] = EntryRungs(self.epochs, self.grace, self.reduction)
+            grace = self._graces.get(label, self.grace)
+            self._rungs_by_label[label] = EntryRungs(self.epochs, grace, self.reduction)
         return self._rungs_by_label[label]
 
     def _replay(self, record: TrialRecord) -> None:

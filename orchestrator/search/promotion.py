@@ -15,7 +15,7 @@ No Ray and no Optuna here: the searcher, the scheduler and the journal's callbac
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Promotions:
         rungs: units after which trials pause, ascending, all below the budget of a trial.
         reduction: η.
         labels: the study's entries; where trials of several wait at one rung, those of the first are promoted first.
+        later: labels of the entries whose trials pass the first rung, see `orchestrator.search.grace`.
 
     Example:
         >>> promotions = Promotions(rungs=(1, 3), reduction=2, labels=["full"])
@@ -99,8 +100,11 @@ class Promotions:
         ([0], None)
     """
 
-    def __init__(self, rungs: Sequence[int], reduction: float, labels: Sequence[str]) -> None:
+    def __init__(
+        self, rungs: Sequence[int], reduction: float, labels: Sequence[str], later: Collection[str] = ()
+    ) -> None:
         self.rungs = tuple(rungs)
+        self._later = frozenset(later)
         self.withdrawn: set[int] = set()
         """Trials that waited and have no chance of promotion any more; to be ended."""
         self._entries = {label: _Entry(len(self.rungs), reduction) for label in labels}
@@ -117,6 +121,7 @@ class Promotions:
         metric: str,
         maximise: bool,
         labels: Sequence[str],
+        later: Collection[str] = (),
     ) -> Promotions:
         """The state at the end of earlier runs of a study.
 
@@ -130,8 +135,9 @@ class Promotions:
             metric: what is compared.
             maximise: whether higher is better.
             labels: as for the class; trials of other entries are left out.
+            later: as for the class.
         """
-        promotions = cls(rungs, reduction, labels)
+        promotions = cls(rungs, reduction, labels, later)
         sign = 1.0 if maximise else -1.0
         for record in history:
             if record.role == "search" and record.label in labels:
@@ -171,7 +177,7 @@ class Promotions:
         if trial in self._undecided and unit > self._undecided[trial][0]:
             passed, earlier_score = self._undecided.pop(trial)
             entry.scores[self.rungs.index(passed)].setdefault(trial, earlier_score)
-        if unit not in self.rungs:
+        if unit not in self._rungs_of(label):
             return True
         rung = self.rungs.index(unit)
         if trial in entry.scores[rung]:
@@ -249,6 +255,9 @@ class Promotions:
             lines.append(f"{label}: {' | '.join(rungs)}")
         return "\n".join(lines)
 
+    def _rungs_of(self, label: str) -> tuple[int, ...]:
+        return self.rungs[1:] if label in self._later else self.rungs
+
     def _waiting_of(self, trial: int) -> Mapping[int, int]:
         label = self._label_of.get(trial)
         return {} if label is None else self._entries[label].waiting
@@ -274,7 +283,8 @@ class Promotions:
         # A trial that completes before its budget (a closed-form solution takes one unit) is no measure for others at
         # its last unit.
         decided = waits or (record.state != "complete" and not record.resumable)
-        for rung, unit in enumerate(self.rungs):
+        for unit in self._rungs_of(record.label):
+            rung = self.rungs.index(unit)
             if unit not in scores:
                 continue
             score = scores[unit] if math.isfinite(scores[unit]) else -math.inf

@@ -21,8 +21,11 @@ def rungs(epochs: int, grace: int = 1, reduction: float = 3) -> tuple[int, ...]:
     return tuple(dict.fromkeys(unit for unit in units if unit < epochs))
 
 
-def milestones(epochs: int, grace: int, reduction: float) -> list[float]:
-    """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one."""
+def milestones(epochs: int, grace: float, reduction: float) -> list[float]:
+    """`grace · reduction^k` up to `epochs`, ascending; fractions where `reduction` is one.
+
+    None for a grace period beyond `epochs`.
+    """
     # The formula of Ray's ASHA, its floating-point rounding included.
     count = int(np.log(epochs / grace) / np.log(reduction) + 1)
     return [grace * reduction**k for k in range(count)]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 import trainables.tasks.linear_probe_head
 from tests.conformance import StrategyConformance
 from trainables.linear_probe import LinearProbe, best_linear_probe, fit_linear_probe, regularisation_path
+from trainables.models.task_model import TaskModel
+from trainables.specs.measurements import Curve
 from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.tasks.class_weights import balanced_weights
+from trainables.tasks.linear_probe_head import take_probe
 from trainables.tasks.logistic_path import logistic_path
 
 
@@ -93,6 +100,57 @@ def test_a_path_gives_the_solutions_of_single_fits() -> None:
         assert value == pytest.approx(objective(features[:400], labels[:400], *single, C), rel=1e-5)
 
 
+def count_passes(monkeypatch: pytest.MonkeyPatch, solve: Callable[[], object]) -> int:
+    """Passes over the features that a solver makes: each has one softmax."""
+    passes = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("softmax", "log_softmax"):
+            patch.setattr(torch, name, counted(getattr(torch, name)))
+        solve()
+    return passes
+
+
+@pytest.mark.parametrize("deviations", [(1.0, 1.0), (1.0, 1e-3)], ids=["well conditioned", "ill conditioned"])
+def test_a_path_takes_fewer_passes_than_scikit_learn_and_ends_lower(
+    deviations: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 5, 400)
+    centres = generator.normal(size=(5, 24)) / 4
+    features = (generator.normal(size=(400, 24)) + centres[labels]) * np.geomspace(*deviations, 24)
+    features /= features.std()
+    path = regularisation_path(100)
+    ours: list[Any] = []
+    passes = count_passes(monkeypatch, lambda: ours.extend(logistic_path(features, labels, path)))
+    model = LogisticRegression(warm_start=True, max_iter=10_000)
+    iterations = 0
+    for C, (weight, bias) in zip(path, ours, strict=True):
+        model.set_params(C=C).fit(features, labels)
+        iterations += 1 + int(model.n_iter_[0])
+        reached = objective(features, labels, model.coef_, model.intercept_, C)
+        assert objective(features, labels, weight, bias, C) <= reached * (1 + 1e-5)
+    assert passes < iterations
+
+
+def test_more_channels_than_images_are_solved_in_the_span_of_the_images() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(40) % 4
+    features = generator.normal(size=(40, 120)) + np.eye(4, 120)[labels] * 3
+    weight, bias = fit_linear_probe(features, labels, 10.0)
+    expected = reference(features, labels, 10.0)
+    assert objective(features, labels, weight, bias, 10.0) <= objective(features, labels, *expected, 10.0) * (1 + 1e-6)
+    np.testing.assert_allclose(weight, expected[0], atol=2e-3)
+
+
 def test_the_reference_path() -> None:
     path = regularisation_path(100)
     assert len(path) == 100
@@ -124,6 +182,7 @@ def test_what_cannot_be_fitted(features: Any, labels: list[int], C: float, messa
     [
         ({"C": -1.0}, "C must be positive, but got -1.0."),
         ({"num_C": 1}, "num_C must be at least 2, but got 1."),
+        ({"rule": "best"}, "rule must be one of 'nll_one_se', 'nll', 'one_se', 'argmax', but got 'best'."),
     ],
 )
 def test_bad_knobs(hparams: dict[str, Any], message: str) -> None:
@@ -177,7 +236,7 @@ def test_the_best_c_on_validation_is_chosen_and_the_standardisation_is_folded_in
         nll = -np.log(model.predict_proba(inputs)[np.arange(len(targets)), targets]).mean()
         scores[C] = (model.score(inputs, targets), -nll, model)
     best = max(scores, key=lambda C: scores[C][:2])
-    probe = best_linear_probe(data, path)
+    probe = best_linear_probe(data, path, "argmax")
     assert best == probe.C
     assert probe.validation == pytest.approx(scores[best][0], abs=1 / len(targets))
     expected = scores[best][2].decision_function((validation - mean) / scale)
@@ -185,16 +244,50 @@ def test_the_best_c_on_validation_is_chosen_and_the_standardisation_is_folded_in
     np.testing.assert_allclose(logits, expected, atol=2e-3 * np.abs(expected).max())
 
 
-def test_ties_go_to_the_lower_nll_then_to_the_smaller_c(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    eye = np.eye(10, 64)
+def test_c_is_not_the_argmax_of_a_flat_curve(data: Any) -> None:
+    """On few validation images the largest accuracy is that of a C that happens to classify one more."""
+    raw, labels = load_digits(return_X_y=True)
+    chosen: dict[str, list[float]] = {"argmax": [], "nll_one_se": []}
+    for start in range(300, 1500, 200):
+        data.val = (raw[start : start + 60].astype(np.float32), labels[start : start + 60])
+        for number, rule in enumerate(chosen):
+            data.solution_folder = data.solution_folder.with_name(f"{start}-{number}")
+            probe = best_linear_probe(data, regularisation_path(30), rule)  # type: ignore[arg-type]
+            chosen[rule].append(math.log10(probe.C))
+    assert np.std(chosen["nll_one_se"]) < np.std(chosen["argmax"])
+    default = best_linear_probe(data, regularisation_path(30))
+    assert math.log10(default.C) == chosen["nll_one_se"][-1]
 
-    def scripted(*arguments: Any) -> Any:
-        # The second and third are equal; the first is as accurate but less sure, the last surely wrong.
-        return iter([(eye * s, np.zeros(10)) for s in (1.0, 3.0, 3.0, -9.0)])
 
-    monkeypatch.setattr(trainables.tasks.linear_probe_head, "logistic_path", scripted)
-    data.val = (np.eye(10, 64, dtype=np.float32), np.arange(10))
-    assert best_linear_probe(data, [0.1, 0.2, 0.3, 0.4]).C == 0.2
+def test_what_was_chosen_is_recorded_with_the_curve(data: Any) -> None:
+    path = regularisation_path(10)
+    probe = best_linear_probe(data, path)
+    model = TaskModel(nn.Identity(), nn.Linear(64, 10))
+    report = dict(take_probe(model, probe))
+    curve = report.pop("linear_probe")
+    assert isinstance(curve, Curve)
+    assert curve.columns["C"] == tuple(path)
+    index = path.index(probe.C)
+    assert curve.columns["val/acc"][index] == probe.validation
+    accuracies = np.array(curve.columns["val/acc"])
+    within = np.flatnonzero(curve.columns["within_one_se"])
+    # The best is among them, and all of them are nearly as accurate.
+    assert accuracies.argmax() in within
+    assert accuracies[within].min() > accuracies.max() - 0.02
+    assert report == {
+        "linear_probe/C": probe.C,
+        "linear_probe/val_acc": probe.validation,
+        "linear_probe/C_low": path[within[0]],
+        "linear_probe/C_high": path[within[-1]],
+        "linear_probe/within_se": len(within),
+        "linear_probe/path": 10,
+    }
+
+
+def test_a_given_c_has_no_curve(data: Any) -> None:
+    probe = best_linear_probe(data, [0.01])
+    model = TaskModel(nn.Identity(), nn.Linear(64, 10))
+    assert take_probe(model, probe) == {"linear_probe/C": 0.01, "linear_probe/val_acc": probe.validation}
 
 
 def test_the_solution_is_computed_once_and_read_by_any_later_process(
@@ -211,6 +304,9 @@ def test_the_solution_is_computed_once_and_read_by_any_later_process(
     assert (first.C, first.validation) == (second.C, second.validation)
     np.testing.assert_array_equal(first.weight, second.weight)
     np.testing.assert_array_equal(first.bias, second.bias)
+    assert first.curve == second.curve is not None
+    with pytest.raises(AssertionError, match="solved again"):
+        best_linear_probe(data, path, "argmax")
     with pytest.raises(AssertionError, match="solved again"):
         best_linear_probe(data, [*path[:-1], path[-1] * (1 + 1e-9)])
 
@@ -263,7 +359,7 @@ def rare_digits(data: Any, **shared: Any) -> Any:
 @pytest.mark.parametrize("metric", ["balanced_acc", "macro_f1", "auroc", "ap", "nll", "brier"])
 def test_the_metric_of_the_study_chooses_c(data: Any, metric: str) -> None:
     path = regularisation_path(10)
-    chosen = best_linear_probe(rare_digits(data, metric=metric), path)
+    chosen = best_linear_probe(rare_digits(data, metric=metric), path, "argmax")
     values = {}
     for C in path:
         alone = best_linear_probe(rare_digits(data, metric=metric), [C])

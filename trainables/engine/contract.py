@@ -45,7 +45,7 @@ from trainables.specs.measurements import Report
 from trainables.specs.seeds import stream_seed
 from trainables.specs.suggestions import did_you_mean
 from trainables.specs.trial_spec import PLAIN_LOSS, LossSettings
-from trainables.tasks.base import HeadInit, no_closed_form
+from trainables.tasks.base import PROBE_RULE, HeadInit, ProbeRule, no_closed_form
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class TrainingConfig:
     that one range of `lr_head` fits backbones whose feature scales differ; the bias, whose input is 1, never gets more
     than `lr_head` itself. absolute: `lr_head` as it is."""
     head_init: HeadInit = "random"
+    probe_rule: ProbeRule = PROBE_RULE
+    """By which C of a head from `head_init: linear_probe` is chosen, see `trainables.tasks.base.ProbeRule`."""
     bn_mode: Literal["train", "eval"] = "train"
     """Whether BatchNorm layers use and update batch statistics while training, or keep the pretrained ones."""
     bn_conversion: bool = False
@@ -200,6 +202,15 @@ class Strategy:
             return "head_init='linear_probe'"
         return None
 
+    @property
+    def starts_at_optimum(self) -> bool:
+        """Whether training starts from a head that is solved in closed form.
+
+        Early stopping then waits for the second rung, see `orchestrator.search.grace`. Default: `head_init:
+        linear_probe`, where anything trains.
+        """
+        return getattr(self.config, "head_init", None) == "linear_probe"
+
     def refit_problem(self) -> str | None:
         """What keeps the configuration from being trained again without validation images; None = nothing.
 
@@ -218,7 +229,8 @@ class Strategy:
             return Prepared()
         # Before the head: a conversion preserves the features, and so a probe solved on cached ones still fits.
         report = convert_on_training_data(model, data) if config.bn_conversion else {}
-        return Prepared({**report, **task_of(data).initialise_head(model, data, config.head_init)})
+        head = task_of(data).initialise_head(model, data, config.head_init, config.probe_rule)
+        return Prepared({**report, **head})
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
         """Exactly what may move.

@@ -600,6 +600,21 @@ PROBE_C = Quantity(
 PROBE_VAL = Quantity(
     "linear_probe/val_<metric>", None, "", "The selection metric of the closed-form probe on ID validation."
 )
+HEAD_CURVATURE = Quantity(
+    "linear_probe/curvature",
+    None,
+    "",
+    "Curvature of the cross-entropy in the features under the solved head, times the features' variance.",
+)
+PROBE_C_LOW = Quantity(
+    "linear_probe/C_low",
+    None,
+    "",
+    "Smallest C whose selection metric on ID validation is within one standard error of the best.",
+)
+PROBE_C_HIGH = Quantity("linear_probe/C_high", None, "", "Largest such C.")
+PROBE_WITHIN_SE = Quantity("linear_probe/within_se", None, "values", "Number of such C on the path.")
+PROBE_PATH = Quantity("linear_probe/path", None, "values", "Number of C on the path.")
 
 PLASTICITY = Quantity(
     "plasticity/<component>",
@@ -640,7 +655,8 @@ QUANTITIES: tuple[Quantity, ...] = (
     LN_SHIFT, LN_SHIFT_LAST, BN_SHIFT, BN_SHIFT_LAST, CHANGE, CKA_MEAN, DISTORTION_COSINE, DISTORTION_L2,
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
     LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
-    PROBE_VAL, TEMPERATURE,
+    PROBE_VAL, PROBE_C_LOW, PROBE_C_HIGH, PROBE_WITHIN_SE, PROBE_PATH, HEAD_CURVATURE,
+    TEMPERATURE,
     PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
 )  # fmt: skip
 """Every recorded name that no task defines. Strategies may record more under their own names."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from trainables.specs.measurements import split_report
 from trainables.specs.trial_spec import PLAIN_LOSS, LossSettings
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from trainables.specs.metrics import TaskMetrics
 
 HeadInit = Literal["random", "zeros", "linear_probe"]
+ProbeRule = Literal["nll_one_se", "nll", "one_se", "argmax"]
+"""How a closed-form probe's regularisation is chosen on ID validation. `argmax`: the best selection metric (Ha et al.,
+2024). `nll`: the lowest negative log-likelihood. `one_se`, `nll_one_se`: the strongest whose selection metric,
+respectively likelihood, is within one standard error of the best, that of the paired difference (after Breiman et al.,
+1984, "Classification and Regression Trees", section 3.4.3)."""
+PROBE_RULE: ProbeRule = "nll_one_se"
+"""The default, by `benchmarks/probe_rule.py`."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +130,17 @@ class Calibration:
 class ClosedFormProbe(Protocol):
     """A head's optimum on frozen pooled features, solved rather than trained."""
 
-    def fit(self, model: TaskModel, data: TrialData, path: Sequence[float] | None = None) -> Report:
-        """Put the best solution along a path into the model's head.
+    def fit(
+        self, model: TaskModel, data: TrialData, path: Sequence[float] | None = None, rule: ProbeRule = PROBE_RULE
+    ) -> Report:
+        """Put a solution along a path into the model's head.
 
         Args:
             path: ascending inverse regularisation strengths, one of which ID validation chooses; None = the task's own.
+            rule: by which it is chosen.
 
         Returns:
-            Metrics to record, such as the chosen strength.
+            Metrics to record, such as the chosen strength, and the curve that it was chosen on.
         """
 
 
@@ -228,11 +239,14 @@ class Task(ABC):
         """
         return None
 
-    def initialise_head(self, model: TaskModel, data: TrialData, how: HeadInit) -> Report:
+    def initialise_head(
+        self, model: TaskModel, data: TrialData, how: HeadInit, probe_rule: ProbeRule = PROBE_RULE
+    ) -> Report:
         """Set the head in place; returns metrics to record.
 
         Args:
             how: `random` (left as drawn from the trial's seed), `zeros`, or `linear_probe` (the closed-form optimum).
+            probe_rule: by which the closed-form probe's regularisation is chosen.
 
         Raises:
             ValueError: `linear_probe` for a task without a closed-form probe.
@@ -245,7 +259,9 @@ class Task(ABC):
         probe = self.closed_form_probe()
         if probe is None:
             raise ValueError(no_closed_form(self.name(), "head_init='linear_probe'"))
-        return probe.fit(model, data)
+        # Without the curve, which is that of the linear probe and equal in all trials.
+        metrics, _ = split_report(probe.fit(model, data, rule=probe_rule))
+        return metrics
 
     @torch.no_grad()
     def zero_head(self, model: TaskModel) -> None:

@@ -14,7 +14,17 @@ from torch.nn import functional
 
 from trainables.models.task_model import TaskModel
 from trainables.specs.metrics import ACCURACY, CLASSIFICATION, TEMPERATURE, WEIGHTED_NLL, TaskMetrics
-from trainables.tasks.base import PLAIN, Calibration, ClosedFormProbe, MetricAccumulator, TargetSpec, Task, TaskSettings
+from trainables.tasks.base import (
+    PLAIN,
+    PROBE_RULE,
+    Calibration,
+    ClosedFormProbe,
+    MetricAccumulator,
+    ProbeRule,
+    TargetSpec,
+    Task,
+    TaskSettings,
+)
 from trainables.tasks.class_weights import balanced_weights
 from trainables.tasks.classification_metrics import classification_metrics, fitted_temperature
 from trainables.tasks.classification_tables import CONFUSION, PER_CLASS, confusion_table, per_class_table
@@ -196,11 +206,13 @@ class ClassificationScores:
 class LogisticProbe:
     """The linear probe: logistic regression along a path of C.
 
-    ID validation chooses the best C.
+    ID validation chooses C.
     """
 
-    def fit(self, model: TaskModel, data: TrialData, path: Sequence[float] | None = None) -> Report:
-        return take_probe(model, best_linear_probe(data, path))
+    def fit(
+        self, model: TaskModel, data: TrialData, path: Sequence[float] | None = None, rule: ProbeRule = PROBE_RULE
+    ) -> Report:
+        return take_probe(model, best_linear_probe(data, path, rule))
 
 
 def new_classifier(backbone: Backbone, num_classes: int, device: torch.device | str, seed: int) -> TaskModel:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,30 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from trainables.specs.metrics import ACCURACY, NLL, PROBE_C, PROBE_VAL, TaskMetrics, task_metrics
+from trainables.specs.measurements import Curve
+from trainables.specs.metrics import (
+    ACCURACY,
+    PROBE_C,
+    PROBE_C_HIGH,
+    PROBE_C_LOW,
+    PROBE_PATH,
+    PROBE_VAL,
+    PROBE_WITHIN_SE,
+    VAL,
+    task_metrics,
+)
 from trainables.storage.atomic_files import atomic_file
 from trainables.storage.checkpoint_format import save_tensors
 from trainables.storage.compute_once import compute_once
+from trainables.tasks.base import PROBE_RULE, ProbeRule
 from trainables.tasks.class_weights import balanced_weights
-from trainables.tasks.classification_metrics import classification_metrics
 from trainables.tasks.logistic_path import logistic_path
+from trainables.tasks.probe_rule import ValidationPath
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
     from trainables.models.task_model import TaskModel
+    from trainables.specs.measurements import Report
 
 
 log = logging.getLogger("luthier")
@@ -37,7 +50,13 @@ HIGHEST_C = 2
 """Ends of the regularisation path, as powers of ten."""
 ABSENT = 1e-6
 """Upper bound on the probability of a class without training images, on any training image."""
-FORMAT = 2
+SINGLE_FIT = 1e-10
+"""Tolerance of `fit_linear_probe`, see `logistic_path`."""
+CURVE = "linear_probe"
+"""Name of the recorded curve."""
+LOSS_COLUMN = "loss"
+"""Its column of the negative log-likelihood, which class weights may make another number than `val/nll`."""
+FORMAT = 3
 """Version of the solutions on disk; increase when they would be computed differently."""
 
 
@@ -54,6 +73,26 @@ class Probe:
     """Selection metric on ID validation, as recorded; NaN = not measured."""
     metric: str = ACCURACY.key
     """Key of the selection metric."""
+    curve: ProbeCurve | None = None
+    """What C was chosen on; None = it was given."""
+
+
+@dataclass(frozen=True)
+class ProbeCurve:
+    """ID validation along a path of M values of C."""
+
+    path: tuple[float, ...]
+    values: tuple[float, ...]
+    """Selection metric, as recorded."""
+    losses: tuple[float, ...]
+    """Negative log-likelihood, weighted as the training loss is."""
+    within: tuple[bool, ...]
+    """Whether the selection metric is within one standard error of the best, see `ValidationPath`."""
+
+    @property
+    def flat(self) -> list[float]:
+        """Values of C within one standard error of the best, ascending."""
+        return [C for C, within in zip(self.path, self.within, strict=True) if within]
 
 
 def regularisation_path(count: int) -> list[float]:
@@ -98,19 +137,21 @@ def fit_linear_probe(
                 f"Sample weights of a linear probe are one positive number per label, but got {sample_weight.shape} "
                 f"for {len(labels)} labels, the smallest {sample_weight.min(initial=np.inf):g}."
             )
-    return next(logistic_path(features, labels, [C], sample_weight=sample_weight))
+    # Tighter than along a path, where it would cost a hundred times as much.
+    return next(logistic_path(features, labels, [C], sample_weight=sample_weight, tolerance=SINGLE_FIT))
 
 
-def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> Probe:
-    """Probe with the best selection metric on ID validation along an ascending path of C.
+def best_linear_probe(data: TrialData, path: Sequence[float] | None = None, rule: ProbeRule = PROBE_RULE) -> Probe:
+    """Probe of the C that a rule chooses on ID validation along an ascending path.
 
-    Ties go to the tie-breaker, then to the smaller C. Computed once per data, path and settings and cached on disk, so
-    that LP and LP-FT share it. With class weights, the objective has them as sample weights. A refit, which has no
-    validation images, takes over the C of its trial.
+    Computed once per data, path, rule and settings and cached on disk, so that LP and LP-FT share it. With class
+    weights, the objective has them as sample weights, and the rule `nll` weights the likelihood by them. A refit, which
+    has no validation images, takes over the C of its trial.
 
     Args:
         data: the trial's data; fitted on `train`, C selected on `val`.
         path: values of C; None = the usual 100 (`regularisation_path`).
+        rule: see `trainables.tasks.base.ProbeRule`; without effect on a path of one value.
 
     Raises:
         ValueError: a feature is not finite, all features are alike, or fewer than two classes have training images.
@@ -118,14 +159,11 @@ def best_linear_probe(data: TrialData, path: Sequence[float] | None = None) -> P
     if not data.has_validation:
         return _at(data, data.recorded_choice(PROBE_C.name))
     path = regularisation_path(100) if path is None else path
-    identity: list[Any] = [FORMAT, list(path)]
     shared = data.spec.shared
-    if shared.metric is not None or shared.loss.class_weights is not None:
-        # Left out at their defaults, whose solutions keep the names that they had before these settings.
-        identity += [shared.metric, shared.loss.class_weights]
+    identity = [FORMAT, list(path), rule, shared.metric, shared.loss.class_weights]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     file = data.solution_folder / f"linear_probe-{name}.safetensors"
-    return compute_once(file, _load, lambda: _choose(data, path), _save)
+    return compute_once(file, _load, lambda: _choose(data, path, rule), _save)
 
 
 def _at(data: TrialData, C: float) -> Probe:
@@ -134,32 +172,26 @@ def _at(data: TrialData, C: float) -> Probe:
     return Probe(weight.astype(np.float32), bias.astype(np.float32), C, math.nan)
 
 
-def _choose(data: TrialData, path: Sequence[float]) -> Probe:
-    validation = np.asarray(data.features("val"), dtype=np.float64)
-    targets = data.labels("val")
+def _choose(data: TrialData, path: Sequence[float], rule: ProbeRule) -> Probe:
+    features = np.asarray(data.features("val"), dtype=np.float64)
     shared = data.spec.shared
     metrics = task_metrics(shared.task).selecting(shared.metric)
-    selection = metrics.selection.key
-    best: Probe | None = None
-    best_order: tuple[float, float] | None = None
-    for C, weight, bias in _solutions(data, path):
-        values = _validation_values(validation @ weight.T + bias, targets, metrics)
-        order = metrics.order(values[selection], values[metrics.tie_breaker.key])
-        # Strictly greater: of equal scores the first, with the smaller C, is kept.
-        if best_order is None or order > best_order:
-            best_order = order
-            best = Probe(weight.astype(np.float32), bias.astype(np.float32), C, values[selection], selection)
-    assert best is not None
-    return best
-
-
-def _validation_values(logits: Doubles, targets: NDArray[Any], metrics: TaskMetrics) -> dict[str, float]:
-    """Selection metric and tie-breaker by key."""
-    values = {ACCURACY.key: float((logits.argmax(1) == targets).mean()), NLL.key: _nll(logits, targets)}
-    others = {metrics.selection.key, metrics.tie_breaker.key} - values.keys()
-    if others:
-        values |= classification_metrics(torch.from_numpy(logits), torch.from_numpy(targets), others)
-    return values
+    class_weights = None
+    if shared.loss.class_weights is not None:
+        counts = np.bincount(data.labels("train"), minlength=data.num_classes)
+        class_weights = np.array(balanced_weights(counts.tolist()))
+    validation = ValidationPath(data.labels("val"), metrics, class_weights)
+    solutions = []
+    for _, weight, bias in _solutions(data, path):
+        validation.add(features @ weight.T + bias)
+        solutions.append((weight.astype(np.float32), bias.astype(np.float32)))
+    choice = validation.choose(rule)
+    chosen_weight, chosen_bias = solutions[choice.index]
+    curve = None
+    if len(path) > 1:
+        curve = ProbeCurve(tuple(path), choice.values, choice.losses, choice.within)
+    value = choice.values[choice.index]
+    return Probe(chosen_weight, chosen_bias, path[choice.index], value, metrics.selection.key, curve)
 
 
 def _solutions(data: TrialData, path: Sequence[float]) -> Iterator[tuple[float, Doubles, Doubles]]:
@@ -208,13 +240,6 @@ def _with_absent(
     return all_weight, all_bias
 
 
-def _nll(logits: Doubles, targets: NDArray[Any]) -> float:
-    """Mean negative log-likelihood."""
-    # By the largest logit, so that the exponential cannot overflow.
-    shifted = logits - logits.max(1, keepdims=True)
-    return float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(targets)), targets]).mean())
-
-
 def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
     if features.ndim != 2 or len(features) != len(labels) or len(labels) == 0:
         raise ValueError(
@@ -226,9 +251,11 @@ def _check_features(features: NDArray[Any], labels: NDArray[Any]) -> None:
 
 
 def _save(probe: Probe, file: Path) -> None:
-    metadata = {"probe": json.dumps({"C": probe.C, "validation": probe.validation, "metric": probe.metric})}
+    curve = None if probe.curve is None else asdict(probe.curve)
+    values = {"C": probe.C, "validation": probe.validation, "metric": probe.metric, "curve": curve}
     with atomic_file(file) as written:
-        save_tensors({name: torch.as_tensor(getattr(probe, name)) for name in ("weight", "bias")}, written, metadata)
+        tensors = {name: torch.as_tensor(getattr(probe, name)) for name in ("weight", "bias")}
+        save_tensors(tensors, written, {"probe": json.dumps(values)})
 
 
 def _load(file: Path) -> Probe | None:
@@ -238,12 +265,14 @@ def _load(file: Path) -> Probe | None:
     try:
         with safe_open(file, framework="numpy") as tensors:
             metadata = json.loads(tensors.metadata()["probe"])
+            curve = metadata["curve"]
             return Probe(
                 weight=tensors.get_tensor("weight"),
                 bias=tensors.get_tensor("bias"),
                 C=metadata["C"],
                 validation=metadata["validation"],
                 metric=metadata["metric"],
+                curve=None if curve is None else ProbeCurve(**{name: tuple(values) for name, values in curve.items()}),
             )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("The stored linear probe %s is damaged (%s) and is computed again.", file, error)
@@ -251,12 +280,31 @@ def _load(file: Path) -> Probe | None:
 
 
 @torch.no_grad()
-def take_probe(model: TaskModel, probe: Probe) -> dict[str, float]:
+def take_probe(model: TaskModel, probe: Probe) -> Report:
     """Copy a probe's solution into the head.
 
-    Returns its C and, where it has one, its selection metric on validation.
+    Returns its C and, where it has them, its selection metric on validation and the curve that C was chosen on.
     """
     model.head.weight.copy_(torch.as_tensor(probe.weight))
     model.head.bias.copy_(torch.as_tensor(probe.bias))
-    validation = {} if math.isnan(probe.validation) else {PROBE_VAL.of(probe.metric): probe.validation}
-    return {PROBE_C.name: probe.C, **validation}
+    report: dict[str, float | Curve] = {PROBE_C.name: probe.C}
+    if not math.isnan(probe.validation):
+        report[PROBE_VAL.of(probe.metric)] = probe.validation
+    if probe.curve is not None:
+        flat = probe.curve.flat
+        report[PROBE_C_LOW.name] = flat[0]
+        report[PROBE_C_HIGH.name] = flat[-1]
+        report[PROBE_WITHIN_SE.name] = float(len(flat))
+        report[PROBE_PATH.name] = float(len(probe.curve.path))
+        report[CURVE] = _recorded(probe.curve, probe.metric)
+    return report
+
+
+def _recorded(curve: ProbeCurve, metric: str) -> Curve:
+    columns = {
+        "C": curve.path,
+        f"{VAL}/{metric}": curve.values,
+        LOSS_COLUMN: curve.losses,
+        "within_one_se": [float(within) for within in curve.within],
+    }
+    return Curve(columns, "Validation of the linear probe along its regularisation path.")

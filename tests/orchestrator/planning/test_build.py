@@ -71,6 +71,12 @@ def test_the_metric_steers_trials_search_and_early_stopping(
     assert build.make_scheduler(spec)[:2] == (objective, mode == "max")
 
 
+def test_what_starts_at_an_optimum_is_not_stopped_at_the_first_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = study(strategies=["full", "lp_ft"], search={"epochs": 9, "grace": 1, "reduction": 3})
+    monkeypatch.setattr("orchestrator.planning.build.StudyScheduler", lambda *arguments: arguments)
+    assert build.make_scheduler(spec)[-1] == {"lp_ft": 3}
+
+
 def test_objectives_reach_the_search_and_the_confirmation() -> None:
     objectives = ["id_val", "trainable_parameters", "peak_memory"]
     spec = study(search={"objectives": objectives, "scheduler": "none", "metric": "nll"})

@@ -109,10 +109,10 @@ class TestShown:
 
     def test_promotion_in_words(self, planned: Callable[..., Plan]) -> None:
         plan = planned(model={"name": "resnet18"}, data={"image_size": 64}, search={"scheduler": "promote"})
-        assert plan.lines()[4] == (
+        assert (
             "Budget of a trial: 9 units of one epoch; trials are paused, and the best of their entry promoted, after "
             "units 1, 3."
-        )
+        ) in plan.lines()
 
     def test_in_words(self, planned: Callable[..., Plan]) -> None:
         measure = {"measure": ["shift", "distortion"]}

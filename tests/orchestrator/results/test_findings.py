@@ -6,13 +6,14 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.findings import findings
 from orchestrator.results.fsr import estimates
-from orchestrator.results.leaderboard import leaderboard, relative_gain
+from orchestrator.results.leaderboard import configuration, leaderboard, relative_gain
 from orchestrator.results.study_results import Results
 from orchestrator.wording import listed
 from tests.support.records import FULL, PROBE, Values, entry, shift_ratio
@@ -314,3 +315,36 @@ def test_findings_are_everywhere_that_results_are() -> None:
     console = Console(file=io.StringIO(), width=400)
     results.render(console)
     assert all(f"- {sentence}\n" in console.file.getvalue() for sentence in findings)  # type: ignore[attr-defined]
+
+
+CHOICE = {
+    "linear_probe__C": 0.0231, "linear_probe__C_low": 0.003, "linear_probe__C_high": 10.0,
+    "linear_probe__within_se": 40.0, "linear_probe__path": 100.0,
+}  # fmt: skip
+
+
+def test_the_linear_probe_states_its_c_and_how_flat_the_curve_was() -> None:
+    probe = entry(1, "linear_probe", 0.9, **CHOICE)
+    started_there = entry(2, "lp_ft", 0.9, **CHOICE)
+    assert about(said(probe, started_there), "C = ") == [
+        "linear_probe: C = 0.0231 by validation; of 100 values, 40 from 0.003 to 10 are within one standard error of "
+        "the best."
+    ]
+    assert not about(said(PROBE), "C = ")
+
+
+def test_the_rows_of_the_leaderboard_have_c_beside_the_hyperparameters() -> None:
+    records = [
+        *entry(0, "lp_ft", 0.9, hparams={"lr_backbone": 0.003}, **CHOICE),
+        *entry(1, "linear_probe", 0.9, **CHOICE),
+        *entry(2, "earlier", 0.9, strategy="linear_probe", linear_probe__C=1.0),
+        *entry(3, "given", 0.9, strategy="linear_probe", hparams={"C": 2.0}, linear_probe__C=2.0),
+        *FULL,
+    ]
+    table = leaderboard(records).set_index("label")
+    assert table.loc["linear_probe", "linear_probe/within_se"] == 40
+    assert np.isnan(table.loc["full", "linear_probe/C"])
+    flat = "C=0.0231 (40 of 100 values, 0.003 to 10, within one SE of the best on validation)"
+    assert {label: configuration(row) for label, row in table.iterrows()} == {
+        "lp_ft": f"lr_backbone=0.003 {flat}", "linear_probe": flat, "earlier": "C=1", "given": "C=2", "full": "-",
+    }  # fmt: skip

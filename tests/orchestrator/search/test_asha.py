@@ -272,3 +272,24 @@ def test_a_resumed_trial_is_not_compared_with_itself() -> None:
     add(scheduler, resumed)
     assert report(scheduler, resumed, 2, 0.1) == CONTINUE
     assert report(scheduler, resumed, 3, 0.1) == CONTINUE
+
+
+def test_an_entry_with_a_later_grace_keeps_its_trials_through_the_first_rung() -> None:
+    scheduler = StudyScheduler("val/acc", True, epochs=9, graces={"lp_ft": 3.0})
+    for label, at_first_rung in (("lp_ft", CONTINUE), ("full", STOP)):
+        better, worse = FakeTrial(f"{label} 1", label), FakeTrial(f"{label} 2", label)
+        add(scheduler, better, worse)
+        assert report(scheduler, better, 1, 0.9) == CONTINUE
+        assert report(scheduler, worse, 1, 0.1) == at_first_rung
+    kept = FakeTrial("lp_ft 2", "lp_ft")
+    assert report(scheduler, FakeTrial("lp_ft 1", "lp_ft"), 3, 0.9) == CONTINUE
+    assert report(scheduler, kept, 3, 0.1) == STOP
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_a_grace_beyond_the_budget_leaves_no_rung(epochs: int) -> None:
+    scheduler = StudyScheduler("val/acc", True, epochs=epochs, graces={"full": 100.0})
+    first, second = FakeTrial("a"), FakeTrial("b")
+    add(scheduler, first, second)
+    for unit in range(1, epochs):
+        assert report(scheduler, first, unit, 0.9) == report(scheduler, second, unit, 0.1) == CONTINUE

@@ -320,3 +320,28 @@ def test_rungs_end_below_the_budget() -> None:
     promotions = Promotions(rungs(1), reduction=3, labels=["full"])
     promotions.add(0, "full")
     assert promotions.report(0, 1, 0.5), "a budget of one unit has no rung"
+
+
+class TestLaterFirstRung:
+    """Entries whose trials start at an optimum of the head pass the first rung."""
+
+    def test_they_wait_at_the_second_rung_only(self) -> None:
+        promotions = Promotions(rungs=(1, 3), reduction=2, labels=["full", "lp_ft"], later=["lp_ft"])
+        for trial, label in enumerate(["full", "lp_ft"]):
+            promotions.add(trial, label)
+            assert promotions.report(trial, 1, 0.5) == (label == "lp_ft")
+        assert promotions.waiting == [0]
+        assert not promotions.report(1, 3, 0.5)
+        assert promotions.waiting == [0, 1]
+
+    def test_earlier_runs_say_the_same(self) -> None:
+        def record(label: str) -> TrialRecord:
+            history = [{"unit": unit, "val/acc": 0.5} for unit in (1, 2)]
+            return TrialRecord(
+                trial_id=label, number=0, strategy=label, label=label, hparams={}, seed=0, role="search",
+                config_hash=label, state="failed", reason="user", history=history,
+            )  # fmt: skip
+
+        for label, reached in (("full", 1), ("lp_ft", 0)):
+            promotions = Promotions.replay((1, 3), 2, [record(label)], "val/acc", True, [label], later=["lp_ft"])
+            assert promotions.describe() == f"{label}: unit 1: {reached} (0 waiting) | unit 3: 0 (0 waiting)"

@@ -45,8 +45,18 @@ def test_the_linear_probes_solution(model: TaskModel, data: Any, monkeypatch: py
     weight = torch.arange(12.0).reshape(3, 4)
     bias = torch.arange(3.0)
     probe = Probe(weight.numpy(), bias.numpy(), C=0.25, validation=0.5)
-    monkeypatch.setattr(classification, "best_linear_probe", lambda given, path: probe if given is data else None)
-    assert TASK.initialise_head(model, data, "linear_probe") == {"linear_probe/C": 0.25, "linear_probe/val_acc": 0.5}
+    rules = []
+
+    def solved(given: Any, path: object, rule: str) -> Probe:
+        assert given is data
+        rules.append(rule)
+        return probe
+
+    monkeypatch.setattr(classification, "best_linear_probe", solved)
+    assert TASK.initialise_head(model, data, "linear_probe", "nll") == {
+        "linear_probe/C": 0.25, "linear_probe/val_acc": 0.5,
+    }  # fmt: skip
+    assert rules == ["nll"]
     assert torch.equal(model.head.weight, weight)
     assert torch.equal(model.head.bias, bias)
     assert model.head.weight.requires_grad
