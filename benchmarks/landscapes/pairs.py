@@ -39,10 +39,9 @@ class Pair:
     weights: Callable[[Path], dict[str, Any]] | None = None
     """None = a built-in network."""
     counts: Counts = FOURTEEN_PER_LETTER
-    side: int = 64
-    """Of the stored pictures, in pixels."""
-    image_size: int | None = None
-    """Of what the network sees; None = its own."""
+    side: int | None = None
+    """Of the pictures and of what the network sees, in pixels; None = the network's own."""
+    channels_last: bool = False
     train_fraction: float = 1.0
     batch_size: int = 32
     epochs: int = 8
@@ -50,9 +49,14 @@ class Pair:
 
 SEEDS = (0, 1, 2)
 
-EFFICIENTNET = {"model": "tf_efficientnet_lite0", "weights": material.efficientnet_lite0, "side": 73, "image_size": 64}
-"""73 px: the network's own crop share, 0.875, leaves 64."""
-DINOV2 = {"model": "vit_small_patch14_dinov2", "weights": material.dinov2_small, "side": 56, "image_size": 56}
+EFFICIENTNET: dict[str, Any] = {
+    "model": "tf_efficientnet_lite0",
+    "weights": material.efficientnet_lite0,
+    "side": 64,
+    # On CPUs a third faster than the other layout.
+    "channels_last": True,
+}
+DINOV2: dict[str, Any] = {"model": "vit_small_patch14_dinov2", "weights": material.dinov2_small, "side": 56}
 
 PAIRS: dict[str, Pair] = {
     # Dense: tables that searches of hundreds of trials can be replayed on.
@@ -103,6 +107,7 @@ def prepare(name: str, pair: Pair, source: Path, folder: Path) -> SharedTrialSet
         strategies=["full"],
         search={"epochs": pair.epochs, "batch_size": pair.batch_size},
         diagnostics={"measure": [], "plasticity": False},
+        resources={"channels_last": pair.channels_last},
         storage=str(folder / "storage"),
     )
     store = study.prepare()
@@ -113,7 +118,7 @@ def prepare(name: str, pair: Pair, source: Path, folder: Path) -> SharedTrialSet
 
 def study_fields(name: str, pair: Pair, source: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`data` and `model` of a study file on a pair."""
-    data: dict[str, Any] = {"train_fraction": pair.train_fraction, "image_size": pair.image_size}
+    data: dict[str, Any] = {"train_fraction": pair.train_fraction, "image_size": pair.side}
     model: dict[str, Any] = {"name": pair.model}
     if pair.pictures is None:
         data["source"] = "digits"
@@ -134,6 +139,7 @@ def _write_pictures(pair: Pair, source: Path, folder: Path) -> list[str]:
     order = folder / "domains.txt"
     if not order.exists():
         assert pair.pictures is not None
+        assert pair.side is not None
         folder.mkdir(parents=True, exist_ok=True)
         domains = pair.pictures(source, pair.side, pair.counts, PICTURE_SEED)
         for domain, arrays in domains.items():
