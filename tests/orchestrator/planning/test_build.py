@@ -115,7 +115,7 @@ def test_rungs_are_evaluated_where_something_reads_it(
     sections: dict[str, Any], units: tuple[int, ...], splits: tuple[str, ...] | None
 ) -> None:
     search = {"epochs": 9, **sections.get("search", {})}
-    task = build.make_task(study(**{**sections, "search": search}), SimpleNamespace(path="store"))  # type: ignore[arg-type]
+    task = build.make_task(study(**{**sections, "search": search}), SimpleNamespace(path="store", image_size=32))  # type: ignore[arg-type]
     assert (task.evaluate_at, task.interim_splits) == (units, splits)
 
 
