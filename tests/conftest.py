@@ -54,6 +54,7 @@ THOROUGH = (
     "tests/orchestrator/tracking/test_registered_model.py",
     "tests/orchestrator/tracking/test_tracking_",
     "tests/test_full_fine_tuning.py",
+    "tests/test_search_replay.py",
     "tests/test_security.py::TestRecords::test_s7_optunas_database",
     "tests/test_task_seam.py",
     "tests/trainables/diagnostics/test_change.py",

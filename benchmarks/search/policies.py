@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ import optuna
 from optuna.trial import TrialState
 
 import search_spaces
+from orchestrator.search.allocation import next_entry
 from orchestrator.search.asha import EntryRungs
 from orchestrator.search.proposals import ROUNDS
 from orchestrator.search.sampling import make_sampler
@@ -111,8 +111,14 @@ def _tell(study: optuna.Study, trial: optuna.Trial, values: Sequence[float], sto
 
 def in_turn(tried: Sequence[Tried], strategies: Sequence[str], budget: int) -> str | None:
     """Every strategy as often as the others."""
-    counts = {strategy: sum(t.strategy == strategy for t in tried) for strategy in strategies}
-    return min(strategies, key=lambda strategy: counts[strategy])
+    return next_entry("equal", strategies, [t.strategy for t in tried], {}, budget)
+
+
+def halving(tried: Sequence[Tried], strategies: Sequence[str], budget: int) -> str | None:
+    """As `search.allocation: halving`."""
+    # A trial that was stopped has no objective, as in a study.
+    values = {index: t.value for index, t in enumerate(tried) if not t.stopped}
+    return next_entry("halving", strategies, [t.strategy for t in tried], values, budget)
 
 
 def rounds_then_sampler(tried: Sequence[Tried], strategies: Sequence[str], budget: int) -> str | None:
@@ -120,23 +126,6 @@ def rounds_then_sampler(tried: Sequence[Tried], strategies: Sequence[str], budge
     counts = {strategy: sum(t.strategy == strategy for t in tried) for strategy in strategies}
     fewest = min(strategies, key=lambda strategy: counts[strategy])
     return fewest if counts[fewest] <= ROUNDS else None
-
-
-def halving(tried: Sequence[Tried], strategies: Sequence[str], budget: int) -> str | None:
-    """In turn, and the worse half of the strategies leaves after each third of the budget (at least three trials each).
-
-    The last third goes to the strategies that can still win.
-    """
-    share = max(3 * len(strategies), math.ceil(budget / 3))
-    remaining = list(strategies)
-    for round_ in range(1, 3):
-        if len(tried) < round_ * share or len(remaining) == 1:
-            break
-        until = tried[: round_ * share]
-        best = {s: max((t.value for t in until if t.strategy == s), default=-math.inf) for s in remaining}
-        remaining = sorted(remaining, key=lambda s: -best[s])[: math.ceil(len(remaining) / 2)]
-    counts = {strategy: sum(t.strategy == strategy for t in tried) for strategy in remaining}
-    return min(remaining, key=lambda strategy: counts[strategy])
 
 
 Division = Callable[[Sequence[Tried], Sequence[str], int], str | None]
@@ -224,15 +213,15 @@ def _per_strategy(make: Callable[[int], optuna.samplers.BaseSampler]) -> Callabl
 
 
 def _tpe(startup: int) -> Callable[[int], optuna.samplers.BaseSampler]:
-    return lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=startup)
+    return lambda seed: make_sampler("tpe", seed, startup)
 
 
 def _gp(startup: int) -> Callable[[int], optuna.samplers.BaseSampler]:
-    return lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+    return lambda seed: make_sampler("gp", seed, startup)
 
 
 def _random(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.RandomSampler(seed=seed)
+    return make_sampler("random", seed)
 
 
 def _never(epochs: int) -> Scheduler:

@@ -143,10 +143,10 @@ class Surrogate:
         """Root mean squared error of the final validation accuracy of left-out configurations."""
         if self._constant is None:
             final = (self.shape[0] - 1) * self.shape[1] + VAL
-            errors = {make: _left_out_error(make, inputs, targets, groups, final) for make in (_Process, _trees)}
-            best = min(errors, key=lambda make: errors[make])
-            self.error = errors[best]
-            self._model = best().fit(inputs, targets)
+            models = [make().fit(inputs, targets) for make in (_Process, _Trees)]
+            errors = [_left_out_error(model, inputs, targets, groups, final) for model in models]
+            self._model = models[int(np.argmin(errors))]
+            self.error = min(errors)
 
     def expected(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
         """Curves without noise, (N, epochs, len(COLUMNS)), within 0 … 1."""
@@ -175,38 +175,65 @@ def _noise(trials: Trials) -> Array:
     return np.stack(deviations)
 
 
-def _left_out_error(make: Any, inputs: Array, targets: Array, groups: NDArray[np.int64], column: int) -> float:
-    """Root mean squared error of one target, each configuration predicted by a model of all others."""
-    squares = []
-    for group in np.unique(groups):
-        out = groups == group
-        prediction = make().fit(inputs[~out], targets[~out]).predict(inputs[out])
-        squares.append(float((prediction[:, column].mean() - targets[out, column].mean()) ** 2))
-    return math.sqrt(float(np.mean(squares)))
-
-
 class _Process:
-    """A Gaussian process on centred curves, without optimiser restarts."""
+    """A Gaussian process on standardised curves (Rasmussen and Williams, 2006), one kernel for all epochs."""
+
+    def __init__(self, kernel: Any = None) -> None:
+        self._fixed = kernel
 
     def fit(self, inputs: Array, targets: Array) -> _Process:
+        """Fit to inputs (N, D) and targets (N, K)."""
         self._mean = targets.mean(axis=0)
         self._scale = targets.std(axis=0) + 1e-6
-        kernel = ConstantKernel(1.0, (0.1, 10.0)) * Matern(
-            np.full(inputs.shape[1], 0.5), (0.05, 20.0), nu=2.5
-        ) + WhiteKernel(0.05, (1e-4, 1.0))
-        self._process = GaussianProcessRegressor(kernel, random_state=0)
+        kernel = self._fixed
+        if kernel is None:
+            lengths = Matern(np.full(inputs.shape[1], 0.5), (0.05, 20.0), nu=2.5)
+            kernel = ConstantKernel(1.0, (0.1, 10.0)) * lengths + WhiteKernel(0.05, (1e-4, 1.0))
+        optimizer = "fmin_l_bfgs_b" if self._fixed is None else None
+        self._process = GaussianProcessRegressor(kernel, optimizer=optimizer, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._process.fit(inputs, (targets - self._mean) / self._scale)
         return self
 
+    def again(self) -> _Process:
+        """An unfitted model with the kernel of this one."""
+        return _Process(self._process.kernel_)
+
     def predict(self, inputs: Array) -> Array:
+        """Targets (N, K)."""
         prediction: Array = np.asarray(self._process.predict(inputs)).reshape(len(inputs), -1)
         return prediction * self._scale + self._mean
 
 
-def _trees() -> ExtraTreesRegressor:
-    return ExtraTreesRegressor(n_estimators=100, min_samples_leaf=1, random_state=0)
+class _Trees:
+    """Extremely randomised trees."""
+
+    def fit(self, inputs: Array, targets: Array) -> _Trees:
+        """Fit to inputs (N, D) and targets (N, K)."""
+        self._trees = ExtraTreesRegressor(n_estimators=50, random_state=0).fit(inputs, targets)
+        return self
+
+    def again(self) -> _Trees:
+        """An unfitted model of the same kind."""
+        return _Trees()
+
+    def predict(self, inputs: Array) -> Array:
+        """Targets (N, K)."""
+        prediction: Array = np.asarray(self._trees.predict(inputs)).reshape(len(inputs), -1)
+        return prediction
+
+
+def _left_out_error(
+    model: _Process | _Trees, inputs: Array, targets: Array, groups: NDArray[np.int64], column: int
+) -> float:
+    """Root mean squared error of one target, each configuration predicted by a model of all others."""
+    squares = []
+    for group in np.unique(groups):
+        out = groups == group
+        prediction = model.again().fit(inputs[~out], targets[~out]).predict(inputs[out])
+        squares.append(float((prediction[:, column].mean() - targets[out, column].mean()) ** 2))
+    return math.sqrt(float(np.mean(squares)))
 
 
 @dataclass(frozen=True)
