@@ -241,7 +241,9 @@ def test_p29_the_command_refuses_with_exit_code_4(
     }  # fmt: skip
     study = Study(**fields)
     with Journal(study.folder / "journal.jsonl") as journal:
-        journal.append("study_started", **facts(study, study.prepare().digest))
+        digest = study.prepare().digest
+        choices = {"copies": "near", "view": {"crop_pct": 1.0}}
+        journal.append("study_started", **facts(study, digest), **choices)
         journal.append("trial_started", trial_id="a")
     file = tmp_path / "study.yaml"
     file.write_text(json.dumps({**fields, "search": {"trials": 1, "batch_size": 8}}))

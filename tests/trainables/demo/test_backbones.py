@@ -102,7 +102,7 @@ def test_an_interrupted_pretraining_leaves_no_folder(tmp_path: Path, monkeypatch
     def full(*arguments: object, **options: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(backbones, "save_file", full)
+    monkeypatch.setattr(backbones, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         pretrained_folder("digits_cnn", tmp_path)
     assert [path.name for path in (tmp_path / "backbones").iterdir() if path.is_dir()] == []
