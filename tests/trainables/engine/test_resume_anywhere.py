@@ -66,14 +66,14 @@ def test_p28_it_continues_bit_for_bit_from_after_any_step(
     fields: Mapping[str, Any],
     fits: int,
 ) -> None:
-    real = loop._batch_loss
+    real = loop.PhaseSteps.batch_loss
 
     def limited(*arguments: Any) -> Any:
         if len(arguments[-1]) > fits:
             raise torch.OutOfMemoryError("planted")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "_batch_loss", limited)
+    monkeypatch.setattr(loop.PhaseSteps, "batch_loss", limited)
     whole = make(strategy, kind, hparams, **fields)
     expected = history_of(whole)
     history, kept = kept_after_every_step(make(strategy, kind, hparams, **fields), tmp_path)
