@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 Row = Mapping[Any, Any]
 
-RATES = ("lr_head", "lr_backbone")
-RATE_NAMES = {"lr_head": "head learning rate", "lr_backbone": "backbone learning rate"}
+RATE_NAMES = {
+    "lr_head": "head learning rate",
+    "lr_backbone": "backbone learning rate",
+    "lr_backbone_relative": "backbone learning rate × curvature",
+}
+RATES = tuple(RATE_NAMES)
+"""Hyperparameters that are drawn; an entry has at most one of the backbone's."""
 PANELS_PER_ROW = 4
 MOST_NUMBERS = 20
 """Classes up to which the cells of a confusion matrix have their counts written in them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import re
 from collections import Counter
@@ -189,6 +190,17 @@ def test_the_rings_stand_at_the_chosen_rates(tmp_path: Path) -> None:
         points, ring = axes.collections
         assert len(points.get_offsets()) == 3  # the one that failed has no accuracy
         assert ring.get_offsets().tolist() == [[3.0, 3e-4]]
+
+
+def test_a_relative_rate_is_drawn_as_an_absolute_one_is(tmp_path: Path) -> None:
+    records = [
+        dataclasses.replace(record, hparams={"lr_head": 0.1 * (i + 1), "lr_backbone_relative": 0.01 * (i + 1)})
+        for i, record in enumerate(fold(Journal.read(write(tmp_path / "pets") / "journal.jsonl")))
+        if record.label == "lp_ft"
+    ]
+    figure = figures.learning_rates(records, {"lp_ft": Results(records, SPEC).best("id_val", "lp_ft")})
+    assert figure is not None
+    assert figure.axes[0].get_ylabel() == "backbone learning rate × curvature"
 
 
 def test_settings_that_earlier_trials_had_stand_beside_the_study_file(tmp_path: Path) -> None:
