@@ -38,6 +38,7 @@ from orchestrator import Study
 from orchestrator.cluster.connection import connect
 from orchestrator.planning.build import make_task, references_of
 from orchestrator.record.records import TrialRecord
+from orchestrator.results.fsr import draw_of
 from trainables.engine.trial import Trial
 from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
@@ -97,7 +98,10 @@ def study_record(study: Study) -> dict[str, Any]:
     task = make_task(study.spec, store)
     samples = references_of(study.spec, task, store, study.spec.diagnostics.fsr).samples()
     trials = {
-        f"{r.number:02d} {r.label}": {**journalled(r), **retrained(r, samples[r.sample] if r.sample else task)}
+        f"{r.number:02d} {r.label}": {
+            **journalled(r),
+            **retrained(r, samples[draw_of(r.sample)[0]] if r.sample else task),
+        }
         for r in results.records
     }
     return {**{name: repeatable(summary[name]) for name in RESULT_FIELDS}, "trials": trials}
@@ -157,7 +161,9 @@ def spec_of(trial: TrialRecord, task: SharedTrialSettings) -> TrialSpec:
     names = ("strategy", "seed", "label", "role", "held_out", "sample")
     if trial.role != "search":  # trials of the stages have no rungs
         task = dataclasses.replace(task, evaluate_at=(), interim_splits=None)
-    return TrialSpec(shared=task, hparams=dict(trial.hparams), **{name: getattr(trial, name) for name in names})
+    draw = draw_of(trial.sample)[1] if trial.sample else 0
+    values = {name: getattr(trial, name) for name in names}
+    return TrialSpec(shared=task, hparams=dict(trial.hparams), train_draw=draw, **values)
 
 
 def network(run: Trial) -> str | None:
