@@ -8,7 +8,7 @@ which all resemble each other.
 
     python -m benchmarks.near_equal [--images 100000]
 
-Prints one JSON object; takes about two minutes of one core.
+Prints one JSON object.
 """
 
 from __future__ import annotations

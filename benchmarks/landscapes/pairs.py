@@ -53,7 +53,7 @@ EFFICIENTNET: dict[str, Any] = {
     "model": "tf_efficientnet_lite0",
     "weights": material.efficientnet_lite0,
     "side": 64,
-    # On CPUs a third faster than the other layout.
+    # The faster layout of depthwise convolutions on CPUs.
     "channels_last": True,
 }
 DINOV2: dict[str, Any] = {"model": "vit_small_patch14_dinov2", "weights": material.dinov2_small, "side": 56}

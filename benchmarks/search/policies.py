@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -201,7 +201,6 @@ class Policy:
     """Epochs → scheduler."""
     default_first: bool = True
     """Whether every strategy's default point is its first one."""
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _shared(name: str) -> Callable[[Sequence[str], int], Any]:

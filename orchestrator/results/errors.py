@@ -17,12 +17,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from orchestrator.results.predictions import output_matrix
+from orchestrator.results.sample_values import BINS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-BINS = 15
-"""Bins of confidence of a reliability diagram; those of the recorded calibration error."""
 CHUNK = 8192
 """Rows whose probabilities are computed at once, so that they need little memory for many classes."""
 

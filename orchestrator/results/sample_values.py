@@ -29,7 +29,7 @@ Ends = Literal["share", "bounded", "symmetric"]
 """Interval of a metric: of a mean of values of 0 or 1, of another metric in [0, 1], or symmetric."""
 
 BINS = 15
-"""Bins of confidence of the calibration error."""
+"""Bins of confidence of the recorded calibration error, and of reliability diagrams."""
 TOP_K = 5
 
 

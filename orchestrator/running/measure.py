@@ -51,24 +51,17 @@ def measure_start(spec: StudySpec, task: SharedTrialSettings, journal: Journal, 
         )
         return
     try:
-        measurement = _on_cluster(task, request)
+        measurement = _on_cluster(pretrained_plasticity, task, request)
     except Exception as error:
-        cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
-        reason = str(cause).partition("\n")[0]
         log.warning(
-            "The plasticity of the pretrained network could not be measured (%s: %s). The study continues without it.",
-            type(cause).__name__,
-            reason,
+            "The plasticity of the pretrained network could not be measured (%s). The study continues without it.",
+            _cause(error),
         )
         return
     journal.append("measured", what=PLASTICITY, **measurement)
 
 
-def _on_cluster(task: SharedTrialSettings, request: Mapping[str, float]) -> dict[str, Any]:
-    return _measured(pretrained_plasticity, task, request)
-
-
-def _measured(
+def _on_cluster(
     function: Callable[[SharedTrialSettings, int], dict[str, Any]],
     task: SharedTrialSettings,
     request: Mapping[str, float],
@@ -80,6 +73,13 @@ def _measured(
     measure = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1, max_calls=1)(function)
     measurement: dict[str, Any] = ray.get(measure.remote(task, max(1, int(cpus))))
     return measurement
+
+
+def _cause(error: Exception) -> str:
+    """Type and first line of what a task raised."""
+    cause = getattr(error, "cause", None) or error  # Ray wraps it
+    first_line = str(cause).partition("\n")[0]
+    return f"{type(cause).__name__}: {first_line}"
 
 
 def with_layout(
@@ -105,13 +105,11 @@ def with_layout(
         return task
     if not decisions:
         try:
-            measurement = _measured(measure_layouts, task, request)
+            measurement = _on_cluster(measure_layouts, task, request)
         except Exception as error:
-            cause = getattr(error, "cause", None) or error  # Ray wraps what a task raises
             log.warning(
-                "Which memory layout is faster could not be measured (%s: %s). Trials have that of their device.",
-                type(cause).__name__,
-                str(cause).partition("\n")[0],
+                "Which memory layout is faster could not be measured (%s). Trials have that of their device.",
+                _cause(error),
             )
             return task
         decisions = [journal.append(MEMORY_LAYOUT, **measurement)]

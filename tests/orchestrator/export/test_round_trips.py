@@ -74,14 +74,18 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return study, record
 
 
+def export(study: Study, record: TrialRecord, kind: str, folder: Path) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    export_study(study.folder, folder, trial=record.number, format_name=kind)
+
+
 @pytest.mark.parametrize("kind", list(TOLERANCES))
 def test_the_logits_are_those_that_the_trial_kept(
     trained: tuple[Study, TrialRecord], kind: str, tmp_path: Path
 ) -> None:
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
     study, record = trained
-    export_study(study.folder, tmp_path / "model", trial=record.number, format_name=kind)
+    export(study, record, kind, tmp_path / "model")
     store = study.prepare()
     view = preprocessing_of(read_kept(study.folder, record))
     transform = BatchTransform(view.mean, view.std, view.image_size, ())
@@ -101,10 +105,8 @@ def test_the_logits_are_those_that_the_trial_kept(
 def test_predict_in_another_process_reproduces_the_test_accuracy(
     trained: tuple[Study, TrialRecord], kind: str, tmp_path: Path
 ) -> None:
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
     study, record = trained
-    export_study(study.folder, tmp_path / "model", trial=record.number, format_name=kind)
+    export(study, record, kind, tmp_path / "model")
     store = study.prepare()
     command = [sys.executable, "-m", "luthier", "predict", str(tmp_path / "model"), str(store.path)]
     command += ["--split", "test", "-o", str(tmp_path / "out.csv"), "--domain-report", "--json"]

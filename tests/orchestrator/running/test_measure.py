@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Requests that would have gone to the cluster; each is answered with `FOUND`."""
     requests: list[Any] = []
 
-    def answer(task: SharedTrialSettings, request: Any) -> dict[str, Any]:
+    def answer(function: Any, task: SharedTrialSettings, request: Any) -> dict[str, Any]:
         requests.append(request)
         return FOUND
 
@@ -88,7 +88,7 @@ def test_a_network_without_blocks_is_one_line_and_no_failure(
 def test_a_measurement_that_fails_costs_a_warning_and_is_tried_again_by_the_next_run(
     journal: Journal, asked: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(task: SharedTrialSettings, request: Any) -> dict[str, Any]:
+    def fail(function: Any, task: SharedTrialSettings, request: Any) -> dict[str, Any]:
         raise RuntimeError("CUDA out of memory\ntraceback")
 
     with monkeypatch.context() as broken:
@@ -133,7 +133,7 @@ class Layout:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any] | Exception) -> None:
         self.count = 0
         self._answers = iter(answers)
-        monkeypatch.setattr(measure, "_measured", self._measure)
+        monkeypatch.setattr(measure, "_on_cluster", self._measure)
 
     def _measure(self, function: Any, task: SharedTrialSettings, request: Any) -> dict[str, Any]:
         self.count += 1
