@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,25 +28,23 @@ from orchestrator.search.asha import StudyScheduler
 from orchestrator.search.optuna_store import set_aside
 from orchestrator.search.space import SearchError
 from orchestrator.search.stages import ConfirmStage, Entry
-from tests.support.driving import EPOCHS, accuracy, optuna_trials, searcher, task
-from trainables.specs import fault_injection
+from tests.support import interrupted_study
+from tests.support.driving import EPOCHS, optuna_trials, searcher, task
+from tests.support.interrupted_study import (
+    Checkpoints,
+    check_same_study,
+    continued,
+    events_of,
+    interrupted_copy,
+    known_to_optuna,
+    result,
+    shown,
+)
+
+fault = interrupted_study.fault
 
 TRIALS = 14
 COSTS = ("val/acc", "trainable_parameters", "device_seconds")
-Checkpoints = dict[int, int]
-"""Number of a trial → units that its newest checkpoint holds."""
-
-
-def result(config: dict[str, Any], unit: int) -> dict[str, Any]:
-    """What a trial reports: a curve that depends on its configuration, seed and unit alone."""
-    text = f"{sorted(config['hparams'].items())} {config['seed']} {unit}"
-    noise = int(hashlib.sha256(text.encode()).hexdigest()[:4], 16) / 0xFFFF
-    value = accuracy(config) * (0.5 + 0.5 * unit / EPOCHS) + 0.05 * noise
-    ends = unit == EPOCHS or config["strategy"] == "linear_probe"
-    best = {"best/val/acc": value} if ends else {}
-    rates = [rate for rate in config["hparams"].values() if isinstance(rate, float)]
-    costs = {"cost/trainable_parameters": float(len(rates)), "cost/total_seconds": unit + sum(rates)}
-    return {"val/acc": value, **best, **costs, "unit": unit, "training_iteration": unit, "finished": ends, "done": ends}
 
 
 class Driver:
@@ -145,24 +142,6 @@ def study(folder: Path, **fields: Any) -> list[TrialRecord]:
     raise AssertionError("the study does not end")
 
 
-def continued(folder: Path) -> list[TrialRecord]:
-    return fold(Journal.read(folder / "journal.jsonl"))
-
-
-def shown(records: list[TrialRecord]) -> list[tuple[Any, ...]]:
-    """What must not depend on interruptions: everything but ids and times."""
-    return [(r.number, r.label, r.role, r.seed, r.hparams, r.state, r.history, r.search_values) for r in records]
-
-
-def known_to_optuna(folder: Path) -> list[tuple[Any, ...]]:
-    """What the sampler learns from: all trials but interrupted ones, in their order."""
-    return [
-        (t.state, t.values, t.params, t.distributions, t.intermediate_values, t.user_attrs.get("duplicate_of"))
-        for t in optuna_trials(folder)
-        if "interrupted" not in t.user_attrs
-    ]
-
-
 def test_a_trial_that_a_complete_run_did_not_ask_for_is_withdrawn_and_can_be_asked_for_again(
     tmp_path: Path, whole: tuple[Path, list[TrialRecord]]
 ) -> None:
@@ -199,22 +178,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrialRec
     return folder, records
 
 
-@pytest.fixture
-def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    def plan(text: str) -> None:
-        monkeypatch.setenv(fault_injection.ENV_FAULTS, text)
-        monkeypatch.setenv(fault_injection.ENV_FAULT_LOG, str(tmp_path / "faults"))
-        fault_injection.reset_faults()
-
-    yield plan
-    monkeypatch.undo()
-    fault_injection.reset_faults()
-
-
-def events_of(folder: Path, kind: str) -> list[int]:
-    return [e["seq"] for e in Journal.read(folder / "journal.jsonl") if e["kind"] == kind]
-
-
 DEATHS = [f"phase={phase},seq={seq}" for seq in range(1, 105, 13) for phase in ("before_event", "after_event")]
 """Once in the life of a study."""
 OFTEN = ";".join(f"phase=before_event,seq={seq},action=interrupt" for seq in range(6, 120, 9))
@@ -225,13 +188,9 @@ def test_p5_p6_a_driver_killed_at_any_event_changes_nothing(
     whole: tuple[Path, list[TrialRecord]], fault: Callable[[str], None], tmp_path: Path, deaths: str
 ) -> None:
     fault(deaths)
-    records = study(tmp_path / "s")
+    study(tmp_path / "s")
     assert len((tmp_path / "faults").read_text().splitlines()) == deaths.count(";") + 1, "every planned death happened"
-    assert shown(records) == shown(whole[1])
-    assert known_to_optuna(tmp_path / "s") == known_to_optuna(whole[0])
-    events = Journal.read(tmp_path / "s" / "journal.jsonl")
-    results = [event for event in events if event["kind"] == "result"]
-    assert len(results) == sum(len(r.history) for r in records), "no unit twice in the journal"
+    check_same_study(tmp_path / "s", whole[0])
 
 
 @pytest.mark.parametrize("every", [2, 3, 99])
@@ -252,14 +211,6 @@ def test_p5_p6_with_several_objectives(fault: Callable[[str], None], tmp_path: P
     assert known_to_optuna(tmp_path / "s") == known_to_optuna(tmp_path / "whole")
     assert len({r.number for r in records}) == len(records)
     assert any(t.values and len(t.values) == 3 for t in optuna_trials(tmp_path / "s"))
-
-
-def interrupted_copy(folder: Path, source: Path, seq: int) -> Path:
-    """A study's folder with nothing in it but the journal up to an event."""
-    folder.mkdir()
-    lines = (source / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "journal.jsonl").write_bytes(b"".join(lines[: seq + 1]))
-    return folder
 
 
 @pytest.mark.parametrize("index", [4, 9, 13])
