@@ -198,14 +198,14 @@ def test_the_layout_that_was_measured_is_that_of_every_trial_of_every_run(
     make: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The measurement runs on the cluster; its answer is turned into the one that changes bits."""
-    measured = measure._measured
+    measured = measure._on_cluster
     runs: list[Any] = []
 
     def last(*arguments: Any) -> dict[str, Any]:
         runs.append(arguments[0])
         return {**measured(*arguments), "channels_last": True}
 
-    monkeypatch.setattr(measure, "_measured", last)
+    monkeypatch.setattr(measure, "_on_cluster", last)
     search = {"trials": 1, "epochs": 1}
     fields: dict[str, Any] = {"strategies": ["full"], "resources": {"channels_last": "auto"}}
     fields["diagnostics"] = {"measure": [], "plasticity": False}
