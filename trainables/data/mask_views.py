@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from torch import Tensor
 
@@ -61,7 +62,13 @@ class MaskViews(Sequence[MaskView]):
     def __len__(self) -> int:
         return len(self._views)
 
-    def __getitem__(self, rows):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, rows: int) -> MaskView: ...
+
+    @overload
+    def __getitem__(self, rows: slice | list[int]) -> MaskViews: ...
+
+    def __getitem__(self, rows: int | slice | list[int]) -> MaskView | MaskViews:
         if isinstance(rows, int):
             return self._views[rows]
         if isinstance(rows, slice):
