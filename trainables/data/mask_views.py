@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from torch import Tensor
 
@@ -47,6 +48,8 @@ class MaskView:
     """(H, W) uint8, of the whole picture, on the device of the view."""
     completes: bool
     """Whether the picture has no later view."""
+    side: int
+    """Side of the view in pixels."""
 
 
 class MaskViews(Sequence[MaskView]):
@@ -61,7 +64,13 @@ class MaskViews(Sequence[MaskView]):
     def __len__(self) -> int:
         return len(self._views)
 
-    def __getitem__(self, rows):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, rows: int) -> MaskView: ...
+
+    @overload
+    def __getitem__(self, rows: slice | list[int]) -> MaskViews: ...
+
+    def __getitem__(self, rows: int | slice | list[int]) -> MaskView | MaskViews:
         if isinstance(rows, int):
             return self._views[rows]
         if isinstance(rows, slice):
