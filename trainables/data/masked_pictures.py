@@ -149,13 +149,16 @@ class MaskedPictures:
             size = scaled_size(height, width, self._side / max(height, width))
             shown = Box(0, 0, *size)
             image = self._normalised(scaled_picture(picture, size, shown) / 255)
-            yield padded(image, self._side), MaskView(sample, shown, Box(0, 0, height, width), mask, completes=True)
+            yield (
+                padded(image, self._side),
+                MaskView(sample, shown, Box(0, 0, height, width), mask, completes=True, side=self._side),
+            )
             return
         boxes = windows(height, width, self._side)
         for number, box in enumerate(boxes, start=1):
             part = picture[box.rows, box.columns].permute(2, 0, 1).to(torch.float32)
             shown = Box(0, 0, box.height, box.width)
-            view = MaskView(sample, shown, box, mask, completes=number == len(boxes))
+            view = MaskView(sample, shown, box, mask, completes=number == len(boxes), side=self._side)
             yield padded(self._normalised(part / 255), self._side), view
 
     def _loaded(self, split: str, position: int) -> tuple[Tensor, Tensor]:
