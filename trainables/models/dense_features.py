@@ -180,8 +180,9 @@ def _spatial_calls(network: nn.Module, reader: MapReader) -> list[_Call]:
     def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             given = inputs[0] if inputs else None
-            is_map = isinstance(given, Tensor) and isinstance(output, Tensor) and given.ndim == output.ndim == 4
-            if is_map and name not in calls:
+            if not (isinstance(given, Tensor) and isinstance(output, Tensor)) or name in calls:
+                return
+            if given.ndim == output.ndim == 4:
                 calls[name] = _Call(name, module, int(given.shape[-1]), int(output.shape[-1]))
 
         return record

@@ -182,6 +182,9 @@ class Task(ABC):
     """Whether `loss` can be focal. Where it cannot, a study that asks for it is refused."""
     dice: ClassVar[bool] = False
     """Whether `loss` can have a Dice term. Where it cannot, a study that asks for it is refused."""
+    trains_probe: ClassVar[bool] = False
+    """Whether linear probing means to train the head by gradient, where there is no closed-form probe. Where it does
+    not, strategies that need a probe are refused."""
     decoders: ClassVar[tuple[str, ...]] = ()
     """Names of the heads that a study may choose from; none where the task has one head."""
 

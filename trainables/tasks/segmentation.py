@@ -51,6 +51,7 @@ class Segmentation(Task):
     label_smoothing: ClassVar[bool] = True
     focal: ClassVar[bool] = True
     dice: ClassVar[bool] = True
+    trains_probe: ClassVar[bool] = True
     decoders: ClassVar[tuple[str, ...]] = DECODERS
 
     def build_model(self, backbone: Backbone, seed: int) -> TaskModel:
@@ -107,7 +108,7 @@ class Segmentation(Task):
 
     def tables(self, splits: Mapping[str, MetricAccumulator]) -> Mapping[str, Curve]:
         """Intersection over union of every class, and the confusion matrix."""
-        confusions = {}
+        confusions: dict[str, Tensor] = {}
         for split, scores in splits.items():
             assert isinstance(scores, SegmentationScores)
             confusions[split] = scores.confusion()
