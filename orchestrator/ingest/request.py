@@ -16,9 +16,11 @@ from orchestrator.ingest.label_map import MASK_SOURCES, MaskRequest
 from orchestrator.ingest.mask_folders import masks_of_folder, scan_mask_folder
 from orchestrator.ingest.npz import scan_npz
 from orchestrator.ingest.parquet import scan_parquet
+from orchestrator.ingest.scenes import scan_scenes
 from orchestrator.ingest.source import Source
 
-SOURCES = ("folder", "parquet", "npz", "digits")
+SOURCES = ("folder", "parquet", "npz", "digits", "digits_scenes")
+BUILT_IN_SOURCES = ("digits", "digits_scenes")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class IngestRequest:
     source: str
     """One of `SOURCES`."""
     root: str | None = None
-    """Folder or file; None for `digits`."""
+    """Folder or file; None for those that are built in."""
     id: tuple[str, ...] = ()
     """ID domains; empty = all that are not OOD."""
     ood: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ def scan(request: IngestRequest) -> Source:
     """
     if request.source == "digits":
         return scan_digits(request.val_fraction, request.test_fraction, request.seed)
+    if request.source == "digits_scenes":
+        return scan_scenes(request.seed)
     if request.root is None:
         raise DataError(f"The source {request.source!r} needs data.root, the path of the images, but got none.")
     root = existing(Path(request.root).expanduser())

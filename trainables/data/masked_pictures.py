@@ -15,18 +15,11 @@ from trainables.data.mask_views import Box, MaskView, MaskViews
 from trainables.data.pair_transforms import padded, padded_mask, scaled_mask, scaled_picture, scaled_size
 from trainables.data.square_images import Batch
 from trainables.data.store import MaskStoreLike
+from trainables.specs.augmentations import MASK_AUGMENTATIONS
 from trainables.specs.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from trainables.models.backbone import DataConfig
-
-MASK_AUGMENTATIONS = {
-    "flip": "mirror left-right with probability 1/2",
-    "crop": "a random square of the network's side out of the picture at its own size, padded where it is smaller",
-    "scale": "scale the picture by a factor between 1/2 and 2",
-    "jitter": "change brightness, contrast and saturation by up to a half, in random order",
-}
-"""Values of `data.augment` for pictures with masks; each picture has a draw of its own, and its mask the same."""
 
 SCALES = (0.5, 2.0)
 JITTER = 0.5
@@ -60,7 +53,7 @@ class MaskedPictures:
     Args:
         store: the opened store.
         config: normalisation and side of the network's input.
-        augment: any of `MASK_AUGMENTATIONS`.
+        augment: any of `trainables.specs.augmentations.MASK_AUGMENTATIONS`.
         evaluation: see `Evaluation`; None = slide where `crop` is among the augmentations, since the network then
             trains on pictures at their own size.
         device: of the batches.
