@@ -360,9 +360,7 @@ def check_task(
         )
 
 
-def check_loss(
-    strategy: Strategy, loss: LossSettings, sampling: str | None, schedule: str | None = None
-) -> None:
+def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None, schedule: str | None = None) -> None:
     """Refuse settings of loss, batches and schedule that a strategy cannot honour, before anything is computed.
 
     Raises:
