@@ -16,13 +16,15 @@ from orchestrator.errors import did_you_mean
 from orchestrator.ingest.errors import DataError, first_few
 from orchestrator.ingest.near_equal import ImageGroups
 from orchestrator.ingest.request import IngestRequest
-from orchestrator.ingest.source import Sample, Source
+from orchestrator.ingest.source import MaskSurvey, Sample, Source
 from orchestrator.wording import counted
 from trainables.data.splits import TEST, TRAIN, VAL, nested_order, stratified_split
 
 Integers = NDArray[np.int64]
 
 SPLIT_CODES = {"train": TRAIN, "val": VAL, "test": TEST}
+PAIRS = "pictures with masks"
+"""The only stratum of pictures with masks."""
 UNUSED = -1
 """Label or domain of a sample that is not used; split code of one whose split is to be drawn."""
 
@@ -105,13 +107,20 @@ def assign(
     id_positions = np.flatnonzero((domain_ids >= 0) & (domain_ids < len(id_domains)))
     ood_positions = np.flatnonzero(domain_ids >= len(id_domains))
 
-    classes = _classes(source, id_positions, ood_positions, id_domains, note)
-    class_index = {name: i for i, name in enumerate(classes)}
     labels = np.full(len(samples), UNUSED, dtype=np.int64)
-    for position in np.flatnonzero(domain_ids >= 0):
-        labels[position] = class_index[samples[position].label]
+    if source.survey is None:
+        classes = _classes(source, id_positions, ood_positions, id_domains, note)
+        strata = classes
+        class_index = {name: i for i, name in enumerate(classes)}
+        for position in np.flatnonzero(domain_ids >= 0):
+            labels[position] = class_index[samples[position].label]
+    else:
+        classes = _classes_of_masks(source, source.survey, id_positions, ood_positions, id_domains)
+        # A picture has pixels of many classes: all pictures are one stratum.
+        strata = [PAIRS]
+        labels[domain_ids >= 0] = 0
 
-    codes, together = _split_codes(samples, id_positions, labels, domain_ids, classes, request, groups, note)
+    codes, together = _split_codes(samples, id_positions, labels, domain_ids, strata, request, groups, note)
     splits = {name: id_positions[codes == code] for name, code in SPLIT_CODES.items()}
     for domain in ood_domains:
         splits[f"ood/{domain}"] = np.flatnonzero(domain_ids == domain_index[domain])
@@ -201,6 +210,26 @@ def _classes(
     # The source's own order of classes (such as a data set's label numbers) is kept where it has one.
     in_source_order = [name for name in source.class_order or () if name in names]
     return in_source_order + _sorted_names(names - {*in_source_order})
+
+
+def _classes_of_masks(
+    source: Source, survey: MaskSurvey, id_positions: Integers, ood_positions: Integers, id_domains: list[str]
+) -> list[str]:
+    """Classes of the pixels; a declared class may be absent, a value that only OOD pictures have is an error."""
+    classes = survey.classes
+    inside = survey.pixels[id_positions].sum(axis=0)
+    outside = survey.pixels[ood_positions].sum(axis=0)
+    ood_only = np.flatnonzero((inside[:-1] == 0) & (outside[:-1] > 0))
+    if len(ood_only) and not source.declared_labels:
+        first = int(ood_only[0])
+        raise DataError(
+            f"Every class must have ID pixels to learn from, but the value {classes[first]} occurs only in OOD domains "
+            f"({outside[first]:,} pixels). Add masks with it to {first_few(id_domains)}, ignore it (data.ignore), or "
+            "declare the classes in data.labels."
+        )
+    if not inside[:-1].any():
+        raise DataError(f"Training needs labelled pixels, but {first_few(id_domains)} have none.")
+    return classes
 
 
 def _sorted_names(names: Collection[str]) -> list[str]:
@@ -318,6 +347,12 @@ def _check_different(
     small = [label for label, count in counts.items() if count < needed]
     if not small:
         return
+    if classes == [PAIRS]:
+        raise DataError(
+            f"There must be at least {counted(needed, 'different ID picture')}, because equal ones stay in one split, "
+            f"but there {'is' if counts[small[0]] == 1 else 'are'} {counts[small[0]]}{note}. Add pictures, or give the "
+            "splits yourself as folders train, val and test."
+        )
     listed = first_few([f"{classes[label]} has {counts[label]}" for label in small])
     raise DataError(
         f"Every class needs at least {counted(needed, 'different ID training image')}, because equal ones stay in one "
@@ -336,6 +371,11 @@ def _check_class_sizes(labels: Integers, classes: list[str], purposes: list[str]
     small = np.flatnonzero(counts < needed)
     if not len(small):
         return
+    if classes == [PAIRS]:
+        raise DataError(
+            f"There must be at least {counted(needed, 'ID picture')} with masks, one for every split, but there "
+            f"{'is' if counts[0] == 1 else 'are'} {counts[0]}{note}. Add pictures."
+        )
     listed = first_few([f"{classes[i]} has {counts[i]}" for i in small])
     uses = "to learn from"
     if purposes:

@@ -12,17 +12,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
 from orchestrator.ingest.errors import DataError, existing, first_few
-from orchestrator.ingest.manifest import find_duplicates, in_words, kept_together, together_in_words
+from orchestrator.ingest.label_map import MaskRequest
+from orchestrator.ingest.manifest import (
+    find_duplicates,
+    in_words,
+    kept_together,
+    pixel_counts,
+    split_warnings,
+    together_in_words,
+)
+from orchestrator.ingest.mask_folders import masks_of_folder
+from orchestrator.ingest.mask_survey import judge
+from orchestrator.ingest.masks import MaskOutcome, raw_text
 from orchestrator.ingest.near_equal import MAX_GROUP, ImageGroups, group_images
 from orchestrator.ingest.request import IngestRequest, scan
-from orchestrator.ingest.source import Outcome, Source
-from orchestrator.wording import counted
+from orchestrator.ingest.source import MaskSurvey, Outcome, Source
+from orchestrator.wording import bytes_text, counted
+from trainables.data.store import IGNORED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +68,27 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class MaskReport:
+    """What the masks of a source hold, in pixels."""
+
+    classes: list[str]
+    """By class index."""
+    pixels: dict[str, dict[str, dict[str, Any]]]
+    """Split → domain → `classes` (class → pixels), `ignored` and `ignored_values` (value → pixels); the split is `all`
+    where the source has none."""
+    total: dict[str, int]
+    """Class → pixels, of all readable pairs."""
+    ignored: int
+    """Ignored pixels of all readable pairs."""
+    store_bytes: int
+    """Size of a study's data store, in bytes."""
+    remarks: list[str]
+    """What was decided about the data, one sentence each."""
+    warnings: list[str]
+    """What affects the numbers of a study, one sentence each."""
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Contents and problems of a source. Counts are of readable images."""
 
@@ -84,10 +118,16 @@ class DataReport:
     """See `orchestrator.ingest.manifest.kept_together`."""
     problems: list[str]
     """Why a study with default settings would refuse the data; empty = it would accept them."""
+    task: str = "classification"
+    """The task that the data are for, `classification` or `segmentation`."""
+    masks: MaskReport | None = None
+    """None = images with a label each, or the masks have problems."""
 
     @property
     def classes(self) -> list[str]:
         """All class names."""
+        if self.task == "segmentation":
+            return [] if self.masks is None else self.masks.classes
         return sorted({label for counts in self.domains.values() for label in counts})
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,17 +138,23 @@ class DataReport:
         """Print the report as text and tables."""
         console.print(f"[bold]{escape(self.path)}[/bold]: {escape(self.source)}, {escape(self.layout)}")
         counts = [
-            counted(self.images, "readable image"),
+            counted(self.images, "readable image" if self.task == "classification" else "readable pair"),
             counted(len(self.domains), "domain"),
             counted(len(self.classes), "class", "classes"),
         ]
         console.print(", ".join(counts))
+        if self.task == "segmentation":
+            console.print("Pairs of a picture and its mask: the study file needs [bold]task: segmentation[/bold].")
         if self.splits:
             console.print("Splits of the source: " + ", ".join(f"{name} {n}" for name, n in self.splits.items()))
         else:
-            console.print("No splits in the source: train, val and test are drawn per class, by seed.")
+            per_class = " per class" if self.task == "classification" else ""
+            console.print(f"No splits in the source: train, val and test are drawn{per_class}, by seed.")
             console.print(together_in_words(self.kept_together))
-        self._print_counts(console)
+        if self.masks is not None:
+            self._print_pixels(console, self.masks)
+        elif self.task == "classification":
+            self._print_counts(console)
         if self.sizes is not None:
             smallest, median, largest = (f"{w}x{h}" for w, h in dataclasses.astuple(self.sizes)[:3])
             console.print(f"Sizes (width x height): {smallest} to {largest}, median {median}")
@@ -120,6 +166,31 @@ class DataReport:
             console.print(f"[bold red]Problem:[/bold red] {escape(problem)}", soft_wrap=True)
         if not self.problems:
             console.print("[green]A study can use this.[/green]")
+
+    def _print_pixels(self, console: Console, masks: MaskReport) -> None:
+        """Pixels of every class, a row per split and domain; of many classes the absent ones are left to a remark."""
+        table = Table("split", "domain", "class", "pixels", "share")
+        for split, domains in masks.pixels.items():
+            for domain, counts in domains.items():
+                everything = sum(counts["classes"].values()) + counts["ignored"]
+                rows = {name: count for name, count in counts["classes"].items() if masks.total[name]}
+                values = counts["ignored_values"]
+                ignored = "(ignored)"
+                if len(values) > 1:
+                    ignored = f"(ignored: {', '.join(f'{value}: {count:,}' for value, count in values.items())})"
+                for name, count in [*rows.items(), (ignored, counts["ignored"])]:
+                    role = " (OOD)" if domain in self.ood_domains else ""
+                    share = f"{count / max(1, everything):.2%}"
+                    table.add_row(escape(split), escape(domain) + role, escape(name), f"{count:,}", share)
+                table.add_section()
+        console.print(table)
+        total = ", ".join(f"{escape(name)} {count:,}" for name, count in masks.total.items() if count)
+        console.print(f"Pixels in all: {total}, ignored {masks.ignored:,}", soft_wrap=True)
+        for sentence in masks.remarks:
+            console.print(escape(sentence), soft_wrap=True)
+        for sentence in masks.warnings:
+            console.print(f"[yellow]Warning:[/yellow] {escape(sentence)}", soft_wrap=True)
+        console.print(f"Size of a data store (whole pictures and masks): {bytes_text(masks.store_bytes)}")
 
     def _print_counts(self, console: Console) -> None:
         table = Table("domain", "images", "classes", "images per class", "classes missing")
@@ -180,6 +251,8 @@ def check(
     progress: DecodingProgress | None = None,
     label: str | None = None,
     fail_on_leak: bool = False,
+    task: str | None = None,
+    masks: MaskRequest | None = None,
 ) -> DataReport:
     """Decode every image of a source and report contents and problems; nothing is written.
 
@@ -190,17 +263,33 @@ def check(
         label: column with the classes of a Parquet source; None = the first with a usual name.
         fail_on_leak: report the same image, pixel for pixel, in several splits or domains as a problem; nearly equal
             ones are listed only, because a threshold decides.
+        task: `classification` or `segmentation`; None = segmentation where masks are found.
+        masks: what the values of masks mean; it implies segmentation.
 
     Raises:
         DataError: nothing there, or no data that can be interpreted.
     """
-    request = IngestRequest(source=detect(Path(path)), root=str(path), label=label)
+    source_kind = detect(Path(path))
+    if task is None:
+        task = "segmentation" if masks is not None else detect_task(Path(path), source_kind)
+    if task == "segmentation":
+        masks = masks or MaskRequest()
+    elif masks is not None:
+        raise DataError(f"Only segmentation has masks, but labels of masks are given and the task is {task!r}.")
+    request = IngestRequest(source=source_kind, root=str(path), label=label, masks=masks)
     source = scan(request)
     # Decoded as for a store, but to a thumbnail: the check needs to know only whether they can be.
     job = DecodeJob(THUMBNAIL_SIDE, interpolation="nearest")
     outcomes = decode_all(source, range(len(source.samples)), job, workers, progress)
     report = _report(Path(path), source, request, outcomes)
     return replace(report, problems=[*report.problems, *_leaks(report)]) if fail_on_leak else report
+
+
+def detect_task(path: Path, source: str) -> str:
+    """`segmentation` where a source holds pictures with masks by the names of its files or columns."""
+    if source == "folder" and masks_of_folder(path.expanduser()) is not None:
+        return "segmentation"
+    return "classification"
 
 
 def _leaks(report: DataReport) -> list[str]:
@@ -240,6 +329,15 @@ def detect(path: Path) -> str:
 
 
 def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mapping[int, Outcome]) -> DataReport:
+    problems: list[str] = []
+    if request.masks is not None:
+        try:
+            source = judge(source, outcomes, request.masks)
+        except DataError as error:
+            problems.append(str(error))
+        if source.survey is not None:
+            # Without the samples of splits that are left out.
+            outcomes = {i: outcomes[position] for i, position in enumerate(source.survey.positions)}
     samples = source.samples
     readable = [i for i, outcome in outcomes.items() if outcome.reason is None]
     domains: dict[str, dict[str, int]] = {domain: {} for domain in source.empty_domains}
@@ -248,7 +346,11 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
     splits = Counter(samples[i].split for i in readable if samples[i].split is not None)
     bad = [i for i, outcome in outcomes.items() if outcome.reason is not None]
     groups = group_images(outcomes)
-    assignment, problems = _default_splits(source, request, bad, groups)
+    assignment = None
+    if not problems:
+        assignment, problems = _default_splits(source, request, bad, groups)
+    if assignment is not None:
+        source = replace(source, warnings=[*source.warnings, *split_warnings(source.survey, assignment)])
     split_of = {i: sample.split or "" for i, sample in enumerate(samples)}
     together = {"groups": 0, "images": 0, "near_groups": 0, "near_images": 0}
     if assignment is not None:
@@ -270,7 +372,60 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         duplicates=find_duplicates(samples, outcomes, split_of, groups).to_dict(),
         kept_together=together,
         problems=problems,
+        task="classification" if request.masks is None else "segmentation",
+        masks=None if source.survey is None else _mask_report(source, source.survey, outcomes),
     )
+
+
+def _mask_report(source: Source, survey: MaskSurvey, outcomes: Mapping[int, Outcome]) -> MaskReport:
+    """Pixels by the splits and domains of the source itself."""
+    samples = source.samples
+    readable = [i for i, outcome in outcomes.items() if outcome.reason is None]
+    domains = sorted({sample.domain for sample in samples})
+    index = {domain: number for number, domain in enumerate(domains)}
+    domain_ids = np.array([index[sample.domain] for sample in samples], np.int64)
+    has_splits = any(sample.split is not None for sample in samples)
+    splits: dict[str, list[int]] = {"train": [], "val": [], "test": []} if has_splits else {}
+    for i in readable:
+        outside = has_splits and samples[i].domain in source.evaluation_domains
+        split = f"ood/{samples[i].domain}" if outside else samples[i].split or "all"
+        splits.setdefault(split, []).append(i)
+    positions = {split: np.array(rows, np.int64) for split, rows in splits.items() if rows}
+    pixels = {
+        split: {
+            domain: {
+                "classes": dict(zip(survey.classes, counts["classes"], strict=True)),
+                "ignored": counts["ignored"],
+                "ignored_values": _ignored_values(
+                    survey, [outcomes[i].mask for i in positions[split].tolist() if samples[i].domain == domain]
+                ),
+            }
+            for domain, counts in of_split.items()
+        }
+        for split, of_split in pixel_counts(survey, domain_ids, domains, positions).items()
+    }
+    total = survey.pixels[readable].sum(axis=0).tolist()
+    return MaskReport(
+        classes=survey.classes,
+        pixels=pixels,
+        total=dict(zip(survey.classes, total[:-1], strict=True)),
+        ignored=total[-1],
+        store_bytes=int(survey.sizes[readable].prod(axis=1).sum()) * 4,
+        remarks=source.remarks,
+        warnings=source.warnings,
+    )
+
+
+def _ignored_values(survey: MaskSurvey, masks: list[MaskOutcome | None]) -> dict[str, int]:
+    """Pixels of each ignored value, as it stands in the masks."""
+    counts: Counter[str] = Counter()
+    for mask in masks:
+        if mask is None:
+            continue
+        for value, count in mask.counts.items():
+            if survey.translation.index(value, mask.kind, mask.palette) == IGNORED:
+                counts[raw_text(value, mask.kind)] += count
+    return dict(counts)
 
 
 def _default_splits(

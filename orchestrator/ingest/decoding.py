@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from orchestrator.ingest.images import pixels_digest, square, thumbnail, to_eight_bit
+from orchestrator.ingest.masks import MaskOutcome, Translation
 from orchestrator.ingest.source import ArraySource, EncodedSource, Outcome, Source
 from orchestrator.ingest.worker import write_at
 from trainables.specs.redaction import is_secret
@@ -46,7 +47,7 @@ class DecodeJob:
     """Size of the decoded images, and where their pixels are written."""
 
     side: int | None
-    """In pixels; None = read the size in each header, and decode nothing."""
+    """In pixels; 0 = whole pictures, None = read the size in each header, and decode no picture."""
     interpolation: str
     target: Path | None = None
     """File for the pixels; None = decode only."""
@@ -54,10 +55,21 @@ class DecodeJob:
     """Byte offset in the target of each sample of the source."""
     crop: int | None = None
     """See `orchestrator.ingest.images.square`."""
+    translation: Translation | None = None
+    """Of masks that are written; None = masks are summarised."""
+    mask_offsets: NDArray[np.int64] | None = None
+    """Byte offset in the target of each sample's mask."""
+    sizes: NDArray[np.int64] | None = None
+    """(n, 2): height and width that the target has room for; None = those of the squares."""
 
-    def offset(self, position: int) -> int | None:
-        """Byte offset of a sample's pixels; None = not written."""
-        return None if self.offsets is None else int(self.offsets[position])
+    def item(self, source: EncodedSource, position: int) -> list[Any]:
+        """A sample as the fields of `orchestrator.ingest.worker.Item`."""
+        sample = source.samples[position]
+        fields = [_within_chunk(sample.location), _entry(self.offsets, position)]
+        if sample.mask is None:
+            return fields
+        size = None if self.sizes is None else self.sizes[position].tolist()
+        return [*fields, _within_chunk(sample.mask), _entry(self.mask_offsets, position), size]
 
 
 def available_cpus() -> int:
@@ -141,7 +153,7 @@ def _decode_encoded(
                 if chunk is None:
                     return
                 request, chunk_positions = chunk
-                items = [[_item(source, i), job.offset(i)] for i in chunk_positions]
+                items = [job.item(source, i) for i in chunk_positions]
                 collect(dict(zip(chunk_positions, decoder.outcomes(request, items), strict=True)))
 
     with ThreadPoolExecutor(count) as pool:
@@ -153,10 +165,16 @@ def _decode_encoded(
             stopped.set()  # after an error of one thread the others finish their chunk only
 
 
-def _item(source: EncodedSource, position: int) -> Any:
+def _within_chunk(location: Any) -> Any:
     """The part of a sample's location that differs within a chunk."""
-    location = source.samples[position].location
     return location[-1] if isinstance(location, tuple) else location
+
+
+def _entry(offsets: NDArray[np.int64] | None, position: int) -> int | None:
+    """Byte offset of a sample; None = not written."""
+    if offsets is None or offsets[position] < 0:
+        return None
+    return int(offsets[position])
 
 
 class _DecoderProcess:
@@ -185,7 +203,7 @@ class _DecoderProcess:
             return
         if "error" in reply:
             raise OSError(f"The pixels could not be written to {self._job.target}: {reply['error']}")
-        for reason, digest, pixels, width, height, file_format, notes, thumb in reply["outcomes"]:
+        for reason, digest, pixels, width, height, file_format, notes, thumb, mask in reply["outcomes"]:
             yield Outcome(
                 reason,
                 bytes.fromhex(digest),
@@ -195,6 +213,7 @@ class _DecoderProcess:
                 file_format,
                 tuple(notes),
                 base64.b64decode(thumb),
+                None if mask is None else MaskOutcome.from_json(mask),
             )
 
     def close(self) -> None:
@@ -235,7 +254,13 @@ class _DecoderProcess:
         )
         target = str(self._job.target) if self._job.target is not None else None
         job = self._job
-        first_line = {"target": target, "side": job.side, "interpolation": job.interpolation, "crop": job.crop}
+        first_line = {
+            "target": target,
+            "side": job.side,
+            "interpolation": job.interpolation,
+            "crop": job.crop,
+            "translation": None if job.translation is None else job.translation.to_json(),
+        }
         if not _exchange(process, first_line):
             self._errors.seek(0)
             text = self._errors.read().decode(errors="replace")
@@ -273,7 +298,7 @@ def _decode_arrays(
             eight_bit = to_eight_bit(pixels)
             notes = ("sixteen_bit",)
         image = Image.fromarray(eight_bit).convert("RGB")
-        offset = job.offset(position)
+        offset = _entry(job.offsets, position)
         stored = square(image, side, job.interpolation, job.crop)
         if descriptor is not None and offset is not None:
             write_at(descriptor, stored.tobytes(), offset)

@@ -1,10 +1,12 @@
-"""Decoding of untrusted image files to square RGB images; the only module that opens them."""
+"""Decoding of untrusted image files to RGB images; the only module that opens them."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,9 @@ INTERPOLATIONS = {
 }
 """By the names of timm's data configuration."""
 
+TRANSPOSED_FROM = 5
+"""EXIF orientations from this one on exchange width and height."""
+
 _ORIENTATION = 0x0112
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -48,7 +53,7 @@ class DecodedImage:
     """A decoded image."""
 
     pixels: NDArray[np.uint8]
-    """(side, side, 3)."""
+    """(side, side, 3), or (height, width, 3) of a whole image."""
     digest: bytes
     """See `pixels_digest`."""
     width: int
@@ -62,7 +67,7 @@ class DecodedImage:
     """See `thumbnail`."""
 
 
-def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) -> DecodedImage:
+def decode(data: bytes, side: int | None, interpolation: str, crop: int | None = None) -> DecodedImage:
     """Decode, rotate upright, flatten to RGB, resize the shorter side and crop the centre square.
 
     Transparency is composited on white; 16-bit values are scaled by their declared range (v / 257), not clipped; of an
@@ -70,9 +75,20 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
 
     Args:
         data: the whole file.
-        side: of the result, in pixels.
+        side: of the result, in pixels; None = the whole image at its own size.
         interpolation: one of `INTERPOLATIONS`.
         crop: see `square`.
+
+    Raises:
+        BadImageError: the bytes are no image that can be used.
+    """
+    with opened(data) as image:
+        return _convert(image, side, interpolation, crop)
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """An image whose header is within the limits; whatever its decoding raises is a `BadImageError`.
 
     Raises:
         BadImageError: the bytes are no image that can be used.
@@ -84,7 +100,7 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image)
-            return _convert(image, side, interpolation, crop)
+            yield image
     except UnidentifiedImageError as error:
         raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -112,6 +128,20 @@ def header_size(data: bytes) -> tuple[int, int]:
         raise
     except Exception as error:  # as for `decode`
         raise BadImageError(f"not a picture ({', '.join(FORMATS)}): {error}") from error
+
+
+def upright_size(data: bytes) -> tuple[int, int, bool]:
+    """Width and height in pixels as shown, and whether the EXIF orientation turns the image; no pixel is decoded.
+
+    Raises:
+        BadImageError: the bytes are no image that can be used, as far as the header shows.
+    """
+    with opened(data) as image:
+        width, height = image.size
+        orientation = _orientation(image)
+        if orientation >= TRANSPOSED_FROM:
+            return height, width, True
+        return width, height, orientation != 1
 
 
 def to_eight_bit(values: NDArray[np.uint16]) -> NDArray[np.uint8]:
@@ -191,7 +221,7 @@ def _too_many_pixels(count: int) -> BadImageError:
     return BadImageError(f"{count / 1e6:.0f} megapixels are over the limit of {MAX_PIXELS // 10**6}")
 
 
-def _convert(image: Image.Image, side: int, interpolation: str, crop: int | None) -> DecodedImage:
+def _convert(image: Image.Image, side: int | None, interpolation: str, crop: int | None) -> DecodedImage:
     notes = []
     if getattr(image, "n_frames", 1) > 1:
         notes.append("animated")
@@ -206,16 +236,21 @@ def _convert(image: Image.Image, side: int, interpolation: str, crop: int | None
     rgb, note = _to_rgb(upright, file_format)
     if note is not None:
         notes.append(note)
-    pixels = np.asarray(square(rgb, side, interpolation, crop))
+    pixels = np.asarray(rgb if side is None else square(rgb, side, interpolation, crop))
     return DecodedImage(pixels, pixels_digest(rgb), *upright.size, file_format, tuple(notes), thumbnail(rgb))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 = as stored."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF beside intact pixels: no orientation
-        return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image, file_format: str) -> tuple[Image.Image, str | None]:

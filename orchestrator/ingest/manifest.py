@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from orchestrator.ingest.assign import Assignment
+from orchestrator.ingest.errors import first_few
 from orchestrator.ingest.near_equal import ImageGroups
 from orchestrator.ingest.request import IngestRequest
-from orchestrator.ingest.source import Outcome, Sample, Source
+from orchestrator.ingest.source import MaskSurvey, Outcome, Sample, Source
 from orchestrator.wording import counted
 from trainables.data.store import DATA, FORMAT
 
@@ -30,10 +32,15 @@ UNGROUPED_VERSION = 2
 """`MANIFEST_VERSION` of stores whose splits were drawn image by image."""
 STATISTICS_IMAGES = 4096
 """Training images of the channel statistics; a prefix is a stratified sample."""
+STATISTICS_BYTES = 2**29
+"""Bytes of whole pictures that are read for them."""
 MAX_NAMES = 6
 """Images of one group that are named in a sentence."""
 MAX_GROUPS = 1000
 """Groups of each kind that a manifest names; it counts all."""
+
+_STATISTICS_BLOCK = 2**22
+"""Pixels that are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -203,20 +210,23 @@ def describe(
     class_counts = {name: Counter(samples[i].label for i in positions) for name, positions in assignment.splits.items()}
     notes = Counter(note for outcome in outcomes.values() for note in outcome.notes)
     mean, std = _statistics(folder / DATA, list(assignment.splits).index("train"))
+    if source.survey is not None:
+        # All pictures are one stratum, whose name is no class.
+        class_counts = {name: Counter() for name in class_counts}
     return {
         "format": FORMAT,
         "source": source.kind,
         "layout": source.layout,
         "source_digest": source.digest,
-        "request": dataclasses.asdict(request),
-        "image_size": request.image_size,
+        "request": plain_request(request),
+        "image_size": request.image_size if source.survey is None else 0,
         "classes": assignment.classes,
         "domains": assignment.domains,
         "id_domains": assignment.id_domains,
         "ood_domains": assignment.ood_domains,
         "unused_domains": assignment.unused_domains,
         "splits": list(class_counts),
-        "counts": {name: counts.total() for name, counts in class_counts.items()},
+        "counts": {name: len(positions) for name, positions in assignment.splits.items()},
         "class_counts": {
             name: {label: counts[label] for label in assignment.classes if label in counts}
             for name, counts in class_counts.items()
@@ -230,21 +240,123 @@ def describe(
         "kept_together": kept_together(assignment, outcomes),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(outcomes) / seconds, 1),
+        **({} if source.survey is None else _of_masks(source, source.survey, assignment)),
     }
+
+
+def plain_request(request: IngestRequest) -> dict[str, Any]:
+    """The request as JSON values; what only masks have is left out of other stores."""
+    fields = dataclasses.asdict(request)
+    if request.masks is None:
+        del fields["masks"]
+        return fields
+    labels = request.masks.labels
+    if labels is not None:
+        # JSON has no integer keys.
+        fields["masks"]["labels"] = {
+            "classes": list(labels.classes),
+            "values": sorted(labels.values.items()),
+            "colours": sorted(labels.colours.items()),
+            "origin": labels.origin,
+        }
+    return fields
+
+
+def _of_masks(source: Source, survey: MaskSurvey, assignment: Assignment) -> dict[str, Any]:
+    """What the manifest of a store with masks has beside that of others."""
+    return {
+        "targets": "masks",
+        "pixels": pixel_counts(survey, assignment.domain_ids, assignment.domains, assignment.splits),
+        "translation": survey.translation.to_json(),
+        "remarks": source.remarks,
+        "warnings": source.warnings,
+    }
+
+
+def pixel_counts(
+    survey: MaskSurvey, domain_ids: NDArray[np.int64], domains: Sequence[str], splits: Mapping[str, NDArray[np.int64]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Split → domain → `classes` (labelled pixels by class index) and `ignored` pixels."""
+    counts: dict[str, dict[str, dict[str, Any]]] = {}
+    for split, positions in splits.items():
+        counts[split] = {}
+        for number in sorted(set(domain_ids[positions].tolist())):
+            pixels = survey.pixels[positions[domain_ids[positions] == number]].sum(axis=0).tolist()
+            counts[split][domains[number]] = {"classes": pixels[:-1], "ignored": pixels[-1]}
+    return counts
 
 
 def _statistics(path: Path, batch: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, of pixel values in 0…1."""
+    counts = np.zeros((3, 256), np.int64)
     with pa.memory_map(str(path)) as mapped:
         images = pa.ipc.open_file(mapped).get_batch(batch).column("image")
-        count = min(len(images), STATISTICS_IMAGES) * images.type.list_size
-        pixels = np.frombuffer(images.values.buffers()[1], np.uint8, count=count).reshape(-1, 3)
-        counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])
-        # Both are views of the file, which is unmapped here.
-        del pixels, images
+        pixels = _first_pixels(images)
+        for start in range(0, len(pixels), _STATISTICS_BLOCK):
+            block = pixels[start : start + _STATISTICS_BLOCK]
+            counts += np.stack([np.bincount(block[:, channel], minlength=256) for channel in range(3)])
+        # All are views of the file, which is unmapped here.
+        del pixels, images, block
     # By histogram: exact counts, and no copy of the images as floats.
     values = np.arange(256) / 255
     mean = counts @ values / counts.sum(1)
     variance = counts @ values**2 / counts.sum(1) - mean**2
     # Rounding may leave the variance of a constant channel below zero.
     return mean.round(6).tolist(), np.sqrt(np.maximum(variance, 0)).round(6).tolist()
+
+
+def pixel_sentences(survey: MaskSurvey, assignment: Assignment) -> list[str]:
+    """Pixels of the classes and ignored pixels, a sentence for each split."""
+    counts = pixel_counts(survey, assignment.domain_ids, assignment.domains, assignment.splits)
+    sentences = []
+    for split, domains in counts.items():
+        named = zip(survey.classes, class_pixels(domains), strict=True)
+        classes = first_few([f"{name} {count:,}" for name, count in named if count], 20)
+        ignored = sum(of_domain["ignored"] for of_domain in domains.values())
+        sentences.append(f"Pixels of {split}: {classes}; ignored {ignored:,}.")
+    return sentences
+
+
+def split_warnings(survey: MaskSurvey | None, assignment: Assignment) -> list[str]:
+    """Classes without pixels in a split, although they occur elsewhere; a sentence for each split."""
+    if survey is None:
+        return []
+    counts = pixel_counts(survey, assignment.domain_ids, assignment.domains, assignment.splits)
+    return missing_classes(survey.classes, counts)
+
+
+def missing_classes(classes: Sequence[str], pixels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Classes without pixels in a split, although they occur elsewhere; a sentence for each split.
+
+    Example:
+        >>> missing_classes(["a", "b"], {"train": {"id": {"classes": [3, 4]}}, "val": {"id": {"classes": [7, 0]}}})
+        ['val lacks pixels of b: its numbers are over the other classes.']
+    """
+    per_split = {split: class_pixels(domains) for split, domains in pixels.items()}
+    total = [sum(counts) for counts in zip(*per_split.values(), strict=True)]
+    sentences = []
+    for split, counts in per_split.items():
+        missing = [
+            name for name, count, everywhere in zip(classes, counts, total, strict=True) if everywhere > count == 0
+        ]
+        if missing:
+            learns = "no pixel trains them" if split == "train" else "its numbers are over the other classes"
+            sentences.append(f"{split} lacks pixels of {first_few(missing, 10)}: {learns}.")
+    return sentences
+
+
+def class_pixels(domains: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """Labelled pixels by class index, over the domains of a split."""
+    return [sum(counts) for counts in zip(*(domain["classes"] for domain in domains.values()), strict=True)]
+
+
+def _first_pixels(images: Any) -> NDArray[np.uint8]:
+    """Pixels (n, 3) of up to `STATISTICS_IMAGES` images of a column; of whole pictures `STATISTICS_BYTES` at most."""
+    if pa.types.is_fixed_size_list(images.type):
+        count = min(len(images), STATISTICS_IMAGES) * images.type.list_size
+        return np.frombuffer(images.values.buffers()[1], np.uint8, count=count).reshape(-1, 3)
+    _, offsets, data = images.buffers()
+    ends = np.frombuffer(offsets, np.int64, count=len(images) + 1)[1 : STATISTICS_IMAGES + 1]
+    # One picture at least, whatever its size.
+    within = max(1, int(np.searchsorted(ends, STATISTICS_BYTES, side="right")))
+    return np.frombuffer(data, np.uint8, count=int(ends[within - 1])).reshape(-1, 3)

@@ -10,12 +10,11 @@ A store is written once and found again by its name, which is a hash of the sour
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,20 @@ from filelock import FileLock
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodingProgress
 from orchestrator.ingest.errors import DataError, first_few
-from orchestrator.ingest.manifest import MANIFEST_VERSION, UNGROUPED_VERSION, in_words, together_in_words
+from orchestrator.ingest.layout import sample_bytes
+from orchestrator.ingest.manifest import (
+    MANIFEST_VERSION,
+    UNGROUPED_VERSION,
+    in_words,
+    missing_classes,
+    plain_request,
+    together_in_words,
+)
+from orchestrator.ingest.mask_survey import survey_masks
 from orchestrator.ingest.near_equal import MAX_GROUP
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import Source
-from orchestrator.ingest.writer import describe_quarantined, refuse_unreadable, row_bytes, write_store
+from orchestrator.ingest.writer import describe_quarantined, refuse_unreadable, write_store
 from orchestrator.wording import counted
 from trainables.data.store import DATA, FORMAT, MANIFEST, Store
 from trainables.specs.short_hash import short_hash
@@ -55,8 +63,23 @@ def survey(request: IngestRequest) -> tuple[Source, Assignment]:
     Raises:
         DataError: see `ingest`, except for what only decoding shows.
     """
+    source = scanned(request)
+    return source, assign(source, request, unreadable_masks(source))
+
+
+def scanned(request: IngestRequest, progress: DecodingProgress | None = None) -> Source:
+    """The source of a request; of pictures with masks also what the masks hold.
+
+    Raises:
+        DataError: see `ingest`, except for what only decoding shows.
+    """
     source = scan(request)
-    return source, assign(source, request)
+    return source if request.masks is None else survey_masks(source, request, progress)
+
+
+def unreadable_masks(source: Source) -> Collection[int]:
+    """Positions that are left out because their mask or their picture's header cannot be read."""
+    return () if source.survey is None else source.survey.unreadable
 
 
 def ingest(
@@ -79,12 +102,13 @@ def ingest(
             `on_bad="fail"`, an image is unreadable; with `on_leak="fail"`, an image is in training and in what is
             measured.
     """
-    source = scan(request)
+    source = scanned(request)
     folder = into.absolute() / f"{request.source}-{_store_key(source, request)}"
     just_written = False
     if not _store_exists(folder):
-        assignment = assign(source, request)
-        _check_space(folder.parent, len(assignment.used) * row_bytes(request))
+        assignment = assign(source, request, unreadable_masks(source))
+        way_out = "use a smaller image_size" if source.survey is None else "scale pictures and masks down beforehand"
+        _check_space(folder.parent, int(sample_bytes(source, request)[assignment.used].sum()), way_out)
         # Beside the folder, not in it: a folder appears by a rename, complete or not at all.
         with FileLock(f"{folder}.lock"):
             if not _store_exists(folder):  # another process may have written it while this one waited for the lock
@@ -126,15 +150,20 @@ def _store_key(source: Source, request: IngestRequest) -> str:
 
     The source's path does not matter, nor how unreadable and leaked images are treated.
     """
-    fields = dataclasses.asdict(request)
+    fields = plain_request(request)
     for name in ("root", "on_bad", "on_leak"):
         del fields[name]
+    if source.survey is not None:
+        # Whole pictures: the size that a network sees changes nothing. A map counts by its meaning, wherever it stands.
+        for name in ("image_size", "crop_size", "interpolation"):
+            del fields[name]
+        fields["masks"] = source.survey.translation.to_json()
     version = MANIFEST_VERSION
     if request.copies == "apart":
         # As earlier versions drew: their stores keep their names.
         del fields["copies"]
         version = UNGROUPED_VERSION
-    if request.crop_size is None:
+    if request.crop_size is None and source.survey is None:
         del fields["crop_size"]  # stores from before there was one keep their names
     return short_hash([FORMAT, version, source.digest, fields], digits=16)
 
@@ -146,7 +175,7 @@ def existing_store(request: IngestRequest, into: Path) -> Store | None:
         StoreError: it is damaged.
         DataError: the source is missing or unusable.
     """
-    folder = into.absolute() / f"{request.source}-{_store_key(scan(request), request)}"
+    folder = into.absolute() / f"{request.source}-{_store_key(scanned(request), request)}"
     return Store(folder) if _store_exists(folder) else None
 
 
@@ -158,7 +187,7 @@ def _store_exists(folder: Path) -> bool:
     return (folder / MANIFEST).exists() and bool(Store(folder).manifest)
 
 
-def _check_space(folder: Path, size: int) -> None:
+def _check_space(folder: Path, size: int, way_out: str) -> None:
     """Create the folder of the stores; raise DataError unless `size` bytes fit into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +203,7 @@ def _check_space(folder: Path, size: int) -> None:
     if free < size * SPACE_MARGIN:
         raise DataError(
             f"The data store needs {size / 2**30:.2f} GiB, but {folder} has {free / 2**30:.2f} GiB free. Free some "
-            "space, set storage to another disk, or use a smaller image_size."
+            f"space, set storage to another disk, or {way_out}."
         )
 
 
@@ -230,16 +259,11 @@ def _warn(manifest: Mapping[str, Any]) -> None:
     if manifest["quarantine"]:
         count = counted(len(manifest["quarantine"]), "unreadable image")
         log.warning("%s left out: %s", count, describe_quarantined(manifest["quarantine"]))
-    classes = len(manifest["classes"])
-    incomplete = [
-        f"{split} has {len(counts)} of {classes}"
-        for split, counts in manifest["class_counts"].items()
-        if len(counts) < classes
-    ]
-    if incomplete:
-        log.warning(
-            "Numbers are over the classes that have images, which are not all everywhere: %s", first_few(incomplete)
-        )
+    for sentence in manifest.get("remarks", ()):
+        log.info("%s", sentence)
+    for sentence in manifest.get("warnings", ()):
+        log.warning("%s", sentence)
+    _warn_of_missing_classes(manifest)
     duplicates = manifest["duplicates"]
     if duplicates["leaks"]:
         log.warning(
@@ -270,3 +294,20 @@ def _warn(manifest: Mapping[str, Any]) -> None:
     if duplicates["contradictory"]:
         count = counted(duplicates["contradictory_groups"], "image")
         log.warning("%s in more than one class: %s", count, first_few(map(in_words, duplicates["contradictory"])))
+
+
+def _warn_of_missing_classes(manifest: Mapping[str, Any]) -> None:
+    classes = manifest["classes"]
+    if manifest.get("targets") == "masks":
+        for sentence in missing_classes(classes, manifest["pixels"]):
+            log.warning("%s", sentence)
+        return
+    incomplete = [
+        f"{split} has {len(counts)} of {len(classes)}"
+        for split, counts in manifest["class_counts"].items()
+        if len(counts) < len(classes)
+    ]
+    if incomplete:
+        log.warning(
+            "Numbers are over the classes that have images, which are not all everywhere: %s", first_few(incomplete)
+        )

@@ -9,9 +9,11 @@ from typing import Literal
 
 from orchestrator.errors import did_you_mean
 from orchestrator.ingest.digits import scan_digits
-from orchestrator.ingest.errors import DataError, existing
+from orchestrator.ingest.errors import DataError, existing, printable
 from orchestrator.ingest.folder import scan_folder
 from orchestrator.ingest.images import INTERPOLATIONS
+from orchestrator.ingest.label_map import MASK_SOURCES, MaskRequest
+from orchestrator.ingest.mask_folders import masks_of_folder, scan_mask_folder
 from orchestrator.ingest.npz import scan_npz
 from orchestrator.ingest.parquet import scan_parquet
 from orchestrator.ingest.source import Source
@@ -50,6 +52,8 @@ class IngestRequest:
     """Column with the classes of a Parquet source; None = the first with a usual name."""
     copies: Literal["near", "equal", "apart"] = "near"
     """Which images a drawn split does not divide: equal and nearly equal ones, equal ones, or none."""
+    masks: MaskRequest | None = None
+    """How the masks of pictures are read; None = images with a label each."""
 
     def __post_init__(self) -> None:
         _check_option("source", self.source, SOURCES)
@@ -61,6 +65,10 @@ class IngestRequest:
             raise DataError(
                 f"Only Parquet files have a label column to choose, but label is {self.label!r} and the source is "
                 f"{self.source!r}. Leave label out."
+            )
+        if self.masks is not None and self.source not in MASK_SOURCES:
+            raise DataError(
+                f"Pictures with masks come from {' or '.join(MASK_SOURCES)}, but the source is {self.source!r}."
             )
         if self.image_size < 1:
             raise DataError(f"image_size must be at least 1 pixel, but got {self.image_size}.")
@@ -89,7 +97,20 @@ def scan(request: IngestRequest) -> Source:
                 f"The source 'folder' needs a folder, but {root} is a file. Set data.source to what it is: parquet or "
                 "npz."
             )
+        if request.masks is not None:
+            return scan_mask_folder(root)
+        _refuse_masks(root)
         return scan_folder(root)
     if request.source == "parquet":
         return scan_parquet(root, request.label)
     return scan_npz(root)
+
+
+def _refuse_masks(root: Path) -> None:
+    """Raise DataError where a folder of a classification study holds pictures with masks."""
+    layout = masks_of_folder(root)
+    if layout is not None:
+        raise DataError(
+            f"Images of a classification lie in folders named after their classes, but {printable(str(root))} holds "
+            f"pictures with masks ({layout}). Set task: segmentation in the study file."
+        )

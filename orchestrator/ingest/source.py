@@ -6,12 +6,15 @@ A list of samples, with pixels either encoded or as arrays.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from orchestrator.ingest.label_map import LabelMap
+from orchestrator.ingest.masks import MaskOutcome, Translation
 
 DEFAULT_DOMAIN = "id"
 """Name of the only domain of a source without domains."""
@@ -40,6 +43,8 @@ class Sample(NamedTuple):
     """`train`, `val` or `test` if the source has splits; None = to be drawn."""
     location: Any
     """Key by which the source's reader finds it."""
+    mask: Any = None
+    """Key by which the source's reader finds the mask of the picture; None = no mask."""
 
 
 class SkippedEntry(NamedTuple):
@@ -64,6 +69,33 @@ class Outcome(NamedTuple):
     notes: tuple[str, ...]
     thumbnail: bytes = b""
     """See `orchestrator.ingest.images.thumbnail`; empty where the image was not decoded."""
+    mask: MaskOutcome | None = None
+    """None = the sample has no mask, or it was not summarised."""
+
+
+@dataclass(frozen=True)
+class MaskSurvey:
+    """Classes, sizes and pixels of the masks of a source. Rows are positions in `samples`."""
+
+    translation: Translation
+    sizes: NDArray[np.int64]
+    """(n, 2): height and width of each picture as shown; 0 where it cannot be read."""
+    pixels: NDArray[np.int64]
+    """(n, K + 1): pixels of each class, then ignored ones."""
+    positions: tuple[int, ...]
+    """Position of each sample in the scan, of which splits without any labelled pixel were left out."""
+    unreadable: Mapping[int, str]
+    """Position → why the picture's header or the mask cannot be read."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, by index."""
+        return list(self.translation.classes)
+
+    @property
+    def labelled(self) -> NDArray[np.int64]:
+        """(n,) pixels that are not ignored."""
+        return np.asarray(self.pixels[:, :-1].sum(axis=1))
 
 
 @dataclass
@@ -85,6 +117,16 @@ class Source(ABC):
     """Files and folders that are not samples."""
     class_order: list[str] | None = None
     """Class names in the source's own order; None = by name, or by value where all are numbers."""
+    label_map: LabelMap | None = None
+    """Label map that was found beside the masks, or that the names of the masks tell."""
+    declared_labels: bool = False
+    """Whether classes of masks are declared or found, rather than one per value."""
+    remarks: list[str] = field(default_factory=list)
+    """What was decided about pictures with masks, one sentence each."""
+    warnings: list[str] = field(default_factory=list)
+    """What affects the numbers of a study on pictures with masks, one sentence each."""
+    survey: MaskSurvey | None = None
+    """What the masks hold; None = no masks, or not read yet."""
 
 
 @dataclass

@@ -1,9 +1,8 @@
 """Writing a data store.
 
-An Arrow file is laid out with blank pixels, then filled in place by the decoders. The whole file is written before
-decoding begins, so that decoders write each row where it belongs, in any order, and a disk that is too small fails at
-once. If images turn out unreadable, or a drawn split would divide equal or nearly equal ones, the splits are assigned
-again and the decoded rows are copied into a new layout.
+An Arrow file is laid out with blank pixels (`orchestrator.ingest.layout`), then filled in place by the decoders. If
+images turn out unreadable, or a drawn split would divide equal or nearly equal ones, the splits are assigned again and
+the decoded rows are copied into a new layout.
 """
 
 from __future__ import annotations
@@ -11,40 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
 from orchestrator.ingest.assign import Assignment, assign
 from orchestrator.ingest.decoding import DecodeJob, DecodingProgress, decode_all
 from orchestrator.ingest.errors import DataError, first_few
+from orchestrator.ingest.layout import Layout, lay_out
 from orchestrator.ingest.manifest import describe, quarantine_list
 from orchestrator.ingest.near_equal import ImageGroups, group_images
 from orchestrator.ingest.request import IngestRequest
-from orchestrator.ingest.source import Outcome, Source
+from orchestrator.ingest.source import MaskSurvey, Outcome, Source
 from orchestrator.ingest.worker import write_at
 from orchestrator.wording import counted
-from trainables.data.store import DATA, FORMAT, MANIFEST
+from trainables.data.store import DATA, MANIFEST
 from trainables.storage.atomic_files import atomic_folder
 
 log = logging.getLogger("luthier")
-
-Offsets = NDArray[np.int64]
-"""Byte offset of each sample's pixels in the data file; -1 = not used."""
-
-
-def row_bytes(request: IngestRequest) -> int:
-    """Bytes of one stored image."""
-    return request.image_size**2 * 3
 
 
 def write_store(
@@ -73,19 +61,38 @@ def write_store(
         shutil.rmtree(leftover)
     started = time.perf_counter()
     with atomic_folder(folder) as partial:
-        offsets = _lay_out(partial / DATA, source, request, assignment)
-        job = DecodeJob(request.image_size, request.interpolation, partial / DATA, offsets, request.crop_size)
+        layout = lay_out(partial / DATA, source, request, assignment)
+        if source.survey is None:
+            job = DecodeJob(request.image_size, request.interpolation, partial / DATA, layout.images, request.crop_size)
+        else:
+            job = _pairs_job(source.survey, partial / DATA, layout)
         outcomes = decode_all(source, assignment.used.tolist(), job, workers, progress)
+        if source.survey is not None:
+            unreadable = source.survey.unreadable.items()
+            outcomes |= {i: Outcome(reason, b"", b"", 0, 0, "", ()) for i, reason in unreadable}
         # Near-equal images are looked for in any case: splits of the source's own may divide them, which is reported.
         groups = group_images(outcomes)
         final = _assign_decoded(source, request, outcomes, groups)
         if not final.has_rows_of(assignment):
-            _move_rows(partial, source, request, final, offsets)
+            _move_rows(partial, source, request, final, layout)
         seconds = time.perf_counter() - started
         manifest = describe(source, request, final, outcomes, groups, partial, seconds)
         _write_manifest(partial, manifest)
     images = sum(manifest["counts"].values())
     log.info("%d images (%.0f/s) → %s", images, manifest["images_per_second"], folder)
+
+
+def _pairs_job(survey: MaskSurvey, target: Path, layout: Layout) -> DecodeJob:
+    """Whole pictures, and masks as class indices."""
+    return DecodeJob(
+        side=0,
+        interpolation="nearest",
+        target=target,
+        offsets=layout.images,
+        translation=survey.translation,
+        mask_offsets=layout.masks,
+        sizes=survey.sizes,
+    )
 
 
 def refuse_unreadable(quarantine: Sequence[Mapping[str, str]], request: IngestRequest) -> DataError:
@@ -118,111 +125,19 @@ def _assign_decoded(
 
 
 def _move_rows(
-    folder: Path, source: Source, request: IngestRequest, assignment: Assignment, old_offsets: Offsets
+    folder: Path, source: Source, request: IngestRequest, assignment: Assignment, old_layout: Layout
 ) -> None:
     """Replace the data file by one for another assignment, with the pixels copied."""
     old = folder / "as-decoded.arrow"
     # Both files are complete at once: the move needs the disk space twice.
     os.replace(folder / DATA, old)
-    new_offsets = _lay_out(folder / DATA, source, request, assignment)
-    positions = assignment.used[np.argsort(new_offsets[assignment.used])]  # written in ascending order
+    new_layout = lay_out(folder / DATA, source, request, assignment)
+    positions = assignment.used[np.argsort(new_layout.images[assignment.used])]  # written in ascending order
     with open(old, "rb") as readable, open(folder / DATA, "r+b") as writable:
-        for i in positions:
-            pixels = os.pread(readable.fileno(), row_bytes(request), int(old_offsets[i]))
-            write_at(writable.fileno(), pixels, int(new_offsets[i]))
+        for i in positions.tolist():
+            for (old_offset, size), (new_offset, _) in zip(old_layout.spans(i), new_layout.spans(i), strict=True):
+                write_at(writable.fileno(), os.pread(readable.fileno(), size, old_offset), new_offset)
     old.unlink()
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of one split beside the pixels, in the order of the store."""
-
-    labels: NDArray[np.int64]
-    domain_ids: NDArray[np.int64]
-    names: list[str]
-    groups: NDArray[np.int64] | None
-    """See `trainables.data.store.Store.groups`; None = no column."""
-
-
-def _lay_out(path: Path, source: Source, request: IngestRequest, assignment: Assignment) -> Offsets:
-    """Write the whole Arrow file with zeros for pixels, one record batch per split.
-
-    The metadata of the schema repeats classes, domains, splits and size as JSON, so that the file's digest covers them.
-    """
-    width = row_bytes(request)
-    metadata = {
-        "format": FORMAT,
-        "classes": assignment.classes,
-        "domains": assignment.domains,
-        "splits": list(assignment.splits),
-        "image_size": request.image_size,
-    }
-    fields = [
-        pa.field("image", pa.list_(pa.uint8(), width), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-        pa.field("domain", pa.int64(), nullable=False),
-        pa.field("name", pa.string(), nullable=False),
-    ]
-    across = assignment.across_domains
-    # Without such groups a store has the bytes, and so the digest, that it had before there was the column.
-    if across:
-        fields.append(pa.field("group", pa.int64(), nullable=False))
-    schema = pa.schema(fields, metadata={"luthier": json.dumps(metadata, sort_keys=True)})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for positions in assignment.splits.values():
-            names = [source.samples[i].name for i in positions]
-            groups = np.array([across.get(i, -1) for i in positions.tolist()], np.int64) if across else None
-            columns = _Columns(assignment.labels[positions], assignment.domain_ids[positions], names, groups)
-            with _zeros(len(positions) * width) as blank:
-                writer.write_batch(_record_batch(schema, columns, blank, width))
-
-    first_pixel = _pixel_offsets(path, list(assignment.splits))
-    offsets = np.full(len(source.samples), -1, dtype=np.int64)
-    for split, positions in assignment.splits.items():
-        offsets[positions] = first_pixel[split] + np.arange(len(positions)) * width
-    return offsets
-
-
-def _zeros(size: int) -> mmap.mmap:
-    """Zero bytes that take no memory: an anonymous mapping that is only read."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _record_batch(schema: Any, columns: _Columns, pixels: mmap.mmap, width: int) -> Any:
-    """One record batch, built from buffers."""
-    # `pa.array` would import pandas, which takes longer than a small ingest.
-    count = len(columns.labels)
-    values = pa.Array.from_buffers(pa.uint8(), count * width, [None, pa.py_buffer(pixels)])
-    names = [name.encode() for name in columns.names]
-    ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
-    if ends[-1] >= 2**31:  # Arrow's string columns have 32-bit offsets
-        raise ValueError(f"The names of a split must have less than 2 GiB in all, but they have {ends[-1]} bytes.")
-    name_buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(names))]
-    arrays = [
-        pa.FixedSizeListArray.from_arrays(values, width),
-        _integer_array(columns.labels),
-        _integer_array(columns.domain_ids),
-        pa.Array.from_buffers(pa.string(), count, name_buffers),
-    ]
-    if columns.groups is not None:
-        arrays.append(_integer_array(columns.groups))
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _integer_array(values: NDArray[np.int64]) -> Any:
-    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])
-
-
-def _pixel_offsets(path: Path, splits: list[str]) -> dict[str, int]:
-    """Byte offset of each split's first pixel in the file."""
-    # Arrow does not tell offsets: the distance of the mapped pixels from the file's first mapped byte is the same.
-    with pa.memory_map(str(path)) as mapped:
-        whole = mapped.read_buffer()
-        reader = pa.ipc.open_file(pa.BufferReader(whole))
-        return {
-            name: reader.get_batch(i).column("image").values.buffers()[1].address - whole.address
-            for i, name in enumerate(splits)
-        }
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def ingest_request(spec: StudySpec, view: DataConfig, recorded: Choices | None =
     data = spec.data
     default = "near" if recorded is None else recorded.copies
     return dataclasses.replace(
-        source_request(data),
+        source_request(spec),
         image_size=view.stored_size,
         crop_size=view.image_size if view.crop_rounds else None,
         interpolation=view.interpolation,

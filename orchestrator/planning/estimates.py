@@ -14,7 +14,7 @@ from orchestrator.study_file.rules import DIGITS_DOMAINS
 if TYPE_CHECKING:
     from orchestrator.ingest.assign import Assignment
     from orchestrator.ingest.source import Source
-    from orchestrator.study_file.schema import DataSpec, StudySpec
+    from orchestrator.study_file.schema import StudySpec
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,18 @@ TRIAL_BYTES = 200_000
 """Bytes of one trial in the journal, in Optuna and in MLflow, without its checkpoints."""
 
 
-def examine(data: DataSpec) -> tuple[Source, Assignment]:
+def examine(spec: StudySpec) -> tuple[Source, Assignment]:
     """A source and its assignment to splits.
 
-    From file names and headers only: no image is decoded.
+    From file names and headers only: no image is decoded, but masks are read.
 
     Raises:
         DataError: the source is missing or has no images, a domain is missing or empty, a class is never ID or has too
             few images.
     """
-    return survey(source_request(data))
+    return survey(source_request(spec))
 
 
-def store_bytes(side: int, images: int, trials: int) -> int:
-    """Estimated bytes of the data store and of the records.
-
-    The store holds uint8 pixels at the stored `side`; the records are those of all trials.
-    """
-    return int(images * side * side * 3 * OVERHEAD) + trials * TRIAL_BYTES
+def store_bytes(pixel_bytes: int, trials: int) -> int:
+    """Estimated bytes of the data store, which holds raw pixels, and of the records of all trials."""
+    return int(pixel_bytes * OVERHEAD) + trials * TRIAL_BYTES

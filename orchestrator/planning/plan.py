@@ -18,7 +18,8 @@ from rich.table import Table
 
 import search_spaces
 from orchestrator.ingest.errors import first_few
-from orchestrator.ingest.manifest import together_in_words
+from orchestrator.ingest.layout import sample_bytes
+from orchestrator.ingest.manifest import pixel_sentences, split_warnings, together_in_words
 from orchestrator.ingest.pipeline import existing_store
 from orchestrator.planning.build import evaluated_units, ingest_request, interim_splits, rungs_of
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
@@ -35,7 +36,9 @@ from trainables.specs.metrics import ood_domain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.ingest.assign import Assignment
     from orchestrator.ingest.request import IngestRequest
+    from orchestrator.ingest.source import Source
     from orchestrator.search.space import SearchSpace
     from orchestrator.study_file.schema import StudySpec
     from search_spaces import Hyperparameter
@@ -121,6 +124,8 @@ class Plan:
     """How pictures become the network's input, in a sentence."""
     copies: str = ""
     """What the drawn splits keep together, in a sentence; empty = nothing."""
+    masks: tuple[str, ...] = ()
+    """What the masks hold and how they are read, in sentences; empty = images with a label each."""
 
     @property
     def max_units(self) -> int:
@@ -156,6 +161,7 @@ class Plan:
         return [
             f"Network: {self.backbone}. Data: {self.data}, {self.images:,} images in {self.classes} classes.",
             self._images(),
+            *self.masks,
             *filter(None, (self.copies, self.view)),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
@@ -225,12 +231,13 @@ def make_plan(spec: StudySpec) -> Plan:
     space = space_of(spec)
     search = spec.search
     data = spec.data
-    source, assignment = examine(data)
+    source, assignment = examine(spec)
     # Domains that the study file leaves open are known from the source.
     domains = {"id": assignment.id_domains, "ood": assignment.ood_domains}
     counts = count_trials(spec.model_copy(update={"data": data.model_copy(update=domains)}), space)
     images = len(source.samples)
     splits = {name: len(rows) for name, rows in assignment.splits.items()}
+    request = ingest_request(spec, view.config, recorded)
     resources = spec.resources
     gpus = "a GPU if there is one" if resources.gpus == "auto" else counted(resources.gpus, "GPU")
     return Plan(
@@ -257,7 +264,7 @@ def make_plan(spec: StudySpec) -> Plan:
         splits=splits,
         id_domains=tuple(assignment.id_domains),
         train_fraction=data.train_fraction,
-        disk_bytes=store_bytes(view.config.stored_size, images, counts.total),
+        disk_bytes=store_bytes(int(sample_bytes(source, request)[assignment.used].sum()), counts.total),
         kept_bytes=kept_bytes_of(spec, counts, space, splits, len(assignment.classes)),
         keep=spec.keep,
         resources=f"{counted(resources.cpus, 'CPU')} and {gpus}",
@@ -267,7 +274,20 @@ def make_plan(spec: StudySpec) -> Plan:
         evaluated_units=evaluated_units(spec),
         interim_splits=interim_splits(spec),
         view=view.sentence() + _weights_note(spec),
-        copies=_copies(ingest_request(spec, view.config, recorded), Path(spec.storage).absolute() / "data"),
+        copies=_copies(request, Path(spec.storage).absolute() / "data"),
+        masks=_masks(source, assignment),
+    )
+
+
+def _masks(source: Source, assignment: Assignment) -> tuple[str, ...]:
+    """See `Plan.masks`; warnings last."""
+    if source.survey is None:
+        return ()
+    return (
+        f"Pairs of a picture and its mask: {source.layout}.",
+        *source.remarks,
+        *pixel_sentences(source.survey, assignment),
+        *(f"Warning: {text}" for text in (*source.warnings, *split_warnings(source.survey, assignment))),
     )
 
 

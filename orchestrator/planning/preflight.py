@@ -72,7 +72,7 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     ood: Collection[str] = data.ood or DIGITS_DOMAINS
     if data.source != "digits":
         try:
-            inside = examine(data)[1]
+            inside = examine(spec)[1]
         except ValueError as error:
             yield Problem(("data",), str(error))
             return

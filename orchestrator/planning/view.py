@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from orchestrator.ingest.decoding import image_sizes
+from orchestrator.ingest.label_map import mask_request
 from orchestrator.ingest.pipeline import IngestRequest, survey
 from orchestrator.record.records import study_header
 from trainables.models.backbone import DataConfig, backbone_data_config
@@ -91,8 +92,14 @@ def recorded_choices(events: Iterable[Mapping[str, Any]]) -> Choices | None:
     )
 
 
-def source_request(data: DataSpec) -> IngestRequest:
-    """Source, domains and splits of a study; the size of its images is left open."""
+def source_request(spec: StudySpec) -> IngestRequest:
+    """Source, domains and splits of a study; the size of its images is left open.
+
+    Raises:
+        DataError: declared values of masks that are none.
+    """
+    data = spec.data
+    masks = mask_request(data.labels, data.ignore, data.mask) if spec.task == "segmentation" else None
     return IngestRequest(
         source=data.source,
         root=data.root,
@@ -102,6 +109,7 @@ def source_request(data: DataSpec) -> IngestRequest:
         test_fraction=data.test_fraction,
         seed=data.seed,
         label=data.label,
+        masks=masks,
     )
 
 
@@ -120,8 +128,8 @@ def view_of(spec: StudySpec, recorded: Choices | None = None) -> View:
     changes = _changes(data)
     config = backbone_data_config(model, data.image_size, changes)
     if data.crop_pct is not None or (recorded is not None and recorded.crop_pct is None):
-        return View(config, _picture_side(*survey(source_request(data))))
-    side = _picture_side(*survey(source_request(data)))
+        return View(config, _picture_side(*survey(source_request(spec))))
+    side = _picture_side(*survey(source_request(spec)))
     if recorded is not None:
         crop_pct = recorded.crop_pct
     else:
@@ -158,5 +166,8 @@ def _picture_side(source: Source, assignment: Assignment) -> int | None:
     """Median shorter side of the ID pictures, in pixels; None = none can be read."""
     positions = np.sort(np.concatenate([assignment.splits[name] for name in ("train", "val", "test")]))
     chosen = positions[np.unique(np.linspace(0, len(positions) - 1, MEASURED_PICTURES).round().astype(np.int64))]
-    sides = [min(size) for size in image_sizes(source, chosen.tolist())]
+    if source.survey is not None:
+        sides = source.survey.sizes[chosen].min(axis=1).tolist()
+    else:
+        sides = [min(size) for size in image_sizes(source, chosen.tolist())]
     return statistics.median_low(sides) if sides else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import Problem, StudyError
+from orchestrator.ingest.label_map import BUILT_IN
 from orchestrator.study_file.schema import StudySpec
 from orchestrator.study_file.yaml_text import read_yaml
 
@@ -53,7 +54,8 @@ def resolved_study(path: str | Path) -> dict[str, Any]:
 def absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of a study's fields in which every path is absolute.
 
-    These are data.root, model.weights, model.name (`local-dir:…`), storage and a SQLite tracking.uri; URLs stay.
+    These are data.root, data.labels (a label file), model.weights, model.name (`local-dir:…`), storage and a SQLite
+    tracking.uri; URLs stay.
     Missing storage becomes `<folder>/studies`: a job's working directory is deleted with the job.
     """
     # A deep copy, because nested sections are written into.
@@ -62,6 +64,10 @@ def absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     def absolute(value: str) -> str:
         return value if "://" in value else str((folder / Path(value).expanduser()).absolute())
 
+    data = study.get("data")
+    labels = data.get("labels") if isinstance(data, dict) else None
+    if isinstance(data, dict) and isinstance(labels, str) and labels not in BUILT_IN:
+        data["labels"] = absolute(labels)
     for section, key in _PATH_KEYS:
         if isinstance(study.get(section), dict) and study[section].get(key):
             study[section][key] = absolute(study[section][key])

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from orchestrator.errors import KeyPath, did_you_mean
+from orchestrator.ingest.label_map import MASK_SOURCES
 from orchestrator.record.costs import COSTS
 from trainables.specs.metrics import CLASSIFICATION
 
@@ -163,6 +164,31 @@ def source_problems(
             ("label",),
             f"only Parquet files have a label column to choose, but the source is {source!r}. Remove one of the two.",
         )
+
+
+def mask_problems(
+    task: str, source: str, labels: object | None, ignore: object | None, mask: str | None, label: str | None
+) -> Iterator[RuleProblem]:
+    """Keys of `data` that do not fit the task."""
+    if task != "segmentation":
+        for key, value in (("labels", labels), ("ignore", ignore), ("mask", mask)):
+            if value is not None:
+                message = f"only segmentation has {key}, but the task is {task}. Set task: segmentation, or remove it."
+                yield ("data", key), message
+        return
+    if source not in MASK_SOURCES:
+        yield (
+            ("data", "source"),
+            f"pictures with masks come from {' or '.join(MASK_SOURCES)}, but got {source!r}.",
+        )
+    if label is not None:
+        yield (
+            ("data", "label"),
+            f"the classes of segmentation are in the masks, but a label column is given: {label!r}. Remove it; "
+            "data.mask names the column with the masks.",
+        )
+    if mask is not None and source == "folder":
+        yield ("data", "mask"), f"only tables have a mask column, but the source is {source!r}. Remove one of the two."
 
 
 def domain_list_problems(id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:

@@ -80,6 +80,17 @@ class DataSpec(Section):
     label: str | None = None
     """Column of Parquet files that holds the classes. null = the first of `label`, `labels`, `class`, `target`,
     `category`, `fine_label`, `coarse_label`."""
+    labels: dict[str, int | str | list[int | str]] | str | None = None
+    """Segmentation: classes and their values in the masks, `{background: 0, object: 255}`. A value is an integer or a
+    colour, `'48,112,32'` or `'#307020'`; several make a list. Or a label file (CVAT's `labelmap.txt`,
+    `class_dict.csv`), or a published table: `cityscapes` (label ids), `cityscapes-train-ids`. null = a label file
+    beside the masks, else a class per value, named by it. A value without a class is an error."""
+    ignore: list[int | str] | int | str | None = None
+    """Segmentation: values or colours of masks that count nowhere: not in the loss, not in a score, not as a class.
+    null = 255, unless `labels` gives it a class; `[]` = none."""
+    mask: str | None = None
+    """Segmentation: column of Parquet files or of a manifest that holds the masks. null = the first of `mask`, `masks`,
+    `label`, `labels`, `annotation`, `segmentation`."""
     augment: list[str] = []
     """Training augmentations: any of `flip`, `crop`."""
     sampling: Literal["balanced"] | None = None
@@ -332,6 +343,9 @@ class StudySpec(Section):
 
     name: Annotated[str, BeforeValidator(rules.check_name)]
     """Name of the study's folder, its MLflow parent run and its jobs: letters, digits, `.`, `_`, `-`."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """What is learned. classification = a class per picture, from folders named after classes; segmentation = a class
+    per pixel, from pictures with masks (docs/data.md)."""
     data: DataSpec
     model: ModelSection
     strategies: Annotated[list[Annotated[StrategyEntry, BeforeValidator(rules.named_entry)]], Field(min_length=1)]
@@ -356,6 +370,7 @@ class StudySpec(Section):
         data = self.data
         diagnostics = self.diagnostics
         rules.raise_if_any(
+            *rules.mask_problems(self.task, data.source, data.labels, data.ignore, data.mask, data.label),
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
             *rules.balance_problems(self.loss.class_weights, data.sampling),

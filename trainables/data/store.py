@@ -3,6 +3,10 @@
 A store is a folder with `data.arrow` (one record batch per split; columns `image`, `label`, `domain`, `name`, and
 `group` where equal or nearly equal images lie in several ID domains) and `manifest.json`. The folder is renamed into
 place when both are complete, so a store that exists is complete.
+
+A store of pictures with masks (`targets` = `masks`) holds whole pictures, each of its own size: `image` and `mask` are
+binary columns of H * W * 3 and H * W bytes, beside columns `height` and `width`. A mask has class indices; 255 is
+ignored.
 `StoreLike` is what training needs of it; tests and benchmarks implement it in memory.
 """
 
@@ -10,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +32,8 @@ DATA = "data.arrow"
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Version of the layout; a store of another version is refused."""
+IGNORED = 255
+"""Value of pixels in the masks of a store that belong to no class and count nowhere."""
 
 
 class StoreLike(Protocol):
@@ -79,6 +85,46 @@ class StoreError(ValueError):
     """Not a data store, or a damaged one."""
 
 
+class Pictures(Sequence[NDArray[np.uint8]]):
+    """Pictures or masks of a split, each of its own size: read-only views of the mapped file.
+
+    Args:
+        column: large binary, height * width * channels bytes a row.
+        sizes: (n, 2) height and width.
+        channels: 3 = pictures (H, W, 3), 1 = masks (H, W).
+    """
+
+    def __init__(self, column: Any, sizes: Indices, channels: Literal[1, 3]) -> None:
+        _, offsets, data = column.buffers()
+        first = column.offset
+        self._offsets = np.frombuffer(offsets, np.int64, count=len(column) + 1, offset=8 * first)
+        self._data = np.frombuffer(data, np.uint8)
+        self._sizes = sizes
+        self._channels = channels
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> NDArray[np.uint8]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[NDArray[np.uint8]]: ...
+
+    def __getitem__(self, index: int | slice) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"The split has {len(self)} pictures, but got index {index}.")
+        row = index % len(self)
+        height, width = self._sizes[row].tolist()
+        pixels = self._data[self._offsets[row] : self._offsets[row + 1]]
+        return pixels.reshape((height, width, 3) if self._channels == 3 else (height, width))
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        return (self[i] for i in range(len(self)))
+
+
 class Store:
     """An ingested data set; files are opened at first use.
 
@@ -92,6 +138,7 @@ class Store:
         # A store is pickled as its path, and Ray's workers have another working directory.
         self.path = Path(path).absolute()
         self._images: dict[str, NDArray[np.uint8]] = {}
+        self._pictures: dict[tuple[str, str], Pictures] = {}
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (str(self.path),)
@@ -152,12 +199,50 @@ class Store:
         return list(self.manifest["splits"])
 
     @cached_property
+    def targets(self) -> Literal["labels", "masks"]:
+        """What is learned: a label per image, or a mask per picture."""
+        return "masks" if self.manifest.get("targets") == "masks" else "labels"
+
+    @cached_property
     def image_size(self) -> int:
-        """Height and width of the stored images, in pixels."""
+        """Height and width of the stored images, in pixels; 0 = pictures of their own sizes, with masks."""
         return int(self.manifest["image_size"])
 
+    @cached_property
+    def pixels(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Split → domain → `classes` (labelled pixels by class index) and `ignored` pixels; empty without masks."""
+        return dict(self.manifest.get("pixels", {}))
+
+    def pictures(self, split: str) -> Pictures:
+        """Whole pictures (H, W, 3) uint8 of a store with masks, by row."""
+        return self._of_own_size(split, "image", 3)
+
+    def masks(self, split: str) -> Pictures:
+        """Masks (H, W) uint8 of class indices, 255 = ignored, by row."""
+        return self._of_own_size(split, "mask", 1)
+
+    def sizes(self, split: str) -> Indices:
+        """Height and width (n, 2) int64 of the pictures of a store with masks."""
+        self._check_targets("masks", "sizes")
+        return np.stack([_view(self._column(split, name), np.int64) for name in ("height", "width")], axis=1)
+
+    def _of_own_size(self, split: str, column: str, channels: Literal[1, 3]) -> Pictures:
+        self._check_targets("masks", "pictures and masks")
+        if (split, column) not in self._pictures:
+            self._pictures[split, column] = Pictures(self._column(split, column), self.sizes(split), channels)
+        return self._pictures[split, column]
+
+    def _check_targets(self, needed: str, what: str) -> None:
+        if self.targets != needed:
+            raise StoreError(f"A store whose targets are {needed} has {what}, but {self.path} has {self.targets}.")
+
     def images(self, split: str) -> NDArray[np.uint8]:
-        """Pixels (n, H, W, 3) uint8, a read-only view of the mapped file."""
+        """Pixels (n, H, W, 3) uint8, a read-only view of the mapped file.
+
+        Raises:
+            StoreError: the store has masks: its pictures have sizes of their own, see `pictures`.
+        """
+        self._check_targets("labels", "images of one size")
         if split not in self._images:
             side = self.image_size
             pixels = _view(self._column(split, "image").values, np.uint8)

@@ -163,7 +163,7 @@ class TestAllAtOnce:
         with pytest.raises(StudyError) as caught:
             load_study(file)
         keys = "source, root, id, ood, image_size, crop_pct, interpolation, mean, std, val_fraction, test_fraction, "
-        keys += "train_fraction, seed, on_bad, on_leak, copies, label, augment, sampling"
+        keys += "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, sampling"
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
@@ -196,7 +196,7 @@ class TestRefused:
         [
             (
                 {"modle": {}},
-                "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
+                "modle: unknown key. Did you mean 'model'? Known here: name, task, data, model, strategies, "
                 "search, loss, confirm, diagnostics, resources, failures, tracking, keep, storage.",
             ),
             ({"search": {"trials": 2.5}}, "search.trials: must be an integer, but got the number 2.5."),
