@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.errors import KeyPath, did_you_mean
 from orchestrator.ingest.label_map import MASK_SOURCES
 from orchestrator.record.costs import COSTS
-from trainables.specs.metrics import CLASSIFICATION
+from trainables.specs.metrics import task_metrics
 
 RESERVED = frozenset({"data", "cache", "mlartifacts", "mlflow.db"})
 """Names in the storage folder that are not studies; each study has a folder of its own name there."""
@@ -119,17 +119,6 @@ def check_objective(value: Any) -> Any:
     return value
 
 
-def check_metric(value: Any) -> Any:
-    """Validate the metric that selects."""
-    if isinstance(value, str):
-        try:
-            CLASSIFICATION.selecting(value)
-        except ValueError as error:
-            message = str(error)
-            raise _broken(message[0].lower() + message[1:]) from error
-    return value
-
-
 def named_entry(value: Any) -> Any:
     """Expand the short form of an entry: `daft` → `{name: daft, label: daft}`."""
     if isinstance(value, str):
@@ -189,6 +178,15 @@ def mask_problems(
         )
     if mask is not None and source == "folder":
         yield ("data", "mask"), f"only tables have a mask column, but the source is {source!r}. Remove one of the two."
+
+
+def metric_problems(task: str, metric: str | None) -> Iterator[RuleProblem]:
+    """A metric that cannot select in the task."""
+    try:
+        task_metrics(task).selecting(metric)
+    except ValueError as error:
+        message = str(error)
+        yield ("search", "metric"), message[0].lower() + message[1:]
 
 
 def domain_list_problems(id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:
