@@ -163,7 +163,7 @@ class TestAllAtOnce:
         with pytest.raises(StudyError) as caught:
             load_study(file)
         keys = "source, root, id, ood, image_size, crop_pct, interpolation, mean, std, val_fraction, test_fraction, "
-        keys += "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, sampling"
+        keys += "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, evaluation, sampling"
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
