@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -513,7 +513,7 @@ def scan_mask_folder(root: Path) -> FolderSource:
         digest.update(f"{split}\0{domain}\n".encode("utf-8", "surrogateescape"))
         path = picture.file.path
         samples.append(Sample(printable(path), "", domain, split, path, mask.file.path))
-    label_map = _label_file(root, paired, digest)
+    label_map = _label_file(root, paired, digest.update)
     others = [SkippedEntry(printable(entry.name), entry.reason) for entry in paired.others]
     return FolderSource(
         kind="folder",
@@ -622,8 +622,13 @@ def _evaluation_domains(paired: PairedFiles, places: Sequence[tuple[str, str | N
     )
 
 
-def _label_file(root: Path, paired: PairedFiles, digest: hashlib._Hash) -> LabelMap | None:
+def _label_file(root: Path, paired: PairedFiles, update: Callable[[bytes], None]) -> LabelMap | None:
     """The label map beside the masks: Cityscapes' table by the names of the masks, or a label file.
+
+    Args:
+        root: of the data.
+        paired: its pairs.
+        update: takes the contents of label files, for the digest of the source.
 
     Raises:
         DataError: a label file that cannot be read, or several that differ.
@@ -638,7 +643,7 @@ def _label_file(root: Path, paired: PairedFiles, digest: hashlib._Hash) -> Label
     for folder, name in files:
         origin = printable("/".join((*folder, name)))
         maps.append(read_label_file(root.joinpath(*folder, name), origin))
-        digest.update(root.joinpath(*folder, name).read_bytes())
+        update(root.joinpath(*folder, name).read_bytes())
     if not maps:
         return None
     first = maps[0]

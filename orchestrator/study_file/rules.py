@@ -159,10 +159,11 @@ def source_problems(
             f"root is a path on this machine, but got the URL {root!r}. Copy the data to a folder that all machines "
             "can read.",
         )
-    if label is not None and source != "parquet":
+    if label is not None and source not in ("parquet", "manifest"):
         yield (
             ("label",),
-            f"only Parquet files have a label column to choose, but the source is {source!r}. Remove one of the two.",
+            f"only Parquet files and manifests have a label column to choose, but the source is {source!r}. Remove one "
+            "of the two.",
         )
 
 
