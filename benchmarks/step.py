@@ -96,8 +96,9 @@ class ByHand:
         extra: dict[str, Any] = {} if kind is torch.optim.AdamW else {"momentum": self.config.momentum}
         self.optimizer = kind(tables, weight_decay=self.config.weight_decay, fused=device.type == "cuda", **extra)
         self.rates = [table["lr"] for table in tables]
-        frozen = self.model.backbone if training.head_only else None
-        set_training_mode(self.model, frozen if isinstance(frozen, nn.Module) else None, self.config.bn_mode)
+        backbone = self.model.backbone
+        assert isinstance(backbone, nn.Module)
+        set_training_mode(self.model, backbone, self.config.bn_mode, training.head_only)
 
     def unit(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
         total = torch.zeros((), device=batches[0][0].device)
@@ -165,7 +166,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def ready_unit(training: PhaseTrainer, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Run Luthier's `train_unit` on prepared tensors."""
-    set_training_mode(training.model, training.model.backbone if training.head_only else None, training.config.bn_mode)
+    set_training_mode(training.model, training.model.backbone, training.config.bn_mode, training.head_only)
     steps = PhaseSteps(
         forward=training.model, optimizer=training.optimizer, config=training.config, task=training.task,
         total_steps=training.total_steps, dtype=training.dtype,

@@ -22,7 +22,7 @@ class Daft(Strategy):
         """DAFT's row of Ha et al. (2024), Table 1."""
 
         lr_head: float | None = 1.0
-        head_init: Literal["random", "zeros", "linear_probe"] = "zeros"
+        head_init: Literal["auto", "random", "zeros", "linear_probe"] = "auto"
         bn_conversion: bool = True
 
 

@@ -1,5 +1,6 @@
 """LP-FT (Kumar et al., 2022): fine-tuning from the linear probe's solution.
-At a small rate, BatchNorm frozen.
+At a small rate, BatchNorm frozen. Of a task without a closed form (segmentation) the probe is a phase of its own, in
+which the head trains by gradient: `TrainedLpFt`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.engine.contract import ParamGroup, Prepared, Strategy, TrainingConfig
+from trainables.engine.contract import ParamGroup, Phase, Prepared, Strategy, TrainingConfig
 from trainables.specs.metrics import HEAD_CURVATURE
 
 if TYPE_CHECKING:
     from trainables.data.trial_data import TrialData
     from trainables.models.task_model import TaskModel
+    from trainables.tasks.base import Task
 
 SAMPLES = 1024
 """Training images over which the head's curvature is averaged; their order is stratified."""
@@ -53,6 +55,11 @@ class LpFt(Strategy):
                     "Use lr_backbone."
                 )
 
+    @classmethod
+    def for_task(cls, task: type[Task]) -> type[Strategy]:
+        """`TrainedLpFt` where the task has its probe trained."""
+        return TrainedLpFt if task.trains_probe else cls
+
     def prepare(self, model: TaskModel, data: TrialData) -> Prepared:
         """The default, and the curvature of the solved head as state."""
         prepared = super().prepare(model, data)
@@ -76,6 +83,56 @@ class LpFt(Strategy):
             return super().param_groups(model, prepared)
         absolute = dataclasses.replace(self.config, lr_backbone=relative / prepared, lr_backbone_relative=None)
         return LpFt(absolute).param_groups(model)
+
+
+class TrainedLpFt(Strategy):
+    """Linear probing by gradient for a share of the budget, then everything moves at a small rate.
+
+    The backbone is frozen and its BatchNorm in eval mode at first; then its weights move, and its BatchNorm stays in
+    eval mode. The head's BatchNorm, which is not pretrained, is in train mode throughout. Either phase has an optimiser
+    and a whole schedule of its own.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TrainingConfig):
+        """LP-FT's row of Ha et al. (2024), Table 1, with a probe by gradient."""
+
+        lr_backbone: float = 1e-3
+        lr_probe: float = 3e-2
+        """Rate of the head while it trains alone."""
+        probe_share: float = 0.5
+        """Share of the units that the head trains alone (at least one)."""
+        bn_mode: Literal["train", "eval"] = "eval"
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not self.lr_probe > 0:
+                raise ValueError(f"lr_probe must be positive, but got {self.lr_probe!r}.")
+            if not 0 < self.probe_share < 1:
+                raise ValueError(f"0 < probe_share < 1 must hold, but got {self.probe_share!r}.")
+
+    def phases(self, units: int) -> list[Phase]:
+        """`probe`, then `tune`.
+
+        Raises:
+            ValueError: fewer than two units.
+        """
+        if units < 2:
+            raise ValueError(
+                f"Probing and tuning take at least 2 units, but the trial has {units}. Give it more epochs, or shorter "
+                "units (search.steps_per_unit)."
+            )
+        probe = min(units - 1, max(1, round(units * self.config.probe_share)))
+        return [
+            Phase("probe", probe, groups=frozenset({"head probe"})),
+            Phase("tune", units - probe, groups=frozenset({"backbone", "head"})),
+        ]
+
+    def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
+        """Backbone and head of the tuning, and the head at the probe's rate."""
+        relative = self.config.head_rate == "relative"
+        probe = ParamGroup("head probe", list(model.head.parameters()), self.config.lr_probe, relative)
+        return [*super().param_groups(model, prepared), probe]
 
 
 def head_curvature(features: NDArray[np.float64], weight: NDArray[np.float64], bias: NDArray[np.float64]) -> float:

@@ -17,9 +17,11 @@ from orchestrator.ingest.manifest_source import scan_manifest
 from orchestrator.ingest.mask_folders import masks_of_folder, scan_mask_folder
 from orchestrator.ingest.npz import scan_npz
 from orchestrator.ingest.parquet import scan_parquet
+from orchestrator.ingest.scenes import scan_scenes
 from orchestrator.ingest.source import Source
 
-SOURCES = ("folder", "parquet", "manifest", "npz", "digits")
+SOURCES = ("folder", "parquet", "manifest", "npz", "digits", "digits_scenes")
+BUILT_IN_SOURCES = ("digits", "digits_scenes")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class IngestRequest:
     source: str
     """One of `SOURCES`."""
     root: str | None = None
-    """Folder or file; None for `digits`."""
+    """Folder or file; None for those that are built in."""
     id: tuple[str, ...] = ()
     """ID domains; empty = all that are not OOD."""
     ood: tuple[str, ...] = ()
@@ -89,6 +91,8 @@ def scan(request: IngestRequest) -> Source:
     """
     if request.source == "digits":
         return scan_digits(request.val_fraction, request.test_fraction, request.seed)
+    if request.source == "digits_scenes":
+        return scan_scenes(request.seed)
     if request.root is None:
         raise DataError(f"The source {request.source!r} needs data.root, the path of the images, but got none.")
     root = existing(Path(request.root).expanduser())

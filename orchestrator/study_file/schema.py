@@ -33,10 +33,10 @@ class DataSpec(Section):
     Domains are in distribution (ID) or not (OOD).
     """
 
-    source: Literal["folder", "parquet", "manifest", "npz", "digits"] = "folder"
+    source: Literal["folder", "parquet", "manifest", "npz", "digits", "digits_scenes"] = "folder"
     """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`; of pictures with
     masks see docs/data.md), Parquet files, a manifest (CSV or JSON lines with a path per picture), a MedMNIST-style
-    `.npz`; `digits` is built in and needs no root."""
+    `.npz`; `digits` and, of pictures with masks, `digits_scenes` are built in and need no root."""
     root: str | None = None
     """Folder or file with the images. A relative path counts from the study file's folder."""
     id: list[str] = []
@@ -93,7 +93,11 @@ class DataSpec(Section):
     """Segmentation: column of Parquet files or of a manifest that holds the masks. null = `mask`, or the
     first of the other usual names (docs/data.md)."""
     augment: list[str] = []
-    """Training augmentations: any of `flip`, `crop`."""
+    """Training augmentations: any of `flip`, `crop`; of pictures with masks also `scale` (by 1/2 to 2) and `jitter` of
+    brightness, contrast and saturation."""
+    evaluation: Literal["resize", "slide"] | None = None
+    """Segmentation: how the network sees a picture that is scored. resize = whole, its longer side scaled to
+    `image_size`; slide = at its own size, through overlapping windows. null = slide where `crop` is an augmentation."""
     sampling: Literal["balanced"] | None = None
     """balanced = every class equally often in an epoch of gradient training: images of small classes come several
     times, of large classes a random part. null = every image once."""
@@ -174,10 +178,10 @@ class SearchSpec(Section):
     """Optimise accuracy and costs together: `objective` first, then one or more of `trainable_parameters`,
     `device_seconds` and `peak_memory` (GPU memory where a trial has a GPU, else the host's). Needs `scheduler: none`
     and a sampler that learns; the results then have a Pareto front. null = `objective` alone."""
-    metric: Annotated[str, BeforeValidator(rules.check_metric)] | None = None
+    metric: str | None = None
     """What selects wherever something is chosen: epochs, C, λ and α within a trial, early stopping, the sampler, the
-    winner and the leaderboard. `acc`, `balanced_acc`, `macro_f1`, `auroc`, `ap`, `nll` or `brier` (docs/metrics.md).
-    null = `acc`, accuracy."""
+    winner and the leaderboard. `acc`, `balanced_acc`, `macro_f1`, `auroc`, `ap`, `nll` or `brier`; of segmentation
+    `miou`, `pixel_acc` or `nll` (docs/metrics.md). null = `acc`, accuracy; of segmentation `miou`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the sampler, and of initialisation and batches of every trial."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -371,6 +375,8 @@ class StudySpec(Section):
         data = self.data
         diagnostics = self.diagnostics
         rules.raise_if_any(
+            *rules.metric_problems(self.task, self.search.metric),
+            *rules.augmentation_problems(self.task, data.augment, data.evaluation),
             *rules.mask_problems(self.task, data.source, data.labels, data.ignore, data.mask, data.label),
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),

@@ -48,6 +48,8 @@ class MaskView:
     """(H, W) uint8, of the whole picture, on the device of the view."""
     completes: bool
     """Whether the picture has no later view."""
+    side: int
+    """Side of the view in pixels."""
 
 
 class MaskViews(Sequence[MaskView]):

@@ -15,18 +15,11 @@ from trainables.data.mask_views import Box, MaskView, MaskViews
 from trainables.data.pair_transforms import padded, padded_mask, scaled_mask, scaled_picture, scaled_size
 from trainables.data.square_images import Batch
 from trainables.data.store import MaskStoreLike
+from trainables.specs.augmentations import MASK_AUGMENTATIONS
 from trainables.specs.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from trainables.models.backbone import DataConfig
-
-MASK_AUGMENTATIONS = {
-    "flip": "mirror left-right with probability 1/2",
-    "crop": "a random square of the network's side out of the picture at its own size, padded where it is smaller",
-    "scale": "scale the picture by a factor between 1/2 and 2",
-    "jitter": "change brightness, contrast and saturation by up to a half, in random order",
-}
-"""Values of `data.augment` for pictures with masks; each picture has a draw of its own, and its mask the same."""
 
 SCALES = (0.5, 2.0)
 JITTER = 0.5
@@ -60,7 +53,7 @@ class MaskedPictures:
     Args:
         store: the opened store.
         config: normalisation and side of the network's input.
-        augment: any of `MASK_AUGMENTATIONS`.
+        augment: any of `trainables.specs.augmentations.MASK_AUGMENTATIONS`.
         evaluation: see `Evaluation`; None = slide where `crop` is among the augmentations, since the network then
             trains on pictures at their own size.
         device: of the batches.
@@ -149,13 +142,16 @@ class MaskedPictures:
             size = scaled_size(height, width, self._side / max(height, width))
             shown = Box(0, 0, *size)
             image = self._normalised(scaled_picture(picture, size, shown) / 255)
-            yield padded(image, self._side), MaskView(sample, shown, Box(0, 0, height, width), mask, completes=True)
+            yield (
+                padded(image, self._side),
+                MaskView(sample, shown, Box(0, 0, height, width), mask, completes=True, side=self._side),
+            )
             return
         boxes = windows(height, width, self._side)
         for number, box in enumerate(boxes, start=1):
             part = picture[box.rows, box.columns].permute(2, 0, 1).to(torch.float32)
             shown = Box(0, 0, box.height, box.width)
-            view = MaskView(sample, shown, box, mask, completes=number == len(boxes))
+            view = MaskView(sample, shown, box, mask, completes=number == len(boxes), side=self._side)
             yield padded(self._normalised(part / 255), self._side), view
 
     def _loaded(self, split: str, position: int) -> tuple[Tensor, Tensor]:

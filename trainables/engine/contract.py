@@ -71,7 +71,8 @@ class TrainingConfig:
     """relative: the optimiser gets `lr_head / mean ‖φ‖²`, φ the pretrained pooled features of training images, so
     that one range of `lr_head` fits backbones whose feature scales differ; the bias, whose input is 1, never gets more
     than `lr_head` itself. absolute: `lr_head` as it is."""
-    head_init: HeadInit = "random"
+    head_init: Literal["auto", "random", "zeros", "linear_probe"] = "random"
+    """auto = zeros; random where the head has several layers, which at zero would have no gradient."""
     probe_rule: ProbeRule = PROBE_RULE
     """By which C of a head from `head_init: linear_probe` is chosen, see `trainables.tasks.base.ProbeRule`."""
     bn_mode: Literal["train", "eval"] = "train"
@@ -81,7 +82,8 @@ class TrainingConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    """Of every phase: cosine (Loshchilov and Hutter, 2017), poly = (1 − step/steps)^0.9 (Chen et al., 2018), constant."""
     warmup: float = 0.0
     """Share of a phase's steps over which the rates rise linearly from zero."""
     clip_norm: float | None = None
@@ -189,6 +191,11 @@ class Strategy:
         return cls(cls.Config(**hparams))
 
     @classmethod
+    def for_task(cls, task: type[Task]) -> type[Strategy]:
+        """The class that means this strategy for a task, of the same file. Default: this one."""
+        return cls
+
+    @classmethod
     def name(cls) -> str:
         """The strategy's public name: the stem of its file."""
         return cls.__module__.rpartition(".")[2]
@@ -229,7 +236,7 @@ class Strategy:
             return Prepared()
         # Before the head: a conversion preserves the features, and so a probe solved on cached ones still fits.
         report = convert_on_training_data(model, data) if config.bn_conversion else {}
-        head = task_of(data).initialise_head(model, data, config.head_init, config.probe_rule)
+        head = task_of(data).initialise_head(model, data, _head_init(config, model), config.probe_rule)
         return Prepared({**report, **head})
 
     def param_groups(self, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
@@ -255,9 +262,9 @@ class Strategy:
             model: its tensors may be on the meta device.
         """
         # By identity: a BatchNorm parameter that is in a group as well counts once.
-        moving = {id(p): p.numel() for group in self.param_groups(model) for p in group.parameters}
+        moving = {id(p): p.numel() for group in moving_groups(self, model) for p in group.parameters}
         if getattr(self.config, "bn_conversion", False):
-            layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+            layers = [module for module in model.backbone.modules() if isinstance(module, BATCH_NORMS)]
             moving |= {id(p): p.numel() for module in layers for p in module.parameters(recurse=False)}
         return sum(moving.values())
 
@@ -296,11 +303,32 @@ class Strategy:
         return {}
 
 
-def check_task(strategy: Strategy, task: type[Task], loss: LossSettings = PLAIN_LOSS) -> None:
+def _head_init(config: TrainingConfig, model: TaskModel) -> HeadInit:
+    if config.head_init != "auto":
+        return config.head_init
+    layers = [m for m in model.head.modules() if any(True for _ in m.parameters(recurse=False))]
+    return "random" if len(layers) > 1 else "zeros"
+
+
+def moving_groups(strategy: Strategy, model: TaskModel, prepared: Any = None) -> list[ParamGroup]:
+    """The strategy's groups, without parameters that the outputs do not depend on (`TaskModel.unused`)."""
+    groups = strategy.param_groups(model, prepared)
+    if not model.unused:
+        return groups
+    unused = {id(parameter) for name, parameter in model.named_parameters() if name in model.unused}
+    return [
+        dataclasses.replace(group, parameters=[p for p in group.parameters if id(p) not in unused]) for group in groups
+    ]
+
+
+def check_task(
+    strategy: Strategy, task: type[Task], loss: LossSettings = PLAIN_LOSS, decoder: str | None = None
+) -> None:
     """Refuse a configuration that means nothing for a task, before anything is computed.
 
     Raises:
-        ValueError: it solves in closed form, smooths labels, weights classes or is focal, which the task cannot.
+        ValueError: it solves in closed form, smooths labels, weights classes, is focal, has a Dice term or chooses a
+            decoder, which the task cannot.
     """
     asked = strategy.solves_in_closed_form()
     if asked is not None and task.closed_form_probe() is None:
@@ -316,19 +344,28 @@ def check_task(strategy: Strategy, task: type[Task], loss: LossSettings = PLAIN_
         "loss.label_smoothing": (loss.label_smoothing, task.label_smoothing),
         "loss.class_weights": (loss.class_weights, task.class_weights),
         "loss.focal_gamma": (loss.focal_gamma, task.focal),
+        "loss.dice": (loss.dice, task.dice),
     }
     for name, (value, able) in abilities.items():
         if value is not None and not able:
             raise ValueError(
                 f"{name} needs a task whose loss has it, but {task.name()!r} has not, and got {value!r}. Leave it out."
             )
+    if decoder is not None and decoder not in task.decoders:
+        raise ValueError(
+            f"model.decoder is one of {', '.join(task.decoders)} for the task {task.name()!r}, but got {decoder!r}."
+            if task.decoders
+            else f"model.decoder needs a task with decoders, but {task.name()!r} has none, and got {decoder!r}. Leave "
+            "it out."
+        )
 
 
-def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None) -> None:
-    """Refuse settings of loss and batches that a strategy cannot honour, before anything is computed.
+def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None, schedule: str | None = None) -> None:
+    """Refuse settings of loss, batches and schedule that a strategy cannot honour, before anything is computed.
 
     Raises:
-        ValueError: it has no gradient steps and the settings change these, or it smooths labels by itself.
+        ValueError: it has no gradient steps and the settings change these, or it smooths labels or has a schedule by
+            itself.
     """
     smoothing = getattr(strategy.config, "label_smoothing", 0.0)
     if loss.label_smoothing is not None and smoothing:
@@ -342,6 +379,12 @@ def check_loss(strategy: Strategy, loss: LossSettings, sampling: str | None) -> 
             f"and the study loss.focal_gamma {loss.focal_gamma!r}. Leave one of the two out."
         )
     if isinstance(strategy.config, TrainingConfig):
+        default = next(f.default for f in dataclasses.fields(strategy.config) if f.name == "schedule")
+        if schedule is not None and strategy.config.schedule not in (default, schedule):
+            raise ValueError(
+                f"The schedule is set once, but {strategy.name()} has schedule {strategy.config.schedule!r} and the "
+                f"study search.schedule {schedule!r}. Leave one of the two out."
+            )
         return
     trained_only = {
         "loss.label_smoothing": (loss.label_smoothing, "Leave one of the two out."),
@@ -399,4 +442,5 @@ def convert_on_training_data(model: TaskModel, data: TrialData) -> dict[str, flo
     shared = data.spec.shared
     seed = stream_seed(data.spec.seed, "bn_conversion") if shared.augment else None
     batches = (images for images, _ in data.batches("train", batch_size=shared.batch_size, augment_seed=seed))
-    return convert_batch_norm(model.backbone, batches).metrics()
+    # By what the task reads of the backbone: layers that it does not reach keep their statistics.
+    return convert_batch_norm(model.backbone, batches, model.features).metrics()

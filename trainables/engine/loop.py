@@ -95,17 +95,18 @@ class UnitResult:
     """Means of an observer over the steps, by recorded name."""
 
 
-def set_training_mode(model: nn.Module, frozen: nn.Module | None, bn_mode: str) -> None:
+def set_training_mode(model: nn.Module, backbone: nn.Module, bn_mode: str, frozen: bool = False) -> None:
     """Train mode, with two exceptions.
 
-    A `frozen` part (the backbone of a head-only phase) stays in eval mode, and with `bn_mode="eval"` every BatchNorm
-    keeps its statistics (LP-FT in Ha et al., 2024, Table 5).
+    A `frozen` backbone (of a head-only phase) stays in eval mode, and with `bn_mode="eval"` every BatchNorm of the
+    backbone keeps its statistics (LP-FT in Ha et al., 2024, Table 5). BatchNorm of the head is not pretrained and has
+    none to keep.
     """
     model.train()
-    if frozen is not None:
-        frozen.eval()
+    if frozen:
+        backbone.eval()
     if bn_mode == "eval":
-        for module in model.modules():
+        for module in backbone.modules():
             if isinstance(module, BATCH_NORMS):
                 module.eval()
 

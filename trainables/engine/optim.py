@@ -11,6 +11,11 @@ from torch import nn
 from trainables.engine.contract import ParamGroup, Phase, TrainingConfig
 from trainables.specs.metrics import LR_BACKBONE, LR_HEAD
 
+POLY_POWER = 0.9
+"""Exponent of the polynomial schedule (Chen et al., 2018, "DeepLab")."""
+HEAD = "head"
+"""First word of the name of every group of the head."""
+
 
 def select_groups(groups: Sequence[ParamGroup], phase: Phase) -> list[ParamGroup]:
     """Parameter groups that a phase trains, in the strategy's order.
@@ -134,15 +139,19 @@ def rate_factor(step: int, total: int, config: TrainingConfig) -> float:
     """Factor in [0, 1] on the base rates at a step.
 
     `step` (0-based) is one of a phase of `total` steps. Linear warm-up from zero over `config.warmup * total` steps
-    (the first step is already above zero), then constant, or cosine from 1 towards 0 (Loshchilov & Hutter 2017, without
-    restarts). A pure function of the step, so that a resumed trial needs no scheduler state.
+    (the first step is already above zero), then constant, or from 1 towards 0: by a cosine (Loshchilov & Hutter 2017,
+    without restarts), or as (1 − step/steps)^0.9 (Chen et al., 2018). A pure function of the step, so that a resumed
+    trial needs no scheduler state.
     """
     warm = round(config.warmup * total)
     if step < warm:
         return (step + 1) / warm
     if config.schedule == "constant":
         return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    progress = (step - warm) / max(1, total - warm)
+    if config.schedule == "poly":
+        return float((1.0 - progress) ** POLY_POWER)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -154,10 +163,10 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def current_rates(optimizer: torch.optim.Optimizer | None) -> Mapping[str, float]:
     """Current learning rates `lr/backbone` and `lr/head`; 0 where nothing is trained.
 
-    Group names are the strategy's choice: every group but "head" counts as backbone, and the largest rate is reported.
+    Group names are the strategy's choice: every group whose first word is not "head" counts as backbone, and the
+    largest rate is reported.
     """
     tables = [] if optimizer is None else optimizer.param_groups
-    return {
-        LR_BACKBONE.name: max((float(t["lr"]) for t in tables if t["name"] != "head"), default=0.0),
-        LR_HEAD.name: max((float(t["lr"]) for t in tables if t["name"] == "head"), default=0.0),
-    }
+    of_head = [float(table["lr"]) for table in tables if table["name"].split()[0] == HEAD]
+    others = [float(table["lr"]) for table in tables if table["name"].split()[0] != HEAD]
+    return {LR_BACKBONE.name: max(others, default=0.0), LR_HEAD.name: max(of_head, default=0.0)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainables.diagnostics.gradients import GradientNorms, moving_kinds
 from trainables.engine.best_weights import is_pristine
-from trainables.engine.contract import Phase, Strategy, TrainingConfig
+from trainables.engine.contract import Phase, Strategy, TrainingConfig, moving_groups
 from trainables.engine.loop import (
     Batches,
     Forward,
@@ -78,13 +78,15 @@ class PhaseTrainer:
         self.data = data
         self.dtype = dtype
         self.config: TrainingConfig = strategy.config
-        smoothing = data.spec.shared.loss.label_smoothing
-        if smoothing is not None:
-            # Replaces no choice: `check_loss` refuses a strategy that smooths labels by itself.
-            self.config = dataclasses.replace(self.config, label_smoothing=smoothing)
+        shared = data.spec.shared
+        # Replaces no choice: `check_loss` refuses a strategy that smooths labels or has a schedule by itself.
+        if shared.loss.label_smoothing is not None:
+            self.config = dataclasses.replace(self.config, label_smoothing=shared.loss.label_smoothing)
+        if shared.schedule is not None:
+            self.config = dataclasses.replace(self.config, schedule=shared.schedule)
         self.unit_steps = unit_steps
         self.total_steps = unit_steps * phase.units
-        groups = select_groups(strategy.param_groups(model, prepared), phase)
+        groups = select_groups(moving_groups(strategy, model, prepared), phase)
         # Before `head_only` is read off `requires_grad`: an earlier phase may have trained other groups.
         freeze_all_but(model, groups)
         self.optimizer = build_optimizer(groups, self.config, lambda: task.feature_scale(data))
@@ -98,7 +100,7 @@ class PhaseTrainer:
         self._restored: Mapping[str, Tensor] = {}
         """State of a unit that was interrupted and has not continued yet."""
         self._features: tuple[Tensor, Tensor] | None = None
-        if self.head_only and model.pooled and plain_loss and not data.spec.shared.augment:
+        if self.head_only and model.pooled and plain_loss and not shared.augment:
             self._features = self._whole_features()
 
     def unit(
@@ -113,7 +115,7 @@ class PhaseTrainer:
             after_step: called after every step; `unit_state` then is that of the middle of the unit.
         """
         # At every unit: the validation after the last one left the network in eval mode.
-        set_training_mode(self.model, self.model.backbone if self.head_only else None, self.config.bn_mode)
+        set_training_mode(self.model, self.model.backbone, self.config.bn_mode, self.head_only)
         first_step = unit_in_phase * self.unit_steps
         self._observer = self._new_observer()
         if self._restored:

@@ -12,6 +12,9 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainables.specs.metrics import CLASSIFICATION
+from trainables.tasks.registry import task_class
+
 if TYPE_CHECKING:
     from trainables.engine.contract import Strategy
 
@@ -24,11 +27,11 @@ def strategies() -> list[str]:
     return sorted(m.name for m in modules if not m.ispkg and not m.name.startswith("_"))
 
 
-def strategy_class(name: str) -> type[Strategy]:
-    """The `Strategy` of one name, imported on demand.
+def strategy_class(name: str, task: str = CLASSIFICATION.task) -> type[Strategy]:
+    """The `Strategy` of one name, imported on demand: the class that means it for a task.
 
     Raises:
-        ValueError: no such strategy; the message names the nearest ones.
+        ValueError: no such strategy, with the nearest names, or no such task.
     """
     names = strategies()
     if name not in names:
@@ -37,4 +40,4 @@ def strategy_class(name: str) -> type[Strategy]:
         raise ValueError(f"A strategy is one of {', '.join(names)}, but got {name!r}. {hint}".rstrip())
     module = importlib.import_module(f"trainables.{name}")
     strategy: type[Strategy] = module.STRATEGY
-    return strategy
+    return strategy.for_task(task_class(task))

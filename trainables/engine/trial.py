@@ -14,7 +14,7 @@ from torch import Tensor
 from trainables.data.trial_data import TrialData
 from trainables.engine.best_weights import Best, changed_start, movable_names, take
 from trainables.engine.budget import BudgetPlan, UnitPosition
-from trainables.engine.contract import ParamGroup, Phase, check_loss, check_refit, check_task
+from trainables.engine.contract import ParamGroup, Phase, check_loss, check_refit, check_task, moving_groups
 from trainables.engine.evaluation import training_scores, validation_scores
 from trainables.engine.final_evaluation import TrialContext, final, final_of_refit, interim
 from trainables.engine.loop import check_finite
@@ -103,10 +103,10 @@ class Trial:
     ) -> None:
         self.spec = spec
         self._recorded = recorded
-        self.strategy = strategy_class(spec.strategy).from_hparams(spec.hparams)
+        self.strategy = strategy_class(spec.strategy, spec.shared.task).from_hparams(spec.hparams)
         # Before data and network are loaded: a combination that cannot train is refused at once.
-        check_task(self.strategy, task_class(spec.shared.task), spec.shared.loss)
-        check_loss(self.strategy, spec.shared.loss, spec.shared.sampling)
+        check_task(self.strategy, task_class(spec.shared.task), spec.shared.loss, spec.shared.decoder)
+        check_loss(self.strategy, spec.shared.loss, spec.shared.sampling, spec.shared.schedule)
         if self._is_refit:
             check_refit(self.strategy)
         task_metrics(spec.shared.task).selecting(spec.shared.metric)  # refuses a metric that cannot select
@@ -162,7 +162,7 @@ class Trial:
 
     def param_groups(self) -> list[ParamGroup]:
         """What moves, as the strategy declares it for this network."""
-        return self.strategy.param_groups(self.model, self.prepared)
+        return moving_groups(self.strategy, self.model, self.prepared)
 
     @property
     def task(self) -> Task:
@@ -316,6 +316,7 @@ class Trial:
             "held_out": spec.held_out,
             "hparams": dict(spec.hparams),
             "task": shared.task,
+            "decoder": shared.decoder,
             "classes": list(store.classes),
             "model": dataclasses.asdict(shared.model),
             "pretrained_digest": backbone.digest,
@@ -388,7 +389,7 @@ class Trial:
         # After `prepare`: shifts and WiSE-FT count from what it converted or initialised.
         built.start = changed_start(model, built.pristine)
         built.plan = BudgetPlan.of(self.strategy, shared.epochs, shared.steps_per_unit or data.steps_per_epoch)
-        groups = self.strategy.param_groups(model, prepared.state)
+        groups = moving_groups(self.strategy, model, prepared.state)
         built.movable = movable_names(model, groups)
         if self._restored is not None:
             self._restore(built, self._restored)
@@ -398,7 +399,7 @@ class Trial:
         self._once = {
             **self._metrics_of(prepared.report),
             TRAINABLE_PARAMETERS.name: float(sum(moving.values())),
-            PARAMETERS.name: float(sum(parameter.numel() for parameter in model.parameters())),
+            PARAMETERS.name: float(sum(p.numel() for name, p in model.named_parameters() if name not in model.unused)),
             TRAINING_IMAGES.name: float(data.train_size),
         }
 
@@ -458,7 +459,8 @@ class Trial:
         table = built.task.metrics
         value = scores[table.validation]
         tie_breaker = scores[table.tie_breaker.on(VAL)]
-        if self.best.improved_by(value, tie_breaker, table):
+        takes_last = self.spec.shared.evaluate_model == "final"
+        if takes_last or self.best.improved_by(value, tie_breaker, table):
             # Into the copies of the former best unit: full fine-tuning would hold a third network for a moment.
             tensors = take(built.model, built.movable, self.best.tensors)
             self.best = Best(self.unit, value, tie_breaker, tensors)

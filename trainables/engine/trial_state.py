@@ -39,6 +39,12 @@ def identity(spec: TrialSpec) -> dict[str, Any]:
     fields = {"config": spec.config_hash, "seed": spec.seed, "held_out": spec.held_out, "sample": spec.sample}
     if spec.shared.view.is_plain:
         del shared["view"]  # checkpoints from before there was one can be continued
+    # Neither do checkpoints from before these could be set have them.
+    for name, default in (("decoder", None), ("schedule", None), ("evaluate_model", "best")):
+        if shared[name] == default:
+            del shared[name]
+    if shared["loss"]["dice"] is None:
+        del shared["loss"]["dice"]
     for name, value in shared.items():
         if name not in _WITHOUT_EFFECT:
             fields[f"shared.{name}"] = _as_json(value)

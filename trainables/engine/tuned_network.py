@@ -20,7 +20,7 @@ from trainables.models.low_rank import LowRankUpdate
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import bitwise_equal
 from trainables.storage.kept_weights import KeptWeights, WeightsError
-from trainables.tasks.base import TargetSpec
+from trainables.tasks.base import TargetSpec, TaskSettings
 from trainables.tasks.registry import task_for
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def tuned_network(
             f"{meta['pretrained_digest'][:12]}…, but {meta['model']['name']} has {backbone.digest[:12]}… here. Give "
             "the weights and the version of timm that the trial had."
         )
-    task = task_for(meta["task"], TargetSpec(tuple(meta["classes"])))
+    # Weights from before there were decoders do not name one.
+    settings = TaskSettings(decoder=meta.get("decoder"))
+    task = task_for(meta["task"], TargetSpec(tuple(meta["classes"])), settings)
     # Any seed: the head's random start is written over.
     model = task.build_model(on_device(backbone, torch.device(device)), seed=0)
     state = model.state_dict()

@@ -73,7 +73,9 @@ class _Moments:
 
 
 @torch.no_grad()
-def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> ConversionReport:
+def convert_batch_norm(
+    model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], object] | None = None
+) -> ConversionReport:
     """Replace BatchNorm statistics by the target data's, preserving the function.
 
     γ and β are adapted so that the network in eval mode computes the same function as before (Ha et al., 2024, eq.
@@ -84,6 +86,7 @@ def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Conversio
         model: any module; its training mode is restored.
         batches: images (B, 3, H, W), already normalised, on the model's device; each batch's statistics count by its
             number of elements.
+        forward: pass of images through the layers; None = the module itself. Layers that it does not reach stay.
 
     Returns:
         The conversion report. A model without BatchNorm (a vision transformer) is no error: nothing is converted.
@@ -99,7 +102,7 @@ def convert_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Conversio
             len(batch_norms),
         )
         return ConversionReport(0, len(batch_norms), 0.0, 1.0)
-    moments = _collect(model, layers, batches)
+    moments = _collect(model, layers, batches, model if forward is None else forward)
     if not any(layer_moments.weight for layer_moments in moments.values()):
         raise ValueError("BatchNorm conversion needs at least one batch of two or more elements, but got none.")
     for name, layer_moments in moments.items():
@@ -131,7 +134,12 @@ def _convertible(layers: Iterable[tuple[str, BatchNorm]]) -> dict[str, BatchNorm
     return {n: m for n, m in affine.items() if uses[id(m.weight)] == uses[id(m.bias)] == 1}
 
 
-def _collect(model: nn.Module, layers: Mapping[str, BatchNorm], batches: Iterable[Tensor]) -> dict[str, _Moments]:
+def _collect(
+    model: nn.Module,
+    layers: Mapping[str, BatchNorm],
+    batches: Iterable[Tensor],
+    forward: Callable[[Tensor], object],
+) -> dict[str, _Moments]:
     """Input statistics of each layer over one pass in eval mode."""
     moments = {name: _Moments(layer.num_features, layer.weight.device) for name, layer in layers.items()}
 
@@ -144,7 +152,7 @@ def _collect(model: nn.Module, layers: Mapping[str, BatchNorm], batches: Iterabl
     model.eval()
     try:
         for images in batches:
-            model(images)
+            forward(images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -28,12 +28,16 @@ class TaskModel(nn.Module):
         # Any: a strategy or a probe may know more of its task's head (weight, bias) than nn.Module declares.
         self.head: Any = head
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → features, (B, D) where `pooled`."""
-        features: Tensor = self.backbone(images)
-        return features
+    @property
+    def unused(self) -> frozenset[str]:
+        """Names of parameters that outputs do not depend on; they neither train nor count."""
+        return frozenset()
 
-    def outputs(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+    def features(self, images: Tensor) -> Any:
+        """Images (B, 3, H, W) → features: (B, D) where `pooled`, else what `outputs` takes."""
+        return self.backbone(images)
+
+    def outputs(self, features: Any, targets: Tensor | None = None) -> Tensor:
         """Features → what the task's loss takes.
 
         Args:

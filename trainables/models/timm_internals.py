@@ -92,3 +92,13 @@ def is_fused_block(module: nn.Module) -> bool:
 def _has_attention_name(module: nn.Module) -> bool:
     name = type(module).__name__
     return bool(_ATTENTION.search(name)) and not _POOLING.search(name)
+
+
+def map_strides(module: nn.Module) -> list[int]:
+    """Stride of every map that `forward_intermediates` gives, in its order.
+
+    By convention `feature_info` describes these maps: timm's `FeatureGetterNet` reads them by its indices.
+    """
+    info: Any = module.feature_info
+    rows = info.info if hasattr(info, "info") else info
+    return [int(row["reduction"]) for row in rows]

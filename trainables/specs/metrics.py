@@ -79,8 +79,8 @@ class Metric:
     """Name in tables and on axes: `accuracy`."""
     direction: Literal["max", "min"]
     """Whether larger or smaller values are better."""
-    unit: Literal["fraction", "nats", ""]
-    """`fraction` is shown in per cent; "" = a plain number."""
+    unit: Literal["fraction", "nats", "count", ""]
+    """`fraction` is shown in per cent, `count` without decimals where it is whole; "" = a plain number."""
     meaning: str
     """One sentence for the documents."""
     test_name: str | None = None
@@ -118,7 +118,7 @@ class Metric:
     @property
     def axis(self) -> str:
         """Title with the displayed unit: `accuracy (%)`."""
-        unit = "%" if self.unit == "fraction" else self.unit
+        unit = self._symbol
         return f"{self.title} ({unit})" if unit else self.title
 
     def text(self, value: float, half: float = float("nan")) -> str:
@@ -130,8 +130,7 @@ class Metric:
             >>> ACCURACY.text(0.9712, 0.004), NLL.text(0.25)
             ('97.1 ± 0.4 %', '0.250 nats')
         """
-        unit = "%" if self.unit == "fraction" else self.unit
-        return f"{self.number(value, half)} {unit}".rstrip()
+        return f"{self.number(value, half)} {self._symbol}".rstrip()
 
     def number(self, value: float, half: float = float("nan")) -> str:
         """`text` without the unit, for a table whose heading has it."""
@@ -146,13 +145,21 @@ class Metric:
             >>> ACCURACY.difference(0.012, 0.008), NLL.difference(0.1, signed=False)
             ('+1.2 ± 0.8 points', '0.100 nats')
         """
-        unit = "points" if self.unit == "fraction" else self.unit
+        unit = "points" if self.unit == "fraction" else self._symbol
         sign = "+" if signed else ""
         spread = f" ± {self._digits(half)}" if half == half else ""
         return f"{self._digits(value, sign)}{spread} {unit}".rstrip()
 
+    @property
+    def _symbol(self) -> str:
+        """The unit beside a displayed value."""
+        return {"fraction": "%", "count": ""}.get(self.unit, self.unit)
+
     def _digits(self, value: float, sign: str = "") -> str:
         decimals = 1 if self.unit == "fraction" else 3
+        if self.unit == "count":
+            # Over seeds a mean of counts need not be whole.
+            decimals = 0 if float(value).is_integer() else 1
         return f"{self.scale * value:{sign}.{decimals}f}"
 
 
@@ -406,7 +413,46 @@ CLASSIFICATION = TaskMetrics(
     selectable=(BALANCED_ACCURACY, MACRO_F1, AUROC, AVERAGE_PRECISION, NLL, BRIER),
 )
 
-BUILT_IN_TASKS: tuple[TaskMetrics, ...] = (CLASSIFICATION,)
+MEAN_IOU = Metric(
+    "miou",
+    "mean intersection over union",
+    "max",
+    "fraction",
+    "Mean over the classes of TP / (TP + FP + FN), counted in labelled pixels over the whole split, at each mask's own "
+    "size. Classes that neither masks nor predictions have are left out.",
+    heading="mIoU",
+)
+MEAN_IOU_CLASSES = Metric(
+    "miou_classes",
+    "classes in the mean",
+    "max",
+    "count",
+    "Classes that the mean intersection over union is taken over: those that labelled pixels have or are predicted to "
+    "have.",
+    heading="classes",
+)
+PIXEL_NLL = Metric(
+    "nll", "negative log-likelihood per pixel", "min", "nats", "Mean cross-entropy per labelled pixel.", heading="NLL"
+)
+PIXEL_ACCURACY = Metric(
+    "pixel_acc",
+    "pixel accuracy",
+    "max",
+    "fraction",
+    "Share of labelled pixels whose top class is their label.",
+)
+
+SEGMENTATION = TaskMetrics(
+    task="segmentation",
+    selection=MEAN_IOU,
+    tie_breaker=PIXEL_NLL,
+    reported=(MEAN_IOU, MEAN_IOU_CLASSES, PIXEL_ACCURACY, PIXEL_NLL),
+    training=(MEAN_IOU, PIXEL_ACCURACY),
+    leaderboard=(MEAN_IOU_CLASSES, PIXEL_ACCURACY),
+    selectable=(PIXEL_ACCURACY, PIXEL_NLL),
+)
+
+BUILT_IN_TASKS: tuple[TaskMetrics, ...] = (CLASSIFICATION, SEGMENTATION)
 """The metrics of the tasks that Luthier ships: the rows of docs/metrics.md."""
 
 _TASKS: dict[str, TaskMetrics] = {metrics.task: metrics for metrics in BUILT_IN_TASKS}

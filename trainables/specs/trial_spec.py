@@ -13,6 +13,9 @@ DIAGNOSTICS = ("shift", "distortion", "cka", "plasticity", "gradients")
 """Names of what a trial can measure beside its scores: shift of the norm layers' γ and β, distortion of features and
 change of parameters, CKA per block, plasticity after tuning, gradient norms per kind of layer."""
 
+DECODERS = ("deeplabv3plus", "unet", "fpn", "linear")
+"""Heads of segmentation, see `trainables.tasks.decoders`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -42,6 +45,8 @@ class LossSettings:
     """Share of the target that is spread over all classes, in training."""
     focal_gamma: float | None = None
     """γ of the focal loss, −(1 − p)^γ · log p for the probability p of the label (Lin et al., 2017)."""
+    dice: float | None = None
+    """Weight of a soft Dice term beside the cross-entropy (Milletari et al., 2016)."""
 
     def __post_init__(self) -> None:
         if self.class_weights not in (None, "balanced"):
@@ -50,6 +55,8 @@ class LossSettings:
             raise ValueError(f"0 < label_smoothing < 1 must hold, but got {self.label_smoothing!r}.")
         if self.focal_gamma is not None and not 0 < self.focal_gamma < float("inf"):
             raise ValueError(f"focal_gamma must be a positive number, but got {self.focal_gamma!r}.")
+        if self.dice is not None and not 0 < self.dice < float("inf"):
+            raise ValueError(f"dice must be a positive number, but got {self.dice!r}.")
         if self.focal_gamma is not None and self.label_smoothing is not None:
             raise ValueError(
                 "The focal loss is defined for one right class, but label_smoothing spreads the target over all of "
@@ -115,8 +122,8 @@ class SharedTrialSettings:
     """OOD domain whose labelled images take the place of the training split: for the oracle reference of FSR alone,
     never for a trial that is compared with others."""
     augment: tuple[str, ...] = ()
-    """Training augmentations, any of `trainables.data.transforms.AUGMENTATIONS`, or of `MASK_AUGMENTATIONS` of
-    `trainables.data.masked_pictures` for pictures with masks."""
+    """Training augmentations, any of `trainables.specs.augmentations.AUGMENTATIONS`, or for pictures with masks of
+    `MASK_AUGMENTATIONS` there."""
     evaluation: Literal["resize", "slide"] | None = None
     """Views of pictures with masks in an evaluation: a whole picture scaled to the network's side, or windows of it;
     None = windows where `crop` is among the augmentations."""
@@ -146,8 +153,14 @@ class SharedTrialSettings:
     metric: str | None = None
     """Key of the metric that selects, on validation; None = the task's own."""
     loss: LossSettings = PLAIN_LOSS
+    decoder: str | None = None
+    """Head of a task with dense features, one of `DECODERS`; None = the task's own choice."""
     sampling: Literal["balanced"] | None = None
     """balanced = every class equally often in an epoch of gradient training; None = every image once."""
+    schedule: Literal["cosine", "poly", "constant"] | None = None
+    """Learning-rate schedule of each phase, in place of the strategies' own; None = theirs."""
+    evaluate_model: Literal["best", "final"] = "best"
+    """Which unit's weights are tested: those of the best one on ID validation, or of the last one."""
     view: ViewSettings = PLAIN_VIEW
 
     @classmethod

@@ -55,6 +55,8 @@ class TaskSettings:
     metric: str | None = None
     """Key of the metric that selects; None = the task's own."""
     loss: LossSettings = PLAIN_LOSS
+    decoder: str | None = None
+    """Head on dense features, one of `Task.decoders`; None = the task's own choice."""
 
 
 PLAIN = TaskSettings()
@@ -178,6 +180,13 @@ class Task(ABC):
     """Whether loss and closed-form probe can weight classes. Where they cannot, a study that asks for it is refused."""
     focal: ClassVar[bool] = False
     """Whether `loss` can be focal. Where it cannot, a study that asks for it is refused."""
+    dice: ClassVar[bool] = False
+    """Whether `loss` can have a Dice term. Where it cannot, a study that asks for it is refused."""
+    trains_probe: ClassVar[bool] = False
+    """Whether linear probing means to train the head by gradient, where there is no closed-form probe. Where it does
+    not, strategies that need a probe are refused."""
+    decoders: ClassVar[tuple[str, ...]] = ()
+    """Names of the heads that a study may choose from; none where the task has one head."""
 
     def __init__(self, targets: TargetSpec, settings: TaskSettings = PLAIN) -> None:
         self.targets = targets

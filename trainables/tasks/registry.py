@@ -63,7 +63,8 @@ def task_of_trial(spec: TrialSpec, store: StoreLike) -> Task:
     """The task that a trial's settings name, on the targets of its data."""
     shared = spec.shared
     counts = class_counts(spec, store) if shared.loss.class_weights is not None else None
-    return task_for(shared.task, TargetSpec(tuple(store.classes), counts), TaskSettings(shared.metric, shared.loss))
+    settings = TaskSettings(shared.metric, shared.loss, shared.decoder)
+    return task_for(shared.task, TargetSpec(tuple(store.classes), counts), settings)
 
 
 def task_of(data: TrialData) -> Task:

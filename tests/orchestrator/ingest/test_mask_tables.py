@@ -17,7 +17,8 @@ from PIL import Image
 from orchestrator.ingest.check import check, detect, detect_task
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.label_map import mask_request
-from orchestrator.ingest.pipeline import IngestRequest, ingest, scan
+from orchestrator.ingest.pipeline import IngestRequest, ingest
+from orchestrator.ingest.request import scan
 from tests.support.masked import boxes, photo, save, write_pairs
 from trainables.data.store import Store
 

@@ -333,7 +333,7 @@ class TestRefused:
             ),
             (
                 {"task": "segmentation", "data": {"source": "npz", "root": "x.npz"}},
-                "data.source: pictures with masks come from folder or parquet or manifest, but got 'npz'.",
+                "data.source: pictures with masks come from folder or parquet or manifest or digits_scenes, but got 'npz'.",
             ),
             (
                 {"task": "segmentation", "data": {"root": "x", "mask": "trimap"}},

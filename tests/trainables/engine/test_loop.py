@@ -115,11 +115,11 @@ def test_no_batch_is_an_error() -> None:
 def test_bn_mode_and_frozen_parts() -> None:
     model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()), nn.BatchNorm1d(2), nn.Dropout())
     modes = lambda: [m.training for m in model.modules() if not list(m.children())]  # noqa: E731
-    set_training_mode(model, None, "train")
-    assert modes() == [True, True, True, True]
-    set_training_mode(model, None, "eval")
-    assert modes() == [False, True, False, True]
     set_training_mode(model, model[0], "train")
+    assert modes() == [True, True, True, True]
+    set_training_mode(model, model[0], "eval")
+    assert modes() == [False, True, True, True]
+    set_training_mode(model, model[0], "train", frozen=True)
     assert modes() == [False, False, True, True]
 
 
