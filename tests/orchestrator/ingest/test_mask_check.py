@@ -399,6 +399,8 @@ class TestNames:
             ("imgs/{}.jpg", "labels/{}.png"),
             ("data/{}.jpg", "data/{}.png"),
             ("data/{}.jpg", "data/{}-seg.png"),
+            ("train/{}_sat.jpg", "train/{}_mask.png"),
+            ("training/images/{}.jpg", "training/labels/{}.png"),
             ("JPEGImages/{}.jpg", "SegmentationClass/{}.png"),
         ],
     )
@@ -419,6 +421,13 @@ class TestNames:
         save(photo(boxes(32, 32), 99), root / "images" / "003.jpg")
         with pytest.raises(DataError, match=r"two pictures of one name: 'images/003.jpg' and 'images/003.png'"):
             check(root, workers=1, task="segmentation")
+
+    def test_m07_no_name_in_common(self, tmp_path: Path) -> None:
+        for number in range(4):
+            save(photo(boxes(32, 32), number), tmp_path / "images" / f"a{number}.png")
+            save(boxes(32, 32), tmp_path / "masks" / f"b{number}.png")
+        with pytest.raises(DataError, match=r"\(4 pictures and 4 masks without a partner, 0 pairs\)"):
+            check(tmp_path, workers=1, task="segmentation")
 
     def test_m07_pictures_alone(self, tmp_path: Path) -> None:
         for number in range(4):

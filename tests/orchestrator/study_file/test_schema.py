@@ -163,7 +163,9 @@ class TestAllAtOnce:
         with pytest.raises(StudyError) as caught:
             load_study(file)
         keys = "source, root, id, ood, image_size, crop_pct, interpolation, mean, std, val_fraction, test_fraction, "
-        keys += "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, sampling"
+        keys += (
+            "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, evaluation, sampling"
+        )
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
@@ -333,7 +335,8 @@ class TestRefused:
             ),
             (
                 {"task": "segmentation", "data": {"source": "npz", "root": "x.npz"}},
-                "data.source: pictures with masks come from folder or parquet or manifest or digits_scenes, but got 'npz'.",
+                "data.source: pictures with masks come from folder or parquet or manifest or digits_scenes, but got "
+                "'npz'.",
             ),
             (
                 {"task": "segmentation", "data": {"root": "x", "mask": "trimap"}},
