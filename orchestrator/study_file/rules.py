@@ -151,10 +151,11 @@ def source_problems(
             f"root is a path on this machine, but got the URL {root!r}. Copy the data to a folder that all machines "
             "can read.",
         )
-    if label is not None and source != "parquet":
+    if label is not None and source not in ("parquet", "manifest"):
         yield (
             ("label",),
-            f"only Parquet files have a label column to choose, but the source is {source!r}. Remove one of the two.",
+            f"only Parquet files and manifests have a label column to choose, but the source is {source!r}. Remove one "
+            "of the two.",
         )
 
 
@@ -203,7 +204,7 @@ def mask_problems(
             f"the classes of segmentation are in the masks, but a label column is given: {label!r}. Remove it; "
             "data.mask names the column with the masks.",
         )
-    if mask is not None and source == "folder":
+    if mask is not None and source not in ("parquet", "manifest"):
         yield ("data", "mask"), f"only tables have a mask column, but the source is {source!r}. Remove one of the two."
 
 
