@@ -28,10 +28,12 @@ from orchestrator.ingest.manifest import (
     split_warnings,
     together_in_words,
 )
+from orchestrator.ingest.manifest_source import SUFFIXES, has_masks
 from orchestrator.ingest.mask_folders import masks_of_folder
 from orchestrator.ingest.mask_survey import judge
 from orchestrator.ingest.masks import MaskOutcome, raw_text
 from orchestrator.ingest.near_equal import MAX_GROUP, ImageGroups, group_images
+from orchestrator.ingest.parquet import has_mask_column, parquet_files
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.ingest.source import MaskSurvey, Outcome, Source
 from orchestrator.wording import bytes_text, counted
@@ -287,9 +289,16 @@ def check(
 
 def detect_task(path: Path, source: str) -> str:
     """`segmentation` where a source holds pictures with masks by the names of its files or columns."""
-    if source == "folder" and masks_of_folder(path.expanduser()) is not None:
-        return "segmentation"
-    return "classification"
+    root = path.expanduser()
+    if source == "folder":
+        has_masks_by_name = masks_of_folder(root) is not None
+    elif source == "manifest":
+        has_masks_by_name = has_masks(root)
+    elif source == "parquet":
+        has_masks_by_name = has_mask_column(parquet_files(root)[0])
+    else:
+        has_masks_by_name = False
+    return "segmentation" if has_masks_by_name else "classification"
 
 
 def _leaks(report: DataReport) -> list[str]:
@@ -315,12 +324,12 @@ def detect(path: Path) -> str:
     if str(path) == "digits" and not path.exists():
         return "digits"
     root = existing(path.expanduser())
-    kinds = {".parquet": "parquet", ".npz": "npz"}
+    kinds = {".parquet": "parquet", ".npz": "npz", **dict.fromkeys(SUFFIXES, "manifest")}
     if root.is_file():
         if root.suffix.lower() not in kinds:
             raise DataError(
-                f"Data must be a folder, a .parquet file or an .npz file, but {path} is none of these. Unpack archives "
-                "into <class>/<image>, and put the images that a table names there too."
+                "Data must be a folder, a .parquet file, a manifest (.csv, .jsonl) or an .npz file, but "
+                f"{path} is none of these. Unpack archives into <class>/<image>."
             )
         return kinds[root.suffix.lower()]
     if any(root.glob("*.npz")):

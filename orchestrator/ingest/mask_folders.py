@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -219,7 +219,7 @@ def paired_files(files: Sequence[File], certain: bool = False) -> PairedFiles | 
         paired = _pairs_of_folders(roles["picture"], roles["mask"])
         if certain and 2 * len(paired.pairs) < len(paired.masks) + len(paired.pairs):
             return None
-        if paired.pairs:
+        if paired.pairs or not certain:
             paired.others += [
                 SkippedEntry(entry.file.path, "numbers of objects (SegmentationObject), not classes")
                 for entry in roles["instance"]
@@ -309,7 +309,10 @@ def _by_core(entries: Iterable[Entry], affix: Affix, what: str) -> dict[tuple[tu
 def _pairs_in_one_folder(entries: Sequence[Entry], certain: bool) -> PairedFiles | None:
     """Masks beside their pictures, told by the end of their names, or by their format."""
     in_folders = [entry._replace(context=entry.file.folders) for entry in entries]
-    suffix = next((end for end in _suffixes(in_folders, in_folders) if not certain or _is_mask_word(end)), None)
+    ends = _suffixes(in_folders, in_folders)
+    words = [end for end in ends if _is_mask_word(end)]
+    # `123_mask` and `123_sat` both follow the name 123: the usual word for masks comes first.
+    suffix = next(iter(words if certain else [*words, *ends]), None)
     masks: list[Entry] = []
     how = ""
     if suffix is not None:
@@ -329,13 +332,9 @@ def _pairs_in_one_folder(entries: Sequence[Entry], certain: bool) -> PairedFiles
         return entry._replace(context=_role(entry.file.folders, bare)[1])
 
     paired = PairedFiles(layout=f"pictures and masks in one folder ({how})")
-    _pair(
-        paired,
-        [without_roles(entry) for entry in pictures],
-        [without_roles(entry) for entry in masks],
-        Affix(),
-        Affix(suffix=suffix or ""),
-    )
+    pictures = [without_roles(entry) for entry in pictures]
+    masks = [without_roles(entry) for entry in masks]
+    _pair(paired, pictures, masks, *_affixes(pictures, masks))
     if 2 * len(paired.pairs) < ONE_FOLDER_SHARE * len(in_folders):
         return None
     paired.remarks.append(f"Masks lie beside their pictures and are told by their names ({how}).")
@@ -513,7 +512,7 @@ def scan_mask_folder(root: Path) -> FolderSource:
         digest.update(f"{split}\0{domain}\n".encode("utf-8", "surrogateescape"))
         path = picture.file.path
         samples.append(Sample(printable(path), "", domain, split, path, mask.file.path))
-    label_map = _label_file(root, paired, digest)
+    label_map = _label_file(root, paired, digest.update)
     others = [SkippedEntry(printable(entry.name), entry.reason) for entry in paired.others]
     return FolderSource(
         kind="folder",
@@ -622,8 +621,13 @@ def _evaluation_domains(paired: PairedFiles, places: Sequence[tuple[str, str | N
     )
 
 
-def _label_file(root: Path, paired: PairedFiles, digest: hashlib._Hash) -> LabelMap | None:
+def _label_file(root: Path, paired: PairedFiles, update: Callable[[bytes], None]) -> LabelMap | None:
     """The label map beside the masks: Cityscapes' table by the names of the masks, or a label file.
+
+    Args:
+        root: of the data.
+        paired: its pairs.
+        update: takes the contents of label files, for the digest of the source.
 
     Raises:
         DataError: a label file that cannot be read, or several that differ.
@@ -638,7 +642,7 @@ def _label_file(root: Path, paired: PairedFiles, digest: hashlib._Hash) -> Label
     for folder, name in files:
         origin = printable("/".join((*folder, name)))
         maps.append(read_label_file(root.joinpath(*folder, name), origin))
-        digest.update(root.joinpath(*folder, name).read_bytes())
+        update(root.joinpath(*folder, name).read_bytes())
     if not maps:
         return None
     first = maps[0]

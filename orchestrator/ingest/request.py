@@ -13,12 +13,15 @@ from orchestrator.ingest.errors import DataError, existing, printable
 from orchestrator.ingest.folder import scan_folder
 from orchestrator.ingest.images import INTERPOLATIONS
 from orchestrator.ingest.label_map import MASK_SOURCES, MaskRequest
+from orchestrator.ingest.manifest_source import scan_manifest
 from orchestrator.ingest.mask_folders import masks_of_folder, scan_mask_folder
 from orchestrator.ingest.npz import scan_npz
 from orchestrator.ingest.parquet import scan_parquet
+from orchestrator.ingest.scenes import scan_scenes
 from orchestrator.ingest.source import Source
 
-SOURCES = ("folder", "parquet", "npz", "digits")
+SOURCES = ("folder", "parquet", "manifest", "npz", "digits", "digits_scenes")
+BUILT_IN_SOURCES = ("digits", "digits_scenes")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class IngestRequest:
     source: str
     """One of `SOURCES`."""
     root: str | None = None
-    """Folder or file; None for `digits`."""
+    """Folder or file; None for those that are built in."""
     id: tuple[str, ...] = ()
     """ID domains; empty = all that are not OOD."""
     ood: tuple[str, ...] = ()
@@ -61,10 +64,10 @@ class IngestRequest:
         _check_option("on_bad", self.on_bad, ("quarantine", "fail"))
         _check_option("on_leak", self.on_leak, ("report", "fail"))
         _check_option("copies", self.copies, ("near", "equal", "apart"))
-        if self.label is not None and self.source != "parquet":
+        if self.label is not None and self.source not in ("parquet", "manifest"):
             raise DataError(
-                f"Only Parquet files have a label column to choose, but label is {self.label!r} and the source is "
-                f"{self.source!r}. Leave label out."
+                f"Only Parquet files and manifests have a label column to choose, but label is {self.label!r} and the "
+                f"source is {self.source!r}. Leave label out."
             )
         if self.masks is not None and self.source not in MASK_SOURCES:
             raise DataError(
@@ -88,6 +91,8 @@ def scan(request: IngestRequest) -> Source:
     """
     if request.source == "digits":
         return scan_digits(request.val_fraction, request.test_fraction, request.seed)
+    if request.source == "digits_scenes":
+        return scan_scenes(request.seed)
     if request.root is None:
         raise DataError(f"The source {request.source!r} needs data.root, the path of the images, but got none.")
     root = existing(Path(request.root).expanduser())
@@ -102,7 +107,9 @@ def scan(request: IngestRequest) -> Source:
         _refuse_masks(root)
         return scan_folder(root)
     if request.source == "parquet":
-        return scan_parquet(root, request.label)
+        return scan_parquet(root, request.label, request.masks)
+    if request.source == "manifest":
+        return scan_manifest(root, request.label, request.masks)
     return scan_npz(root)
 
 

@@ -88,6 +88,7 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         store=str(store.path),
         model=model_of(spec),
         image_size=spec.data.image_size,
+        evaluation=spec.data.evaluation,
         epochs=search.epochs,
         steps_per_unit=search.steps_per_unit,
         batch_size=search.batch_size,

@@ -9,7 +9,7 @@ from orchestrator.ingest.pipeline import survey
 from orchestrator.planning.build import LODO_CANDIDATES, entries_of, solved_in_closed_form
 from orchestrator.planning.view import source_request
 from orchestrator.search.space import SearchSpace
-from orchestrator.study_file.rules import DIGITS_DOMAINS
+from orchestrator.study_file.rules import BUILT_IN_DOMAINS
 
 if TYPE_CHECKING:
     from orchestrator.ingest.assign import Assignment
@@ -87,7 +87,7 @@ def _references(spec: StudySpec) -> int | None:
     if "extrapolated" in diagnostics.fsr:
         samples += len(set(diagnostics.fsr_fractions))
     if "oracle" in diagnostics.fsr:
-        domains = spec.data.ood or (DIGITS_DOMAINS if spec.data.source == "digits" else ())
+        domains = spec.data.ood or BUILT_IN_DOMAINS.get(spec.data.source, ())
         if not domains:
             return None
         samples += len(domains)

@@ -15,17 +15,16 @@ import timm
 import torch
 
 from orchestrator.cluster.resources import check_resources
-from orchestrator.errors import PreflightError, Problem, did_you_mean
+from orchestrator.errors import PreflightError, Problem
 from orchestrator.planning.build import loss_of, model_of
 from orchestrator.planning.configurations import points, structure
 from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
 from orchestrator.planning.objectives import cost_problems
-from orchestrator.study_file.rules import DIGITS_DOMAINS, domain_problems, network_problems
+from orchestrator.study_file.rules import BUILT_IN_DOMAINS, domain_problems, network_problems
 from orchestrator.study_file.schema import StudySpec
 from orchestrator.tracking.client import access_problems
 from trainables import strategy_class
-from trainables.data.transforms import AUGMENTATIONS
 from trainables.demo.backbones import NETWORKS, architecture
 from trainables.diagnostics.norm_shift import batch_norms, layer_norms
 from trainables.engine.budget import BudgetPlan
@@ -66,12 +65,7 @@ def preflight(spec: StudySpec) -> None:
 
 def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     data = spec.data
-    if data.augment:
-        for index, name in enumerate(data.augment):
-            if name not in AUGMENTATIONS:
-                rule = f"an augmentation is one of {', '.join(AUGMENTATIONS)}, but got {name!r}."
-                yield Problem(("data", "augment", index), rule + did_you_mean(name, AUGMENTATIONS))
-    ood: Collection[str] = data.ood or DIGITS_DOMAINS
+    ood: Collection[str] = data.ood or BUILT_IN_DOMAINS.get(data.source, ())
     if data.source != "digits":
         try:
             inside = examine(spec)[1]

@@ -1,8 +1,8 @@
 """Predictions that a study keeps of its trials, and the per-sample results in them.
 
 `<study>/predictions/trial-0007.arrow` has one row per sample of val, test and every OOD domain, in the order of the
-data store: `split`, `name`, `target`, `output` (logits), and one column `stat/<key>` per sufficient statistic of the
-task.
+data store: `split`, `name`, of classification `target` and `output` (logits), and one column `stat/<key>` per
+sufficient statistic of the task.
 A study of an earlier version, or one whose predictions were removed, has no such files: its per-sample results are
 None. Where a file exists and cannot be used, `SampleTables.problems` has the reason.
 """
@@ -10,7 +10,7 @@ None. Where a file exists and cannot be used, `SampleTables.problems` has the re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,18 @@ import pyarrow as pa
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.intervals import Floats, estimate_mean
-from orchestrator.results.sample_values import SAMPLE_FUNCTIONS, Ends, SampleFunction, SplitOutputs
+from orchestrator.results.sample_values import (
+    PIXEL_FUNCTIONS,
+    SAMPLE_FUNCTIONS,
+    Ends,
+    PixelCounts,
+    SampleFunction,
+    SplitOutputs,
+)
 from trainables.specs.metrics import (
     CLASSIFICATION,
     OOD_MEAN,
+    SEGMENTATION,
     TEMPERATURE,
     TEST,
     VAL,
@@ -39,8 +47,12 @@ from trainables.storage.arrow_files import footer_problem
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-COLUMNS = ("split", "name", "target", "output")
+COLUMNS = ("split", "name")
 """Columns that every file of predictions has."""
+OUTPUT_COLUMNS = ("target", "output")
+"""Columns that it has of tasks whose outputs are kept."""
+INTERSECTION = "stat/intersection"
+UNION = "stat/union"
 STATISTIC = "stat/"
 """Prefix of a column with a sufficient statistic of each sample."""
 MEANS = {"acc": "correct"}
@@ -58,8 +70,12 @@ class PredictionsError(ValueError):
     """No predictions, or a file that is not one of them."""
 
 
-def read_predictions(path: Path) -> pa.Table:
+def read_predictions(path: Path, outputs: bool = True) -> pa.Table:
     """The predictions of one trial, mapped into memory.
+
+    Args:
+        outputs: whether targets and outputs are needed, which are kept of classification alone; otherwise the
+            statistics of each sample do.
 
     Raises:
         PredictionsError: the file is missing, damaged, or has other columns.
@@ -79,7 +95,8 @@ def read_predictions(path: Path) -> pa.Table:
         ) from error
     except (OSError, pa.ArrowException) as error:
         raise _not_predictions(path, f"cannot be read as one ({error})") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
+    needed = (*COLUMNS, *OUTPUT_COLUMNS) if outputs else COLUMNS
+    missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise _not_predictions(path, f"has no column {', '.join(missing)}")
     return table
@@ -87,7 +104,12 @@ def read_predictions(path: Path) -> pa.Table:
 
 def output_matrix(table: pa.Table) -> NDArray[Any]:
     """(n, K) outputs of kept predictions or of some of their rows, without a copy as Python numbers."""
-    column = table.column("output")
+    return _matrix(table, "output")
+
+
+def _matrix(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column of fixed-size lists as (n, m)."""
+    column = table.column(name)
     parts = [np.asarray(chunk.flatten()) for chunk in column.chunks if len(chunk)]
     values = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     return values.reshape(table.num_rows, column.type.list_size)
@@ -192,7 +214,7 @@ class SampleTables:
         if not path.exists():
             return None
         try:
-            return read_predictions(path)
+            return read_predictions(path, outputs=False)
         except PredictionsError as error:
             self.problems[number] = str(error)
             return None
@@ -219,6 +241,10 @@ class SampleTables:
             column = _of_statistic(table, statistic, rows, metric.key in CLASS_MEANS)
             ends: Ends = "share" if metric.unit == "fraction" else "symmetric"
             tolerance = TOLERANCE * max(1.0, abs(recorded))
+        elif metrics.task == SEGMENTATION.task and metric.key in PIXEL_FUNCTIONS and INTERSECTION in table.column_names:
+            column = _of_pixels(table, PIXEL_FUNCTIONS[metric.key], rows)
+            ends = "bounded"
+            tolerance = TOLERANCE
         elif metrics.task == CLASSIFICATION.task and metric.key in SAMPLE_FUNCTIONS:
             function = SAMPLE_FUNCTIONS[metric.key]
             column = _of_function(table, function, rows, run.metric(TEMPERATURE.name))
@@ -315,6 +341,26 @@ def _of_function(
     strata, weights = _strata([len(part) for part in rows], [1 / len(rows)] * len(rows))
     effective = _effective(class_weights, class_sizes)
     return _Values(np.concatenate(values), strata, weights, np.concatenate(rows), effective)
+
+
+def _of_pixels(
+    table: pa.Table, function: Callable[[PixelCounts], Floats | None], rows: Sequence[NDArray[np.int64]]
+) -> _Values | None:
+    """Values by picture of a metric that is counted in pixels; None where it has none on a split.
+
+    Strata are the splits.
+    """
+    intersection = _matrix(table, INTERSECTION)
+    union = _matrix(table, UNION)
+    values: list[Floats] = []
+    for part in rows:
+        computed = function(PixelCounts(intersection[part], union[part]))
+        if computed is None or len(part) < 2:
+            return None
+        values.append(computed)
+    sizes = [len(part) for part in rows]
+    shares = [1 / len(rows)] * len(rows)
+    return _Values(np.concatenate(values), *_strata(sizes, shares), np.concatenate(rows), _effective(shares, sizes))
 
 
 def _strata(sizes: Sequence[int], weights: Sequence[float]) -> tuple[NDArray[np.int64], Floats]:

@@ -7,7 +7,8 @@ Plans", chapter 6). The metrics do not change when all weights are scaled, so th
 mean of y is θ itself. The variance of that mean is the one to which the bootstrap over samples converges; of AUROC it
 is that of DeLong, DeLong and Clarke-Pearson (1988), of macro-F1 the delta method's.
 
-Definitions are those of `trainables.tasks.classification_metrics`.
+Definitions are those of `trainables.tasks.classification_metrics` and, of what is counted in pixels, of
+`trainables.tasks.segmentation_metrics`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from trainables.specs.metrics import AUROC, AVERAGE_PRECISION, BRIER, ECE, ECE_SCALED, MACRO_F1, TOP5
+from trainables.specs.metrics import (
+    AUROC,
+    AVERAGE_PRECISION,
+    BRIER,
+    ECE,
+    ECE_SCALED,
+    MACRO_F1,
+    MEAN_IOU,
+    PIXEL_ACCURACY,
+    TOP5,
+)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -123,6 +134,49 @@ SAMPLE_FUNCTIONS = {
     TOP5.key: SampleFunction(top_k, mean=True, ends="share"),
 }
 """Metric key → its values; of metrics that are no statistic of a sample which a trial keeps."""
+
+
+@dataclass(frozen=True)
+class PixelCounts:
+    """Counts of labelled pixels in the n pictures of a split, by class."""
+
+    intersection: Integers
+    """(n, K) pixels whose label and prediction are the class."""
+    union: Integers
+    """(n, K) pixels whose label or prediction is the class."""
+
+
+def mean_iou(counts: PixelCounts) -> Floats | None:
+    """IoU of a class is I / U, summed over the pictures.
+
+    None where a class of the mean is in a single picture: nothing shows how much that varies.
+    """
+    pictures = (counts.union > 0).sum(0)
+    present = pictures > 0
+    if not present.any() or pictures[present].min() < 2:
+        return None
+    union = counts.union[:, present].astype(np.float64)
+    scores = counts.intersection[:, present].sum(0) / union.sum(0)
+    change = (counts.intersection[:, present] - scores * union) / union.sum(0)
+    return np.asarray(scores.mean() + len(union) * change.mean(1))
+
+
+def pixel_accuracy(counts: PixelCounts) -> Floats | None:
+    """Right pixels over labelled ones, summed over the pictures; None without labelled pixels."""
+    right = counts.intersection.sum(1)
+    # A wrong pixel is in the union of two classes, a right one in that of one.
+    labelled = (counts.union.sum(1) + right) / 2
+    if labelled.sum() == 0:
+        return None
+    share = right.sum() / labelled.sum()
+    return np.asarray(share + len(right) * (right - share * labelled) / labelled.sum())
+
+
+PIXEL_FUNCTIONS: dict[str, Callable[[PixelCounts], Floats | None]] = {
+    MEAN_IOU.key: mean_iou,
+    PIXEL_ACCURACY.key: pixel_accuracy,
+}
+"""Metric key → its values, by picture."""
 
 
 def _one_against_rest(outputs: SplitOutputs, of_class: Callable[[Floats, NDArray[np.bool_]], Floats]) -> Floats | None:

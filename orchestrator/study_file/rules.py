@@ -13,11 +13,14 @@ from typing import Any
 from orchestrator.errors import KeyPath, did_you_mean
 from orchestrator.ingest.label_map import MASK_SOURCES
 from orchestrator.record.costs import COSTS
+from trainables.specs.augmentations import AUGMENTATIONS, MASK_AUGMENTATIONS
 from trainables.specs.metrics import task_metrics
 
 RESERVED = frozenset({"data", "cache", "mlartifacts", "mlflow.db"})
 """Names in the storage folder that are not studies; each study has a folder of its own name there."""
 DIGITS_DOMAINS = ("inverted", "rotated", "noisy", "blurred", "printed")
+BUILT_IN_DOMAINS = {"digits": DIGITS_DOMAINS, "digits_scenes": ("inverted", "noisy", "blurred", "printed")}
+"""Built-in source → its OOD domains."""
 """OOD domains of the built-in data."""
 VAL_DOMAIN = "val_domain:"
 """Prefix of the objective that selects by one OOD domain."""
@@ -135,11 +138,11 @@ def source_problems(
     source: str, root: str | None, label: str | None, id: Sequence[str], ood: Sequence[str]
 ) -> Iterator[RuleProblem]:
     """Keys of `data` that do not fit its source."""
-    if source == "digits":
+    if source in BUILT_IN_DOMAINS:
         if root is not None:
-            yield ("root",), "the source 'digits' is built in and has no root. Remove one of the two."
-        yield from _unknown_domains("ood", ood, DIGITS_DOMAINS)
-        yield from _unknown_domains("id", id, ("handwritten",))
+            yield ("root",), f"the source {source!r} is built in and has no root. Remove one of the two."
+        yield from _unknown_domains(source, "ood", ood, BUILT_IN_DOMAINS[source])
+        yield from _unknown_domains(source, "id", id, ("handwritten",))
     elif not root:
         yield ("root",), f"the source {source!r} needs a root: the path of your images."
     if root and "://" in root:
@@ -148,10 +151,35 @@ def source_problems(
             f"root is a path on this machine, but got the URL {root!r}. Copy the data to a folder that all machines "
             "can read.",
         )
-    if label is not None and source != "parquet":
+    if label is not None and source not in ("parquet", "manifest"):
         yield (
             ("label",),
-            f"only Parquet files have a label column to choose, but the source is {source!r}. Remove one of the two.",
+            f"only Parquet files and manifests have a label column to choose, but the source is {source!r}. Remove one "
+            "of the two.",
+        )
+
+
+def metric_problems(task: str, metric: str | None) -> Iterator[RuleProblem]:
+    """A metric that cannot select in the task."""
+    try:
+        task_metrics(task).selecting(metric)
+    except ValueError as error:
+        message = str(error)
+        yield ("search", "metric"), message[0].lower() + message[1:]
+
+
+def augmentation_problems(task: str, augment: Sequence[str], evaluation: str | None) -> Iterator[RuleProblem]:
+    """Augmentations that the task does not have, and views that only masks have."""
+    options = MASK_AUGMENTATIONS if task == "segmentation" else AUGMENTATIONS
+    for index, name in enumerate(augment):
+        if name not in options:
+            rule = f"an augmentation is one of {', '.join(options)}, but got {name!r}.{did_you_mean(name, options)}"
+            yield ("data", "augment", index), rule
+    if evaluation is not None and task != "segmentation":
+        yield (
+            ("data", "evaluation"),
+            f"only segmentation has views of an evaluation, but the task is {task}. Set task: segmentation, or remove "
+            "it.",
         )
 
 
@@ -176,17 +204,8 @@ def mask_problems(
             f"the classes of segmentation are in the masks, but a label column is given: {label!r}. Remove it; "
             "data.mask names the column with the masks.",
         )
-    if mask is not None and source == "folder":
+    if mask is not None and source not in ("parquet", "manifest"):
         yield ("data", "mask"), f"only tables have a mask column, but the source is {source!r}. Remove one of the two."
-
-
-def metric_problems(task: str, metric: str | None) -> Iterator[RuleProblem]:
-    """A metric that cannot select in the task."""
-    try:
-        task_metrics(task).selecting(metric)
-    except ValueError as error:
-        message = str(error)
-        yield ("search", "metric"), message[0].lower() + message[1:]
 
 
 def domain_list_problems(id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:
@@ -293,7 +312,7 @@ def objectives_problems(
 def objective_problems(objective: str, source: str, id: Sequence[str], ood: Sequence[str]) -> Iterator[RuleProblem]:
     """An objective whose domains `data` does not have."""
     path: KeyPath = ("search", "objective")
-    if objective == "leave_one_domain_out" and (source == "digits" or len(id) == 1):
+    if objective == "leave_one_domain_out" and (source in BUILT_IN_DOMAINS or len(id) == 1):
         yield (
             path,
             "leave_one_domain_out needs at least 2 ID domains, but data.id has 1: "
@@ -302,9 +321,7 @@ def objective_problems(objective: str, source: str, id: Sequence[str], ood: Sequ
     if not objective.startswith(VAL_DOMAIN):
         return
     domain = objective.removeprefix(VAL_DOMAIN)
-    listed = ood
-    if not listed and source == "digits":
-        listed = DIGITS_DOMAINS
+    listed = ood or BUILT_IN_DOMAINS.get(source, ())
     if domain not in listed:
         hint = did_you_mean(domain, listed) or " List it there."
         yield (
@@ -407,11 +424,12 @@ def _broken(message: str) -> RuleError:
     return RuleError(((), message))
 
 
-def _unknown_domains(key: str, domains: Sequence[str], options: Collection[str]) -> Iterator[RuleProblem]:
+def _unknown_domains(source: str, key: str, domains: Sequence[str], options: Collection[str]) -> Iterator[RuleProblem]:
     for index, domain in enumerate(domains):
         if domain not in options:
             hint = did_you_mean(domain, options)
-            yield (key, index), f"digits has the {key.upper()} domains {', '.join(options)}, but got {domain!r}.{hint}"
+            rule = f"{source} has the {key.upper()} domains {', '.join(options)}, but got {domain!r}.{hint}"
+            yield (key, index), rule
 
 
 def _is_number(value: Any) -> bool:

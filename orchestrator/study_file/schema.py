@@ -34,9 +34,10 @@ class DataSpec(Section):
     Domains are in distribution (ID) or not (OOD).
     """
 
-    source: Literal["folder", "parquet", "npz", "digits"] = "folder"
-    """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`), Parquet files,
-    a MedMNIST-style `.npz`; `digits` is built in and needs no root."""
+    source: Literal["folder", "parquet", "manifest", "npz", "digits", "digits_scenes"] = "folder"
+    """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`; of pictures with
+    masks see docs/data.md), Parquet files, a manifest (CSV or JSON lines with a path per picture), a MedMNIST-style
+    `.npz`; `digits` and, of pictures with masks, `digits_scenes` are built in and need no root."""
     root: str | None = None
     """Folder or file with the images. A relative path counts from the study file's folder."""
     id: list[str] = []
@@ -79,21 +80,25 @@ class DataSpec(Section):
     none. Splits of the source's own stay as they are. null = near, but a study that was begun with an earlier version
     keeps its splits."""
     label: str | None = None
-    """Column of Parquet files that holds the classes. null = the first of `label`, `labels`, `class`, `target`,
-    `category`, `fine_label`, `coarse_label`."""
+    """Column of Parquet files or of a manifest that holds the classes. null = the first of `label`, `labels`, `class`,
+    `target`, `category`, `fine_label`, `coarse_label`."""
     labels: dict[str, int | str | list[int | str]] | str | None = None
     """Segmentation: classes and their values in the masks, `{background: 0, object: 255}`. A value is an integer or a
     colour, `'48,112,32'` or `'#307020'`; several make a list. Or a label file (CVAT's `labelmap.txt`,
     `class_dict.csv`), or a published table: `cityscapes` (label ids), `cityscapes-train-ids`. null = a label file
     beside the masks, else a class per value, named by it. A value without a class is an error."""
-    ignore: list[int | str] | int | str | None = None
+    ignore: list[int | str] | None = None
     """Segmentation: values or colours of masks that count nowhere: not in the loss, not in a score, not as a class.
     null = 255, unless `labels` gives it a class; `[]` = none."""
     mask: str | None = None
-    """Segmentation: column of Parquet files or of a manifest that holds the masks. null = the first of `mask`, `masks`,
-    `label`, `labels`, `annotation`, `segmentation`."""
+    """Segmentation: column of Parquet files or of a manifest that holds the masks. null = `mask`, or the
+    first of the other usual names (docs/data.md)."""
     augment: list[str] = []
-    """Training augmentations: any of `flip`, `crop`."""
+    """Training augmentations: any of `flip`, `crop`; of pictures with masks also `scale` (by 1/2 to 2) and `jitter` of
+    brightness, contrast and saturation."""
+    evaluation: Literal["resize", "slide"] | None = None
+    """Segmentation: how the network sees a picture that is scored. resize = whole, its longer side scaled to
+    `image_size`; slide = at its own size, through overlapping windows. null = slide where `crop` is an augmentation."""
     sampling: Literal["balanced"] | None = None
     """balanced = every class equally often in an epoch of gradient training: images of small classes come several
     times, of large classes a random part. null = every image once."""
@@ -386,6 +391,7 @@ class StudySpec(Section):
         data = self.data
         diagnostics = self.diagnostics
         rules.raise_if_any(
+            *rules.augmentation_problems(self.task, data.augment, data.evaluation),
             *rules.mask_problems(self.task, data.source, data.labels, data.ignore, data.mask, data.label),
             *rules.metric_problems(self.task, self.search.metric),
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),

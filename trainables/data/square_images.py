@@ -81,7 +81,7 @@ class SquareImages:
     Args:
         store: the opened store.
         config: normalisation and side of the network's input.
-        augment: any of `trainables.data.transforms.AUGMENTATIONS`.
+        augment: any of `trainables.specs.augmentations.AUGMENTATIONS`.
         transform: the task's `trainables.tasks.base.Task.transform`; None = labels unchanged.
         device: of the batches.
     """

@@ -10,13 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainables.specs.augmentations import AUGMENTATIONS
 from trainables.specs.suggestions import did_you_mean
-
-AUGMENTATIONS = {
-    "flip": "mirror left-right with probability 1/2",
-    "crop": "a random square of the network's side out of the stored image, padded by reflection where both are equal",
-}
-"""Values of `data.augment`, and what they do; each image has a draw of its own."""
 
 PAD_SHARE = 8
 """A stored image that is no larger than the network's input is padded by side / 8 on every edge before a crop."""
@@ -29,7 +24,7 @@ class BatchTransform:
         mean: per channel, of pixel values in 0…1.
         std: per channel, of pixel values in 0…1.
         image_size: side of the result, in pixels; stored images are at least as large.
-        augment: any of `AUGMENTATIONS`; applied only in calls with a generator.
+        augment: any of `trainables.specs.augmentations.AUGMENTATIONS`; applied only in calls with a generator.
 
     Raises:
         ValueError: an unknown augmentation.

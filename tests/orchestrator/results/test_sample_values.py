@@ -7,7 +7,14 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from orchestrator.results.sample_values import SAMPLE_FUNCTIONS, Integers, SplitOutputs, log_odds
+from orchestrator.results.sample_values import (
+    PIXEL_FUNCTIONS,
+    SAMPLE_FUNCTIONS,
+    Integers,
+    PixelCounts,
+    SplitOutputs,
+    log_odds,
+)
 from trainables.tasks.classification_metrics import classification_metrics
 from trainables.tasks.classification_metrics import log_odds as log_odds_of_the_task
 
@@ -122,3 +129,63 @@ def test_logits_that_are_not_finite_have_no_values(key: str) -> None:
 def test_log_odds_are_those_of_the_task() -> None:
     logits = np.random.default_rng(0).normal(scale=40, size=(50, 5))
     assert log_odds(logits) == pytest.approx(log_odds_of_the_task(torch.tensor(logits)).numpy(), rel=1e-12)
+
+
+def pixel_counts(pictures: int = 40, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, PixelCounts]:
+    """Confusion matrices of pictures (n, K, K), and their counts; the last class is nowhere."""
+    generator = np.random.default_rng(seed)
+    confusions = generator.integers(0, 30, (pictures, classes + 1, classes + 1)) + 40 * np.eye(classes + 1, dtype=int)
+    confusions[:, -1] = 0
+    confusions[:, :, -1] = 0
+    right = np.diagonal(confusions, axis1=1, axis2=2)
+    return confusions, PixelCounts(right, confusions.sum(1) + confusions.sum(2) - right)
+
+
+def weighted_pixel_metric(key: str, confusions: np.ndarray, weights: np.ndarray) -> float:
+    total = np.einsum("n,nij->ij", weights, confusions)
+    right = np.diag(total)
+    if key == "pixel_acc":
+        return float(right.sum() / total.sum())
+    union = total.sum(0) + total.sum(1) - right
+    return float((right[:-1] / union[:-1]).mean())
+
+
+@pytest.mark.parametrize("key", PIXEL_FUNCTIONS)
+def test_pixel_metrics_have_their_mean_and_their_derivatives(key: str) -> None:
+    confusions, counts = pixel_counts()
+    values = PIXEL_FUNCTIONS[key](counts)
+    assert values is not None
+    ones = np.ones(len(confusions))
+    theta = weighted_pixel_metric(key, confusions, ones)
+    assert values.mean() == pytest.approx(theta, abs=1e-12)
+    for picture in range(0, len(ones), 5):
+        moved = ones.copy()
+        moved[picture] += STEP
+        slope = (weighted_pixel_metric(key, confusions, moved) - theta) / STEP
+        assert values[picture] == pytest.approx(theta + len(ones) * slope, abs=1e-3)
+
+
+def test_the_variance_of_mean_iou_is_that_of_the_bootstrap() -> None:
+    confusions, counts = pixel_counts(pictures=200)
+    values = PIXEL_FUNCTIONS["miou"](counts)
+    assert values is not None
+    generator = np.random.default_rng(1)
+    resampled = [
+        weighted_pixel_metric("miou", confusions, generator.multinomial(200, np.full(200, 1 / 200)))
+        for _ in range(4000)
+    ]
+    assert values.std(ddof=1) / np.sqrt(200) == pytest.approx(np.std(resampled), rel=0.05)
+
+
+def test_a_class_in_a_single_picture_leaves_mean_iou_without_values() -> None:
+    _, counts = pixel_counts(pictures=5)
+    union = counts.union.copy()
+    union[2, -1] = 1
+    assert PIXEL_FUNCTIONS["miou"](PixelCounts(counts.intersection, union)) is None
+    union[3, -1] = 1
+    assert PIXEL_FUNCTIONS["miou"](PixelCounts(counts.intersection, union)) is not None
+
+
+def test_pictures_without_labelled_pixels_have_no_values() -> None:
+    nothing = np.zeros((3, 4), np.int64)
+    assert all(function(PixelCounts(nothing, nothing)) is None for function in PIXEL_FUNCTIONS.values())

@@ -11,8 +11,9 @@ import torch
 
 from tests.support.mask_store import MaskMemoryStore, rectangles
 from trainables.data.mask_views import IGNORED
-from trainables.data.masked_pictures import MASK_AUGMENTATIONS, MaskedPictures, windows
+from trainables.data.masked_pictures import MaskedPictures, windows
 from trainables.models.backbone import DataConfig
+from trainables.specs.augmentations import MASK_AUGMENTATIONS
 
 SIDE = 16
 CONFIG = DataConfig(

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.nn import functional
 from torchvision import transforms
 
-from trainables.data.transforms import AUGMENTATIONS, BatchTransform
+from trainables.data.transforms import BatchTransform
+from trainables.specs.augmentations import AUGMENTATIONS
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
