@@ -15,6 +15,7 @@ from tests.support.mask_store import MaskMemoryStore, rectangles
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables.data.mask_views import IGNORED
 from trainables.engine.trial import Trial
+from trainables.engine.tuned_network import tuned_network
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings, TrialSpec
 
@@ -323,3 +324,31 @@ class TestSettings:
         first, second = (history_of(run) for run in runs)
         assert same_numbers(first, second)
         assert same_tensors(runs[0].model.state_dict(), runs[1].model.state_dict())
+
+
+class TestResult:
+    @pytest.mark.parametrize(("kind", "decoder"), [("cnn", None), ("cnn", "unet"), ("vit", None)])
+    def test_kept_weights_give_the_tested_network(
+        self, trial: MakeSegmentation, kind: str, decoder: str | None
+    ) -> None:
+        run = trial("full", kind, decoder=decoder)
+        history_of(run)
+        network = tuned_network(run.kept_weights(0), run.data.backbone)
+        assert same_tensors(network.state_dict(), run.model.state_dict())
+        images, _ = next(run.data.batches("test", batch_size=2))
+        with torch.no_grad():
+            assert torch.equal(network(images), run.model.eval()(images))
+
+    def test_cka_of_an_untouched_encoder_is_one(self, trial: MakeSegmentation) -> None:
+        """The pretrained network that it is compared with is dilated, too."""
+        last = history_of(trial("linear_probe", diagnostics=("cka",)))[-1]
+        assert last["cka/mean"] == pytest.approx(1.0)
+
+    def test_a_sample_has_its_intersection_and_union(self, trial: MakeSegmentation) -> None:
+        run = trial("linear_probe", "vit")
+        run.keeps_predictions = True
+        last = history_of(run)[-1]
+        kept = run.predictions["ood/dark"].statistics
+        assert kept["intersection"].shape == kept["union"].shape == (6, 3)
+        shares = kept["intersection"].sum(0) / kept["union"].sum(0)
+        assert last["ood/dark/miou"] == pytest.approx(shares.mean())
