@@ -63,7 +63,7 @@ from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import RunState
 from trainables.storage.kept_predictions import SplitPredictions
-from trainables.tasks.base import Task
+from trainables.tasks.base import Statistic, Task
 from trainables.tasks.registry import task_class, task_of_trial
 
 if TYPE_CHECKING:

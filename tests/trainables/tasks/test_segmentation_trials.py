@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests.support.mask_store import MaskMemoryStore, rectangles
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
-from trainables.data.mask_views import IGNORED
+from trainables.data.store import IGNORED
 from trainables.engine.trial import Trial
 from trainables.engine.tuned_network import tuned_network
 from trainables.specs.seeds import stream_seed
