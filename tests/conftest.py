@@ -81,6 +81,8 @@ THOROUGH = (
     "tests/trainables/models/test_transformer_blocks.py",
     "tests/trainables/storage/test_checkpoint_store.py::test_p3_a_process_killed",
     "tests/trainables/storage/test_kept_weights.py::test_s12",
+    "tests/trainables/tasks/test_segmentation_conformance.py",
+    "tests/trainables/tasks/test_segmentation_trials.py",
     "tests/trainables/tasks/test_toy_tasks.py",
     "tests/trainables/test_bitfit.py::TestConformance",
     "tests/trainables/test_components.py::TestConformance",
