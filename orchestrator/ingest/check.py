@@ -214,8 +214,9 @@ class DataReport:
         unreadable = [f"{entry['name']}: {entry['reason']}" for entry in self.unreadable]
         _print_list(console, f"Unreadable, will be left out: {len(unreadable)}", unreadable)
         splits = "splits" if self.splits else "splits (as a study draws them by default)"
-        for key, groups in (("across", f"{splits} or domains"), ("contradictory", "classes")):
-            title = f"The same image in several {groups}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
+        different = "in several classes" if self.task == "classification" else "with different masks"
+        for key, how in (("across", f"in several {splits} or domains"), ("contradictory", different)):
+            title = f"The same image {how}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
             _print_list(console, title, [in_words(group) for group in self.duplicates[key]])
         nearly = counted(self.duplicates["near_leaks_groups"], "group")
         title = f"Nearly equal images in training, validation or what is measured: {nearly}"
@@ -378,7 +379,7 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         notes=dict(Counter(note for i in readable for note in outcomes[i].notes).most_common()),
         unreadable=[{"name": samples[i].name, "reason": str(outcomes[i].reason)} for i in bad],
         ignored=[entry._asdict() for entry in source.ignored],
-        duplicates=find_duplicates(samples, outcomes, split_of, groups).to_dict(),
+        duplicates=find_duplicates(samples, outcomes, split_of, groups, source.survey).to_dict(),
         kept_together=together,
         problems=problems,
         task="classification" if request.masks is None else "segmentation",

@@ -133,6 +133,7 @@ def judge(source: Source, outcomes: Mapping[int, Outcome], request: MaskRequest)
         translation=translation,
         sizes=np.array([_size(outcomes[i]) for i in range(len(source.samples))], np.int64).reshape(-1, 2),
         pixels=pixels,
+        digests=tuple(masks[i].digest if i in masks else "" for i in range(len(source.samples))),
         positions=tuple(range(len(source.samples))),
         unreadable={i: str(outcome.reason) for i, outcome in outcomes.items() if outcome.reason is not None},
     )
@@ -435,6 +436,7 @@ def _selected(source: Source, keep: Sequence[int], reason: str) -> Source:
             survey,
             sizes=survey.sizes[keep],
             pixels=survey.pixels[keep],
+            digests=tuple(survey.digests[i] for i in keep),
             positions=tuple(survey.positions[i] for i in keep),
             unreadable={number[i]: reason for i, reason in survey.unreadable.items() if i in kept},
         ),

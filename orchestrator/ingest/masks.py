@@ -6,6 +6,7 @@ file. In this order: a decoded mask; its summary; the translation.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ class MaskOutcome(NamedTuple):
     """Values that fill 2 x 2 pixels somewhere; smoothing leaves values that do not."""
     palette: dict[int, int]
     """Colour of each value that occurs; empty = the mask has no palette."""
+    digest: str
+    """Of its values, in hex: different for different masks of one picture."""
 
     def to_json(self) -> list[Any]:
         """The fields as JSON values."""
@@ -74,14 +77,15 @@ class MaskOutcome(NamedTuple):
             self.distinct,
             sorted(self.solid),
             list(self.palette.items()),
+            self.digest,
         ]
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> MaskOutcome:
         """The inverse of `to_json`."""
-        width, height, file_format, kind, lossy, counts, distinct, solid, palette = fields
+        width, height, file_format, kind, lossy, counts, distinct, solid, palette, digest = fields
         return cls(
-            width, height, file_format, kind, lossy, dict(counts), distinct, frozenset(solid), dict(palette)
+            width, height, file_format, kind, lossy, dict(counts), distinct, frozenset(solid), dict(palette), digest
         )  # fmt: skip
 
 
@@ -257,4 +261,5 @@ def summary(mask: DecodedMask) -> MaskOutcome:
         distinct=len(values),
         solid=frozenset(_counted(corner[same], mask.kind)[0].tolist()) & listed.keys(),
         palette={value: mask.palette[value] for value in listed if value in mask.palette},
+        digest=hashlib.sha256(f"{mask.values.shape}".encode() + mask.values.tobytes()).hexdigest()[:32],
     )

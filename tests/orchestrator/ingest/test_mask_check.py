@@ -535,6 +535,19 @@ class TestCommand:
         assert command(root, "--task", "detection")[0] == USAGE
 
 
+def test_equal_pictures_are_duplicates_and_equal_masks_are_not(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path, count=8)
+    for copy, original in (("020", "001"), ("021", "002")):
+        for folder in ("images", "masks"):
+            (root / folder / f"{copy}.png").write_bytes((root / folder / f"{original}.png").read_bytes())
+    save(boxes(32, 32, (0, 0, 8, 8, 1)), root / "masks" / "021.png")
+    made = report(root)
+    assert made.kept_together["groups"] == 2
+    assert made.duplicates["repeats"] == 1
+    assert [group["names"] for group in made.duplicates["contradictory"]] == [["images/002.png", "images/021.png"]]
+    assert "The same image with different masks: 1 group" in text_of(made)
+
+
 def test_values_above_255_need_a_map(tmp_path: Path) -> None:
     for path in (write_pairs(tmp_path) / "masks").iterdir():
         save(np.asarray(Image.open(path)).astype(np.uint16) * 26000, path)
