@@ -5,6 +5,9 @@ With the same stem as in `trainables`; imports optuna only.
 A file holds `SPACE`, name → `Hyperparameter` (default beside range), and `PRESETS`, name → `Preset` (the papers' own
 sweeps). Keys are fields of the strategy's `Config`. The folder is the registry: a new strategy is a new file here.
 
+A task whose rates mean something else has spaces of its own: `TASK_SPACES` and `TASK_PRESETS`, task → what `SPACE` and
+`PRESETS` are for the others. It has no presets but these.
+
 Terms: a hyperparameter is *fixed* (by the study file or a preset), or *sampled* by the search; both together are the
 `hparams` of a trial.
 """
@@ -21,6 +24,8 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
 from search_spaces._hyperparameter import Hyperparameter, Preset
+
+CLASSIFICATION = "classification"
 
 __all__ = [
     "Hyperparameter",
@@ -47,8 +52,8 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def space(name: str) -> dict[str, Hyperparameter]:
-    """The hyperparameters of one strategy, in the order in which they are sampled.
+def space(name: str, task: str = CLASSIFICATION) -> dict[str, Hyperparameter]:
+    """The hyperparameters of one strategy for a task, in the order in which they are sampled.
 
     Raises:
         ValueError: unknown strategy.
@@ -58,34 +63,38 @@ def space(name: str) -> dict[str, Hyperparameter]:
     >>> space("full")["lr_backbone"].distribution
     FloatDistribution(high=0.3, log=True, low=0.0001, step=None)
     """
-    hyperparameters: dict[str, Hyperparameter] = _module(name).SPACE
+    module = _module(name)
+    hyperparameters: dict[str, Hyperparameter] = getattr(module, "TASK_SPACES", {}).get(task, module.SPACE)
     return hyperparameters
 
 
-def presets(name: str) -> dict[str, Preset]:
-    """The published sweeps of one strategy, by name.
+def presets(name: str, task: str = CLASSIFICATION) -> dict[str, Preset]:
+    """The published sweeps of one strategy for a task, by name.
 
     Raises:
         ValueError: unknown strategy.
     """
-    by_name: dict[str, Preset] = _module(name).PRESETS
+    module = _module(name)
+    by_name: dict[str, Preset] = module.PRESETS
+    if task in getattr(module, "TASK_SPACES", {}):
+        by_name = getattr(module, "TASK_PRESETS", {}).get(task, {})
     return by_name
 
 
-def preset(name: str, which: str) -> Preset:
+def preset(name: str, which: str, task: str = CLASSIFICATION) -> Preset:
     """One published sweep of one strategy.
 
     Raises:
         ValueError: unknown strategy, or the strategy has no such preset.
     """
-    by_name = presets(name)
+    by_name = presets(name, task)
     if which not in by_name:
         listed = ", ".join(by_name) or "none"
         raise ValueError(f"{name} has no preset {which!r}.{_did_you_mean(which, list(by_name))} It has: {listed}.")
     return by_name[which]
 
 
-def searched(name: str, fixed: Mapping[str, Any] | None = None) -> list[str]:
+def searched(name: str, fixed: Mapping[str, Any] | None = None, task: str = CLASSIFICATION) -> list[str]:
     """Names of the hyperparameters that are sampled beside the `fixed` ones.
 
     Empty = there is a single point.
@@ -93,23 +102,29 @@ def searched(name: str, fixed: Mapping[str, Any] | None = None) -> list[str]:
     >>> searched("full", {"lr_head": 10.0})
     ['lr_backbone']
     """
-    return [key for key in default_point(name, fixed) if key not in (fixed or {})]
+    return [key for key in default_point(name, fixed, task) if key not in (fixed or {})]
 
 
-def default_point(name: str, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def default_point(name: str, fixed: Mapping[str, Any] | None = None, task: str = CLASSIFICATION) -> dict[str, Any]:
     """The `fixed` hyperparameters, and the default of every other one that exists beside them.
 
     >>> default_point("full", {"lr_head": 1.0})
     {'lr_head': 1.0, 'lr_backbone': 0.01}
     """
     hparams = dict(fixed or {})
-    for key, hyperparameter in space(name).items():
+    for key, hyperparameter in space(name, task).items():
         if _is_free(key, hyperparameter, hparams):
             hparams[key] = hyperparameter.default
     return hparams
 
 
-def suggest(trial: BaseTrial, name: str, prefix: str = "", fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def suggest(
+    trial: BaseTrial,
+    name: str,
+    prefix: str = "",
+    fixed: Mapping[str, Any] | None = None,
+    task: str = CLASSIFICATION,
+) -> dict[str, Any]:
     """The `fixed` hyperparameters, and a sampled value of every other one.
 
     Of those that exist beside the decided ones (define-by-run).
@@ -119,6 +134,7 @@ def suggest(trial: BaseTrial, name: str, prefix: str = "", fixed: Mapping[str, A
         name: the strategy.
         prefix: label of the study's entry; empty = bare names.
         fixed: hyperparameters that are not sampled.
+        task: what is learned.
 
     >>> import optuna
     >>> trial = optuna.trial.FixedTrial({"full.lr_backbone": 0.02})
@@ -126,14 +142,18 @@ def suggest(trial: BaseTrial, name: str, prefix: str = "", fixed: Mapping[str, A
     {'lr_head': 1.0, 'lr_backbone': 0.02}
     """
     hparams = dict(fixed or {})
-    for key, hyperparameter in space(name).items():
+    for key, hyperparameter in space(name, task).items():
         if _is_free(key, hyperparameter, hparams):
             hparams[key] = hyperparameter.suggest(trial, f"{prefix}.{key}" if prefix else key)
     return hparams
 
 
 def near_edge(
-    name: str, hparams: Mapping[str, Any], fixed: Collection[str] = (), preset: str | None = None
+    name: str,
+    hparams: Mapping[str, Any],
+    fixed: Collection[str] = (),
+    preset: str | None = None,
+    task: str = CLASSIFICATION,
 ) -> list[str]:
     """Warnings about values at an edge of what was searched.
 
@@ -145,14 +165,15 @@ def near_edge(
         fixed: hyperparameters that were not searched (no warning for them).
         preset: the sweep that the configuration comes from; its grid then replaces the ranges, and its edge is its
             first and last value. None = the ranges, whose edge is 5 % at either end on the range's own scale.
+        task: what was learned.
     """
     warnings = []
     for key, value in hparams.items():
         if key in fixed:
             continue
-        hyperparameter = space(name).get(key)
+        hyperparameter = space(name, task).get(key)
         if preset is not None:
-            side = presets(name)[preset].edge(key, value)
+            side = presets(name, task)[preset].edge(key, value)
             searched_values = f"the preset {preset!r}"
         elif hyperparameter is not None:
             side = hyperparameter.edge(value)

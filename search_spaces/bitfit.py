@@ -5,6 +5,7 @@ from __future__ import annotations
 from optuna.distributions import FloatDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 SPACE: dict[str, Hyperparameter] = {
     # Biases are few and have gradients of the size of activations' gradients; the paper's rates for them lie one to two
@@ -22,3 +23,5 @@ SPACE: dict[str, Hyperparameter] = {
 }
 
 PRESETS: dict[str, Preset] = {}
+
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {TASK: {**SPACE, "lr_head": DECODER_RATE}}

@@ -8,6 +8,7 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 _KINDS = ("ln1", "mha", "ln2", "fc1", "fc2")
 _RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -60,3 +61,5 @@ PRESETS: dict[str, Preset] = {
         source="Odonnat et al. (2026), finetuning: each component alone at each rate",
     ),
 }
+
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {TASK: {**SPACE, "lr_head": DECODER_RATE}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from optuna.distributions import FloatDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 SPACE: dict[str, Hyperparameter] = {
     # The default is that of full fine-tuning.
@@ -36,4 +37,19 @@ PRESETS: dict[str, Preset] = {
         source="Ha et al. (2024), hyperparameter details, DAFT: backbone rates at a head rate of 1.0, then head rates "
         "at the best of them",
     ),
+}
+
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {
+    TASK: {"lr_backbone": SPACE["lr_backbone"], "lr_head": DECODER_RATE}
+}
+
+TASK_PRESETS: dict[str, dict[str, Preset]] = {
+    TASK: {
+        "paper": Preset(
+            steps=(PRESETS["paper"].steps[0], {"lr_head": (1.0, 0.3, 3e-2, 1e-2)}),
+            fixed={"lr_head": 0.1, "schedule": "poly"},
+            source="Ha et al. (2024), hyperparameter details, DAFT: the sweep's two steps. The head rates are a decade "
+            "below its 10 … 0.1, which are of a linear head from zero: the part on segmentation names none",
+        ),
+    },
 }

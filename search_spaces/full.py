@@ -5,6 +5,7 @@ from __future__ import annotations
 from optuna.distributions import FloatDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import ENCODER_RATE, TASK
 
 SPACE: dict[str, Hyperparameter] = {
     # The default is the usual rate for SGD with momentum on pretrained networks, convolutional (Kornblith et al., CVPR
@@ -30,4 +31,17 @@ PRESETS: dict[str, Preset] = {
         fixed={"lr_head": None},
         source="Ha et al. (2024), hyperparameter details, FT; one rate for backbone and head",
     ),
+}
+
+# One rate for encoder and decoder, as Ha et al. (2024) train it; two rates are daft's.
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {TASK: {"lr_backbone": ENCODER_RATE}}
+
+TASK_PRESETS: dict[str, dict[str, Preset]] = {
+    TASK: {
+        "paper": Preset(
+            steps=PRESETS["paper"].steps,
+            fixed={"lr_head": None, "schedule": "poly"},
+            source="Ha et al. (2024), hyperparameter details, FT; its part on segmentation names no other rates",
+        ),
+    },
 }

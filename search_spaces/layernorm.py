@@ -12,6 +12,7 @@ from typing import Any
 from optuna.distributions import FloatDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 
 def _has_fixed_lambda(hparams: Mapping[str, Any]) -> bool:
@@ -67,3 +68,5 @@ PRESETS: dict[str, Preset] = {
         source="Tan et al. (2025), cyclic framework: head, norms and λ in turns",
     ),
 }
+
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {TASK: {**SPACE, "lr_head": DECODER_RATE}}

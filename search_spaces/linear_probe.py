@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 # C is chosen inside the trial, on ID validation, from 100 values spaced evenly in the logarithm between 1e-7 and 1e2
 # (Kumar et al., 2022; Ha et al., 2024, "Implementation Details"). A search over C would only repeat that slowly.
@@ -18,4 +19,17 @@ PRESETS: dict[str, Preset] = {
         steps=({"C": tuple(10.0 ** (-7 + 9 * i / 99) for i in range(100))},),
         source="Ha et al. (2024): 100 values of C from 1e-7 to 1e2, evenly spaced in the logarithm",
     ),
+}
+
+# The decoder trains by gradient on the frozen encoder.
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {TASK: {"lr_head": DECODER_RATE}}
+
+TASK_PRESETS: dict[str, dict[str, Preset]] = {
+    TASK: {
+        "paper": Preset(
+            steps=({"lr_head": (0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3)},),
+            fixed={"schedule": "poly"},
+            source="Ha et al. (2024), hyperparameter details: upper rates of FT; its part on segmentation names none",
+        ),
+    },
 }

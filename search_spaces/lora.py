@@ -5,6 +5,7 @@ from __future__ import annotations
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 SPACE: dict[str, Hyperparameter] = {
     # With B = 0 at the start the first steps of A have no gradient: adapters take larger steps than the weights do.
@@ -31,3 +32,5 @@ PRESETS: dict[str, Preset] = {
         source="Hu et al. (2022), table 6: accuracy over the rank",
     ),
 }
+
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {TASK: {**SPACE, "lr_head": DECODER_RATE}}

@@ -8,6 +8,7 @@ from typing import Any
 from optuna.distributions import FloatDistribution
 
 from search_spaces import Hyperparameter, Preset
+from search_spaces._segmentation import DECODER_RATE, TASK
 
 
 def _starts_elsewhere(hparams: Mapping[str, Any]) -> bool:
@@ -56,4 +57,27 @@ PRESETS: dict[str, Preset] = {
         fixed={"lr_head": None, "probe_rule": "argmax"},
         source="Ha et al. (2024), hyperparameter details, LP-FT with SWAV backbones",
     ),
+}
+
+TASK_SPACES: dict[str, dict[str, Hyperparameter]] = {
+    TASK: {
+        # Of encoder and decoder once both move; the probe's half of the budget trains the decoder alone.
+        "lr_backbone": Hyperparameter(
+            default=1e-3,
+            distribution=FloatDistribution(1e-5, 3e-2, log=True),
+            source="a decade below full fine-tuning, as Kumar et al. (2022); Ha et al. (2024), LP-FT: 1e-2 … 3e-7",
+        ),
+        "lr_probe": DECODER_RATE,
+    },
+}
+
+TASK_PRESETS: dict[str, dict[str, Preset]] = {
+    TASK: {
+        "paper": Preset(
+            steps=({"lr_backbone": (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)},),
+            fixed={"schedule": "poly"},
+            source="Ha et al. (2024), hyperparameter details, LP-FT with SWAV backbones; its part on segmentation "
+            "names none",
+        ),
+    },
 }

@@ -100,8 +100,8 @@ class TrainedProbe(Strategy):
         """
         if "lr_backbone" in hparams:
             raise ValueError(
-                f"Linear probing leaves the backbone as it is, but got lr_backbone {hparams['lr_backbone']!r}. Leave it "
-                "out; the head's rate is lr_head."
+                f"Linear probing leaves the backbone as it is, but got lr_backbone {hparams['lr_backbone']!r}. Leave "
+                "it out; the head's rate is lr_head."
             )
         return super().from_hparams(hparams)
 

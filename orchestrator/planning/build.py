@@ -28,7 +28,7 @@ from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
 from trainables import strategy_class
 from trainables.demo.backbones import is_pretrained_here, pretrained_folder
 from trainables.engine.budget import BudgetPlan
-from trainables.specs.metrics import ood
+from trainables.specs.metrics import CLASSIFICATION, ood
 from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
     return SharedTrialSettings(
         store=str(store.path),
         model=model_of(spec),
-        task=spec.task,
         image_size=spec.data.image_size,
         evaluation=spec.data.evaluation,
         epochs=search.epochs,
@@ -104,8 +103,12 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         plasticity_probe=spec.diagnostics.plasticity_probe,
         plasticity_source=spec.diagnostics.plasticity_source,
         plasticity_pairs=spec.diagnostics.plasticity_pairs,
+        task=spec.task,
         metric=spec.search.metric,
         loss=loss_of(spec),
+        decoder=spec.model.decoder,
+        schedule=search.schedule,
+        evaluate_model=search.evaluate_model,
         sampling=spec.data.sampling,
         view=view_settings(spec, store.image_size),
     )
@@ -115,13 +118,19 @@ def loss_of(spec: StudySpec) -> LossSettings:
     """The changes of the loss that the study asks for."""
     loss = spec.loss
     return LossSettings(
-        class_weights=loss.class_weights, label_smoothing=loss.label_smoothing, focal_gamma=loss.focal_gamma
+        class_weights=loss.class_weights,
+        label_smoothing=loss.label_smoothing,
+        focal_gamma=loss.focal_gamma,
+        dice=loss.dice,
     )
 
 
 def entries_of(spec: StudySpec) -> list[Entry]:
     """The strategies that compete."""
-    return [Entry(label=s.label, strategy=s.name, fixed=dict(s.fixed), preset=s.preset) for s in spec.strategies]
+    return [
+        Entry(label=s.label, strategy=s.name, fixed=dict(s.fixed), preset=s.preset, task=spec.task)
+        for s in spec.strategies
+    ]
 
 
 def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, Mapping[str, Any]]) -> SearchSettings:
@@ -183,7 +192,8 @@ def planned_units(task: SharedTrialSettings) -> Callable[[TrialRecord], int]:
     @functools.cache
     def units(strategy: str, hparams: str) -> int:
         try:
-            return BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), task.epochs, 1).units
+            chosen = strategy_class(strategy, task.task).from_hparams(json.loads(hparams))
+            return BudgetPlan.of(chosen, task.epochs, 1).units
         except ValueError:  # the trial itself will fail with this error
             return task.epochs
 
@@ -237,7 +247,7 @@ def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[
     costs = spec.search.costs
     count = spec.confirm.count(len(spec.strategies), bool(costs))
     if count and spec.confirm.seeds:
-        alike = functools.partial(solved_in_closed_form, epochs=task.epochs)
+        alike = functools.partial(solved_in_closed_form, epochs=task.epochs, task=task.task)
         choose = _best_by(spec, count, rule)
         if costs:
             choose = functools.partial(front_candidates, k=count, costs=costs, rule=rule, metrics=metrics_of(spec))
@@ -247,13 +257,15 @@ def stages_of(spec: StudySpec, task: SharedTrialSettings, store: Store) -> list[
     return stages
 
 
-def solved_in_closed_form(strategy: str, hparams: Mapping[str, Any], epochs: int) -> bool:
+def solved_in_closed_form(
+    strategy: str, hparams: Mapping[str, Any], epochs: int, task: str = CLASSIFICATION.task
+) -> bool:
     """Whether every phase of a configuration is solved, not trained.
 
     All seeds then give the same trial.
     """
     try:
-        phases = strategy_class(strategy).from_hparams(hparams).phases(epochs)
+        phases = strategy_class(strategy, task).from_hparams(hparams).phases(epochs)
     except ValueError:  # the trial itself will fail with this error
         return False
     return all(phase.solve is not None for phase in phases)

@@ -146,9 +146,12 @@ class ReferenceStage:
 
     def _default(self) -> tuple[str, dict[str, Any]]:
         if self.entry is None:
-            return STRATEGY, search_spaces.default_point(STRATEGY)
-        swept = {} if self.entry.preset is None else search_spaces.preset(STRATEGY, self.entry.preset).fixed
-        return self.entry.label, search_spaces.default_point(STRATEGY, {**swept, **self.entry.fixed})
+            return STRATEGY, search_spaces.default_point(STRATEGY, task=self.task.task)
+        swept: Mapping[str, Any] = {}
+        if self.entry.preset is not None:
+            swept = search_spaces.preset(STRATEGY, self.entry.preset, self.task.task).fixed
+        point = search_spaces.default_point(STRATEGY, {**swept, **self.entry.fixed}, self.task.task)
+        return self.entry.label, point
 
 
 def reference_seed(seed: int, number: int) -> int:
@@ -199,7 +202,7 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
         if entry.name == STRATEGY
         and entry.preset is None
         and spec.search.sampler != "paper"
-        and "lam" in search_spaces.searched(STRATEGY, entry.fixed)
+        and "lam" in search_spaces.searched(STRATEGY, entry.fixed, spec.task)
     ]
     source = folder if spec.diagnostics.fsr_from is None else _named(spec)
     journal = source / "journal.jsonl"
@@ -208,7 +211,7 @@ def lambda_hints(spec: StudySpec, folder: Path, digest: str | None = None) -> Hi
     estimate = suggested(estimates(fold(Journal.read(journal))))
     if estimate is None:
         return Hints()
-    lam_range = search_spaces.space(STRATEGY)["lam"].distribution
+    lam_range = search_spaces.space(STRATEGY, spec.task)["lam"].distribution
     low = getattr(lam_range, "low", estimate.lam)
     high = getattr(lam_range, "high", estimate.lam)
     # Optuna accepts no value outside of the searched range.

@@ -33,7 +33,9 @@ def weight_bytes(spec: StudySpec, classes: int) -> dict[str, int]:
     model = structure(spec, classes)
     sizes = {}
     for entry in spec.strategies:
-        configurations = [strategy_class(entry.name).from_hparams(hparams) for hparams in points(entry)]
+        configurations = [
+            strategy_class(entry.name, spec.task).from_hparams(hparams) for hparams in points(entry, spec.task)
+        ]
         moving = max(strategy.moving_parameters(model) for strategy in configurations)
         sizes[entry.label] = VALUE_BYTES * moving + _statistics_bytes(model)
     return sizes

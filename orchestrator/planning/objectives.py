@@ -69,18 +69,19 @@ def _only_count(spec: StudySpec) -> int | None:
     try:
         model = structure(spec, classes=2)
         for entry in spec.strategies:
-            if _may_vary(entry):
+            if _may_vary(entry, spec.task):
                 return None
-            counts |= {strategy_class(entry.name).from_hparams(p).moving_parameters(model) for p in points(entry)}
+            chosen = strategy_class(entry.name, spec.task)
+            counts |= {chosen.from_hparams(p).moving_parameters(model) for p in points(entry, spec.task)}
     except (ValueError, RuntimeError):  # no such network, or not the layers that a strategy needs: reported elsewhere
         return None
     return counts.pop() if len(counts) == 1 else None
 
 
-def _may_vary(entry: StrategyEntry) -> bool:
+def _may_vary(entry: StrategyEntry, task: str) -> bool:
     """Whether the search has choices, beyond the common recipe, that may change what is trained."""
     if entry.preset is not None:
         return True
-    space = search_spaces.space(entry.name)
-    searched = search_spaces.searched(entry.name, entry.fixed)
+    space = search_spaces.space(entry.name, task)
+    searched = search_spaces.searched(entry.name, entry.fixed, task)
     return any(key not in _RECIPE and space[key].discrete_ends() for key in searched)

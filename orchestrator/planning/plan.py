@@ -320,8 +320,9 @@ def _planned(label: str, strategy: str, fixed: Mapping[str, Any], space: SearchS
         grids = {key: ", ".join(map(_plain, values)) for key, values in swept.items()}
         name = space.entries[label].preset or ("paper" if swept else None)
         return PlannedEntry(label, strategy, preset.size, name, held, grids)
-    hyperparameters = search_spaces.space(strategy)
-    searched = {key: range_in_words(hyperparameters[key]) for key in search_spaces.searched(strategy, fixed)}
+    task = space.entries[label].task
+    hyperparameters = search_spaces.space(strategy, task)
+    searched = {key: range_in_words(hyperparameters[key]) for key in search_spaces.searched(strategy, fixed, task)}
     return PlannedEntry(label, strategy, 1, None, dict(fixed), searched)
 
 

@@ -17,7 +17,7 @@ import torch
 from orchestrator.cluster.resources import check_resources
 from orchestrator.errors import PreflightError, Problem
 from orchestrator.planning.build import loss_of, model_of
-from orchestrator.planning.configurations import points
+from orchestrator.planning.configurations import points, structure
 from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
 from orchestrator.planning.objectives import cost_problems
@@ -28,9 +28,10 @@ from trainables import strategy_class
 from trainables.demo.backbones import NETWORKS, architecture
 from trainables.diagnostics.norm_shift import batch_norms, layer_norms
 from trainables.engine.budget import BudgetPlan
-from trainables.engine.contract import check_loss
+from trainables.engine.contract import check_loss, check_task
 from trainables.models.backbone import check_model
 from trainables.models.transformer_blocks import find_blocks
+from trainables.tasks.registry import task_class
 
 
 def preflight(spec: StudySpec) -> None:
@@ -39,9 +40,9 @@ def preflight(spec: StudySpec) -> None:
     Raises:
         PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
             layers, domains or packages that it needs; a cost that is the same for every trial; a budget too small for
-            the strategies or their phases; settings of the loss that a strategy cannot honour; a storage folder that
-            cannot be written; a tracking server that rejects the credentials; more CPUs or GPUs than this machine has
-            (unless RAY_ADDRESS names a cluster).
+            the strategies or their phases; settings of the loss that a strategy cannot honour; a decoder that does not
+            fit the network; a storage folder that cannot be written; a tracking server that rejects the credentials;
+            more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -50,6 +51,7 @@ def preflight(spec: StudySpec) -> None:
         _budget_problems,
         _phase_problems,
         _loss_problems,
+        _decoder_problems,
         hint_problems,
         cost_problems,
         _machine_problems,
@@ -145,28 +147,43 @@ def _phase_problems(spec: StudySpec) -> Iterator[Problem]:
     At its default point, or at a choice of the search.
     """
     for index, entry in enumerate(spec.strategies):
-        for hparams in points(entry):
+        for hparams in points(entry, spec.task):
             try:
-                BudgetPlan.of(strategy_class(entry.name).from_hparams(hparams), spec.search.epochs, 1)
+                BudgetPlan.of(strategy_class(entry.name, spec.task).from_hparams(hparams), spec.search.epochs, 1)
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break
 
 
 def _loss_problems(spec: StudySpec) -> Iterator[Problem]:
-    """Settings of loss and batches that a strategy cannot honour."""
+    """Settings of loss, decoder, batches and schedule that the task or a strategy cannot honour."""
     loss = loss_of(spec)
     for index, entry in enumerate(spec.strategies):
-        for hparams in points(entry):
+        for hparams in points(entry, spec.task):
             try:
-                strategy = strategy_class(entry.name).from_hparams(hparams)
+                strategy = strategy_class(entry.name, spec.task).from_hparams(hparams)
             except ValueError:  # reported by `_phase_problems`
                 continue
             try:
-                check_loss(strategy, loss, spec.data.sampling)
+                check_task(strategy, task_class(spec.task), loss, spec.model.decoder)
+                check_loss(strategy, loss, spec.data.sampling, spec.search.schedule)
             except ValueError as error:
                 yield Problem(("strategies", index), str(error))
                 break
+
+
+def _decoder_problems(spec: StudySpec) -> Iterator[Problem]:
+    """A decoder that reads feature maps which the network does not have."""
+    if not task_class(spec.task).decoders:
+        return
+    try:
+        check_model(model_of(spec))
+    except ValueError:  # reported by `_model_problems`
+        return
+    try:
+        structure(spec, classes=2)
+    except ValueError as error:
+        yield Problem(("model", "decoder" if spec.model.decoder else "name"), str(error))
 
 
 def _machine_problems(spec: StudySpec) -> Iterator[Problem]:

@@ -264,6 +264,10 @@ Row = Mapping[Any, Any]
 
 COUNT_TITLE = "seeds × n"
 GAIN_TITLES = ("gain", "gain OOD")
+UNBOUNDED = 10_000
+"""Terminal width that no table needs, in columns."""
+STRATEGY_WIDTH = 8
+"""Least width of the column with the labels, which are folded where they are longer."""
 WIDE = 100
 """Terminal width, in columns, from which on the gains are columns of the table."""
 
@@ -278,9 +282,10 @@ def score_titles(metrics: TaskMetrics) -> list[str]:
     titles = ["val", "test", "OOD mean", "OOD worst"]
     columns = [metrics.selection] * len(titles) + list(metrics.leaderboard)
     titles += [metric.heading or metric.title for metric in metrics.leaderboard]
-    if len({metric.unit for metric in columns}) == 1:  # stated once, by `score_note`
+    # A unit that all have is stated once, by `score_note`; a count has none.
+    if len({metric.unit for metric in columns} - {"count"}) == 1:
         return titles
-    units = ["%" if metric.unit == "fraction" else metric.unit for metric in columns]
+    units = [{"fraction": "%", "count": ""}.get(metric.unit, metric.unit) for metric in columns]
     return [f"{title} ({unit})" if unit else title for title, unit in zip(titles, units, strict=True)]
 
 
@@ -289,7 +294,7 @@ def score_note(metrics: TaskMetrics, rows: Sequence[Row] = ()) -> str:
 
     The unit that all of them share, their meaning, and what the intervals are over.
     """
-    units = {metric.unit for metric in (metrics.selection, *metrics.leaderboard)}
+    units = {metric.unit for metric in (metrics.selection, *metrics.leaderboard)} - {"count"}
     shared = units.pop() if len(units) == 1 else ""
     name = "per cent" if shared == "fraction" else shared
     unit = f"{name}; " if name else ""
@@ -341,13 +346,13 @@ def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
     """Print the leaderboard, the costs, and the configuration of each row below it."""
     wide = has_gains(rows) and console.width >= WIDE
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("strategy", style="bold", overflow="fold")
-    for title in (COUNT_TITLE, *score_titles(metrics), *(GAIN_TITLES if wide else ())):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        label, _, *numbers = cells(row, metrics)
-        table.add_row(label, *numbers, *(gains(row) if wide else ()))
+    table = _terminal_table(rows, metrics, wide)
+    further = list(metrics.leaderboard)
+    # Measured on a console that is wide enough: on a narrow one a table never needs more than its width.
+    needed = console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum
+    whole = len(further) < 2 or needed <= console.width
+    if not whole:
+        table = _terminal_table(rows, metrics, wide, columns=-len(further))
     table.caption = score_note(metrics, rows)
     if wide:
         table.caption += f"; gain = {metrics.selection.title} relative to linear probing's"
@@ -356,10 +361,30 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
     for row in rows:
         if row["seeds"]:
             parts = [f"trial {row['number']}", configuration(row)]
+            if not whole:
+                named = zip(further, cells(row, metrics)[-len(further) :], strict=True)
+                parts[1:1] = [f"{metric.heading or metric.title} {text}" for metric, text in named]
             if has_gains(rows) and not wide and row["strategy"] != PROBE:
                 texts = zip(gains(row), ("", " OOD"), strict=True)
                 parts.insert(1, "gain " + ", ".join(f"{text}{split}" for text, split in texts if text != "-"))
             console.print(f"{row['label']}: {', '.join(parts)}", markup=False, highlight=False)
+
+
+def _terminal_table(rows: Sequence[Row], metrics: TaskMetrics, gained: bool, columns: int | None = None) -> Table:
+    """The leaderboard for a terminal.
+
+    Args:
+        gained: whether the gains are columns.
+        columns: number of columns of scores, negative = less than all; None = all.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("strategy", style="bold", overflow="fold", min_width=STRATEGY_WIDTH)
+    for title in (COUNT_TITLE, *score_titles(metrics)[:columns], *(GAIN_TITLES if gained else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        label, _, count, *scores = cells(row, metrics)
+        table.add_row(label, count, *scores[:columns], *(gains(row) if gained else ()))
+    return table
 
 
 def _print_costs(console: Console, rows: Sequence[Row]) -> None:

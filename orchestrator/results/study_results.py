@@ -412,7 +412,9 @@ class Results:
         for label, record in self._chosen().items():
             fixed = _field(entries.get(label), "fixed") or {}
             preset = _field(entries.get(label), "preset")
-            edges = search_spaces.near_edge(record.strategy, record.hparams, fixed=tuple(fixed), preset=preset)
+            edges = search_spaces.near_edge(
+                record.strategy, record.hparams, fixed=tuple(fixed), preset=preset, task=self.metrics.task
+            )
             sentences += [f"{label}: {edge}" for edge in edges]
         return sentences
 

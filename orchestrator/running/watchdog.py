@@ -23,7 +23,7 @@ from ray.tune import Callback
 from orchestrator.ray_internals import actor_id, actor_of, kill_actor
 from trainables import strategy_class
 from trainables.engine.budget import BudgetPlan
-from trainables.specs.metrics import TEST, UNIT_SECONDS, ood
+from trainables.specs.metrics import CLASSIFICATION, TEST, UNIT_SECONDS, ood
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -72,16 +72,17 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
     task = config.get("shared") or {}
     hparams = json.dumps(dict(config.get("hparams") or {}), sort_keys=True, default=str)
     evaluated = tuple(task.get("evaluate_at") or ())
-    kinds = _kinds(str(config.get("strategy")), hparams, int(task.get("epochs") or 1), evaluated)
+    name = str(task.get("task") or CLASSIFICATION.task)
+    kinds = _kinds(str(config.get("strategy")), name, hparams, int(task.get("epochs") or 1), evaluated)
     index = min(max(unit, 1), len(kinds)) - 1
     return kinds[index]._replace(start=start)
 
 
 @functools.cache
-def _kinds(strategy: str, hparams: str, epochs: int, evaluated: Sequence[int]) -> tuple[Kind, ...]:
+def _kinds(strategy: str, task: str, hparams: str, epochs: int, evaluated: Sequence[int]) -> tuple[Kind, ...]:
     """The kinds of all units of a trial, in order."""
     try:
-        plan = BudgetPlan.of(strategy_class(strategy).from_hparams(json.loads(hparams)), epochs, 1)
+        plan = BudgetPlan.of(strategy_class(strategy, task).from_hparams(json.loads(hparams)), epochs, 1)
     except (ValueError, TypeError):  # bad hyperparameters: the trial itself fails with the message
         return (Kind("", "", False, True, True),)
     kinds: list[Kind] = []

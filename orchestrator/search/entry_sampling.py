@@ -36,7 +36,7 @@ def entry_parameters(study: optuna.Study, entry: Entry, sampler: str, seed: int)
     own = optuna.create_study(directions=study.directions, sampler=make_sampler(sampler, seed, STARTUP))
     own.add_trials(_trials_of(study.get_trials(deepcopy=False), entry))
     trial = own.ask()
-    search_spaces.suggest(trial, entry.strategy, entry.label, entry.fixed)
+    search_spaces.suggest(trial, entry.strategy, entry.label, entry.fixed, entry.task)
     return {"strategy": entry.label, **trial.params}
 
 

@@ -22,5 +22,5 @@ def later_graces(entries: Iterable[Entry], grace: int, reduction: float) -> dict
 def _starts_at_optimum(entry: Entry) -> bool:
     fixed = dict(entry.fixed)
     if entry.preset is not None:
-        fixed = {**search_spaces.preset(entry.strategy, entry.preset).fixed, **fixed}
-    return strategy_class(entry.strategy).from_hparams(fixed).starts_at_optimum
+        fixed = {**search_spaces.preset(entry.strategy, entry.preset, entry.task).fixed, **fixed}
+    return strategy_class(entry.strategy, entry.task).from_hparams(fixed).starts_at_optimum

@@ -107,13 +107,13 @@ def preset_of(entry: Entry, sampler: str) -> Preset | None:
     Raises:
         ValueError: unknown strategy or preset, or the entry fixes what the preset sweeps.
     """
-    presets = search_spaces.presets(entry.strategy)
+    presets = search_spaces.presets(entry.strategy, entry.task)
     if entry.preset is not None:
-        preset = search_spaces.preset(entry.strategy, entry.preset)
+        preset = search_spaces.preset(entry.strategy, entry.preset, entry.task)
     elif sampler == "paper" and "paper" in presets:
         preset = presets["paper"]
-    elif sampler == "paper" or not search_spaces.searched(entry.strategy, entry.fixed):
-        preset = Preset(fixed=search_spaces.default_point(entry.strategy, entry.fixed))
+    elif sampler == "paper" or not search_spaces.searched(entry.strategy, entry.fixed, entry.task):
+        preset = Preset(fixed=search_spaces.default_point(entry.strategy, entry.fixed, entry.task))
     else:
         return None
     clash = sorted(preset.swept & set(entry.fixed))

@@ -124,7 +124,7 @@ class Proposals:
     def _hinted(self, ledger: Ledger, label: str, values: Mapping[str, Any]) -> bool:
         """Whether the default point with these values was proposed, in this run or an earlier one."""
         entry = self.space.searched[label]
-        point = search_spaces.default_point(entry.strategy, entry.fixed) | dict(values)
+        point = search_spaces.default_point(entry.strategy, entry.fixed, entry.task) | dict(values)
         hinted = TrialSpec(shared=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
         return any(r.config_hash == hinted and r.role == "search" for r in ledger.records.values())
 

@@ -87,7 +87,7 @@ class SearchSpace:
         point: dict[str, Any] = {"strategy": entry.label}
         for other in self.searched.values() if self._is_flat else [entry]:
             fixed = set(other.fixed)
-            for key, value in search_spaces.default_point(other.strategy, other.fixed).items():
+            for key, value in search_spaces.default_point(other.strategy, other.fixed, other.task).items():
                 if key not in fixed:
                     point[f"{other.label}.{key}"] = value
         return point
@@ -98,7 +98,7 @@ class SearchSpace:
         hparams: dict[str, dict[str, Any]] = {}
         # A flat sampler needs every parameter in every trial, also those of entries that this trial does not use.
         for other in self.searched.values() if self._is_flat else [self.searched[label]]:
-            hparams[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed)
+            hparams[other.label] = search_spaces.suggest(trial, other.strategy, other.label, other.fixed, other.task)
         return self.searched[label], hparams[label]
 
 
@@ -111,7 +111,7 @@ def space_contents(entries: Sequence[Entry]) -> dict[str, Any]:
             "preset": entry.preset,
             "space": {
                 key: json.loads(distribution_to_json(hyperparameter.distribution))
-                for key, hyperparameter in search_spaces.space(entry.strategy).items()
+                for key, hyperparameter in search_spaces.space(entry.strategy, entry.task).items()
             },
         }
         for entry in entries

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from orchestrator.record.records import TrialRecord
+from trainables.specs.metrics import CLASSIFICATION
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
@@ -31,6 +32,8 @@ class Entry:
     """Hyperparameters that are not searched."""
     preset: str | None = None
     """Published sweep of the strategy that replaces the search."""
+    task: str = CLASSIFICATION.task
+    """What is learned: spaces, sweeps and the strategy's own meaning depend on it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.strategy)

@@ -16,19 +16,21 @@ from pydantic import TypeAdapter, ValidationError
 import trainables
 from orchestrator.errors import KeyPath, Problem, did_you_mean
 from orchestrator.study_file.explain import wrong_type
+from trainables.specs.metrics import CLASSIFICATION, tasks
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 _TYPES_IN_WORDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "a boolean", str: "a string"}
 
 
-def entry_problems(strategies: Any) -> list[Problem]:
+def entry_problems(strategies: Any, task: Any = CLASSIFICATION.task) -> list[Problem]:
     """Problems of the entries beyond their types.
 
     Args:
         strategies: the raw value of the key, so that its problems are reported beside those of the rest of the study.
             Values of another type than the schema's are skipped: the schema reports them.
+        task: raw value of the key, which sweeps and hyperparameters depend on.
     """
-    if not isinstance(strategies, list):
+    if not isinstance(strategies, list) or task not in tasks():
         return []
     problems: list[Problem] = []
     labels: dict[str, int] = {}
@@ -45,8 +47,8 @@ def entry_problems(strategies: Any) -> list[Problem]:
             problems += _label_problems(label, path, labels)
             labels.setdefault(label, index)
         if not name_problems:
-            problems += _preset_problems(entry, path)
-            problems += _fixed_problems(entry, path)
+            problems += _preset_problems(entry, path, task)
+            problems += _fixed_problems(entry, path, task)
     return problems
 
 
@@ -67,7 +69,7 @@ def _label_problems(label: str, path: KeyPath, labels: Mapping[str, int]) -> Ite
         yield Problem((*path, "label"), f"{rule}{label!r:.80}.")
 
 
-def _preset_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
+def _preset_problems(entry: Mapping[str, Any], path: KeyPath, task: str) -> Iterator[Problem]:
     name = entry.get("preset")
     fixed = entry.get("fixed")
     if not isinstance(name, str):
@@ -75,7 +77,7 @@ def _preset_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Proble
     import search_spaces
 
     try:
-        preset = search_spaces.preset(entry["name"], name)
+        preset = search_spaces.preset(entry["name"], name, task)
     except ValueError as error:
         yield Problem((*path, "preset"), str(error))
         return
@@ -85,13 +87,13 @@ def _preset_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Proble
             yield Problem((*path, "fixed", key), rule)
 
 
-def _fixed_problems(entry: Mapping[str, Any], path: KeyPath) -> Iterator[Problem]:
+def _fixed_problems(entry: Mapping[str, Any], path: KeyPath, task: str) -> Iterator[Problem]:
     """Unknown names, values of another type, and values that the strategy's own `Config` refuses."""
     fixed = entry.get("fixed")
     if not isinstance(fixed, Mapping) or not fixed:
         return
     # Imports torch, which only studies with fixed hyperparameters need here.
-    config = trainables.strategy_class(entry["name"]).Config
+    config = trainables.strategy_class(entry["name"], task).Config
     hints = typing.get_type_hints(config)
     names = [field.name for field in dataclasses.fields(config)]
     well_typed = {}

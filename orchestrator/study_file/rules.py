@@ -160,7 +160,7 @@ def source_problems(
 
 
 def metric_problems(task: str, metric: str | None) -> Iterator[RuleProblem]:
-    """A metric that the task does not have, or that cannot select."""
+    """A metric that cannot select in the task."""
     try:
         task_metrics(task).selecting(metric)
     except ValueError as error:

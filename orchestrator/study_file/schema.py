@@ -15,6 +15,7 @@ from orchestrator.errors import Problem, StudyError
 from orchestrator.study_file import rules
 from orchestrator.study_file.entries import entry_problems
 from orchestrator.study_file.explain import explain
+from trainables.specs.metrics import CLASSIFICATION
 
 
 class Section(BaseModel):
@@ -123,6 +124,11 @@ class ModelSection(Section):
     weights: str | None = None
     """Local weight file (`.safetensors`, `.pth`, `.bin`) or folder in timm's `local-dir` layout. null = timm's own
     weights of that name."""
+    decoder: Literal["deeplabv3plus", "unet", "fpn", "linear"] | None = None
+    """Segmentation: what predicts a class per pixel from the network's feature maps. `deeplabv3plus` (Chen et al.,
+    2018; convolutional networks, whose last stage is dilated to stride 16), `unet`, `fpn` (networks with maps of
+    strides 4 to 32), `linear` (a linear map on the last feature map). null = `linear` for plain vision transformers,
+    `deeplabv3plus` where the last stage can be dilated, else `fpn`."""
 
 
 class StrategyEntry(Section):
@@ -153,6 +159,13 @@ class SearchSpec(Section):
     """Optimiser steps of one unit, where an epoch is long. null = one epoch."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Images per optimiser step."""
+    schedule: Literal["cosine", "poly", "constant"] | None = None
+    """Learning rate over the steps of a trial, or of each of its phases: a cosine to zero, `poly` = (1 −
+    step/steps)^0.9 (usual in segmentation), or constant. For strategies that train by gradient. null = the strategy's
+    own, cosine."""
+    evaluate_model: Literal["best", "final"] = "best"
+    """Which unit's weights are tested: `best` = of the best one on ID validation; `final` = of the last one, as in the
+    segmentation of Ha et al. (2024)."""
     sampler: Literal["tpe", "gp", "random", "paper"] = "tpe"
     """How configurations are proposed: Optuna's TPE or Gaussian process, random sampling, or the papers' own sweeps."""
     allocation: Literal["sampler", "equal", "halving"] = "sampler"
@@ -221,6 +234,9 @@ class LossSpec(Section):
     focal_gamma: Annotated[float, Field(gt=0)] | None = None
     """γ of the focal loss (Lin et al., 2017), which weights images by (1 − p)^γ, p the probability of their label; for
     strategies that train by gradient. null = cross-entropy."""
+    dice: Annotated[float, Field(gt=0)] | None = None
+    """Segmentation: weight of a soft Dice term (Milletari et al., 2016) beside the cross-entropy, over the classes that
+    a batch has. null = none."""
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -375,9 +391,9 @@ class StudySpec(Section):
         data = self.data
         diagnostics = self.diagnostics
         rules.raise_if_any(
-            *rules.metric_problems(self.task, self.search.metric),
             *rules.augmentation_problems(self.task, data.augment, data.evaluation),
             *rules.mask_problems(self.task, data.source, data.labels, data.ignore, data.mask, data.label),
+            *rules.metric_problems(self.task, self.search.metric),
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
             *rules.balance_problems(self.loss.class_weights, data.sampling),
@@ -398,7 +414,7 @@ class StudySpec(Section):
         except ValidationError as error:
             problems = explain(error, cls)
         # Of the raw fields, also where the model refused them: all problems are reported at once.
-        problems += entry_problems(fields.get("strategies"))
+        problems += entry_problems(fields.get("strategies"), fields.get("task", CLASSIFICATION.task))
         if problems or spec is None:
             raise StudyError(problems)
         return spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,76 @@ class Draw:
     order: float
 
 
+def evaluation_of(augment: Sequence[str], evaluation: Evaluation | None) -> Evaluation:
+    """Views of an evaluation: those asked for, else windows where `crop` is among the augmentations.
+
+    With crops the network trains on pictures at their own size.
+    """
+    return evaluation or ("slide" if "crop" in augment else "resize")
+
+
+class PictureViews:
+    """Views of whole pictures, as an evaluation sees them.
+
+    Args:
+        config: normalisation and side of the network's input.
+        evaluation: see `Evaluation`.
+        device: of pictures, masks and views.
+    """
+
+    def __init__(self, config: DataConfig, evaluation: Evaluation, device: torch.device) -> None:
+        self._side = config.image_size
+        self._mean = torch.tensor(config.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(config.std, device=device).view(3, 1, 1)
+        self._evaluation = evaluation
+
+    def batches(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], size: int, first: int = 0
+    ) -> Iterator[tuple[Tensor, MaskViews]]:
+        """Views (B, 3, S, S) float32 with what they show, those of a picture one after another.
+
+        Args:
+            pairs: pictures (H, W, 3) and their masks (H, W), uint8.
+            size: views in a batch.
+            first: position of the first picture among those of its evaluation.
+        """
+        images: list[Tensor] = []
+        views: list[MaskView] = []
+        for number, (picture, mask) in enumerate(pairs, start=first):
+            for image, view in self._of(picture, mask, number):
+                images.append(image)
+                views.append(view)
+                if len(images) == size:
+                    yield torch.stack(images), MaskViews(views)
+                    images = []
+                    views = []
+        if images:
+            yield torch.stack(images), MaskViews(views)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """An image (…, 3, h, w) in 0…1 as the network takes it."""
+        return (image - self._mean) / self._std
+
+    def _of(self, picture: Tensor, mask: Tensor, sample: int) -> Iterator[tuple[Tensor, MaskView]]:
+        """The views of one picture."""
+        height, width = mask.shape
+        if self._evaluation == "resize":
+            size = scaled_size(height, width, self._side / max(height, width))
+            shown = Box(0, 0, *size)
+            image = self.normalised(scaled_picture(picture, size, shown) / 255)
+            yield (
+                padded(image, self._side),
+                MaskView(sample, shown, Box(0, 0, height, width), mask, completes=True, side=self._side),
+            )
+            return
+        boxes = windows(height, width, self._side)
+        for number, box in enumerate(boxes, start=1):
+            part = picture[box.rows, box.columns].permute(2, 0, 1).to(torch.float32)
+            shown = Box(0, 0, box.height, box.width)
+            view = MaskView(sample, shown, box, mask, completes=number == len(boxes), side=self._side)
+            yield padded(self.normalised(part / 255), self._side), view
+
+
 class MaskedPictures:
     """Pictures and masks of a store as batches on a device.
 
@@ -54,8 +124,7 @@ class MaskedPictures:
         store: the opened store.
         config: normalisation and side of the network's input.
         augment: any of `trainables.specs.augmentations.MASK_AUGMENTATIONS`.
-        evaluation: see `Evaluation`; None = slide where `crop` is among the augmentations, since the network then
-            trains on pictures at their own size.
+        evaluation: see `evaluation_of`.
         device: of the batches.
 
     Raises:
@@ -79,10 +148,8 @@ class MaskedPictures:
                 )
         self._store = store
         self._side = config.image_size
-        self._mean = torch.tensor(config.mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(config.std, device=device).view(3, 1, 1)
+        self._views = PictureViews(config, evaluation_of(augment, evaluation), device)
         self._augment = frozenset(augment)
-        self._evaluation: Evaluation = evaluation or ("slide" if "crop" in augment else "resize")
         self._device = device
 
     def training(self, batch: Batch, seed: int | None) -> tuple[Tensor, Tensor]:
@@ -103,18 +170,8 @@ class MaskedPictures:
     def evaluation(self, batch: Batch, first: int) -> Iterator[tuple[Tensor, MaskViews]]:
         """Views (B, 3, S, S) float32 of pictures, with what they show; as many in a batch as it has pictures."""
         samples = _samples(batch)
-        images: list[Tensor] = []
-        views: list[MaskView] = []
-        for number, (split, position) in enumerate(samples, start=first):
-            for image, view in self._views(split, position, number):
-                images.append(image)
-                views.append(view)
-                if len(images) == len(samples):
-                    yield torch.stack(images), MaskViews(views)
-                    images = []
-                    views = []
-        if images:
-            yield torch.stack(images), MaskViews(views)
+        pairs = (self._loaded(split, position) for split, position in samples)
+        return self._views.batches(pairs, len(samples), first)
 
     def _pair(self, split: str, position: int, draw: Draw | None) -> tuple[Tensor, Tensor]:
         """One picture and its mask as the network trains on them."""
@@ -132,27 +189,7 @@ class MaskedPictures:
         image = image / 255
         if draw is not None and "jitter" in self._augment:
             image = _jittered(image, draw)
-        return padded(self._normalised(image), self._side), padded_mask(target, self._side)
-
-    def _views(self, split: str, position: int, sample: int) -> Iterator[tuple[Tensor, MaskView]]:
-        """The views of one picture."""
-        picture, mask = self._loaded(split, position)
-        height, width = mask.shape
-        if self._evaluation == "resize":
-            size = scaled_size(height, width, self._side / max(height, width))
-            shown = Box(0, 0, *size)
-            image = self._normalised(scaled_picture(picture, size, shown) / 255)
-            yield (
-                padded(image, self._side),
-                MaskView(sample, shown, Box(0, 0, height, width), mask, completes=True, side=self._side),
-            )
-            return
-        boxes = windows(height, width, self._side)
-        for number, box in enumerate(boxes, start=1):
-            part = picture[box.rows, box.columns].permute(2, 0, 1).to(torch.float32)
-            shown = Box(0, 0, box.height, box.width)
-            view = MaskView(sample, shown, box, mask, completes=number == len(boxes), side=self._side)
-            yield padded(self._normalised(part / 255), self._side), view
+        return padded(self._views.normalised(image), self._side), padded_mask(target, self._side)
 
     def _loaded(self, split: str, position: int) -> tuple[Tensor, Tensor]:
         """Picture (H, W, 3) and mask (H, W), uint8 on the device."""
@@ -160,9 +197,6 @@ class MaskedPictures:
         mask = self._store.masks(split)[position]
         # `torch.tensor` copies: the store's memory is read-only.
         return torch.tensor(picture).to(self._device), torch.tensor(mask).to(self._device)
-
-    def _normalised(self, image: Tensor) -> Tensor:
-        return (image - self._mean) / self._std
 
 
 def _samples(batch: Batch) -> list[tuple[str, int]]:

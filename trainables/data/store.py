@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -335,6 +335,14 @@ class Store:
         if split not in self._batches:
             raise ValueError(f"A split is one of {', '.join(self.splits)}, but got {split!r}.")
         return self._batches[split].column(name)
+
+
+def has_masks(store: StoreLike) -> TypeGuard[MaskStoreLike]:
+    """Whether a store holds pictures with masks."""
+    # A `Store` has the methods of both kinds; which of them it serves stands in its manifest.
+    if isinstance(store, Store):
+        return store.targets == "masks"
+    return isinstance(store, MaskStoreLike)
 
 
 def _view(column: Any, kind: type[Number]) -> NDArray[Number]:

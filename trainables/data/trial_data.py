@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainables.data.feature_cache import FeatureCache
 from trainables.data.masked_pictures import MaskedPictures
 from trainables.data.square_images import Batch, SampleTransform, SquareImages, to_device
-from trainables.data.store import Indices, MaskStoreLike, StoreLike
+from trainables.data.store import Indices, StoreLike, has_masks
 from trainables.models.device import uses_channels_last
 from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
@@ -447,6 +447,6 @@ def _loader(
 ) -> BatchLoader:
     """The loader of a store, by what lies in it."""
     shared = spec.shared
-    if isinstance(store, MaskStoreLike):
+    if has_masks(store):
         return MaskedPictures(store, backbone.data_config, shared.augment, shared.evaluation, device)
     return SquareImages(store, backbone.data_config, shared.augment, transform, device)

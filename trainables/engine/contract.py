@@ -83,7 +83,8 @@ class TrainingConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """Of every phase: cosine (Loshchilov and Hutter, 2017), poly = (1 − step/steps)^0.9 (Chen et al., 2018), constant."""
+    """Of every phase: cosine (Loshchilov and Hutter, 2017), poly = (1 − step/steps)^0.9 (Chen et al., 2018), or
+    constant."""
     warmup: float = 0.0
     """Share of a phase's steps over which the rates rise linearly from zero."""
     clip_norm: float | None = None

@@ -317,6 +317,8 @@ class Trial:
             "hparams": dict(spec.hparams),
             "task": shared.task,
             "decoder": shared.decoder,
+            "augment": list(shared.augment),
+            "evaluation": shared.evaluation,
             "classes": list(store.classes),
             "model": dataclasses.asdict(shared.model),
             "pretrained_digest": backbone.digest,

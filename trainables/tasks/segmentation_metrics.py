@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,11 +102,60 @@ class TrainingOverlap:
         self._confusion = state["confusion"].to(device, copy=True)
 
 
+class Stitching:
+    """Logits of whole pictures, from those of their views.
+
+    Logits of overlapping views are averaged. Views of a picture come one after another.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        """Logits (K, H, W) of the picture under way, summed over its views."""
+        self._views: Tensor | None = None
+        """(H, W), number of views that show each of its pixels."""
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the last view of a picture is outstanding."""
+        return self._sum is not None
+
+    def pictures(self, outputs: Tensor, targets: MaskViews) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (K, H, W) float32 and mask (H, W) of every picture that views of a batch complete, in their order.
+
+        Args:
+            outputs: logits (B, K, h, w) of the whole views.
+            targets: what they show.
+        """
+        for row in range(len(targets)):
+            view = targets[row]
+            logits = logits_of_region(outputs[row].float(), view)
+            if view.completes and self._sum is None and tuple(view.mask.shape) == tuple(logits.shape[1:]):
+                yield logits, view.mask
+                continue
+            self._add(logits, view)
+            if view.completes:
+                yield self._mean(), view.mask
+
+    def _add(self, logits: Tensor, view: MaskView) -> None:
+        if self._sum is None or self._views is None:
+            self._sum = logits.new_zeros(len(logits), *view.mask.shape)
+            self._views = logits.new_zeros(view.mask.shape)
+        self._sum[:, view.region.rows, view.region.columns] += logits
+        self._views[view.region.rows, view.region.columns] += 1
+
+    def _mean(self) -> Tensor:
+        assert self._sum is not None
+        assert self._views is not None
+        mean = self._sum / self._views
+        self._sum = None
+        self._views = None
+        return mean
+
+
 class SegmentationScores:
     """Confusion and likelihood of a split, on the masks' own pixels.
 
-    Logits of overlapping views of a picture are averaged before the class is chosen. Views of a picture come one after
-    another.
+    Logits of overlapping views of a picture are averaged before the class is chosen, see `Stitching`.
 
     Args:
         classes: K.
@@ -119,10 +168,7 @@ class SegmentationScores:
         """Summed over labelled pixels, float64."""
         self._overlaps: list[Tensor] = []
         """(2, K) int64 of each picture: intersection and union."""
-        self._sum: Tensor | None = None
-        """Logits (K, H, W) of the picture under way, summed over its views."""
-        self._views: Tensor | None = None
-        """(H, W), number of views that show each of its pixels."""
+        self._stitching = Stitching()
 
     def update(self, outputs: Tensor, targets: MaskViews) -> None:
         """Take in views.
@@ -131,15 +177,8 @@ class SegmentationScores:
             outputs: logits (B, K, h, w) of the whole views.
             targets: what they show.
         """
-        for row in range(len(targets)):
-            view = targets[row]
-            logits = logits_of_region(outputs[row].float(), view)
-            if view.completes and self._sum is None and tuple(view.mask.shape) == tuple(logits.shape[1:]):
-                self._count(logits, view.mask)
-                continue
-            self._add(logits, view)
-            if view.completes:
-                self._complete(view.mask)
+        for logits, mask in self._stitching.pictures(outputs, targets):
+            self._count(logits, mask)
 
     def compute(self, keys: Collection[str] | None = None, calibration: Any = None) -> dict[str, float]:
         confusion = self.confusion()
@@ -162,23 +201,8 @@ class SegmentationScores:
     def _check(self) -> None:
         if not self._overlaps:
             raise ValueError("Metrics need at least one sample, but got none.")
-        if self._sum is not None:
+        if self._stitching.under_way:
             raise ValueError("The last view of a picture completes it, but one is incomplete.")
-
-    def _add(self, logits: Tensor, view: MaskView) -> None:
-        if self._sum is None or self._views is None:
-            self._sum = logits.new_zeros(len(logits), *view.mask.shape)
-            self._views = logits.new_zeros(view.mask.shape)
-        self._sum[:, view.region.rows, view.region.columns] += logits
-        self._views[view.region.rows, view.region.columns] += 1
-
-    def _complete(self, mask: Tensor) -> None:
-        assert self._sum is not None
-        assert self._views is not None
-        mean = self._sum / self._views
-        self._sum = None
-        self._views = None
-        self._count(mean, mask)
 
     def _count(self, logits: Tensor, mask: Tensor) -> None:
         """Count a whole picture: logits (K, H, W), mask (H, W)."""
