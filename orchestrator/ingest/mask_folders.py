@@ -46,8 +46,7 @@ _LIST_FOLDER = ("ImageSets", "Segmentation")
 
 _SEPARATORS = "_-. "
 _MASK_WORDS = re.compile(
-    r"(?i)^(?:masks?|m|l|labels?|seg|segm|segmentation|gt|groundtruth|ground_truth|annotation|annot|anno|target|"
-    r"class(?:es)?|labelids|p)$"
+    r"(?i)^(?:masks?|labels?|seg|segm|segmentation|gt|groundtruth|ground_truth|annotation|annot|anno|labelids)$"
 )
 """Ends and beginnings of names that tell a mask, without separators."""
 _PICTURE_AFFIXES = ("_image", "_img", "_rgb", "_sat", "_leftImg8bit", "image_", "img_", "im_")
@@ -310,7 +309,7 @@ def _pairs_in_one_folder(entries: Sequence[Entry], certain: bool) -> PairedFiles
     """Masks beside their pictures, told by the end of their names, or by their format."""
     in_folders = [entry._replace(context=entry.file.folders) for entry in entries]
     ends = _suffixes(in_folders, in_folders)
-    words = [end for end in ends if _is_mask_word(end)]
+    words = [end for end in ends if _is_mask_word(end, in_folders)]
     # `123_mask` and `123_sat` both follow the name 123: the usual word for masks comes first.
     suffix = next(iter(words if certain else [*words, *ends]), None)
     masks: list[Entry] = []
@@ -341,8 +340,12 @@ def _pairs_in_one_folder(entries: Sequence[Entry], certain: bool) -> PairedFiles
     return paired
 
 
-def _is_mask_word(end: str) -> bool:
-    return bool(_MASK_WORDS.fullmatch(end.strip(_SEPARATORS)))
+def _is_mask_word(end: str, entries: Sequence[Entry]) -> bool:
+    word = end.strip(_SEPARATORS)
+    if word == "L":
+        # CamVid's masks; of photographs `_L.jpg` is a larger copy.
+        return all(entry.file.name.lower().endswith(".png") for entry in entries if entry.stem.endswith(end))
+    return bool(_MASK_WORDS.fullmatch(word))
 
 
 def _png_beside_jpeg(entries: Sequence[Entry]) -> list[Entry]:
@@ -363,8 +366,8 @@ def masks_of_folder(root: Path) -> str | None:
     """The layout of pictures with masks below a folder, in words; None = its names tell of none."""
     try:
         paired = paired_files(walk(root, EXTENSIONS).files, certain=True)
-    except DataError:
-        return None
+    except DataError:  # names that would pair, but for a file that is there twice
+        return "pairs by name"
     return None if paired is None else paired.layout
 
 
@@ -421,10 +424,22 @@ def _lists(folder: Path) -> dict[str, list[str]]:
     """Name of each list → names in it, without endings."""
     lists = {}
     for path in sorted(folder.glob("*.txt")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [os.path.splitext(line.split()[0])[0] for line in lines if line.strip()]
-        lists[path.stem] = names
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        lists[path.stem] = [_listed_name(line) for line in lines if line.strip()]
     return lists
+
+
+def _listed_name(line: str) -> str:
+    """The picture of a line: alone, before a flag of VOC's lists of classes, or before the path of its mask."""
+    words = line.split()
+    alone = len(words) == 1 or not (words[1] in ("-1", "0", "1") or _without_ending(words[1]) != words[1])
+    return _without_ending(line.strip() if alone else words[0])
+
+
+def _without_ending(name: str) -> str:
+    """The name without the ending of an image file; a stem may have dots of its own."""
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in EXTENSIONS else name
 
 
 def _is_union(names: Collection[str], others: Sequence[Collection[str]]) -> bool:
@@ -501,7 +516,7 @@ def scan_mask_folder(root: Path) -> FolderSource:
         )
     digest = hashlib.sha256()
     listed_splits = _apply_lists(root, paired)
-    warnings = [] if listed_splits is not None else _leave_out_splits_without_masks(paired)
+    warnings = _leave_out_splits_without_masks(paired, listed_splits)
     _check_partners(paired)
     places = _places([picture for picture, _ in paired.pairs], listed_splits, bool(paired.cityscapes))
     samples = []
@@ -551,16 +566,18 @@ def _check_partners(paired: PairedFiles) -> None:
     )
 
 
-def _leave_out_splits_without_masks(paired: PairedFiles) -> list[str]:
+def _leave_out_splits_without_masks(paired: PairedFiles, listed_splits: Mapping[File, str] | None) -> list[str]:
     """Take pictures out whose whole split (val or test) has no masks; returns a warning for each."""
-    with_masks = {_split_of(picture.context) for picture, _ in paired.pairs}
-    bare = sorted({_split_of(entry.context) or "" for entry in paired.pictures} - {s or "" for s in with_masks} - {""})
+
+    def split_of(entry: Entry) -> str | None:
+        return _split_of(entry.context) if listed_splits is None else listed_splits.get(entry.file)
+
+    with_masks = {split_of(picture) for picture, _ in paired.pairs}
+    bare = {split_of(entry) for entry in paired.pictures} - with_masks
     warnings = []
-    for split in bare:
-        if split == "train":
-            continue
-        dropped = [entry for entry in paired.pictures if _split_of(entry.context) == split]
-        paired.pictures = [entry for entry in paired.pictures if _split_of(entry.context) != split]
+    for split in sorted(split for split in bare if split is not None and split != "train"):
+        dropped = [entry for entry in paired.pictures if split_of(entry) == split]
+        paired.pictures = [entry for entry in paired.pictures if split_of(entry) != split]
         reason = f"no picture of the split {split} has a mask"
         paired.others += [SkippedEntry(entry.file.path, reason) for entry in dropped]
         warnings.append(f"{counted(len(dropped), 'picture')} of the split {split} left out: none of them has a mask.")
@@ -589,7 +606,9 @@ def _places(
             rest = _without_split(rest)
         if rest and rest[0].casefold() == "ood" and len(rest) > 1:
             rest = rest[1:]
-        domain = printable(rest[0]) if rest and not cities else DEFAULT_DOMAIN
+        if cities and rest and picture.stem.startswith(f"{rest[-1]}_"):
+            rest = rest[:-1]
+        domain = printable(rest[0]) if rest else DEFAULT_DOMAIN
         places.append((domain, split))
     return places
 

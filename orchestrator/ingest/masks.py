@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.ingest.images import BadImageError, opened
+from orchestrator.ingest.images import BadImageError, opened, orientation_of
 
 MAX_VALUES = 1024
 """Different values of a mask whose pixels are counted one by one, the most frequent ones."""
@@ -187,7 +187,7 @@ def _decoded(image: Image.Image, data: bytes) -> DecodedMask:
     scale = _stored_scale(image)
     image.load()
     lossy = _is_lossy(image, data)
-    if image.getexif().get(0x0112, 1) not in (0, 1):
+    if orientation_of(image) != 1:
         raise BadImageError("the mask has an EXIF orientation of its own; save it upright")
     if image.mode in ("P", "L", "1") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int32)
@@ -207,11 +207,12 @@ def _decoded(image: Image.Image, data: bytes) -> DecodedMask:
         return DecodedMask(np.asarray(image).astype(np.int32), INDEX, file_format, lossy, {})
     if image.mode != "RGB":
         raise BadImageError(f"the mask has pixels of mode {image.mode!r}; save indices or RGB colours")
-    channels = np.asarray(image).astype(np.int32)
-    red, green, blue = channels[..., 0], channels[..., 1], channels[..., 2]
-    if np.array_equal(red, green) and np.array_equal(red, blue):
+    channels = np.asarray(image)
+    red = channels[..., 0].astype(np.int32)
+    if np.array_equal(channels[..., 0], channels[..., 1]) and np.array_equal(channels[..., 0], channels[..., 2]):
         return DecodedMask(red, GREY, file_format, lossy, {})
-    return DecodedMask(red << 16 | green << 8 | blue, COLOUR, file_format, lossy, {})
+    green = channels[..., 1].astype(np.int32)
+    return DecodedMask(red << 16 | green << 8 | channels[..., 2], COLOUR, file_format, lossy, {})
 
 
 def _stored_scale(image: Image.Image) -> float:
