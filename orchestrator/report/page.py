@@ -26,7 +26,7 @@ from jinja2 import Environment, FunctionLoader
 from orchestrator.errors import redact
 from orchestrator.record.changes import Change
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header, validation_score
-from orchestrator.report.error_section import error_section
+from orchestrator.report.error_section import error_section, nothing
 from orchestrator.report.front import front_section
 from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
@@ -235,7 +235,7 @@ def _errors(results: Results, header: Mapping[str, Any], similarities: Similarit
         return error_section(results, str(header.get("dataset_digest")), similarities)
     except Exception as error:  # files that cannot be read must not cost the page
         logger.warning("The report is made without its section on errors (%s: %s)", type(error).__name__, error)
-        return {"problem": f"The errors cannot be shown ({type(error).__name__}).", "entries": []}
+        return nothing(f"The errors cannot be shown ({type(error).__name__}).")
 
 
 def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:
