@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +274,6 @@ def test_values_are_those_of_the_file_whatever_its_type_of_pixel(tmp_path: Path,
 
 def few_bits(mask: np.ndarray[Any, Any], bits: int) -> bytes:
     """A greyscale PNG of 2 or 4 bits per pixel, which Pillow reads but does not write."""
-    import struct
-    import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
