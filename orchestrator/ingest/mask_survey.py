@@ -10,6 +10,7 @@ file that is named, or a class of its own. In this order: the survey; the judgem
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,8 @@ from trainables.data.store import IGNORED
 from trainables.specs.short_hash import short_hash
 from trainables.storage.atomic_files import write_text
 from trainables.storage.compute_once import cache_root, compute_once
+
+log = logging.getLogger("luthier")
 
 SURVEY_VERSION = 1
 """Version of the kept surveys."""
@@ -77,6 +80,7 @@ def _outcomes(source: Source, request: IngestRequest, progress: DecodingProgress
         write_text(path, json.dumps([_row_of(outcomes[i]) for i in range(len(outcomes))]))
 
     def compute() -> dict[int, Outcome]:
+        log.info("Reading the masks of %d pictures, once per machine", len(source.samples))
         return decode_all(source, range(len(source.samples)), DecodeJob(None, "nearest"), progress=progress)
 
     return compute_once(path, load, compute, save)
@@ -223,20 +227,20 @@ def _sizes(samples: Sequence[Sample], outcomes: Mapping[int, Outcome]) -> list[s
             kinds[(outcome.width, outcome.height), (mask.width, mask.height), turned].append(i)
     problems = []
     for (picture, mask_size, turned), positions in sorted(kinds.items(), key=lambda kind: kind[1][0])[:3]:
-        shown = f"{picture[0]} x {picture[1]}"
+        upright = f"{picture[0]} x {picture[1]}"
         stored = f"{mask_size[0]} x {mask_size[1]}"
         share = f"{len(positions)} of {len(outcomes)}"
         if turned:
             names = first_few([f"'{samples[i].name}'" for i in positions])
             problems.append(
-                f"A mask lies on its picture as shown, but EXIF turns {share} pictures ({names}) to {shown}, and their "
-                f"masks are {stored}. Turn these masks, too, or save the pictures upright."
+                f"A mask lies on its picture as shown, but EXIF turns {share} pictures ({names}) to {upright}, and "
+                f"their masks are {stored}. Turn these masks, too, or save the pictures upright."
             )
             continue
         problems.append(
             f"A mask has the size of its picture as shown and is never scaled, but {share} masks "
             f"({_mask_names(samples, positions)}) {'is' if len(positions) == 1 else 'are'} {stored} where the picture "
-            f"is {shown}. Save masks at the size of their pictures."
+            f"is {upright}. Save masks at the size of their pictures."
         )
     if len(kinds) > 3:
         more = sum(map(len, kinds.values()))
