@@ -59,7 +59,7 @@ def scan_manifest(file: Path, label: str | None = None, masks: MaskRequest | Non
     samples: list[Sample] = []
     for row in rows:
         split = _split(file, row[SPLIT_COLUMN]) if row.get(SPLIT_COLUMN) else None
-        place = printable(row[domain]) if domain is not None and row.get(domain) else DEFAULT_DOMAIN
+        domain_name = printable(row[domain]) if domain is not None and row.get(domain) else DEFAULT_DOMAIN
         paths = [row[image]] if masks is None else [row[image], row[target]]
         for path in paths:
             try:
@@ -69,9 +69,9 @@ def scan_manifest(file: Path, label: str | None = None, masks: MaskRequest | Non
                 continue
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         class_name = printable(row[target]) if masks is None else ""
-        digest.update(f"{class_name}\0{place}\0{split}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{class_name}\0{domain_name}\0{split}\n".encode("utf-8", "surrogateescape"))
         mask = None if masks is None else row[target]
-        samples.append(Sample(printable(row[image]), class_name, place, split, row[image], mask))
+        samples.append(Sample(printable(row[image]), class_name, domain_name, split, row[image], mask))
     if missing:
         raise DataError(
             f"Every path in a manifest must lead to a file, but {counted(len(missing), 'path')} of "

@@ -73,6 +73,11 @@ class IngestRequest:
             raise DataError(
                 f"Pictures with masks come from {' or '.join(MASK_SOURCES)}, but the source is {self.source!r}."
             )
+        if self.masks is not None and self.masks.column is not None and self.source not in ("parquet", "manifest"):
+            raise DataError(
+                f"Only tables have a mask column to choose, but it is {self.masks.column!r} and the source is "
+                f"{self.source!r}. Leave it out."
+            )
         if self.image_size < 1:
             raise DataError(f"image_size must be at least 1 pixel, but got {self.image_size}.")
 

@@ -112,6 +112,19 @@ class TestVoc:
         with pytest.raises(DataError, match=r"'2007_000000' in train and val"):
             report(tmp_path)
 
+    def test_m01_a_published_test_list_without_masks_and_other_writings_of_lists(self, tmp_path: Path) -> None:
+        write_voc(tmp_path)
+        folder = tmp_path / "ImageSets" / "Segmentation"
+        pairs = [f"/2007_{n:06d}" for n in range(6)]
+        lines = [f"JPEGImages{name}.jpg SegmentationClass{name}.png" for name in pairs]
+        (folder / "train.txt").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+        write_lists(tmp_path, {"val": range(6, 9)}, "2007_{:06d}  1")
+        write_lists(tmp_path, {"test": range(9, 13)}, "2007_{:06d}.jpg")
+        made = report(tmp_path)
+        assert made.splits == {"train": 6, "val": 3}
+        assert made.masks is not None
+        assert "4 pictures of the split test left out: none of them has a mask." in made.masks.warnings
+
     def test_m01_palettes_that_number_the_same_colours_differently(self, tmp_path: Path) -> None:
         for number in range(6):
             mask = boxes(32, 32, (4, 4, 16, 16, 1), (20, 20, 28, 28, 2))
@@ -419,6 +432,8 @@ class TestNames:
     def test_m07_two_pictures_of_one_name(self, tmp_path: Path) -> None:
         root = write_pairs(tmp_path)
         save(photo(boxes(32, 32), 99), root / "images" / "003.jpg")
+        with pytest.raises(DataError, match="two pictures of one name"):
+            check(root, workers=1)
         with pytest.raises(DataError, match=r"two pictures of one name: 'images/003.jpg' and 'images/003.png'"):
             check(root, workers=1, task="segmentation")
 
@@ -533,6 +548,25 @@ class TestCommand:
         assert status == PREFLIGHT
         assert "holds pictures with masks (JPEGImages/* with SegmentationClass/*). Set task: segmentation" in error
         assert command(root, "--task", "detection")[0] == USAGE
+        status, _, error = command(root, "--mask", "trimap")
+        assert status == PREFLIGHT
+        assert "Only tables have a mask column to choose, but it is 'trimap'" in error
+        status, _, error = command(root, "--labels", "a=0,b=x")
+        assert status == PREFLIGHT
+        assert "A value of masks is an integer from 0 to 65535 or a colour" in error
+
+
+def test_equal_pictures_are_duplicates_and_equal_masks_are_not(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path, count=8)
+    for copy, original in (("020", "001"), ("021", "002")):
+        for folder in ("images", "masks"):
+            (root / folder / f"{copy}.png").write_bytes((root / folder / f"{original}.png").read_bytes())
+    save(boxes(32, 32, (0, 0, 8, 8, 1)), root / "masks" / "021.png")
+    made = report(root)
+    assert made.kept_together["groups"] == 2
+    assert made.duplicates["repeats"] == 1
+    assert [group["names"] for group in made.duplicates["contradictory"]] == [["images/002.png", "images/021.png"]]
+    assert "The same image with different masks: 1 group" in text_of(made)
 
 
 def test_values_above_255_need_a_map(tmp_path: Path) -> None:
