@@ -17,7 +17,7 @@ BUDGETS = (12, 24, 60, 200)
 
 
 def main() -> None:
-    """Print both tables; `--json` keeps every outcome."""
+    """Print all tables; `--json` keeps every outcome."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
@@ -30,7 +30,7 @@ def main() -> None:
     if not tables:
         raise SystemExit(f"Landscapes are needed in {args.tables}: python -m benchmarks.landscapes makes them.")
     print("\n".join(errors(tables)), flush=True)
-    tasks = [(table, name, tuple(args.budgets), args.repeats) for table in tables for name in args.policies]
+    tasks = [(table, tables, name, tuple(args.budgets), args.repeats) for table in tables for name in args.policies]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         rows = [row for part in pool.imap_unordered(replay, tasks) for row in part]
     if args.json is not None:

@@ -66,6 +66,8 @@ class Trials:
     """Of each trial (N,)."""
     curves: Array
     """(N, epochs, len(COLUMNS)); a diverged trial has zeros from the unit on in which it diverged."""
+    diverged: NDArray[np.bool_]
+    """Of each trial (N,)."""
     unit_seconds: float
     """Median time of one epoch."""
 
@@ -85,10 +87,12 @@ def read(table: Path) -> dict[str, Trials]:
         hparams: dict[int, dict[str, Any]] = {}
         configurations = []
         curves = []
+        diverged = []
         for (configuration, _), units in rows.groupby(["configuration", "seed"], sort=True):
             hparams[int(configuration)] = json.loads(units["hparams"].iloc[0])
             configurations.append(int(configuration))
             curves.append(_curve(units.sort_values("unit"), epochs))
+            diverged.append(bool(units["diverged"].iloc[0]))
         order = sorted(hparams)
         position = {configuration: i for i, configuration in enumerate(order)}
         trials[str(strategy)] = Trials(
@@ -96,6 +100,7 @@ def read(table: Path) -> dict[str, Trials]:
             hparams=[hparams[configuration] for configuration in order],
             configuration=np.array([position[configuration] for configuration in configurations]),
             curves=np.stack(curves),
+            diverged=np.array(diverged),
             unit_seconds=float(rows["cost/unit_seconds"].median()),
         )
     return trials
@@ -111,6 +116,13 @@ def _curve(units: pd.DataFrame, epochs: int) -> Array:
     if len(values) and not bool(units["diverged"].iloc[0]):
         curve[len(values) :] = values[-1]
     return curve
+
+
+def accuracy_of_best_epoch(curves: Array) -> Array:
+    """Test accuracy of the tested weights, those of the epoch with the best validation: (N, epochs, columns) → (N,)."""
+    chosen = curves[:, :, VAL].argmax(axis=1)
+    weights: Array = curves[np.arange(len(curves)), chosen, TEST]
+    return weights
 
 
 class Surrogate:
@@ -141,12 +153,25 @@ class Surrogate:
         self._constant = targets.mean(axis=0) if len(set(groups)) < 3 else None
         self.error = math.nan
         """Root mean squared error of the final validation accuracy of left-out configurations."""
+        self.error_of_better = math.nan
+        """The same over the better half of the configurations, among which a search has to choose."""
+        self.model = "mean"
+        """Kind of the model."""
         if self._constant is None:
             final = (self.shape[0] - 1) * self.shape[1] + VAL
             models = [make().fit(inputs, targets) for make in (_Process, _Trees)]
-            errors = [_left_out_error(model, inputs, targets, groups, final) for model in models]
-            self._model = models[int(np.argmin(errors))]
-            self.error = min(errors)
+            errors = [_left_out_errors(model, inputs, targets, groups, final) for model in models]
+            chosen_model = int(np.argmin([_root_mean_square(part) for part in errors]))
+            self._model = models[chosen_model]
+            self.model = ("GP", "trees")[chosen_model]
+            self.error = _root_mean_square(errors[chosen_model])
+            means = np.array([targets[groups == group, final].mean() for group in np.unique(groups)])
+            self.error_of_better = _root_mean_square(errors[chosen_model][means >= np.median(means)])
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the final validation accuracy between seeds."""
+        return _root_mean_square(self._noise[:, -1, VAL])
 
     def expected(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
         """Curves without noise, (N, epochs, len(COLUMNS)), within 0 … 1."""
@@ -224,16 +249,20 @@ class _Trees:
         return prediction
 
 
-def _left_out_error(
+def _left_out_errors(
     model: _Process | _Trees, inputs: Array, targets: Array, groups: NDArray[np.int64], column: int
-) -> float:
-    """Root mean squared error of one target, each configuration predicted by a model of all others."""
-    squares = []
+) -> Array:
+    """Errors of one target, each configuration predicted by a model of all others, (groups,)."""
+    errors = []
     for group in np.unique(groups):
         out = groups == group
         prediction = model.again().fit(inputs[~out], targets[~out]).predict(inputs[out])
-        squares.append(float((prediction[:, column].mean() - targets[out, column].mean()) ** 2))
-    return math.sqrt(float(np.mean(squares)))
+        errors.append(float(prediction[:, column].mean() - targets[out, column].mean()))
+    return np.array(errors)
+
+
+def _root_mean_square(values: Array) -> float:
+    return math.sqrt(float(np.mean(values**2)))
 
 
 @dataclass(frozen=True)
@@ -243,24 +272,26 @@ class Landscape:
     name: str
     surrogates: dict[str, Surrogate]
     best: dict[str, float]
-    """Strategy → expected final test accuracy of its best configuration."""
+    """Strategy → expected test accuracy of its best configuration."""
 
     @classmethod
     def load(cls, table: Path, seed: int | None = None) -> Landscape:
         """Fit the surrogates of a table; see `Surrogate` for `seed`."""
-        surrogates = {strategy: Surrogate(trials, seed) for strategy, trials in read(table).items()}
-        best = {strategy: _best(surrogate) for strategy, surrogate in surrogates.items()}
+        trials = read(table)
+        surrogates = {strategy: Surrogate(trials[strategy], seed) for strategy in trials}
+        best = {strategy: _best(surrogate, trials[strategy].hparams) for strategy, surrogate in surrogates.items()}
         return cls(table.stem, surrogates, best)
 
     @property
     def optimum(self) -> float:
-        """Expected final test accuracy of the best configuration of all."""
+        """Expected test accuracy of the best configuration of all."""
         return max(self.best.values())
 
 
-def _best(surrogate: Surrogate) -> float:
+def _best(surrogate: Surrogate, design: Sequence[Mapping[str, Any]]) -> float:
+    """Over the configurations of the table and `DENSE` random ones."""
     if not search_spaces.space(surrogate.strategy):
-        return float(surrogate.expected([{}])[0, -1, TEST])
+        return float(accuracy_of_best_epoch(surrogate.expected([{}]))[0])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     points = [search_spaces.suggest(study.ask(), surrogate.strategy) for _ in range(DENSE)]
-    return float(surrogate.expected(points)[:, -1, TEST].max())
+    return float(accuracy_of_best_epoch(surrogate.expected([*design, *points])).max())
