@@ -19,7 +19,7 @@ from benchmarks.search.policies import POLICIES, RANDOM, SWEEPS, Policy, Tried, 
 from benchmarks.search.replay import Outcome, search
 from benchmarks.search.samplers import sweep_size, sweep_within
 from benchmarks.search.schedulers import Asha, Median, Promote
-from benchmarks.search.surrogate import TEST, VAL, Landscape, Surrogate, features, read, accuracy_of_best_epoch
+from benchmarks.search.surrogate import TEST, VAL, Landscape, Surrogate, accuracy_of_best_epoch, features, read
 from benchmarks.search.tables import outcomes, report
 from benchmarks.search.warm import warm_start_without
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import search_spaces
 from benchmarks.search.policies import Policy, Tried
-from benchmarks.search.samplers import Proposal
+from benchmarks.search.samplers import End, Proposal
 from benchmarks.search.surrogate import VAL, Array, Landscape, accuracy_of_best_epoch
 from orchestrator.search.warm_start import WarmStart
 
@@ -57,6 +57,8 @@ class _Trial:
     strategy: str
     curve: Array
     """(epochs, columns), noise included."""
+    diverges: int | None
+    """Epoch in which it diverges."""
     handle: Any = None
     values: list[float] = field(default_factory=list)
     """Validation accuracy of the epochs so far."""
@@ -123,9 +125,11 @@ class _Search:
             return None
         chosen, hparams, handle = proposal
         number = len(self._tried)
-        curve = self._landscape.surrogates[chosen].draw(hparams, self._generator)
+        surrogate = self._landscape.surrogates[chosen]
+        curve = surrogate.draw(hparams, self._generator)
+        diverges = surrogate.diverges(hparams, self._generator)
         self._tried.append(Tried(chosen, hparams, float("nan"), 0, complete=False))
-        self._open[number] = _Trial(number, chosen, curve, handle)
+        self._open[number] = _Trial(number, chosen, curve, diverges, handle)
         self._scheduler.add(number, chosen)
         return number
 
@@ -133,30 +137,33 @@ class _Search:
         """Train epoch by epoch until the trial ends or pauses."""
         tried = self._tried[trial.number]
         for unit in range(len(trial.values) + 1, self._epochs + 1):
-            trial.values.append(float(trial.curve[unit - 1, VAL]))
             self._seconds += self._landscape.surrogates[trial.strategy].unit_seconds
+            if unit == trial.diverges:
+                self._end(trial, "failed")
+                return
+            trial.values.append(float(trial.curve[unit - 1, VAL]))
             tried.value = max(trial.values)
             tried.units = unit
             if unit == self._epochs:
                 break
             if self._scheduler.stops(trial.number, trial.strategy, unit, trial.values):
-                self._end(trial, complete=False)
+                self._end(trial, "stopped")
                 return
             if self._scheduler.pauses(trial.number, unit, trial.values[-1]):
                 return
-        self._end(trial, complete=True)
+        self._end(trial, "complete")
 
     def _end_withdrawn(self, remaining: int) -> None:
         for number in self._scheduler.withdraw(remaining):
-            self._end(self._open[number], complete=False)
+            self._end(self._open[number], "stopped")
 
-    def _end(self, trial: _Trial, complete: bool) -> None:
+    def _end(self, trial: _Trial, end: End) -> None:
         del self._open[trial.number]
         tried = self._tried[trial.number]
-        tried.complete = complete
-        self._scheduler.end(trial.number, complete)
-        self._sampler.tell(trial.handle, trial.values, complete)
-        if complete:
+        tried.complete = end == "complete"
+        self._scheduler.end(trial.number, tried.complete)
+        self._sampler.tell(trial.handle, trial.values, end)
+        if tried.complete:
             self._note_best(tried)
 
     def _note_best(self, tried: Tried) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import optuna
 from optuna.distributions import FloatDistribution
@@ -23,6 +23,8 @@ from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings
 
 Proposal = tuple[str, dict[str, Any], Any]
 """Strategy, hyperparameters and a handle for `tell`."""
+End = Literal["complete", "stopped", "failed"]
+"""`failed`: it diverged, of which a sampler learns nothing, as in a study."""
 MakeOptuna = Callable[[int], optuna.samplers.BaseSampler]
 """Seed → Optuna's sampler."""
 
@@ -36,8 +38,8 @@ class Sampler(Protocol):
     def ask(self, strategy: str | None) -> Proposal | None:
         """A configuration; of any strategy where none is named. None = there is no other one."""
 
-    def tell(self, handle: Any, values: Sequence[float], complete: bool) -> None:
-        """Enter a trial that has ended: validation accuracy of each of its epochs, and whether these are all."""
+    def tell(self, handle: Any, values: Sequence[float], end: End) -> None:
+        """Enter a trial that has ended: how, and the validation accuracy of each of its epochs."""
 
 
 class Shared:
@@ -63,8 +65,8 @@ class Shared:
     def ask(self, strategy: str | None) -> Proposal:
         return self._ask({} if strategy is None else {"strategy": strategy})
 
-    def tell(self, handle: Any, values: Sequence[float], complete: bool) -> None:
-        _tell(self._study, handle, values, complete)
+    def tell(self, handle: Any, values: Sequence[float], end: End) -> None:
+        _tell(self._study, handle, values, end)
 
     def _ask(self, parameters: dict[str, Any]) -> Proposal:
         if parameters:
@@ -109,9 +111,9 @@ class PerStrategy:
         trial = self._studies[strategy].ask()
         return strategy, search_spaces.suggest(trial, strategy), (strategy, trial)
 
-    def tell(self, handle: Any, values: Sequence[float], complete: bool) -> None:
+    def tell(self, handle: Any, values: Sequence[float], end: End) -> None:
         strategy, trial = handle
-        _tell(self._studies[strategy], trial, values, complete)
+        _tell(self._studies[strategy], trial, values, end)
 
     def _parameters(self, strategy: str, trials: Sequence[FrozenTrial], taken: Sequence[Any]) -> dict[str, Any]:
         sampler = self.make(self.seed + 1000 * len(trials) + self.strategies.index(strategy))
@@ -128,13 +130,13 @@ class PerStrategy:
         return strategy, search_spaces.suggest(trial, strategy), (strategy, trial)
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, values: Sequence[float], complete: bool) -> None:
+def _tell(study: optuna.Study, trial: optuna.Trial, values: Sequence[float], end: End) -> None:
     for unit, value in enumerate(values, 1):
         trial.report(value, unit)
-    if complete:
+    if end == "complete":
         study.tell(trial, max(values))
     else:
-        study.tell(trial, state=TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED if end == "stopped" else TrialState.FAIL)
 
 
 def optuna_sampler(name: str, startup: int) -> MakeOptuna:
@@ -164,14 +166,14 @@ class Sweeps:
                 return sweep.entry.strategy, point, (sweep, point)
         return None
 
-    def tell(self, handle: Any, values: Sequence[float], complete: bool) -> None:
+    def tell(self, handle: Any, values: Sequence[float], end: End) -> None:
         sweep, point = handle
         key = sweep.hash_of(point)
         number = len(self._finished)
         self._finished[key] = TrialRecord(
             trial_id=str(number), number=number, strategy=sweep.entry.strategy, label=sweep.entry.label
         )
-        if complete:
+        if end == "complete":
             self._values[key] = max(values)
 
 

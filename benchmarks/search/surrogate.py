@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 import search_spaces
@@ -68,6 +68,8 @@ class Trials:
     """(N, epochs, len(COLUMNS)); a diverged trial has zeros from the unit on in which it diverged."""
     diverged: NDArray[np.bool_]
     """Of each trial (N,)."""
+    units: NDArray[np.int64]
+    """Units of each trial before it ended or diverged (N,)."""
     unit_seconds: float
     """Median time of one epoch."""
 
@@ -88,11 +90,13 @@ def read(table: Path) -> dict[str, Trials]:
         configurations = []
         curves = []
         diverged = []
+        lengths = []
         for (configuration, _), units in rows.groupby(["configuration", "seed"], sort=True):
             hparams[int(configuration)] = json.loads(units["hparams"].iloc[0])
             configurations.append(int(configuration))
             curves.append(_curve(units.sort_values("unit"), epochs))
             diverged.append(bool(units["diverged"].iloc[0]))
+            lengths.append(int((units["unit"] > 0).sum()))
         order = sorted(hparams)
         position = {configuration: i for i, configuration in enumerate(order)}
         trials[str(strategy)] = Trials(
@@ -101,6 +105,7 @@ def read(table: Path) -> dict[str, Trials]:
             configuration=np.array([position[configuration] for configuration in configurations]),
             curves=np.stack(curves),
             diverged=np.array(diverged),
+            units=np.array(lengths),
             unit_seconds=float(rows["cost/unit_seconds"].median()),
         )
     return trials
@@ -129,7 +134,8 @@ class Surrogate:
     """Expected curves of one strategy, and its noise between seeds.
 
     A Gaussian process or extremely randomised trees (Geurts et al., 2006), whichever predicts the final validation of
-    left-out configurations better.
+    left-out configurations better. Trials that diverged are left out, and a classifier says where trials diverge: a
+    curve model would smooth the cliff between the best rates and the first ones that diverge.
 
     Args:
         trials: of the table.
@@ -147,10 +153,14 @@ class Surrogate:
             generator = np.random.default_rng(seed)
             sample = set(generator.integers(count, size=count).tolist())
             chosen = np.array([i for i in chosen if trials.configuration[i] in sample])
+        self._divergence = _Divergence(trials, chosen)
+        chosen = chosen[~trials.diverged[chosen]]
         inputs = trials.inputs[chosen]
         targets = trials.curves[chosen].reshape(len(chosen), -1)
         groups = trials.configuration[chosen]
-        self._constant = targets.mean(axis=0) if len(set(groups)) < 3 else None
+        self._constant = None
+        if len(set(groups)) < 3:
+            self._constant = targets.mean(axis=0) if len(targets) else np.zeros(math.prod(self.shape))
         self.error = math.nan
         """Root mean squared error of the final validation accuracy of left-out configurations."""
         self.error_of_better = math.nan
@@ -174,12 +184,23 @@ class Surrogate:
         return _root_mean_square(self._noise[:, -1, VAL])
 
     def expected(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
-        """Curves without noise, (N, epochs, len(COLUMNS)), within 0 … 1."""
+        """Curves without noise of trials that do not diverge, (N, epochs, len(COLUMNS)), within 0 … 1."""
         if self._constant is not None:
             flat = np.tile(self._constant, (len(hparams), 1))
         else:
-            flat = self._model.predict(np.stack([features(self.strategy, point) for point in hparams]))
+            flat = self._model.predict(self._inputs_of(hparams))
         return np.clip(flat.reshape(len(hparams), *self.shape), 0.0, 1.0)
+
+    def stable(self, hparams: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+        """Which configurations diverge less often than not, (N,)."""
+        return self._divergence.probability(self._inputs_of(hparams)) < 0.5
+
+    def diverges(self, hparams: Mapping[str, Any], generator: np.random.Generator) -> int | None:
+        """The epoch, from 1, in which a trial of a configuration diverges; None = it does not."""
+        return self._divergence.draw(self._inputs_of([hparams]), generator)
+
+    def _inputs_of(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
+        return np.stack([features(self.strategy, point) for point in hparams])
 
     def draw(self, hparams: Mapping[str, Any], generator: np.random.Generator) -> Array:
         """A curve (epochs, len(COLUMNS)) on a random seed."""
@@ -192,12 +213,46 @@ def _noise(trials: Trials) -> Array:
     """Deviations of repeated trials from the mean over their seeds, (R, epochs, columns), scaled to be unbiased."""
     deviations = [np.zeros(trials.curves.shape[1:])]
     for configuration in range(len(trials.hparams)):
-        repeated = trials.curves[trials.configuration == configuration]
+        repeated = trials.curves[(trials.configuration == configuration) & ~trials.diverged]
         if len(repeated) > 1:
             if len(deviations) == 1 and not deviations[0].any():
                 deviations.clear()
             deviations += list((repeated - repeated.mean(axis=0)) * math.sqrt(len(repeated) / (len(repeated) - 1)))
     return np.stack(deviations)
+
+
+class _Divergence:
+    """Probability that a trial diverges, and when: a Gaussian process classifier on the design.
+
+    Args:
+        trials: of the table.
+        chosen: which of them.
+    """
+
+    def __init__(self, trials: Trials, chosen: NDArray[np.int64]) -> None:
+        diverged = trials.diverged[chosen]
+        self._share = float(diverged.mean())
+        self._units = trials.units[chosen][diverged]
+        self._classifier: GaussianProcessClassifier | None = None
+        if 0 < self._share < 1:
+            inputs = trials.inputs[chosen]
+            kernel = ConstantKernel(10.0, (1.0, 1e3)) * Matern(np.full(inputs.shape[1], 0.5), (0.05, 20.0), nu=2.5)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                self._classifier = GaussianProcessClassifier(kernel, random_state=0).fit(inputs, diverged)
+
+    def probability(self, inputs: Array) -> Array:
+        """Of each configuration, inputs (N, D) → (N,)."""
+        if self._classifier is None:
+            return np.full(len(inputs), self._share)
+        probability: Array = self._classifier.predict_proba(inputs)[:, 1]
+        return probability
+
+    def draw(self, inputs: Array, generator: np.random.Generator) -> int | None:
+        """The epoch in which a trial of one configuration (1, D) diverges; None = it does not."""
+        if not self._share or generator.random() >= self.probability(inputs)[0]:
+            return None
+        return int(generator.choice(self._units)) + 1
 
 
 class _Process:
@@ -293,5 +348,7 @@ def _best(surrogate: Surrogate, design: Sequence[Mapping[str, Any]]) -> float:
     if not search_spaces.space(surrogate.strategy):
         return float(accuracy_of_best_epoch(surrogate.expected([{}]))[0])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    points = [search_spaces.suggest(study.ask(), surrogate.strategy) for _ in range(DENSE)]
-    return float(accuracy_of_best_epoch(surrogate.expected([*design, *points])).max())
+    points: list[Mapping[str, Any]] = list(design)
+    points += [search_spaces.suggest(study.ask(), surrogate.strategy) for _ in range(DENSE)]
+    stable = surrogate.stable(points)
+    return float(accuracy_of_best_epoch(surrogate.expected(points))[stable].max(initial=0.0))
