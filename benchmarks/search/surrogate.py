@@ -134,8 +134,11 @@ class Surrogate:
     """Expected curves of one strategy, and its noise between seeds.
 
     A Gaussian process or extremely randomised trees (Geurts et al., 2006), whichever predicts the final validation of
-    left-out configurations better. Trials that diverged are left out, and a classifier says where trials diverge: a
-    curve model would smooth the cliff between the best rates and the first ones that diverge.
+    the better half of the configurations better where each is left out. Both model the log-odds of the accuracies, in
+    which a failed configuration is not a hundred times as far from a good one as two good ones are apart.
+
+    Trials that diverged are left out, and a classifier says where trials diverge: a curve model would smooth the cliff
+    between the best rates and the first ones that diverge, and find its optimum there.
 
     Args:
         trials: of the table.
@@ -169,14 +172,16 @@ class Surrogate:
         """Kind of the model."""
         if self._constant is None:
             final = (self.shape[0] - 1) * self.shape[1] + VAL
-            models = [make().fit(inputs, targets) for make in (_Process, _Trees)]
-            errors = [_left_out_errors(model, inputs, targets, groups, final) for model in models]
-            chosen_model = int(np.argmin([_root_mean_square(part) for part in errors]))
+            odds = _log_odds(targets)
+            models = [make().fit(inputs, odds) for make in (_Process, _Trees)]
+            errors = [_left_out_errors(model, inputs, odds, groups, final) for model in models]
+            means = np.array([_accuracy(odds[groups == group, final].mean()) for group in np.unique(groups)])
+            better = means >= np.median(means)
+            chosen_model = int(np.argmin([_root_mean_square(part[better]) for part in errors]))
             self._model = models[chosen_model]
             self.model = ("GP", "trees")[chosen_model]
             self.error = _root_mean_square(errors[chosen_model])
-            means = np.array([targets[groups == group, final].mean() for group in np.unique(groups)])
-            self.error_of_better = _root_mean_square(errors[chosen_model][means >= np.median(means)])
+            self.error_of_better = _root_mean_square(errors[chosen_model][better])
 
     @property
     def noise(self) -> float:
@@ -188,8 +193,8 @@ class Surrogate:
         if self._constant is not None:
             flat = np.tile(self._constant, (len(hparams), 1))
         else:
-            flat = self._model.predict(self._inputs_of(hparams))
-        return np.clip(flat.reshape(len(hparams), *self.shape), 0.0, 1.0)
+            flat = _accuracy(self._model.predict(self._inputs_of(hparams)))
+        return flat.reshape(len(hparams), *self.shape)
 
     def stable(self, hparams: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
         """Which configurations diverge less often than not, (N,)."""
@@ -219,6 +224,19 @@ def _noise(trials: Trials) -> Array:
                 deviations.clear()
             deviations += list((repeated - repeated.mean(axis=0)) * math.sqrt(len(repeated) / (len(repeated) - 1)))
     return np.stack(deviations)
+
+
+_SMALLEST = 0.005
+"""Accuracies of a model lie at least this far from 0 and 1: about one image of a validation set."""
+
+
+def _log_odds(accuracies: Array) -> Array:
+    clipped = np.clip(accuracies, _SMALLEST, 1 - _SMALLEST)
+    return np.log(clipped / (1 - clipped))
+
+
+def _accuracy(log_odds: Any) -> Any:
+    return 1 / (1 + np.exp(-log_odds))
 
 
 class _Divergence:
@@ -307,12 +325,12 @@ class _Trees:
 def _left_out_errors(
     model: _Process | _Trees, inputs: Array, targets: Array, groups: NDArray[np.int64], column: int
 ) -> Array:
-    """Errors of one target, each configuration predicted by a model of all others, (groups,)."""
+    """Errors of one accuracy, each configuration predicted by a model of all others, (groups,)."""
     errors = []
     for group in np.unique(groups):
         out = groups == group
         prediction = model.again().fit(inputs[~out], targets[~out]).predict(inputs[out])
-        errors.append(float(prediction[:, column].mean() - targets[out, column].mean()))
+        errors.append(float(_accuracy(prediction[:, column].mean()) - _accuracy(targets[out, column].mean())))
     return np.array(errors)
 
 
