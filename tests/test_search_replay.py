@@ -20,7 +20,7 @@ from benchmarks.search.replay import Outcome, search
 from benchmarks.search.samplers import sweep_size, sweep_within
 from benchmarks.search.schedulers import Asha, Median, Promote
 from benchmarks.search.surrogate import TEST, VAL, Landscape, Surrogate, accuracy_of_best_epoch, features, read
-from benchmarks.search.tables import outcomes, report
+from benchmarks.search.tables import Task, replay, report
 from benchmarks.search.warm import warm_start_without
 
 EPOCHS = 4
@@ -146,8 +146,8 @@ class TestWarmStart:
         assert regrets[1] <= regrets[0]
 
     def test_one_landscape_has_none(self, table: Path) -> None:
-        policies = [named(RANDOM), named("TPE per strategy, halving, warm start")]
-        rows = list(outcomes(table, [table], policies, (8,), repeats=1))
+        policies = (RANDOM, "TPE per strategy, halving, warm start")
+        rows = replay(Task(table, 0, (table,), policies, (8,), repeats=1))
         assert [row["policy"] for row in rows] == [RANDOM]
 
 

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import optuna
+
 import benchmarks.landscapes
 from benchmarks.search.policies import POLICIES
-from benchmarks.search.tables import errors, replay, report
+from benchmarks.search.tables import errors, replay, report, tasks
 
 TABLES = Path(benchmarks.landscapes.__file__).parent / "tables"
 BUDGETS = (12, 24, 60, 200)
@@ -29,10 +31,11 @@ def main() -> None:
     tables = sorted(args.tables.glob("*.parquet"))
     if not tables:
         raise SystemExit(f"Landscapes are needed in {args.tables}: python -m benchmarks.landscapes makes them.")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     print("\n".join(errors(tables)), flush=True)
-    tasks = [(table, tables, name, tuple(args.budgets), args.repeats) for table in tables for name in args.policies]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        rows = [row for part in pool.imap_unordered(replay, tasks) for row in part]
+        parts = pool.imap_unordered(replay, tasks(tables, args.policies, args.budgets, args.repeats))
+        rows = [row for part in parts for row in part]
     if args.json is not None:
         args.json.write_text(json.dumps(rows))
     print()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import optuna
 
 import search_spaces
-from benchmarks.search.policies import POLICIES, RANDOM, RAY, SWEEPS, Policy
+from benchmarks.search.policies import POLICIES, RANDOM, RAY, SWEEPS
 from benchmarks.search.replay import search
 from benchmarks.search.surrogate import VAL, Landscape, read
 from benchmarks.search.warm import warm_start_without
@@ -29,46 +30,58 @@ Groups = Mapping[tuple[str, int, str], Sequence[Row]]
 """(landscape, budget, policy) → outcomes."""
 
 
-def outcomes(
-    table: Path, tables: list[Path], policies: Iterable[Policy], budgets: tuple[int, ...], repeats: int
-) -> Iterator[Row]:
-    """Replay every policy `repeats` times; surrogates take turns.
+@dataclass(frozen=True)
+class Task:
+    """All searches on one surrogate of a landscape."""
 
-    Args:
-        table: of the landscape.
-        tables: of all landscapes: a warm start comes from the others, and without others is not replayed.
-        policies: ways to search.
-        budgets: trials; those above a third of the table's configurations are left out.
-        repeats: searches per policy and budget.
-    """
+    table: Path
+    """Of the landscape."""
+    sample: int
+    """Bootstrap sample of the configurations."""
+    tables: tuple[Path, ...]
+    """Of all landscapes: a warm start comes from the others, and without others is not replayed."""
+    policies: tuple[str, ...]
+    """Names."""
+    budgets: tuple[int, ...]
+    """Trials; those above a third of the table's configurations are left out."""
+    repeats: int
+    """Searches per policy and budget, over all surrogates: search r runs on surrogate r modulo their number."""
+
+
+def tasks(tables: Sequence[Path], policies: Sequence[str], budgets: Sequence[int], repeats: int) -> list[Task]:
+    """Everything to be replayed."""
+    shared = (tuple(tables), tuple(policies), tuple(budgets), repeats)
+    return [Task(table, sample, *shared) for table in tables for sample in range(min(SURROGATES, repeats))]
+
+
+def replay(task: Task) -> list[Row]:
+    """The outcomes of a task, one per policy, budget and search."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return list(_outcomes(task))
+
+
+def _outcomes(task: Task) -> Iterator[Row]:
+    table = task.table
     trials = read(table)
     size = sum(len(part.hparams) for part in trials.values())
     # A longer search would see the surrogate's own shape, not the landscape's.
-    affordable = tuple(budget for budget in budgets if 3 * budget <= size)
-    warm = warm_start_without(table, tables, [s for s in trials if search_spaces.space(s)])
-    for sample in range(min(SURROGATES, repeats)):
-        landscape = Landscape.load(table, seed=sample)
-        right = {s for s, best in landscape.best.items() if best >= landscape.optimum - RIGHT}
-        for policy in policies:
-            if policy.warm and not warm.studies:
-                continue
-            for repeat in range(sample, repeats, SURROGATES):
-                for outcome in search(landscape, policy, affordable, repeat, warm):
-                    yield {
-                        "landscape": landscape.name,
-                        "policy": policy.name,
-                        "sample": sample,
-                        "repeat": repeat,
-                        **vars(outcome),
-                        "right": outcome.chosen in right,
-                    }
-
-
-def replay(task: tuple[Path, list[Path], str, tuple[int, ...], int]) -> list[Row]:
-    """`outcomes` of one policy, for a pool of processes."""
-    table, tables, name, budgets, repeats = task
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return list(outcomes(table, tables, [p for p in POLICIES if p.name == name], budgets, repeats))
+    affordable = tuple(budget for budget in task.budgets if 3 * budget <= size)
+    warm = warm_start_without(table, task.tables, [s for s in trials if search_spaces.space(s)])
+    landscape = Landscape.load(table, seed=task.sample)
+    right = {s for s, best in landscape.best.items() if best >= landscape.optimum - RIGHT}
+    for policy in POLICIES:
+        if policy.name not in task.policies or (policy.warm and not warm.studies):
+            continue
+        for repeat in range(task.sample, task.repeats, SURROGATES):
+            for outcome in search(landscape, policy, affordable, repeat, warm):
+                yield {
+                    "landscape": landscape.name,
+                    "policy": policy.name,
+                    "sample": task.sample,
+                    "repeat": repeat,
+                    **vars(outcome),
+                    "right": outcome.chosen in right,
+                }
 
 
 ALL = "all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from orchestrator.search.warm_start import WarmStart, take_over
 OBJECTIVE = "val/acc"
 
 
-def warm_start_without(table: Path, tables: list[Path], strategies: list[str]) -> WarmStart:
+def warm_start_without(table: Path, tables: Sequence[Path], strategies: list[str]) -> WarmStart:
     """The warm start of a search on one table's landscape, with every other table as an earlier study.
 
     Args:
