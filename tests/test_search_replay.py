@@ -19,7 +19,16 @@ from benchmarks.search.policies import POLICIES, RANDOM, SWEEPS, Policy, Tried, 
 from benchmarks.search.replay import Outcome, search
 from benchmarks.search.samplers import sweep_size, sweep_within
 from benchmarks.search.schedulers import Asha, Median, Promote
-from benchmarks.search.surrogate import TEST, VAL, Landscape, Surrogate, accuracy_of_best_epoch, features, read
+from benchmarks.search.surrogate import (
+    TEST,
+    VAL,
+    Landscape,
+    Surrogate,
+    Trials,
+    accuracy_of_best_epoch,
+    features,
+    read,
+)
 from benchmarks.search.tables import Task, replay, report
 from benchmarks.search.warm import warm_start_without
 
@@ -87,6 +96,49 @@ class TestSurrogate:
         assert float(draws[:, -1, VAL].std()) == pytest.approx(NOISE, rel=0.35)
         # One seed shifts the whole curve: epochs move together.
         assert float(np.corrcoef(draws[:, 0, VAL], draws[:, -1, VAL])[0, 1]) > 0.95
+
+    def test_a_seed_that_falls_in_between_makes_no_peak(self) -> None:
+        trials = self.trials(repeated=3)
+        # One seed of every configuration falls to 0.2 at the second epoch.
+        trials.curves[1::3, 1, VAL] = 0.2
+        surrogate = Surrogate(trials)
+        generator = np.random.default_rng(0)
+        for point in trials.hparams[:5]:
+            peaks = [surrogate.draw(point, generator)[:, VAL].max() for _ in range(50)]
+            assert peaks == pytest.approx([float(surrogate.expected([point])[0, :, VAL].max())] * 50, abs=0.001)
+
+    def test_trials_diverge_where_those_of_the_table_did(self) -> None:
+        trials = self.trials(repeated=1)
+        trials.diverged[:] = [point["lr_backbone"] > 0.03 for point in trials.hparams]
+        trials.units[trials.diverged] = 2
+        trials.curves[trials.diverged] = 0.0
+        surrogate = Surrogate(trials)
+        generator = np.random.default_rng(0)
+        stable = {"lr_backbone": 0.003, "lr_head": 3.0}
+        lost = {"lr_backbone": 0.2, "lr_head": 3.0}
+        assert [surrogate.diverges(stable, generator) for _ in range(20)].count(None) >= 18
+        assert [surrogate.diverges(lost, generator) for _ in range(20)].count(3) >= 18
+        assert surrogate.stable([stable, lost]).tolist() == [True, False]
+        # The cliff is no part of the curves.
+        assert surrogate.error < 0.02
+
+    @staticmethod
+    def trials(repeated: int) -> Trials:
+        """Configurations of `full` with curves as in `truth`, without noise."""
+        hparams = [hyperparameters("full", configuration) for configuration in range(CONFIGURATIONS)]
+        configuration = np.repeat(np.arange(CONFIGURATIONS), repeated)
+        final = np.array([truth("full", hparams[i]) for i in configuration])
+        curves = final[:, None, None] * np.linspace(0.8, 1.0, EPOCHS)[None, :, None] * np.ones((1, 1, 3))
+        count = len(configuration)
+        return Trials(
+            strategy="full",
+            hparams=hparams,
+            configuration=configuration,
+            curves=curves,
+            diverged=np.zeros(count, dtype=bool),
+            units=np.full(count, EPOCHS),
+            unit_seconds=1.0,
+        )
 
     def test_the_best_configuration_is_the_optimum(self, landscape: Landscape) -> None:
         assert landscape.best["daft"] == pytest.approx(0.90, abs=0.015)

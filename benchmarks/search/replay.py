@@ -27,7 +27,7 @@ class Outcome:
     regret: float
     """Expected test accuracy of the best configuration of all, less that of the chosen one."""
     regrets: dict[str, float]
-    """The same within each strategy."""
+    """The same within each strategy that has a complete trial."""
     seconds: float
     """Of training, confirmations left out."""
     progress: list[tuple[float, float]]
@@ -191,7 +191,7 @@ class _Search:
             budget=self._budget,
             chosen=chosen,
             regret=self._landscape.optimum - expected[chosen],
-            regrets={strategy: best_of[strategy] - expected.get(strategy, 0.0) for strategy in best_of},
+            regrets={strategy: best_of[strategy] - accuracy for strategy, accuracy in expected.items()},
             seconds=self._seconds,
             progress=self._progress,
         )

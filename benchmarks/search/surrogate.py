@@ -15,9 +15,9 @@ import optuna
 import pandas as pd
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
+from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 import search_spaces
@@ -29,6 +29,9 @@ TEST = 1
 OOD = 2
 COLUMNS = ("val/acc", "test/acc", "ood/mean/acc")
 """Last axis of a curve: accuracy on validation, ID test, and the mean over OOD domains."""
+
+NEIGHBOURS = 5
+"""Repeated configurations whose noise a configuration may have."""
 
 DENSE = 512
 """Random points per strategy among which the best configuration is looked for."""
@@ -149,7 +152,7 @@ class Surrogate:
         self.strategy = trials.strategy
         self.unit_seconds = trials.unit_seconds
         self.shape = trials.curves.shape[1:]
-        self._noise = _noise(trials)
+        self._noise = _Noise(trials)
         chosen = np.arange(len(trials.configuration))
         count = len(trials.hparams)
         if seed is not None and count > 1:
@@ -185,8 +188,8 @@ class Surrogate:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the final validation accuracy between seeds."""
-        return _root_mean_square(self._noise[:, -1, VAL])
+        """Standard deviation of the best epoch's validation accuracy between seeds."""
+        return self._noise.of_best_epoch
 
     def expected(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
         """Curves without noise of trials that do not diverge, (N, epochs, len(COLUMNS)), within 0 … 1."""
@@ -209,21 +212,53 @@ class Surrogate:
 
     def draw(self, hparams: Mapping[str, Any], generator: np.random.Generator) -> Array:
         """A curve (epochs, len(COLUMNS)) on a random seed."""
-        noise = self._noise[generator.integers(len(self._noise))]
+        return self._noise.added(self.expected([hparams])[0], features(self.strategy, hparams), generator)
+
+
+class _Noise:
+    """Differences between seeds, as those of the trials that were repeated.
+
+    Args:
+        trials: of the table.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        inputs = []
+        curves = []
+        best = []
+        for configuration, hparams in enumerate(trials.hparams):
+            repeated = trials.curves[(trials.configuration == configuration) & ~trials.diverged]
+            if len(repeated) > 1:
+                # The mean is over the same seeds.
+                unbiased = math.sqrt(len(repeated) / (len(repeated) - 1))
+                peaks = repeated[:, :, VAL].max(axis=1)
+                inputs.append(features(trials.strategy, hparams))
+                curves.append((repeated - repeated.mean(axis=0)) * unbiased)
+                best.append((peaks - peaks.mean()) * unbiased)
+        self._inputs = inputs
+        self._curves = curves
+        """Of each repeated configuration: deviations from the mean over seeds, (seeds, epochs, columns)."""
+        self._best = best
+        """Of each repeated configuration: the same of the best epoch's validation, (seeds,)."""
+        self.of_best_epoch = _root_mean_square(np.concatenate(best)) if best else 0.0
+
+    def added(self, expected: Array, inputs: Array, generator: np.random.Generator) -> Array:
+        """A curve (epochs, columns) on a random seed, as of one of the `NEIGHBOURS` nearest repeated configurations.
+
+        No epoch is better than the best expected one and that seed's deviation of its best epoch: the epochs at which
+        an unstable training falls differ between seeds by tens of points, but never exceed what it ends at.
+        """
+        if not self._inputs:
+            return expected
+        distances = np.linalg.norm(np.stack(self._inputs) - inputs, axis=1)
+        nearest = generator.choice(np.argsort(distances, kind="stable")[:NEIGHBOURS])
+        seed = generator.integers(len(self._best[nearest]))
         # Either sign: differences between seeds have no direction.
-        return np.clip(self.expected([hparams])[0] + generator.choice([-1.0, 1.0]) * noise, 0.0, 1.0)
-
-
-def _noise(trials: Trials) -> Array:
-    """Deviations of repeated trials from the mean over their seeds, (R, epochs, columns), scaled to be unbiased."""
-    deviations = [np.zeros(trials.curves.shape[1:])]
-    for configuration in range(len(trials.hparams)):
-        repeated = trials.curves[(trials.configuration == configuration) & ~trials.diverged]
-        if len(repeated) > 1:
-            if len(deviations) == 1 and not deviations[0].any():
-                deviations.clear()
-            deviations += list((repeated - repeated.mean(axis=0)) * math.sqrt(len(repeated) / (len(repeated) - 1)))
-    return np.stack(deviations)
+        sign = generator.choice([-1.0, 1.0])
+        curve: Array = expected + sign * self._curves[nearest][seed]
+        peak = expected[:, VAL].max() + sign * self._best[nearest][seed]
+        curve[:, VAL] = np.minimum(curve[:, VAL], peak)
+        return np.clip(curve, 0.0, 1.0)
 
 
 _SMALLEST = 0.005
@@ -240,7 +275,7 @@ def _accuracy(log_odds: Any) -> Any:
 
 
 class _Divergence:
-    """Probability that a trial diverges, and when: a Gaussian process classifier on the design.
+    """Probability that a trial diverges, and when: extremely randomised trees on the design.
 
     Args:
         trials: of the table.
@@ -251,13 +286,10 @@ class _Divergence:
         diverged = trials.diverged[chosen]
         self._share = float(diverged.mean())
         self._units = trials.units[chosen][diverged]
-        self._classifier: GaussianProcessClassifier | None = None
+        self._classifier: ExtraTreesClassifier | None = None
         if 0 < self._share < 1:
-            inputs = trials.inputs[chosen]
-            kernel = ConstantKernel(10.0, (1.0, 1e3)) * Matern(np.full(inputs.shape[1], 0.5), (0.05, 20.0), nu=2.5)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                self._classifier = GaussianProcessClassifier(kernel, random_state=0).fit(inputs, diverged)
+            trees = ExtraTreesClassifier(n_estimators=50, random_state=0)
+            self._classifier = trees.fit(trials.inputs[chosen], diverged)
 
     def probability(self, inputs: Array) -> Array:
         """Of each configuration, inputs (N, D) → (N,)."""

@@ -127,7 +127,7 @@ def _speed(groups: Groups) -> Iterator[str]:
 
 
 def _strategies(groups: Groups) -> Iterator[str]:
-    """Regret within each strategy."""
+    """Regret within each strategy, over the searches that completed a trial of it."""
     names = sorted({strategy for group in groups.values() for row in group for strategy in row["regrets"]})
     yield f"| landscape | trials | policy | regret of {' | '.join(names)} |"
     yield f"|---|---|---|{'---|' * len(names)}"
@@ -135,7 +135,8 @@ def _strategies(groups: Groups) -> Iterator[str]:
         cells = []
         for name in names:
             values = [100 * row["regrets"][name] for row in groups[landscape, budget, policy] if name in row["regrets"]]
-            cells.append(f"{np.mean(values):.2f}" if values else "")
+            share = len(values) / len(groups[landscape, budget, policy])
+            cells.append("" if not values else f"{np.mean(values):.2f}" + ("" if share == 1 else f" ({share:.0%})"))
         yield f"| {landscape} | {budget} | {policy} | {' | '.join(cells)} |"
 
 
