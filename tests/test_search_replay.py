@@ -29,7 +29,7 @@ from benchmarks.search.surrogate import (
     features,
     read,
 )
-from benchmarks.search.tables import Task, replay, report
+from benchmarks.search.tables import Task, rank_correlations, replay, report
 from benchmarks.search.warm import warm_start_without
 
 EPOCHS = 4
@@ -241,6 +241,16 @@ class TestReport:
         # It is as good as the sweep after 12.5 of 200 seconds, random search never; Ray's was not replayed.
         assert "| toy | 12 | shared TPE | 0.06 | 100% | - | nan% |" in lines
         assert f"| toy | 12 | {RANDOM} | - | 0% | - | nan% |" in lines
+
+
+def test_an_epoch_of_the_toy_ranks_as_the_last_one_does(table: Path) -> None:
+    # A curve is proportional to its end, but for the noise of its seed.
+    *_, line = rank_correlations([table])
+    name, strategy, *cells = line.strip("| ").split(" | ")
+    assert (name, strategy) == ("toy", "full")
+    assert len(cells) == EPOCHS
+    assert float(cells[0]) > 0.9
+    assert cells[-1] == "1.00"
 
 
 def test_the_tested_weights_are_those_of_the_best_epoch() -> None:

@@ -12,7 +12,7 @@ import optuna
 
 import benchmarks.landscapes
 from benchmarks.search.policies import POLICIES
-from benchmarks.search.tables import errors, replay, report, tasks
+from benchmarks.search.tables import errors, rank_correlations, replay, report, tasks
 
 TABLES = Path(benchmarks.landscapes.__file__).parent / "tables"
 BUDGETS = (12, 24, 60, 200)
@@ -32,7 +32,7 @@ def main() -> None:
     if not tables:
         raise SystemExit(f"Landscapes are needed in {args.tables}: python -m benchmarks.landscapes makes them.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    print("\n".join(errors(tables)), flush=True)
+    print("\n".join([*errors(tables), "", *rank_correlations(tables)]), flush=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         parts = pool.imap_unordered(replay, tasks(tables, args.policies, args.budgets, args.repeats))
         rows = [row for part in parts for row in part]

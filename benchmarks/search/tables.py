@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import optuna
+from scipy.stats import spearmanr
 
 import search_spaces
 from benchmarks.search.policies import POLICIES, RANDOM, RAY, SWEEPS
 from benchmarks.search.replay import search
-from benchmarks.search.surrogate import VAL, Landscape, read
+from benchmarks.search.surrogate import VAL, Array, Landscape, read
 from benchmarks.search.warm import warm_start_without
 
 RIGHT = 0.005
@@ -226,3 +227,25 @@ def errors(tables: list[Path]) -> Iterator[str]:
             cells = " | ".join(f"{100 * value:.1f}" for value in points)
             counts = f"{len(part.hparams)} | {int(part.diverged.sum())}"
             yield f"| {table.stem} | {strategy} | {counts} | {surrogate.model} | {cells} |"
+
+
+def rank_correlations(tables: list[Path]) -> Iterator[str]:
+    """Markdown: Spearman's rank correlation of an epoch's validation with the best one of its trial, per strategy.
+
+    Early stopping after an epoch can be right about the rest of the training where this is high. Trials that diverged
+    are left out.
+    """
+    curves = {table.stem: read(table) for table in tables}
+    epochs = max(trials.curves.shape[1] for parts in curves.values() for trials in parts.values())
+    yield f"| landscape | strategy | {' | '.join(f'epoch {epoch}' for epoch in range(1, epochs + 1))} |"
+    yield f"|---|---|{'---|' * epochs}"
+    for landscape, parts in curves.items():
+        for strategy, trials in parts.items():
+            values = trials.curves[~trials.diverged][:, :, VAL]
+            if len(values) > 2:
+                cells = [f"{_rank_correlation(values[:, u], values.max(axis=1)):.2f}" for u in range(values.shape[1])]
+                yield f"| {landscape} | {strategy} | {' | '.join(cells)} |"
+
+
+def _rank_correlation(some: Array, others: Array) -> float:
+    return float(spearmanr(some, others).statistic)
