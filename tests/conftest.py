@@ -55,6 +55,8 @@ THOROUGH = (
     "tests/orchestrator/search/test_replay.py",
     "tests/orchestrator/search/test_searcher.py",
     "tests/orchestrator/search/test_stages.py",
+    "tests/orchestrator/search/test_warm_start.py::TestSampler",
+    "tests/orchestrator/search/test_warm_start.py::TestSearch",
     "tests/orchestrator/tracking/test_client.py",
     "tests/orchestrator/tracking/test_follower.py",
     "tests/orchestrator/tracking/test_kept_artifacts.py",

@@ -21,6 +21,7 @@ from orchestrator.planning.configurations import points, structure
 from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
 from orchestrator.planning.objectives import cost_problems
+from orchestrator.planning.warm_start import warm_start_problems
 from orchestrator.study_file.rules import BUILT_IN_DOMAINS, domain_problems, network_problems
 from orchestrator.study_file.schema import StrategyEntry, StudySpec
 from orchestrator.tracking.client import access_problems
@@ -42,9 +43,10 @@ def preflight(spec: StudySpec) -> None:
     Raises:
         PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
             layers, domains or packages that it needs; a cost that is the same for every trial; a budget too small for
-            the strategies or their phases; settings of the loss that a strategy cannot honour; a decoder that does not
-            fit the network; a storage folder that cannot be written; a tracking server that rejects the credentials;
-            more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster).
+            the strategies or their phases; an earlier study that this one cannot start from; settings of the loss that
+            a strategy cannot honour; a decoder that does not fit the network; a storage folder that cannot be written;
+            a tracking server that rejects the credentials; more CPUs or GPUs than this machine has (unless RAY_ADDRESS
+            names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -55,6 +57,7 @@ def preflight(spec: StudySpec) -> None:
         _loss_problems,
         _decoder_problems,
         hint_problems,
+        warm_start_problems,
         cost_problems,
         _machine_problems,
         _storage_problems,

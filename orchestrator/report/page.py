@@ -45,6 +45,7 @@ from orchestrator.results.leaderboard import (
 )
 from orchestrator.results.selection import Choice
 from orchestrator.results.study_results import Results
+from orchestrator.search.warm_start import warm_start_sentences
 from trainables.specs.metrics import TaskMetrics
 from trainables.storage.atomic_files import write_text
 
@@ -188,6 +189,9 @@ def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterato
     layout = header.get("memory_layout")
     if layout is not None:
         yield "memory layout", "channels last" if layout["channels_last"] else "contiguous"
+    lines = warm_start_sentences(header)
+    if lines:
+        yield "warm start", " ".join(line.strip() for line in lines).removeprefix("Warm start ")
     states = Counter(record.state for record in records)
     yield "trials", ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"
     again = sum(max(0, record.attempts - 1) for record in records)

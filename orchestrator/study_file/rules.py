@@ -357,6 +357,26 @@ def balance_problems(class_weights: str | None, sampling: str | None) -> Iterato
         )
 
 
+def warm_start_problems(names: Sequence[str] | None, study: str, sampler: str) -> Iterator[RuleProblem]:
+    """Earlier studies that are none, are listed twice, or could not be used."""
+    if names is None:
+        return
+    if sampler == "paper":
+        yield (
+            ("warm_start",),
+            f"the papers' sweeps try what they list, but got warm_start [{', '.join(names)}] with sampler paper. Leave "
+            "warm_start out, or use another sampler.",
+        )
+    for index, name in enumerate(names):
+        if name == study:
+            yield (
+                ("warm_start", index),
+                f"warm_start names earlier studies, but got this study, {name!r}. Leave it out.",
+            )
+        elif name in names[:index]:
+            yield ("warm_start", index), f"the study {name!r} is listed twice."
+
+
 def sample_problems(fsr: Sequence[str], fsr_fractions: Sequence[float], train_fraction: float) -> Iterator[RuleProblem]:
     """FSR references that would compare a sample with itself, or with too few others."""
     for index, reference in enumerate(fsr):

@@ -372,6 +372,11 @@ class StudySpec(Section):
     strategies: Annotated[list[Annotated[StrategyEntry, BeforeValidator(rules.named_entry)]], Field(min_length=1)]
     """Ways of fine-tuning that compete under one budget."""
     search: SearchSpec = SearchSpec()
+    warm_start: Annotated[list[Annotated[str, BeforeValidator(rules.check_name)]], Field(min_length=1)] | None = None
+    """Names of earlier studies in the same storage, finished or interrupted, that the search starts from, also of other
+    data or another network. Every entry first tries its default point, then the configurations of its strategy that
+    were best there (docs/search.md). They are read when the study starts for the first time, never again. null =
+    none."""
     loss: LossSpec = LossSpec()
     confirm: ConfirmSpec = ConfirmSpec()
     diagnostics: DiagnosticsSpec = DiagnosticsSpec()
@@ -397,6 +402,7 @@ class StudySpec(Section):
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
             *rules.balance_problems(self.loss.class_weights, data.sampling),
+            *rules.warm_start_problems(self.warm_start, self.name, self.search.sampler),
         )
         return self
 
