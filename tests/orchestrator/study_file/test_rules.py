@@ -164,3 +164,13 @@ class TestMetricAndLoss:
         assert twice.startswith("strategies[3]: Label smoothing is set once, but daft has label_smoothing 0.2")
         (message,) = refused(strategies=strategies, data={"source": "digits", "sampling": "balanced"})
         assert message.startswith("strategies[1]: data.sampling needs a strategy that trains by gradient")
+
+
+@pytest.mark.parametrize(
+    ("task", "listed"), [("classification", "flip, crop"), ("segmentation", "flip, crop, scale, jitter")]
+)
+def test_an_augmentation_is_one_of_the_tasks(task: str, listed: str) -> None:
+    data = {"source": "folder", "root": "/data", "augment": ["flipp"]}
+    assert invalid(task=task, data=data) == [
+        f"data.augment[0]: an augmentation is one of {listed}, but got 'flipp'. Did you mean 'flip'?"
+    ]
