@@ -21,6 +21,7 @@ from orchestrator.ingest.errors import first_few
 from orchestrator.ingest.manifest import together_in_words
 from orchestrator.ingest.pipeline import existing_store
 from orchestrator.planning.build import evaluated_units, ingest_request, interim_splits, rungs_of
+from orchestrator.planning.corruption_cost import PlannedCorruptions, planned_corruptions
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
@@ -28,7 +29,7 @@ from orchestrator.planning.preflight import layer_kinds
 from orchestrator.planning.view import recorded_choices, view_of
 from orchestrator.record.costs import COSTS
 from orchestrator.record.journal import Journal
-from orchestrator.record.records import metrics_of
+from orchestrator.record.records import fold, metrics_of
 from orchestrator.wording import bytes_text, counted, listed
 from trainables.specs.metrics import ood_domain
 
@@ -121,6 +122,8 @@ class Plan:
     """How pictures become the network's input, in a sentence."""
     copies: str = ""
     """What the drawn splits keep together, in a sentence; empty = nothing."""
+    corruptions: PlannedCorruptions | None = None
+    """What confirmed trials are measured under; None = nothing."""
 
     @property
     def max_units(self) -> int:
@@ -165,6 +168,7 @@ class Plan:
             f"Chosen by {self.objective}.{self._front()}",
             self._evaluation(),
             self._diagnostics(),
+            *([self.corruptions.sentence()] if self.corruptions is not None else []),
             f"Disk: about {bytes_text(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Kept (keep: {self.keep}): at most {bytes_text(self.kept_bytes)} of weights and predictions, of "
             f"{_KEPT[self.keep]}.",
@@ -220,7 +224,8 @@ def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
     folder = Path(spec.storage).absolute() / spec.name
     journal = folder / "journal.jsonl"
-    recorded = recorded_choices(Journal.read(journal)) if journal.exists() else None
+    events = Journal.read(journal) if journal.exists() else []
+    recorded = recorded_choices(events) if events else None
     view = view_of(spec, recorded)
     space = space_of(spec)
     search = spec.search
@@ -267,6 +272,7 @@ def make_plan(spec: StudySpec) -> Plan:
         evaluated_units=evaluated_units(spec),
         interim_splits=interim_splits(spec),
         view=view.sentence() + _weights_note(spec),
+        corruptions=planned_corruptions(spec, splits, counts.confirm, fold(events)),
         copies=_copies(ingest_request(spec, view.config, recorded), Path(spec.storage).absolute() / "data"),
     )
 

@@ -25,6 +25,7 @@ from orchestrator.study_file.rules import DIGITS_DOMAINS, domain_problems, netwo
 from orchestrator.study_file.schema import StudySpec
 from orchestrator.tracking.client import access_problems
 from trainables import strategy_class
+from trainables.data.corruption_files import CorruptedFiles, corruptions_in
 from trainables.data.transforms import AUGMENTATIONS
 from trainables.demo.backbones import NETWORKS, architecture
 from trainables.diagnostics.norm_shift import batch_norms, layer_norms
@@ -47,6 +48,7 @@ def preflight(spec: StudySpec) -> None:
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
         _model_problems,
+        _corruption_problems,
         _package_problems,
         _budget_problems,
         _phase_problems,
@@ -83,6 +85,21 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     diagnostics = spec.diagnostics
     for path, message in domain_problems(diagnostics.plasticity_source, diagnostics.fsr, ood):
         yield Problem(path, message)
+
+
+def _corruption_problems(spec: StudySpec) -> Iterator[Problem]:
+    """A folder of corrupted pictures that cannot be used."""
+    folder = spec.evaluate.corruption_folder
+    if folder is None:
+        return
+    try:
+        classes = len(examine(spec.data)[1].classes)
+    except ValueError:  # reported by `_data_problems`
+        return
+    try:
+        CorruptedFiles(folder, corruptions_in(folder), classes)
+    except ValueError as error:
+        yield Problem(("evaluate", "corruptions"), str(error))
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:

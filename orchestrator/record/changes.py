@@ -57,7 +57,7 @@ log = logging.getLogger("luthier")
 HARMLESS = (
     "name", "storage", "keep", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # additional measurements
-    "search.evaluate_at_rungs",
+    "search.evaluate_at_rungs", "evaluate", "evaluate.*",
     "data.root", "data.on_bad", "data.on_leak", "data.label",  # the images themselves are covered by their digest
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",
 )  # fmt: skip

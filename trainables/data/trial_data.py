@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from trainables.data.feature_cache import FeatureCache
@@ -378,6 +379,22 @@ class TrialData:
                 images, targets = self._transform(pixels, labels, self._augmentation, generator)
             self._delivered()
             yield self._memory_format(images), targets
+
+    def pixels_of(self, images: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 of normalised images (B, 3, H, W), as the network sees them."""
+        return self._center_crop.pixels_of(images)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 that are neither resized nor cropped → images as `batches` gives them."""
+        return self._memory_format(self._center_crop.normalised(pixels))
+
+    def view_of(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """Square pictures (B, N, N, 3) uint8 → images as `batches` gives them, resized by Pillow and cropped."""
+        config = self.backbone.data_config
+        resampling = Image.Resampling[config.interpolation.upper()]
+        side = (config.stored_size, config.stored_size)
+        resized = np.stack([np.asarray(Image.fromarray(picture).resize(side, resampling)) for picture in pictures])
+        return self._memory_format(self._center_crop(to_device(resized, self.device)))
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops.
