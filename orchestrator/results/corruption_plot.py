@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from orchestrator.results.figures import BLACK, NotebookFigure
+from orchestrator.results.curve_plot import BLACK, NotebookFigure
 from orchestrator.results.robustness import Robustness
 from trainables.specs.corruptions import SEVERITIES
 

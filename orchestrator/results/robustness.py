@@ -103,11 +103,8 @@ def robustness(entries: Sequence[Competitor]) -> list[Robustness]:
 
 
 def _runs(entry: Competitor) -> list[TrialRecord]:
-    return [
-        run
-        for run in entry.runs
-        if run.metric(MEAN_CORRUPTION_ERROR.name) is not None and CORRUPTION_ERRORS in run.curves
-    ]
+    name = MEAN_CORRUPTION_ERROR.name
+    return [run for run in entry.runs if run.metric(name) is not None and CORRUPTION_ERRORS in run.curves]
 
 
 def _names(run: TrialRecord) -> list[str]:
@@ -251,8 +248,8 @@ def note(rows: Sequence[Robustness]) -> str:
     over = f" ± 95 % interval over {', '.join(bases)}" if bases else ""
     images = f"; {first.mce.samples:,} pictures" if first.mce.samples else ""
     return (
-        f"per cent; mCE = mean error over {corruptions} at 5 severities{over}{images}; over probe, relative = that error, "
-        "and what corruption adds to the clean error, as a share of the linear probe's"
+        f"per cent; mCE = mean error over {corruptions} at 5 severities{over}{images}; over probe, relative = that "
+        "error, and what corruption adds to the clean error, as a share of the linear probe's"
     )
 
 

@@ -215,9 +215,9 @@ class Results:
     def robustness(self) -> pd.DataFrame:
         """Errors of the confirmed configurations under corruptions in per cent, one row per entry, most robust first.
 
-        Columns: `label, strategy, robust/mce` with the ends `/low` and `/high` of its 95 % interval, `robust/mce_over_probe,
-        robust/relative_mce, robust/clean_error`, and `robust/<corruption>/ce` for each corruption. Empty where
-        `evaluate.corruptions` is not set, or before a configuration is confirmed.
+        Columns: `label, strategy, robust/mce` with the ends `/low` and `/high` of its 95 % interval,
+        `robust/mce_over_probe, robust/relative_mce, robust/clean_error`, and `robust/<corruption>/ce` for each
+        corruption. Empty where `evaluate.corruptions` is not set, or before a configuration is confirmed.
         """
         return robustness_frame(self.corrupted())
 

@@ -54,8 +54,8 @@ def resolved_study(path: str | Path) -> dict[str, Any]:
 def absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of a study's fields in which every path is absolute.
 
-    These are data.root, model.weights, model.name (`local-dir:…`), evaluate.corruptions where it is a folder, storage and
-    a SQLite tracking.uri; URLs stay.
+    These are data.root, model.weights, model.name (`local-dir:…`), evaluate.corruptions where it is a folder, storage
+    and a SQLite tracking.uri; URLs stay.
     Missing storage becomes `<folder>/studies`: a job's working directory is deleted with the job.
     """
     # A deep copy, because nested sections are written into.

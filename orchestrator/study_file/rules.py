@@ -88,8 +88,8 @@ def check_corruptions(value: Any) -> Any:
         )
     if not isinstance(value, list) or not value:
         raise _broken(
-            f"corruptions is {COMMON_CORRUPTIONS!r}, a list of at least one name, or a folder's path with a / in it, but "
-            f"got {value!r}."
+            f"corruptions is {COMMON_CORRUPTIONS!r}, a list of at least one name, or a folder's path with a / in it, "
+            f"but got {value!r}."
         )
     problems: list[RuleProblem] = []
     for index, name in enumerate(value):
@@ -377,7 +377,8 @@ def unconfirmed_problems(corruptions: bool, top_k: int | None, seeds: int) -> It
         key = "top_k" if top_k == 0 else "seeds"
         yield (
             ("evaluate", "corruptions"),
-            f"corruptions are measured on confirmed configurations, but confirm.{key} is 0. Raise it, or leave them out.",
+            f"corruptions are measured on confirmed configurations, but confirm.{key} is 0. Raise it, or leave them "
+            "out.",
         )
 
 

@@ -262,13 +262,13 @@ class EvaluateSpec(Section):
     """What confirmed configurations are measured on beside ID test and the OOD domains."""
 
     corruptions: Annotated[list[str] | str | None, BeforeValidator(rules.check_corruptions)] = None
-    """Corruption robustness of confirmed configurations (Hendrycks and Dietterich, 2019): `common` = fifteen corruptions
-    at five severities of the ID test pictures as the network sees them, a list of their names, or a folder of corrupted
-    pictures as CIFAR-10-C has them (`labels.npy`, `<corruption>.npy`), whose path contains a `/`. null = not measured
-    (docs/robustness.md)."""
+    """Corruption robustness of confirmed configurations (Hendrycks and Dietterich, 2019): `common` = fifteen
+    corruptions at five severities of the ID test pictures as the network sees them, a list of their names, or a folder
+    of corrupted pictures as CIFAR-10-C has them (`labels.npy`, `<corruption>.npy`), whose path contains a `/`. null =
+    not measured (docs/robustness.md)."""
     images: Annotated[int, Field(ge=1)] = 200
-    """Pictures per corruption and severity: the first of the ID test, which are a stratified sample, or of each severity
-    in the folder."""
+    """Pictures per corruption and severity: the first of the ID test, which are a stratified sample, or of each
+    severity in the folder."""
 
     @property
     def corruption_folder(self) -> str | None:

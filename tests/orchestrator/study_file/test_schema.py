@@ -197,7 +197,7 @@ class TestRefused:
             (
                 {"modle": {}},
                 "modle: unknown key. Did you mean 'model'? Known here: name, data, model, strategies, "
-                "search, loss, confirm, diagnostics, resources, failures, tracking, keep, storage.",
+                "search, loss, confirm, diagnostics, evaluate, resources, failures, tracking, keep, storage.",
             ),
             ({"search": {"trials": 2.5}}, "search.trials: must be an integer, but got the number 2.5."),
             ({"search": {"trials": True}}, "search.trials: must be an integer, but got true."),
