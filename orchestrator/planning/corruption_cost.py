@@ -68,7 +68,7 @@ def planned_corruptions(
         return None
     images = settings.images if settings.folder is not None else min(settings.images, splits[TEST])
     rates = [record.metric(IMAGES_PER_SECOND.name) for record in history]
-    known = [rate for rate in rates if rate]
+    measured = [rate for rate in rates if rate]
     evaluations = len(settings.names) * len(SEVERITIES) * images
     return PlannedCorruptions(
         names=settings.names,
@@ -76,5 +76,5 @@ def planned_corruptions(
         images=images,
         trials=trials,
         passes=evaluations / max(1, splits[TEST]),
-        seconds=evaluations / statistics.median(known) if known else None,
+        seconds=evaluations / statistics.median(measured) if measured else None,
     )

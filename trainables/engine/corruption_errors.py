@@ -80,9 +80,9 @@ def corruption_errors(model: TaskModel, data: TrialData, settings: CorruptionSet
             table["severity"].append(severity)
             table["error"].append(error)
         metrics[CORRUPTION_ERROR.of(name)] = sum(errors) / len(errors)
-        known = [values for values in of_samples if values is not None]
-        if len(known) == len(SEVERITIES):
-            samples[name] = list(torch.stack(known).mean(0).tolist())
+        present = [values for values in of_samples if values is not None]
+        if len(present) == len(SEVERITIES):
+            samples[name] = list(torch.stack(present).mean(0).tolist())
     of_corruptions = [metrics[CORRUPTION_ERROR.of(name)] for name in settings.names]
     metrics[MEAN_CORRUPTION_ERROR.name] = sum(of_corruptions) / len(of_corruptions)
     curves = {CORRUPTION_ERRORS: Curve(table, "Error in per cent by corruption and severity.")}

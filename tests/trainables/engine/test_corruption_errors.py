@@ -5,6 +5,11 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.synthetic import write_shapes
 from tests.support.trials import MakeTrial, same_numbers
 from trainables.data.corruptions import corrupt
 from trainables.engine.trial import Trial
+from trainables.engine.tune_trainable import TuneTrainable
+from trainables.specs import fault_injection
 from trainables.specs.corruptions import SEVERITIES, CorruptionSettings
+from trainables.specs.fault_injection import ENV_FAULTS
 from trainables.specs.trial_spec import TrialSpec
 
 NAMES = ("gaussian_noise", "contrast")
@@ -140,3 +149,58 @@ class TestFiles:
         np.save(folder / "labels.npy", np.tile(np.arange(12) % 4, 5))
         with pytest.raises(ValueError, match=r"contrast.npy does not exist. A folder of corrupted pictures has labels"):
             result(confirmed(make_trial, settings))
+
+
+class TestFaults:
+    """A process that fails or dies among the corruptions: the next attempt has every number once, to the last bit."""
+
+    @pytest.fixture
+    def config(self, make_trial: MakeTrial, settings: CorruptionSettings, tmp_path: Path) -> dict[str, Any]:
+        spec = confirmed(make_trial, settings).spec
+        write_shapes(tmp_path / "store")
+        shared = dataclasses.replace(spec.shared, store=str(tmp_path / "store"))
+        spec = dataclasses.replace(spec, shared=shared)
+        return spec.to_dict() | {"_number": 7, "_checkpoints": str(tmp_path / "checkpoints" / "trial-0007")}
+
+    @pytest.fixture
+    def whole(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The result of a trial that nothing disturbs."""
+        return TuneTrainable(config | {"_checkpoints": config["_checkpoints"] + "-whole"}).train()
+
+    @pytest.mark.usefixtures("cpu_only")
+    def test_after_an_error_in_the_middle(
+        self, config: dict[str, Any], whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(ENV_FAULTS, "phase=in_corruptions,action=io_error")
+        fault_injection.reset_faults()
+        with pytest.raises(OSError, match="Input/output error"):
+            TuneTrainable(config).train()
+        again = TuneTrainable(config).train()
+        fault_injection.reset_faults()
+        assert numbers(again) == numbers(whole)
+        assert again["curves"] == whole["curves"]
+        # Reported again, not measured again: the driver may have died before it recorded the result.
+        repeated = TuneTrainable(config).train()
+        assert numbers(repeated) == numbers(whole)
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("cpu_only")
+    def test_after_a_kill_in_the_middle(self, config: dict[str, Any], whole: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        environment = {**os.environ, ENV_FAULTS: "trial=7,phase=in_corruptions,action=kill"}
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "config.json")]
+        assert subprocess.run(command, env=environment, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+        assert numbers(TuneTrainable(config).train()) == numbers(whole)
+
+
+ROOT = str(Path(__file__).parents[3])
+CHILD = """
+import json, sys
+from trainables.engine.tune_trainable import TuneTrainable
+TuneTrainable(json.load(open(sys.argv[1]))).train()
+"""
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    """The metrics under corruptions and on the test sets."""
+    return {name: value for name, value in result.items() if name.startswith(("robust/", "test/", "ood/", "best/"))}

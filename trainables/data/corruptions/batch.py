@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ _CORRUPTIONS: dict[str, Corruption] = {
     "pixelate": pixelate,
     "jpeg_compression": jpeg_compression,
 }
+
+_BY_PILLOW = frozenset({"pixelate", "jpeg_compression"})
+"""Corruptions that are computed picture by picture, by a library of the CPU."""
 
 _CHUNK = {"cpu": 2 * 224 * 224, "cuda": 64 * 224 * 224}
 """Pixels that are corrupted at once, by the type of device: a few pictures stay in a CPU's cache."""
@@ -77,17 +81,24 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int, image_names: Se
         )
     if images.numel() == 0:
         return images.clone()
-    names = [_checksum(image) for image in images] if image_names is None else image_names
-    seeds = [stream_seed(seed, "corruption", name, severity, image_name) for image_name in names]
     height, width = images.shape[1:3]
     parameters = parameters_for(height, width)
     size = max(1, _CHUNK.get(images.device.type, _CHUNK["cpu"]) // (height * width))
-    result = torch.empty_like(images, memory_format=torch.contiguous_format)
+    if name in _BY_PILLOW:
+        size = len(images)
+    parts = []
     for start in range(0, len(images), size):
-        part = slice(start, start + size)
-        streams = ImageStreams(seeds[part], images.device)
-        result[part] = _CORRUPTIONS[name](images[part], severity, parameters, streams)
-    return result
+        part = images[start : start + size]
+        names = None if image_names is None else image_names[start : start + size]
+        seeds = partial(_seeds, seed, name, severity, part, names)
+        parts.append(_CORRUPTIONS[name](part, severity, parameters, ImageStreams(len(part), seeds, images.device)))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+
+def _seeds(seed: int, name: str, severity: int, images: Tensor, image_names: Sequence[str] | None) -> list[int]:
+    """Seeds of the pictures' streams."""
+    names = [_checksum(image) for image in images] if image_names is None else image_names
+    return [stream_seed(seed, "corruption", name, severity, image_name) for image_name in names]
 
 
 def _checksum(image: Tensor) -> str:

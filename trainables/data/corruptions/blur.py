@@ -87,17 +87,17 @@ def shuffled_sources(height: int, width: int, glass: Glass, streams: ImageStream
         link[:, reach + 1 : height - reach + 1, reach + 1 : width - reach + 1] += offsets[:, 1] * width + offsets[:, 0]
         link = link.flatten()
         # A pixel that stays the one before the pass ends a path; it is its own end where the loop never comes.
-        ends = (link <= positions) | ~is_visited[link]
+        ends = (link <= positions) | ~is_visited.index_select(0, link)
         origin = link.clone()
         open_paths = (~ends).nonzero()[:, 0]
-        reached = link[open_paths]
+        reached = link.index_select(0, open_paths)
         # Half of the paths end with each round.
         while len(open_paths):
-            following = link[reached]
+            following = link.index_select(0, reached)
             origin[open_paths] = following
-            goes_on = ~ends[reached]
+            goes_on = ~ends.index_select(0, reached)
             open_paths, reached = open_paths[goes_on], following[goes_on]
-        sources = sources[origin]
+        sources = sources.index_select(0, origin)
     return sources
 
 

@@ -95,6 +95,9 @@ def jpeg_compression(pixels: Tensor, severity: int, parameters: Parameters, stre
 def _by_pillow(pixels: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
     pictures = pixels.contiguous().cpu().numpy()
     changed = np.empty_like(pictures)
+    height, width = pictures.shape[1:3]
     for number, picture in enumerate(pictures):
-        changed[number] = change(Image.fromarray(picture))
+        # Without the copies that `fromarray` and `asarray` make.
+        original = Image.frombuffer("RGB", (width, height), picture, "raw", "RGB", 0, 1)
+        changed[number] = np.frombuffer(change(original).tobytes(), np.uint8).reshape(picture.shape)
     return torch.from_numpy(changed).to(pixels.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,16 +16,22 @@ class ImageStreams:
     Drawn on the CPU, so that they are the same on every device.
 
     Args:
-        seeds: of the pictures' streams.
+        count: B, the number of pictures.
+        seeds: gives the seeds of their streams; called at the first draw.
         device: of the numbers.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._seeds = seeds
+    def __init__(self, count: int, seeds: Callable[[], Sequence[int]], device: torch.device) -> None:
+        self._count = count
+        self._make_seeds = seeds
         self.device = device
 
     def __len__(self) -> int:
-        return len(self._seeds)
+        return self._count
+
+    @cached_property
+    def _seeds(self) -> Sequence[int]:
+        return self._make_seeds()
 
     # Two kinds of generators, because each is the faster one: torch's for normal, NumPy's for uniform numbers.
 
