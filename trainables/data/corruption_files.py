@@ -101,7 +101,7 @@ def _array(path: Path) -> NDArray[np.generic]:
         raise ValueError(
             f"{path} does not exist. A folder of corrupted pictures has {LABELS} and one file per name."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} must be an array that NumPy saved, but cannot be read as one ({error}).") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} must hold one array, but holds several.")
