@@ -27,9 +27,9 @@ from PIL import Image
 from orchestrator.ingest.check import check
 from orchestrator.ingest.decoding import available_cpus
 from orchestrator.ingest.pipeline import IngestRequest, ingest
+from trainables.data.square_images import gather_images, to_device
 from trainables.data.store import Store
 from trainables.data.transforms import BatchTransform
-from trainables.data.trial_data import gather_images, to_device
 from trainables.demo.digits import SHIFTS, render, shift
 from trainables.specs.seeds import stream_seed
 

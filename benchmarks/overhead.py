@@ -52,7 +52,7 @@ def baseline_side(trials: int, storage: Path) -> dict[str, float]:
         tracking_uri=f"sqlite:///{storage}/baseline.db", experiment_name="baseline", save_artifact=False
     )
     tuner = tune.Tuner(
-        tune.with_resources(PlainProbe, {"cpu": 1}),
+        tune.with_resources(_plain_probe(), {"cpu": 1}),
         param_space={"C": tune.loguniform(1e-7, 1e2), "store": store},
         tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1, reuse_actors=False),
         run_config=tune.RunConfig(name="baseline", storage_path=str(storage), callbacks=[callback], verbose=0),
@@ -120,8 +120,6 @@ def main() -> None:
     args = parser.parse_args()
     from orchestrator.cluster.connection import connect
 
-    global PlainProbe
-    PlainProbe = _plain_probe()
     with tempfile.TemporaryDirectory() as folder, connect(cpus=1):
         ours = luthier_side(args.trials, Path(folder))
         plain = baseline_side(args.baseline_trials, Path(folder))

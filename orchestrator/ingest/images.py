@@ -86,7 +86,7 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
             _check_header(image)
             return _convert(image, side, interpolation, crop)
     except UnidentifiedImageError as error:
-        raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {data[:8]!r}") from error
+        raise BadImageError(f"not a picture ({', '.join(FORMATS)}): it begins with {_beginning(data)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow raises before it returns an image: its size is in the message alone.
         raise _too_many_pixels(int("".join(re.findall(r"\((\d+) pixels\)", str(error))) or 0)) from error
@@ -96,6 +96,14 @@ def decode(data: bytes, side: int, interpolation: str, crop: int | None = None) 
         raise BadImageError("needs more memory than a decoder may take") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything: struct.error, SyntaxError, KeyError
         raise BadImageError(f"truncated or damaged: {error}") from error
+
+
+def _beginning(data: bytes) -> str:
+    """The first bytes of a file, as text where they are."""
+    first = data[:12]
+    if first.isascii() and first.decode("ascii").isprintable():
+        return f'the text "{first.decode("ascii")}"'
+    return f"the bytes {first.hex(' ')}"
 
 
 def header_size(data: bytes) -> tuple[int, int]:

@@ -80,7 +80,9 @@ def decide(
     chosen = min([best, *equal], key=lambda choice: _parameters(records, choice))
     if chosen is best:
         names = listed([_named(choice) for choice in equal])
-        reason = f"by a paired bootstrap on validation it equals {names} and trains the fewest parameters"
+        fewest = _parameters(records, best) < min(_parameters(records, choice) for choice in equal)
+        trained = "trains the fewest parameters" if fewest else "none of these trains fewer parameters"
+        reason = f"by a paired bootstrap on validation it equals {names}, and {trained}"
         return Decision(best, best, equal, f"{head}; {reason}.")
     reached = metrics.selection.text(chosen.value)
     trained = f"{_parameters(records, chosen):,.0f} against {_parameters(records, best):,.0f}"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.support.synthetic import MemoryStore
-from trainables.data.trial_data import ImageTransform, TrialData
+from trainables.data.square_images import ImageTransform
+from trainables.data.trial_data import TrialData
 from trainables.demo.digits import handwritten_digits
 from trainables.models.backbone import Backbone
 from trainables.models.task_model import TaskModel

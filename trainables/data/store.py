@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,20 @@ class StoreLike(Protocol):
     def groups(self, split: str) -> Indices: ...
 
     def fraction(self, split: str, fraction: float, /) -> int: ...
+
+
+@runtime_checkable
+class MaskStoreLike(StoreLike, Protocol):
+    """A store of pictures with masks, of different sizes."""
+
+    def pictures(self, split: str) -> Sequence[NDArray[np.uint8]]:
+        """Pictures (H, W, 3), read-only."""
+
+    def masks(self, split: str) -> Sequence[NDArray[np.uint8]]:
+        """Their masks (H, W), read-only."""
+
+    def sizes(self, split: str) -> NDArray[np.int64]:
+        """Height and width of each, (n, 2)."""
 
 
 class StoreError(ValueError):

@@ -1,17 +1,16 @@
 """Data of one trial: image batches on its device, and cached pretrained features.
 
-In this order: images by index on a device; selection and order of a trial's samples, as pure functions of its spec and
-a seed; `TrialData`, which combines the two.
+In this order: selection and order of a trial's samples, as pure functions of its spec and a seed; `TrialData`, which
+loads them in this order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainables.data.feature_cache import FeatureCache
-from trainables.data.store import Indices, StoreLike
+from trainables.data.masked_pictures import MaskedPictures
+from trainables.data.square_images import Batch, SampleTransform, SquareImages, to_device
+from trainables.data.store import Indices, MaskStoreLike, StoreLike
 from trainables.data.transforms import BatchTransform
 from trainables.models.device import uses_channels_last
 from trainables.specs.metrics import HELD_OUT
@@ -29,49 +30,6 @@ from trainables.specs.trial_spec import TrialSpec
 
 if TYPE_CHECKING:
     from trainables.models.backbone import Backbone
-
-
-GPU_CACHE_BYTES = 4 * 2**30
-"""Size of a process's GPU cache of uint8 images, for all of its trials; a larger split is copied batch by batch.
-Several trials on one GPU are several processes, each with its cache."""
-
-_gpu_cache: OrderedDict[tuple[str, str, str], Tensor] = OrderedDict()
-"""Least recently used first; by store digest, split and device."""
-
-
-def gather_images(store: StoreLike, split: str, indices: Indices, device: torch.device) -> Tensor:
-    """Copy images of a split by index: (B, H, W, 3) uint8 on `device`."""
-    images = store.images(split)
-    if device.type == "cpu":
-        # `np.take` copies: torch does not respect that the store's memory is read-only.
-        return torch.from_numpy(np.take(images, indices, axis=0))
-    cached = _cached_split(store, split, device)
-    if cached is not None:
-        return cached.index_select(0, to_device(indices, device))
-    return to_device(np.take(images, indices, axis=0), device)
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Copy `values` to `device`; to a GPU asynchronously, through pinned memory."""
-    # `torch.tensor` copies: `from_numpy` would let us write to an array that is a read-only view of mapped memory.
-    host = torch.tensor(values)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-
-
-def _cached_split(store: StoreLike, split: str, device: torch.device) -> Tensor | None:
-    """All images of a split, cached on `device`; None = larger than the cache."""
-    key = (store.digest, split, str(device))
-    cached = _gpu_cache.get(key)
-    if cached is not None:
-        _gpu_cache.move_to_end(key)
-        return cached
-    images = store.images(split)
-    if images.nbytes > GPU_CACHE_BYTES:
-        return None
-    while _gpu_cache and sum(t.nbytes for t in _gpu_cache.values()) + images.nbytes > GPU_CACHE_BYTES:
-        _gpu_cache.popitem(last=False)
-    _gpu_cache[key] = torch.tensor(images).to(device)
-    return _gpu_cache[key]
 
 
 def batch_positions(
@@ -210,20 +168,6 @@ def _oracle(domain: str, parts: dict[str, list[tuple[str, Indices]]]) -> dict[st
     return {**parts, "train": parts[f"ood/{domain}"]}
 
 
-ImageTransform = Callable[[Tensor, torch.Generator | None], Tensor]
-SampleTransform = Callable[[Tensor, Tensor, ImageTransform, torch.Generator | None], tuple[Tensor, Tensor]]
-"""Pixels (B, H, W, 3) uint8, labels (B,), an image transform and its generator → images and targets."""
-
-
-def _labels_unchanged(
-    pixels: Tensor, labels: Tensor, image_transform: ImageTransform, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    return image_transform(pixels, generator), labels
-
-
-_Batch = list[tuple[str, Indices, Indices]]
-"""Per split of the store that a batch has images of: its name, positions in it, and their rows in the batch."""
-
 _SCALE_SAMPLES = 1024
 """Number of training images for the mean squared feature norm. The training split is stored in nested stratified
 order, so that any prefix is a stratified sample."""
@@ -263,10 +207,9 @@ class TrialData:
         self.backbone = backbone
         self.device = torch.device(device)
         self.reference = backbone.module if reference is None else reference
+        self._loader = _loader(spec, store, backbone, self.device, transform)
         config = backbone.data_config
-        self._center_crop = BatchTransform(config.mean, config.std, config.image_size, ())
-        self._augmentation = BatchTransform(config.mean, config.std, config.image_size, tuple(spec.shared.augment))
-        self._transform = _labels_unchanged if transform is None else transform
+        self._normalisation = BatchTransform(config.mean, config.std, config.image_size, ())
         self._parts = select_samples(spec, store)
         self._recorded = recorded
         self._cache = FeatureCache(spec.shared.cache)
@@ -349,14 +292,15 @@ class TrialData:
         drop_last: bool = False,
         start: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of normalised images and targets of a split, on the device.
+        """Batches of normalised images and targets of a split as a loss takes them, on the device.
 
-        Images are (B, 3, H, W) float32, targets labels (B,) int64, unless the task's transform returns others.
+        Images are (B, 3, H, W) float32, targets labels (B,) int64 or masks (B, H, W) uint8, unless the task's transform
+        returns others.
 
         Args:
             split: see the class.
             batch_size: None = the spec's, for training if a seed is given, else for evaluation.
-            augment_seed: seed of the spec's augmentation, combined with the batch's number; None = centre crop.
+            augment_seed: seed of the spec's augmentation, combined with the batch's number; None = none.
             shuffle_seed: seed of the order; None = as stored.
             drop_last: omit a last, smaller batch, unless it is the only one.
             start: number of batches to skip (a unit that continues in the middle of an epoch).
@@ -364,29 +308,36 @@ class TrialData:
         training = augment_seed is not None or shuffle_seed is not None
         shared = self.spec.shared
         size = batch_size or (shared.batch_size if training else shared.eval_batch_size)
-        generator = torch.Generator(self.device) if augment_seed is not None and shared.augment else None
         for number, batch in enumerate(self._plan(split, size, shuffle_seed, drop_last)):
             # Counted all the same: a batch's number seeds its augmentation.
             if number < start:
                 continue
-            pixels, labels = self._gather(batch)
-            if generator is None or augment_seed is None:
-                # Also for training without augmentation: nothing is drawn, so no generator is seeded.
-                images, targets = self._transform(pixels, labels, self._center_crop, None)
-            else:
-                # Seeded per batch, so that a unit resumed at `start` reproduces its augmentation.
-                generator.manual_seed(stream_seed(augment_seed, number))
-                images, targets = self._transform(pixels, labels, self._augmentation, generator)
+            # Seeded per batch, so that a unit resumed at `start` reproduces its augmentation.
+            seed = None if augment_seed is None else stream_seed(augment_seed, number)
+            images, targets = self._loader.training(batch, seed)
             self._delivered()
             yield self._memory_format(images), targets
 
+    def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Any]]:
+        """Batches of a split as they are scored, in its order and on the device.
+
+        Of pictures with masks, views and `MaskViews`; otherwise what `batches` gives.
+        """
+        size = self.spec.shared.eval_batch_size
+        first = 0
+        for batch in self._plan(split, size, None, drop_last=False):
+            for images, targets in self._loader.evaluation(batch, first):
+                self._delivered()
+                yield self._memory_format(images), targets
+            first += sum(len(indices) for _, indices, _ in batch)
+
     def pixels_of(self, images: Tensor) -> Tensor:
         """Pixels (B, H, W, 3) uint8 of normalised images (B, 3, H, W), as the network sees them."""
-        return self._center_crop.pixels_of(images)
+        return self._normalisation.pixels_of(images)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels (B, H, W, 3) uint8 that are neither resized nor cropped → images as `batches` gives them."""
-        return self._memory_format(self._center_crop.normalised(pixels))
+        return self._memory_format(self._normalisation.normalised(pixels))
 
     def view_of(self, pictures: NDArray[np.uint8]) -> Tensor:
         """Square pictures (B, N, N, 3) uint8 → images as `batches` gives them, resized by Pillow and cropped."""
@@ -394,7 +345,7 @@ class TrialData:
         resampling = Image.Resampling[config.interpolation.upper()]
         side = (config.stored_size, config.stored_size)
         resized = np.stack([np.asarray(Image.fromarray(picture).resize(side, resampling)) for picture in pictures])
-        return self._memory_format(self._center_crop(to_device(resized, self.device)))
+        return self._memory_format(self._normalisation(to_device(resized, self.device)))
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops.
@@ -448,7 +399,7 @@ class TrialData:
             raise ValueError(f"A split is one of {', '.join(self._parts)}, but got {split!r}.")
         return self._parts[split]
 
-    def _plan(self, split: str, size: int, seed: int | None, drop_last: bool) -> Iterator[_Batch]:
+    def _plan(self, split: str, size: int, seed: int | None, drop_last: bool) -> Iterator[Batch]:
         """Batches of a split. Only a shuffled one mixes two splits of the store."""
         parts = self._part(split)
         if seed is None:
@@ -466,15 +417,6 @@ class TrialData:
                 if len(row)
             ]
 
-    def _gather(self, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """Pixels (B, H, W, 3) uint8 and labels (B,) of a batch, on the device."""
-        pixels = [gather_images(self.store, source, indices, self.device) for source, indices, _ in batch]
-        labels = [to_device(self.store.labels(source)[indices], self.device) for source, indices, _ in batch]
-        if len(batch) == 1:
-            return pixels[0], labels[0]
-        order = to_device(np.argsort(np.concatenate([rows for _, _, rows in batch])), self.device)
-        return torch.cat(pixels).index_select(0, order), torch.cat(labels).index_select(0, order)
-
     def _balance(self, split: str) -> Indices | None:
         """The labels by which a split is balanced where it is shuffled; None = it is not."""
         return self.labels(split) if split == "train" and self.spec.shared.sampling == "balanced" else None
@@ -482,7 +424,9 @@ class TrialData:
     def _cached_features(self, source: str, indices: Indices) -> NDArray[np.float32]:
         # The cache holds prefixes of a split: a small fraction needs no features of the rest.
         count = int(indices.max()) + 1
-        features = self._cache.features(self.backbone, self.store, source, count, self._center_crop, self.device)
+        assert isinstance(self._loader, SquareImages), "only classification has cached features"
+        view = self._loader.center_crop
+        features = self._cache.features(self.backbone, self.store, source, count, view, self.device)
         self._delivered()
         return np.asarray(features[indices])
 
@@ -494,3 +438,35 @@ class TrialData:
     def _delivered(self) -> None:
         if self.first_delivery is None:
             self.first_delivery = time.perf_counter()
+
+
+class BatchLoader(Protocol):
+    """Samples of a store as batches on a device."""
+
+    def training(self, batch: Batch, seed: int | None) -> tuple[Tensor, Tensor]:
+        """Images and targets as a loss takes them, in the order of the batch's rows.
+
+        Args:
+            seed: of the batch's augmentation; None = none.
+        """
+
+    def evaluation(self, batch: Batch, first: int) -> Iterator[tuple[Tensor, Any]]:
+        """Images and targets as they are scored, in as many batches as needed.
+
+        Args:
+            first: position of the batch's first sample among those of its split.
+        """
+
+
+def _loader(
+    spec: TrialSpec,
+    store: StoreLike,
+    backbone: Backbone,
+    device: torch.device,
+    transform: SampleTransform | None,
+) -> BatchLoader:
+    """The loader of a store, by what lies in it."""
+    shared = spec.shared
+    if isinstance(store, MaskStoreLike):
+        return MaskedPictures(store, backbone.data_config, shared.augment, shared.evaluation, device)
+    return SquareImages(store, backbone.data_config, shared.augment, transform, device)

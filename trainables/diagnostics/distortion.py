@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.data.trial_data import to_device
+from trainables.data.square_images import to_device
 from trainables.specs.measurements import Curve
 from trainables.specs.metrics import DISTORTION_COSINE, DISTORTION_L2, DISTORTION_QUANTILE
 

@@ -7,15 +7,17 @@ targets lie on the picture needs nothing of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trainables.data.corruption_files import CorruptedFiles
 from trainables.data.corruptions import corrupt
+from trainables.data.mask_views import MaskViews
 from trainables.engine.loop import evaluate
 from trainables.models.precision import resolve_precision
 from trainables.specs.corruptions import SEVERITIES, CorruptionSettings
@@ -41,8 +43,8 @@ CORRECT = "correct"
 """Statistic of a sample (`trainables.tasks.base.MetricAccumulator.per_sample`) whose mean is the metric, if it has one;
 per-sample errors are kept for tasks that have it."""
 
-Batches = Iterator[tuple[Tensor, Tensor]]
-"""Normalised images and targets."""
+Batches = Iterator[tuple[Tensor, Any]]
+"""Normalised images and targets as they are scored."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class _Part:
 
     pixels: Tensor
     """(B, H, W, 3) uint8"""
-    targets: Tensor
+    targets: Any
     names: list[str]
+    """Of the pictures' random streams."""
 
 
 def corruption_errors(model: TaskModel, data: TrialData, settings: CorruptionSettings) -> Report:
@@ -114,18 +117,30 @@ def _own_pictures(data: TrialData, settings: CorruptionSettings) -> _Source:
             pixels = corrupt(part.pixels, name, severity, SEED, part.names)
             yield data.normalised(pixels), part.targets
 
-    return _Source([name for part in parts for name in part.names], corrupted, clean)
+    return _Source(data.names(TEST)[: settings.images], corrupted, clean)
 
 
 def _parts(data: TrialData, count: int) -> Iterator[_Part]:
     names = data.names(TEST)
-    done = 0
-    for images, targets in data.batches(TEST):
-        size = min(len(images), count - done)
-        yield _Part(data.pixels_of(images[:size]), targets[:size], names[done : done + size])
-        done += size
-        if done == count:
+    first = 0
+    views: Counter[int] = Counter()
+    for images, targets in data.evaluation_batches(TEST):
+        if isinstance(targets, MaskViews):
+            samples = targets.samples
+        else:
+            samples = list(range(first, first + len(images)))
+        first += len(images)
+        # Samples ascend: those that count are the first rows.
+        samples = [sample for sample in samples if sample < count]
+        if not samples:
             return
+        size = len(samples)
+        streams = []
+        for sample in samples:
+            # Windows over one picture have streams of their own.
+            streams.append(f"{names[sample]}#{views[sample]}" if views[sample] else names[sample])
+            views[sample] += 1
+        yield _Part(data.pixels_of(images[:size]), targets[:size], streams)
 
 
 def _files(data: TrialData, settings: CorruptionSettings) -> _Source:

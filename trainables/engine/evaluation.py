@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from trainables.data.mask_views import MaskViews
 from trainables.engine.best_weights import is_pristine
 from trainables.engine.loop import Accumulator, evaluate
 from trainables.models.precision import resolve_precision
@@ -36,9 +37,10 @@ FeatureWatch = Callable[[Tensor], None]
 """Called with the features (B, …) of every batch of a split, in order and without shuffling."""
 Watch = Callable[[str], FeatureWatch]
 """Split → its `FeatureWatch`."""
-OutputWatch = Callable[[str, Tensor, Tensor, Mapping[str, Tensor]], None]
-"""Called once per split with its name, outputs (N, …) float32, targets (N, …) and the statistics of each sample
-(`MetricAccumulator.per_sample`), all on the CPU and in the order of `TrialData.names`."""
+OutputWatch = Callable[[str, tuple[Tensor, Tensor] | None, Mapping[str, Tensor]], None]
+"""Called once per split with its name, outputs (N, …) float32 and targets (N, …) or None where the task does not keep
+them, and the statistics of each sample (`MetricAccumulator.per_sample`), all on the CPU and in the order of
+`TrialData.names`."""
 
 
 def score(
@@ -76,7 +78,7 @@ def _evaluate(
         _evaluate_cached(task, model, data, split, accumulator, watch)
     else:
         dtype = resolve_precision(data.spec.shared.precision, data.device)
-        evaluate(_prediction(task, model, watch), data.batches(split), accumulator, dtype)
+        evaluate(_prediction(task, model, watch), data.evaluation_batches(split), accumulator, dtype)
 
 
 def uses_cached_features(model: TaskModel, data: TrialData) -> bool:
@@ -161,10 +163,10 @@ def complete_scores(
     metrics = task.metrics
     cached = uses_cached_features(model, data)
     validation = task.accumulator()
-    recorder = _OutputRecorder(validation)
-    _evaluate(model, data, VAL, cached, validation if outputs is None else recorder)
+    recorder = _OutputRecorder(validation) if outputs is not None and task.keeps_predictions else None
+    _evaluate(model, data, VAL, cached, validation if recorder is None else recorder)
     if outputs is not None:
-        outputs(VAL, *recorder.collected(), validation.per_sample())
+        outputs(VAL, None if recorder is None else recorder.collected(), validation.per_sample())
     # Fitted on ID validation alone, and applied to the test splits as it is.
     calibration = task.calibrate(validation)
     measured = tuple(dict.fromkeys((*metrics.reported, *metrics.final)))
@@ -177,10 +179,10 @@ def complete_scores(
         whole = accumulators[split] = task.accumulator()
         domains = _domain_accumulators(task, data) if split == TEST else {}
         target = _ByDomain(whole, domains, data) if domains else whole
-        recorder = _OutputRecorder(target)
-        _evaluate(model, data, split, cached, target if outputs is None else recorder, watch and watch(split))
+        recorder = _OutputRecorder(target) if outputs is not None and task.keeps_predictions else None
+        _evaluate(model, data, split, cached, target if recorder is None else recorder, watch and watch(split))
         if outputs is not None:
-            outputs(split, *recorder.collected(), whole.per_sample())
+            outputs(split, None if recorder is None else recorder.collected(), whole.per_sample())
         values[split] = whole.compute(keys, state)
         for name, accumulator in domains.items():
             of_domains |= _on(name, measured, accumulator.compute(keys, state))
@@ -248,15 +250,22 @@ class _ByDomain:
         self._of_samples = [id_domain(data.store.domains[number]) for number in data.domain_ids(TEST)]
         self._done = 0
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Tensor, targets: Any) -> None:
         self._whole.update(outputs, targets)
-        # By position: batches, and their micro-batches, come in the order of the samples.
-        batch = self._of_samples[self._done : self._done + len(outputs)]
-        self._done += len(outputs)
+        batch = [self._of_samples[sample] for sample in self._samples(targets)]
         for split, accumulator in self._domains.items():
             rows = [position for position, domain in enumerate(batch) if domain == split]
             if rows:
                 accumulator.update(outputs[rows], targets[rows])
+
+    def _samples(self, targets: Any) -> Sequence[int]:
+        """Position of each row's sample in ID test."""
+        if isinstance(targets, MaskViews):
+            return targets.samples
+        # Batches, and their micro-batches, come in the order of the samples.
+        first = self._done
+        self._done += len(targets)
+        return range(first, self._done)
 
 
 class _OutputRecorder:

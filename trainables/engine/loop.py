@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -226,11 +226,19 @@ def _accumulate_gradient(
             loss = loss * torch.nan
         # A piece's loss is its own mean: weighted by its share, the pieces' gradients sum to that of the batch's mean.
         if len(inputs[piece]) < len(inputs):
-            loss = loss * (len(inputs[piece]) / len(inputs))
+            loss = loss * _share(phase.task, targets[piece], targets)
         loss.backward()  # type: ignore[no-untyped-call]
         # Detached: otherwise the list would keep every piece's graph, and micro-batches would save no memory.
         losses.append(loss.detach())
     return torch.stack(losses).sum(), metrics
+
+
+def _share(task: Task, piece: Tensor, batch: Tensor) -> float | Tensor:
+    """Share of a batch's mean loss that a piece of it contributes."""
+    total = task.loss_weight(batch)
+    # A batch without a term has loss 0, and so has each of its pieces.
+    total = total.clamp(min=1) if isinstance(total, Tensor) else total
+    return task.loss_weight(piece) / total
 
 
 def _update(
@@ -275,14 +283,14 @@ def predict(
 class Accumulator(Protocol):
     """What an evaluation fills, such as a `trainables.tasks.base.MetricAccumulator`."""
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
+    def update(self, outputs: Tensor, targets: Any) -> None:
         """Take in a batch, or a micro-batch of it."""
 
 
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], Tensor],
-    batches: Batches,
+    batches: Iterable[tuple[Tensor, Any]],
     accumulator: Accumulator,
     dtype: torch.dtype = torch.float32,
 ) -> None:

@@ -124,7 +124,12 @@ class _Sample:
         self._trainer.unit(seed=0, steps_before=0, unit_in_phase=0)
         between = time.process_time()
         self._model.eval()
-        evaluate(self._predict, itertools.islice(self._data.batches(VAL), 1), self._task.accumulator(), self._dtype)
+        evaluate(
+            self._predict,
+            itertools.islice(self._data.evaluation_batches(VAL), 1),
+            self._task.accumulator(),
+            self._dtype,
+        )
         return LayoutSeconds(between - began, time.process_time() - between)
 
     def of_trial(self, seconds: LayoutSeconds) -> float:

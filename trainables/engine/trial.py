@@ -331,12 +331,13 @@ class Trial:
             "result": flat_metrics(result),
         }
 
-    def _collect(self, split: str, outputs: Tensor, targets: Tensor, statistics: Mapping[str, Tensor]) -> None:
+    def _collect(self, split: str, predictions: tuple[Tensor, Tensor] | None, statistics: Mapping[str, Tensor]) -> None:
         assert self._built is not None
+        outputs, targets = (None, None) if predictions is None else (tensor.numpy() for tensor in predictions)
         self._predictions[split] = SplitPredictions(
             names=self._built.data.names(split),
-            targets=targets.numpy(),
-            outputs=outputs.numpy(),
+            targets=targets,
+            outputs=outputs,
             statistics={name: value.numpy() for name, value in statistics.items()},
         )
 
@@ -477,7 +478,7 @@ class Trial:
                 # Weights may overflow in the last step; nothing is validated that would show it.
                 check_finite(evaluation.scores[tie_breaker.on(TEST)], f"test {tie_breaker.title}", "after the refit")
             elif self.finished:
-                collects = self.keeps_predictions and built.task.keeps_predictions
+                collects = self.keeps_predictions
                 evaluation = final(trial, self._collect if collects else None)
                 self._once |= evaluation.report
                 self._merged = evaluation.merged

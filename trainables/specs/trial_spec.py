@@ -117,7 +117,11 @@ class SharedTrialSettings:
     """OOD domain whose labelled images take the place of the training split: for the oracle reference of FSR alone,
     never for a trial that is compared with others."""
     augment: tuple[str, ...] = ()
-    """Training augmentations, any of `trainables.data.transforms.AUGMENTATIONS`."""
+    """Training augmentations, any of `trainables.data.transforms.AUGMENTATIONS`, or of `MASK_AUGMENTATIONS` of
+    `trainables.data.masked_pictures` for pictures with masks."""
+    evaluation: Literal["resize", "slide"] | None = None
+    """Views of pictures with masks in an evaluation: a whole picture scaled to the network's side, or windows of it;
+    None = windows where `crop` is among the augmentations."""
     evaluate_at: tuple[int, ...] = ()
     """Units after which test and OOD are evaluated too (the scheduler's rungs, where a trial may be stopped); the
     last unit always is."""

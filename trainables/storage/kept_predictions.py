@@ -1,8 +1,8 @@
 """Kept predictions of a finished trial.
 
 Outputs and targets of every evaluated sample, as one Arrow IPC file. Rows are in the order of the data store, split by
-split: `split` (dictionary of strings: `val`, `test`, `ood/<domain>`), `name` (string), `target` (int64), `output`
-(fixed-size list of K float32), and `stat/<key>` for each statistic of a sample
+split: `split` (dictionary of strings: `val`, `test`, `ood/<domain>`), `name` (string), `target` (int64) and `output`
+(fixed-size list of K float32) where the task keeps them, and `stat/<key>` for each statistic of a sample
 (`trainables.tasks.base.MetricAccumulator.per_sample`). The schema's metadata name the trial. Written atomically.
 """
 
@@ -33,10 +33,10 @@ class SplitPredictions:
     """Predictions on the N samples of one split, in the store's order."""
 
     names: Sequence[str]
-    targets: NDArray[np.int64]
-    """(N,)"""
-    outputs: NDArray[np.float32]
-    """(N, K), for classification logits."""
+    targets: NDArray[np.int64] | None
+    """(N,); None = the task does not keep them."""
+    outputs: NDArray[np.float32] | None
+    """(N, K), for classification logits; None = the task does not keep them."""
     statistics: Mapping[str, NDArray[Any]]
     """(N,) or (N, m), by name."""
 
@@ -72,14 +72,18 @@ def save_predictions(path: str | Path, splits: Mapping[str, SplitPredictions], m
 def _table(splits: Mapping[str, SplitPredictions]) -> pa.Table:
     import pyarrow as pa
 
-    counts = [len(split.targets) for split in splits.values()]
+    counts = [len(split.names) for split in splits.values()]
     codes = np.repeat(np.arange(len(splits), dtype=np.int32), counts)
     columns: dict[str, Any] = {
         "split": pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(list(splits), pa.string())),
         "name": pa.array([name for split in splits.values() for name in split.names], pa.string()),
-        "target": pa.array(np.concatenate([split.targets for split in splits.values()]), pa.int64()),
-        "output": _rows(np.concatenate([split.outputs for split in splits.values()])),
     }
+    targets = [split.targets for split in splits.values() if split.targets is not None]
+    outputs = [split.outputs for split in splits.values() if split.outputs is not None]
+    if targets:
+        columns["target"] = pa.array(np.concatenate(targets), pa.int64())
+    if outputs:
+        columns["output"] = _rows(np.concatenate(outputs))
     # All splits have the statistics of the same task.
     for key in next(iter(splits.values())).statistics:
         columns[f"{STATISTIC}{key}"] = _rows(np.concatenate([split.statistics[key] for split in splits.values()]))

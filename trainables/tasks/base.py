@@ -21,7 +21,8 @@ from trainables.specs.measurements import split_report
 from trainables.specs.trial_spec import PLAIN_LOSS, LossSettings
 
 if TYPE_CHECKING:
-    from trainables.data.trial_data import ImageTransform, TrialData
+    from trainables.data.square_images import ImageTransform
+    from trainables.data.trial_data import TrialData
     from trainables.models.backbone import Backbone
     from trainables.models.task_model import TaskModel
     from trainables.specs.measurements import Curve, Report
@@ -91,8 +92,13 @@ class MetricAccumulator(Protocol):
     Computed from the outputs of an evaluation, in the order of its samples.
     """
 
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in a batch, or a micro-batch of it."""
+    def update(self, outputs: Tensor, targets: Any) -> None:
+        """Take in a batch, or a micro-batch of it.
+
+        Args:
+            outputs: (B, …).
+            targets: those of `TrialData.evaluation_batches`, a row per output.
+        """
 
     def compute(self, keys: Collection[str] | None = None, calibration: Any = None) -> dict[str, float]:
         """Values by metric key.
@@ -166,7 +172,8 @@ class Task(ABC):
     label_smoothing: ClassVar[bool] = False
     """Whether `loss` knows label smoothing. Where it does not, a strategy that asks for it is refused."""
     keeps_predictions: ClassVar[bool] = False
-    """Whether a trial's predictions can be kept: outputs are (N, K), targets integers (N,)."""
+    """Whether a trial's predictions are kept: outputs are (N, K), targets integers (N,). Of other tasks the statistics
+    of each sample are kept alone."""
     class_weights: ClassVar[bool] = False
     """Whether loss and closed-form probe can weight classes. Where they cannot, a study that asks for it is refused."""
     focal: ClassVar[bool] = False
@@ -204,6 +211,13 @@ class Task(ABC):
 
         Mean or sum over its samples. Outputs may be of reduced precision.
         """
+
+    def loss_weight(self, targets: Tensor) -> float | Tensor:
+        """Number of terms that the mean of `loss` is over.
+
+        Gradients of micro-batches are weighted by it, so that they sum to that of the whole batch. Images by default.
+        """
+        return len(targets)
 
     @abstractmethod
     def training_metrics(self) -> TrainingMetrics:

@@ -65,10 +65,10 @@ def study(tmp_path: Path) -> Study:
         search.close()
         journal.append("trial_failed", trial_id="b", reason="interrupted", error="The driver ended at unit 2.")
         journal.append("study_finished", state="interrupted")
-    store = CheckpointStore(checkpoint_folder(study.folder, 1))
-    store.acquire()
+    checkpoints = CheckpointStore(checkpoint_folder(study.folder, 1))
+    checkpoints.acquire()
     for unit in (1, 2):
-        save_state(store.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
+        save_state(checkpoints.folder / f"unit-{unit:06d}", RunState({}, {"unit": unit, "step": 0}))
     return study
 
 

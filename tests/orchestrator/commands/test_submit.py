@@ -25,7 +25,7 @@ from orchestrator.cluster.connection import connect
 from orchestrator.cluster.driver_process import free_port
 from orchestrator.commands import submit as submission
 from orchestrator.commands.submit import cautions, dashboard_url, submission_id, submit
-from orchestrator.study_file.load import absolute_paths
+from orchestrator.study_file.load import absolute_paths, resolved_study
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class TestRealCluster:
             "print('ready', flush=True)\n"
             "try:\n    signal.pause()\nexcept KeyboardInterrupt:\n    print('state saved')"
         )
-        name = submission_id(submission.resolved_study(study), 1)
+        name = submission_id(resolved_study(study), 1)
         first = io.StringIO()
         second = io.StringIO()
         out = _InterruptsAt("ready")

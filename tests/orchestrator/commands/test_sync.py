@@ -24,6 +24,7 @@ from orchestrator.running.tracking_process import follow, study_backlog
 from orchestrator.study import Study
 from orchestrator.study_file.schema import TrackingSpec
 from orchestrator.study_file.yaml_text import write_yaml
+from orchestrator.tracking.client import access_problems
 from orchestrator.tracking.delivery_state import DeliveryError, DeliveryLock
 from orchestrator.tracking.study_tracking import sync_command
 from tests.support.tracking import contents, luthier, make_study, suggest, wait_until, write_study
@@ -267,7 +268,7 @@ def test_p5_sync_closes_no_run_of_a_study_that_has_begun_meanwhile(
     with Journal(folder / "journal.jsonl") as journal:
         write_study(journal, finish=False)
     started = list[Journal]()
-    real = sync_command_module.access_problems
+    real = access_problems
 
     def slow(*args: Any, **options: Any) -> Any:
         started.append(Journal(folder / "journal.jsonl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_a_batch_that_got_fixed_ends_the_export(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r'needs onnx, onnxruntime, onnxscript.*pip install "luthier\[onnx\]"'):
         export_model(tuned("test_resnet"), tmp_path / "model", "onnx")
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageEnhance
 
-from orchestrator.ingest import near_equal
 from orchestrator.ingest.check import check
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.images import pixels_digest, thumbnail
@@ -132,7 +131,7 @@ class TestCandidates:
             compared.append(len(values))
             return np.asarray(count_bits(values))
 
-        monkeypatch.setattr(near_equal.np, "bitwise_count", counting)
+        monkeypatch.setattr(np, "bitwise_count", counting)
         per_image = []
         for count in (2000, 4000):
             compared.clear()

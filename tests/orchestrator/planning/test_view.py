@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import StudyError
 from orchestrator.ingest.manifest import UNGROUPED_VERSION
-from orchestrator.ingest.pipeline import IngestRequest, scan
+from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.planning.build import make_task
 from orchestrator.planning.view import Choices, view_of
 from orchestrator.record.journal import Journal

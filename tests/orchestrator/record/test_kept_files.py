@@ -14,10 +14,9 @@ from orchestrator.record.kept_files import (
     kept_bytes,
     kept_problems,
     numbers_on_disk,
-    predictions_file,
     tidy_kept,
-    weights_folder,
 )
+from orchestrator.record.kept_paths import predictions_file, weights_folder
 from orchestrator.record.records import LiveRecords, TrialRecord, fold
 from tests.support.toy_task import TOY, toy_trial
 from trainables.specs.metrics import CLASSIFICATION

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from orchestrator.results import figures
 
@@ -36,6 +37,7 @@ def test_each_panel_has_every_entry_with_its_interval() -> None:
     axes = drawn["ID test accuracy (%)", "trained parameters"]
     assert axes.get_xscale() == "log"
     for container, entry in zip(axes.containers, ROWS, strict=True):
+        assert isinstance(container, ErrorbarContainer)
         line, _, (bar,) = container.lines
         assert line.get_xydata().tolist() == pytest.approx(np.array([[entry[PARAMETERS], 100 * entry["test/acc"]]]))
         low, high = bar.get_segments()[0][:, 1]

@@ -33,6 +33,7 @@ from orchestrator.report.page import report_html
 from orchestrator.report.similarity import FeatureSimilarity
 from orchestrator.results.errors import confident_errors, top_classes
 from orchestrator.results.predictions import read_predictions
+from orchestrator.results.reliability_figure import reliability_figure
 from orchestrator.study import Study
 from tests.support.reports import reported_study
 from tests.support.toy_tasks import InkMasks
@@ -184,7 +185,7 @@ def test_the_page_has_what_the_section_has(study: Study) -> None:
 
 def test_the_recorded_calibration_errors_are_in_the_diagram(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     panels: list[Any] = []
-    draw = error_section.reliability_figure
+    draw = reliability_figure
     monkeypatch.setattr(error_section, "reliability_figure", lambda splits: (panels.extend(splits), draw(splits))[1])
     entry = error_section.error_section(study.results(), study.prepare().digest)["entries"][0]
     metrics = representatives(study.results())[entry["label"]].metrics

@@ -63,6 +63,20 @@ def test_equal_configurations_go_to_the_one_with_fewer_trained_parameters(tmp_pa
     assert "not told apart from" in results.findings()[0]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "ending"),
+    [(5.0, "and none of these trains fewer parameters."), (6.0, "and trains the fewest parameters.")],
+)
+def test_the_sentence_of_a_best_that_stays_states_what_is_true_of_its_parameters(
+    tmp_path: Path, parameters: float, ending: str
+) -> None:
+    results = study(tmp_path, {"full": 0.8, "lora": 0.8}, {"full": 5.0, "lora": parameters})
+    decision = results.decision()
+    assert decision.choice is decision.best
+    assert decision.choice.record.label == "full"
+    assert decision.sentence.endswith(ending)
+
+
 def test_a_better_configuration_is_chosen_although_it_costs_more(tmp_path: Path) -> None:
     results = study(tmp_path, {"lora": 0.75, "full": 0.9}, {"full": 2e6, "lora": 1000.0})
     decision = results.decision()

@@ -199,7 +199,8 @@ def test_kinds_say_what_a_unit_consists_of() -> None:
         Kind("", "head", False, False, False), Kind("", "norms", False, False, False),
         Kind("", "norms", True, True, True), Kind("", "norms", True, True, True),
     ]  # fmt: skip
-    measured = {**config, "shared": {**config["shared"], "corruptions": {"names": ["fog"]}}}
+    shared = asdict(task(epochs=5, evaluate_at=(2,))) | {"corruptions": {"names": ["fog"]}}
+    measured = {**config, "shared": shared}
     assert kind_of(measured, 6) == kind_of(config, 6)
     confirmed = kind_of({**measured, "role": "confirm"}, 6)
     assert confirmed == kind_of(config, 6)._replace(corrupted=True)

@@ -212,8 +212,8 @@ class TestCorruptions:
     def test_a_folder_that_does_not_fit_is_refused_before_anything_runs(self, refused: Any, tmp_path: Path) -> None:
         folder = tmp_path / "corrupted"
         assert refused(evaluate={"corruptions": str(folder)}) == [
-            f"evaluate.corruptions: {folder} is no folder. Corrupted pictures are in one, as labels.npy and one file per "
-            "corruption."
+            f"evaluate.corruptions: {folder} is no folder. Corrupted pictures are in one, as labels.npy and one file "
+            "per corruption."
         ]
         folder.mkdir()
         np.save(folder / "fog.npy", np.zeros((50, 8, 8, 3), np.uint8))

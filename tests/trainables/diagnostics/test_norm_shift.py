@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import re
+from typing import Any
 
 import pytest
 import timm
@@ -109,7 +110,7 @@ def test_norms_of_every_kind_count_and_those_without_parameters_do_not() -> None
 
 def test_all_that_timm_calls_layer_norm_or_rms_norm_counts() -> None:
     pattern = re.compile(r"^(LayerNorm|RmsNorm|SimpleNorm|GroupNorm1)")
-    kinds = [
+    kinds: list[Any] = [
         kind
         for module in (norm, norm_act)
         for kind in vars(module).values()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from trainables.storage import atomic_files
 from trainables.storage.checkpoint_format import RunState
 from trainables.storage.checkpoint_store import CheckpointStore, list_checkpoints
 
@@ -46,7 +45,7 @@ def refusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def arm(count: int) -> None:
         left[0] = count
 
-    monkeypatch.setattr(atomic_files.os, name, call)
+    monkeypatch.setattr(os, name, call)
     return arm
 
 

@@ -41,7 +41,7 @@ def spec(network: Callable[[str], str], tmp_path: Path) -> MakeSpec:
         task = SharedTrialSettings(
             store="memory", model=model, epochs=2, batch_size=16, cache=cache, precision=precision
         )
-        return TrialSpec(task=task, strategy=strategy, seed=3)
+        return TrialSpec(shared=task, strategy=strategy, seed=3)
 
     return make
 

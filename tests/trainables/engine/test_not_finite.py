@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.support.synthetic import shapes, write_shapes
 from trainables.engine import trial as run_module
+from trainables.engine.evaluation import validation_scores
 from trainables.engine.trial import Trial
 from trainables.engine.tune_trainable import TuneTrainable
 from trainables.specs.errors import NonFiniteError
@@ -31,7 +32,7 @@ def spec(network: Callable[[str], str], one_thread: None, tmp_path: Path) -> Tri
 def test_p24_a_validation_loss_that_is_not_finite_is_named_and_no_result(
     spec: TrialSpec, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = run_module.validation_scores
+    real = validation_scores
 
     def scores(*arguments: Any) -> dict[str, float]:
         return {**real(*arguments), **({"val/nll": value} if run.unit == 1 else {})}

@@ -11,6 +11,7 @@ import torch
 
 from tests.support.trials import MakeTrial, history_of, same_numbers, same_tensors
 from trainables.engine import loop, weight_interpolation
+from trainables.engine.evaluation import validation_scores
 from trainables.engine.trial import Trial
 from trainables.storage.checkpoint_format import load_state, save_state
 
@@ -111,7 +112,7 @@ def test_p28_cut_off_while_lambda_or_alpha_is_swept(
         return scores
 
     with monkeypatch.context() as patch:
-        counting = counted(weight_interpolation.validation_scores)
+        counting = counted(validation_scores)
         patch.setattr(weight_interpolation, "validation_scores", counting)
         run = make(*arguments, epochs=1, evaluate_at=())
         steps = 0

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.support.trials import MakeTrial
-from trainables.engine import unit_usage
 from trainables.engine.unit_usage import UnitUsage
 
 
@@ -44,7 +43,7 @@ class TestGpu:
     def gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 50.0
         self.readings = iter([20, 80, 50])
-        monkeypatch.setattr(unit_usage.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000_000)
         monkeypatch.setattr(torch.cuda, "utilization", lambda device: next(self.readings))
 
