@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import poisson
 from torch import Tensor
 
 from trainables.data.corruptions.filters import truncated
@@ -54,12 +54,16 @@ class _PoissonTable:
     """
 
     def __init__(self, photons: float) -> None:
-        limit = int(poisson.isf(1e-9, photons)) + 1
+        # Seven standard deviations, and more where the distribution is skewed.
+        limit = int(photons + 7 * math.sqrt(photons)) + 10
         self.columns = 1 << limit.bit_length()
         """Number of outcomes, a power of two."""
         counts = np.arange(self.columns)
-        rates = np.arange(256) / 255.0 * photons
-        probabilities = np.asarray(poisson.pmf(counts, rates[:, None]))
+        rates = np.arange(1, 256)[:, None] / 255.0 * photons
+        log_factorials = np.concatenate(([0.0], np.cumsum(np.log(counts[1:]))))
+        probabilities = np.zeros((256, self.columns))
+        probabilities[0, 0] = 1.0
+        probabilities[1:] = np.exp(counts * np.log(rates) - rates - log_factorials)
         values = (np.clip(counts / photons, 0, 1) * 255).astype(np.uint8)
         share = np.empty((256, self.columns))
         other = np.empty((256, self.columns), dtype=np.int64)
