@@ -42,8 +42,8 @@ _CORRUPTIONS: dict[str, Corruption] = {
 _BY_PILLOW = frozenset({"pixelate", "jpeg_compression"})
 """Corruptions that are computed picture by picture, by a library of the CPU."""
 
-_CHUNK = {"cpu": 2 * 224 * 224, "cuda": 64 * 224 * 224}
-"""Pixels that are corrupted at once, by the type of device: a few pictures stay in a CPU's cache."""
+_CHUNK = {"cpu": 224 * 224, "cuda": 64 * 224 * 224}
+"""Pixels that are corrupted at once, by the type of device: on a CPU as many as its cache holds."""
 
 
 @torch.no_grad()

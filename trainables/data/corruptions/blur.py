@@ -26,10 +26,16 @@ def defocus_blur(pixels: Tensor, severity: int, parameters: Parameters, streams:
     padded = functional.pad(planes_of(pixels.float()), (reach, reach, reach, reach), mode="reflect")
     size = (next_fast_len(height + 2 * reach, real=True), next_fast_len(width + 2 * reach, real=True))
     # The kernel is symmetric: correlation and convolution are the same. What wraps around falls on the padding.
-    spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(torch.tensor(kernel, device=pixels.device), s=size)
+    spectrum = torch.fft.rfft2(padded, s=size).mul_(_disk_spectrum(radius, smoothing, size, pixels.device))
     blurred = torch.fft.irfft2(spectrum, s=size)
     sharp = blurred[:, :, 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
     return truncated(sharp).permute(0, 2, 3, 1)
+
+
+@lru_cache(maxsize=16)
+def _disk_spectrum(radius: float, smoothing: float, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Fourier transform of the kernel, padded to a picture's size."""
+    return torch.fft.rfft2(torch.tensor(disk(radius, smoothing), device=device), s=size)
 
 
 @lru_cache(maxsize=16)

@@ -110,11 +110,12 @@ def displaced(pixels: Tensor, rows: Tensor, columns: Tensor, about_pixels: bool 
         about_pixels: mirror about the outermost pixels' centres, not about the picture's edge.
     """
     height, width = pixels.shape[1:3]
-    if about_pixels:
-        across, down = columns * (2 / (width - 1)) - 1, rows * (2 / (height - 1)) - 1
-    else:
-        across, down = (2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1
-    grid = torch.stack((across, down), dim=3)
+    grid = torch.empty(*torch.broadcast_shapes(rows.shape, columns.shape), 2, device=pixels.device)
+    for axis, (positions, length) in enumerate(((columns, width), (rows, height))):
+        if about_pixels:
+            torch.sub(positions * (2 / (length - 1)), 1, out=grid[..., axis])
+        else:
+            torch.sub((2 * positions + 1) / length, 1, out=grid[..., axis])
     planes = functional.grid_sample(
         planes_of(pixels), grid, mode="bilinear", padding_mode="reflection", align_corners=about_pixels
     )

@@ -42,15 +42,15 @@ def ice(height: int, width: int, scale: float, streams: ImageStreams) -> Tensor:
     row = torch.linspace(-1, 1, height, device=streams.device)[:, None] * (height / (224 * scale))
     column = torch.linspace(-1, 1, width, device=streams.device)[None, :] * (width / (224 * scale))
     drawn = torch.zeros(len(streams), height, width, device=streams.device)
+    grid = torch.empty(len(streams), height, width, 2, device=streams.device)
     for octave, cells in enumerate(CELLS):
         angle = streams.uniform(1, low=0.0, high=2 * math.pi)[:, :, None]
         offset = streams.uniform(2, low=-1.0, high=1.0)[:, :, None, None]
         noise = streams.uniform(1, 2 * cells, 2 * cells)
         # Twice as long as wide: the grid is stretched along the direction.
         sine, cosine = angle.sin() * 0.6, angle.cos() * 0.6
-        along = (row * (sine / 2) + offset[:, 0]) + column * (cosine / 2)
-        across = (row * cosine + offset[:, 1]) - column * sine
-        grid = torch.stack((across, along), 3)
+        torch.sub(row * cosine + offset[:, 1], column * sine, out=grid[..., 0])
+        torch.add(row * (sine / 2) + offset[:, 0], column * (cosine / 2), out=grid[..., 1])
         smooth = functional.grid_sample(noise, grid, padding_mode="reflection", align_corners=False)[:, 0]
         drawn.add_(smooth.mul_(2).sub_(1).abs_(), alpha=-(0.6**octave))
     return _coloured(drawn)

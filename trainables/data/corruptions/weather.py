@@ -105,17 +105,13 @@ def brightness(pixels: Tensor, severity: int, parameters: Parameters, streams: I
     low = value * (1 - saturation)
     falling = value * (1 - fraction * saturation)
     rising = value * (1 - (1 - fraction) * saturation)
-    chosen = sector.to(torch.int8).remainder(6)
+    sector = sector.to(torch.int8).remainder(6)
+    in_sector = [sector == number for number in range(6)]
     result = torch.empty_like(pixels)
-    for channel, values in enumerate(
-        (
-            (value, falling, low, low, rising, value),
-            (rising, value, value, falling, low, low),
-            (low, low, rising, value, value, falling),
-        )
-    ):
-        mixed = values[0]
-        for number in range(1, 6):
-            mixed = torch.where(chosen == number, values[number], mixed)
-        result[..., channel] = (mixed.clamp(0, 1) * 255).to(torch.uint8)
+    # Sectors in which a channel is the brightest, falls and rises; it is the darkest in the other two.
+    for channel, (first, second, falls, rises) in enumerate(((0, 5, 1, 4), (1, 2, 3, 0), (3, 4, 5, 2))):
+        mixed = torch.where(in_sector[rises], rising, low)
+        mixed = torch.where(in_sector[falls], falling, mixed)
+        mixed = torch.where(in_sector[first] | in_sector[second], value, mixed)
+        result[..., channel] = (mixed.clamp_(0, 1).mul_(255)).to(torch.uint8)
     return result
