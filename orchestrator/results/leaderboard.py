@@ -292,7 +292,7 @@ Row = Mapping[Any, Any]
 COUNT_TITLE = "seeds × n"
 GAIN_TITLES = ("gain", "gain OOD")
 WIDE = 100
-"""Terminal width, in columns, from which on the gains are columns of the table."""
+"""Terminal width, in columns, from which on mCE and the gains are columns of the table."""
 
 
 def score_titles(metrics: TaskMetrics) -> list[str]:
@@ -372,11 +372,14 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
     wide = has_gains(rows) and console.width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold")
-    for title in (COUNT_TITLE, *score_titles(metrics), *robustness_titles(rows), *(GAIN_TITLES if wide else ())):
+    robust = console.width >= WIDE
+    errors = robustness_titles(rows) if robust else ()
+    for title in (COUNT_TITLE, *score_titles(metrics), *errors, *(GAIN_TITLES if wide else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         label, _, *numbers = cells(row, metrics)
-        table.add_row(label, *numbers, *robustness_cells(row), *(gains(row) if wide else ()))
+        errors_of_row = robustness_cells(row) if robust else []
+        table.add_row(label, *numbers, *errors_of_row, *(gains(row) if wide else ()))
     table.caption = score_note(metrics, rows)
     if wide:
         table.caption += f"; gain = {metrics.selection.title} relative to linear probing's"
