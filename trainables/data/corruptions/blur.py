@@ -35,7 +35,8 @@ def defocus_blur(pixels: Tensor, severity: int, parameters: Parameters, streams:
 @lru_cache(maxsize=16)
 def _disk_spectrum(radius: float, smoothing: float, size: tuple[int, int], device: torch.device) -> Tensor:
     """Fourier transform of the kernel, padded to a picture's size."""
-    return torch.fft.rfft2(torch.tensor(disk(radius, smoothing), device=device), s=size)
+    spectrum: Tensor = torch.fft.rfft2(torch.tensor(disk(radius, smoothing), device=device), s=size)
+    return spectrum
 
 
 @lru_cache(maxsize=16)
