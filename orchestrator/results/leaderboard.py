@@ -296,7 +296,7 @@ UNBOUNDED = 10_000
 STRATEGY_WIDTH = 8
 """Least width of the column with the labels, which are folded where they are longer."""
 WIDE = 100
-"""Terminal width, in columns, from which on the gains are columns of the table."""
+"""Terminal width, in columns, from which on mCE and the gains are columns of the table."""
 
 
 def score_titles(metrics: TaskMetrics) -> list[str]:
@@ -375,13 +375,14 @@ def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> None:
     """Print the leaderboard, the costs, and the configuration of each row below it."""
     wide = has_gains(rows) and console.width >= WIDE
-    table = _terminal_table(rows, metrics, wide)
+    robust = console.width >= WIDE
+    table = _terminal_table(rows, metrics, wide, robust)
     further = list(metrics.leaderboard)
     # Measured on a console that is wide enough: on a narrow one a table never needs more than its width.
     needed = console.measure(table, options=console.options.update(width=UNBOUNDED)).maximum
     whole = len(further) < 2 or needed <= console.width
     if not whole:
-        table = _terminal_table(rows, metrics, wide, columns=-len(further))
+        table = _terminal_table(rows, metrics, wide, robust, columns=-len(further))
     table.caption = score_note(metrics, rows)
     if wide:
         table.caption += f"; gain = {metrics.selection.title} relative to linear probing's"
@@ -399,21 +400,25 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
             console.print(f"{row['label']}: {', '.join(parts)}", markup=False, highlight=False)
 
 
-def _terminal_table(rows: Sequence[Row], metrics: TaskMetrics, gained: bool, columns: int | None = None) -> Table:
+def _terminal_table(
+    rows: Sequence[Row], metrics: TaskMetrics, gained: bool, robust: bool, columns: int | None = None
+) -> Table:
     """The leaderboard for a terminal.
 
     Args:
         gained: whether the gains are columns.
+        robust: whether the errors under corruptions are.
         columns: number of columns of scores, negative = less than all; None = all.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold", min_width=STRATEGY_WIDTH)
     scores = score_titles(metrics)[:columns]
-    for title in (COUNT_TITLE, *scores, *robustness_titles(rows), *(GAIN_TITLES if gained else ())):
+    for title in (COUNT_TITLE, *scores, *(robustness_titles(rows) if robust else ()), *(GAIN_TITLES if gained else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         label, _, count, *texts = cells(row, metrics)
-        table.add_row(label, count, *texts[:columns], *robustness_cells(row), *(gains(row) if gained else ()))
+        errors = robustness_cells(row) if robust else []
+        table.add_row(label, count, *texts[:columns], *errors, *(gains(row) if gained else ()))
     return table
 
 

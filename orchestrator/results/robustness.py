@@ -210,6 +210,8 @@ def _score_values(score: Score) -> dict[str, Any]:
 
 TITLES = ("entry", "mCE", "clean", "over probe", "relative", *GROUPS)
 """Headings of `lines`."""
+WIDE = 100
+"""Terminal width, in columns, from which on the four groups are columns of the table."""
 
 
 def lines(rows: Sequence[Robustness]) -> list[list[str]]:
@@ -265,13 +267,14 @@ def markdown(rows: Sequence[Robustness]) -> list[str]:
 
 
 def print_robustness(console: Console, rows: Sequence[Robustness]) -> None:
-    """Print the entries by mCE."""
+    """Print the entries by mCE; the groups' columns where the terminal is wide enough."""
+    count = len(TITLES) if console.width >= WIDE else len(TITLES) - len(GROUPS)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=note(rows))
     table.add_column("under corruptions", style="bold", overflow="fold")
-    for title in TITLES[1:]:
+    for title in TITLES[1:count]:
         table.add_column(title, justify="right", no_wrap=True)
     for cells in lines(rows):
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(escape, cells[:count]))
     console.print(table)
 
 

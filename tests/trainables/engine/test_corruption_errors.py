@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ import pytest
 import torch
 
 from benchmarks.support.synthetic import write_shapes
+from tests.support.mask_store import rectangles
 from tests.support.trials import MakeTrial, same_numbers
 from trainables.data.corruptions import corrupt
+from trainables.data.trial_data import TrialData
+from trainables.engine.corruption_errors import _own_pictures
 from trainables.engine.trial import Trial
 from trainables.engine.tune_trainable import TuneTrainable
+from trainables.models.backbone import load_pretrained
 from trainables.specs import fault_injection
 from trainables.specs.corruptions import SEVERITIES, CorruptionSettings
 from trainables.specs.fault_injection import ENV_FAULTS
-from trainables.specs.trial_spec import TrialSpec
+from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 
 NAMES = ("gaussian_noise", "contrast")
 
@@ -149,6 +154,28 @@ class TestFiles:
         np.save(folder / "labels.npy", np.tile(np.arange(12) % 4, 5))
         with pytest.raises(ValueError, match=r"contrast.npy does not exist. A folder of corrupted pictures has labels"):
             result(confirmed(make_trial, settings))
+
+
+@pytest.mark.parametrize("evaluation", ["resize", "slide"])
+def test_views_of_pictures_with_masks_are_corrupted_and_their_masks_are_not(
+    network: Callable[[str], str], evaluation: str
+) -> None:
+    store = rectangles(48)
+    shared = SharedTrialSettings(store="memory", model=ModelSpec(name=network("cnn")), evaluation=evaluation)
+    spec = TrialSpec(shared=shared, strategy="full", role="confirm")
+    data = TrialData(spec, store, load_pretrained(shared.model), "cpu")
+    source = _own_pictures(data, CorruptionSettings(names=("contrast",), images=4))
+    assert source.clean is not None
+    views = list(source.corrupted("contrast", 5))
+    pictures = [sample for _, targets in views for sample in targets.samples]
+    assert sorted(set(pictures)) == [0, 1, 2, 3]
+    assert (len(pictures) > 4) == (evaluation == "slide")
+    assert source.names == store.names("test")[:4]
+    for (images, targets), (corrupted, same) in zip(source.clean(), views, strict=True):
+        assert not torch.equal(images, corrupted)
+        for view, other in zip(targets, same, strict=True):
+            assert torch.equal(view.mask, other.mask)
+            assert torch.equal(view.mask.cpu(), torch.from_numpy(store.masks("test")[view.sample]))
 
 
 class TestFaults:

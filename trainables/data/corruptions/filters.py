@@ -110,8 +110,7 @@ def displaced(pixels: Tensor, rows: Tensor, columns: Tensor, about_pixels: bool 
         about_pixels: mirror about the outermost pixels' centres, not about the picture's edge.
     """
     height, width = pixels.shape[1:3]
-    shape = np.broadcast_shapes(rows.shape, columns.shape)
-    grid = torch.empty(*shape, 2, device=pixels.device)
+    grid = torch.empty(len(pixels), height, width, 2, device=pixels.device)
     for axis, (positions, length) in enumerate(((columns, width), (rows, height))):
         if about_pixels:
             torch.sub(positions * (2 / (length - 1)), 1, out=grid[..., axis])
