@@ -394,6 +394,9 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
             if not whole:
                 named = zip(further, cells(row, metrics)[-len(further) :], strict=True)
                 parts[1:1] = [f"{metric.heading or metric.title} {text}" for metric, text in named]
+            if not robust:
+                errors = zip(robustness_titles(rows), robustness_cells(row), strict=True)
+                parts[1:1] = [f"{title} {text}" for title, text in errors]
             if has_gains(rows) and not wide and row["strategy"] != PROBE:
                 texts = zip(gains(row), ("", " OOD"), strict=True)
                 parts.insert(1, "gain " + ", ".join(f"{text}{split}" for text, split in texts if text != "-"))
