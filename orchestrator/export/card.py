@@ -165,9 +165,9 @@ def view_lines(preprocessing: DataConfig, evaluation: Evaluation, any_size: bool
             "a third; logits of overlapping windows are averaged."
         )
     sizes = (
-        "images of any height and width; the numbers are of views of that side"
+        f"any height and width; the numbers are of views of {side} x {side}"
         if any_size
-        else f"images of {side} x {side} pixels and no others"
+        else f"{side} x {side} pixels and no others"
     )
     return [
         *PIXEL_RULES,
@@ -176,7 +176,7 @@ def view_lines(preprocessing: DataConfig, evaluation: Evaluation, any_size: bool
         f"with zeros below and to the right to {side} x {side}.",
         "Logits (batch, classes, h, w) have the decoder's stride. They are scaled bilinearly (align_corners=False) to "
         "the picture's own pixels before the largest gives a pixel's class; masks are never scaled.",
-        f"The network takes {sizes}, in batches of any size.",
+        f"The exported model takes batches of any size, of images of {sizes}.",
     ]
 
 

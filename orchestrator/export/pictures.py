@@ -156,43 +156,42 @@ def _decode(pictures: Sequence[Picture], preprocessing: DataConfig) -> DecodedCh
     return DecodedChunk([pictures[position].name for position in readable], pixels, failures)
 
 
-def _of_equal_bytes(pictures: Sequence[Picture]) -> Iterator[list[tuple[Picture, int, str | None]]]:
-    """Chunks of pictures with their pixels' bytes by their headers, or why the header cannot be read."""
-    chunk: list[tuple[Picture, int, str | None]] = []
+def _of_equal_bytes(pictures: Sequence[Picture]) -> Iterator[list[tuple[Picture, int]]]:
+    """Chunks of pictures with the bytes of their pixels by their headers; 0 = the header cannot be read."""
+    chunk: list[tuple[Picture, int]] = []
     total = 0
     for start in range(0, len(pictures), HEADERS):
         part = pictures[start : start + HEADERS]
         headers = decode_all(_source(part), range(len(part)), DecodeJob(None, "nearest"))
         for picture, header in zip(part, headers.values(), strict=True):
-            size = header.width * header.height * 3
+            size = 0 if header.reason is not None else header.width * header.height * 3
             if chunk and total + size > CHUNK_BYTES:
                 yield chunk
                 chunk = []
                 total = 0
-            chunk.append((picture, size, header.reason))
+            chunk.append((picture, size))
             total += size
     if chunk:
         yield chunk
 
 
-def _decode_whole(chunk: Sequence[tuple[Picture, int, str | None]]) -> WholeChunk:
+def _decode_whole(chunk: Sequence[tuple[Picture, int]]) -> WholeChunk:
     result = WholeChunk()
-    pictures = [picture for picture, _, _ in chunk]
-    ends = np.cumsum([size for _, size, _ in chunk], dtype=np.int64)
-    offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    readable = [position for position, (_, _, reason) in enumerate(chunk) if reason is None]
+    sizes = np.array([size for _, size in chunk], np.int64)
+    # Without room in the file a picture is decoded all the same: that gives the reason why it cannot be read.
+    offsets = np.where(sizes > 0, np.cumsum(sizes) - sizes, -1)
     with tempfile.NamedTemporaryFile() as file:
-        file.truncate(int(ends[-1]))
-        outcomes = decode_all(_source(pictures), readable, DecodeJob(0, "nearest", Path(file.name), offsets))
-        for position, (picture, size, reason) in enumerate(chunk):
-            outcome = outcomes.get(position)
-            problem = reason if outcome is None else outcome.reason
-            if problem is None and outcome is not None and outcome.width * outcome.height * 3 != size:
+        file.truncate(int(sizes.sum()))
+        source = _source([picture for picture, _ in chunk])
+        outcomes = decode_all(source, range(len(chunk)), DecodeJob(0, "nearest", Path(file.name), offsets))
+        for (picture, size), offset, outcome in zip(chunk, offsets.tolist(), outcomes.values(), strict=True):
+            problem = outcome.reason
+            if problem is None and outcome.width * outcome.height * 3 != size:
                 problem = "the file has changed while it was read"
-            if problem is not None or outcome is None:
-                result.unreadable.append(SkippedEntry(picture.name, problem or "it cannot be read"))
+            if problem is not None:
+                result.unreadable.append(SkippedEntry(picture.name, problem))
                 continue
-            values = np.fromfile(file.name, np.uint8, count=size, offset=int(offsets[position]))
+            values = np.fromfile(file.name, np.uint8, count=size, offset=offset)
             result.names.append(picture.name)
             result.pixels.append(values.reshape(outcome.height, outcome.width, 3))
     return result

@@ -18,6 +18,7 @@ from orchestrator.export.pictures import Listing, Picture, Progress, decoded_who
 from orchestrator.export.predictions import describe
 from orchestrator.ingest.errors import DataError
 from orchestrator.ingest.source import SkippedEntry
+from orchestrator.wording import counted
 from trainables.storage.atomic_files import atomic_folder
 
 if TYPE_CHECKING:
@@ -135,13 +136,13 @@ def write_labels(folder: Path, model: SegmentationModel) -> None:
 def meaning_of_values(model: SegmentationModel) -> str:
     """What the values of predicted masks are, in a sentence."""
     count = len(model.classes)
-    sentence = f"Masks hold class indices 0 to {count - 1} (train ids), in the order of the model's classes"
+    sentence = f"Masks hold indices of the model's {counted(count, 'class', 'classes')} from 0 (train ids)"
     values = model.training_values
     if values is None:
         return f"{sentence}."
     if all(list(of_class) == [index] for index, of_class in enumerate(values)):
         return f"{sentence}, which are the values of the training masks as well."
-    return f"{sentence}, not the values that the training masks had (label ids, colours)."
+    return f"{sentence}, not the values of the training masks (label ids, colours)."
 
 
 class _Writer:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.export.errors import ExportError
+from orchestrator.wording import counted
 
 BATCHES = (1, 2, 7, 16, 33)
 """Batch sizes that every exported model must take. None of the examples that formats are traced with is that long."""
@@ -31,6 +32,8 @@ class Proof:
     """Largest difference of a logit, as a share of the largest logit."""
     tolerance: float
     batches: tuple[int, ...] = BATCHES
+    batch: int = BATCH
+    """Of the comparison of every picture."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Further heights and widths that were compared."""
 
@@ -40,7 +43,7 @@ class Proof:
         others = " and ".join(f"{height} x {width}" for height, width in self.sizes)
         further = f", and on images of {others} pixels" if others else ""
         return (
-            f"On {self.pictures} pictures, in batches of {sizes} and {BATCH}{further}, the exported model's logits "
+            f"On {counted(self.pictures, 'picture')}, in batches of {sizes} and {self.batch}{further}, the exported model's logits "
             f"differ from the tested network's by at most {self.difference:.1e} of the largest logit (allowed: "
             f"{self.tolerance:g})."
         )
@@ -121,7 +124,8 @@ def prove_dense(
     for height, width in sizes:
         for count in BATCHES[:2]:
             compare(resized(first[np.resize(np.arange(len(first)), count)], height, width))
-    return Proof(pictures, _relative(difference, largest, pictures, tolerance), tolerance, sizes=tuple(sizes))
+    relative = _relative(difference, largest, pictures, tolerance)
+    return Proof(pictures, relative, tolerance, batch=len(first), sizes=tuple(sizes))
 
 
 def resized(images: Tensor, height: int, width: int) -> Tensor:
@@ -134,7 +138,7 @@ def _relative(difference: float, largest: float, pictures: int, tolerance: float
     if not relative <= tolerance:
         raise ExportError(
             f"An exported model must give the logits of the tested network to {tolerance:g} of the largest one, but "
-            f"they differ by {relative:.2g} on {pictures} pictures. It was not written."
+            f"they differ by {relative:.2g} on {counted(pictures, 'picture')}. It was not written."
         )
     return relative
 

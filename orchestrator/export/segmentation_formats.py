@@ -100,7 +100,13 @@ def write_torch_export(folder: Path, material: SegmentationMaterial) -> Written:
     names = {"class_names.json": json.dumps(list(material.settings.classes))}
 
     def trace(shapes: Mapping[int, Any]) -> Runner:
-        program = torch.export.export(material.network, (_example(material),), dynamic_shapes=(shapes,))
+        program = torch.export.export(
+            material.network,
+            (_example(material),),
+            dynamic_shapes=(shapes,),
+            # Sizes of maps are compared at run time: as guards they would fix the images' size.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
         torch.export.save(program, str(path), extra_files=dict(names))
         module: Runner = torch.export.load(str(path)).module()
         return module
@@ -232,7 +238,8 @@ def _traced(
     side = _side(material)
     batch = {0: torch.export.Dim("batch", min=1)}
     if takes_any_size(network, side):
-        free = {**batch, 2: torch.export.Dim("height", min=side // 2), 3: torch.export.Dim("width", min=side // 2)}
+        smallest = side // 2 + 1
+        free = {**batch, 2: torch.export.Dim("height", min=smallest), 3: torch.export.Dim("width", min=smallest)}
         try:
             run = trace(free)
             if all(_agrees(run, network, resized(_example(material), *size)) for size in other_sizes(side)):
