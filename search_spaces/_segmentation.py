@@ -20,7 +20,7 @@ ENCODER_RATE = Hyperparameter(
 """Of a pretrained encoder of which every weight moves."""
 
 DECODER_RATE = Hyperparameter(
-    default=5e-2,
+    default=3e-2,
     distribution=FloatDistribution(1e-3, 1.0, log=True),
     source="up to ten times the encoder's rate, as in DeepLab (Chen et al., 2018) and mmsegmentation, where the "
     "encoder's is 0.01",

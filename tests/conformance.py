@@ -3,14 +3,15 @@
     class TestConformance(StrategyConformance):
         strategy = "daft"
 
-Traits that differ between strategies are class attributes, set by the strategy's own test; nothing here asks for a
-strategy's name. Every test runs once per network of `networks`, on the images of `benchmarks.support.synthetic`, so
+Traits that differ between strategies, or between tasks, are class attributes, set by the test that inherits; nothing
+here asks for a strategy's or a task's name. Every test runs once per network of `networks`, on the images of `data`, so
 that a strategy takes seconds on one core. A test that means nothing for a strategy is skipped with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -20,13 +21,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.support.synthetic import ID_DOMAINS, OOD_DOMAINS, shapes
+from benchmarks.support.synthetic import ID_DOMAINS, OOD_DOMAINS
 from tests.support.trials import copies, history_of, same_numbers, same_tensors
 from trainables import strategy_class
-from trainables.engine.contract import TrainingConfig
+from trainables.engine.contract import Strategy, TrainingConfig
 from trainables.engine.trial import Trial
 from trainables.specs.trial_spec import ModelSpec, SharedTrialSettings, TrialSpec
 from trainables.storage.checkpoint_format import load_state, save_state
@@ -76,6 +77,15 @@ class StrategyConformance:
     learning: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters with which the loss must fall on 64 images within `epochs`."""
     epochs: ClassVar[int] = 3
+    task: ClassVar[str] = "classification"
+    settings: ClassVar[Mapping[str, Any]] = {"batch_size": 16}
+    """Shared settings of the trials."""
+    data: ClassVar[str] = "benchmarks.support.synthetic:shapes"
+    """Module and function of the images."""
+    every_unit: ClassVar[frozenset[str]] = frozenset(EVERY_UNIT)
+    """Names that every unit records."""
+    at_the_end: ClassVar[frozenset[str]] = frozenset(AT_THE_END)
+    """Names that the last unit records as well."""
     reports: ClassVar[frozenset[str]] = frozenset()
     """Names that `prepare`, `solve` or `finalize` may add to the metrics; `*` at the end matches anything."""
 
@@ -105,18 +115,21 @@ class StrategyConformance:
 
     def spec(self, kind: str, **hparams: Any) -> TrialSpec:
         """A short trial on one of the tiny networks."""
-        task = SharedTrialSettings(
+        shared = SharedTrialSettings(
             store="memory",
             model=ModelSpec(name=self._network(kind)),
             epochs=self.epochs,
-            batch_size=16,
             cache=str(self._cache),
+            task=self.task,
+            **self.settings,
         )
-        return TrialSpec(shared=task, strategy=self.strategy, hparams={**self.hparams, **hparams}, seed=3)
+        return TrialSpec(shared=shared, strategy=self.strategy, hparams={**self.hparams, **hparams}, seed=3)
 
     def trial(self, spec: TrialSpec) -> Trial:
         """A trial on the CPU, where the same numbers are the same bits."""
-        return Trial(spec, store=shapes(), device="cpu")
+        module, _, function = self.data.partition(":")
+        store = getattr(importlib.import_module(module), function)()
+        return Trial(spec, store=store, device="cpu")
 
     def whole(self, kind: str) -> Whole:
         """The uninterrupted trial at the default point, computed once per class. Read it; do not change it."""
@@ -125,26 +138,30 @@ class StrategyConformance:
             self._whole[kind] = run, history_of(run)
         return self._whole[kind]
 
+    def strategy_class(self) -> type[Strategy]:
+        """The strategy's class for the task."""
+        return strategy_class(self.strategy, self.task)
+
     def solved_units(self) -> set[int]:
         """Units (from 0) in closed form, which have no optimiser steps."""
-        strategy = strategy_class(self.strategy).from_hparams(self.hparams)
+        strategy = self.strategy_class().from_hparams(self.hparams)
         phases = strategy.phases(self.epochs)
         kinds = [phase.solve is not None for phase in phases for _ in range(phase.units)]
         return {unit for unit, solved in enumerate(kinds) if solved}
 
     def test_the_default_config_is_valid_and_the_search_space_holds_only_its_fields(self) -> None:
         search_spaces = pytest.importorskip("search_spaces", reason="a machine for training alone may lack Optuna")
-        cls = strategy_class(self.strategy)
+        cls = self.strategy_class()
         fields = {f.name for f in dataclasses.fields(cls.Config())}
-        assert set(search_spaces.space(self.strategy)) <= fields
-        default = search_spaces.default_point(self.strategy)
+        assert set(search_spaces.space(self.strategy, self.task)) <= fields
+        default = search_spaces.default_point(self.strategy, task=self.task)
         config = cls.from_hparams(default).config
         assert {name: getattr(config, name) for name in default} == default
 
     def test_an_unknown_hyperparameter_is_rejected_with_its_name(self) -> None:
         with pytest.raises(ValueError) as error:
             Trial(self.spec(self.networks[0], no_such_knob=1))
-        fields = ", ".join(f.name for f in dataclasses.fields(strategy_class(self.strategy).Config))
+        fields = ", ".join(f.name for f in dataclasses.fields(self.strategy_class().Config))
         assert str(error.value) == f"{self.strategy} has no hyperparameter 'no_such_knob'. It has {fields}."
 
     def test_one_seed_gives_one_result_whatever_else_the_process_did(self, kind: str) -> None:
@@ -159,13 +176,14 @@ class StrategyConformance:
     @pytest.mark.thorough
     def test_a_fresh_process_gives_the_same_result(self) -> None:
         spec = self.spec(self.networks[0])
+        module, _, function = self.data.partition(":")
         _, here = self.whole(self.networks[0])
         script = (
             "import json, sys, torch; torch.set_num_threads(1)\n"
-            "from benchmarks.support.synthetic import shapes\n"
+            f"from {module} import {function} as images\n"
             "from trainables.engine.trial import Trial\n"
             "from trainables.specs.trial_spec import TrialSpec\n"
-            "run, history = Trial(TrialSpec.from_dict(json.load(sys.stdin)), store=shapes(), device='cpu'), []\n"
+            "run, history = Trial(TrialSpec.from_dict(json.load(sys.stdin)), store=images(), device='cpu'), []\n"
             "while not run.finished: history.append(run.step())\n"
             "print(json.dumps(history))"
         )
@@ -189,6 +207,8 @@ class StrategyConformance:
         assert after.keys() == before.keys()
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
         allowed = {name for name, p in model.named_parameters() if id(p) in moving}
+        of_head = {name for name in batch_norm_buffers(model) if name.startswith("head.")}
+        allowed |= of_head
         if getattr(run.strategy.config, "bn_mode", "eval") == "train":
             allowed |= batch_norm_buffers(model)
         assert changed <= allowed
@@ -197,8 +217,12 @@ class StrategyConformance:
     def test_the_result_has_the_structure_and_the_names_of_the_pretrained_network(self, kind: str) -> None:
         run, _ = self.whole(kind)
         modules = [(name, type(module)) for name, module in run.model.backbone.named_modules()]
-        assert modules == [(name, type(module)) for name, module in run.data.reference.named_modules()]
+        assert modules == [(name, type(module)) for name, module in self.pretrained(run).named_modules()]
         assert run.model.backbone.state_dict().keys() == run.data.reference.state_dict().keys()
+
+    def pretrained(self, run: Trial) -> nn.Module:
+        """The pretrained network as the task reads it."""
+        return run.data.reference
 
     def test_the_loss_falls_on_sixty_four_images(self, kind: str) -> None:
         run = self.trial(self.spec(kind, **self.learning))
@@ -208,11 +232,11 @@ class StrategyConformance:
         assert after < before
 
     def training_loss(self, run: Trial) -> float:
-        """Mean cross-entropy over the training images in eval mode."""
+        """Mean loss over the training images in eval mode."""
         with torch.no_grad():
             model = run.model.eval()
-            images, labels = next(run.data.batches("train", batch_size=64))
-            return float(torch.nn.functional.cross_entropy(model(images), labels))
+            images, targets = next(run.data.batches("train", batch_size=64))
+            return float(run.task.loss(model(images), targets))
 
     def test_a_resumed_trial_continues_bit_for_bit(self, kind: str) -> None:
         """From the state after every unit; after the last one it is finished, with the same weights."""
@@ -263,7 +287,7 @@ class StrategyConformance:
         assert steps >= step, f"the unit had {steps} steps"
 
     def test_a_recipe_that_converts_batch_norm_is_followed(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        config = strategy_class(self.strategy).Config
+        config = self.strategy_class().Config
         if not issubclass(config, TrainingConfig):
             pytest.skip(f"{self.strategy} has no `bn_conversion`: nothing of its network is trained by gradients")
         converted: list[object] = []
@@ -283,15 +307,24 @@ class StrategyConformance:
         with torch.no_grad():
             model = run.model.eval()
             images, _ = next(run.data.batches("test", batch_size=32))
-            pretrained = run.data.backbone.module.eval()(images)
-            difference = float((model.features(images) - pretrained).abs().max())
-        assert difference <= 1e-4 * max(1.0, float(pretrained.abs().max()))
+            expected = self.pretrained_features(run, images)
+            for features, pretrained in zip(self.listed(model.features(images)), self.listed(expected), strict=True):
+                difference = float((features - pretrained).abs().max()) if pretrained.numel() else 0.0
+                assert difference <= 1e-4 * max(1.0, float(pretrained.abs().max()) if pretrained.numel() else 1.0)
+
+    def pretrained_features(self, run: Trial, images: Tensor) -> Any:
+        """What the head sees of the pretrained network: its pooled output."""
+        return run.data.backbone.module.eval()(images)
+
+    def listed(self, features: Any) -> list[Tensor]:
+        """Pooled features, or a list of maps, as a list."""
+        return [features] if isinstance(features, Tensor) else list(features)
 
     def test_metric_names_are_those_of_the_contract(self, kind: str) -> None:
         _, history = self.whole(kind)
         for number, unit in enumerate(history, 1):
             last = number == len(history)
-            expected = EVERY_UNIT | (AT_THE_END if last else set())
+            expected = self.every_unit | (self.at_the_end if last else set())
             assert expected <= unit.keys()
             extra = (
                 unit.keys() - expected - {"curves"} - WHERE_REPORTED - (ONCE | PEAKS if last or number == 1 else set())

@@ -59,7 +59,7 @@ LAZY_BOUNDARIES = {
     "orchestrator/cluster/auth.py", "orchestrator/ingest/worker.py",
     # A machine for training alone may lack pyarrow, torchmetrics, peft, scikit-learn and matplotlib; the driver's
     # side of fault injection takes no torch.
-    "trainables/data/store.py", "trainables/demo/digits.py", "trainables/lora.py",
+    "trainables/data/store.py", "trainables/demo/digits.py", "trainables/demo/scenes.py", "trainables/lora.py",
     "trainables/specs/fault_injection.py", "trainables/storage/kept_predictions.py",
     "trainables/tasks/classification_metrics.py",
     # Libraries of one format of exports each, two of them optional.

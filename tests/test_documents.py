@@ -19,7 +19,7 @@ from orchestrator.study_file.yaml_text import parse_yaml
 ROOT = Path(__file__).resolve().parent.parent
 WRITTEN = (
     "README.md", "CONTRIBUTING.md", "docs/study.md", "docs/cluster.md", "docs/decisions.md", "docs/reliability.md",
-    "docs/weights.md", "docs/python.md", "docs/export.md", "docs/tracking.md",
+    "docs/segmentation.md", "docs/weights.md", "docs/python.md", "docs/export.md", "docs/tracking.md",
 )  # fmt: skip
 FAULTS = {"P": 31, "S": 13, "D": 30, "C": 9, "N": 2}
 """Rows of docs/reliability.md: letter → how many."""

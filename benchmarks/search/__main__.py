@@ -8,16 +8,18 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import optuna
+
 import benchmarks.landscapes
 from benchmarks.search.policies import POLICIES
-from benchmarks.search.tables import errors, replay, report
+from benchmarks.search.tables import errors, rank_correlations, replay, report, tasks
 
 TABLES = Path(benchmarks.landscapes.__file__).parent / "tables"
 BUDGETS = (12, 24, 60, 200)
 
 
 def main() -> None:
-    """Print both tables; `--json` keeps every outcome."""
+    """Print all tables; `--json` keeps every outcome."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
@@ -29,10 +31,11 @@ def main() -> None:
     tables = sorted(args.tables.glob("*.parquet"))
     if not tables:
         raise SystemExit(f"Landscapes are needed in {args.tables}: python -m benchmarks.landscapes makes them.")
-    print("\n".join(errors(tables)), flush=True)
-    tasks = [(table, name, tuple(args.budgets), args.repeats) for table in tables for name in args.policies]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    print("\n".join([*errors(tables), "", *rank_correlations(tables)]), flush=True)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        rows = [row for part in pool.imap_unordered(replay, tasks) for row in part]
+        parts = pool.imap_unordered(replay, tasks(tables, args.policies, args.budgets, args.repeats))
+        rows = [row for part in parts for row in part]
     if args.json is not None:
         args.json.write_text(json.dumps(rows))
     print()

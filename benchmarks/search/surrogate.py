@@ -15,7 +15,7 @@ import optuna
 import pandas as pd
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -29,6 +29,9 @@ TEST = 1
 OOD = 2
 COLUMNS = ("val/acc", "test/acc", "ood/mean/acc")
 """Last axis of a curve: accuracy on validation, ID test, and the mean over OOD domains."""
+
+NEIGHBOURS = 5
+"""Repeated configurations whose noise a configuration may have."""
 
 DENSE = 512
 """Random points per strategy among which the best configuration is looked for."""
@@ -66,6 +69,10 @@ class Trials:
     """Of each trial (N,)."""
     curves: Array
     """(N, epochs, len(COLUMNS)); a diverged trial has zeros from the unit on in which it diverged."""
+    diverged: NDArray[np.bool_]
+    """Of each trial (N,)."""
+    units: NDArray[np.int64]
+    """Units of each trial before it ended or diverged (N,)."""
     unit_seconds: float
     """Median time of one epoch."""
 
@@ -85,10 +92,14 @@ def read(table: Path) -> dict[str, Trials]:
         hparams: dict[int, dict[str, Any]] = {}
         configurations = []
         curves = []
+        diverged = []
+        lengths = []
         for (configuration, _), units in rows.groupby(["configuration", "seed"], sort=True):
             hparams[int(configuration)] = json.loads(units["hparams"].iloc[0])
             configurations.append(int(configuration))
             curves.append(_curve(units.sort_values("unit"), epochs))
+            diverged.append(bool(units["diverged"].iloc[0]))
+            lengths.append(int((units["unit"] > 0).sum()))
         order = sorted(hparams)
         position = {configuration: i for i, configuration in enumerate(order)}
         trials[str(strategy)] = Trials(
@@ -96,6 +107,8 @@ def read(table: Path) -> dict[str, Trials]:
             hparams=[hparams[configuration] for configuration in order],
             configuration=np.array([position[configuration] for configuration in configurations]),
             curves=np.stack(curves),
+            diverged=np.array(diverged),
+            units=np.array(lengths),
             unit_seconds=float(rows["cost/unit_seconds"].median()),
         )
     return trials
@@ -113,11 +126,22 @@ def _curve(units: pd.DataFrame, epochs: int) -> Array:
     return curve
 
 
+def accuracy_of_best_epoch(curves: Array) -> Array:
+    """Test accuracy of the tested weights, those of the epoch with the best validation: (N, epochs, columns) → (N,)."""
+    chosen = curves[:, :, VAL].argmax(axis=1)
+    weights: Array = curves[np.arange(len(curves)), chosen, TEST]
+    return weights
+
+
 class Surrogate:
     """Expected curves of one strategy, and its noise between seeds.
 
     A Gaussian process or extremely randomised trees (Geurts et al., 2006), whichever predicts the final validation of
-    left-out configurations better.
+    the better half of the configurations better where each is left out. Both model the log-odds of the accuracies, in
+    which a failed configuration is not a hundred times as far from a good one as two good ones are apart.
+
+    Trials that diverged are left out, and a classifier says where trials diverge: a curve model would smooth the cliff
+    between the best rates and the first ones that diverge, and find its optimum there.
 
     Args:
         trials: of the table.
@@ -128,51 +152,157 @@ class Surrogate:
         self.strategy = trials.strategy
         self.unit_seconds = trials.unit_seconds
         self.shape = trials.curves.shape[1:]
-        self._noise = _noise(trials)
+        self._noise = _Noise(trials)
         chosen = np.arange(len(trials.configuration))
         count = len(trials.hparams)
         if seed is not None and count > 1:
             generator = np.random.default_rng(seed)
             sample = set(generator.integers(count, size=count).tolist())
             chosen = np.array([i for i in chosen if trials.configuration[i] in sample])
+        self._divergence = _Divergence(trials, chosen)
+        chosen = chosen[~trials.diverged[chosen]]
         inputs = trials.inputs[chosen]
         targets = trials.curves[chosen].reshape(len(chosen), -1)
         groups = trials.configuration[chosen]
-        self._constant = targets.mean(axis=0) if len(set(groups)) < 3 else None
+        self._constant = None
+        if len(set(groups)) < 3:
+            self._constant = targets.mean(axis=0) if len(targets) else np.zeros(math.prod(self.shape))
         self.error = math.nan
         """Root mean squared error of the final validation accuracy of left-out configurations."""
+        self.error_of_better = math.nan
+        """The same over the better half of the configurations, among which a search has to choose."""
+        self.model = "mean"
+        """Kind of the model."""
         if self._constant is None:
             final = (self.shape[0] - 1) * self.shape[1] + VAL
-            models = [make().fit(inputs, targets) for make in (_Process, _Trees)]
-            errors = [_left_out_error(model, inputs, targets, groups, final) for model in models]
-            self._model = models[int(np.argmin(errors))]
-            self.error = min(errors)
+            odds = _log_odds(targets)
+            models = [make().fit(inputs, odds) for make in (_Process, _Trees)]
+            errors = [_left_out_errors(model, inputs, odds, groups, final) for model in models]
+            means = np.array([_accuracy(odds[groups == group, final].mean()) for group in np.unique(groups)])
+            better = means >= np.median(means)
+            chosen_model = int(np.argmin([_root_mean_square(part[better]) for part in errors]))
+            self._model = models[chosen_model]
+            self.model = ("GP", "trees")[chosen_model]
+            self.error = _root_mean_square(errors[chosen_model])
+            self.error_of_better = _root_mean_square(errors[chosen_model][better])
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the best epoch's validation accuracy between seeds."""
+        return self._noise.of_best_epoch
 
     def expected(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
-        """Curves without noise, (N, epochs, len(COLUMNS)), within 0 … 1."""
+        """Curves without noise of trials that do not diverge, (N, epochs, len(COLUMNS)), within 0 … 1."""
         if self._constant is not None:
             flat = np.tile(self._constant, (len(hparams), 1))
         else:
-            flat = self._model.predict(np.stack([features(self.strategy, point) for point in hparams]))
-        return np.clip(flat.reshape(len(hparams), *self.shape), 0.0, 1.0)
+            flat = _accuracy(self._model.predict(self._inputs_of(hparams)))
+        return flat.reshape(len(hparams), *self.shape)
+
+    def stable(self, hparams: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+        """Which configurations diverge less often than not, (N,)."""
+        return self._divergence.probability(self._inputs_of(hparams)) < 0.5
+
+    def diverges(self, hparams: Mapping[str, Any], generator: np.random.Generator) -> int | None:
+        """The epoch, from 1, in which a trial of a configuration diverges; None = it does not."""
+        return self._divergence.draw(self._inputs_of([hparams]), generator)
+
+    def _inputs_of(self, hparams: Sequence[Mapping[str, Any]]) -> Array:
+        return np.stack([features(self.strategy, point) for point in hparams])
 
     def draw(self, hparams: Mapping[str, Any], generator: np.random.Generator) -> Array:
         """A curve (epochs, len(COLUMNS)) on a random seed."""
-        noise = self._noise[generator.integers(len(self._noise))]
+        return self._noise.added(self.expected([hparams])[0], features(self.strategy, hparams), generator)
+
+
+class _Noise:
+    """Differences between seeds, as those of the trials that were repeated.
+
+    Args:
+        trials: of the table.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        inputs = []
+        curves = []
+        best = []
+        for configuration, hparams in enumerate(trials.hparams):
+            repeated = trials.curves[(trials.configuration == configuration) & ~trials.diverged]
+            if len(repeated) > 1:
+                # The mean is over the same seeds.
+                unbiased = math.sqrt(len(repeated) / (len(repeated) - 1))
+                peaks = repeated[:, :, VAL].max(axis=1)
+                inputs.append(features(trials.strategy, hparams))
+                curves.append((repeated - repeated.mean(axis=0)) * unbiased)
+                best.append((peaks - peaks.mean()) * unbiased)
+        self._inputs = inputs
+        self._curves = curves
+        """Of each repeated configuration: deviations from the mean over seeds, (seeds, epochs, columns)."""
+        self._best = best
+        """Of each repeated configuration: the same of the best epoch's validation, (seeds,)."""
+        self.of_best_epoch = _root_mean_square(np.concatenate(best)) if best else 0.0
+
+    def added(self, expected: Array, inputs: Array, generator: np.random.Generator) -> Array:
+        """A curve (epochs, columns) on a random seed, as of one of the `NEIGHBOURS` nearest repeated configurations.
+
+        No epoch is better than the best expected one and that seed's deviation of its best epoch: the epochs at which
+        an unstable training falls differ between seeds by tens of points, but never exceed what it ends at.
+        """
+        if not self._inputs:
+            return expected
+        distances = np.linalg.norm(np.stack(self._inputs) - inputs, axis=1)
+        nearest = generator.choice(np.argsort(distances, kind="stable")[:NEIGHBOURS])
+        seed = generator.integers(len(self._best[nearest]))
         # Either sign: differences between seeds have no direction.
-        return np.clip(self.expected([hparams])[0] + generator.choice([-1.0, 1.0]) * noise, 0.0, 1.0)
+        sign = generator.choice([-1.0, 1.0])
+        curve: Array = expected + sign * self._curves[nearest][seed]
+        peak = expected[:, VAL].max() + sign * self._best[nearest][seed]
+        curve[:, VAL] = np.minimum(curve[:, VAL], peak)
+        return np.clip(curve, 0.0, 1.0)
 
 
-def _noise(trials: Trials) -> Array:
-    """Deviations of repeated trials from the mean over their seeds, (R, epochs, columns), scaled to be unbiased."""
-    deviations = [np.zeros(trials.curves.shape[1:])]
-    for configuration in range(len(trials.hparams)):
-        repeated = trials.curves[trials.configuration == configuration]
-        if len(repeated) > 1:
-            if len(deviations) == 1 and not deviations[0].any():
-                deviations.clear()
-            deviations += list((repeated - repeated.mean(axis=0)) * math.sqrt(len(repeated) / (len(repeated) - 1)))
-    return np.stack(deviations)
+_SMALLEST = 0.005
+"""Accuracies of a model lie at least this far from 0 and 1: about one image of a validation set."""
+
+
+def _log_odds(accuracies: Array) -> Array:
+    clipped = np.clip(accuracies, _SMALLEST, 1 - _SMALLEST)
+    return np.log(clipped / (1 - clipped))
+
+
+def _accuracy(log_odds: Any) -> Any:
+    return 1 / (1 + np.exp(-log_odds))
+
+
+class _Divergence:
+    """Probability that a trial diverges, and when: extremely randomised trees on the design.
+
+    Args:
+        trials: of the table.
+        chosen: which of them.
+    """
+
+    def __init__(self, trials: Trials, chosen: NDArray[np.int64]) -> None:
+        diverged = trials.diverged[chosen]
+        self._share = float(diverged.mean())
+        self._units = trials.units[chosen][diverged]
+        self._classifier: ExtraTreesClassifier | None = None
+        if 0 < self._share < 1:
+            trees = ExtraTreesClassifier(n_estimators=50, random_state=0)
+            self._classifier = trees.fit(trials.inputs[chosen], diverged)
+
+    def probability(self, inputs: Array) -> Array:
+        """Of each configuration, inputs (N, D) → (N,)."""
+        if self._classifier is None:
+            return np.full(len(inputs), self._share)
+        probability: Array = self._classifier.predict_proba(inputs)[:, 1]
+        return probability
+
+    def draw(self, inputs: Array, generator: np.random.Generator) -> int | None:
+        """The epoch in which a trial of one configuration (1, D) diverges; None = it does not."""
+        if not self._share or generator.random() >= self.probability(inputs)[0]:
+            return None
+        return int(generator.choice(self._units)) + 1
 
 
 class _Process:
@@ -224,16 +354,20 @@ class _Trees:
         return prediction
 
 
-def _left_out_error(
+def _left_out_errors(
     model: _Process | _Trees, inputs: Array, targets: Array, groups: NDArray[np.int64], column: int
-) -> float:
-    """Root mean squared error of one target, each configuration predicted by a model of all others."""
-    squares = []
+) -> Array:
+    """Errors of one accuracy, each configuration predicted by a model of all others, (groups,)."""
+    errors = []
     for group in np.unique(groups):
         out = groups == group
         prediction = model.again().fit(inputs[~out], targets[~out]).predict(inputs[out])
-        squares.append(float((prediction[:, column].mean() - targets[out, column].mean()) ** 2))
-    return math.sqrt(float(np.mean(squares)))
+        errors.append(float(_accuracy(prediction[:, column].mean()) - _accuracy(targets[out, column].mean())))
+    return np.array(errors)
+
+
+def _root_mean_square(values: Array) -> float:
+    return math.sqrt(float(np.mean(values**2)))
 
 
 @dataclass(frozen=True)
@@ -243,24 +377,28 @@ class Landscape:
     name: str
     surrogates: dict[str, Surrogate]
     best: dict[str, float]
-    """Strategy → expected final test accuracy of its best configuration."""
+    """Strategy → expected test accuracy of its best configuration."""
 
     @classmethod
     def load(cls, table: Path, seed: int | None = None) -> Landscape:
         """Fit the surrogates of a table; see `Surrogate` for `seed`."""
-        surrogates = {strategy: Surrogate(trials, seed) for strategy, trials in read(table).items()}
-        best = {strategy: _best(surrogate) for strategy, surrogate in surrogates.items()}
+        trials = read(table)
+        surrogates = {strategy: Surrogate(trials[strategy], seed) for strategy in trials}
+        best = {strategy: _best(surrogate, trials[strategy].hparams) for strategy, surrogate in surrogates.items()}
         return cls(table.stem, surrogates, best)
 
     @property
     def optimum(self) -> float:
-        """Expected final test accuracy of the best configuration of all."""
+        """Expected test accuracy of the best configuration of all."""
         return max(self.best.values())
 
 
-def _best(surrogate: Surrogate) -> float:
+def _best(surrogate: Surrogate, design: Sequence[Mapping[str, Any]]) -> float:
+    """Over the configurations of the table and `DENSE` random ones."""
     if not search_spaces.space(surrogate.strategy):
-        return float(surrogate.expected([{}])[0, -1, TEST])
+        return float(accuracy_of_best_epoch(surrogate.expected([{}]))[0])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    points = [search_spaces.suggest(study.ask(), surrogate.strategy) for _ in range(DENSE)]
-    return float(surrogate.expected(points)[:, -1, TEST].max())
+    points: list[Mapping[str, Any]] = list(design)
+    points += [search_spaces.suggest(study.ask(), surrogate.strategy) for _ in range(DENSE)]
+    stable = surrogate.stable(points)
+    return float(accuracy_of_best_epoch(surrogate.expected(points))[stable].max(initial=0.0))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.commands.reference import Row, rows, sections, yaml_value
 from orchestrator.errors import PreflightError, Problem
-from orchestrator.ingest.check import detect
+from orchestrator.ingest.check import detect, detect_task
+from orchestrator.ingest.label_map import MaskRequest
 from orchestrator.ingest.request import IngestRequest, scan
 from orchestrator.planning.preflight import layer_kinds
 from orchestrator.study_file.rules import RESERVED
@@ -106,7 +107,7 @@ def render(fields: Mapping[str, Any], file: Path, unusable: Mapping[str, str]) -
     """
     lines = [_HEAD.format(file=file)]
     for row in rows("study"):
-        if row.key == "name":
+        if row.key in ("name", "task"):
             lines += _key(row, fields, "")
     for section in [s for s in sections() if s != "study"]:
         lines.append("")
@@ -156,7 +157,9 @@ def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[st
 
     OOD = the domains that the source marks so, else all but the largest (to be reviewed).
     """
-    source = scan(IngestRequest(source=detect(data), root=str(data), label=label))
+    kind = detect(data)
+    masks = MaskRequest() if detect_task(data, kind) == "segmentation" else None
+    source = scan(IngestRequest(source=kind, root=str(data), label=label, masks=masks))
     domains = Counter(sample.domain for sample in source.samples)
     outside = sorted(source.evaluation_domains & set(domains))
     if not outside and len(domains) > 1:
@@ -167,6 +170,7 @@ def _fields_of_data(data: Path, model: str | None, label: str | None) -> dict[st
         stem += "-study"
     return {
         "name": stem,
+        "task": "classification" if masks is None else "segmentation",
         "data": {"source": source.kind, "root": str(data.resolve()), "id": inside, "ood": outside, "label": label},
         "model": {"name": model or DEFAULT_MODEL},
         "search": {"trials": 40, "epochs": 20},

@@ -28,8 +28,8 @@ _SIGNS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")
 """Bound → its sign, and the attribute that holds its value."""
 _TYPES_IN_WORDS = {int: "integer", float: "number", bool: "`true` or `false`", str: "string", Any: "anything"}
 _FIELDS = re.compile(r"(<!-- fields: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_STRATEGIES = re.compile(r"(<!-- strategies -->\n).*?(<!-- end -->)", re.DOTALL)
-DOCUMENTS = ("README.md", "docs/study.md")
+_STRATEGIES = re.compile(r"(<!-- strategies(?: of (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "docs/study.md", "docs/segmentation.md")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ def table(section: str) -> str:
     return "\n".join(lines)
 
 
+def space_table(task: str) -> str:
+    """Searched ranges and sweeps of all strategies for a task, as a Markdown table."""
+    lines = ["| strategy | searched: default; range | published sweeps |", "|---|---|---|"]
+    for name in trainables.strategies():
+        lines.append(f"| `{name}` | {_searched(name, task)} |")
+    return "\n".join(lines)
+
+
 def strategy_table() -> str:
     """All strategies as a Markdown table: summary (first paragraph of the module), searched ranges, sweeps."""
     folder = Path(trainables.__file__).parent
@@ -103,19 +111,26 @@ def strategy_table() -> str:
         text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or ""
         # The papers' texts are not part of the repository; their authors' names stay.
         summary = re.sub(r" \(papers/\d+[^)]*\)|, papers/\d+", "", re.sub(r"\s+", " ", text.split("\n\n")[0]))
-        ranges = [f"`{key}` {range_in_words(value)}" for key, value in search_spaces.space(name).items()]
-        presets = [f"`{key}` ({_trials(preset.size)})" for key, preset in search_spaces.presets(name).items()]
-        lines.append(f"| `{name}` | {summary} | {'<br>'.join(ranges) or '–'} | {'<br>'.join(presets) or '–'} |")
+        lines.append(f"| `{name}` | {summary} | {_searched(name, search_spaces.CLASSIFICATION)} |")
     return "\n".join(lines)
+
+
+def _searched(name: str, task: str) -> str:
+    """Cells of a strategy's ranges and sweeps."""
+    ranges = [f"`{key}` {range_in_words(value)}" for key, value in search_spaces.space(name, task).items()]
+    presets = [f"`{key}` ({_trials(preset.size)})" for key, preset in search_spaces.presets(name, task).items()]
+    return f"{'<br>'.join(ranges) or '–'} | {'<br>'.join(presets) or '–'}"
 
 
 def filled(document: str) -> str:
     """A Markdown document with regenerated tables.
 
-    Between its `<!-- fields: … -->` and `<!-- strategies -->` marks.
+    Between its `<!-- fields: … -->`, `<!-- strategies -->` and `<!-- strategies of … -->` marks.
     """
     document = _FIELDS.sub(lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", document)
-    return _STRATEGIES.sub(lambda match: f"{match[1]}{strategy_table()}\n{match[2]}", document)
+    return _STRATEGIES.sub(
+        lambda match: f"{match[1]}{space_table(match[2]) if match[2] else strategy_table()}\n{match[3]}", document
+    )
 
 
 def _row(key: str, info: FieldInfo) -> Row:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
+from orchestrator.search.warm_start import warm_start_sentences
 from orchestrator.study import read_journal
 from orchestrator.study_file.load import load_study
 from orchestrator.study_file.schema import StudySpec
@@ -41,6 +42,8 @@ class Status:
     """Search trials of the study file (`search.trials`)."""
     metrics: TaskMetrics = field(default_factory=task_metrics)
     """Of the study's task."""
+    warm_start: Sequence[str] = ()
+    """What the study took over from earlier ones, in lines; empty = nothing."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -51,6 +54,7 @@ class Status:
             "journal": str(self.journal),
             "seconds_since_last_event": round(self.seconds_since_last_event, 1),
             "planned_search_trials": self.planned,
+            "warm_start": list(self.warm_start),
             "trials": dict(Counter(record.state for record in self.records)),
             "roles": dict(Counter(record.role for record in self.records)),
             "best": None if best is None else _trial(best, self.metrics),
@@ -75,6 +79,7 @@ class Status:
         lines = [
             f"{self.study}: {self.state}; the last event was {_ago(self.seconds_since_last_event)} ago",
             f"Trials: {states}; {self.planned} search trials planned",
+            *self.warm_start,
         ]
         best = self.best()
         if best is not None:
@@ -118,6 +123,7 @@ def status(path: str | Path) -> Status:
         planned=spec.search.trials,
         # The study as it ran: its file may have changed since.
         metrics=metrics_of(header.get("spec") or spec),
+        warm_start=warm_start_sentences(header),
     )
 
 

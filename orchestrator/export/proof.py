@@ -43,9 +43,9 @@ class Proof:
         others = " and ".join(f"{height} x {width}" for height, width in self.sizes)
         further = f", and on images of {others} pixels" if others else ""
         return (
-            f"On {counted(self.pictures, 'picture')}, in batches of {sizes} and {self.batch}{further}, the exported model's logits "
-            f"differ from the tested network's by at most {self.difference:.1e} of the largest logit (allowed: "
-            f"{self.tolerance:g})."
+            f"On {counted(self.pictures, 'picture')}, in batches of {sizes} and {self.batch}{further}, the exported "
+            f"model's logits differ from the tested network's by at most {self.difference:.1e} of the largest logit "
+            f"(allowed: {self.tolerance:g})."
         )
 
 

@@ -16,8 +16,8 @@ from orchestrator.export.predictions import refuse_unreadable
 from orchestrator.ingest.images import BadImageError, upright_rgb
 from orchestrator.ingest.source import SkippedEntry
 from orchestrator.wording import listed
-from trainables.data.mask_views import IGNORED
 from trainables.data.masked_pictures import Evaluation, PictureViews
+from trainables.data.store import IGNORED
 from trainables.models.backbone import DataConfig
 from trainables.models.device import training_device
 from trainables.tasks.segmentation_metrics import Stitching

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,18 +23,18 @@ from orchestrator.ingest.manifest import (
     find_duplicates,
     in_words,
     kept_together,
-    pixel_counts,
     split_warnings,
     together_in_words,
 )
+from orchestrator.ingest.manifest_source import SUFFIXES, has_masks
 from orchestrator.ingest.mask_folders import masks_of_folder
+from orchestrator.ingest.mask_report import MaskReport, mask_report
 from orchestrator.ingest.mask_survey import judge
-from orchestrator.ingest.masks import MaskOutcome, raw_text
 from orchestrator.ingest.near_equal import MAX_GROUP, ImageGroups, group_images
+from orchestrator.ingest.parquet import has_mask_column, parquet_files
 from orchestrator.ingest.request import IngestRequest, scan
-from orchestrator.ingest.source import MaskSurvey, Outcome, Source
-from orchestrator.wording import bytes_text, counted
-from trainables.data.store import IGNORED
+from orchestrator.ingest.source import Outcome, Source
+from orchestrator.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,27 +64,6 @@ class Sizes:
     largest: tuple[int, int]
     most_common: dict[str, int]
     """`WIDTHxHEIGHT` → images, the five most frequent."""
-
-
-@dataclass(frozen=True)
-class MaskReport:
-    """What the masks of a source hold, in pixels."""
-
-    classes: list[str]
-    """By class index."""
-    pixels: dict[str, dict[str, dict[str, Any]]]
-    """Split → domain → `classes` (class → pixels), `ignored` and `ignored_values` (value → pixels); the split is `all`
-    where the source has none."""
-    total: dict[str, int]
-    """Class → pixels, of all readable pairs."""
-    ignored: int
-    """Ignored pixels of all readable pairs."""
-    store_bytes: int
-    """Size of a study's data store, in bytes."""
-    remarks: list[str]
-    """What was decided about the data, one sentence each."""
-    warnings: list[str]
-    """What affects the numbers of a study, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ class DataReport:
             console.print(f"No splits in the source: train, val and test are drawn{per_class}, by seed.")
             console.print(together_in_words(self.kept_together))
         if self.masks is not None:
-            self._print_pixels(console, self.masks)
+            self.masks.render(console, self.ood_domains)
         elif self.task == "classification":
             self._print_counts(console)
         if self.sizes is not None:
@@ -166,31 +144,6 @@ class DataReport:
             console.print(f"[bold red]Problem:[/bold red] {escape(problem)}", soft_wrap=True)
         if not self.problems:
             console.print("[green]A study can use this.[/green]")
-
-    def _print_pixels(self, console: Console, masks: MaskReport) -> None:
-        """Pixels of every class, a row per split and domain; of many classes the absent ones are left to a remark."""
-        table = Table("split", "domain", "class", "pixels", "share")
-        for split, domains in masks.pixels.items():
-            for domain, counts in domains.items():
-                everything = sum(counts["classes"].values()) + counts["ignored"]
-                rows = {name: count for name, count in counts["classes"].items() if masks.total[name]}
-                values = counts["ignored_values"]
-                ignored = "(ignored)"
-                if len(values) > 1:
-                    ignored = f"(ignored: {', '.join(f'{value}: {count:,}' for value, count in values.items())})"
-                for name, count in [*rows.items(), (ignored, counts["ignored"])]:
-                    role = " (OOD)" if domain in self.ood_domains else ""
-                    share = f"{count / max(1, everything):.2%}"
-                    table.add_row(escape(split), escape(domain) + role, escape(name), f"{count:,}", share)
-                table.add_section()
-        console.print(table)
-        total = ", ".join(f"{escape(name)} {count:,}" for name, count in masks.total.items() if count)
-        console.print(f"Pixels in all: {total}, ignored {masks.ignored:,}", soft_wrap=True)
-        for sentence in masks.remarks:
-            console.print(escape(sentence), soft_wrap=True)
-        for sentence in masks.warnings:
-            console.print(f"[yellow]Warning:[/yellow] {escape(sentence)}", soft_wrap=True)
-        console.print(f"Size of a data store (whole pictures and masks): {bytes_text(masks.store_bytes)}")
 
     def _print_counts(self, console: Console) -> None:
         table = Table("domain", "images", "classes", "images per class", "classes missing")
@@ -212,8 +165,9 @@ class DataReport:
         unreadable = [f"{entry['name']}: {entry['reason']}" for entry in self.unreadable]
         _print_list(console, f"Unreadable, will be left out: {len(unreadable)}", unreadable)
         splits = "splits" if self.splits else "splits (as a study draws them by default)"
-        for key, groups in (("across", f"{splits} or domains"), ("contradictory", "classes")):
-            title = f"The same image in several {groups}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
+        different = "in several classes" if self.task == "classification" else "with different masks"
+        for key, how in (("across", f"in several {splits} or domains"), ("contradictory", different)):
+            title = f"The same image {how}: {counted(self.duplicates[f'{key}_groups'], 'group')}"
             _print_list(console, title, [in_words(group) for group in self.duplicates[key]])
         nearly = counted(self.duplicates["near_leaks_groups"], "group")
         title = f"Nearly equal images in training, validation or what is measured: {nearly}"
@@ -287,9 +241,16 @@ def check(
 
 def detect_task(path: Path, source: str) -> str:
     """`segmentation` where a source holds pictures with masks by the names of its files or columns."""
-    if source == "folder" and masks_of_folder(path.expanduser()) is not None:
-        return "segmentation"
-    return "classification"
+    root = path.expanduser()
+    if source == "folder":
+        has_masks_by_name = masks_of_folder(root) is not None
+    elif source == "manifest":
+        has_masks_by_name = has_masks(root)
+    elif source == "parquet":
+        has_masks_by_name = has_mask_column(parquet_files(root)[0])
+    else:
+        has_masks_by_name = False
+    return "segmentation" if has_masks_by_name else "classification"
 
 
 def _leaks(report: DataReport) -> list[str]:
@@ -315,12 +276,12 @@ def detect(path: Path) -> str:
     if str(path) == "digits" and not path.exists():
         return "digits"
     root = existing(path.expanduser())
-    kinds = {".parquet": "parquet", ".npz": "npz"}
+    kinds = {".parquet": "parquet", ".npz": "npz", **dict.fromkeys(SUFFIXES, "manifest")}
     if root.is_file():
         if root.suffix.lower() not in kinds:
             raise DataError(
-                f"Data must be a folder, a .parquet file or an .npz file, but {path} is none of these. Unpack archives "
-                "into <class>/<image>, and put the images that a table names there too."
+                "Data must be a folder, a .parquet file, a manifest (.csv, .jsonl) or an .npz file, but "
+                f"{path} is none of these. Unpack archives into <class>/<image>."
             )
         return kinds[root.suffix.lower()]
     if any(root.glob("*.npz")):
@@ -369,63 +330,12 @@ def _report(path: Path, source: Source, request: IngestRequest, outcomes: Mappin
         notes=dict(Counter(note for i in readable for note in outcomes[i].notes).most_common()),
         unreadable=[{"name": samples[i].name, "reason": str(outcomes[i].reason)} for i in bad],
         ignored=[entry._asdict() for entry in source.ignored],
-        duplicates=find_duplicates(samples, outcomes, split_of, groups).to_dict(),
+        duplicates=find_duplicates(samples, outcomes, split_of, groups, source.survey).to_dict(),
         kept_together=together,
         problems=problems,
         task="classification" if request.masks is None else "segmentation",
-        masks=None if source.survey is None else _mask_report(source, source.survey, outcomes),
+        masks=None if source.survey is None else mask_report(source, source.survey, outcomes),
     )
-
-
-def _mask_report(source: Source, survey: MaskSurvey, outcomes: Mapping[int, Outcome]) -> MaskReport:
-    """Pixels by the splits and domains of the source itself."""
-    samples = source.samples
-    readable = [i for i, outcome in outcomes.items() if outcome.reason is None]
-    domains = sorted({sample.domain for sample in samples})
-    index = {domain: number for number, domain in enumerate(domains)}
-    domain_ids = np.array([index[sample.domain] for sample in samples], np.int64)
-    has_splits = any(sample.split is not None for sample in samples)
-    splits: dict[str, list[int]] = {"train": [], "val": [], "test": []} if has_splits else {}
-    for i in readable:
-        outside = has_splits and samples[i].domain in source.evaluation_domains
-        split = f"ood/{samples[i].domain}" if outside else samples[i].split or "all"
-        splits.setdefault(split, []).append(i)
-    positions = {split: np.array(rows, np.int64) for split, rows in splits.items() if rows}
-    pixels = {
-        split: {
-            domain: {
-                "classes": dict(zip(survey.classes, counts["classes"], strict=True)),
-                "ignored": counts["ignored"],
-                "ignored_values": _ignored_values(
-                    survey, [outcomes[i].mask for i in positions[split].tolist() if samples[i].domain == domain]
-                ),
-            }
-            for domain, counts in of_split.items()
-        }
-        for split, of_split in pixel_counts(survey, domain_ids, domains, positions).items()
-    }
-    total = survey.pixels[readable].sum(axis=0).tolist()
-    return MaskReport(
-        classes=survey.classes,
-        pixels=pixels,
-        total=dict(zip(survey.classes, total[:-1], strict=True)),
-        ignored=total[-1],
-        store_bytes=int(survey.sizes[readable].prod(axis=1).sum()) * 4,
-        remarks=source.remarks,
-        warnings=source.warnings,
-    )
-
-
-def _ignored_values(survey: MaskSurvey, masks: list[MaskOutcome | None]) -> dict[str, int]:
-    """Pixels of each ignored value, as it stands in the masks."""
-    counts: Counter[str] = Counter()
-    for mask in masks:
-        if mask is None:
-            continue
-        for value, count in mask.counts.items():
-            if survey.translation.index(value, mask.kind, mask.palette) == IGNORED:
-                counts[raw_text(value, mask.kind)] += count
-    return dict(counts)
 
 
 def _default_splits(

@@ -146,7 +146,7 @@ def upright_size(data: bytes) -> tuple[int, int, bool]:
     """
     with opened(data) as image:
         width, height = image.size
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         if orientation >= TRANSPOSED_FROM:
             return height, width, True
         return width, height, orientation != 1
@@ -248,8 +248,8 @@ def _convert(image: Image.Image, side: int | None, interpolation: str, crop: int
     return DecodedImage(pixels, pixels_digest(rgb), *upright.size, file_format, tuple(notes), thumbnail(rgb))
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 = as stored."""
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 = as stored."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF beside intact pixels: no orientation
@@ -258,7 +258,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    return image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image, file_format: str) -> tuple[Image.Image, str | None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from orchestrator.errors import did_you_mean
 from orchestrator.ingest.errors import DataError, first_few, printable
 
-MASK_SOURCES = ("folder", "parquet", "digits_scenes")
+MASK_SOURCES = ("folder", "parquet", "manifest", "digits_scenes")
 """Kinds of source that may hold pictures with masks."""
 MAX_CLASSES = 255
 """Classes of a store with masks: indices 0 to 254, 255 is ignored."""

@@ -53,7 +53,7 @@ class Duplicates:
     """Of these: in more than one of training, validation, and what is measured (test and OOD). Train/test leakage: the
     score would measure memorisation."""
     contradictory: list[list[int]]
-    """In more than one class."""
+    """In more than one class, or with different masks."""
     repeats: int
     """Images that repeat another one of the same split, domain and class."""
     names: dict[int, tuple[str, str]]
@@ -103,7 +103,11 @@ def in_words(group: Mapping[str, Any]) -> str:
 
 
 def find_duplicates(
-    samples: Sequence[Sample], outcomes: Mapping[int, Outcome], split_of: Mapping[int, str], same: ImageGroups
+    samples: Sequence[Sample],
+    outcomes: Mapping[int, Outcome],
+    split_of: Mapping[int, str],
+    same: ImageGroups,
+    survey: MaskSurvey | None = None,
 ) -> Duplicates:
     """Sort the groups of equal and nearly equal images by what they mean for a study.
 
@@ -112,14 +116,16 @@ def find_duplicates(
         outcomes: by position in `samples`.
         split_of: the split of a position, `ood/<domain>` for OOD domains.
         same: the groups of these samples.
+        survey: of the samples' masks, where they have masks instead of classes.
     """
     groups = [list(group) for group in same.equal]
+    targets = [sample.label for sample in samples] if survey is None else survey.digests
 
     def domain_and_split(position: int) -> tuple[str, str]:
         return samples[position].domain, split_of.get(position, "")
 
     across = [group for group in groups if len({domain_and_split(i) for i in group}) > 1]
-    contradictory = [group for group in groups if len({samples[i].label for i in group}) > 1]
+    contradictory = [group for group in groups if len({targets[i] for i in group}) > 1]
 
     def leaks_nearly(group: list[int]) -> bool:
         roles_of: dict[bytes, set[str]] = {}
@@ -130,7 +136,7 @@ def find_duplicates(
 
     near_leaks = [list(group) for group in same.near if leaks_nearly(list(group))]
     named = (*across, *contradictory, *near_leaks)
-    distinct = (len({(domain_and_split(i), samples[i].label) for i in group}) for group in groups)
+    distinct = (len({(domain_and_split(i), targets[i]) for i in group}) for group in groups)
     return Duplicates(
         across=across,
         leaks=[group for group in across if len({_role(split_of.get(i, "")) for i in group}) > 1],
@@ -236,7 +242,7 @@ def describe(
         "quarantine": quarantine_list(source, outcomes),
         "ignored": [entry._asdict() for entry in source.ignored],
         "notes": dict(sorted(notes.items())),
-        "duplicates": find_duplicates(samples, outcomes, assignment.split_of, groups).to_dict(),
+        "duplicates": find_duplicates(samples, outcomes, assignment.split_of, groups, source.survey).to_dict(),
         "kept_together": kept_together(assignment, outcomes),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(outcomes) / seconds, 1),

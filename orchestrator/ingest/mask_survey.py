@@ -10,8 +10,9 @@ file that is named, or a class of its own. In this order: the survey; the judgem
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from trainables.data.store import IGNORED
 from trainables.specs.short_hash import short_hash
 from trainables.storage.atomic_files import write_text
 from trainables.storage.compute_once import cache_root, compute_once
+
+log = logging.getLogger("luthier")
 
 SURVEY_VERSION = 1
 """Version of the kept surveys."""
@@ -51,7 +54,14 @@ def survey_masks(source: Source, request: IngestRequest, progress: DecodingProgr
         DataError: all problems of the masks, in one message.
     """
     assert request.masks is not None
-    return judge(source, _outcomes(source, request, progress), request.masks)
+    return judge(source, _outcomes(source, request, progress), request.masks, _used_domains(source, request))
+
+
+def _used_domains(source: Source, request: IngestRequest) -> Collection[str] | None:
+    """Domains that a study uses; None = all."""
+    if not request.id:
+        return None
+    return {*request.id, *(request.ood or source.evaluation_domains)}
 
 
 def _outcomes(source: Source, request: IngestRequest, progress: DecodingProgress | None) -> dict[int, Outcome]:
@@ -70,6 +80,7 @@ def _outcomes(source: Source, request: IngestRequest, progress: DecodingProgress
         write_text(path, json.dumps([_row_of(outcomes[i]) for i in range(len(outcomes))]))
 
     def compute() -> dict[int, Outcome]:
+        log.info("Reading the masks of %d pictures, once per machine", len(source.samples))
         return decode_all(source, range(len(source.samples)), DecodeJob(None, "nearest"), progress=progress)
 
     return compute_once(path, load, compute, save)
@@ -86,7 +97,9 @@ def _outcome_of(row: Sequence[Any]) -> Outcome:
     return Outcome(reason, b"", b"", width, height, "", tuple(notes), mask=summary)
 
 
-def judge(source: Source, outcomes: Mapping[int, Outcome], request: MaskRequest) -> Source:
+def judge(
+    source: Source, outcomes: Mapping[int, Outcome], request: MaskRequest, domains: Collection[str] | None = None
+) -> Source:
     """The source with the survey of its masks, of what decoding them has shown.
 
     Samples of a split without any labelled pixel are left out.
@@ -95,11 +108,13 @@ def judge(source: Source, outcomes: Mapping[int, Outcome], request: MaskRequest)
         source: the scan.
         outcomes: of all samples, with summaries of their masks.
         request: what the study declares.
+        domains: those that the study uses, the others make no class and no problem; None = all.
 
     Raises:
         DataError: all problems of the masks, in one message.
     """
-    readable = {i: outcome for i, outcome in outcomes.items() if outcome.reason is None}
+    used = [i for i, sample in enumerate(source.samples) if domains is None or sample.domain in domains]
+    readable = {i: outcomes[i] for i in used if outcomes[i].reason is None}
     masks = {i: outcome.mask for i, outcome in readable.items() if outcome.mask is not None}
     if not masks:
         reasons = first_few([f"{source.samples[i].name} ({outcome.reason})" for i, outcome in outcomes.items()])
@@ -133,6 +148,7 @@ def judge(source: Source, outcomes: Mapping[int, Outcome], request: MaskRequest)
         translation=translation,
         sizes=np.array([_size(outcomes[i]) for i in range(len(source.samples))], np.int64).reshape(-1, 2),
         pixels=pixels,
+        digests=tuple(masks[i].digest if i in masks else "" for i in range(len(source.samples))),
         positions=tuple(range(len(source.samples))),
         unreadable={i: str(outcome.reason) for i, outcome in outcomes.items() if outcome.reason is not None},
     )
@@ -146,10 +162,10 @@ def judge(source: Source, outcomes: Mapping[int, Outcome], request: MaskRequest)
         source,
         survey=survey,
         declared_labels=label_map is not None,
-        remarks=[*source.remarks, *remarks, *_void(source.samples, survey)],
+        remarks=[*source.remarks, *remarks, *_void(source.samples, survey, masks)],
         warnings=[*source.warnings, *warnings],
     )
-    return _without_void_splits(surveyed)
+    return _without_void_splits(surveyed, masks)
 
 
 def _size(outcome: Outcome) -> tuple[int, int]:
@@ -211,20 +227,20 @@ def _sizes(samples: Sequence[Sample], outcomes: Mapping[int, Outcome]) -> list[s
             kinds[(outcome.width, outcome.height), (mask.width, mask.height), turned].append(i)
     problems = []
     for (picture, mask_size, turned), positions in sorted(kinds.items(), key=lambda kind: kind[1][0])[:3]:
-        shown = f"{picture[0]} x {picture[1]}"
+        upright = f"{picture[0]} x {picture[1]}"
         stored = f"{mask_size[0]} x {mask_size[1]}"
         share = f"{len(positions)} of {len(outcomes)}"
         if turned:
             names = first_few([f"'{samples[i].name}'" for i in positions])
             problems.append(
-                f"A mask lies on its picture as shown, but EXIF turns {share} pictures ({names}) to {shown}, and their "
-                f"masks are {stored}. Turn these masks, too, or save the pictures upright."
+                f"A mask lies on its picture as shown, but EXIF turns {share} pictures ({names}) to {upright}, and "
+                f"their masks are {stored}. Turn these masks, too, or save the pictures upright."
             )
             continue
         problems.append(
             f"A mask has the size of its picture as shown and is never scaled, but {share} masks "
             f"({_mask_names(samples, positions)}) {'is' if len(positions) == 1 else 'are'} {stored} where the picture "
-            f"is {shown}. Save masks at the size of their pictures."
+            f"is {upright}. Save masks at the size of their pictures."
         )
     if len(kinds) > 3:
         more = sum(map(len, kinds.values()))
@@ -377,34 +393,46 @@ def _palette_clash(masks: Mapping[int, MaskOutcome]) -> str | None:
     return None
 
 
-def _void(samples: Sequence[Sample], survey: MaskSurvey) -> list[str]:
+def _void(samples: Sequence[Sample], survey: MaskSurvey, masks: Collection[int]) -> list[str]:
     """Readable masks without a labelled pixel."""
-    void = [i for i in np.flatnonzero(survey.labelled == 0).tolist() if i not in survey.unreadable]
+    void = [i for i in np.flatnonzero(survey.labelled == 0).tolist() if i in masks]
     if not void:
         return []
     has = "has" if len(void) == 1 else "have"
     return [f"{counted(len(void), 'mask')} {has} no labelled pixel: {_mask_names(samples, void)}."]
 
 
-def _without_void_splits(source: Source) -> Source:
+def _without_void_splits(source: Source, masks: Collection[int]) -> Source:
     """The source without those of its own splits that have no labelled pixel.
+
+    Args:
+        source: with the survey.
+        masks: positions of the masks that a study uses and that can be read.
 
     Raises:
         DataError: these are training pictures, or a whole domain.
     """
     survey = source.survey
     assert survey is not None
-    labelled: dict[tuple[str | None, str], int] = defaultdict(int)
+    per_split: dict[str | None, int] = defaultdict(int)
     per_domain: dict[str, int] = defaultdict(int)
-    for sample, count in zip(source.samples, survey.labelled.tolist(), strict=True):
-        labelled[sample.split, ""] += count
-        per_domain[sample.domain] += count
+    labelled = survey.labelled.tolist()
+    for i in masks:
+        sample = source.samples[i]
+        # Pictures of OOD domains have no split of their own beside `train`.
+        if sample.domain not in source.evaluation_domains:
+            per_split[sample.split] += labelled[i]
+        per_domain[sample.domain] += labelled[i]
     empty_domains = [domain for domain, count in per_domain.items() if not count]
-    void = {split for (split, _), count in labelled.items() if not count}
+    void = {split for split, count in per_split.items() if not count}
     if not sum(per_domain.values()) or void & {None, "train"}:
         raise DataError("Training needs labelled pixels, but all pixels of the training masks are ignored.")
     if void:
-        keep = [i for i, sample in enumerate(source.samples) if sample.split not in void]
+        keep = [
+            i
+            for i, sample in enumerate(source.samples)
+            if sample.split not in void or sample.domain in source.evaluation_domains
+        ]
         dropped = listed(sorted(str(split) for split in void))
         warning = (
             f"{counted(len(survey.sizes) - len(keep), 'picture')} of the split {dropped} left out: their masks have no "
@@ -435,6 +463,7 @@ def _selected(source: Source, keep: Sequence[int], reason: str) -> Source:
             survey,
             sizes=survey.sizes[keep],
             pixels=survey.pixels[keep],
+            digests=tuple(survey.digests[i] for i in keep),
             positions=tuple(survey.positions[i] for i in keep),
             unreadable={number[i]: reason for i, reason in survey.unreadable.items() if i in kept},
         ),

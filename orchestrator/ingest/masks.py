@@ -6,6 +6,7 @@ file. In this order: a decoded mask; its summary; the translation.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.ingest.images import BadImageError, opened
+from orchestrator.ingest.images import BadImageError, opened, orientation_of
 
 MAX_VALUES = 1024
 """Different values of a mask whose pixels are counted one by one, the most frequent ones."""
@@ -65,6 +66,8 @@ class MaskOutcome(NamedTuple):
     """Values that fill 2 x 2 pixels somewhere; smoothing leaves values that do not."""
     palette: dict[int, int]
     """Colour of each value that occurs; empty = the mask has no palette."""
+    digest: str
+    """Of its values, in hex: different for different masks of one picture."""
 
     def to_json(self) -> list[Any]:
         """The fields as JSON values."""
@@ -74,14 +77,15 @@ class MaskOutcome(NamedTuple):
             self.distinct,
             sorted(self.solid),
             list(self.palette.items()),
+            self.digest,
         ]
 
     @classmethod
     def from_json(cls, fields: list[Any]) -> MaskOutcome:
         """The inverse of `to_json`."""
-        width, height, file_format, kind, lossy, counts, distinct, solid, palette = fields
+        width, height, file_format, kind, lossy, counts, distinct, solid, palette, digest = fields
         return cls(
-            width, height, file_format, kind, lossy, dict(counts), distinct, frozenset(solid), dict(palette)
+            width, height, file_format, kind, lossy, dict(counts), distinct, frozenset(solid), dict(palette), digest
         )  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def _decoded(image: Image.Image, data: bytes) -> DecodedMask:
     scale = _stored_scale(image)
     image.load()
     lossy = _is_lossy(image, data)
-    if image.getexif().get(0x0112, 1) not in (0, 1):
+    if orientation_of(image) != 1:
         raise BadImageError("the mask has an EXIF orientation of its own; save it upright")
     if image.mode in ("P", "L", "1") or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int32)
@@ -203,11 +207,12 @@ def _decoded(image: Image.Image, data: bytes) -> DecodedMask:
         return DecodedMask(np.asarray(image).astype(np.int32), INDEX, file_format, lossy, {})
     if image.mode != "RGB":
         raise BadImageError(f"the mask has pixels of mode {image.mode!r}; save indices or RGB colours")
-    channels = np.asarray(image).astype(np.int32)
-    red, green, blue = channels[..., 0], channels[..., 1], channels[..., 2]
-    if np.array_equal(red, green) and np.array_equal(red, blue):
+    channels = np.asarray(image)
+    red = channels[..., 0].astype(np.int32)
+    if np.array_equal(channels[..., 0], channels[..., 1]) and np.array_equal(channels[..., 0], channels[..., 2]):
         return DecodedMask(red, GREY, file_format, lossy, {})
-    return DecodedMask(red << 16 | green << 8 | blue, COLOUR, file_format, lossy, {})
+    green = channels[..., 1].astype(np.int32)
+    return DecodedMask(red << 16 | green << 8 | channels[..., 2], COLOUR, file_format, lossy, {})
 
 
 def _stored_scale(image: Image.Image) -> float:
@@ -257,4 +262,5 @@ def summary(mask: DecodedMask) -> MaskOutcome:
         distinct=len(values),
         solid=frozenset(_counted(corner[same], mask.kind)[0].tolist()) & listed.keys(),
         palette={value: mask.palette[value] for value in listed if value in mask.palette},
+        digest=hashlib.sha256(f"{mask.values.shape}".encode() + mask.values.tobytes()).hexdigest()[:32],
     )

@@ -26,11 +26,13 @@ import pyarrow.parquet as pq
 
 from orchestrator.errors import did_you_mean
 from orchestrator.ingest.errors import SOURCE_HINT, DataError, first_few, printable
+from orchestrator.ingest.label_map import MaskRequest
 from orchestrator.ingest.source import DEFAULT_DOMAIN, SPLIT_NAMES, EncodedSource, Sample
 from orchestrator.wording import counted
 
 IMAGE_COLUMNS = ("image", "img", "images", "picture", "image_bytes", "bytes")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label", "coarse_label")
+MASK_COLUMNS = ("mask", "masks", "label", "labels", "annotation", "segmentation", "segmentation_mask", "target")
 DOMAIN_COLUMNS = ("domain", "environment", "env")
 SPLIT_COLUMN = "split"
 
@@ -130,22 +132,29 @@ def encoded_images(file: str, column: str, group: int, rows: Sequence[int]) -> I
 
 
 class Table:
-    """Labels, domains and splits of one file.
+    """Labels or masks, domains and splits of one file.
 
     Args:
         file: the file.
         name: its name in messages.
         label: the column with the classes; None = the first of `LABEL_COLUMNS` that the file has.
+        masks: the file has masks instead of classes, in the column that this names.
 
     Raises:
         DataError: see `open_checked`; or a column is missing.
     """
 
-    def __init__(self, file: Path, name: str, label: str | None = None) -> None:
+    def __init__(self, file: Path, name: str, label: str | None = None, masks: MaskRequest | None = None) -> None:
         self.name = name
         self.reader = open_checked(file, name)
         self.schema = self.reader.schema_arrow
+        self.mask: str | None = None
+        if masks is not None:
+            self.mask = self._mask_column(masks.column)
+            self.image = self._image_column(besides=self.mask)
+            return
         self.image = self._image_column()
+        self._refuse_masks(label)
         self.label = self._default_label_column() if label is None else self._given_label_column(label)
         self.class_names = self._class_names()
 
@@ -182,8 +191,39 @@ class Table:
             )
         return [SPLIT_NAMES[value.casefold()] for value in values]
 
-    def _image_column(self) -> str:
+    def _mask_column(self, given: str | None) -> str:
         images = [column.name for column in self.schema if _is_image(column.type)]
+        if given is not None and given in images:
+            return given
+        if given is not None:
+            raise DataError(
+                f"The mask column is {given!r} (data.mask), but {self.name} has {self._schema_text()}."
+                f"{did_you_mean(given, images)}"
+            )
+        for name in MASK_COLUMNS:
+            if name in images:
+                return name
+        raise DataError(
+            f"A Parquet file of pictures with masks needs a mask column (binary, or a struct with a binary field "
+            f"'bytes'), called {' or '.join(MASK_COLUMNS)}, but {self.name} has {self._schema_text()}. Name yours in "
+            "data.mask (in commands: --mask)."
+        )
+
+    def _refuse_masks(self, label: str | None) -> None:
+        """Raise DataError where a file of a classification study has masks and no classes."""
+        masks = mask_columns(self.schema)
+        named = [name for name in LABEL_COLUMNS if name in self.schema.names and name not in (self.image, *masks)]
+        if masks and not named and label is None:
+            raise DataError(
+                f"A Parquet file of a classification has a label column, but {self.name} has pictures with masks "
+                f"(columns {self.image} and {masks[0]}). Set task: segmentation in the study file."
+            )
+
+    def _image_column(self, besides: str | None = None) -> str:
+        images = [column.name for column in self.schema if _is_image(column.type) and column.name != besides]
+        if besides is None:
+            # A file of a classification may have masks, too, which are not its pictures.
+            images = [name for name in images if name not in mask_columns(self.schema)]
         for name in IMAGE_COLUMNS:
             if name in images:
                 return name
@@ -266,6 +306,23 @@ class Table:
         return [names[int(label)] for label in labels]
 
 
+def has_mask_column(file: Path) -> bool:
+    """Whether a file has pictures and masks by the names of its columns, and no classes.
+
+    Raises:
+        DataError: see `open_checked`.
+    """
+    schema = open_checked(file, printable(file.name)).schema_arrow
+    masks = mask_columns(schema)
+    return bool(masks) and not [name for name in LABEL_COLUMNS if name in schema.names and name not in masks]
+
+
+def mask_columns(schema: Any) -> list[str]:
+    """Columns of a schema with several image columns that hold masks by their names."""
+    images = [column.name for column in schema if _is_image(column.type)]
+    return [name for name in MASK_COLUMNS if name in images] if len(images) > 1 else []
+
+
 def _is_image(kind: Any) -> bool:
     """Whether an Arrow type is binary, or a struct with a binary field `bytes`."""
     if pa.types.is_struct(kind):
@@ -281,6 +338,8 @@ class ParquetSource(EncodedSource):
     files: list[Path] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     """The image column of each file."""
+    mask_columns: list[str] = field(default_factory=list)
+    """The mask column of each file; empty = no masks."""
 
     def chunks(self, positions: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
         # Positions ascend, so that each row group is one run.
@@ -288,11 +347,18 @@ class ParquetSource(EncodedSource):
         for (file, group), members in by_row_group:
             rows = list(members)
             request = {"reader": "parquet", "file": str(self.files[file]), "column": self.columns[file], "group": group}
+            if self.mask_columns:
+                request["mask_column"] = self.mask_columns[file]
             for start in range(0, len(rows), _CHUNK):
                 yield request, rows[start : start + _CHUNK]
 
 
-def scan_parquet(root: Path, label: str | None = None) -> ParquetSource:
+def parquet_files(root: Path) -> list[Path]:
+    """The file itself, or all Parquet files below a folder."""
+    return [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if path.is_file())
+
+
+def scan_parquet(root: Path, label: str | None = None, masks: MaskRequest | None = None) -> ParquetSource:
     """List the rows of one Parquet file, or of all files below a folder.
 
     The split comes from a column `split`, or else from the names of the files where all are named after one
@@ -301,11 +367,12 @@ def scan_parquet(root: Path, label: str | None = None) -> ParquetSource:
     Args:
         root: file or folder.
         label: the column with the classes; None = the first of `LABEL_COLUMNS` that the file has.
+        masks: the rows are pictures with masks.
 
     Raises:
         DataError: no or damaged files, extension types, missing columns, labels that are no classes.
     """
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*.parquet") if path.is_file())
+    files = parquet_files(root)
     if not files:
         raise DataError(
             f"A Parquet source needs files that end in .parquet, but {printable(str(root))} holds none. {SOURCE_HINT}"
@@ -316,25 +383,30 @@ def scan_parquet(root: Path, label: str | None = None) -> ParquetSource:
     samples: list[Sample] = []
     image_columns: list[str] = []
     label_columns: set[str] = set()
+    mask_names: list[str] = []
     class_order: list[str] | None = None
     for number, file in enumerate(files):
         name = printable(str(file.relative_to(base)))
         status = file.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        table = Table(file, name, label)
+        table = Table(file, name, label, masks)
         image_columns.append(table.image)
-        label_columns.add(table.label)
-        class_order = table.class_names or class_order
+        if table.mask is not None:
+            mask_names.append(table.mask)
+        else:
+            label_columns.add(table.label)
+            class_order = table.class_names or class_order
         samples += _samples(table, number, file_splits[number] if file_splits else None)
     return ParquetSource(
         kind="parquet",
         layout=f"{counted(len(files), 'Parquet file')}, image column {_listed(image_columns)}, "
-        f"label column {_listed(label_columns)}",
+        + (f"mask column {_listed(mask_names)}" if mask_names else f"label column {_listed(label_columns)}"),
         samples=samples,
         digest=digest.hexdigest(),
         class_order=class_order,
         files=files,
         columns=image_columns,
+        mask_columns=mask_names,
     )
 
 
@@ -344,7 +416,7 @@ def _listed(columns: Collection[str]) -> str:
 
 def _samples(table: Table, file_number: int, file_split: str | None) -> list[Sample]:
     """One sample per row of a file; `file_split` is the split of the file's name."""
-    labels = table.labels()
+    labels = table.labels() if table.mask is None else [""] * sum(table.group_sizes)
     domains = table.domains()
     splits = table.splits()
     samples: list[Sample] = []
@@ -354,7 +426,8 @@ def _samples(table: Table, file_number: int, file_split: str | None) -> list[Sam
             domain = domains[row] if domains else DEFAULT_DOMAIN
             split = splits[row] if splits else file_split
             location = (file_number, group, row_in_group)
-            samples.append(Sample(f"{table.name}#{row}", labels[row], domain, split, location))
+            mask = None if table.mask is None else location
+            samples.append(Sample(f"{table.name}#{row}", labels[row], domain, split, location, mask))
     return samples
 
 

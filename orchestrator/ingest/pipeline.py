@@ -293,7 +293,8 @@ def _warn(manifest: Mapping[str, Any]) -> None:
         log.info("%s", together_in_words(kept))
     if duplicates["contradictory"]:
         count = counted(duplicates["contradictory_groups"], "image")
-        log.warning("%s in more than one class: %s", count, first_few(map(in_words, duplicates["contradictory"])))
+        how = "with different masks" if manifest.get("targets") == "masks" else "in more than one class"
+        log.warning("%s %s: %s", count, how, first_few(map(in_words, duplicates["contradictory"])))
 
 
 def _warn_of_missing_classes(manifest: Mapping[str, Any]) -> None:

@@ -13,13 +13,14 @@ from orchestrator.ingest.errors import DataError, existing, printable
 from orchestrator.ingest.folder import scan_folder
 from orchestrator.ingest.images import INTERPOLATIONS
 from orchestrator.ingest.label_map import MASK_SOURCES, MaskRequest
+from orchestrator.ingest.manifest_source import scan_manifest
 from orchestrator.ingest.mask_folders import masks_of_folder, scan_mask_folder
 from orchestrator.ingest.npz import scan_npz
 from orchestrator.ingest.parquet import scan_parquet
 from orchestrator.ingest.scenes import scan_scenes
 from orchestrator.ingest.source import Source
 
-SOURCES = ("folder", "parquet", "npz", "digits", "digits_scenes")
+SOURCES = ("folder", "parquet", "manifest", "npz", "digits", "digits_scenes")
 BUILT_IN_SOURCES = ("digits", "digits_scenes")
 
 
@@ -63,14 +64,19 @@ class IngestRequest:
         _check_option("on_bad", self.on_bad, ("quarantine", "fail"))
         _check_option("on_leak", self.on_leak, ("report", "fail"))
         _check_option("copies", self.copies, ("near", "equal", "apart"))
-        if self.label is not None and self.source != "parquet":
+        if self.label is not None and self.source not in ("parquet", "manifest"):
             raise DataError(
-                f"Only Parquet files have a label column to choose, but label is {self.label!r} and the source is "
-                f"{self.source!r}. Leave label out."
+                f"Only Parquet files and manifests have a label column to choose, but label is {self.label!r} and the "
+                f"source is {self.source!r}. Leave label out."
             )
         if self.masks is not None and self.source not in MASK_SOURCES:
             raise DataError(
                 f"Pictures with masks come from {' or '.join(MASK_SOURCES)}, but the source is {self.source!r}."
+            )
+        if self.masks is not None and self.masks.column is not None and self.source not in ("parquet", "manifest"):
+            raise DataError(
+                f"Only tables have a mask column to choose, but it is {self.masks.column!r} and the source is "
+                f"{self.source!r}. Leave it out."
             )
         if self.image_size < 1:
             raise DataError(f"image_size must be at least 1 pixel, but got {self.image_size}.")
@@ -106,7 +112,9 @@ def scan(request: IngestRequest) -> Source:
         _refuse_masks(root)
         return scan_folder(root)
     if request.source == "parquet":
-        return scan_parquet(root, request.label)
+        return scan_parquet(root, request.label, request.masks)
+    if request.source == "manifest":
+        return scan_manifest(root, request.label, request.masks)
     return scan_npz(root)
 
 

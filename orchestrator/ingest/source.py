@@ -82,6 +82,8 @@ class MaskSurvey:
     """(n, 2): height and width of each picture as shown; 0 where it cannot be read."""
     pixels: NDArray[np.int64]
     """(n, K + 1): pixels of each class, then ignored ones."""
+    digests: tuple[str, ...]
+    """Of the values of each mask; empty where it cannot be read."""
     positions: tuple[int, ...]
     """Position of each sample in the scan, of which splits without any labelled pixel were left out."""
     unreadable: Mapping[int, str]

@@ -25,6 +25,7 @@ from orchestrator.search.promotion_scheduler import PromotionScheduler
 from orchestrator.search.rungs import rungs
 from orchestrator.search.searcher import SearchSettings
 from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
+from orchestrator.search.warm_start import WarmStart
 from trainables import strategy_class
 from trainables.demo.backbones import is_pretrained_here, pretrained_folder
 from trainables.engine.budget import BudgetPlan
@@ -133,12 +134,18 @@ def entries_of(spec: StudySpec) -> list[Entry]:
     ]
 
 
-def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, Mapping[str, Any]]) -> SearchSettings:
+def settings_of(
+    spec: StudySpec,
+    task: SharedTrialSettings,
+    hints: Mapping[str, Mapping[str, Any]],
+    warm_start: WarmStart | None = None,
+) -> SearchSettings:
     """The search of a study.
 
     Args:
         task: `make_task` of the study.
         hints: see `orchestrator.planning.fsr.Hints`.
+        warm_start: see `orchestrator.planning.warm_start.warm_start_of`.
     """
     return SearchSettings(
         entries=entries_of(spec),
@@ -150,6 +157,7 @@ def settings_of(spec: StudySpec, task: SharedTrialSettings, hints: Mapping[str, 
         metrics=metrics_of(spec),
         objectives=objectives_of(spec),
         hints=hints,
+        warm_start=warm_start or WarmStart(),
     )
 
 

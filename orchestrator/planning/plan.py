@@ -27,6 +27,7 @@ from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
 from orchestrator.planning.preflight import layer_kinds
 from orchestrator.planning.view import recorded_choices, view_of
+from orchestrator.planning.warm_start import learns, own_events, warm_start_of
 from orchestrator.record.costs import COSTS
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import metrics_of
@@ -126,6 +127,8 @@ class Plan:
     """What the drawn splits keep together, in a sentence; empty = nothing."""
     masks: tuple[str, ...] = ()
     """What the masks hold and how they are read, in sentences; empty = images with a label each."""
+    warm_start: tuple[str, ...] = ()
+    """What is taken over from earlier studies: a line, and one per entry; empty = nothing."""
 
     @property
     def max_units(self) -> int:
@@ -165,6 +168,7 @@ class Plan:
             *filter(None, (self.copies, self.view)),
             f"Trials: {self.search_trials} search ({self.sampler}){folds}, {self.confirm_trials} confirmation"
             f"{references}.",
+            *self.warm_start,
             f"Budget of a trial: {counted(self.epochs, 'unit')} of {self.unit}{stop}.",
             f"At most {counted(self.max_units, 'unit')} in all. Each trial gets {self.resources}.",
             f"Memory layout: {self._layout()}. Niceness: {self._niceness()}.",
@@ -275,6 +279,7 @@ def make_plan(spec: StudySpec) -> Plan:
         interim_splits=interim_splits(spec),
         view=view.sentence() + _weights_note(spec),
         copies=_copies(request, Path(spec.storage).absolute() / "data"),
+        warm_start=tuple(warm_start_of(spec, own_events(spec)).sentences(learns(spec))),
         masks=_masks(source, assignment),
     )
 

@@ -21,15 +21,18 @@ from orchestrator.planning.configurations import points, structure
 from orchestrator.planning.estimates import examine, space_of
 from orchestrator.planning.fsr import hint_problems
 from orchestrator.planning.objectives import cost_problems
+from orchestrator.planning.warm_start import warm_start_problems
 from orchestrator.study_file.rules import BUILT_IN_DOMAINS, domain_problems, network_problems
-from orchestrator.study_file.schema import StudySpec
+from orchestrator.study_file.schema import StrategyEntry, StudySpec
 from orchestrator.tracking.client import access_problems
 from trainables import strategy_class
 from trainables.demo.backbones import NETWORKS, architecture
 from trainables.diagnostics.norm_shift import batch_norms, layer_norms
 from trainables.engine.budget import BudgetPlan
 from trainables.engine.contract import check_loss, check_task
-from trainables.models.backbone import check_model
+from trainables.models.backbone import backbone_data_config, check_model
+from trainables.models.batch_norm import BATCH_NORMS
+from trainables.models.task_model import TaskModel
 from trainables.models.transformer_blocks import find_blocks
 from trainables.tasks.registry import task_class
 
@@ -40,9 +43,10 @@ def preflight(spec: StudySpec) -> None:
     Raises:
         PreflightError: unknown model or augmentation; missing weights or data; a strategy or diagnostic without the
             layers, domains or packages that it needs; a cost that is the same for every trial; a budget too small for
-            the strategies or their phases; settings of the loss that a strategy cannot honour; a decoder that does not
-            fit the network; a storage folder that cannot be written; a tracking server that rejects the credentials;
-            more CPUs or GPUs than this machine has (unless RAY_ADDRESS names a cluster).
+            the strategies or their phases; an earlier study that this one cannot start from; settings of the loss that
+            a strategy cannot honour; a decoder that does not fit the network; a storage folder that cannot be written;
+            a tracking server that rejects the credentials; more CPUs or GPUs than this machine has (unless RAY_ADDRESS
+            names a cluster).
     """
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
@@ -53,6 +57,7 @@ def preflight(spec: StudySpec) -> None:
         _loss_problems,
         _decoder_problems,
         hint_problems,
+        warm_start_problems,
         cost_problems,
         _machine_problems,
         _storage_problems,
@@ -181,9 +186,39 @@ def _decoder_problems(spec: StudySpec) -> Iterator[Problem]:
     except ValueError:  # reported by `_model_problems`
         return
     try:
-        structure(spec, classes=2)
+        model = structure(spec, classes=2)
     except ValueError as error:
         yield Problem(("model", "decoder" if spec.model.decoder else "name"), str(error))
+        return
+    if spec.search.batch_size == 1 and any(_trains_batch_norm(entry, spec.task) for entry in spec.strategies):
+        yield from _single_picture_problems(spec, model)
+
+
+def _trains_batch_norm(entry: StrategyEntry, task: str) -> bool:
+    """Whether some configuration has the network's BatchNorm in train mode."""
+    for hparams in points(entry, task):
+        try:
+            config = strategy_class(entry.name, task).from_hparams(hparams).config
+        except ValueError:  # reported by `_phase_problems`
+            continue
+        if getattr(config, "bn_mode", "eval") == "train":
+            return True
+    return False
+
+
+def _single_picture_problems(spec: StudySpec, model: TaskModel) -> Iterator[Problem]:
+    """Batches of one picture for a network whose BatchNorm has one element per channel."""
+    side = spec.data.image_size or backbone_data_config(model_of(spec)).image_size
+    if not any(isinstance(module, BATCH_NORMS) for module in model.backbone.modules()):
+        return
+    try:
+        model.train()(torch.zeros(1, 3, side, side, device="meta"))
+    except ValueError as error:  # torch refuses to normalise a single element
+        yield Problem(
+            ("search", "batch_size"),
+            f"batches of one picture leave one element per channel to a BatchNorm of {spec.model.name} at {side} px "
+            f"({error}). Raise search.batch_size or data.image_size.",
+        )
 
 
 def _machine_problems(spec: StudySpec) -> Iterator[Problem]:

@@ -58,13 +58,16 @@ HARMLESS = (
     "name", "storage", "keep", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # additional measurements
     "search.evaluate_at_rungs",
-    "data.root", "data.on_bad", "data.on_leak", "data.label",  # the images themselves are covered by their digest
+    # Images, labels and masks themselves are covered by their digest.
+    "data.root", "data.on_bad", "data.on_leak", "data.label", "data.labels*", "data.ignore", "data.mask",
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",
 )  # fmt: skip
 """Keys, or patterns of keys, that no number of a trial depends on. `_harmless` adds raising `search.trials`, and the
 patch level of Python, and takes out `LAYOUT`."""
 LAYOUT = "resources.channels_last"
 """Key of the memory layout: the one of `resources` that the bits of a trial depend on."""
+BEFORE = {"task": "classification"}
+"""Keys that the journals of earlier versions lack → the value that they stand for."""
 NOTES = {
     "dataset_digest": "images, classes or splits differ",
     "versions.code": "Luthier's own code differs, as after an update",
@@ -110,8 +113,8 @@ class ChangedStudyError(PreflightError):
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Differences between two `study_started` headers, in the order of the study file."""
-    old = _flat(before)
-    new = _flat(now)
+    old = {**BEFORE, **_flat(before)}
+    new = {**BEFORE, **_flat(now)}
     differences = []
     for key in dict.fromkeys([*new, *old]):
         old_value = old.get(key, _ABSENT)

@@ -6,6 +6,7 @@ Every event has `seq` (0, 1, 2 …), `time` (seconds since the epoch, never decr
 `kind`; its line ends with a checksum. The kinds are
 
     study_started{format, study, spec, versions, dataset_digest, …}    study_finished{state}
+    warm_start{studies, entries}: what the search takes over from earlier studies, by label of an entry
     measured{what, metrics, curves}: of the study as a whole, such as the plasticity of the pretrained network
     trial_suggested{trial_id, number, seed, role, held_out, sample, strategy, label, hparams, config_hash,
                     search_values}

@@ -22,6 +22,8 @@ the trial again starts it over."""
 
 MEMORY_LAYOUT = "memory_layout"
 """Kind of the event with a study's measured memory layout: `channels_last`, `device` and, on a CPU, `seconds`."""
+WARM_START = "warm_start"
+"""Kind of the event with what a study takes over from earlier ones (`orchestrator.search.warm_start`)."""
 INTERRUPTED = "interrupted"
 """Failure reason of a trial that was open when its driver ended."""
 RESUMED = frozenset({INTERRUPTED, "infra", "stalled", "host_oom"})
@@ -213,12 +215,12 @@ def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Fields of the latest `study_started` event, with `first_started`, `state`, `ended` and `changes` added.
 
     `first_started` and `ended` are seconds since the epoch; `state` is `running`, or that of `study_finished`;
-    `changes` is the contents of `SettingChanges`; `memory_layout`, where it was measured, are the fields of its event.
-    Empty if the study never started.
+    `changes` is the contents of `SettingChanges`; `memory_layout` and `warm_start` are the fields of these events,
+    where there are any. Empty if the study never started.
     """
     header: dict[str, Any] = {}
     first: float | None = None
-    layout: dict[str, Any] | None = None
+    lasting: dict[str, dict[str, Any]] = {}
     changes = SettingChanges()
     for event in events:
         changes.add(event)
@@ -227,10 +229,10 @@ def study_header(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             header = {k: v for k, v in event.items() if k not in ("seq", "kind")} | {"state": "running"}
             header["first_started"] = first
             header["changes"] = list(changes.made)
-            if layout is not None:
-                header["memory_layout"] = layout
-        elif event["kind"] == MEMORY_LAYOUT and header:
-            layout = header["memory_layout"] = {k: v for k, v in event.items() if k not in ("seq", "time", "kind")}
+            header |= lasting
+        elif event["kind"] in (MEMORY_LAYOUT, WARM_START) and header:
+            lasting[event["kind"]] = {k: v for k, v in event.items() if k not in ("seq", "time", "kind")}
+            header |= lasting
         elif event["kind"] == "study_finished" and header:
             header["state"] = event.get("state", "complete")
             header["ended"] = event["time"]

@@ -1,7 +1,7 @@
 """The report's section on errors: what each entry's representative trial gets wrong, and which features moved.
 
-Values for the template, from kept predictions; names of classes, domains and samples are escaped there. What it has is
-of classification; a study of another task gets one sentence in its place.
+Values for the template, from kept predictions; names of classes, domains and samples are escaped there. What it has of
+segmentation is in `orchestrator.report.mask_section`; a study of another task gets one sentence in its place.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
+from orchestrator.report.mask_section import mask_entry
 from orchestrator.report.similarity import FeatureSimilarity
 from orchestrator.report.thumbnails import Thumbnails, find_store
 from orchestrator.results import figures
@@ -34,7 +35,7 @@ from orchestrator.results.predictions import PredictionsError, read_predictions
 from orchestrator.results.reliability_figure import SplitReliability, reliability_figure
 from orchestrator.results.selection import confirmations, representative
 from orchestrator.wording import counted, listed
-from trainables.specs.metrics import CLASSIFICATION, ECE, ECE_SCALED, TEMPERATURE, TEST, ood_domain
+from trainables.specs.metrics import CLASSIFICATION, ECE, ECE_SCALED, SEGMENTATION, TEMPERATURE, TEST, ood_domain
 
 if TYPE_CHECKING:
     from orchestrator.results.errors import Floats, Integers
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 Similarities = Mapping[int, FeatureSimilarity | str]
 """Number of a trial → its similarities, or the reason why they could not be measured."""
 
+TEMPLATES = {CLASSIFICATION.task: "errors.html", SEGMENTATION.task: "mask_errors.html"}
+"""Task → template of its section."""
 MATRIX_CLASSES = 20
 """Up to this many classes the confusion matrix is shown; of more, the pairs that are confused most."""
 MOST_PAIRS = 20
@@ -89,20 +92,24 @@ def error_section(results: Results, dataset_digest: str, similarities: Similarit
         dataset_digest: of the study's data store, for the thumbnails.
         similarities: of the representative trials; None = not measured.
     """
-    if results.metrics.task != CLASSIFICATION.task:
-        problem = f"Confusion, results per class and pictures of errors are shown for {CLASSIFICATION.task}; the task "
-        return {"problem": f"{problem}of this study is {results.metrics.task}.", "entries": []}
+    task = results.metrics.task
+    if task not in TEMPLATES:
+        problem = f"Confusion, results per class and pictures of errors are shown for {listed(list(TEMPLATES))}; the "
+        return nothing(f"{problem}task of this study is {task}.")
     try:
         trials = representatives(results)
     except ValueError as error:
-        return {"problem": str(error), "entries": []}
+        return nothing(str(error))
     store = None if results.folder is None else find_store(results.folder, dataset_digest)
     thumbnails = Thumbnails(store)
     entries = []
     lacking: dict[str, list[str]] = {}
     for label, record in trials.items():
         try:
-            entries.append(_entry(results, record, thumbnails, similarities))
+            if task == SEGMENTATION.task:
+                entries.append(mask_entry(results, record, thumbnails))
+            else:
+                entries.append(_entry(results, record, thumbnails, similarities))
         except PredictionsError as error:
             reason = "" if _was_never_there(results, record) else str(error)
             lacking.setdefault(reason, []).append(f"{label} (trial {record.number})")
@@ -116,7 +123,12 @@ def error_section(results: Results, dataset_digest: str, similarities: Similarit
         )
     elif thumbnails.left <= 0:
         notes.append("Pictures are left out from where the page had as many as it may have.")
-    return {"problem": " ".join(notes), "entries": entries}
+    return {"problem": " ".join(notes), "entries": entries, "template": TEMPLATES[task]}
+
+
+def nothing(problem: str) -> dict[str, Any]:
+    """The section of a study whose errors cannot be shown."""
+    return {"problem": problem, "entries": [], "template": TEMPLATES[CLASSIFICATION.task]}
 
 
 def _not_kept(labels: Sequence[str]) -> str:

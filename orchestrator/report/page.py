@@ -26,7 +26,7 @@ from jinja2 import Environment, FunctionLoader
 from orchestrator.errors import redact
 from orchestrator.record.changes import Change
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header, validation_score
-from orchestrator.report.error_section import error_section
+from orchestrator.report.error_section import error_section, nothing
 from orchestrator.report.front import front_section
 from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
@@ -45,6 +45,7 @@ from orchestrator.results.leaderboard import (
 )
 from orchestrator.results.selection import Choice
 from orchestrator.results.study_results import Results
+from orchestrator.search.warm_start import warm_start_sentences
 from trainables.specs.metrics import TaskMetrics
 from trainables.storage.atomic_files import write_text
 
@@ -188,6 +189,9 @@ def _facts(header: Mapping[str, Any], records: Sequence[TrialRecord]) -> Iterato
     layout = header.get("memory_layout")
     if layout is not None:
         yield "memory layout", "channels last" if layout["channels_last"] else "contiguous"
+    lines = warm_start_sentences(header)
+    if lines:
+        yield "warm start", " ".join(line.strip() for line in lines).removeprefix("Warm start ")
     states = Counter(record.state for record in records)
     yield "trials", ", ".join(f"{count} {state}" for state, count in states.most_common()) or "none yet"
     again = sum(max(0, record.attempts - 1) for record in records)
@@ -235,7 +239,7 @@ def _errors(results: Results, header: Mapping[str, Any], similarities: Similarit
         return error_section(results, str(header.get("dataset_digest")), similarities)
     except Exception as error:  # files that cannot be read must not cost the page
         logger.warning("The report is made without its section on errors (%s: %s)", type(error).__name__, error)
-        return {"problem": f"The errors cannot be shown ({type(error).__name__}).", "entries": []}
+        return nothing(f"The errors cannot be shown ({type(error).__name__}).")
 
 
 def _trial(record: TrialRecord, metrics: TaskMetrics) -> list[str]:

@@ -362,8 +362,7 @@ def print_table(console: Console, rows: Sequence[Row], metrics: TaskMetrics = CL
         if row["seeds"]:
             parts = [f"trial {row['number']}", configuration(row)]
             if not whole:
-                texts = cells(row, metrics)[-len(further) :]
-                named = zip(further, texts, strict=True)
+                named = zip(further, cells(row, metrics)[-len(further) :], strict=True)
                 parts[1:1] = [f"{metric.heading or metric.title} {text}" for metric, text in named]
             if has_gains(rows) and not wide and row["strategy"] != PROBE:
                 texts = zip(gains(row), ("", " OOD"), strict=True)

@@ -104,10 +104,10 @@ def read_predictions(path: Path, outputs: bool = True) -> pa.Table:
 
 def output_matrix(table: pa.Table) -> NDArray[Any]:
     """(n, K) outputs of kept predictions or of some of their rows, without a copy as Python numbers."""
-    return _matrix(table, "output")
+    return matrix(table, "output")
 
 
-def _matrix(table: pa.Table, name: str) -> NDArray[Any]:
+def matrix(table: pa.Table, name: str) -> NDArray[Any]:
     """A column of fixed-size lists as (n, m)."""
     column = table.column(name)
     parts = [np.asarray(chunk.flatten()) for chunk in column.chunks if len(chunk)]
@@ -350,8 +350,8 @@ def _of_pixels(
 
     Strata are the splits.
     """
-    intersection = _matrix(table, INTERSECTION)
-    union = _matrix(table, UNION)
+    intersection = matrix(table, INTERSECTION)
+    union = matrix(table, UNION)
     values: list[Floats] = []
     for part in rows:
         computed = function(PixelCounts(intersection[part], union[part]))

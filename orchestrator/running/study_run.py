@@ -20,6 +20,7 @@ from orchestrator.errors import redact
 from orchestrator.planning.build import make_promotions, make_scheduler, planned_units, retention_of, settings_of
 from orchestrator.planning.estimates import count_trials
 from orchestrator.planning.fsr import Hints, lambda_hints
+from orchestrator.planning.warm_start import warm_start_of
 from orchestrator.ray_internals import (
     actor_failures_as_trial_failures,
     in_memory_tune_storage,
@@ -29,6 +30,7 @@ from orchestrator.record.changes import check_changes, versions
 from orchestrator.record.checkpoints import checkpoint_folder, keep_now, tidy
 from orchestrator.record.journal import Journal, fold
 from orchestrator.record.kept_files import tidy_kept
+from orchestrator.record.records import WARM_START
 from orchestrator.running.cluster_watch import ClusterWatch
 from orchestrator.running.failure_policy import CircuitBreaker, is_out_of_memory, report_disk_errors
 from orchestrator.running.journal_callback import RecordCallback, close_open_trials, withdraw_trials
@@ -37,6 +39,7 @@ from orchestrator.running.progress import Progress
 from orchestrator.running.tracking_process import follow
 from orchestrator.running.watchdog import Watchdog
 from orchestrator.search.searcher import StudySearcher
+from orchestrator.search.warm_start import WarmStart
 from orchestrator.study_file.yaml_text import write_yaml
 from trainables.engine.tune_trainable import TuneTrainable
 from trainables.models.backbone import DataConfig, backbone_data_config
@@ -89,6 +92,7 @@ class StudyRun:
             journal = opened.enter_context(Journal(self.folder / "journal.jsonl"))
             changed = check_changes(journal.events(), self._facts(), self.allow_change)
             hints = lambda_hints(self.spec, self.folder, self.store.digest) if self.search else Hints()
+            warm_start = warm_start_of(self.spec, journal.events()) if self.search else WarmStart()
             # After the check: a refused run leaves the copy of the study that the folder holds.
             (self.folder / "study.yaml").write_text(write_yaml(plain_spec(self.spec)))
             cluster = opened.enter_context(connect(nice=self.spec.resources.nice or 0))
@@ -105,13 +109,15 @@ class StudyRun:
                 resources = {**request, "concurrent": concurrent}
                 changes = {change.key: [change.was, change.now] for change in changed}
                 journal.append("study_started", **self._facts(), resources=resources, changed=changes, **hints.fields())
+                if warm_start.studies and not warm_start.is_last_of(journal.events()):
+                    journal.append(WARM_START, **warm_start.fields())
                 if self.search:
                     measure_start(self.spec, self.task, journal, request)
                 task = with_layout(self.spec, self.task, journal, request)
                 # One state of the rungs for searcher, scheduler and journal.
                 promotions = make_promotions(self.spec, fold(journal.events()))
                 restarted = any(not change.harmless for change in changed)
-                searcher = self._searcher(task, journal, hints, restarted, promotions)
+                searcher = self._searcher(task, journal, hints, warm_start, restarted, promotions)
                 self._tune(task, journal, searcher, promotions, progress, request, concurrent)
                 if self.search:  # the stages alone ask for none of the search's trials
                     withdraw_trials(journal, self.folder)
@@ -178,12 +184,13 @@ class StudyRun:
         task: SharedTrialSettings,
         journal: Journal,
         hints: Hints,
+        warm_start: WarmStart,
         changed: bool,
         promotions: Promotions | None,
     ) -> StudySearcher:
         spec = self.spec
         return StudySearcher(
-            settings_of(spec, task, hints.values),
+            settings_of(spec, task, hints.values, warm_start),
             url=f"sqlite:///{self.folder}/optuna.db",
             study_name=spec.name,
             stages=self.stages(task),

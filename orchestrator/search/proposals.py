@@ -17,7 +17,8 @@ from orchestrator.search.ledger import Ledger, identity
 from orchestrator.search.paper_sweep import Later, Sweep
 from orchestrator.search.sampling import LEARNING, make_sampler
 from orchestrator.search.space import SearchSpace
-from orchestrator.search.stages import search_seed
+from orchestrator.search.stages import Entry, search_seed
+from orchestrator.search.warm_start import WarmStart
 from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
@@ -36,10 +37,11 @@ class Proposals:
     """Proposes search trials; the next one follows from the ledger, the seed and the arguments alone.
 
     Order: the default point of every searched entry and the first point of every sweep; hints that are new to the
-    study, each with its entry's defaults; trials that an earlier driver left unfinished; the rest of the sweeps; then
-    the sampler's proposals. Where the budget is allocated to the entries (`orchestrator.search.allocation`), a sampler
-    of each entry's own chooses its values; else one sampler chooses entry and values, after `ROUNDS` rounds over the
-    searched entries. A sweep that waits for its own trials does not block the others.
+    study, each with its entry's defaults; the first points of a warm start; trials that an earlier driver left
+    unfinished; the rest of the sweeps; then the sampler's proposals. Where the budget is allocated to the entries
+    (`orchestrator.search.allocation`), a sampler of each entry's own chooses its values; else one sampler chooses entry
+    and values, after `ROUNDS` rounds over the searched entries. A sweep that waits for its own trials does not block
+    the others.
 
     Args:
         space: what may be proposed.
@@ -48,6 +50,8 @@ class Proposals:
         trials: budget of the search.
         maximise: whether a higher (first) objective is better.
         hints: see `orchestrator.search.searcher.SearchSettings`.
+        warm_start: what is taken over from earlier studies.
+        learns: whether the entries' samplers see its trials.
 
     Raises:
         SearchError: the budget is smaller than the default points and sweeps.
@@ -61,6 +65,8 @@ class Proposals:
         trials: int,
         maximise: bool = True,
         hints: Mapping[str, Mapping[str, Any]] | None = None,
+        warm_start: WarmStart | None = None,
+        learns: bool = False,
     ) -> None:
         space.check_budget(trials)
         self.space = space
@@ -75,6 +81,9 @@ class Proposals:
         self.exhausted = not space.searched
         """Whether the sampler has nothing new to propose."""
         self.hints = {label: values for label, values in (hints or {}).items() if label in space.searched}
+        warm_start = warm_start or WarmStart()
+        self._first_points = warm_start.first_points(space.searched)
+        self._earlier = {label: warm_start.trials_of(label) if learns else () for label in space.searched}
         self._rounds = 0
         if space.searched and space.sampler != "random" and space.allocation == "sampler":
             # At most half of the remaining budget goes into the rounds.
@@ -100,6 +109,9 @@ class Proposals:
             if not self._hinted(ledger, label, values):
                 hint = {f"{label}.{key}": value for key, value in values.items()}
                 return self._draw(ledger, self.space.default(self.space.searched[label]) | hint)
+        for entry, values in self._first_points:
+            if not self._known(ledger, entry, dict(entry.fixed) | values):
+                return self._draw(ledger, self.space.point(entry, values))
         # In the order of their numbers, as they were first proposed.
         for record in sorted(ledger.interrupted.values(), key=lambda r: r.number):
             if record.role == "search" and record.label in self.space.searched and record.search_values:
@@ -124,9 +136,14 @@ class Proposals:
     def _hinted(self, ledger: Ledger, label: str, values: Mapping[str, Any]) -> bool:
         """Whether the default point with these values was proposed, in this run or an earlier one."""
         entry = self.space.searched[label]
-        point = search_spaces.default_point(entry.strategy, entry.fixed, entry.task) | dict(values)
-        hinted = TrialSpec(shared=self.task, strategy=entry.strategy, label=label, hparams=point).config_hash
-        return any(r.config_hash == hinted and r.role == "search" for r in ledger.records.values())
+        return self._known(
+            ledger, entry, search_spaces.default_point(entry.strategy, entry.fixed, entry.task) | dict(values)
+        )
+
+    def _known(self, ledger: Ledger, entry: Entry, hparams: Mapping[str, Any]) -> bool:
+        """Whether a configuration of an entry was proposed, in this run or an earlier one."""
+        spec = TrialSpec(shared=self.task, strategy=entry.strategy, label=entry.label, hparams=hparams)
+        return any(r.config_hash == spec.config_hash and r.role == "search" for r in ledger.records.values())
 
     def _round(self, ledger: Ledger) -> dict[str, Any]:
         """Optuna's parameter of the next entry in the first rounds; empty = the sampler chooses the entry."""
@@ -197,7 +214,8 @@ class Proposals:
         if attempt == 0 and not (allocated and names_entry_only):
             return dict(fixed)
         if allocated:
-            return entry_parameters(study, self.space.searched[fixed["strategy"]], sampler, seed)
+            label = fixed["strategy"]
+            return entry_parameters(study, self.space.searched[label], sampler, seed, self._earlier[label])
         return {}
 
     def _spec(self, trial: Trial) -> TrialSpec:

@@ -24,6 +24,7 @@ from orchestrator.search.proposals import Proposals
 from orchestrator.search.sampling import check_sampler, maximised
 from orchestrator.search.space import SearchError, SearchSpace, space_contents
 from orchestrator.search.stages import Entry, Stage
+from orchestrator.search.warm_start import WarmStart, learns_from_trials
 from trainables.specs.metrics import CLASSIFICATION, TaskMetrics
 from trainables.specs.trial_spec import SharedTrialSettings, TrialSpec
 
@@ -60,6 +61,8 @@ class SearchSettings:
     Empty = the task's selection metric on ID validation alone."""
     hints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Label → values of a trial after the default points, with the others at their defaults."""
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    """What is taken over from earlier studies."""
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -125,7 +128,17 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             super().__init__(list(self.objectives), modes)
         self.max_concurrent: int | None = None
         space = SearchSpace(settings.entries, settings.sampler, settings.allocation)
-        self.proposals = Proposals(space, settings.task, settings.seed, settings.trials, maximise[0], settings.hints)
+        costs = self.objectives[1:]
+        self.proposals = Proposals(
+            space,
+            settings.task,
+            settings.seed,
+            settings.trials,
+            maximise[0],
+            settings.hints,
+            settings.warm_start,
+            learns_from_trials(settings.sampler, settings.allocation, costs),
+        )
         self._searching = searching
         # A stage alone (`searching`) leaves the paused trials of the search as they are.
         self._promotions = promotions if searching else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import distribution_to_json
@@ -91,6 +91,17 @@ class SearchSpace:
                 if key not in fixed:
                     point[f"{other.label}.{key}"] = value
         return point
+
+    def point(self, entry: Entry, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Optuna's parameters of a configuration of an entry (in a flat space, with the defaults of the other entries).
+
+        Args:
+            entry: one that is searched.
+            values: its sampled hyperparameters, by bare name.
+        """
+        prefix = f"{entry.label}."
+        others = {name: value for name, value in self.default(entry).items() if not name.startswith(prefix)}
+        return others | {f"{prefix}{key}": value for key, value in values.items()}
 
     def suggest(self, trial: BaseTrial) -> tuple[Entry, dict[str, Any]]:
         """The entry and hyperparameters of an Optuna trial, suggested by it."""

@@ -151,10 +151,11 @@ def source_problems(
             f"root is a path on this machine, but got the URL {root!r}. Copy the data to a folder that all machines "
             "can read.",
         )
-    if label is not None and source != "parquet":
+    if label is not None and source not in ("parquet", "manifest"):
         yield (
             ("label",),
-            f"only Parquet files have a label column to choose, but the source is {source!r}. Remove one of the two.",
+            f"only Parquet files and manifests have a label column to choose, but the source is {source!r}. Remove one "
+            "of the two.",
         )
 
 
@@ -203,7 +204,7 @@ def mask_problems(
             f"the classes of segmentation are in the masks, but a label column is given: {label!r}. Remove it; "
             "data.mask names the column with the masks.",
         )
-    if mask is not None and source == "folder":
+    if mask is not None and source not in ("parquet", "manifest"):
         yield ("data", "mask"), f"only tables have a mask column, but the source is {source!r}. Remove one of the two."
 
 
@@ -354,6 +355,26 @@ def balance_problems(class_weights: str | None, sampling: str | None) -> Iterato
             f"loss.class_weights {class_weights!r} and sampling {sampling!r} both correct for the frequencies of the "
             "classes: together, rare classes would outweigh the others. Leave one of the two out.",
         )
+
+
+def warm_start_problems(names: Sequence[str] | None, study: str, sampler: str) -> Iterator[RuleProblem]:
+    """Earlier studies that are none, are listed twice, or could not be used."""
+    if names is None:
+        return
+    if sampler == "paper":
+        yield (
+            ("warm_start",),
+            f"the papers' sweeps try what they list, but got warm_start [{', '.join(names)}] with sampler paper. Leave "
+            "warm_start out, or use another sampler.",
+        )
+    for index, name in enumerate(names):
+        if name == study:
+            yield (
+                ("warm_start", index),
+                f"warm_start names earlier studies, but got this study, {name!r}. Leave it out.",
+            )
+        elif name in names[:index]:
+            yield ("warm_start", index), f"the study {name!r} is listed twice."
 
 
 def sample_problems(fsr: Sequence[str], fsr_fractions: Sequence[float], train_fraction: float) -> Iterator[RuleProblem]:

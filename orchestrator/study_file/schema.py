@@ -34,9 +34,10 @@ class DataSpec(Section):
     Domains are in distribution (ID) or not (OOD).
     """
 
-    source: Literal["folder", "parquet", "npz", "digits", "digits_scenes"] = "folder"
-    """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`), Parquet files,
-    a MedMNIST-style `.npz`; `digits` and, of pictures with masks, `digits_scenes` are built in and need no root."""
+    source: Literal["folder", "parquet", "manifest", "npz", "digits", "digits_scenes"] = "folder"
+    """What `root` is: image folders `root/<domain>/<class>/*` (or `root/train|val|test/<class>/*`; of pictures with
+    masks see docs/data.md), Parquet files, a manifest (CSV or JSON lines with a path per picture), a MedMNIST-style
+    `.npz`; `digits` and, of pictures with masks, `digits_scenes` are built in and need no root."""
     root: str | None = None
     """Folder or file with the images. A relative path counts from the study file's folder."""
     id: list[str] = []
@@ -79,19 +80,19 @@ class DataSpec(Section):
     none. Splits of the source's own stay as they are. null = near, but a study that was begun with an earlier version
     keeps its splits."""
     label: str | None = None
-    """Column of Parquet files that holds the classes. null = the first of `label`, `labels`, `class`, `target`,
-    `category`, `fine_label`, `coarse_label`."""
+    """Column of Parquet files or of a manifest that holds the classes. null = the first of `label`, `labels`, `class`,
+    `target`, `category`, `fine_label`, `coarse_label`."""
     labels: dict[str, int | str | list[int | str]] | str | None = None
     """Segmentation: classes and their values in the masks, `{background: 0, object: 255}`. A value is an integer or a
     colour, `'48,112,32'` or `'#307020'`; several make a list. Or a label file (CVAT's `labelmap.txt`,
     `class_dict.csv`), or a published table: `cityscapes` (label ids), `cityscapes-train-ids`. null = a label file
     beside the masks, else a class per value, named by it. A value without a class is an error."""
-    ignore: list[int | str] | int | str | None = None
+    ignore: list[int | str] | None = None
     """Segmentation: values or colours of masks that count nowhere: not in the loss, not in a score, not as a class.
     null = 255, unless `labels` gives it a class; `[]` = none."""
     mask: str | None = None
-    """Segmentation: column of Parquet files or of a manifest that holds the masks. null = the first of `mask`, `masks`,
-    `label`, `labels`, `annotation`, `segmentation`."""
+    """Segmentation: column of Parquet files or of a manifest that holds the masks. null = `mask`, or the
+    first of the other usual names (docs/data.md)."""
     augment: list[str] = []
     """Training augmentations: any of `flip`, `crop`; of pictures with masks also `scale` (by 1/2 to 2) and `jitter` of
     brightness, contrast and saturation."""
@@ -371,6 +372,11 @@ class StudySpec(Section):
     strategies: Annotated[list[Annotated[StrategyEntry, BeforeValidator(rules.named_entry)]], Field(min_length=1)]
     """Ways of fine-tuning that compete under one budget."""
     search: SearchSpec = SearchSpec()
+    warm_start: Annotated[list[Annotated[str, BeforeValidator(rules.check_name)]], Field(min_length=1)] | None = None
+    """Names of earlier studies in the same storage, finished or interrupted, that the search starts from, also of other
+    data or another network. Every entry first tries its default point, then the configurations of its strategy that
+    were best there (docs/search.md). They are read when the study starts for the first time, never again. null =
+    none."""
     loss: LossSpec = LossSpec()
     confirm: ConfirmSpec = ConfirmSpec()
     diagnostics: DiagnosticsSpec = DiagnosticsSpec()
@@ -396,6 +402,7 @@ class StudySpec(Section):
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
             *rules.balance_problems(self.loss.class_weights, data.sampling),
+            *rules.warm_start_problems(self.warm_start, self.name, self.search.sampler),
         )
         return self
 

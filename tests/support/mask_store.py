@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.data.mask_views import IGNORED
+from trainables.data.store import IGNORED
 
 CLASSES = ("ground", "red", "blue")
 COLOURS = {1: (220, 60, 50), 2: (40, 80, 220)}

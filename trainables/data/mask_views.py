@@ -12,9 +12,6 @@ from typing import overload
 
 from torch import Tensor
 
-IGNORED = 255
-"""Value of a mask's pixels that count nowhere: not in the loss, not in a score."""
-
 
 @dataclass(frozen=True)
 class Box:

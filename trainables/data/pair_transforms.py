@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from trainables.data.mask_views import IGNORED, Box
+from trainables.data.mask_views import Box
+from trainables.data.store import IGNORED
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainables.data.splits import TEST, TRAIN, VAL, stratified_split
 from trainables.demo.digits import SHIFTS, handwritten_digits, printed_digits, shift
 from trainables.specs.seeds import stream_seed
 
@@ -21,6 +20,8 @@ Picture = NDArray[np.uint8]
 CLASSES = ("background", *"0123456789")
 COUNTS = {"train": 320, "val": 96, "test": 96}
 """Scenes of each split."""
+SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
+"""Shares of the handwritten digits."""
 SIDES = (56, 73)
 """Sides of a scene: from 56 to 72 pixels."""
 CELL = 28
@@ -56,10 +57,9 @@ def scenes(seed: int) -> dict[str, list[Scene]]:
         seed: of everything that is random.
     """
     images, labels = handwritten_digits()
-    codes = stratified_split(labels, np.zeros_like(labels), 0.2, 0.2, seed)
+    parts = _parts(labels, np.random.default_rng(stream_seed(seed, "scenes")))
     drawn: dict[str, list[Scene]] = {}
-    for name, code in (("train", TRAIN), ("val", VAL), ("test", TEST)):
-        rows = codes == code
+    for name, rows in parts.items():
         random = np.random.default_rng(stream_seed(seed, "scenes", name))
         drawn[name] = _compose(images[rows], labels[rows], _photographs(name), COUNTS[name], random)
     for kind in SHIFTED:
@@ -71,6 +71,17 @@ def scenes(seed: int) -> dict[str, list[Scene]]:
     random = np.random.default_rng(stream_seed(seed, "scenes", "printed"))
     drawn["printed"] = _compose(printed, printed_labels, _photographs("test"), COUNTS["test"], random)
     return drawn
+
+
+def _parts(labels: NDArray[np.int64], random: np.random.Generator) -> dict[str, NDArray[np.int64]]:
+    """Rows of the digits that each split may use, the same shares of every class."""
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in SHARES}
+    for label in np.unique(labels):
+        rows = random.permutation(np.flatnonzero(labels == label))
+        ends = np.rint(np.cumsum(list(SHARES.values())) * len(rows)).astype(np.int64)
+        for name, part in zip(SHARES, np.split(rows, ends[:-1]), strict=True):
+            parts[name].append(part)
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
 def _photographs(split: str) -> list[Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from trainables.models.precision import resolve_precision
 from trainables.specs.measurements import Curve
 from trainables.specs.metrics import TEST
 from trainables.specs.seeds import stream_seed
+from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,19 +90,23 @@ class Diagnosis:
             rule = "CKA is left out: it needs at least %d images, but the ID test has %d"
             log.warning(rule, SMALLEST_BATCH, data.size(TEST))
             return {}
+        # As the task reads it: a head may have the last stage dilated, which changes activations but no weight.
+        before: nn.Module = data.reference
+        if not model.pooled:
+            before = task_of(data).build_model(dataclasses.replace(data.backbone, module=data.reference), 0).backbone
         after: nn.Module = model.backbone
         size = CKA_BATCH
         count = CKA_IMAGES // CKA_BATCH
-        if is_pristine(model.backbone, data.reference):
+        if is_pristine(model.backbone, before):
             # CKA of a network with itself is 1 on any images.
-            after = data.reference
+            after = before
             size = SMALLEST_BATCH
             count = 1
         # A constant seed, not the trial's: CKA of two trials is compared, so both are to see the same images.
         batches = data.batches(TEST, batch_size=size, shuffle_seed=stream_seed(0, "cka"))
         images = (batch for batch, _ in islice(batches, count))
         dtype = resolve_precision(data.spec.shared.precision, data.device)
-        return cka_report(block_cka(data.reference, after, images, dtype))
+        return cka_report(block_cka(before, after, images, dtype))
 
     def _plasticity(self, model: TaskModel) -> dict[str, float | Curve]:
         try:

@@ -25,6 +25,7 @@ from trainables.specs.metrics import (
     id_domain,
     ood,
 )
+from trainables.tasks.base import Statistic
 from trainables.tasks.registry import task_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ FeatureWatch = Callable[[Tensor], None]
 """Called with the features (B, …) of every batch of a split, in order and without shuffling."""
 Watch = Callable[[str], FeatureWatch]
 """Split → its `FeatureWatch`."""
-OutputWatch = Callable[[str, tuple[Tensor, Tensor] | None, Mapping[str, Tensor]], None]
+OutputWatch = Callable[[str, tuple[Tensor, Tensor] | None, Mapping[str, Statistic]], None]
 """Called once per split with its name, outputs (N, …) float32 and targets (N, …) or None where the task does not keep
 them, and the statistics of each sample (`MetricAccumulator.per_sample`), all on the CPU and in the order of
 `TrialData.names`."""
@@ -162,7 +163,8 @@ def complete_scores(
     task = task_of(data)
     metrics = task.metrics
     cached = uses_cached_features(model, data)
-    validation = task.accumulator()
+    new_accumulator = task.accumulator if outputs is None else task.recording_accumulator
+    validation = new_accumulator()
     recorder = _OutputRecorder(validation) if outputs is not None and task.keeps_predictions else None
     _evaluate(model, data, VAL, cached, validation if recorder is None else recorder)
     if outputs is not None:
@@ -176,7 +178,7 @@ def complete_scores(
     values: dict[str, dict[str, float]] = {}
     of_domains: dict[str, float] = {}
     for split in (TEST, *map(ood, data.ood_domains)):
-        whole = accumulators[split] = task.accumulator()
+        whole = accumulators[split] = new_accumulator()
         domains = _domain_accumulators(task, data) if split == TEST else {}
         target = _ByDomain(whole, domains, data) if domains else whole
         recorder = _OutputRecorder(target) if outputs is not None and task.keeps_predictions else None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainables.specs.metrics import CLASSIFICATION
-from trainables.tasks.registry import task_class
 
 if TYPE_CHECKING:
     from trainables.engine.contract import Strategy
@@ -40,4 +39,6 @@ def strategy_class(name: str, task: str = CLASSIFICATION.task) -> type[Strategy]
         raise ValueError(f"A strategy is one of {', '.join(names)}, but got {name!r}. {hint}".rstrip())
     module = importlib.import_module(f"trainables.{name}")
     strategy: type[Strategy] = module.STRATEGY
-    return strategy.for_task(task_class(task))
+    # On demand as well: tasks import torch, which the names of strategies do not need.
+    tasks = importlib.import_module("trainables.tasks.registry")
+    return strategy.for_task(tasks.task_class(task))

@@ -63,7 +63,7 @@ from trainables.specs.seeds import stream_seed
 from trainables.specs.trial_spec import TrialSpec
 from trainables.storage.checkpoint_format import RunState
 from trainables.storage.kept_predictions import SplitPredictions
-from trainables.tasks.base import Task
+from trainables.tasks.base import Statistic, Task
 from trainables.tasks.registry import task_class, task_of_trial
 
 if TYPE_CHECKING:
@@ -334,14 +334,18 @@ class Trial:
             "result": flat_metrics(result),
         }
 
-    def _collect(self, split: str, predictions: tuple[Tensor, Tensor] | None, statistics: Mapping[str, Tensor]) -> None:
+    def _collect(
+        self, split: str, predictions: tuple[Tensor, Tensor] | None, statistics: Mapping[str, Statistic]
+    ) -> None:
         assert self._built is not None
         outputs, targets = (None, None) if predictions is None else (tensor.numpy() for tensor in predictions)
         self._predictions[split] = SplitPredictions(
             names=self._built.data.names(split),
             targets=targets,
             outputs=outputs,
-            statistics={name: value.numpy() for name, value in statistics.items()},
+            statistics={
+                name: value if isinstance(value, list) else value.numpy() for name, value in statistics.items()
+            },
         )
 
     def _stream(self, *names: str | int) -> int:

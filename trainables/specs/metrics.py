@@ -415,12 +415,11 @@ CLASSIFICATION = TaskMetrics(
 
 MEAN_IOU = Metric(
     "miou",
-    "mean intersection over union",
+    "mIoU",
     "max",
     "fraction",
-    "Mean over the classes of TP / (TP + FP + FN), counted in labelled pixels over the whole split, at each mask's own "
-    "size. Classes that neither masks nor predictions have are left out.",
-    heading="mIoU",
+    "Mean intersection over union: the mean over the classes of TP / (TP + FP + FN), counted in labelled pixels over "
+    "the whole split, at each mask's own size. Classes that neither masks nor predictions have are left out.",
 )
 MEAN_IOU_CLASSES = Metric(
     "miou_classes",
@@ -441,6 +440,11 @@ PIXEL_ACCURACY = Metric(
     "fraction",
     "Share of labelled pixels whose top class is their label.",
 )
+
+IOU_TABLE = "iou_per_class"
+"""Name of the table of intersections over union by class and split."""
+PIXEL_CONFUSION_TABLE = "pixel_confusion"
+"""Name of the table of pixels by label and prediction."""
 
 SEGMENTATION = TaskMetrics(
     task="segmentation",

@@ -37,8 +37,8 @@ class SplitPredictions:
     """(N,); None = the task does not keep them."""
     outputs: NDArray[np.float32] | None
     """(N, K), for classification logits; None = the task does not keep them."""
-    statistics: Mapping[str, NDArray[Any]]
-    """(N,) or (N, m), by name."""
+    statistics: Mapping[str, NDArray[Any] | list[bytes]]
+    """(N,), (N, m) or the content of N files, by name."""
 
 
 def save_predictions(path: str | Path, splits: Mapping[str, SplitPredictions], meta: Mapping[str, Any]) -> FileIdentity:
@@ -86,8 +86,18 @@ def _table(splits: Mapping[str, SplitPredictions]) -> pa.Table:
         columns["output"] = _rows(np.concatenate(outputs))
     # All splits have the statistics of the same task.
     for key in next(iter(splits.values())).statistics:
-        columns[f"{STATISTIC}{key}"] = _rows(np.concatenate([split.statistics[key] for split in splits.values()]))
+        columns[f"{STATISTIC}{key}"] = _column([split.statistics[key] for split in splits.values()])
     return pa.table(columns)
+
+
+def _column(parts: Sequence[NDArray[Any] | list[bytes]]) -> pa.Array:
+    """A statistic of all splits below each other."""
+    import pyarrow as pa
+
+    arrays = [part for part in parts if not isinstance(part, list)]
+    if arrays:
+        return _rows(np.concatenate(arrays))
+    return pa.array([content for part in parts for content in part], pa.binary())
 
 
 def _rows(values: NDArray[Any]) -> pa.Array:

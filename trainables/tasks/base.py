@@ -63,6 +63,10 @@ PLAIN = TaskSettings()
 """A task as it is."""
 
 
+Statistic = Tensor | list[bytes]
+"""Of N samples: a tensor (N, …), or the content of one file of each, such as a mask as PNG."""
+
+
 class TrainingMetrics(Protocol):
     """Metrics of the batches of one unit of training, summed on the device.
 
@@ -114,8 +118,8 @@ class MetricAccumulator(Protocol):
             ValueError: no sample was taken in.
         """
 
-    def per_sample(self) -> dict[str, Tensor]:
-        """Sufficient statistics of each sample by name, (N, …) on the CPU.
+    def per_sample(self) -> Mapping[str, Statistic]:
+        """Sufficient statistics of each sample by name, (N, …) on the CPU or one file's content per sample.
 
         Correct or not; intersection and union per class; the score of an answer. For intervals over samples and paired
         comparisons.
@@ -235,6 +239,14 @@ class Task(ABC):
     @abstractmethod
     def accumulator(self) -> MetricAccumulator:
         """Empty counts of all metrics but `metrics.training`, for one split."""
+
+    def recording_accumulator(self) -> MetricAccumulator:
+        """Empty counts for a split whose samples' statistics will be kept.
+
+        A task whose predictions are too large for `keeps_predictions` may keep a compact form of them, as a further
+        statistic.
+        """
+        return self.accumulator()
 
     def calibrate(self, validation: MetricAccumulator) -> Calibration | None:
         """Fit on ID validation what metrics of the tested weights need; None = nothing."""

@@ -27,7 +27,8 @@ FINE_WIDTH = 128
 U_NET_WIDTHS = (256, 128, 64, 32, 16)
 """Channels of U-Net's blocks, from coarse to fine."""
 ATROUS_RATES = (6, 12, 18)
-"""Dilations of the pyramid pooling at output stride 16 (Chen et al., 2018, section 4.1)."""
+"""Dilations of the pyramid pooling at output stride 16 (Chen et al., 2017, "Rethinking Atrous Convolution for Semantic
+Image Segmentation", section 3.3)."""
 
 
 class DenseHead(nn.Module):

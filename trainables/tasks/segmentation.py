@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainables.data.mask_views import IGNORED
+from trainables.data.store import IGNORED
 from trainables.models.dense_features import (
     OUTPUT_STRIDE,
     Dilation,
@@ -28,7 +28,7 @@ from trainables.models.dense_features import (
     unused_parameters,
 )
 from trainables.models.task_model import TaskModel
-from trainables.specs.metrics import SEGMENTATION, TaskMetrics
+from trainables.specs.metrics import IOU_TABLE, PIXEL_CONFUSION_TABLE, SEGMENTATION, TaskMetrics
 from trainables.specs.trial_spec import DECODERS
 from trainables.tasks.base import MetricAccumulator, Task
 from trainables.tasks.classification import focal_factor
@@ -100,6 +100,10 @@ class Segmentation(Task):
         """Confusion and likelihood on the masks' own pixels."""
         return SegmentationScores(len(self.targets.classes))
 
+    def recording_accumulator(self) -> SegmentationScores:
+        """The same, with the predicted mask of every picture."""
+        return SegmentationScores(len(self.targets.classes), keeps_masks=True)
+
     def tables(self, splits: Mapping[str, MetricAccumulator]) -> Mapping[str, Curve]:
         """Intersection over union of every class, and the confusion matrix."""
         confusions: dict[str, Tensor] = {}
@@ -107,8 +111,8 @@ class Segmentation(Task):
             assert isinstance(scores, SegmentationScores)
             confusions[split] = scores.confusion()
         return {
-            "iou_per_class": iou_table(confusions, self.targets.classes),
-            "pixel_confusion": confusion_table(confusions, self.targets.classes),
+            IOU_TABLE: iou_table(confusions, self.targets.classes),
+            PIXEL_CONFUSION_TABLE: confusion_table(confusions, self.targets.classes),
         }
 
     @torch.no_grad()

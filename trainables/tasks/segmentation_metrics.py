@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from trainables.data.mask_views import IGNORED, MaskView, MaskViews
+from trainables.data.mask_views import MaskView, MaskViews
+from trainables.data.store import IGNORED
 from trainables.specs.measurements import Curve
 from trainables.specs.metrics import MEAN_IOU, MEAN_IOU_CLASSES, PIXEL_ACCURACY, PIXEL_NLL
 from trainables.tasks.classification_tables import MOST_CELLS
@@ -159,10 +164,13 @@ class SegmentationScores:
 
     Args:
         classes: K.
+        keeps_masks: whether `per_sample` has the predicted masks, too.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, keeps_masks: bool = False) -> None:
         self._classes = classes
+        self._masks: list[bytes] | None = [] if keeps_masks else None
+        """Predicted classes of each picture, as PNG."""
         self._confusion: Tensor | int = 0
         self._nll: Tensor | float = 0.0
         """Summed over labelled pixels, float64."""
@@ -186,11 +194,15 @@ class SegmentationScores:
         values = {**values_of(confusion), PIXEL_NLL.key: float(self._nll) / pixels if pixels else math.nan}
         return values if keys is None else {key: values[key] for key in keys}
 
-    def per_sample(self) -> dict[str, Tensor]:
-        """Intersection and union (N, K) int64 of every picture's labelled pixels."""
+    def per_sample(self) -> dict[str, Tensor | list[bytes]]:
+        """Intersection and union (N, K) int64 of every picture's labelled pixels.
+
+        With the predicted mask of each as PNG, `prediction`, where they are kept.
+        """
         self._check()
         overlaps = torch.stack(self._overlaps).cpu()
-        return {"intersection": overlaps[:, 0], "union": overlaps[:, 1]}
+        counts: dict[str, Tensor | list[bytes]] = {"intersection": overlaps[:, 0], "union": overlaps[:, 1]}
+        return counts if self._masks is None else {**counts, "prediction": self._masks}
 
     def confusion(self) -> Tensor:
         """Counts (K, K) int64 on the CPU, truth by prediction."""
@@ -206,11 +218,21 @@ class SegmentationScores:
 
     def _count(self, logits: Tensor, mask: Tensor) -> None:
         """Count a whole picture: logits (K, H, W), mask (H, W)."""
-        counts = confusion_counts(logits.argmax(0), mask, self._classes)
+        predicted = logits.argmax(0)
+        counts = confusion_counts(predicted, mask, self._classes)
+        if self._masks is not None:
+            self._masks.append(encoded_mask(predicted.to(torch.uint8).cpu().numpy()))
         self._confusion = self._confusion + counts
         self._overlaps.append(torch.stack(intersection_and_union(counts)))
         losses = functional.cross_entropy(logits[None], mask[None].long(), ignore_index=IGNORED, reduction="none")
         self._nll = self._nll + losses.double().sum()
+
+
+def encoded_mask(mask: NDArray[np.uint8]) -> bytes:
+    """A mask (H, W) as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return file.getvalue()
 
 
 def logits_of_region(logits: Tensor, view: MaskView) -> Tensor:

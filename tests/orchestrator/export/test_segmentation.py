@@ -187,7 +187,7 @@ class TestPredict:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
-        "options, problem",
+        ("options", "problem"),
         [
             (["-o", "out.csv"], "a segmentation model writes masks into a folder, so give --to DIR"),
             (["--to", "out", "--domain-report"], "neither --output nor --domain-report"),
@@ -254,7 +254,7 @@ class TestFolder:
             luthier.load(folder)
 
     @pytest.mark.parametrize(
-        "changes, problem",
+        ("changes", "problem"),
         [
             ({"decoder": {"name": "mask2former"}}, "a decoder 'mask2former'"),
             ({"evaluation": {"view": "tile", "side": 32}}, "a view 'tile'"),

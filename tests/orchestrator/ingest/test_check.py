@@ -148,10 +148,11 @@ class TestDetect:
         assert detect(Path("digits")) == "digits"
 
     def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
-        (tmp_path / "x.csv").touch()
+        (tmp_path / "x.tsv").touch()
         with pytest.raises(DataError) as error:
-            detect(tmp_path / "x.csv")
+            detect(tmp_path / "x.tsv")
         assert str(error.value) == (
-            f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.csv is none of these. Unpack "
-            "archives into <class>/<image>, and put the images that a table names there too."
+            "Data must be a folder, a .parquet file, a manifest (.csv, .jsonl) or an .npz file, but "
+            f"{tmp_path}/x.tsv is none "
+            "of these. Unpack archives into <class>/<image>."
         )

@@ -225,8 +225,9 @@ def test_d28_a_tar_archive_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         check(tmp_path / "x.tar")
     assert str(error.value) == (
-        f"Data must be a folder, a .parquet file or an .npz file, but {tmp_path}/x.tar is none of these. Unpack "
-        "archives into <class>/<image>, and put the images that a table names there too."
+        "Data must be a folder, a .parquet file, a manifest (.csv, .jsonl) or an .npz file, but "
+        f"{tmp_path}/x.tar is none "
+        "of these. Unpack archives into <class>/<image>."
     )
 
 

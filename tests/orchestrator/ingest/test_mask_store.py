@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +235,18 @@ def test_a_value_of_ood_pictures_alone_is_no_class(tmp_path: Path) -> None:
     assert assignment.classes == ["background", "object", "other"]
 
 
+def test_domains_that_are_not_used_make_no_class_and_no_problem(tmp_path: Path) -> None:
+    root = write_domains(tmp_path / "data", ("photo", "sketch", "fog"))
+    save(boxes(33, 47, (5, 6, 15, 16, 4)), root / "fog" / "masks" / "000.png")
+    save(boxes(10, 10), root / "fog" / "masks" / "001.png")
+    source, assignment = survey(request_of(root, id=("photo",), ood=("sketch",)))
+    assert assignment.classes == ["0", "1"]
+    assert assignment.unused_domains == ["fog"]
+    assert source.remarks == []
+    with pytest.raises(DataError, match="1 of 18 masks"):
+        survey(request_of(root))
+
+
 @pytest.mark.parametrize("kind", ["one bit", "two bits", "four bits", "16 bits", "palette", "grey of three channels"])
 def test_values_are_those_of_the_file_whatever_its_type_of_pixel(tmp_path: Path, kind: str) -> None:
     root = tmp_path / "data"
@@ -260,8 +274,6 @@ def test_values_are_those_of_the_file_whatever_its_type_of_pixel(tmp_path: Path,
 
 def few_bits(mask: np.ndarray[Any, Any], bits: int) -> bytes:
     """A greyscale PNG of 2 or 4 bits per pixel, which Pillow reads but does not write."""
-    import struct
-    import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

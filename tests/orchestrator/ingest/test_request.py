@@ -75,7 +75,8 @@ def test_unknown_names() -> None:
     with pytest.raises(DataError) as error:
         IngestRequest(source="folders")
     assert str(error.value) == (
-        "source must be one of folder, parquet, npz, digits, but got 'folders'. Did you mean 'folder'?"
+        "source must be one of folder, parquet, manifest, npz, digits, digits_scenes, but got 'folders'. Did you mean "
+        "'folder'?"
     )
     with pytest.raises(DataError) as error:
         IngestRequest(source="digits", interpolation="cubic")

@@ -56,6 +56,15 @@ def test_p29_a_study_from_before_there_was_a_key_for_the_layout_keeps_that_of_it
     assert [change.harmless for change in changes(before, given)] == [False]
 
 
+def test_p29_a_study_from_before_there_were_tasks_is_a_classification() -> None:
+    before = header()
+    del before["spec"]["task"]
+    assert changes(before, header()) == []
+    assert [str(change) for change in changes(before, changed(spec__task="segmentation"))] == [
+        "task: classification -> segmentation"
+    ]
+
+
 def test_p29_every_difference_is_said_and_refused_with_exit_code_4() -> None:
     now = changed(spec__search__batch_size=32, versions__torch="3.0.0", dataset_digest="cd" * 32)
     now["spec"]["strategies"][1]["fixed"] = {"lr_head": 0.2, "momentum": 0.5}

@@ -101,7 +101,11 @@ def test_warnings_name_failures_labels_without_result_edges_and_few_seeds(monkey
         "No per-sample results are kept of the trials in the leaderboard: intervals are over seeds alone, without the "
         "part of the test samples, and no entry can be called ahead.",
     ]
-    assert asked == [("full", {"fixed": (), "preset": None}), ("daft", {"fixed": ("bn",), "preset": "paper"})]
+    task = {"task": "classification"}
+    assert asked == [
+        ("full", {"fixed": (), "preset": None, **task}),
+        ("daft", {"fixed": ("bn",), "preset": "paper", **task}),
+    ]
 
 
 def test_the_search_spaces_say_what_lies_at_an_edge() -> None:

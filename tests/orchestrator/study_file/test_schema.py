@@ -163,7 +163,9 @@ class TestAllAtOnce:
         with pytest.raises(StudyError) as caught:
             load_study(file)
         keys = "source, root, id, ood, image_size, crop_pct, interpolation, mean, std, val_fraction, test_fraction, "
-        keys += "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, sampling"
+        keys += (
+            "train_fraction, seed, on_bad, on_leak, copies, label, labels, ignore, mask, augment, evaluation, sampling"
+        )
         assert str(caught.value) == "\n".join(
             [
                 f"{file} is not valid, 6 problems:",
@@ -197,7 +199,7 @@ class TestRefused:
             (
                 {"modle": {}},
                 "modle: unknown key. Did you mean 'model'? Known here: name, task, data, model, strategies, "
-                "search, loss, confirm, diagnostics, resources, failures, tracking, keep, storage.",
+                "search, warm_start, loss, confirm, diagnostics, resources, failures, tracking, keep, storage.",
             ),
             ({"search": {"trials": 2.5}}, "search.trials: must be an integer, but got the number 2.5."),
             ({"search": {"trials": True}}, "search.trials: must be an integer, but got true."),
@@ -323,8 +325,27 @@ class TestRefused:
             ),
             (
                 {"data": {"label": "label_clean"}},
-                "data.label: only Parquet files have a label column to choose, but the source is 'folder'. Remove one "
-                "of the two.",
+                "data.label: only Parquet files and manifests have a label column to choose, but the source is "
+                "'folder'. Remove one of the two.",
+            ),
+            (
+                {"data": {"root": "pets", "source": "folder", "ignore": [254]}},
+                "data.ignore: only segmentation has ignore, but the task is classification. Set task: segmentation, or "
+                "remove it.",
+            ),
+            (
+                {"task": "segmentation", "data": {"source": "npz", "root": "x.npz"}},
+                "data.source: pictures with masks come from folder or parquet or manifest or digits_scenes, but got "
+                "'npz'.",
+            ),
+            (
+                {"task": "segmentation", "data": {"root": "x", "mask": "trimap"}},
+                "data.mask: only tables have a mask column, but the source is 'folder'. Remove one of the two.",
+            ),
+            (
+                {"task": "segmentation", "data": {"source": "parquet", "root": "x", "label": "y"}},
+                "data.label: the classes of segmentation are in the masks, but a label column is given: 'y'. Remove "
+                "it; data.mask names the column with the masks.",
             ),
             (
                 {"data": {"root": "s3://bucket/pets"}},

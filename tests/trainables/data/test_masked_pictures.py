@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.support.mask_store import MaskMemoryStore, rectangles
-from trainables.data.mask_views import IGNORED
 from trainables.data.masked_pictures import MaskedPictures, windows
+from trainables.data.store import IGNORED
 from trainables.models.backbone import DataConfig
 from trainables.specs.augmentations import MASK_AUGMENTATIONS
 

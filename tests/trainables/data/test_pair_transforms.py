@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainables.data.mask_views import IGNORED, Box
+from trainables.data.mask_views import Box
 from trainables.data.pair_transforms import padded, padded_mask, scaled_mask, scaled_picture, scaled_size
+from trainables.data.store import IGNORED
 
 
 def picture(height: int, width: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ def test_only_what_moves_is_measured_and_only_when_asked_for(
     make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert norms(make().step()) == {}
-    monkeypatch.setattr(run_module, "strategy_class", lambda name: HeadThenAll)
+    monkeypatch.setattr(run_module, "strategy_class", lambda name, task: HeadThenAll)
     run = make()  # the strategy itself asks
     assert norms(run.step()).keys() == {"head"}
     assert norms(run.step()).keys() > {"head", "mha", "ln1"}
@@ -116,7 +116,7 @@ def test_watching_changes_no_number(make: Callable[..., Trial]) -> None:
 def test_a_resumed_trial_reports_the_same(
     make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, units: int
 ) -> None:
-    monkeypatch.setattr(run_module, "strategy_class", lambda name: HeadThenAll)
+    monkeypatch.setattr(run_module, "strategy_class", lambda name, task: HeadThenAll)
     whole, first, second = make(), make(), make()
     history = [whole.step() for _ in range(3)]
     start = [first.step() for _ in range(units)]

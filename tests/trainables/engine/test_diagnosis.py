@@ -81,7 +81,7 @@ def test_d17_test_sets_of_a_few_images_cost_no_trial(
 
 
 def test_a_strategy_may_measure_more(make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "strategy_class", lambda name: Curious)
+    monkeypatch.setattr(run_module, "strategy_class", lambda name, task: Curious)
     assert measured(history_of(make(diagnostics=()))[-1]) == {"cka"}
     assert measured(history_of(make(diagnostics=("distortion",)))[-1]) == {"distortion", "change", "cka"}
 

@@ -61,7 +61,7 @@ class Spoiling(Watched):
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch, make_trial: MakeTrial) -> Any:
     def make(strategy: type[Strategy], **fields: Any) -> Trial:
-        monkeypatch.setattr(run_module, "strategy_class", lambda name: strategy)
+        monkeypatch.setattr(run_module, "strategy_class", lambda name, task: strategy)
         CALLS.clear()
         return make_trial("watched", seed=3, task={"epochs": 4, **fields})
 

@@ -276,7 +276,7 @@ def test_p28_how_many_images_fit_at_once_is_remembered(
 def test_p28_every_random_generator_continues_in_the_middle_of_a_unit(
     task: SharedTrialSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr(run_module, "strategy_class", lambda name: Restless)
+    monkeypatch.setattr(run_module, "strategy_class", lambda name, task: Restless)
     hparams = {"optimizer": "adamw", "lr_backbone": 1e-3, "clip_norm": 1.0, "warmup": 0.2}
     many = dataclasses.replace(task, augment=("flip",), diagnostics=("gradients",), epochs=2)
     spec = TrialSpec(shared=many, strategy="restless", hparams=hparams, seed=1)

@@ -125,7 +125,7 @@ STRATEGIES: dict[str, type[Strategy]] = {c.__name__: c for c in _ALL}
 
 @pytest.fixture(autouse=True)
 def _strategies(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(run_module, "strategy_class", STRATEGIES.__getitem__)
+    monkeypatch.setattr(run_module, "strategy_class", lambda name, task: STRATEGIES[name])
     CALLS.clear()
 
 

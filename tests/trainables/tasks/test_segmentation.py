@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainables.data.mask_views import IGNORED
+from trainables.data.store import IGNORED
 from trainables.models.dense_features import FeatureMap
 from trainables.specs.trial_spec import DECODERS, LossSettings
 from trainables.tasks.base import TargetSpec, TaskSettings

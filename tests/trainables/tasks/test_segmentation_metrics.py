@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from trainables.data.mask_views import IGNORED, Box, MaskView, MaskViews
+from trainables.data.mask_views import Box, MaskView, MaskViews
+from trainables.data.store import IGNORED
 from trainables.tasks.segmentation_metrics import (
     SegmentationScores,
     TrainingOverlap,
