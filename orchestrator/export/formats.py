@@ -183,8 +183,21 @@ def write_torch_export(folder: Path, material: Material) -> Written:
         torch.export.save(program, str(path), extra_files={"class_names.json": json.dumps(list(material.classes))})
     except Exception as error:  # tracing fails in as many ways as networks are written
         raise _untraceable("torch.export", material.classifier, error) from error
-    module: Any = torch.export.load(str(path)).module()
-    return Written(("config.json", TORCH_EXPORT), module, _TORCH_EXPORT_USAGE)
+    return Written(("config.json", TORCH_EXPORT), read_program(path), _TORCH_EXPORT_USAGE)
+
+
+def read_program(path: Path) -> Runner:
+    """A program of torch.export that this process has just written: its file may hold code."""
+    module: Runner = torch.export.load(str(path)).module()
+    return module
+
+
+def read_pyfunc(folder: Path) -> Runner:
+    """A model of MLflow that this process has just written: its folder holds code."""
+    import mlflow
+
+    loaded = mlflow.pyfunc.load_model(str(folder))
+    return lambda images: torch.from_numpy(np.asarray(loaded.predict(images.numpy())))
 
 
 def write_peft(folder: Path, material: Material) -> Written:
@@ -266,13 +279,8 @@ def write_mlflow(folder: Path, material: Material) -> Written:
             input_example=_example(material.preprocessing).numpy(),
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "timm", "torch")],
         )
-    loaded = mlflow.pyfunc.load_model(str(folder))
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(loaded.predict(images.numpy())))
-
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return Written(files, run, _MLFLOW_USAGE)
+    return Written(files, read_pyfunc(folder), _MLFLOW_USAGE)
 
 
 def backbone_digest(classifier: TimmClassifier) -> str:

@@ -23,6 +23,8 @@ from orchestrator.export.formats import (
     Format,
     OnnxNetwork,
     Written,
+    read_program,
+    read_pyfunc,
     require_onnx,
 )
 from orchestrator.export.proof import Runner, resized
@@ -108,8 +110,7 @@ def write_torch_export(folder: Path, material: SegmentationMaterial) -> Written:
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         torch.export.save(program, str(path), extra_files=dict(names))
-        module: Runner = torch.export.load(str(path)).module()
-        return module
+        return read_program(path)
 
     run, free = _traced("torch.export", material, trace)
     return Written((CONFIG, TORCH_EXPORT), run, _TORCH_EXPORT_USAGE + _usage(material), _free(free))
@@ -143,13 +144,8 @@ def write_mlflow(folder: Path, material: SegmentationMaterial) -> Written:
             input_example=_example(material).numpy(),
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
         )
-    loaded = mlflow.pyfunc.load_model(str(folder))
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(loaded.predict(images.numpy())))
-
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return Written(files, run, _MLFLOW_USAGE + _usage(material), _free(free))
+    return Written(files, read_pyfunc(folder), _MLFLOW_USAGE + _usage(material), _free(free))
 
 
 SEGMENTATION_FORMATS: dict[str, Format[SegmentationMaterial]] = {
