@@ -301,16 +301,19 @@ def prune(
 def demo(
     context: typer.Context,
     storage: Annotated[Path, typer.Option(help="Folder for the demo's studies.")] = Path("studies"),
-    trials: Annotated[int, typer.Option(min=4, help="Search trials of each of the two studies.")] = 12,
+    trials: Annotated[int, typer.Option(min=4, help="Search trials of each study.")] = 12,
+    task: Annotated[
+        Literal["classification", "segmentation"], typer.Option(help="What is learned.")
+    ] = "classification",
     progress: Progress = True,
 ) -> None:
-    """Compare five strategies on two small networks and real digits: no data, network or GPU needed."""
+    """Compare strategies on small networks and real digits: no data, network or GPU needed."""
     from rich.console import Console
 
     from orchestrator.commands.demo import run_demo
 
     console = Console(stderr=context.obj.as_json)
-    studies = run_demo(storage, trials=trials, progress=progress, console=console)
+    studies = run_demo(storage, trials=trials, progress=progress, console=console, task=task)
     if context.obj.as_json:
         context.obj.result({"studies": [finished.to_dict() for finished in studies]}, lambda console: None)
     raise typer.Exit(worst(of_trials(finished.records) for finished in studies))

@@ -30,6 +30,8 @@ WITH_EXAMPLES = (
     "orchestrator.wording",
     "search_spaces",
     "search_spaces._hyperparameter",
+    "trainables.data.corruptions.batch",
+    "trainables.data.corruptions.noise",
     "trainables.specs.metrics",
 )
 """Modules whose docstrings hold at least one example."""

@@ -17,7 +17,7 @@ FILES = sorted(EXAMPLES.glob("*.yaml"))
 
 def test_every_example_is_listed() -> None:
     text = (EXAMPLES / "README.md").read_text()
-    assert len(FILES) == 5
+    assert len(FILES) == 6
     assert [file.name for file in FILES if f"[{file.name}]({file.name})" not in text] == []
 
 

@@ -31,6 +31,7 @@ from orchestrator.study_file.load import resolved_study
 from orchestrator.tracking.delivery_state import Position, PositionFile
 from tests.support.canary import Canary
 from tests.support.driving import drive, searcher
+from trainables.data.corruption_files import CorruptedFiles, corruptions_in
 from trainables.data.feature_cache import FeatureCache
 from trainables.data.store import Store, StoreError
 from trainables.models.backbone import load_pretrained
@@ -324,6 +325,15 @@ class TestRecords:
 
 
 class TestCaches:
+    @pytest.mark.parametrize("kind", ["pickle", "objects"])
+    def test_s7_corrupted_pictures_are_refused(self, kind: str, evil: bytes, marker: Path, tmp_path: Path) -> None:
+        np.save(tmp_path / "labels.npy", np.tile(np.arange(2), 5))
+        (tmp_path / "fog.npy").write_bytes(evil)
+        if kind == "objects":
+            np.save(tmp_path / "fog.npy", np.array([Canary(marker)] * 10, dtype=object), allow_pickle=True)
+        with pytest.raises(ValueError, match=r"fog.npy must be an array that NumPy saved, but cannot be read as one"):
+            CorruptedFiles(tmp_path, corruptions_in(tmp_path), 2)
+
     @pytest.mark.parametrize("kind", ["pickle", "objects"])
     def test_s7_features_are_computed_again(self, kind: str, evil: bytes, marker: Path, tmp_path: Path) -> None:
         memory = shapes()

@@ -27,8 +27,10 @@ from orchestrator.search.searcher import SearchSettings
 from orchestrator.search.stages import ConfirmStage, Entry, FoldStage
 from orchestrator.search.warm_start import WarmStart
 from trainables import strategy_class
+from trainables.data.corruption_files import corruptions_in
 from trainables.demo.backbones import is_pretrained_here, pretrained_folder
 from trainables.engine.budget import BudgetPlan
+from trainables.specs.corruptions import CorruptionSettings
 from trainables.specs.metrics import CLASSIFICATION, ood
 from trainables.specs.trial_spec import LossSettings, ModelSpec, SharedTrialSettings
 
@@ -112,7 +114,25 @@ def make_task(spec: StudySpec, store: Store) -> SharedTrialSettings:
         evaluate_model=search.evaluate_model,
         sampling=spec.data.sampling,
         view=view_settings(spec, store.image_size),
+        corruptions=corruptions_of(spec),
     )
+
+
+def corruptions_of(spec: StudySpec) -> CorruptionSettings | None:
+    """Corruptions that confirmed trials are measured under; None = none.
+
+    Raises:
+        ValueError: the folder of corrupted pictures is missing or has none.
+    """
+    evaluate = spec.evaluate
+    if evaluate.corruptions is None:
+        return None
+    folder = evaluate.corruption_folder
+    if folder is not None:
+        return CorruptionSettings(names=corruptions_in(folder), images=evaluate.images, folder=folder)
+    if isinstance(evaluate.corruptions, str):
+        return CorruptionSettings(images=evaluate.images)
+    return CorruptionSettings(names=tuple(evaluate.corruptions), images=evaluate.images)
 
 
 def loss_of(spec: StudySpec) -> LossSettings:

@@ -22,6 +22,7 @@ from orchestrator.ingest.layout import sample_bytes
 from orchestrator.ingest.manifest import pixel_sentences, split_warnings, together_in_words
 from orchestrator.ingest.pipeline import existing_store
 from orchestrator.planning.build import evaluated_units, ingest_request, interim_splits, rungs_of
+from orchestrator.planning.corruption_cost import PlannedCorruptions, planned_corruptions
 from orchestrator.planning.estimates import count_trials, examine, space_of, store_bytes
 from orchestrator.planning.kept_size import kept_bytes_of
 from orchestrator.planning.objectives import objectives_of
@@ -30,7 +31,7 @@ from orchestrator.planning.view import recorded_choices, view_of
 from orchestrator.planning.warm_start import learns, own_events, warm_start_of
 from orchestrator.record.costs import COSTS
 from orchestrator.record.journal import Journal
-from orchestrator.record.records import metrics_of
+from orchestrator.record.records import fold, metrics_of
 from orchestrator.wording import bytes_text, counted, listed
 from trainables.specs.metrics import ood_domain
 
@@ -129,6 +130,8 @@ class Plan:
     """What the masks hold and how they are read, in sentences; empty = images with a label each."""
     warm_start: tuple[str, ...] = ()
     """What is taken over from earlier studies: a line, and one per entry; empty = nothing."""
+    corruptions: PlannedCorruptions | None = None
+    """What confirmed trials are measured under; None = nothing."""
 
     @property
     def max_units(self) -> int:
@@ -175,6 +178,7 @@ class Plan:
             f"Chosen by {self.objective}.{self._front()}",
             self._evaluation(),
             self._diagnostics(),
+            *([self.corruptions.sentence()] if self.corruptions is not None else []),
             f"Disk: about {bytes_text(self.disk_bytes)} for data and records, and a few checkpoints per trial.",
             f"Kept (keep: {self.keep}): at most {bytes_text(self.kept_bytes)} of weights and predictions, of "
             f"{_KEPT[self.keep]}.",
@@ -230,7 +234,8 @@ def make_plan(spec: StudySpec) -> Plan:
     """The plan of a study that has passed `orchestrator.planning.preflight.preflight`."""
     folder = Path(spec.storage).absolute() / spec.name
     journal = folder / "journal.jsonl"
-    recorded = recorded_choices(Journal.read(journal)) if journal.exists() else None
+    events = Journal.read(journal) if journal.exists() else []
+    recorded = recorded_choices(events) if events else None
     view = view_of(spec, recorded)
     space = space_of(spec)
     search = spec.search
@@ -278,6 +283,7 @@ def make_plan(spec: StudySpec) -> Plan:
         evaluated_units=evaluated_units(spec),
         interim_splits=interim_splits(spec),
         view=view.sentence() + _weights_note(spec),
+        corruptions=planned_corruptions(spec, splits, counts.confirm, fold(events)),
         copies=_copies(request, Path(spec.storage).absolute() / "data"),
         warm_start=tuple(warm_start_of(spec, own_events(spec)).sentences(learns(spec))),
         masks=_masks(source, assignment),

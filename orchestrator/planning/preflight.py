@@ -26,6 +26,7 @@ from orchestrator.study_file.rules import BUILT_IN_DOMAINS, domain_problems, net
 from orchestrator.study_file.schema import StrategyEntry, StudySpec
 from orchestrator.tracking.client import access_problems
 from trainables import strategy_class
+from trainables.data.corruption_files import CorruptedFiles, corruptions_in
 from trainables.demo.backbones import NETWORKS, architecture
 from trainables.diagnostics.norm_shift import batch_norms, layer_norms
 from trainables.engine.budget import BudgetPlan
@@ -51,6 +52,7 @@ def preflight(spec: StudySpec) -> None:
     checks: tuple[Callable[[StudySpec], Iterator[Problem]], ...] = (
         _data_problems,
         _model_problems,
+        _corruption_problems,
         _package_problems,
         _budget_problems,
         _phase_problems,
@@ -84,6 +86,21 @@ def _data_problems(spec: StudySpec) -> Iterator[Problem]:
     diagnostics = spec.diagnostics
     for path, message in domain_problems(diagnostics.plasticity_source, diagnostics.fsr, ood):
         yield Problem(path, message)
+
+
+def _corruption_problems(spec: StudySpec) -> Iterator[Problem]:
+    """A folder of corrupted pictures that cannot be used."""
+    folder = spec.evaluate.corruption_folder
+    if folder is None:
+        return
+    try:
+        classes = len(examine(spec)[1].classes)
+    except ValueError:  # reported by `_data_problems`
+        return
+    try:
+        CorruptedFiles(folder, corruptions_in(folder), classes)
+    except ValueError as error:
+        yield Problem(("evaluate", "corruptions"), str(error))
 
 
 def _model_problems(spec: StudySpec) -> Iterator[Problem]:

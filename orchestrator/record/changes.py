@@ -57,7 +57,7 @@ log = logging.getLogger("luthier")
 HARMLESS = (
     "name", "storage", "keep", "tracking.*", "resources.*", "failures.*", "confirm.*",  # where and how much, not what
     "diagnostics.measure", "diagnostics.plasticity", "diagnostics.fsr*",  # additional measurements
-    "search.evaluate_at_rungs",
+    "search.evaluate_at_rungs", "evaluate", "evaluate.*",
     # Images, labels and masks themselves are covered by their digest.
     "data.root", "data.on_bad", "data.on_leak", "data.label", "data.labels*", "data.ignore", "data.mask",
     "versions.ray", "versions.mlflow", "versions.pyarrow", "versions.platform",

@@ -28,6 +28,7 @@ from orchestrator.record.changes import Change
 from orchestrator.record.records import TrialRecord, fold, measurements, study_header, validation_score
 from orchestrator.report.error_section import error_section, nothing
 from orchestrator.report.front import front_section
+from orchestrator.report.robustness import robustness_section
 from orchestrator.results import figures
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY
@@ -40,6 +41,8 @@ from orchestrator.results.leaderboard import (
     describe,
     gains,
     has_gains,
+    robustness_cells,
+    robustness_titles,
     score_note,
     score_titles,
 )
@@ -121,6 +124,7 @@ def page_of(
         findings=results.findings(),
         warnings=results.warnings(),
         table=table,
+        robustness=robustness_section(results),
         front=front_section(results, figures.colours([row["label"] for row in rows])),
         pictures=list(_pictures(rows, results, chosen)),
         errors=_errors(results, header, similarities),
@@ -163,12 +167,13 @@ def _leaderboard(results: Results) -> tuple[dict[str, Any], list[dict[Any, Any]]
     except ValueError as error:
         return {"problem": str(error)}, [], {}
     gain_titles = GAIN_TITLES if has_gains(rows) else ()
-    titles = ["strategy", COUNT_TITLE, *score_titles(metrics), *gain_titles, *COST_TITLES, "chosen configuration"]
+    scores = [*score_titles(metrics), *robustness_titles(rows)]
+    titles = ["strategy", COUNT_TITLE, *scores, *gain_titles, *COST_TITLES, "chosen configuration"]
     lines = []
     for row in rows:
         label, hparams, *numbers = cells(row, metrics)
         configuration = f"trial {row['number']}: {hparams}" if row["seeds"] else "–"
-        lines.append([label, *numbers, *gains(row), *costs(row), configuration])
+        lines.append([label, *numbers, *robustness_cells(row), *gains(row), *costs(row), configuration])
     note = score_note(metrics, rows)
     table = {
         "titles": titles,

@@ -12,14 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.record.records import TrialRecord
-from trainables.specs.metrics import CLASSIFICATION, LAYERNORM_LAMBDA, PROBE_C, WISE_ALPHA, TaskMetrics
+from trainables.specs.metrics import (
+    CLASSIFICATION,
+    CORRUPTION_ERRORS,
+    CORRUPTION_SAMPLES,
+    LAYERNORM_LAMBDA,
+    PROBE_C,
+    WISE_ALPHA,
+    TaskMetrics,
+)
 
 Curves = Mapping[str, Mapping[str, Any]]
 """Name → `columns` (name → values, the x axis first) and `note`."""
 
-NUMBERS_ONLY = frozenset({"change", "per_class", "confusion"})
+NUMBERS_ONLY = frozenset({"change", "per_class", "confusion", CORRUPTION_ERRORS, CORRUPTION_SAMPLES})
 """Curves without a picture: one row per tensor is too much for one, and `change_by_stage` shows the same; the tables of
-classes are several tables below each other, one per split."""
+classes are several tables below each other, one per split. Errors on corrupted pictures have a picture of their own,
+of all entries (`orchestrator.results.corruption_plot`)."""
 
 
 @dataclass(frozen=True)

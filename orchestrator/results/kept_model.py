@@ -31,7 +31,7 @@ def kept_model(study: Path, record: TrialRecord, device: torch.device | str | No
         ValueError: the pretrained network cannot be loaded.
     """
     kept = read_kept(study, record)
-    if kept.meta["task"] == SEGMENTATION.task:
+    if kept.meta.get("task") == SEGMENTATION.task:
         return SegmentationModel(
             tuned_network(kept), list(kept.meta["classes"]), preprocessing_of(kept), views_of(kept), device=device
         )
@@ -68,7 +68,8 @@ def preprocessing_of(kept: KeptWeights) -> DataConfig:
     stored = int(meta["stored_image_size"])
     crop_pct = float(meta["crop_pct"])
     interpolation = str(meta["interpolation"])
-    if meta["task"] == SEGMENTATION.task:
+    # Weights of classification from before there were tasks do not name theirs.
+    if meta.get("task") == SEGMENTATION.task:
         crop_pct = 1.0
         interpolation = "bilinear"
     elif math.floor(side / crop_pct) != stored:

@@ -18,11 +18,14 @@ from rich.table import Table
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.comparison import Competitor, Score, competitor
 from orchestrator.results.predictions import SampleTables
+from orchestrator.results.robustness import Robustness, robustness
 from orchestrator.results.selection import Choice, per_label, without_validation_domain
 from trainables.specs.metrics import (
     CLASSIFICATION,
     GAIN,
     GAIN_OOD,
+    MEAN_CORRUPTION_ERROR,
+    NORMALISED_MCE,
     PARAMETERS,
     PEAK_GPU_BYTES,
     PEAK_HOST_BYTES,
@@ -31,6 +34,7 @@ from trainables.specs.metrics import (
     PROBE_C_LOW,
     PROBE_PATH,
     PROBE_WITHIN_SE,
+    RELATIVE_MCE,
     TEST,
     TOTAL_SECONDS,
     TRAINABLE_PARAMETERS,
@@ -106,6 +110,9 @@ def leaderboard(
     samples `/n`, and what the interval is over, `/interval`; the `PROBE_CHOICE`; the `COSTS`; and `trials, complete,
     pruned, failed` of the search. Metric names are those of the task; here of classification.
 
+    Where confirmed trials were measured under corruptions, `robust/mce` with the same suffixes, `robust/mce_over_probe`
+    and `robust/relative_mce` (`orchestrator.results.robustness`) stand before the `PROBE_CHOICE`.
+
     Costs are means over the trials that the numbers are of; `device_hours` is the sum over all trials of the label.
 
     Under `val_domain:<name>` that domain counts as validation: OOD mean and worst are those of the others.
@@ -129,12 +136,16 @@ def leaderboard(
     chosen = per_label(records, rule, metrics)
     unranked = [label for label in dict.fromkeys(r.label for r in records) if label not in chosen]
     rows = []
+    entries = {label: competitor(records, choice, metrics, tables) for label, choice in chosen.items()}
+    measured = {row.label: row for row in robustness(list(entries.values()))}
     for label in [*chosen, *unranked]:
         choice = chosen.get(label)
-        entry = competitor(records, choice, metrics, tables) if choice is not None else None
+        entry = entries.get(label)
         searched = [r for r in records if r.label == label and r.role == "search"]
         row = _identity(label, next(r.strategy for r in records if r.label == label), rule, choice, entry)
         row |= _scores(entry, metrics)
+        if measured:
+            row |= _robustness(measured.get(label))
         row |= probe_choice(choice.record if choice else None)
         row |= _costs(entry, [r for r in records if r.label == label], devices)
         row["trials"] = len(searched)
@@ -192,6 +203,22 @@ def _scores(entry: Competitor | None, metrics: TaskMetrics) -> dict[str, Any]:
         columns[f"{name}{SAMPLES}"] = score.samples or 0
         columns[f"{name}{BASIS}"] = score.basis
     return columns
+
+
+def _robustness(measured: Robustness | None) -> dict[str, Any]:
+    """The columns of errors under corruptions."""
+    score = Score(math.nan) if measured is None else measured.mce
+    name = MEAN_CORRUPTION_ERROR.name
+    return {
+        name: score.mean,
+        f"{name}{INTERVAL}": score.half,
+        f"{name}{ENDS[0]}": score.low,
+        f"{name}{ENDS[1]}": score.high,
+        f"{name}{SAMPLES}": score.samples or 0,
+        f"{name}{BASIS}": score.basis,
+        NORMALISED_MCE.name: math.nan if measured is None else measured.normalised_mce,
+        RELATIVE_MCE.name: math.nan if measured is None else measured.relative_mce,
+    }
 
 
 def probe_choice(record: TrialRecord | None) -> dict[str, float]:
@@ -323,10 +350,12 @@ def _bases(metrics: TaskMetrics, rows: Sequence[Row]) -> str:
 def markdown_table(rows: Sequence[Row], metrics: TaskMetrics = CLASSIFICATION) -> list[str]:
     """The leaderboard's lines in Markdown."""
     gain_titles = GAIN_TITLES if has_gains(rows) else ()
-    titles = ["strategy", "hyperparameters", COUNT_TITLE, *score_titles(metrics), *gain_titles, *COST_TITLES]
+    scores = [*score_titles(metrics), *robustness_titles(rows)]
+    titles = ["strategy", "hyperparameters", COUNT_TITLE, *scores, *gain_titles, *COST_TITLES]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
-        lines.append("| " + " | ".join([*cells(row, metrics), *gains(row), *costs(row)]) + " |")
+        numbers = [*cells(row, metrics), *robustness_cells(row), *gains(row), *costs(row)]
+        lines.append("| " + " | ".join(numbers) + " |")
     return lines
 
 
@@ -379,11 +408,12 @@ def _terminal_table(rows: Sequence[Row], metrics: TaskMetrics, gained: bool, col
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", style="bold", overflow="fold", min_width=STRATEGY_WIDTH)
-    for title in (COUNT_TITLE, *score_titles(metrics)[:columns], *(GAIN_TITLES if gained else ())):
+    scores = score_titles(metrics)[:columns]
+    for title in (COUNT_TITLE, *scores, *robustness_titles(rows), *(GAIN_TITLES if gained else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        label, _, count, *scores = cells(row, metrics)
-        table.add_row(label, count, *scores[:columns], *(gains(row) if gained else ()))
+        label, _, count, *texts = cells(row, metrics)
+        table.add_row(label, count, *texts[:columns], *robustness_cells(row), *(gains(row) if gained else ()))
     return table
 
 
@@ -447,6 +477,26 @@ def _two_digits(number: float) -> str:
 def has_gains(rows: Sequence[Row]) -> bool:
     """Whether the study has a linear probe to compare with."""
     return bool(rows) and all(name in rows[0] for name in GAINS)
+
+
+def robustness_titles(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Heading of the column with mCE; none where nothing was measured under corruptions."""
+    return ("mCE",) if rows and MEAN_CORRUPTION_ERROR.name in rows[0] else ()
+
+
+def robustness_cells(row: Row) -> list[str]:
+    """mCE in per cent with its interval, as text; empty where nothing was measured under corruptions.
+
+    Example:
+        >>> robustness_cells({"robust/mce": 34.21, "robust/mce/ci95": 1.52}), robustness_cells({})
+        (['34.2 ± 1.5'], [])
+    """
+    if MEAN_CORRUPTION_ERROR.name not in row:
+        return []
+    mean, half = float(row[MEAN_CORRUPTION_ERROR.name]), float(row[f"{MEAN_CORRUPTION_ERROR.name}{INTERVAL}"])
+    if math.isnan(mean):
+        return ["-"]
+    return [f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"]
 
 
 def gains(row: Row) -> list[str]:

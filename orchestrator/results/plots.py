@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 
 from orchestrator.record.records import TrialRecord
 from orchestrator.results import figures
+from orchestrator.results.corruption_plot import corruption_figure
 from orchestrator.results.curve_plot import figure_of
 from orchestrator.results.curves import NUMBERS_ONLY, chosen_at
 from orchestrator.results.errors import confusion_matrix, reliability
 from orchestrator.results.fsr import estimates
 from orchestrator.results.reliability_figure import SplitReliability, reliability_figure
+from orchestrator.results.robustness import Robustness
 from orchestrator.results.run_predictions import RunPredictions
 from orchestrator.results.selection import Choice, reported_trials
 from trainables.specs.metrics import TEST, TaskMetrics
@@ -38,6 +40,7 @@ class Plots:
         chosen: label → the chosen configuration of that entry.
         measurements: of the study (`orchestrator.record.records.measurements`).
         predictions: label and split → kept predictions of the entry's runs.
+        corrupted: errors of the entries under corruptions.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Plots:
         chosen: Mapping[str, Choice],
         measurements: Mapping[str, Mapping[str, Any]],
         predictions: Callable[[str, str], Sequence[RunPredictions]],
+        corrupted: Sequence[Robustness] = (),
     ) -> None:
         self._records = records
         self._metrics = metrics
@@ -55,6 +59,7 @@ class Plots:
         self._chosen = chosen
         self._measurements = measurements
         self._predictions = predictions
+        self._corrupted = corrupted
         self._colours = figures.colours([str(row["label"]) for row in rows])
 
     def leaderboard(self) -> Figure:
@@ -93,6 +98,15 @@ class Plots:
         """
         figure = figures.training(self._records, self._chosen, self._colours, self._metrics)
         return _drawn(figure, "a run of two units", "this study has none")
+
+    def robustness(self) -> Figure:
+        """Error by corruption and severity, a heat map per entry.
+
+        Raises:
+            ValueError: nothing was measured under corruptions.
+        """
+        figure = corruption_figure(self._corrupted)
+        return _drawn(figure, "a confirmed configuration with `evaluate.corruptions`", "this study has none")
 
     def fsr(self) -> Figure:
         """Fine-tuning shift ratio against every reference, with 95 % intervals over seeds and training subsamples.

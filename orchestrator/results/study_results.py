@@ -15,7 +15,7 @@ import search_spaces
 from orchestrator.record.records import INTERRUPTED, TrialRecord, metrics_of
 from orchestrator.results import selection
 from orchestrator.results.choice import Decision, decide
-from orchestrator.results.comparison import DETERMINISTIC
+from orchestrator.results.comparison import DETERMINISTIC, competitors
 from orchestrator.results.findings import findings
 from orchestrator.results.front import Front, cost_warnings, front, front_frame, front_markdown, front_rows, print_front
 from orchestrator.results.leaderboard import (
@@ -28,10 +28,14 @@ from orchestrator.results.leaderboard import (
     leaderboard,
     markdown_table,
     print_table,
+    robustness_cells,
+    robustness_titles,
     score_note,
     score_titles,
 )
 from orchestrator.results.predictions import SampleTables
+from orchestrator.results.robustness import Robustness, print_robustness, robustness, robustness_frame
+from orchestrator.results.robustness import markdown as robustness_markdown
 from orchestrator.results.run_predictions import RunPredictions, predictions_frame, read_runs
 from orchestrator.study_file.rules import VAL_DOMAIN
 from orchestrator.wording import counted
@@ -209,6 +213,23 @@ class Results:
         """
         return predictions_frame(self._run_predictions(entry, split))
 
+    def robustness(self) -> pd.DataFrame:
+        """Errors of the confirmed configurations under corruptions in per cent, one row per entry, most robust first.
+
+        Columns: `label, strategy, robust/mce` with the ends `/low` and `/high` of its 95 % interval,
+        `robust/mce_over_probe, robust/relative_mce, robust/clean_error`, and `robust/<corruption>/ce` for each
+        corruption. Empty where `evaluate.corruptions` is not set, or before a configuration is confirmed.
+        """
+        return robustness_frame(self.corrupted())
+
+    def corrupted(self) -> list[Robustness]:
+        """The same as objects, with the errors by severity."""
+        try:
+            entries = competitors(self.records, self.rule, self.metrics, self._samples(self.rule))
+        except ValueError:  # no complete trial
+            return []
+        return robustness(entries)
+
     @property
     def plot(self) -> Plots:
         """Figures of the study, such as `results.plot.leaderboard()`.
@@ -219,7 +240,15 @@ class Results:
         from orchestrator.results.plots import Plots
 
         rows = self.leaderboard().to_dict("records")
-        return Plots(self.records, self.metrics, rows, self.per_label(), self.measurements, self._run_predictions)
+        return Plots(
+            self.records,
+            self.metrics,
+            rows,
+            self.per_label(),
+            self.measurements,
+            self._run_predictions,
+            self.corrupted(),
+        )
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -286,6 +315,7 @@ class Results:
             "choice": None,
             "regret": None,
             "front": None,
+            "robustness": [],
             "findings": self.findings(),
             "warnings": self.warnings(),
             "measurements": finite(self.measurements),
@@ -314,6 +344,7 @@ class Results:
                 "oracle": choice_values(regret.oracle),
             }
         )
+        values["robustness"] = finite([row.to_dict() for row in self.corrupted()])
         if self.costs:
             trade_offs = self.trade_offs()
             values["front"] = {
@@ -333,6 +364,9 @@ class Results:
             print_table(console, rows, self.metrics)
             for line in (self.decision().sentence, self.regret_line()):
                 console.print(line, markup=False, highlight=False)
+            measured = self.corrupted()
+            if measured:
+                print_robustness(console, measured)
             if self.costs:
                 print_front(console, self.trade_offs(), self.metrics)
         except ValueError as error:
@@ -353,8 +387,8 @@ class Results:
             sentences = [self.decision().sentence, self.regret_line()]
         except ValueError as error:
             return f"<div>{title}<p>{escape(str(error))}</p></div>"
-        heads = ["strategy", "configuration", COUNT_TITLE, *score_titles(self.metrics)]
-        table = html_table(heads, [cells(row, self.metrics) for row in rows])
+        heads = ["strategy", "configuration", COUNT_TITLE, *score_titles(self.metrics), *robustness_titles(rows)]
+        table = html_table(heads, [[*cells(row, self.metrics), *robustness_cells(row)] for row in rows])
         notes = [f"<p>{escape(text)}</p>" for text in (score_note(self.metrics, rows), *sentences)]
         warnings = [f"<li>Warning: {escape(text)}</li>" for text in self.warnings()]
         return f"<div>{title}{table}{''.join(notes)}<ul>{''.join(warnings)}</ul></div>"
@@ -394,6 +428,9 @@ class Results:
             rows = self.leaderboard().to_dict("records")
             lines += [*markdown_table(rows, self.metrics), "", f"Scores: {score_note(self.metrics, rows)}.", ""]
             lines += [self.decision().sentence, "", self.regret_line()]
+            measured = self.corrupted()
+            if measured:
+                lines += ["", "## Robustness to corruptions", "", *robustness_markdown(measured)]
             if self.costs:
                 lines += ["", "## Accuracy and cost", "", *front_markdown(self.trade_offs(), self.metrics)]
         except ValueError as error:

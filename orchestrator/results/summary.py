@@ -20,13 +20,24 @@ from orchestrator.record.records import TrialRecord, metrics_of
 from orchestrator.results.curves import Curves, curve_texts, pictures
 from orchestrator.results.leaderboard import summary_names
 from orchestrator.results.study_results import Results
-from trainables.specs.metrics import BEST_EPOCH, REGRET, TRIALS, TaskMetrics
+from trainables.specs.metrics import (
+    BEST_EPOCH,
+    MEAN_CORRUPTION_ERROR,
+    NORMALISED_MCE,
+    REGRET,
+    RELATIVE_MCE,
+    TRIALS,
+    TaskMetrics,
+)
 
 Render = Callable[[], bytes | Mapping[str, bytes]]
 """Contents of an artifact, or of several by path; any exception: it cannot be rendered."""
 Page = Callable[[Mapping[str, Any], Sequence[TrialRecord], Mapping[str, Mapping[str, Any]]], Mapping[str, bytes]]
 """(header, records, measurements) → the report and its figures by artifact path."""
 
+
+ROBUSTNESS = (MEAN_CORRUPTION_ERROR.name, NORMALISED_MCE.name, RELATIVE_MCE.name)
+"""Columns of the leaderboard that are metrics of the study's run, where corruptions were measured."""
 
 logger = logging.getLogger("luthier")
 
@@ -124,7 +135,7 @@ def _leaderboard_summary(results: Results) -> Summary:
     best = results.best(results.rule)
     row = table.to_dict("records")[0]
     metrics = {}
-    for name in summary_names(results.metrics):
+    for name in (*summary_names(results.metrics), *ROBUSTNESS):
         value = row.get(name, math.nan)
         if not math.isnan(value):
             metrics[name] = float(value)
@@ -141,7 +152,12 @@ def _leaderboard_summary(results: Results) -> Summary:
             **front_tags,
         },
         metrics=metrics,
-        files={"leaderboard.md": note.encode, "leaderboard.csv": csv.encode, **front_files},
+        files={
+            "leaderboard.md": note.encode,
+            "leaderboard.csv": csv.encode,
+            **front_files,
+            **_robustness_files(results),
+        },
     )
 
 
@@ -158,6 +174,15 @@ def _front(results: Results) -> tuple[dict[str, str], dict[str, Render]]:
     }
     csv: str = results.front().to_csv(index=False)
     return tags, {"front.csv": csv.encode}
+
+
+def _robustness_files(results: Results) -> dict[str, Render]:
+    """The table of errors under corruptions; none where they were not measured."""
+    table = results.robustness()
+    if table.empty:
+        return {}
+    csv: str = table.to_csv(index=False)
+    return {"robustness.csv": csv.encode}
 
 
 def _note_without_leaderboard(results: Results, reason: str) -> str:

@@ -49,6 +49,8 @@ class Kind(NamedTuple):
     """Whether the test sets are evaluated after it."""
     last: bool
     """Whether the trial's final evaluation and diagnostics follow."""
+    corrupted: bool = False
+    """Whether that evaluation includes corrupted pictures."""
 
     def __str__(self) -> str:
         properties = []
@@ -56,6 +58,8 @@ class Kind(NamedTuple):
             properties.append("first of a process")
         if self.last:
             properties.append("last of the trial")
+            if self.corrupted:
+                properties.append("evaluated on corrupted pictures")
         elif self.tests:
             properties.append("evaluated on the test sets")
         return " and ".join(properties) or "plain"
@@ -75,7 +79,9 @@ def kind_of(config: Mapping[str, Any], unit: int, start: Start = "") -> Kind:
     name = str(task.get("task") or CLASSIFICATION.task)
     kinds = _kinds(str(config.get("strategy")), name, hparams, int(task.get("epochs") or 1), evaluated)
     index = min(max(unit, 1), len(kinds)) - 1
-    return kinds[index]._replace(start=start)
+    kind = kinds[index]
+    corrupted = kind.last and config.get("role") == "confirm" and task.get("corruptions") is not None
+    return kind._replace(start=start, corrupted=corrupted)
 
 
 @functools.cache
@@ -303,6 +309,7 @@ class Watchdog(Callback):  # type: ignore[misc]  # ray is untyped
             "label": record.label,
             "strategy": record.strategy,
             "hparams": record.hparams,
+            "role": record.role,
         }
         for past in record.history:
             if UNIT_SECONDS.name in past:

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.errors import Problem, StudyError
 from orchestrator.ingest.label_map import BUILT_IN
+from orchestrator.study_file.rules import COMMON_CORRUPTIONS
 from orchestrator.study_file.schema import StudySpec
 from orchestrator.study_file.yaml_text import read_yaml
 
@@ -54,8 +55,8 @@ def resolved_study(path: str | Path) -> dict[str, Any]:
 def absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of a study's fields in which every path is absolute.
 
-    These are data.root, data.labels (a label file), model.weights, model.name (`local-dir:…`), storage and a SQLite
-    tracking.uri; URLs stay.
+    These are data.root, data.labels (a label file), model.weights, model.name (`local-dir:…`), evaluate.corruptions
+    where it is a folder, storage and a SQLite tracking.uri; URLs stay.
     Missing storage becomes `<folder>/studies`: a job's working directory is deleted with the job.
     """
     # A deep copy, because nested sections are written into.
@@ -71,6 +72,10 @@ def absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for section, key in _PATH_KEYS:
         if isinstance(study.get(section), dict) and study[section].get(key):
             study[section][key] = absolute(study[section][key])
+    evaluate = study.get("evaluate")
+    corruptions = evaluate.get("corruptions") if isinstance(evaluate, dict) else None
+    if isinstance(corruptions, str) and corruptions != COMMON_CORRUPTIONS:
+        study["evaluate"]["corruptions"] = absolute(corruptions)
     for section, key, prefix in _PREFIXED_PATH_KEYS:
         if isinstance(study.get(section), dict) and str(study[section].get(key) or "").startswith(prefix):
             study[section][key] = prefix + absolute(study[section][key].removeprefix(prefix))

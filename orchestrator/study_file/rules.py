@@ -14,6 +14,7 @@ from orchestrator.errors import KeyPath, did_you_mean
 from orchestrator.ingest.label_map import MASK_SOURCES
 from orchestrator.record.costs import COSTS
 from trainables.specs.augmentations import AUGMENTATIONS, MASK_AUGMENTATIONS
+from trainables.specs.corruptions import COMMON
 from trainables.specs.metrics import task_metrics
 
 RESERVED = frozenset({"data", "cache", "mlartifacts", "mlflow.db"})
@@ -24,6 +25,8 @@ BUILT_IN_DOMAINS = {"digits": DIGITS_DOMAINS, "digits_scenes": ("inverted", "noi
 """OOD domains of the built-in data."""
 VAL_DOMAIN = "val_domain:"
 """Prefix of the objective that selects by one OOD domain."""
+COMMON_CORRUPTIONS = "common"
+"""Value of `evaluate.corruptions` that stands for all fifteen."""
 OBJECTIVES = ("id_val", "leave_one_domain_out", f"{VAL_DOMAIN}<name>")
 
 RuleProblem = tuple[KeyPath, str]
@@ -72,6 +75,34 @@ def check_storage(value: Any) -> Any:
         )
     if isinstance(value, str) and not value.strip():
         raise _broken("storage is a folder, but got an empty string. Leave the key out for ./studies.")
+    return value
+
+
+def check_corruptions(value: Any) -> Any:
+    """Validate what confirmed configurations are measured on: `common`, names, or a folder's path."""
+    if value is None or value == COMMON_CORRUPTIONS:
+        return value
+    if isinstance(value, str):
+        if "/" in value or "\\" in value:
+            return value
+        hint = f" Write [{value}]." if value in COMMON else did_you_mean(value, (COMMON_CORRUPTIONS, *COMMON))
+        raise _broken(
+            f"corruptions is {COMMON_CORRUPTIONS!r}, a list of names, or a folder's path with a / in it, but got "
+            f"{value!r}.{hint}"
+        )
+    if not isinstance(value, list) or not value:
+        raise _broken(
+            f"corruptions is {COMMON_CORRUPTIONS!r}, a list of at least one name, or a folder's path with a / in it, "
+            f"but got {value!r}."
+        )
+    problems: list[RuleProblem] = []
+    for index, name in enumerate(value):
+        if name not in COMMON:
+            hint = did_you_mean(str(name), COMMON)
+            problems.append(((index,), f"a corruption is one of {', '.join(COMMON)}, but got {name!r}.{hint}"))
+        elif name in value[:index]:
+            problems.append(((index,), f"a corruption is measured once, but {name!r} is listed again. Leave it out."))
+    raise_if_any(*problems)
     return value
 
 
@@ -392,6 +423,23 @@ def sample_problems(fsr: Sequence[str], fsr_fractions: Sequence[float], train_fr
         yield (
             ("diagnostics", "fsr_fractions"),
             f"an extrapolation needs 2 different fractions beside the whole, but got {listed}. List another one.",
+        )
+
+
+def unconfirmed_problems(corruptions: bool, top_k: int | None, seeds: int) -> Iterator[RuleProblem]:
+    """Corruptions in a study that confirms nothing.
+
+    Args:
+        corruptions: whether `evaluate.corruptions` is set.
+        top_k: `confirm.top_k`.
+        seeds: `confirm.seeds`.
+    """
+    if corruptions and (top_k == 0 or seeds == 0):
+        key = "top_k" if top_k == 0 else "seeds"
+        yield (
+            ("evaluate", "corruptions"),
+            f"corruptions are measured on confirmed configurations, but confirm.{key} is 0. Raise it, or leave them "
+            "out.",
         )
 
 

@@ -290,6 +290,25 @@ class DiagnosticsSpec(Section):
     each LayerNorm entry its λ ≈ 1/FSR. null = this study's own FSR, where it was measured before (`luthier fsr`)."""
 
 
+class EvaluateSpec(Section):
+    """What confirmed configurations are measured on beside ID test and the OOD domains."""
+
+    corruptions: Annotated[list[str] | str | None, BeforeValidator(rules.check_corruptions)] = None
+    """Corruption robustness of confirmed configurations (Hendrycks and Dietterich, 2019): `common` = fifteen
+    corruptions at five severities of the ID test pictures as the network sees them, a list of their names, or a folder
+    of corrupted pictures as CIFAR-10-C has them (`labels.npy`, `<corruption>.npy`), whose path contains a `/`. null =
+    not measured (docs/robustness.md)."""
+    images: Annotated[int, Field(ge=1)] = 200
+    """Pictures per corruption and severity: the first of the ID test, which are a stratified sample, or of each
+    severity in the folder."""
+
+    @property
+    def corruption_folder(self) -> str | None:
+        """Folder of corrupted pictures; None = pictures are corrupted by Luthier, or nothing is measured."""
+        value = self.corruptions
+        return value if isinstance(value, str) and value != rules.COMMON_CORRUPTIONS else None
+
+
 class ResourcesSpec(Section):
     """Resources of one trial, and the number of concurrent trials."""
 
@@ -380,6 +399,7 @@ class StudySpec(Section):
     loss: LossSpec = LossSpec()
     confirm: ConfirmSpec = ConfirmSpec()
     diagnostics: DiagnosticsSpec = DiagnosticsSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourcesSpec = ResourcesSpec()
     failures: FailuresSpec = FailuresSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -403,6 +423,7 @@ class StudySpec(Section):
             *rules.sample_problems(diagnostics.fsr, diagnostics.fsr_fractions, data.train_fraction),
             *rules.balance_problems(self.loss.class_weights, data.sampling),
             *rules.warm_start_problems(self.warm_start, self.name, self.search.sampler),
+            *rules.unconfirmed_problems(self.evaluate.corruptions is not None, self.confirm.top_k, self.confirm.seeds),
         )
         return self
 

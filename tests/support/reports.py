@@ -26,7 +26,7 @@ TRIALS: tuple[Mapping[str, Any], ...] = (
 
 
 def reported_study(
-    folder: Path, data: Mapping[str, Any], model: str, trials: Sequence[Mapping[str, Any]] = TRIALS
+    folder: Path, data: Mapping[str, Any], model: str, trials: Sequence[Mapping[str, Any]] = TRIALS, **sections: Any
 ) -> Study:
     """A complete study as a run leaves it: store, journal, kept weights and predictions.
 
@@ -35,6 +35,7 @@ def reported_study(
         data: the study's `data`.
         model: name of the network.
         trials: fields of each trial's `TrialSpec`.
+        sections: further sections of the study.
     """
     study = Study(
         name="shapes",
@@ -44,6 +45,7 @@ def reported_study(
         search={"trials": 2, "epochs": 1, "batch_size": 16},
         diagnostics={"measure": [], "plasticity": False},
         storage=str(folder),
+        **sections,
     )
     store = study.prepare()
     shared = make_task(study.spec, store)

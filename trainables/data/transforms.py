@@ -77,7 +77,20 @@ class BatchTransform:
             flipped = torch.rand(len(pixels), 1, 1, 1, device=images.device, generator=generator) < 0.5
             # Exchange all bits or none: five times as fast as `torch.where` on a CPU, and as exact.
             pixels = pixels ^ ((pixels ^ pixels.flip(3)) & (flipped.to(torch.uint8) * 255))
+        return self._normalised(pixels)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 of any size → (B, 3, H, W) float32, neither cropped nor augmented."""
+        return self._normalised(pixels.permute(0, 3, 1, 2).contiguous())
+
+    def pixels_of(self, images: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 that normalised images (B, 3, H, W) were made of."""
         scale, offset = self._scale_and_offset(images.device)
+        # Rounded: the normalisation is exact to a small part of a pixel's step.
+        return ((images - offset) / scale).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        scale, offset = self._scale_and_offset(pixels.device)
         # In place: the conversion from uint8 has already made a new tensor.
         return pixels.to(torch.float32).mul_(scale).add_(offset)
 

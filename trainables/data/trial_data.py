@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from trainables.data.feature_cache import FeatureCache
 from trainables.data.masked_pictures import MaskedPictures
 from trainables.data.square_images import Batch, SampleTransform, SquareImages, to_device
 from trainables.data.store import Indices, StoreLike, has_masks
+from trainables.data.transforms import BatchTransform
 from trainables.models.device import uses_channels_last
 from trainables.specs.metrics import HELD_OUT
 from trainables.specs.seeds import stream_seed
@@ -206,6 +208,8 @@ class TrialData:
         self.device = torch.device(device)
         self.reference = backbone.module if reference is None else reference
         self._loader = _loader(spec, store, backbone, self.device, transform)
+        config = backbone.data_config
+        self._normalisation = BatchTransform(config.mean, config.std, config.image_size, ())
         self._parts = select_samples(spec, store)
         self._recorded = recorded
         self._cache = FeatureCache(spec.shared.cache)
@@ -326,6 +330,22 @@ class TrialData:
                 self._delivered()
                 yield self._memory_format(images), targets
             first += sum(len(indices) for _, indices, _ in batch)
+
+    def pixels_of(self, images: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 of normalised images (B, 3, H, W), as the network sees them."""
+        return self._normalisation.pixels_of(images)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, H, W, 3) uint8 that are neither resized nor cropped → images as `batches` gives them."""
+        return self._memory_format(self._normalisation.normalised(pixels))
+
+    def view_of(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """Square pictures (B, N, N, 3) uint8 → images as `batches` gives them, resized by Pillow and cropped."""
+        config = self.backbone.data_config
+        resampling = Image.Resampling[config.interpolation.upper()]
+        side = (config.stored_size, config.stored_size)
+        resized = np.stack([np.asarray(Image.fromarray(picture).resize(side, resampling)) for picture in pictures])
+        return self._memory_format(self._normalisation(to_device(resized, self.device)))
 
     def features(self, split: str) -> NDArray[np.float32]:
         """Pooled features (n, D) of the PRETRAINED backbone in eval mode on centre crops.

@@ -11,6 +11,7 @@ from torch import Tensor
 from trainables.diagnostics.norm_shift import norm_parameters
 from trainables.engine.best_weights import Best, Snapshot, put_back, take
 from trainables.engine.contract import Strategy
+from trainables.engine.corruption_errors import corruption_errors
 from trainables.engine.diagnosis import Diagnosis
 from trainables.engine.evaluation import OutputWatch, complete_scores, final_scores, validation_scores
 from trainables.engine.weight_interpolation import WiseFt
@@ -100,9 +101,11 @@ def final(trial: TrialContext, outputs: OutputWatch | None = None) -> FinalEvalu
     scores = tested.scores | _best_of(trial, value)
     diagnosed = diagnosis.report(model, trial.start, trial.best.tensors, last)
     wise_curve = wise.curve() if wise is not None else {}
+    corruptions = data.spec.corruptions
+    corrupted = corruption_errors(model, data, corruptions) if corruptions is not None else {}
     report: dict[str, float] = {}
     curves: dict[str, Curve] = {}
-    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed, tested.tables):
+    for part in (tuned.report, alpha, strategy_curves, wise_curve, diagnosed, tested.tables, corrupted):
         metrics, tables = split_report(part)
         report |= metrics
         curves |= tables

@@ -23,7 +23,7 @@ PARTS = ("model", "best", "optimizer", "unit")
 """First parts of the tensors' names: differences of the network and of its best unit from the pretrained one, the
 optimiser's tensors, and, in the middle of a unit, its progress."""
 
-_WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "interim_splits", "diagnostics")
+_WITHOUT_EFFECT = ("store", "cache", "eval_batch_size", "evaluate_at", "interim_splits", "diagnostics", "corruptions")
 """Shared settings that no trained weight depends on. The contents of the store are identified by its digest."""
 
 

@@ -38,6 +38,7 @@ PHASES = {
     "in_predictions": "after the rows of kept predictions, before the file has its name",
     "after_kept": "after a trial's weights and predictions were kept, before its final checkpoint",
     "in_discard": "after kept weights lost their name, before their files are removed",
+    "in_corruptions": "in a trial's final evaluation, before each corruption and severity",
     "finalize": "after a trial's last unit, before its final evaluation",
 }
 FIELDS = ("trial", "unit", "step", "event", "seq")

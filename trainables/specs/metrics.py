@@ -186,6 +186,8 @@ class TaskMetrics:
     several, on every ID domain."""
     selectable: tuple[Metric, ...] = ()
     """What `selecting` accepts beside `selection`."""
+    corruption: Metric | None = None
+    """Share whose complement is the error on corrupted pictures; None = the task is not measured on them."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -205,6 +207,8 @@ class TaskMetrics:
             selection=Metric(**fields["selection"]),
             tie_breaker=Metric(**fields["tie_breaker"]),
             loss=None if fields["loss"] is None else Metric(**fields["loss"]),
+            # Journals of earlier versions do not have it.
+            corruption=Metric(**fields["corruption"]) if fields.get("corruption") else None,
             **groups,
         )
 
@@ -411,6 +415,7 @@ CLASSIFICATION = TaskMetrics(
     leaderboard=(ECE,),
     final=(BALANCED_ACCURACY, MACRO_F1, AUROC, AVERAGE_PRECISION, BRIER, ECE_SCALED, TOP5),
     selectable=(BALANCED_ACCURACY, MACRO_F1, AUROC, AVERAGE_PRECISION, NLL, BRIER),
+    corruption=ACCURACY,
 )
 
 MEAN_IOU = Metric(
@@ -454,6 +459,7 @@ SEGMENTATION = TaskMetrics(
     training=(MEAN_IOU, PIXEL_ACCURACY),
     leaderboard=(MEAN_IOU_CLASSES, PIXEL_ACCURACY),
     selectable=(PIXEL_ACCURACY, PIXEL_NLL),
+    corruption=MEAN_IOU,
 )
 
 BUILT_IN_TASKS: tuple[TaskMetrics, ...] = (CLASSIFICATION, SEGMENTATION)
@@ -665,6 +671,33 @@ PROBE_C_LOW = Quantity(
 PROBE_C_HIGH = Quantity("linear_probe/C_high", None, "", "Largest such C.")
 PROBE_WITHIN_SE = Quantity("linear_probe/within_se", None, "values", "Number of such C on the path.")
 PROBE_PATH = Quantity("linear_probe/path", None, "values", "Number of C on the path.")
+CORRUPTION_ERROR = Quantity(
+    "robust/<corruption>/ce",
+    "min",
+    "%",
+    "Corruption error: 100 − accuracy in per cent, mean over five severities (Hendrycks and Dietterich, 2019).",
+)
+MEAN_CORRUPTION_ERROR = Quantity("robust/mce", "min", "%", "mCE: mean of the corruption errors, unnormalised.")
+CLEAN_ERROR = Quantity("robust/clean_error", "min", "%", "100 − accuracy on the same pictures without corruption.")
+RELATIVE_MCE = Quantity(
+    "robust/relative_mce",
+    "min",
+    "%",
+    "Relative mCE: what corruptions add to the error on clean pictures, over what they add to the linear probe's; mean "
+    "over the corruptions (Hendrycks and Dietterich, 2019).",
+    "study",
+)
+NORMALISED_MCE = Quantity(
+    "robust/mce_over_probe",
+    "min",
+    "%",
+    "Corruption error over the study's own linear probe's, mean over the corruptions.",
+    "study",
+)
+CORRUPTION_ERRORS = "corruptions"
+"""Table of a confirmed trial: error by corruption and severity."""
+CORRUPTION_SAMPLES = "corruption_samples"
+"""Table of a confirmed trial: error of each picture by corruption, mean over the severities."""
 
 PLASTICITY = Quantity(
     "plasticity/<component>",
@@ -706,7 +739,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     DISTORTION_QUANTILE, GRAD_NORM, BN_CONVERSION_LAYERS, BN_CONVERSION_SHIFT, BN_CONVERSION_RATIO,
     LAYERNORM_LAMBDA, LAYERNORM_VAL_AT_ONE, WISE_ALPHA, COMPONENT, COMPONENTS_SELECTED, LORA_MAPS, PROBE_C,
     PROBE_VAL, PROBE_C_LOW, PROBE_C_HIGH, PROBE_WITHIN_SE, PROBE_PATH, HEAD_CURVATURE,
-    TEMPERATURE,
+    TEMPERATURE, CORRUPTION_ERROR, MEAN_CORRUPTION_ERROR, CLEAN_ERROR, RELATIVE_MCE, NORMALISED_MCE,
     PLASTICITY, FSR, FSR_LOW, FSR_HIGH, FSR_LAMBDA, GAIN, GAIN_OOD, REGRET, TRIALS,
 )  # fmt: skip
 """Every recorded name that no task defines. Strategies may record more under their own names."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainables.specs.corruptions import CorruptionSettings
+
 DIAGNOSTICS = ("shift", "distortion", "cka", "plasticity", "gradients")
 """Names of what a trial can measure beside its scores: shift of the norm layers' γ and β, distortion of features and
 change of parameters, CKA per block, plasticity after tuning, gradient norms per kind of layer."""
@@ -162,6 +164,8 @@ class SharedTrialSettings:
     evaluate_model: Literal["best", "final"] = "best"
     """Which unit's weights are tested: those of the best one on ID validation, or of the last one."""
     view: ViewSettings = PLAIN_VIEW
+    corruptions: CorruptionSettings | None = None
+    """Corruptions that the networks of confirmed trials are measured under; None = none."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SharedTrialSettings:
@@ -178,6 +182,9 @@ class SharedTrialSettings:
         view = values.get("view")
         if isinstance(view, Mapping):
             values["view"] = ViewSettings.from_dict(view)
+        corruptions = values.get("corruptions")
+        if isinstance(corruptions, Mapping):
+            values["corruptions"] = CorruptionSettings.from_dict(corruptions)
         for name in ("augment", "evaluate_at", "interim_splits", "diagnostics"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
@@ -205,6 +212,11 @@ class TrialSpec:
     train_draw: int = 0
     """Which stratified sample of `shared.train_fraction` is trained on; 0 = the study's own, a nested prefix. Others
     are for references of FSR alone."""
+
+    @property
+    def corruptions(self) -> CorruptionSettings | None:
+        """Corruptions that this trial is measured under, at its end; None = none, as of all but confirmed trials."""
+        return self.shared.corruptions if self.role == "confirm" else None
 
     @property
     def config_hash(self) -> str:

@@ -47,6 +47,20 @@ class TestCounts:
         assert plan.rungs == (1, 3)
         assert plan.max_units == (20 + 4) * 9
 
+    def test_evaluations_under_corruptions(self, planned: Callable[..., Plan]) -> None:
+        plan = planned(evaluate={"corruptions": ["fog", "snow"], "images": 200})
+        assert plan.corruptions is not None
+        # Two corruptions at five severities on the only test image per class, for four confirmed trials.
+        test = plan.splits["test"]
+        assert plan.corruptions.evaluations == 2 * 5 * test
+        sentence = (
+            f"Corruptions: 2 corruptions at 5 severities on {test} images of the ID test: {10 * test} images or 10 "
+            f"times the ID test for each of 4 confirmed trials, {40 * test} in all."
+        )
+        assert sentence in plan.lines()
+        assert plan.to_dict()["corruptions"]["names"] == ("fog", "snow")
+        assert not any("Corruptions" in line for line in planned().lines())
+
     def test_with_costs_among_the_objectives_two_are_confirmed_per_entry(self, planned: Callable[..., Plan]) -> None:
         objectives = ["id_val", "trainable_parameters", "device_seconds"]
         plan = planned(search={"objectives": objectives, "scheduler": "none"})

@@ -81,11 +81,6 @@ class TestData:
             "id_val."
         ]
 
-    def test_an_unknown_augmentation(self, problems: Problems) -> None:
-        assert problems(data={"augment": ["flipp"]}) == [
-            "data.augment[0]: an augmentation is one of flip, crop, but got 'flipp'. Did you mean 'flip'?"
-        ]
-
 
 class TestModel:
     def test_c4_an_unknown_name_with_near_misses(self, problems: Problems) -> None:

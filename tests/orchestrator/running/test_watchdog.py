@@ -199,6 +199,13 @@ def test_kinds_say_what_a_unit_consists_of() -> None:
         Kind("", "head", False, False, False), Kind("", "norms", False, False, False),
         Kind("", "norms", True, True, True), Kind("", "norms", True, True, True),
     ]  # fmt: skip
+    shared = asdict(task(epochs=5, evaluate_at=(2,))) | {"corruptions": {"names": ["fog"]}}
+    measured = {**config, "shared": shared}
+    assert kind_of(measured, 6) == kind_of(config, 6)
+    confirmed = kind_of({**measured, "role": "confirm"}, 6)
+    assert confirmed == kind_of(config, 6)._replace(corrupted=True)
+    assert str(confirmed) == "last of the trial and evaluated on corrupted pictures"
+    assert kind_of({**measured, "role": "confirm"}, 4) == kind_of(config, 4)
     assert kind_of({"strategy": "full", "hparams": {"no": 1}}, 3, "warm") == Kind("warm", "", False, True, True)
 
 

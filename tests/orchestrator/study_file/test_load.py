@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from orchestrator.study_file.load import absolute_paths, load_study, resolved_study
@@ -39,6 +41,13 @@ def test_absolute_paths_and_urls_stay() -> None:
         "data": {"root": "/data"},
         "storage": "/home/ann/studies",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("cifar/c", "/home/ann/cifar/c"), ("common", "common"), (["fog"], ["fog"])]
+)
+def test_a_folder_of_corrupted_pictures_is_a_path(given: Any, kept: Any) -> None:
+    assert absolute_paths({"evaluate": {"corruptions": given}}, Path("/home/ann"))["evaluate"] == {"corruptions": kept}
 
 
 def test_a_submitted_copy_states_the_same_as_the_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from orchestrator.errors import PreflightError, StudyError
@@ -164,3 +165,70 @@ class TestMetricAndLoss:
         assert twice.startswith("strategies[3]: Label smoothing is set once, but daft has label_smoothing 0.2")
         (message,) = refused(strategies=strategies, data={"source": "digits", "sampling": "balanced"})
         assert message.startswith("strategies[1]: data.sampling needs a strategy that trains by gradient")
+
+
+@pytest.mark.parametrize(
+    ("task", "listed"), [("classification", "flip, crop"), ("segmentation", "flip, crop, scale, jitter")]
+)
+def test_an_augmentation_is_one_of_the_tasks(task: str, listed: str) -> None:
+    data = {"source": "folder", "root": "/data", "augment": ["flipp"]}
+    assert invalid(task=task, data=data) == [
+        f"data.augment[0]: an augmentation is one of {listed}, but got 'flipp'. Did you mean 'flip'?"
+    ]
+
+
+class TestCorruptions:
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (
+                "comon",
+                "evaluate.corruptions: corruptions is 'common', a list of names, or a folder's path with a / in it, "
+                "but got 'comon'. Did you mean 'common'?",
+            ),
+            (
+                "fog",
+                "evaluate.corruptions: corruptions is 'common', a list of names, or a folder's path with a / in it, "
+                "but got 'fog'. Write [fog].",
+            ),
+            (
+                [],
+                "evaluate.corruptions: corruptions is 'common', a list of at least one name, or a folder's path with "
+                "a / in it, but got [].",
+            ),
+            (
+                ["fog", "fog"],
+                "evaluate.corruptions[1]: a corruption is measured once, but 'fog' is listed again. Leave it out.",
+            ),
+        ],
+    )
+    def test_a_value_that_is_none_of_the_three(self, value: Any, message: str) -> None:
+        assert invalid(evaluate={"corruptions": value}) == [message]
+
+    def test_an_unknown_name(self) -> None:
+        (problem,) = invalid(evaluate={"corruptions": ["fogg"]})
+        assert problem.startswith("evaluate.corruptions[0]: a corruption is one of gaussian_noise, ")
+        assert problem.endswith("but got 'fogg'. Did you mean 'fog'?")
+
+    @pytest.mark.parametrize("confirm", [{"seeds": 0}, {"top_k": 0}])
+    def test_nothing_is_confirmed(self, confirm: dict[str, int]) -> None:
+        (key,) = confirm
+        assert invalid(evaluate={"corruptions": "common"}, confirm=confirm) == [
+            f"evaluate.corruptions: corruptions are measured on confirmed configurations, but confirm.{key} is 0. "
+            "Raise it, or leave them out."
+        ]
+        assert invalid(confirm=confirm) == []
+
+    def test_a_folder_that_does_not_fit_is_refused_before_anything_runs(self, refused: Any, tmp_path: Path) -> None:
+        folder = tmp_path / "corrupted"
+        assert refused(evaluate={"corruptions": str(folder)}) == [
+            f"evaluate.corruptions: {folder} is no folder. Corrupted pictures are in one, as labels.npy and one file "
+            "per corruption."
+        ]
+        folder.mkdir()
+        np.save(folder / "fog.npy", np.zeros((50, 8, 8, 3), np.uint8))
+        np.save(folder / "labels.npy", np.tile(np.arange(9), 5))
+        (problem,) = refused(evaluate={"corruptions": str(folder)})
+        assert "must be the study's 10 classes, 0 to 9 in their order, but are 9 different ones" in problem
+        np.save(folder / "labels.npy", np.tile(np.arange(10), 5))
+        assert refused(evaluate={"corruptions": str(folder)}) == []

@@ -198,8 +198,8 @@ class TestRefused:
         [
             (
                 {"modle": {}},
-                "modle: unknown key. Did you mean 'model'? Known here: name, task, data, model, strategies, "
-                "search, warm_start, loss, confirm, diagnostics, resources, failures, tracking, keep, storage.",
+                "modle: unknown key. Did you mean 'model'? Known here: name, task, data, model, strategies, search, "
+                "warm_start, loss, confirm, diagnostics, evaluate, resources, failures, tracking, keep, storage.",
             ),
             ({"search": {"trials": 2.5}}, "search.trials: must be an integer, but got the number 2.5."),
             ({"search": {"trials": True}}, "search.trials: must be an integer, but got true."),
