@@ -14,8 +14,8 @@
 `study.plan()` shows what a run would do, `study.run()` runs it and returns its `Results`, and `study.results()` reads
 them again later. Of the results, `results.best().model()` is the chosen `Model`, `results.predictions("daft", "test")`
 a data frame, `results.plot.leaderboard()` a figure. `load(folder)` opens what `luthier export` has written, a `Model`
-as well: `model.predict("pictures")`. Names are imported on first use, so that `import luthier` takes neither torch nor
-ray. docs/python.md has more.
+as well: `model.predict("pictures")`. Of segmentation studies both are a `SegmentationModel`, which predicts masks.
+Names are imported on first use, so that `import luthier` takes neither torch nor ray. docs/python.md has more.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.export.model import Model, load
+    from orchestrator.export.segmentation_model import SegmentationModel
     from orchestrator.results.study_results import Results
     from orchestrator.study import Study
     from trainables.engine.contract import Strategy
 
     __version__: str
 
-__all__ = ["Model", "Results", "Strategy", "Study", "__version__", "load"]
+__all__ = ["Model", "Results", "SegmentationModel", "Strategy", "Study", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -51,6 +52,10 @@ def __getattr__(name: str) -> Any:
         from orchestrator.results.study_results import Results
 
         return Results
+    if name == "SegmentationModel":
+        from orchestrator.export.segmentation_model import SegmentationModel
+
+        return SegmentationModel
     if name == "Strategy":
         from trainables.engine.contract import Strategy
 

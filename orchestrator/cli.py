@@ -225,21 +225,33 @@ def predict(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `luthier export` has written.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Files, folders, or a data store.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .csv or .parquet.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write, of a classifier: .csv or .parquet.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write, of a segmentation model; new or empty.")
+    ] = None,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write the pictures under the colours of their masks.")
+    ] = False,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of a data store.")] = "test",
     domain_report: Annotated[
         bool, typer.Option("--domain-report", help="Compare with the classes that the folders are named after.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass; changes nothing else.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images (views) per forward pass. Default: 64, of masks 16.")
+    ] = None,
     progress: Progress = True,
 ) -> None:
-    """Predict the classes of images with an exported model. Exit code 3 if some cannot be read."""
+    """Predict the classes of images, or their masks, with an exported model. Exit code 3 if some cannot be read."""
     from orchestrator.commands.predict import predict as predict_images
 
     predicted = predict_images(
         model,
         images,
         output,
+        to=to,
+        overlay=overlay,
         split=split,
         domain_report=domain_report,
         batch_size=batch_size,

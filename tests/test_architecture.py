@@ -63,7 +63,7 @@ LAZY_BOUNDARIES = {
     "trainables/specs/fault_injection.py", "trainables/storage/kept_predictions.py",
     "trainables/tasks/classification_metrics.py",
     # Libraries of one format of exports each, two of them optional.
-    "orchestrator/export/formats.py",
+    "orchestrator/export/formats.py", "orchestrator/export/segmentation_formats.py",
 }  # fmt: skip
 """The only modules with imports inside functions; everywhere else imports stand at the top."""
 REGISTRIES = (

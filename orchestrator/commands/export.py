@@ -16,12 +16,20 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
+from orchestrator.commands.segmentation_export import (
+    classes_behind,
+    compare_with_recorded_masks,
+    training_pixels,
+    tuned_segmenter,
+)
 from orchestrator.commands.status import find_study, read_journal
 from orchestrator.errors import Problem, StudyError
 from orchestrator.export.card import CardFacts, Score
 from orchestrator.export.errors import ExportError, RefusedExportError
 from orchestrator.export.export import Exported, TunedModel, check_target, export_model
 from orchestrator.export.formats import BACKBONE
+from orchestrator.export.segmentation_export import export_segmenter
+from orchestrator.export.segmentation_formats import check_segmentation_format
 from orchestrator.ingest.errors import DataError
 from orchestrator.record.kept_paths import weights_folder
 from orchestrator.record.records import TrialRecord, fold, metrics_of, study_header, validation_score
@@ -40,10 +48,11 @@ from trainables.data.transforms import BatchTransform
 from trainables.engine.tuned_network import HEAD, low_rank_update, tuned_network
 from trainables.models.backbone import DataConfig, load_pretrained
 from trainables.models.task_model import TaskModel
-from trainables.specs.metrics import ACCURACY, TEST, VAL, TaskMetrics, ood
+from trainables.specs.metrics import ACCURACY, SEGMENTATION, TEST, VAL, TaskMetrics, ood
 from trainables.specs.trial_spec import ModelSpec
 from trainables.storage.checkpoint_format import bitwise_equal
 from trainables.storage.kept_weights import KeptWeights
+from trainables.tasks.segmentation import DenseModel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,6 +138,8 @@ def export_study(
     # First: reading weights and comparing the network take minutes.
     check_target(folder, format_name)
     spec, study_folder = find_study(study)
+    if spec.task == SEGMENTATION.task:
+        check_segmentation_format(format_name)
     events = read_journal(spec, study_folder)
     records = fold(events)
     selected = select_trial(records, spec, trial, entry)
@@ -143,17 +154,21 @@ def export_study(
         check_adapter(kept, pretrained.module.state_dict())
     network = tuned_network(kept, pretrained)
     metrics = metrics_of(spec)
+    tables = SampleTables(study_folder)
+    scores = scores_of(selected.record, records, store, metrics, tables)
+    facts = card_facts(spec, kept, selected, scores, store, network)
+    if isinstance(network, DenseModel):
+        sentence = compare_with_recorded_masks(network, kept, store, selected.record, metrics)
+        segmenter = tuned_segmenter(network, kept, pretrained, store, facts, [sentence])
+        return StudyExport(export_segmenter(segmenter, folder, format_name), selected, refit)
     preprocessing = preprocessing_of(kept)
     sentence = compare_with_record(network, store, preprocessing, selected.record, metrics)
-    tables = SampleTables(study_folder)
     tuned = TunedModel(
         network=network,
         spec=model,
         preprocessing=preprocessing,
         classes=list(kept.meta["classes"]),
-        facts=card_facts(
-            spec, kept, selected, scores_of(selected.record, records, store, metrics, tables), store, network
-        ),
+        facts=facts,
         pictures=np.asarray(store.images(TEST)),
         update=low_rank_update(kept),
         pretrained=pretrained.module,
@@ -392,7 +407,7 @@ def scores_of(
         if value is None or split not in store.splits:
             continue
         samples = len(store.labels(split))
-        text = _of_trial(record, name, value, samples, metrics, tables)
+        text = _of_trial(record, name, value, samples, metrics, tables) + classes_behind(record, split)
         over_seeds = configuration.score(name) if len(runs) > 1 else None
         shown = metrics.validation if split == VAL else name
         scores.append(Score(shown, text, samples, "" if over_seeds is None else _of_seeds(over_seeds, metrics)))
@@ -428,9 +443,10 @@ def _of_seeds(score: IntervalScore, metrics: TaskMetrics) -> str:
 
 
 def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
+    what = "picture" if store.targets == "labels" else "pixel"
     limits = [
         "The numbers hold for pictures like those of the study's test split and OOD domains. Nothing was measured on "
-        "others, and a picture of none of the classes gets one of them all the same.",
+        f"others, and a {what} of none of the classes gets one of them all the same.",
         "The intervals of this model are over pictures alone. Training again with another seed is covered by those of "
         "its configuration's mean only.",
     ]
@@ -445,6 +461,11 @@ def _limits(kept: KeptWeights, record: TrialRecord, store: Store) -> list[str]:
     if interpolated is not None:
         limits.append(f"Its weights are an interpolation between the pretrained and the tuned ones ({interpolated}).")
     splits = ("train", "val") if record.role == "refit" else ("train",)
+    if store.targets == "masks":
+        absent = [name for name, count in training_pixels(store, splits).items() if count == 0]
+        if absent:
+            limits.append(f"Classes without a labelled training pixel: {', '.join(absent)}.")
+        return limits
     few = [f"{name} ({count})" for name, count in _training_counts(store, splits).items() if count < 10]
     if few:
         limits.append(f"Classes with fewer than ten training pictures: {', '.join(few)}.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainables.data.masked_pictures import Evaluation
 from trainables.models.backbone import DataConfig
 
 UNKNOWN_LICENCE = "not stated by timm's table of weights; see where the weights come from before you pass them on"
@@ -61,21 +62,30 @@ class CardFacts:
 
 
 def render_card(
-    facts: CardFacts, classes: Sequence[str], preprocessing: DataConfig, usage: str, proof: Sequence[str]
+    facts: CardFacts,
+    classes: Sequence[str],
+    pictures: Sequence[str],
+    usage: str,
+    proof: Sequence[str],
+    pipeline: str = "image-classification",
 ) -> str:
     """The card as Markdown, with the front matter that model hubs read.
 
     Args:
+        facts: of the model.
+        classes: names, in the order of the logits.
+        pictures: sentences on how a picture becomes the network's input, see `square_lines`.
         usage: Python code that loads the model, of its format.
         proof: sentences on the comparisons that were made when it was exported.
+        pipeline: the hubs' name of the task.
     """
     lines = [
         "---",
         "tags:",
-        "- image-classification",
+        f"- {pipeline}",
         "- timm",
         "- luthier",
-        "pipeline_tag: image-classification",
+        f"pipeline_tag: {pipeline}",
         "library_name: timm",
         "license: other",
         "---",
@@ -85,7 +95,7 @@ def render_card(
         "",
         *_section("Model", _model_lines(facts)),
         *_section("Classes", [f"{index}. {_text(name)}" for index, name in enumerate(classes)], bullet=""),
-        *_section("Pictures", _pixel_lines(preprocessing)),
+        *_section("Pictures", pictures),
         *_scores(facts),
         *_section("Comparisons at export", proof),
         *_section("Limits", [_text(limit) for limit in facts.limits]),
@@ -122,7 +132,8 @@ def _taken_over_lines(taken_over: Mapping[str, float] | None) -> list[str]:
     return [f"Chosen or fitted on validation in the search, and taken over: {values}"]
 
 
-def _pixel_lines(preprocessing: DataConfig) -> list[str]:
+def square_lines(preprocessing: DataConfig) -> list[str]:
+    """How a picture becomes the square that a classifier sees."""
     stored = preprocessing.stored_size
     side = preprocessing.image_size
     return [
@@ -131,6 +142,41 @@ def _pixel_lines(preprocessing: DataConfig) -> list[str]:
         f"{side} pixels is cropped.",
         f"Normalised by mean {list(preprocessing.mean)} and standard deviation {list(preprocessing.std)}.",
         "The first two rules are not part of timm's settings: another program has to follow them itself.",
+    ]
+
+
+def view_lines(preprocessing: DataConfig, evaluation: Evaluation, any_size: bool) -> list[str]:
+    """How a picture becomes the views that a segmentation model sees, and their logits its mask.
+
+    Args:
+        preprocessing: side and normalisation.
+        evaluation: views of a picture.
+        any_size: whether the exported model takes images of any size.
+    """
+    side = preprocessing.image_size
+    if evaluation == "resize":
+        view = (
+            f"The whole picture is one view: its longer side is scaled to {side} pixels, bilinearly with a filter that "
+            "widens where it shrinks."
+        )
+    else:
+        view = (
+            f"Windows of {side} pixels go over the picture at its own size, evenly spread and overlapping by at least "
+            "a third; logits of overlapping windows are averaged."
+        )
+    sizes = (
+        f"any height and width; the numbers are of views of {side} x {side}"
+        if any_size
+        else f"{side} x {side} pixels and no others"
+    )
+    return [
+        *PIXEL_RULES,
+        view,
+        f"Normalised by mean {list(preprocessing.mean)} and standard deviation {list(preprocessing.std)}, then padded "
+        f"with zeros below and to the right to {side} x {side}.",
+        "Logits (batch, classes, h, w) have the decoder's stride. They are scaled bilinearly (align_corners=False) to "
+        "the picture's own pixels before the largest gives a pixel's class; masks are never scaled.",
+        f"The exported model takes batches of any size, of images of {sizes}.",
     ]
 
 

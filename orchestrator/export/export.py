@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from orchestrator.export.card import CardFacts, render_card
+from orchestrator.export.card import CardFacts, render_card, square_lines
 from orchestrator.export.errors import RefusedExportError
 from orchestrator.export.formats import FORMATS, AdapterMaterial, Material
 from orchestrator.export.proof import Proof, prove
@@ -105,7 +105,7 @@ def export_model(tuned: TunedModel, folder: Path, format_name: str = "timm") -> 
         card = render_card(
             tuned.facts,
             tuned.classes,
-            preprocessing,
+            square_lines(preprocessing),
             written.usage.replace("DIR", folder.name),
             [*tuned.proof, proof.sentence()],
         )
@@ -127,12 +127,13 @@ def _facts(tuned: TunedModel, format_name: str, proof: Proof) -> dict[str, Any]:
     return {
         "model_format": format_name,
         "classes": list(tuned.classes),
-        "card": _card_values(tuned.facts),
+        "card": card_values(tuned.facts),
         "proof": dataclasses.asdict(proof),
     }
 
 
-def _card_values(facts: CardFacts) -> dict[str, Any]:
+def card_values(facts: CardFacts) -> dict[str, Any]:
+    """Facts of a card as JSON values."""
     values = {**dataclasses.asdict(facts), "hparams": dict(facts.hparams)}
     if facts.taken_over is None:
         del values["taken_over"]

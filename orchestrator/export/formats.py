@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import timm
@@ -73,11 +73,14 @@ class Written:
     """For luthier.json, as JSON values."""
 
 
+MaterialType = TypeVar("MaterialType")
+
+
 @dataclass(frozen=True)
-class Format:
+class Format(Generic[MaterialType]):
     """A kind of exported folder."""
 
-    write: Callable[[Path, Material], Written]
+    write: Callable[[Path, MaterialType], Written]
     tolerance: float
     """Largest difference of a logit, as a share of the largest."""
 
@@ -91,7 +94,7 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        _require_onnx("onnxruntime")
+        require_onnx("onnxruntime")
         import onnxruntime
 
         self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -115,7 +118,7 @@ def write_onnx(folder: Path, material: Material) -> Written:
     Raises:
         ExportError: onnx, onnxruntime or onnxscript is not installed, or the network cannot be traced.
     """
-    _require_onnx("onnx", "onnxruntime", "onnxscript")
+    require_onnx("onnx", "onnxruntime", "onnxscript")
     import onnx
 
     write_config(folder, material.classifier, material.classes, material.preprocessing)
@@ -180,8 +183,21 @@ def write_torch_export(folder: Path, material: Material) -> Written:
         torch.export.save(program, str(path), extra_files={"class_names.json": json.dumps(list(material.classes))})
     except Exception as error:  # tracing fails in as many ways as networks are written
         raise _untraceable("torch.export", material.classifier, error) from error
-    module: Any = torch.export.load(str(path)).module()
-    return Written(("config.json", TORCH_EXPORT), module, _TORCH_EXPORT_USAGE)
+    return Written(("config.json", TORCH_EXPORT), read_program(path), _TORCH_EXPORT_USAGE)
+
+
+def read_program(path: Path) -> Runner:
+    """A program of torch.export that this process has just written: its file may hold code."""
+    module: Runner = torch.export.load(str(path)).module()
+    return module
+
+
+def read_pyfunc(folder: Path) -> Runner:
+    """A model of MLflow that this process has just written: its folder holds code."""
+    import mlflow
+
+    loaded = mlflow.pyfunc.load_model(str(folder))
+    return lambda images: torch.from_numpy(np.asarray(loaded.predict(images.numpy())))
 
 
 def write_peft(folder: Path, material: Material) -> Written:
@@ -263,13 +279,8 @@ def write_mlflow(folder: Path, material: Material) -> Written:
             input_example=_example(material.preprocessing).numpy(),
             pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "timm", "torch")],
         )
-    loaded = mlflow.pyfunc.load_model(str(folder))
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(loaded.predict(images.numpy())))
-
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return Written(files, run, _MLFLOW_USAGE)
+    return Written(files, read_pyfunc(folder), _MLFLOW_USAGE)
 
 
 def backbone_digest(classifier: TimmClassifier) -> str:
@@ -281,7 +292,7 @@ def backbone_digest(classifier: TimmClassifier) -> str:
     return digest.hexdigest()
 
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, Format[Material]] = {
     "timm": Format(write_timm, 1e-5),
     "onnx": Format(write_onnx, 1e-4),
     "torch_export": Format(write_torch_export, 1e-5),
@@ -297,7 +308,12 @@ def _example(preprocessing: DataConfig) -> Tensor:
     return torch.randn(EXAMPLE, 3, side, side, generator=generator)
 
 
-def _require_onnx(*packages: str) -> None:
+def require_onnx(*packages: str) -> None:
+    """Refuse a format whose libraries are not installed.
+
+    Raises:
+        ExportError: one of the packages is missing.
+    """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ExportError(
@@ -313,7 +329,7 @@ def _untraceable(target: str, classifier: TimmClassifier, error: Exception) -> E
     )
 
 
-_PICTURES = """
+PICTURES = """
 from PIL import Image, ImageOps
 
 def rgb(path):
@@ -327,7 +343,7 @@ def rgb(path):
 _TIMM_USAGE = f"""
 import timm, torch
 from timm.data import create_transform, resolve_model_data_config
-{_PICTURES}
+{PICTURES}
 model = timm.create_model("local-dir:DIR", pretrained=True).eval()
 transform = create_transform(**resolve_model_data_config(model))
 with torch.no_grad():
@@ -353,7 +369,7 @@ classes = json.load(open("DIR/config.json"))["label_names"]
 _MLFLOW_USAGE = f"""
 import glob, json, mlflow
 from timm.data import create_transform
-{_PICTURES}
+{PICTURES}
 model = mlflow.pyfunc.load_model("DIR")
 config = json.load(open(glob.glob("DIR/artifacts/*/config.json")[0]))
 names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
@@ -365,7 +381,7 @@ print(config["label_names"][logits.argmax(1)[0]])
 _ONNX_USAGE = f"""
 import json, onnxruntime
 from timm.data import create_transform
-{_PICTURES}
+{PICTURES}
 session = onnxruntime.InferenceSession("DIR/model.onnx")
 classes = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
 config = json.load(open("DIR/config.json"))["pretrained_cfg"]
@@ -378,7 +394,7 @@ print(classes[session.run(["logits"], {{"images": images}})[0].argmax()])
 _TORCH_EXPORT_USAGE = f"""
 import json, torch
 from timm.data import create_transform
-{_PICTURES}
+{PICTURES}
 files = {{"class_names.json": ""}}
 model = torch.export.load("DIR/model.pt2", extra_files=files).module()
 classes = json.loads(files["class_names.json"])

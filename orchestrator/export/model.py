@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from orchestrator.export.formats import ONNX, OnnxNetwork
 from orchestrator.export.pictures import list_pictures
 from orchestrator.export.predictions import Predictions, predict_pictures, refuse_unreadable
-from orchestrator.export.timm_folder import load_network, read_folder
+from orchestrator.export.segmentation_folder import (
+    is_segmentation,
+    load_segmentation_network,
+    read_segmentation_folder,
+)
+from orchestrator.export.segmentation_model import SegmentationModel
+from orchestrator.export.timm_folder import CONFIG, load_network, read_folder, read_json
 from orchestrator.ingest.images import BadImageError, square, upright_rgb
 from orchestrator.wording import listed
 from trainables.data.transforms import BatchTransform
@@ -118,8 +124,8 @@ class Model:
         return np.asarray(square(rgb, view.stored_size, view.interpolation, view.image_size))
 
 
-def load(path: str | Path, device: torch.device | str | None = None) -> Model:
-    """Load an exported model.
+def load(path: str | Path, device: torch.device | str | None = None) -> Model | SegmentationModel:
+    """Load an exported model: a classifier, or a segmentation model.
 
     Args:
         path: folder of `luthier export` in the formats timm or onnx, or any in timm's `local-dir` layout with
@@ -129,7 +135,19 @@ def load(path: str | Path, device: torch.device | str | None = None) -> Model:
     Raises:
         ModelFolderError: no exported model, or a damaged one.
     """
+    if is_segmentation(read_json(Path(path), CONFIG)):
+        return _load_segmentation(path, device)
     folder = read_folder(path)
     graph = folder.path / ONNX
     network = OnnxNetwork(graph) if graph.exists() else load_network(folder)
     return Model(network, folder.classes, folder.preprocessing, device)
+
+
+def _load_segmentation(path: str | Path, device: torch.device | str | None) -> SegmentationModel:
+    folder = read_segmentation_folder(path)
+    settings = folder.settings
+    graph = folder.path / ONNX
+    network = OnnxNetwork(graph) if graph.exists() else load_segmentation_network(folder)
+    return SegmentationModel(
+        network, settings.classes, settings.preprocessing, settings.evaluation, settings.training_values, device
+    )

@@ -20,6 +20,9 @@ from trainables.models.backbone import DataConfig
 CHUNK_BYTES = 2**28
 """Pixels that are decoded at a time, in a temporary file."""
 
+HEADERS = 4096
+"""Pictures whose headers are read at a time."""
+
 Progress = Callable[[int, int, int], None]
 """Called with (pictures done, pictures in all, unreadable pictures)."""
 
@@ -52,6 +55,17 @@ class DecodedChunk:
     pixels: NDArray[np.uint8]
     """(n, H, H, 3), of the readable ones."""
     unreadable: list[SkippedEntry]
+
+
+@dataclass
+class WholeChunk:
+    """Whole pictures that were decoded together."""
+
+    names: list[str] = field(default_factory=list)
+    """Of the readable ones, in order."""
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    """(H, W, 3) each, of the readable ones."""
+    unreadable: list[SkippedEntry] = field(default_factory=list)
 
 
 def list_pictures(paths: Sequence[Path]) -> Listing:
@@ -107,21 +121,31 @@ def decoded(
         yield chunk
 
 
+def decoded_whole(pictures: Sequence[Picture], progress: Progress | None = None) -> Iterator[WholeChunk]:
+    """Decode whole pictures at their own sizes, upright, in processes of their own, a chunk at a time.
+
+    Raises:
+        OSError: the temporary file cannot be written.
+    """
+    unreadable = 0
+    done = 0
+    for chunk in _of_equal_bytes(pictures):
+        decoded = _decode_whole(chunk)
+        unreadable += len(decoded.unreadable)
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(pictures), unreadable)
+        yield decoded
+
+
 def _decode(pictures: Sequence[Picture], preprocessing: DataConfig) -> DecodedChunk:
     side = preprocessing.stored_size
     row_bytes = side * side * 3
-    source = FolderSource(
-        kind="folder",
-        layout="",
-        samples=[Sample(picture.name, "", "", None, picture.location) for picture in pictures],
-        digest="",
-        root=Path("/"),
-    )
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(len(pictures) * row_bytes)
         offsets = np.arange(len(pictures), dtype=np.int64) * row_bytes
         job = DecodeJob(side, preprocessing.interpolation, Path(file.name), offsets, preprocessing.image_size)
-        outcomes = decode_all(source, range(len(pictures)), job)
+        outcomes = decode_all(_source(pictures), range(len(pictures)), job)
         readable = [position for position, outcome in outcomes.items() if outcome.reason is None]
         pixels = np.fromfile(file.name, np.uint8).reshape(-1, side, side, 3)[readable]
     failures = [
@@ -130,6 +154,57 @@ def _decode(pictures: Sequence[Picture], preprocessing: DataConfig) -> DecodedCh
         if outcome.reason is not None
     ]
     return DecodedChunk([pictures[position].name for position in readable], pixels, failures)
+
+
+def _of_equal_bytes(pictures: Sequence[Picture]) -> Iterator[list[tuple[Picture, int]]]:
+    """Chunks of pictures with the bytes of their pixels by their headers; 0 = the header cannot be read."""
+    chunk: list[tuple[Picture, int]] = []
+    total = 0
+    for start in range(0, len(pictures), HEADERS):
+        part = pictures[start : start + HEADERS]
+        headers = decode_all(_source(part), range(len(part)), DecodeJob(None, "nearest"))
+        for picture, header in zip(part, headers.values(), strict=True):
+            size = 0 if header.reason is not None else header.width * header.height * 3
+            if chunk and total + size > CHUNK_BYTES:
+                yield chunk
+                chunk = []
+                total = 0
+            chunk.append((picture, size))
+            total += size
+    if chunk:
+        yield chunk
+
+
+def _decode_whole(chunk: Sequence[tuple[Picture, int]]) -> WholeChunk:
+    result = WholeChunk()
+    sizes = np.array([size for _, size in chunk], np.int64)
+    # Without room in the file a picture is decoded all the same: that gives the reason why it cannot be read.
+    offsets = np.where(sizes > 0, np.cumsum(sizes) - sizes, -1)
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(int(sizes.sum()))
+        source = _source([picture for picture, _ in chunk])
+        outcomes = decode_all(source, range(len(chunk)), DecodeJob(0, "nearest", Path(file.name), offsets))
+        for (picture, size), offset, outcome in zip(chunk, offsets.tolist(), outcomes.values(), strict=True):
+            problem = outcome.reason
+            if problem is None and outcome.width * outcome.height * 3 != size:
+                problem = "the file has changed while it was read"
+            if problem is not None:
+                result.unreadable.append(SkippedEntry(picture.name, problem))
+                continue
+            values = np.fromfile(file.name, np.uint8, count=size, offset=offset)
+            result.names.append(picture.name)
+            result.pixels.append(values.reshape(outcome.height, outcome.width, 3))
+    return result
+
+
+def _source(pictures: Sequence[Picture]) -> FolderSource:
+    return FolderSource(
+        kind="folder",
+        layout="",
+        samples=[Sample(picture.name, "", "", None, picture.location) for picture in pictures],
+        digest="",
+        root=Path("/"),
+    )
 
 
 def _add(listing: Listing, taken: set[str], name: str, path: Path) -> None:

@@ -17,7 +17,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.export.errors import ModelFolderError
 from orchestrator.ingest.images import INTERPOLATIONS
@@ -58,14 +58,33 @@ class ModelFolder:
 def write_config(folder: Path, classifier: TimmClassifier, classes: Sequence[str], preprocessing: DataConfig) -> None:
     """Write config.json: architecture, class names, and preprocessing as training did it."""
     module: Any = classifier.module
+    config = {
+        "architecture": classifier.architecture.name,
+        "num_classes": len(classes),
+        "num_features": int(module.num_features),
+        "label_names": list(classes),
+        "model_args": dict(classifier.architecture.model_args),
+        "pretrained_cfg": pretrained_cfg(module, len(classes), preprocessing),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def pretrained_cfg(module: Any, classes: int, preprocessing: DataConfig) -> dict[str, Any]:
+    """What a network of timm says about its pictures: as training saw them, without settings of the source weights.
+
+    Args:
+        module: of timm.
+        classes: logits; 0 = no classifier.
+        preprocessing: of training.
+    """
     side = preprocessing.image_size
     source = dict(module.pretrained_cfg)
-    pretrained_cfg = {name: source[name] for name in KEPT_FIELDS if source.get(name) is not None}
+    kept = {name: source[name] for name in KEPT_FIELDS if source.get(name) is not None}
     # A pooling size of the source's own image side would be wrong for another side; timm reads it as a note only.
     if tuple(source.get("input_size", ())) != (3, side, side):
-        pretrained_cfg.pop("pool_size", None)
-    pretrained_cfg |= {
-        "num_classes": len(classes),
+        kept.pop("pool_size", None)
+    return kept | {
+        "num_classes": classes,
         "input_size": [3, side, side],
         "interpolation": preprocessing.interpolation,
         "crop_pct": preprocessing.crop_pct,
@@ -73,15 +92,6 @@ def write_config(folder: Path, classifier: TimmClassifier, classes: Sequence[str
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),
     }
-    config = {
-        "architecture": classifier.architecture.name,
-        "num_classes": len(classes),
-        "num_features": int(module.num_features),
-        "label_names": list(classes),
-        "model_args": dict(classifier.architecture.model_args),
-        "pretrained_cfg": pretrained_cfg,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(folder: Path, module: nn.Module) -> None:
@@ -103,16 +113,16 @@ def read_folder(path: str | Path) -> ModelFolder:
         ModelFolderError: no exported model, one without class names, or a damaged one.
     """
     folder = Path(path)
-    config = _read_json(folder, CONFIG)
-    facts = _read_json(folder, FACTS) if (folder / FACTS).exists() else {}
-    _check_digests(folder, facts)
+    config = read_json(folder, CONFIG)
+    facts = read_json(folder, FACTS) if (folder / FACTS).exists() else {}
+    check_digests(folder, facts, (CONFIG, WEIGHTS))
     try:
         cfg = config["pretrained_cfg"]
         classes = tuple(str(name) for name in config["label_names"])
         arguments = dict(config.get("model_args") or {})
         preprocessing = DataConfig(
-            mean=_three(cfg["mean"]),
-            std=_three(cfg["std"]),
+            mean=three(cfg["mean"]),
+            std=three(cfg["std"]),
             interpolation=str(cfg["interpolation"]),
             crop_pct=float(cfg["crop_pct"]),
             image_size=int(cfg["input_size"][1]),
@@ -136,40 +146,75 @@ def load_network(folder: ModelFolder) -> nn.Module:
     Raises:
         ModelFolderError: timm has no such architecture, or the weights are missing, damaged or of another network.
     """
-    path = folder.path / WEIGHTS
-    if not path.exists() and "model_format" in folder.facts:
+    tensors = load_weights(folder.path, WEIGHTS, folder.facts)
+    return build_network(folder.path, folder.architecture, len(folder.classes), folder.model_args, tensors)
+
+
+def load_weights(folder: Path, name: str, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors file.
+
+    Args:
+        folder: of an exported model.
+        name: of the file.
+        facts: of `luthier.json`.
+
+    Raises:
+        ModelFolderError: the file is missing or damaged.
+    """
+    path = folder / name
+    if not path.exists() and "model_format" in facts:
         raise ModelFolderError(
-            f"Luthier computes with models in the formats timm and onnx, but {folder.path} holds "
-            f"{folder.facts['model_format']}. Export the model as one of them as well."
+            f"Luthier computes with models in the formats timm and onnx, but {folder} holds "
+            f"{facts['model_format']}. Export the model as one of them as well."
         )
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelFolderError(
-            f"An exported model has its weights in {WEIGHTS}, but {folder.path} has none that can be read ({error}). "
+            f"An exported model has its weights in {name}, but {folder} has none that can be read ({error}). "
             "Export the model again."
         ) from error
-    if not timm.is_model(folder.architecture):
+    return tensors
+
+
+def build_network(
+    folder: Path, architecture: str, classes: int, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """A network of timm with a folder's tensors, on the CPU, in eval mode.
+
+    Args:
+        folder: for messages.
+        architecture: name of timm.
+        classes: logits; 0 = no classifier.
+        arguments: further ones of `timm.create_model`.
+        tensors: all of the network's.
+
+    Raises:
+        ModelFolderError: timm has no such architecture, or the tensors are of another network.
+    """
+    if not timm.is_model(architecture):
         raise ModelFolderError(
-            f"{folder.path} needs timm's architecture {folder.architecture}, which this version of timm "
+            f"{folder} needs timm's architecture {architecture}, which this version of timm "
             f"({timm.__version__}) does not have. Install the version that the model was exported with."
         )
     try:
         with torch.random.fork_rng(devices=[]):
-            network: nn.Module = timm.create_model(
-                folder.architecture, num_classes=len(folder.classes), **folder.model_args
-            )
+            network: nn.Module = timm.create_model(architecture, num_classes=classes, **arguments)
         network.load_state_dict(tensors, strict=True)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:240]
         raise ModelFolderError(
-            f"The weights of {folder.path} must fit {folder.architecture}, but they do not ({reason}). Export the "
-            "model again."
+            f"The weights of {folder} must fit {architecture}, but they do not ({reason}). Export the model again."
         ) from error
     return network.eval().requires_grad_(False)
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a folder.
+
+    Raises:
+        ModelFolderError: there is none.
+    """
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -182,7 +227,12 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _check_digests(folder: Path, facts: Mapping[str, Any]) -> None:
+def check_digests(folder: Path, facts: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Compare files with the digests of `luthier.json`, those that it has.
+
+    Raises:
+        ModelFolderError: a file has changed, or `luthier.json` is of another version.
+    """
     if not facts:
         return
     digests = facts.get("sha256")
@@ -191,7 +241,7 @@ def _check_digests(folder: Path, facts: Mapping[str, Any]) -> None:
             f"Exported models of format {FORMAT} can be read, but {folder / FACTS} has format "
             f"{facts.get('format')!r}. Use the Luthier that wrote it, or delete that file."
         )
-    for name in (CONFIG, WEIGHTS):
+    for name in names:
         if name not in digests:
             continue
         try:
@@ -234,6 +284,7 @@ def _check_values(
         )
 
 
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
+def three(values: Sequence[float]) -> tuple[float, float, float]:
+    """Exactly three numbers."""
     first, second, third = (float(value) for value in values)
     return first, second, third

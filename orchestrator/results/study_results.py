@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.export.model import Model
+    from orchestrator.export.segmentation_model import SegmentationModel
     from orchestrator.results.plots import Plots
     from orchestrator.study_file.schema import StudySpec
 
@@ -65,7 +66,7 @@ class BestConfiguration(selection.Choice):
     folder: Path | None = None
     """Of the study; None = not known."""
 
-    def model(self, device: torch.device | str | None = None) -> Model:
+    def model(self, device: torch.device | str | None = None) -> Model | SegmentationModel:
         """The network of `run`, restored from the study's kept weights: `model.predict("pictures")`.
 
         Args:

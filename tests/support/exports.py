@@ -145,6 +145,7 @@ def finished_study(
     image_size: int | None = 32,
     epochs: int = 1,
     data: Mapping[str, Any] | None = None,
+    task: str = "classification",
 ) -> Study:
     """A study whose trials were trained in this process: store, journal and kept weights, without a cluster.
 
@@ -154,10 +155,12 @@ def finished_study(
         trials: fields of each trial's `TrialSpec`.
         epochs: of each trial that trains by gradient.
         data: further keys of the section.
+        task: of the study.
     """
     labels = list(dict.fromkeys(str(trial["strategy"]) for trial in trials))
     study = Study(
         name="pets",
+        task=task,
         data={"root": str(root), **({} if image_size is None else {"image_size": image_size}), **(data or {})},
         model=dict(model),
         strategies=labels,

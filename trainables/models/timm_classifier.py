@@ -95,6 +95,32 @@ def timm_classifier(model: TaskModel, spec: ModelSpec, image_size: int) -> TimmC
     return TimmClassifier(module.eval().requires_grad_(False), Architecture(source.name, arguments), heads)
 
 
+def timm_encoder(backbone: nn.Module, spec: ModelSpec, image_size: int) -> tuple[nn.Module, Architecture]:
+    """A tuned backbone as a network without classifier that timm alone can build and load.
+
+    Args:
+        backbone: of timm; not changed.
+        spec: the network that it was built from.
+        image_size: side of its images, in pixels.
+
+    Returns:
+        The network on the CPU, in eval mode, and what timm needs to build it.
+
+    Raises:
+        ValueError: timm's network of this architecture does not have the backbone's tensors.
+    """
+    source = architecture_of(spec)
+    module, arguments = _build(source, 0, image_size)
+    try:
+        module.load_state_dict({name: value.detach().cpu() for name, value in backbone.state_dict().items()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ValueError(
+            f"timm's network {source.name} must hold all tensors of the tuned encoder, but it does not ({reason})."
+        ) from error
+    return module.eval().requires_grad_(False), Architecture(source.name, arguments)
+
+
 def _build(source: Architecture, num_classes: int, image_size: int) -> tuple[nn.Module, dict[str, Any]]:
     """A network with random weights, and its arguments.
 

@@ -182,7 +182,8 @@ def _enlarged(branch: SegmentationBlock, level: Tensor, finer: Sequence[Tensor])
 def _empty(image: Tensor, stride: int) -> Tensor:
     """Where an encoder has no map: no channels."""
     height, width = (-(-size // stride) for size in image.shape[-2:])
-    return image.new_empty(len(image), 0, height, width)
+    # Not `len`: a trace would fix the batch to that of its example.
+    return image.new_empty(image.shape[0], 0, height, width)
 
 
 def _initialise(decoder: nn.Module, classifier: nn.Module) -> None:

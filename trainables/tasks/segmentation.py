@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -64,13 +64,7 @@ class Segmentation(Task):
             ValueError: the encoder does not have the maps that the decoder reads.
         """
         reading = _reading(backbone, self.settings.decoder)
-        network = copy.deepcopy(backbone.module).eval()
-        reading.dilation.apply(network)
-        head = new_head(reading.decoder, reading.maps, len(self.targets.classes), seed)
-        head = head.to(next(network.parameters()).device)
-        if _is_channels_last(network):
-            head = head.to(memory_format=torch.channels_last)
-        return DenseModel(network, head, reading.reader, reading.unused)
+        return dense_model(copy.deepcopy(backbone.module).eval(), reading, len(self.targets.classes), seed)
 
     def loss(
         self,
@@ -186,6 +180,50 @@ class Reading:
     def reader(self) -> MapReader:
         # A plain transformer's tokens are meant to be normed; the maps of a pyramid's stages never are but the last.
         return MapReader(tuple(one.index for one in self.maps), norm=self.decoder == "linear")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "name": self.decoder,
+            "maps": [asdict(one) for one in self.maps],
+            "dilation": {"strided": list(self.dilation.strided), "dilated": list(self.dilation.dilated)},
+            "unused": list(self.unused),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Reading:
+        """The reverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are none of its.
+        """
+        if values["name"] not in DECODERS:
+            raise ValueError(f"a decoder {values['name']!r}")
+        maps = tuple(
+            FeatureMap(*(int(one[name]) for name in ("index", "stride", "channels"))) for one in values["maps"]
+        )
+        dilation = values["dilation"]
+        strided, dilated = (tuple(map(str, dilation[name])) for name in ("strided", "dilated"))
+        return cls(values["name"], maps, Dilation(strided, dilated), tuple(map(str, values["unused"])))
+
+
+def dense_model(network: nn.Module, reading: Reading, classes: int, seed: int) -> DenseModel:
+    """An encoder under an untrained decoder, on the encoder's device.
+
+    Args:
+        network: of timm; it is dilated in place.
+        reading: of its maps.
+        classes: K.
+        seed: of the decoder.
+
+    Raises:
+        ValueError: a layer of the encoder cannot be dilated.
+    """
+    reading.dilation.apply(network)
+    head = new_head(reading.decoder, reading.maps, classes, seed).to(next(network.parameters()).device)
+    if _is_channels_last(network):
+        head = head.to(memory_format=torch.channels_last)
+    return DenseModel(network, head, reading.reader, reading.unused)
 
 
 _readings: dict[tuple[str, int, str | None], Reading] = {}
