@@ -120,7 +120,7 @@ def render(fields: Mapping[str, Any], file: Path, unusable: Mapping[str, str]) -
         for row in rows(section):
             lines += _key(row, values, "  ")
     for row in rows("study"):
-        if row.key in ("keep", "storage"):
+        if row.key in ("warm_start", "keep", "storage"):
             lines += ["", *_key(row, fields, "")]
     return "\n".join(lines) + "\n"
 

@@ -44,9 +44,9 @@ def requested_side(spec: ModelSpec, image_size: int | None, stored_side: int) ->
     """Image side that a network is built for; None = its own.
 
     It is `image_size`, else the network's own, or the stored side where that is smaller (images are never enlarged;
-    timm interpolates position embeddings).
+    timm interpolates position embeddings). Pictures of different sizes, stored whole, have no side in common (0).
     """
-    return image_size or (stored_side if stored_side < _native_side(spec) else None)
+    return image_size or (stored_side if 0 < stored_side < _native_side(spec) else None)
 
 
 def on_device(backbone: Backbone, device: torch.device, channels_last: bool | None = None) -> Backbone:
