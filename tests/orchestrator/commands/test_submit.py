@@ -25,7 +25,7 @@ from orchestrator.cluster.connection import connect
 from orchestrator.cluster.driver_process import free_port
 from orchestrator.commands import submit as submission
 from orchestrator.commands.submit import cautions, dashboard_url, submission_id, submit
-from orchestrator.study_file.load import absolute_paths, resolved_study
+from orchestrator.study_file.load import absolute_paths
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(submission, "resolved_study", unchecked_fields)
 
-    def fields(path: str | Path) -> dict[str, Any]:
-        return absolute_paths(yaml.safe_load(Path(path).read_text()), Path(path).parent)
 
-    monkeypatch.setattr(submission, "resolved_study", fields)
+def unchecked_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of any file, with absolute paths."""
+    return absolute_paths(yaml.safe_load(Path(path).read_text()), Path(path).parent)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ class TestRealCluster:
             "print('ready', flush=True)\n"
             "try:\n    signal.pause()\nexcept KeyboardInterrupt:\n    print('state saved')"
         )
-        name = submission_id(resolved_study(study), 1)
+        name = submission_id(unchecked_fields(study), 1)
         first = io.StringIO()
         second = io.StringIO()
         out = _InterruptsAt("ready")
