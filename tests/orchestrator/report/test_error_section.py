@@ -406,14 +406,14 @@ def test_of_many_classes_the_pairs_that_are_confused_most(study: Study, monkeypa
     assert "The classes that are confused most" in Page(html(study)).texts
 
 
-def test_a_task_other_than_classification_gets_one_sentence() -> None:
+def test_a_task_without_a_section_gets_one_sentence() -> None:
     register(InkMasks)
     spec = {"name": "masks", "task": "ink_masks"}
     page = Page(report_html([{"kind": "study_started", "time": 0.0, "study": "masks", "spec": spec}]))
     assert page.texts == [
         "Looking at errors",
-        "Confusion, results per class and pictures of errors are shown for classification; the task of this study is "
-        "ink_masks.",
+        "Confusion, results per class and pictures of errors are shown for classification and segmentation; the task "
+        "of this study is ink_masks.",
     ]
 
 
