@@ -14,7 +14,7 @@ from orchestrator.record.changes import ChangedStudyError
 from orchestrator.record.journal import Journal
 from orchestrator.record.records import WARM_START, TrialRecord, fold
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)
