@@ -11,6 +11,7 @@ import pytest
 
 import luthier
 from orchestrator.export.model import Model, load
+from orchestrator.export.segmentation_model import SegmentationModel
 from orchestrator.results.study_results import Results
 from orchestrator.study import Study
 from tests.support.source_tree import ROOT, imported, parsed
@@ -20,9 +21,10 @@ HEAVY = ("torch", "ray", "mlflow", "optuna", "pandas", "numpy", "timm", "sklearn
 
 
 def test_the_names_are_those_of_the_packages_below() -> None:
-    assert luthier.__all__ == ["Model", "Results", "Strategy", "Study", "__version__", "load"]
+    assert luthier.__all__ == ["Model", "Results", "SegmentationModel", "Strategy", "Study", "__version__", "load"]
     assert (luthier.Study, luthier.Results, luthier.Strategy) == (Study, Results, Strategy)
     assert (luthier.Model, luthier.load) == (Model, load)
+    assert luthier.SegmentationModel is SegmentationModel
     assert set(luthier.__all__) <= set(dir(luthier))
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import binomtest
 
 from orchestrator.commands.export import scores_of
-from orchestrator.export.card import CardFacts, render_card
+from orchestrator.export.card import CardFacts, render_card, square_lines
 from orchestrator.record.kept_paths import predictions_file
 from orchestrator.record.records import TrialRecord
 from orchestrator.results.leaderboard import leaderboard
@@ -115,7 +115,7 @@ def test_the_columns_are_labelled(tmp_path: Path) -> None:
     records = confirmed(tmp_path)
     scores = scores_of(records[0], records, STORE, CLASSIFICATION, SampleTables(tmp_path))
     facts = CardFacts(study="pets", trial=0, label="full", strategy="full", choice="Chosen.", scores=scores)
-    view = DataConfig((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875, 32)
+    view = square_lines(DataConfig((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875, 32))
     card = render_card(facts, ["a", "b"], view, "", [])
     assert "| metric | this model | its configuration, mean over seeds | pictures |" in card
     refit = render_card(replace(facts, taken_over={}), ["a", "b"], view, "", [])
