@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 help:
 	@echo "make setup   virtual environment in $(VENV) with Luthier and its tools (once; the others call it)"
 	@echo "make demo    five strategies on two small networks and real digits"
-	@echo "make test-fast  an answer in a minute and a half: no Ray, no tracking server"
+	@echo "make test-fast  an answer in two minutes: no Ray, no tracking server"
 	@echo "make test    all tests but the longest"
 	@echo "make test-long  real studies killed, starved and stopped: another quarter of an hour"
 	@echo "make test-gpu   what runs on a machine with a GPU, PyTorch, timm and pytest alone (PYTHON; no setup)"
