@@ -137,7 +137,8 @@ def _strategies(groups: Groups) -> Iterator[str]:
         for name in names:
             values = [100 * row["regrets"][name] for row in groups[landscape, budget, policy] if name in row["regrets"]]
             share = len(values) / len(groups[landscape, budget, policy])
-            cells.append("" if not values else f"{np.mean(values):.2f}" + ("" if share == 1 else f" ({share:.0%})"))
+            completed = "" if share == 1 else f" ({share:.0%})"
+            cells.append(f"{np.mean(values):.2f}{completed}" if values else "")
         yield f"| {landscape} | {budget} | {policy} | {' | '.join(cells)} |"
 
 

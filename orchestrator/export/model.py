@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from orchestrator.export.formats import ONNX, OnnxNetwork
-from orchestrator.export.pictures import list_pictures
+from orchestrator.export.pictures import images_or_files, list_pictures, upright_picture
 from orchestrator.export.predictions import Predictions, predict_pictures, refuse_unreadable
 from orchestrator.export.segmentation_folder import (
     is_segmentation,
@@ -22,7 +22,7 @@ from orchestrator.export.segmentation_folder import (
 )
 from orchestrator.export.segmentation_model import SegmentationModel
 from orchestrator.export.timm_folder import CONFIG, load_network, read_folder, read_json
-from orchestrator.ingest.images import BadImageError, square, upright_rgb
+from orchestrator.ingest.images import square
 from orchestrator.wording import listed
 from trainables.data.transforms import BatchTransform
 from trainables.models.backbone import DataConfig
@@ -94,16 +94,11 @@ class Model:
         Raises:
             DataError: nothing there, or a picture that cannot be read (`luthier predict` lists these instead).
         """
-        if isinstance(pictures, str | Path):
-            pictures = [pictures]
-        images = [picture for picture in pictures if isinstance(picture, Image.Image)]
-        if images and len(images) < len(pictures):
-            raise ValueError("Pictures are either all files or folders, or all Pillow images, but got both.")
+        images, files = images_or_files(pictures)
         if images:
             pixels = np.stack([self.pixels(image) for image in images])
             names = [str(position) for position in range(len(images))]
             return Predictions.of(self, names, self.logits(pixels, batch_size)).to_frame()
-        files = [Path(picture) for picture in pictures if not isinstance(picture, Image.Image)]
         predictions = predict_pictures(self, list_pictures(files), batch_size)
         refuse_unreadable(predictions.unreadable)
         return predictions.to_frame()
@@ -114,14 +109,8 @@ class Model:
         Raises:
             ValueError: the image's mode has no declared range of values.
         """
-        try:
-            rgb = upright_rgb(image)
-        except BadImageError as error:
-            raise ValueError(
-                f"A picture must be one that training could read, but this one is not: {error}."
-            ) from error
         view = self.preprocessing
-        return np.asarray(square(rgb, view.stored_size, view.interpolation, view.image_size))
+        return np.asarray(square(upright_picture(image), view.stored_size, view.interpolation, view.image_size))
 
 
 def load(path: str | Path, device: torch.device | str | None = None) -> Model | SegmentationModel:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from orchestrator.ingest.decoding import DecodeJob, decode_all
 from orchestrator.ingest.errors import DataError, existing, first_few, printable
 from orchestrator.ingest.folder import EXTENSIONS, FolderSource, walk
+from orchestrator.ingest.images import BadImageError, upright_rgb
 from orchestrator.ingest.source import Sample, SkippedEntry
 from trainables.models.backbone import DataConfig
 
@@ -35,6 +37,34 @@ class Picture:
     """Its path below the folder that was given, or as it was given."""
     location: str
     """Absolute path."""
+
+
+def images_or_files(
+    pictures: str | Path | Sequence[str | Path | Image.Image],
+) -> tuple[list[Image.Image], list[Path]]:
+    """The Pillow images that were given to a model, or the files and folders; the other list is empty.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if isinstance(pictures, str | Path):
+        pictures = [pictures]
+    images = [picture for picture in pictures if isinstance(picture, Image.Image)]
+    if images and len(images) < len(pictures):
+        raise ValueError("Pictures are either all files or folders, or all Pillow images, but got both.")
+    return images, [Path(picture) for picture in pictures if not isinstance(picture, Image.Image)]
+
+
+def upright_picture(image: Image.Image) -> Image.Image:
+    """An image as RGB and upright, as the training data store would read it.
+
+    Raises:
+        ValueError: the image's mode has no declared range of values.
+    """
+    try:
+        return upright_rgb(image)
+    except BadImageError as error:
+        raise ValueError(f"A picture must be one that training could read, but this one is not: {error}.") from error
 
 
 @dataclass

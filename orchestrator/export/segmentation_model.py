@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from orchestrator.export.pictures import decoded_whole, list_pictures
+from orchestrator.export.pictures import decoded_whole, images_or_files, list_pictures, upright_picture
 from orchestrator.export.predictions import refuse_unreadable
-from orchestrator.ingest.images import BadImageError, upright_rgb
 from orchestrator.ingest.source import SkippedEntry
 from orchestrator.wording import listed
 from trainables.data.masked_pictures import Evaluation, PictureViews
@@ -104,15 +103,10 @@ class SegmentationModel:
         Raises:
             DataError: nothing there, or a picture that cannot be read (`luthier predict` lists these instead).
         """
-        if isinstance(pictures, str | Path):
-            pictures = [pictures]
-        images = [picture for picture in pictures if isinstance(picture, Image.Image)]
-        if images and len(images) < len(pictures):
-            raise ValueError("Pictures are either all files or folders, or all Pillow images, but got both.")
+        images, files = images_or_files(pictures)
         if images:
-            pixels = [_pixels(image) for image in images]
+            pixels = [np.asarray(upright_picture(image)) for image in images]
             return {str(position): mask for position, mask in enumerate(self.masks(pixels, batch_size))}
-        files = [Path(picture) for picture in pictures if not isinstance(picture, Image.Image)]
         masks: dict[str, NDArray[np.uint8]] = {}
         unreadable: list[SkippedEntry] = []
         for chunk in decoded_whole(list_pictures(files).pictures):
@@ -126,11 +120,3 @@ class SegmentationModel:
         # `torch.tensor` copies: the memory of a store is read-only.
         pixels = torch.tensor(picture).to(self.device)
         return pixels, torch.full(picture.shape[:2], IGNORED, dtype=torch.uint8, device=self.device)
-
-
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image, upright."""
-    try:
-        return np.asarray(upright_rgb(image))
-    except BadImageError as error:
-        raise ValueError(f"A picture must be one that training could read, but this one is not: {error}.") from error

@@ -50,6 +50,7 @@ def mask_entry(results: Results, record: TrialRecord, thumbnails: Thumbnails) ->
     in_file = np.asarray(table.column("split").to_pylist())
     keys = [key for key in dict.fromkeys(in_file.tolist()) if key == TEST or ood_domain(key) is not None]
     classes = _class_names(record)
+    scores = picture_scores(matrix(table, INTERSECTION), matrix(table, UNION))
     return {
         "label": record.label,
         "title": f"trial {record.number}",
@@ -61,7 +62,7 @@ def mask_entry(results: Results, record: TrialRecord, thumbnails: Thumbnails) ->
                 "title": _title(key),
                 "note": f"{int((in_file == key).sum())} pictures",
                 "matrix": _matrix(record, classes, key) if len(classes) <= MATRIX_CLASSES else None,
-                "pictures": list(_worst(table, np.flatnonzero(in_file == key), key, classes, thumbnails)),
+                "pictures": list(_worst(table, scores, np.flatnonzero(in_file == key), key, classes, thumbnails)),
             }
             for key in keys
         ],
@@ -132,15 +133,25 @@ def picture_scores(intersection: NDArray[np.int64], union: NDArray[np.int64]) ->
 
 
 def _worst(
-    table: pa.Table, rows: NDArray[np.int64], split: str, classes: Sequence[str], thumbnails: Thumbnails
+    table: pa.Table,
+    scores: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    split: str,
+    classes: Sequence[str],
+    thumbnails: Thumbnails,
 ) -> Iterator[dict[str, Any]]:
-    """The pictures of a split with the lowest IoU by themselves: picture, mask and prediction."""
+    """The pictures of a split with the lowest IoU by themselves: picture, mask and prediction.
+
+    Args:
+        scores: of all pictures of the table.
+        rows: of the split.
+    """
     names = table.column("name").take(rows).to_pylist()
     if PREDICTION not in table.column_names or not thumbnails.has(split, names):
         return
     assert thumbnails.store is not None
-    scores = picture_scores(matrix(table, INTERSECTION)[rows], matrix(table, UNION)[rows])
-    order = np.argsort(np.where(np.isfinite(scores), scores, math.inf), kind="stable")[:MOST_PICTURES]
+    of_split = scores[rows]
+    order = np.argsort(np.where(np.isfinite(of_split), of_split, math.inf), kind="stable")[:MOST_PICTURES]
     palette = class_colours(len(classes))
     for position in order.tolist():
         # Three pictures each; the page has a limit of them.
@@ -152,7 +163,7 @@ def _worst(
         predicted = np.asarray(Image.open(io.BytesIO(table.column(PREDICTION)[int(rows[position])].as_py())))
         yield {
             "name": names[position],
-            "number": f"IoU {100 * scores[position]:.1f}\N{NO-BREAK SPACE}%",
+            "number": f"IoU {100 * of_split[position]:.1f}\N{NO-BREAK SPACE}%",
             "classes": ", ".join(classes[value] for value in np.unique(mask[mask != IGNORED])),
             "sources": [
                 thumbnail(pixels),

@@ -75,7 +75,7 @@ def read_predictions(path: Path, outputs: bool = True) -> pa.Table:
 
     Args:
         outputs: whether targets and outputs are needed, which are kept of classification alone; otherwise the
-            statistics of each sample do.
+            counts of each picture do.
 
     Raises:
         PredictionsError: the file is missing, damaged, or has other columns.
@@ -95,7 +95,8 @@ def read_predictions(path: Path, outputs: bool = True) -> pa.Table:
         ) from error
     except (OSError, pa.ArrowException) as error:
         raise _not_predictions(path, f"cannot be read as one ({error})") from error
-    needed = (*COLUMNS, *OUTPUT_COLUMNS) if outputs else COLUMNS
+    has_counts = not outputs and INTERSECTION in table.column_names
+    needed = COLUMNS if has_counts else (*COLUMNS, *OUTPUT_COLUMNS)
     missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise _not_predictions(path, f"has no column {', '.join(missing)}")

@@ -44,14 +44,25 @@ def per_class_table(splits: Mapping[str, Predictions], classes: Sequence[str]) -
 
 
 def confusion_table(splits: Mapping[str, Predictions], classes: Sequence[str]) -> Curve:
-    """Confusion matrices as rows (label, prediction, images), the cells that are not zero.
+    """Confusion matrices as rows (label, prediction, images), see `confusion_rows`."""
+    confusions = {split: confusion_matrix(logits, labels) for split, (logits, labels) in splits.items()}
+    return confusion_rows(confusions, classes, "images", "Images")
 
-    Of more than `MOST_CELLS` cells of a split those with the fewest images are left out, and the note says how many.
+
+def confusion_rows(confusions: Mapping[str, Tensor], classes: Sequence[str], unit: str, counted: str) -> Curve:
+    """Confusion matrices as rows (label, prediction, count), the cells that are not zero.
+
+    Of more than `MOST_CELLS` cells of a split those with the lowest counts are left out, and the note says how many.
+
+    Args:
+        confusions: split → counts (K, K), label by prediction.
+        classes: names.
+        unit: of the counts, which is the name of their column: `images`, `pixels`.
+        counted: the unit at the beginning of a sentence.
     """
-    columns: Columns = {name: [] for name in ("label", "split", "prediction", "images")}
+    columns: Columns = {name: [] for name in ("label", "split", "prediction", unit)}
     left_out: dict[str, int] = {}
-    for split, (logits, labels) in splits.items():
-        matrix = confusion_matrix(logits, labels)
+    for split, matrix in confusions.items():
         cells = matrix.nonzero()
         if len(cells) > MOST_CELLS:
             left_out[split] = len(cells) - MOST_CELLS
@@ -63,11 +74,11 @@ def confusion_table(splits: Mapping[str, Predictions], classes: Sequence[str]) -
             columns["label"].append(classes[label])
             columns["split"].append(split)
             columns["prediction"].append(classes[prediction])
-            columns["images"].append(float(matrix[label, prediction]))
-    note = "Images by label and prediction; cells without images are left out."
+            columns[unit].append(float(matrix[label, prediction]))
+    note = f"{counted} by label and prediction; cells without {unit} are left out."
     if left_out:
         parts = ", ".join(f"{count} of {split}" for split, count in left_out.items())
-        note += f" So are the cells with the fewest images where a split has more than {MOST_CELLS}: {parts}."
+        note += f" So are the cells with the fewest {unit} where a split has more than {MOST_CELLS}: {parts}."
     return Curve(columns, note)
 
 

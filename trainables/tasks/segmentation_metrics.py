@@ -18,7 +18,7 @@ from trainables.data.mask_views import MaskView, MaskViews
 from trainables.data.store import IGNORED
 from trainables.specs.measurements import Curve
 from trainables.specs.metrics import MEAN_IOU, MEAN_IOU_CLASSES, PIXEL_ACCURACY, PIXEL_NLL
-from trainables.tasks.classification_tables import MOST_CELLS
+from trainables.tasks.classification_tables import confusion_rows
 
 Columns = dict[str, list[float | str | None]]
 
@@ -289,31 +289,10 @@ def iou_table(splits: Mapping[str, Tensor], classes: Sequence[str]) -> Curve:
 
 
 def confusion_table(splits: Mapping[str, Tensor], classes: Sequence[str]) -> Curve:
-    """Confusion matrices as rows (label, prediction, pixels), the cells that are not zero.
-
-    Of more than `MOST_CELLS` cells of a split those with the fewest pixels are left out, and the note says how many.
+    """Confusion matrices as rows (label, prediction, pixels), see `confusion_rows`.
 
     Args:
         splits: split → confusion (K, K).
         classes: names.
     """
-    columns: Columns = {name: [] for name in ("label", "split", "prediction", "pixels")}
-    left_out: dict[str, int] = {}
-    for split, confusion in splits.items():
-        cells = confusion.nonzero()
-        if len(cells) > MOST_CELLS:
-            left_out[split] = len(cells) - MOST_CELLS
-            counts = confusion[cells[:, 0], cells[:, 1]]
-            # Stable: of equal counts the cells that come first stay, on every machine.
-            largest = counts.argsort(descending=True, stable=True)[:MOST_CELLS]
-            cells = cells[largest.sort().values]
-        for label, prediction in cells.tolist():
-            columns["label"].append(classes[label])
-            columns["split"].append(split)
-            columns["prediction"].append(classes[prediction])
-            columns["pixels"].append(float(confusion[label, prediction]))
-    note = "Labelled pixels by label and prediction; cells without pixels are left out."
-    if left_out:
-        parts = ", ".join(f"{count} of {split}" for split, count in left_out.items())
-        note += f" So are the cells with the fewest pixels where a split has more than {MOST_CELLS}: {parts}."
-    return Curve(columns, note)
+    return confusion_rows(splits, classes, "pixels", "Labelled pixels")
