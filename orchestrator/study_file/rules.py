@@ -214,6 +214,23 @@ def augmentation_problems(task: str, augment: Sequence[str], evaluation: str | N
         )
 
 
+def whole_picture_problems(
+    task: str, crop_pct: float | None, interpolation: str | None, sampling: str | None, corrupted: str | None
+) -> Iterator[RuleProblem]:
+    """Keys that act on square images with a label each, in a study on whole pictures with masks."""
+    if task != "segmentation":
+        return
+    reasons = {
+        ("data", "crop_pct"): (crop_pct, "pictures with masks are scored whole"),
+        ("data", "interpolation"): (interpolation, "pictures with masks are scaled linearly, their masks by index"),
+        ("data", "sampling"): (sampling, "a picture with a mask has no class of its own that could be balanced"),
+        ("evaluate", "corruptions"): (corrupted, "files of corrupted pictures have a label each and no masks"),
+    }
+    for path, (value, reason) in reasons.items():
+        if value is not None:
+            yield path, f"{reason}, but got {value!r} and the task is segmentation. Remove it."
+
+
 def mask_problems(
     task: str, source: str, labels: object | None, ignore: object | None, mask: str | None, label: str | None
 ) -> Iterator[RuleProblem]:

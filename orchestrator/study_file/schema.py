@@ -417,6 +417,9 @@ class StudySpec(Section):
         diagnostics = self.diagnostics
         rules.raise_if_any(
             *rules.augmentation_problems(self.task, data.augment, data.evaluation),
+            *rules.whole_picture_problems(
+                self.task, data.crop_pct, data.interpolation, data.sampling, self.evaluate.corruption_folder
+            ),
             *rules.mask_problems(self.task, data.source, data.labels, data.ignore, data.mask, data.label),
             *rules.metric_problems(self.task, self.search.metric),
             *rules.objective_problems(self.search.objective, data.source, data.id, data.ood),

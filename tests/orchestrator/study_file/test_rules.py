@@ -232,3 +232,36 @@ class TestCorruptions:
         assert "must be the study's 10 classes, 0 to 9 in their order, but are 9 different ones" in problem
         np.save(folder / "labels.npy", np.tile(np.arange(10), 5))
         assert refused(evaluate={"corruptions": str(folder)}) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"data": {"crop_pct": 0.9}},
+            "data.crop_pct: pictures with masks are scored whole, but got 0.9 and the task is segmentation. Remove it.",
+        ),
+        (
+            {"data": {"interpolation": "bicubic"}},
+            "data.interpolation: pictures with masks are scaled linearly, their masks by index, but got 'bicubic' and "
+            "the task is segmentation. Remove it.",
+        ),
+        (
+            {"data": {"sampling": "balanced"}},
+            "data.sampling: a picture with a mask has no class of its own that could be balanced, but got 'balanced' "
+            "and the task is segmentation. Remove it.",
+        ),
+        (
+            {"evaluate": {"corruptions": "/data/CIFAR-10-C"}},
+            "evaluate.corruptions: files of corrupted pictures have a label each and no masks, but got "
+            "'/data/CIFAR-10-C' and the task is segmentation. Remove it.",
+        ),
+        ({"evaluate": {"corruptions": "common"}}, None),
+    ],
+)
+def test_keys_of_square_images_are_refused_for_pictures_with_masks(
+    sections: dict[str, Any], message: str | None
+) -> None:
+    data = {"source": "digits_scenes", **sections.get("data", {})}
+    problems = invalid(task="segmentation", **{**sections, "data": data})
+    assert problems == ([] if message is None else [message])
